@@ -1,0 +1,204 @@
+"""Host-to-device loads: what is wanted, in which order it is issued, and what is under way.
+
+Order of issue: demand (partly issued loads that became demand first, then misses in the order given), then
+the started prefetch, then the wanted prefetches, best first. At most `channel_depth` chunks are issued and
+not yet seen to have ended, since a CUDA stream cannot be reordered; demand overtakes prefetch at chunk
+boundaries. A head that finds no slot does not block entries that have one. A started load is finished.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from expertflow.counters import Counters
+from expertflow.machine import Chunk, Machine
+from expertflow.parts import DEMAND, PREFETCH
+from expertflow.slots import Slots
+from expertflow.view import ABSENT, LOADING, RESIDENT, View
+
+
+class Load:
+    """One copy of an expert from host to GPU memory, in chunks."""
+
+    __slots__ = ("after", "cause", "id", "issued", "key", "slot")
+
+    def __init__(self, key: int, cause: int) -> None:
+        self.id = 0
+        self.key = key
+        self.cause = cause
+        self.slot = -1
+        self.after = 0
+        self.issued = 0
+
+
+class CopyQueue:
+    """Decides which chunk goes next and keeps the account of every load.
+
+    make_room(load) -> bool: evicts for a load that finds no free slot (the runtime's part).
+    fresh[key] = 1 while a prefetched expert has not been demanded.
+    """
+
+    def __init__(self, machine: Machine, slots: Slots, view: View, counters: Counters,
+                 chunk_bytes: Sequence[int], depth: int, make_room: Callable[[Load], bool]) -> None:  # fmt: skip
+        if depth < 1:
+            raise ValueError(f"channel_depth={depth} must be at least 1")
+        self.machine = machine
+        self.slots = slots
+        self.admitted: Callable[[int, int], None] = lambda key, cause: None
+        self.state = slots.state
+        self.view = view
+        self.counters = counters
+        self.chunk_bytes = chunk_bytes
+        self.num_chunks = len(chunk_bytes)
+        self.depth = depth
+        self.make_room = make_room
+        self.has_work = False
+        """Whether anything waits to be issued: then the runtime wakes at the next chunk's end."""
+        self.demand: deque[Load] = deque()
+        self.started: Load | None = None
+        self.wanted: list[int] = []
+        """Prefetches not yet issued, best last."""
+        self.flight: deque[Load] = deque()
+        self.loading: dict[int, Load] = {}
+        self.fresh = bytearray(len(slots.state))
+        self.num_fresh = 0
+        self.num_loads = 0
+        self.landed_ns = [0] * len(slots.state)
+        """Device time at which the last load of each key ended."""
+        self.landed_listeners: list[Callable[[int], None]] = []
+
+    def pump(self) -> None:
+        """Issue chunks up to the depth."""
+        flight, depth, counters = self.flight, self.depth, self.counters
+        while len(flight) < depth:
+            load = self._next()
+            if load is None:
+                break
+            chunk = load.issued
+            num_bytes = self.chunk_bytes[chunk]
+            self.machine.copy(load.id, chunk, load.key, load.slot, num_bytes, 0 if chunk else load.after)
+            if load.cause == DEMAND:
+                counters.demand_bytes += num_bytes
+            else:
+                counters.prefetch_bytes += num_bytes
+            load.issued = chunk = chunk + 1
+            flight.append(load)
+            if chunk == self.num_chunks:
+                self._leave(load)
+            elif load.cause == PREFETCH and not (self.demand and load in self.demand):
+                self.started = load
+        self.has_work = bool(self.demand or self.wanted) or self.started is not None
+
+    def _next(self) -> Load | None:
+        for load in self.demand:
+            if load.slot >= 0 or self._start(load):
+                return load
+        if self.started is not None:
+            return self.started
+        wanted, state, counters = self.wanted, self.state, self.counters
+        while wanted:
+            key = wanted.pop()
+            if state[key] != ABSENT:
+                # Only a key that was demanded meanwhile can have left ABSENT while it stood in the queue.
+                counters.dropped_became_demand += 1
+                continue
+            load = Load(key, PREFETCH)
+            if self._start(load):
+                counters.prefetch_issued += 1
+                self.fresh[key] = 1
+                self.num_fresh += 1
+                return load
+            counters.dropped_refused += 1
+        return None
+
+    def _start(self, load: Load) -> bool:
+        """Give `load` a slot, if it gets one. Staging buffers are for demand alone."""
+        key, slots = load.key, self.slots
+        free = slots.free[key // slots.span]
+        num_kept = slots.num_staging if load.cause == PREFETCH else 0
+        if len(free) <= num_kept and not self.make_room(load):
+            return False
+        slot = load.slot = slots.slot_of[key] = free.pop()
+        self.state[key] = LOADING
+        load.id = self.num_loads = self.num_loads + 1
+        if slots.reader[slot] > load.after:
+            load.after = slots.reader[slot]
+        self.loading[key] = load
+        self.admitted(key, load.cause)
+        return True
+
+    def _leave(self, load: Load) -> None:
+        """The last chunk of `load` is issued: it no longer waits in any queue."""
+        if load is self.started:
+            self.started = None
+        elif self.demand:
+            if self.demand[0] is load:
+                self.demand.popleft()
+            elif load in self.demand:
+                self.demand.remove(load)
+
+    def retire(self, chunks: Sequence[Chunk]) -> None:
+        """Take note of chunks that have ended, in stream order."""
+        last = self.num_chunks - 1
+        view = self.view
+        for load_id, chunk, start_ns, end_ns in chunks:
+            load = self.flight.popleft()
+            if load.id != load_id:
+                raise AssertionError(f"copy stream out of order: load {load_id} ended, {load.id} was due")
+            view.link_busy_ns += end_ns - start_ns
+            view.link_bytes += self.chunk_bytes[chunk]
+            if chunk == last:
+                key = load.key
+                self.landed_ns[key] = end_ns
+                self.state[key] = RESIDENT
+                del self.loading[key]
+                for heard in self.landed_listeners:
+                    heard(key)
+
+    def want(self, keys: Sequence[int]) -> None:
+        """Replace all prefetches not yet issued by `keys`, best first; what is there or under way is left out."""
+        state = self.state
+        new = [key for key in keys if not state[key]]
+        old = self.wanted
+        if not old:
+            self.counters.prefetch_requested += len(new)
+        elif new != old[::-1]:
+            kept = len(set(new).intersection(old))
+            self.counters.prefetch_requested += len(new) - kept
+            self.counters.dropped_replaced += len(old) - kept
+        new.reverse()
+        self.wanted = new
+        self.has_work = bool(new or self.demand) or self.started is not None
+
+    def arrive(self, layer: int, missing: Sequence[int], late: Sequence[int]) -> None:
+        """The routing of `layer` is known: drop its prefetches that are not demanded, queue the demand."""
+        if self.wanted:
+            num_experts, counters = self.slots.num_experts, self.counters
+            keep = [key for key in self.wanted if key // num_experts != layer]
+            if len(keep) != len(self.wanted):
+                promoted = len(set(missing).intersection(self.wanted))
+                counters.dropped_became_demand += promoted
+                counters.dropped_passed += len(self.wanted) - len(keep) - promoted
+                self.wanted = keep
+        started = self.started
+        if started is not None and started.key in late:
+            self.demand.append(started)
+            self.started = None
+        for key in missing:
+            self.demand.append(Load(key, DEMAND))
+        self.has_work = bool(self.demand or self.wanted) or self.started is not None
+
+    def demand_load(self, load: Load) -> None:
+        """Queue one load behind the demand that is there."""
+        self.demand.append(load)
+        self.has_work = True
+
+    def describe(self) -> str:
+        """The state of the queue, for the message of a run that cannot go on."""
+        states = self.state
+        return (
+            f"demand waiting {[load.key for load in self.demand]}, prefetch wanted {self.wanted[::-1][:8]}, "
+            f"chunks in flight {[(load.key, load.issued) for load in self.flight]}, "
+            f"resident {states.count(RESIDENT)}, loading {states.count(LOADING)}"
+        )

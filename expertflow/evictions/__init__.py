@@ -1,0 +1,1 @@
+"""Evictions: who leaves? One file each."""

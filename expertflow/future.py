@@ -1,0 +1,70 @@
+"""What a trace will demand, indexed by event (forward * num_layers + layer), after batching. For references only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.forward import Forward
+
+NEVER = 1 << 62
+
+
+class Future:
+    """Demand and next uses of every event. Memory grows with the trace: 13 bytes per access.
+
+    keys [A] int32: all accesses, event by event, in touch order. starts [V + 1] int64: event v's accesses.
+    next_event [A] int64: the next event that demands the same key, NEVER if none.
+    """
+
+    def __init__(self, forwards: Iterable[Forward], num_keys: int) -> None:
+        blocks: list[npt.NDArray[np.int32]] = []
+        lengths: list[npt.NDArray[np.int64]] = []
+        for forward in forwards:
+            flat = [key for keys in forward.demands for key in keys]
+            blocks.append(np.array(flat, dtype=np.int32))
+            lengths.append(np.array([len(keys) for keys in forward.demands], dtype=np.int64))
+        self.num_keys = num_keys
+        self.keys = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
+        sizes = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+        self.num_events = len(sizes)
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        events = np.repeat(np.arange(self.num_events, dtype=np.int64), sizes)
+        order = np.lexsort((events, self.keys))
+        self.next_event = np.full(len(self.keys), NEVER, dtype=np.int64)
+        same = self.keys[order[1:]] == self.keys[order[:-1]]
+        self.next_event[order[:-1][same]] = events[order[1:][same]]
+        self._first = np.full(num_keys, NEVER, dtype=np.int64)
+        head = np.ones(len(order), dtype=bool)
+        head[1:] = ~same
+        self._first[self.keys[order[head]]] = events[order[head]]
+        self._block = (-1, -1)
+
+    def first_uses(self) -> list[int]:
+        """First event that demands each key [num_keys]; NEVER if none does."""
+        return list(map(int, self._first))
+
+    def _load(self, event: int) -> int:
+        first, last = self._block
+        if not first <= event < last:
+            first, last = event - event % 2048, min(event - event % 2048 + 2048, self.num_events)
+            start, stop = int(self.starts[first]), int(self.starts[last])
+            self._keys = self.keys[start:stop].tolist()
+            self._next = self.next_event[start:stop].tolist()
+            self._starts = (self.starts[first : last + 1] - start).tolist()
+            self._block = (first, last)
+        return event - first
+
+    def next_uses(self, event: int) -> list[int]:
+        """Next event for each key of `event`, in touch order."""
+        i = self._load(event)
+        return list(self._next[self._starts[i] : self._starts[i + 1]])
+
+    def demand(self, event: int) -> list[int]:
+        """Keys that `event` demands, in touch order; empty past the end."""
+        if event >= self.num_events:
+            return []
+        start, stop = int(self.starts[event]), int(self.starts[event + 1])
+        return [int(key) for key in self.keys[start:stop]]

@@ -1,0 +1,1 @@
+"""Horizons: which distances are predicted, how far ahead? One file each."""

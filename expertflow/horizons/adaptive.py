@@ -1,0 +1,118 @@
+"""The adaptive step size of ExpertFlow (arXiv 2510.26730): S = N_e · E_s / (C_s · T_l), then feedback.
+
+N_e experts expected per layer, E_s bytes of one, C_s link bandwidth, T_l time of one layer without stall.
+Numbers that the paper leaves open are parameters; which way each feedback pushes follows its readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from expertflow.forward import Forward
+from expertflow.future import Future
+from expertflow.parts import Horizon
+from expertflow.view import Feedback, View
+
+
+class AdaptiveHorizon(Horizon):
+    """Distances 1 … S.
+
+    Every forward the formula is evaluated on exponential means (`memory`, 0.9 = a tenth new) of what was
+    observed. Feedback owns S until the formula moves by `formula_jump` or more. `stall_threshold` layers that
+    stalled give S + 1, `overfetch_threshold` needless prefetches give S - 1; a change resets both counters and
+    is followed by `cooldown_forwards` without another; both counters halve every forward. `count` says what is
+    a stall: `any`, or `late` alone (a wait for an expert that was on its way; a miss was not foreseen, and
+    looking farther does not help it).
+    """
+
+    def __init__(self, max_distance: int = 8, memory: float = 0.9, stall_threshold: int = 3,
+                 overfetch_threshold: int = 8, formula_jump: int = 2, cooldown_forwards: int = 1,
+                 count: str = "any") -> None:  # fmt: skip
+        if max_distance < 1:
+            raise ValueError(f"AdaptiveHorizon max_distance={max_distance} must be at least 1")
+        if not 0 <= memory < 1:
+            raise ValueError(f"AdaptiveHorizon memory={memory} must be in [0, 1)")
+        if stall_threshold < 1 or overfetch_threshold < 1:
+            raise ValueError("AdaptiveHorizon thresholds must be at least 1")
+        if count not in ("any", "late"):
+            raise ValueError(f"AdaptiveHorizon count={count!r} is unknown; choose any or late")
+        self.max_distance = max_distance
+        self.memory = memory
+        self.stall_threshold = stall_threshold
+        self.overfetch_threshold = overfetch_threshold
+        self.formula_jump = formula_jump
+        self.cooldown_forwards = cooldown_forwards
+        self.count = count
+
+    def start(self, view: View, future: Future | None) -> None:
+        self.view = view
+        self.limit = max(1, min(view.num_layers - 1, self.max_distance))
+        self.bytes_per_ns = 0.0
+        self.layer_ns = 0.0
+        self.formula = 0
+        self.num_stalls = self.num_overfetched = 0.0
+        self.changed_at = -1 - self.cooldown_forwards
+        self._seen = (0, 0, 0, 0)
+        self._windows = [list(range(1, size + 1)) for size in range(self.limit + 1)]
+        self._set(1 if view.num_layers > 1 else 0)
+
+    def _set(self, size: int) -> None:
+        self.size = size
+        self.num_stalls = self.num_overfetched = 0.0
+
+    def distances(self) -> Sequence[int]:
+        return self._windows[self.size]
+
+    def begin_forward(self, forward: Forward) -> None:
+        self.num_stalls /= 2
+        self.num_overfetched /= 2
+        self._observe()
+        expected = self.num_expected or self.view.top_k
+        if self.bytes_per_ns <= 0 or self.layer_ns <= 0 or self.size == 0:
+            return
+        needed = ceil(expected * self.view.expert_bytes / (self.bytes_per_ns * self.layer_ns))
+        formula = min(max(needed, 1), self.limit)
+        if self.formula == 0 or abs(formula - self.formula) >= self.formula_jump:
+            self.formula = formula
+            self._set(formula)
+
+    def _observe(self) -> None:
+        view = self.view
+        now = (view.link_bytes, view.link_busy_ns, view.layer_time_ns, view.num_layers_timed)
+        num_bytes, busy_ns, layer_ns, layers = (new - old for new, old in zip(now, self._seen, strict=True))
+        self._seen = now
+        if busy_ns > 0:
+            self.bytes_per_ns = self._mean(self.bytes_per_ns, num_bytes / busy_ns)
+        if layers > 0:
+            self.layer_ns = self._mean(self.layer_ns, layer_ns / layers)
+
+    def _mean(self, mean: float, value: float) -> float:
+        return value if mean == 0 else self.memory * mean + (1 - self.memory) * value
+
+    def feedback(self, feedback: Feedback) -> None:
+        if feedback.stall_ns > 0 and (self.count == "any" or feedback.num_late > 0):
+            self.num_stalls += 1
+            if self.num_stalls >= self.stall_threshold:
+                self._step(1)
+
+    def overfetched(self) -> None:
+        if self.size > 1:
+            self._count_overfetch()
+
+    def evicted(self, key: int, unused: bool) -> None:
+        if unused:
+            self._count_overfetch()
+
+    def _count_overfetch(self) -> None:
+        self.num_overfetched += 1
+        if self.num_overfetched >= self.overfetch_threshold:
+            self._step(-1)
+
+    def _step(self, change: int) -> None:
+        if self.view.forward - self.changed_at <= self.cooldown_forwards:
+            return
+        size = min(max(self.size + change, 1), self.limit)
+        if size != self.size:
+            self.changed_at = self.view.forward
+        self._set(size)

@@ -1,0 +1,1 @@
+"""Orders: what runs first within a layer? One file each."""

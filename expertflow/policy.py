@@ -1,0 +1,120 @@
+"""A policy: predictor, horizon, selection, eviction and order, composed.
+
+It asks the parts, the runtime acts. What it returns are values: the list of experts wanted, best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from expertflow.forward import Forward
+from expertflow.future import Future
+from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
+from expertflow.predictors.none import NoPredictor
+from expertflow.view import RESIDENT, Feedback, View
+
+
+class Policy:
+    """Five parts and the window of layers that has been predicted.
+
+    At layer l the distances not predicted before are predicted (normally only the farthest), unless the
+    predictor refreshes. Nearer layers come first in the list of wants.
+    """
+
+    def __init__(self, predictor: Predictor, horizon: Horizon, selection: Selection, eviction: Eviction,
+                 order: Order, future: Future | None = None) -> None:  # fmt: skip
+        self.predictor = predictor
+        self.horizon = horizon
+        self.selection = selection
+        self.eviction = eviction
+        self.order = order
+        self.parts: list[Part] = [predictor, horizon, selection, eviction, order]
+        self.future = future
+        self.prefetches = not isinstance(predictor, NoPredictor)
+        self.reach_counts: list[int] = []
+        """How many decisions looked this many layers ahead, by reach."""
+        for part in self.parts:
+            if part.uses_future and future is None:
+                raise ValueError(f"{type(part).__name__} needs the future of the trace and was given none")
+
+    @property
+    def uses_future(self) -> bool:
+        """Whether any part reads ahead in the trace: such a result is a reference, not a policy."""
+        return any(part.uses_future for part in self.parts)
+
+    def overrides(self, part: Part, hook: str) -> bool:
+        """Whether `part` answers `hook` itself."""
+        return getattr(type(part), hook) is not getattr(Part, hook, None) and not any(
+            getattr(type(part), hook) is vars(base).get(hook) for base in (Eviction, Horizon, Predictor, Selection, Order)
+        )
+
+    def listeners(self, hook: str) -> list[Callable[..., Any]]:
+        """The parts' own methods for `hook`, in the order of the parts."""
+        return [getattr(part, hook) for part in self.parts if self.overrides(part, hook)]
+
+    def start(self, view: View) -> None:
+        """Bind the parts to a run."""
+        self.view = view
+        self.reach_counts = [0] * (view.num_layers + 1)
+        self._window_event = [-1] * view.num_layers
+        self._window_keys: list[Sequence[int]] = [()] * view.num_layers
+        self._hears_predicted = self.overrides(self.eviction, "predicted")
+        self._hears_overfetch = self.overrides(self.horizon, "overfetched")
+        self._begin_listeners = self.listeners("begin_forward")
+        self._end_listeners = self.listeners("end_forward")
+        self._feedback_listeners = self.listeners("feedback")
+        for part in self.parts:
+            part.start(view, self.future if part.uses_future else None)
+
+    def prepare(self, forwards: Sequence[Forward]) -> None:
+        """Let the parts compute ahead what does not depend on timing."""
+        for heard in self.listeners("prepare"):
+            heard(forwards)
+
+    def begin_forward(self, forward: Forward) -> Sequence[int] | None:
+        """Before the forward runs; may return wants for its first layers (None = leave the queue as it is)."""
+        self.horizon.num_expected = self.selection.mean_selected()
+        for heard in self._begin_listeners:
+            heard(forward)
+        return None
+
+    def end_forward(self, forward: Forward) -> None:
+        """After the tokens have been read back."""
+        for heard in self._end_listeners:
+            heard(forward)
+
+    def begin_measuring(self) -> None:
+        """The warm-up is over."""
+        self.reach_counts = [0] * len(self.reach_counts)
+
+    def feedback(self, feedback: Feedback) -> None:
+        """About the layer before."""
+        for heard in self._feedback_listeners:
+            heard(feedback)
+
+    def decide(self, forward: Forward, layer: int) -> list[int]:
+        """Experts wanted for the layers ahead, best first, without what is resident or on its way."""
+        view = self.view
+        residency, num_layers, event = view.residency, view.num_layers, view.event
+        window_event, window_keys = self._window_event, self._window_keys
+        wants: list[int] = []
+        distances = self.horizon.distances()
+        self.reach_counts[distances[-1] if distances else 0] += 1
+        for distance in distances:
+            target = (layer + distance) % num_layers
+            if window_event[target] == event + distance and not self.predictor.refreshes:
+                keys = window_keys[target]
+            else:
+                scores = self.predictor.predict(forward, layer, distance)
+                keys = self.selection.select(scores, forward) if scores is not None else ()
+                window_event[target] = event + distance
+                window_keys[target] = keys
+                if self._hears_predicted and keys:
+                    self.eviction.predicted(keys, target)
+            absent = [key for key in keys if not residency[key]]
+            if absent:
+                wants += absent
+            elif distance == 2 and self._hears_overfetch and keys and all(residency[key] == RESIDENT for key in keys):
+                self.horizon.overfetched()
+        return wants

@@ -1,0 +1,1 @@
+"""Predictors: how likely is each expert of a later layer? One file each."""

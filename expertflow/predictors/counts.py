@@ -1,0 +1,78 @@
+"""Transition counts: how often experts of one layer follow those of another, and their log-odds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+class TransitionCounts:
+    """frequency [L, E]: forwards in which the expert was active, per token. cross [D, L, E, E]: source layer l
+    and expert, target expert at layer l + d (past the last layer: of the next forward). persistence [L, E, E]:
+    the same layer in the forward before."""
+
+    def __init__(self, num_layers: int, num_experts: int, max_distance: int) -> None:
+        self.L, self.E, self.D = num_layers, num_experts, max_distance
+        self.num_forwards = 0.0
+        self.frequency: Floats = np.zeros((num_layers, num_experts))
+        self.cross: Floats = np.zeros((max_distance, num_layers, num_experts, num_experts))
+        self.persistence: Floats = np.zeros((num_layers, num_experts, num_experts))
+
+    def load(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Start from fitted counts. Raises ValueError if they are of another model or not finite counts."""
+        shapes = {"frequency": (self.L, self.E), "persistence": (self.L, self.E, self.E), "num_forwards": (1,)}
+        for name, shape in shapes.items():
+            if name not in arrays or arrays[name].shape != shape:
+                found = arrays[name].shape if name in arrays else "nothing"
+                raise ValueError(f"fitted transition counts: {name} has shape {found}, the trace needs {shape}; "
+                                 "fit them on a trace of the same model (python -m traces fit-transition)")  # fmt: skip
+        cross = arrays.get("cross")
+        if cross is None or cross.ndim != 4 or cross.shape[1:] != (self.L, self.E, self.E):
+            raise ValueError(f"fitted transition counts: cross must be [D, {self.L}, {self.E}, {self.E}]; "
+                             "fit them on a trace of the same model (python -m traces fit-transition)")  # fmt: skip
+        values = {name: np.asarray(arrays[name], np.float64) for name in (*shapes, "cross")}
+        for name, value in values.items():
+            if not np.isfinite(value).all() or (value < 0).any():
+                raise ValueError(f"fitted transition counts: {name} holds values that are no counts (negative or NaN)")
+        self.num_forwards = float(values["num_forwards"][0])
+        self.frequency += values["frequency"]
+        self.persistence += values["persistence"]
+        num = min(self.D, len(cross))
+        self.cross[:num] += values["cross"][:num]
+
+    def learn(self, forwards: Sequence[tuple[Floats, int]]) -> None:
+        """Add consecutive forwards, each (activation counts [L, E], tokens); the first is only the one before.
+
+        A forward of n tokens adds its shares, so that prefill does not drown decode.
+        """
+        shares = np.stack([activations / tokens for activations, tokens in forwards])
+        before, now = shares[:-1].transpose(1, 2, 0), shares[1:].transpose(1, 0, 2)
+        self.num_forwards += len(shares) - 1
+        self.frequency += shares[1:].sum(axis=0)
+        self.persistence += before @ now
+        for distance in range(1, self.D + 1):
+            inside = self.L - distance
+            sources = shares[1:].transpose(1, 2, 0)
+            self.cross[distance - 1, :inside] += sources[:inside] @ now[distance:]
+            # Past the last layer the target belongs to the next forward: pairs (i - 1, i).
+            self.cross[distance - 1, inside:] += before[inside:] @ now[:distance]
+
+    def log_odds(self, smoothing: float) -> tuple[Floats, Floats, Floats]:
+        """(cross, persistence, popularity): log P(b | a) / P(b), twice, and log P(b), in nats.
+
+        P(b | a) is smoothed with `smoothing` counts of P(b), which itself starts uniform.
+        """
+        popularity = (self.frequency + smoothing / self.E) / (self.num_forwards + smoothing)
+        sources = self.frequency[:, :, None]
+        persistence = self._ratio(self.persistence, sources, popularity[:, None, :], smoothing)
+        targets = np.stack([np.roll(popularity, -d, axis=0) for d in range(1, self.D + 1)]) if self.D else self.cross
+        cross = self._ratio(self.cross, sources[None], targets[:, :, None, :], smoothing) if self.D else self.cross
+        return cross, persistence, np.log(popularity)
+
+    @staticmethod
+    def _ratio(counts: Floats, sources: Floats, target: Floats, smoothing: float) -> Floats:
+        return np.log((counts + smoothing * target) / (sources + smoothing) / target)

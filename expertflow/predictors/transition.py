@@ -1,0 +1,183 @@
+"""Experts of a later layer from the routing history alone: naive Bayes over transition counts, learned online.
+
+Log-odds of expert b at layer l+d add up from three sources, each damped because they overlap:
+popularity of b at l+d, the experts now chosen at layer l (cross-layer), and those that layer l+d chose in the
+forward before (persistence). All arithmetic between two layers is on integers, so that a block of forwards,
+one forward, and another machine give the same scores to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.forward import Forward
+from expertflow.future import Future
+from expertflow.parts import SCORE_ONE, Predictor, Scores
+from expertflow.predictors.counts import TransitionCounts
+from expertflow.predictors.ranking import rank_scores
+from expertflow.view import View
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+NAT = 1024
+"""Log-odds are integers in units of 1/1024 nat."""
+
+BLOCK = 64
+"""Forwards between two updates of the tables, at first; every eighth block after the eighth."""
+
+
+class TransitionPredictor(Predictor):
+    """`cross`, `persistence` and `popularity` are the damping exponents of the three sources.
+
+    Defaults: least calibration error on a training split (see results/LOG.md). `smoothing` is the weight of the
+    independent guess in counts. `warm` holds fitted counts: frequency [L, E], cross [D, L, E, E],
+    persistence [L, E, E] and num_forwards [1]; it is a start, the predictor goes on learning.
+    """
+
+    def __init__(self, max_distance: int = 8, cross: float = 0.525, persistence: float = 0.375,
+                 popularity: float = 0.75, smoothing: float = 8.0, keep: int = 0,
+                 warm: Mapping[str, npt.NDArray[np.generic]] | None = None) -> None:  # fmt: skip
+        if max_distance < 1:
+            raise ValueError(f"TransitionPredictor max_distance={max_distance} must be at least 1")
+        if smoothing <= 0:
+            raise ValueError(f"TransitionPredictor smoothing={smoothing} must be above 0")
+        self.max_distance = max_distance
+        self.cross, self.persistence, self.popularity = cross, persistence, popularity
+        self.smoothing = smoothing
+        self.keep = keep
+        self.warm = warm
+
+    def start(self, view: View, future: Future | None) -> None:
+        self.L, self.E, self.top_k = view.num_layers, view.num_experts, view.top_k
+        self.D = min(self.max_distance, self.L - 1) if self.L > 1 else 0
+        self.num_kept = min(self.E, self.keep or max(4 * self.top_k, 16))
+        self.counts = TransitionCounts(self.L, self.E, self.D)
+        if self.warm is not None:
+            self.counts.load(self.warm)
+        self.recent: list[tuple[Floats, int]] = []
+        """(activation counts [L, E], tokens) of the forwards to learn from; the first is context only."""
+        self.num_done = 0
+        self.previous: tuple[Floats, int] = (np.zeros((self.L, self.E)), 1)
+        self.current: tuple[Floats, int] = self.previous
+        self.num_known = 0
+        self.in_block = False
+        self.block_first = self.block_stop = 0
+        self.block: Floats = np.zeros((0, self.L, self.E))
+        self.before_block = self.previous
+        self.ready: dict[int, tuple[list[list[list[int]]], list[list[list[int]]]]] = {}
+        self._update_weights()
+        # exp(-x / NAT) in units of 2^-20; what lies more than 14 nats below the best counts as nothing.
+        self.exp = np.rint(np.exp(-np.arange(14 * NAT) / NAT) * (1 << 20))
+        self.exp[-1] = 0
+
+    def _update_weights(self) -> None:
+        cross, persistence, popularity = self.counts.log_odds(self.smoothing)
+        self.cross_weights = np.rint(NAT * self.cross * cross)
+        self.persistence_weights = np.rint(NAT * self.persistence * persistence)
+        self.popularity_weights = np.rint(NAT * self.popularity * popularity)
+        self.ready = {}
+
+    def prepare(self, forwards: Sequence[Forward]) -> None:
+        self.block_first = self.block_stop = 0
+        self.ready = {}
+        self.before_block = self.previous
+        plain = all(f.counts is None for f in forwards)
+        if not plain or any(len(keys) != self.top_k for f in forwards for keys in f.demands):
+            return
+        keys = np.array([f.demands for f in forwards], dtype=np.int64).reshape(len(forwards), -1)
+        block = np.zeros((len(forwards), self.L * self.E))
+        np.put_along_axis(block, keys, 1.0, axis=1)
+        self.block = block.reshape(len(forwards), self.L, self.E)
+        self.block_first, self.block_stop = forwards[0].index, forwards[-1].index + 1
+
+    def begin_forward(self, forward: Forward) -> None:
+        self.in_block = self.block_first <= forward.index < self.block_stop
+        if self.in_block:
+            self.current = (self.block[forward.index - self.block_first], 1)
+        else:
+            self.current = (np.zeros((self.L, self.E)), forward.num_tokens)
+            self.num_known = 0
+
+    def _know(self, forward: Forward, layer: int) -> None:
+        """Take note of the routing up to `layer`, which has become known."""
+        activations = self.current[0]
+        while self.num_known <= layer:
+            at = self.num_known
+            for key in forward.demands[at]:
+                activations[at, key - at * self.E] = 1 if forward.counts is None else forward.counts[at][key]
+            self.num_known += 1
+
+    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+        if distance > self.D:
+            return None
+        if self.in_block:
+            if distance not in self.ready:
+                self.ready[distance] = self._predict_block(distance)
+            keys, scores = self.ready[distance]
+            i = forward.index - self.block_first
+            return keys[layer][i], scores[layer][i]
+        self._know(forward, layer)
+        activations, num_now = self.current
+        before, num_before = self.current if layer + distance >= self.L else self.previous
+        target = (layer + distance) % self.L
+        row_keys, row_scores = self._score(activations[layer][None, None], before[target][None, None],
+                                           slice(layer, layer + 1), distance, num_now, num_before)  # fmt: skip
+        return row_keys[0][0].tolist(), row_scores[0][0].tolist()
+
+    def _predict_block(self, distance: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+        """Keys and scores [L][F][num_kept] for all forwards of the block at once."""
+        block, (before, num_before) = self.block.transpose(1, 0, 2), self.before_block
+        inside = self.L - distance
+        earlier = np.empty_like(block)
+        earlier[:inside, 1:] = block[distance:, :-1]
+        # The forward before the block may have held several tokens: its row is scored apart, below.
+        earlier[:inside, 0] = before[distance:] if num_before == 1 else 0.0
+        earlier[inside:] = block[:distance]
+        keys, scores = self._score(block, earlier, slice(0, self.L), distance, 1, 1)
+        if num_before > 1:
+            keys[:inside, :1], scores[:inside, :1] = self._score(
+                block[:inside, :1], before[distance:, None], slice(0, inside), distance, 1, num_before)  # fmt: skip
+        return keys.tolist(), scores.tolist()
+
+    def _score(self, now: Floats, before: Floats, layers: slice, distance: int, num_now: int,
+               num_before: int) -> tuple[Ints, Ints]:  # fmt: skip
+        """Keys and scores [l, F, num_kept], best first, for the source layers `layers`.
+
+        now [l, F, E]: activation counts at the source layers; before [l, F, E]: of the target layers, one
+        forward earlier. Integers in float64: exact in any order of summation, and BLAS does the work.
+        """
+        targets = np.arange(layers.start + distance, layers.stop + distance) % self.L
+        odds = now @ self.cross_weights[distance - 1, layers]
+        persistence = before @ self.persistence_weights[targets]
+        if num_now > 1:
+            odds = np.floor(odds / num_now)
+        if num_before > 1:
+            persistence = np.floor(persistence / num_before)
+        odds += persistence
+        odds += self.popularity_weights[targets][:, None]
+        below = np.minimum(odds.max(axis=2, keepdims=True) - odds, len(self.exp) - 1).astype(np.int32)
+        mass = self.exp[below]
+        # One correctly rounded division of exact integers: the same on every machine.
+        share = np.minimum(mass * (self.top_k * SCORE_ONE) / mass.sum(axis=2, keepdims=True), SCORE_ONE)
+        if num_now > 1:
+            share = np.rint(SCORE_ONE * (1.0 - (1.0 - share / SCORE_ONE) ** num_now))
+        return rank_scores(share.astype(np.int64), (targets * self.E)[:, None, None], self.num_kept)
+
+    def end_forward(self, forward: Forward) -> None:
+        if not self.in_block:
+            self._know(forward, self.L - 1)
+        if not self.recent:
+            self.recent.append(self.previous)
+        self.previous = self.current
+        self.recent.append(self.current)
+        self.num_done += 1
+        if self.num_done % BLOCK == 0:
+            self.counts.learn(self.recent)
+            self.recent = []
+            blocks = self.num_done // BLOCK
+            if blocks <= 8 or blocks % 8 == 0:
+                self._update_weights()

@@ -1,0 +1,446 @@
+"""The runtime loop: one generator for both machines, which yields what it waits for.
+
+One forward pass over the layers as in the numbered steps of `Runtime.run`. Time enters only through records.
+The compute stream's every nanosecond is booked once: a kernel running is compute; a gap is stall up to the
+device end of the copy that its first kernel was waiting for, and overhead for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+
+from expertflow.copy_queue import CopyQueue, Load
+from expertflow.counters import Counters
+from expertflow.forward import Forward
+from expertflow.journal import Journal
+from expertflow.machine import GATE, LOAD, TOKEN, Chunk, Machine, Mark, Record, Wait
+from expertflow.observer import Observer
+from expertflow.parts import DEMAND
+from expertflow.policy import Policy
+from expertflow.slots import Slots
+from expertflow.view import LOADING, RESIDENT, Feedback, View
+
+
+NOTHING: tuple[int, ...] = ()
+
+
+class StuckError(RuntimeError):
+    """Nothing can proceed and nothing is under way: a mistake of ours, printed with the state, never a hang."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run needs beside machine, policy and forwards. Sizes in bytes."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    num_slots: int
+    chunk_bytes: tuple[int, ...]
+    has_shared: bool = False
+    channel_depth: int = 2
+    num_staging: int = 0
+    serial: bool = False
+    """Copy and compute never overlap: an expert's copy starts when the expert before it has been computed."""
+    warmup_forwards: int = 0
+    initial: tuple[int, ...] = ()
+    """Keys resident at the start, best first, as far as they fit."""
+
+
+class Runtime:
+    """Drives one policy over a stream of forwards on one machine."""
+
+    def __init__(self, config: RunConfig, machine: Machine, policy: Policy, forwards: Iterable[Forward],
+                 observers: Sequence[Observer] = ()) -> None:  # fmt: skip
+        self.config = config
+        self.machine = machine
+        self.policy = policy
+        self.forwards = forwards
+        self.counters = Counters()
+        self.journal = Journal()
+        self.observers = list(observers)
+        self.eviction = policy.eviction
+        self.slots = Slots(config.num_layers, config.num_experts, config.num_slots, self.eviction.scope,
+                           config.num_staging)  # fmt: skip
+        slots_by_layer = self.slots.capacities if self.slots.by_layer else []
+        self.view = View(config.num_layers, config.num_experts, config.top_k, sum(config.chunk_bytes),
+                         config.num_slots, slots_by_layer, memoryview(self.slots.state).toreadonly())  # fmt: skip
+        self.queue = CopyQueue(machine, self.slots, self.view, self.counters, config.chunk_bytes,
+                               config.channel_depth, self._make_room)  # fmt: skip
+        self.queue.admitted = self.eviction.admitted
+        self.queue.landed_listeners = policy.listeners("landed")
+        self._evicted_listeners = policy.listeners("evicted")
+        self._layer_end_listeners = policy.listeners("layer_end")
+        self._routed_listeners = policy.listeners("routed")
+        self._releases = policy.overrides(self.eviction, "release")
+        self._acts_at_layer_end = bool(self._releases or self._layer_end_listeners or config.num_staging)
+        self._feedback = Feedback() if policy.listeners("feedback") else None
+        self._blame: dict[int, tuple[int, int, bool]] = {}
+        self._kinds: dict[int, tuple[str, int, tuple[int, ...]]] = {}
+        self._streamed_event = -1
+        self._launched: list[tuple[int, Sequence[int]]] = []
+        self._cursor_ns = 0
+        self._last_mark = 0
+        self._layer_start = (0, 0)
+        self._pending_serial: list[int] = []
+        policy.start(self.view)
+        for key in reversed(self.slots.fill(config.initial)):
+            self.eviction.admitted(key, DEMAND)
+
+    def run(self) -> Generator[Wait, Record, None]:
+        """The loop. Yields waits, is sent records; `counters` and `journal` are complete when it ends."""
+        machine, policy, queue, view, observers = self.machine, self.policy, self.queue, self.view, self.observers
+        layers = range(self.config.num_layers)
+        arrange = policy.order.arrange if policy.overrides(policy.order, "arrange") else None
+        serial = self.config.serial
+        for forward in self.forwards:
+            # 0. Begin: the policy hears what is known before any routing.
+            view.forward = forward.index
+            machine.begin_forward(forward)
+            wants = policy.begin_forward(forward)
+            if wants is not None:
+                queue.want(wants)
+                queue.pump()
+            for layer in layers:
+                # 1. Attention and router; the routing becomes known when the host has read it back.
+                mark = machine.attention(layer)
+                if observers:
+                    self._kinds[mark] = ("attention", layer, ())
+                while True:
+                    self._retire((yield (GATE, mark, queue.has_work)))
+                    if self._last_mark >= mark:
+                        break
+                    queue.pump()
+                view.layer = layer
+                view.event += 1
+                # 2. and 3. Classify against this moment, then queue and issue the demand.
+                ready, missing, late = self._classify(forward, layer)
+                if missing or late or queue.wanted:
+                    queue.arrive(layer, self._in_turn(missing) if serial else missing, late)
+                    queue.pump()
+                # 4. Launch what is there.
+                if missing or late:
+                    waiting = self._launch_ready(forward, layer, ready, missing, late)
+                else:
+                    waiting = []
+                    self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
+                # 5. Decide, while the device works.
+                if policy.prefetches:
+                    wants = policy.decide(forward, layer)
+                    machine.decided()
+                    if wants or queue.wanted:
+                        queue.want(wants)
+                        queue.pump()
+                # 6. Wait for the experts still missing; launch each when its last chunk has landed.
+                while waiting:
+                    if not queue.flight:
+                        waiting = self._unblock(forward, layer, waiting, missing)
+                        if not waiting:
+                            break
+                    self._retire((yield self._wait_for_load(waiting[0])))
+                    if queue.has_work:
+                        queue.pump()
+                    waiting = self._launch_landed(forward, layer, waiting, missing, policy.order.strict)
+                view.pinned = NOTHING
+                if self._acts_at_layer_end:
+                    self._end_layer(forward, layer)
+            # End: head, sampling, the tokens read back; prefetches of the next forward may copy meanwhile.
+            mark = machine.head()
+            if self.observers:
+                self._kinds[mark] = ("head", layer, ())
+            while True:
+                self._retire((yield (TOKEN, mark, queue.has_work)))
+                if queue.has_work:
+                    queue.pump()
+                if self._last_mark >= mark:
+                    break
+            self._end_forward(forward)
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def _classify(self, forward: Forward, layer: int) -> tuple[list[int], Sequence[int], Sequence[int]]:
+        keys = forward.demands[layer]
+        state, counters = self.slots.state, self.counters
+        if self._feedback is not None:
+            self._give_feedback(layer)
+        if self._routed_listeners:
+            for heard in self._routed_listeners:
+                heard(forward, layer)
+        self._launched = []
+        # A short list is searched faster than a set is made.
+        self.view.pinned = keys if len(keys) <= 8 else set(keys)
+        self.eviction.touched(keys)
+        ready = []
+        for key in keys:
+            if state[key] == RESIDENT:
+                ready.append(key)
+        counters.num_accesses += len(keys)
+        counters.num_hits += len(ready)
+        if self.queue.num_fresh:
+            self._book_used_prefetches(keys)
+        missing: Sequence[int] = ()
+        late: Sequence[int] = ()
+        if len(ready) < len(keys):
+            late = [key for key in keys if state[key] == LOADING]
+            if len(late) + len(ready) < len(keys):
+                missing = [key for key in forward.issue_order[layer] if not state[key]]
+            counters.num_late += len(late)
+            counters.num_misses += len(missing)
+            if self._feedback is not None:
+                self._feedback.num_late = len(late)
+                self._feedback.num_misses = len(missing)
+        if self.observers:
+            self._show_demand(forward, layer, ready, late, missing)
+        return ready, missing, late
+
+    def _book_used_prefetches(self, keys: Sequence[int]) -> None:
+        queue, state, counters = self.queue, self.slots.state, self.counters
+        for key in keys:
+            if queue.fresh[key]:
+                queue.fresh[key] = 0
+                queue.num_fresh -= 1
+                if state[key] == RESIDENT:
+                    counters.prefetch_useful += 1
+                else:
+                    counters.prefetch_late += 1
+
+    def _give_feedback(self, layer: int) -> None:
+        feedback, view = self._feedback, self.view
+        assert feedback is not None
+        stall_ns, start_ns = self.counters.stall_ns, self._layer_start[1]
+        feedback.stall_ns = stall_ns - self._layer_start[0]
+        feedback.layer = view.layer if view.event > 0 else -1
+        if view.event > 0:
+            view.layer_time_ns += self._cursor_ns - start_ns - feedback.stall_ns
+            view.num_layers_timed += 1
+            self.policy.feedback(feedback)
+        self._layer_start = (stall_ns, self._cursor_ns)
+        feedback.num_late = feedback.num_misses = 0
+
+    def _in_turn(self, missing: Sequence[int]) -> Sequence[int]:
+        """What to queue now: all of it, or in serial mode the first; the rest follows kernel by kernel."""
+        if not missing:
+            return missing
+        arranged = [key for key in self.policy.order.arrange(missing) if key in missing]
+        self._pending_serial = arranged[1:]
+        return arranged[:1]
+
+    def _launch_ready(self, forward: Forward, layer: int, ready: list[int], missing: Sequence[int],
+                      late: Sequence[int]) -> list[int]:  # fmt: skip
+        order = self.policy.order
+        if order.strict:
+            arranged = list(order.arrange(forward.demands[layer]))
+            stop = next(i for i, key in enumerate(arranged) if key not in ready)
+            first, waiting = arranged[:stop], arranged[stop:]
+        else:
+            first = order.arrange(ready)
+            waiting = self._in_landing_order(missing, late) if late else list(missing)
+        if first or self.config.has_shared:
+            self._launch(forward, layer, first, True)
+        return waiting
+
+    def _in_landing_order(self, missing: Sequence[int], late: Sequence[int]) -> list[int]:
+        loading = self.queue.loading
+        return sorted(late, key=lambda key: loading[key].id) + list(missing)
+
+    def _launch_landed(self, forward: Forward, layer: int, waiting: list[int], missing: Sequence[int],
+                       in_turn: bool) -> list[int]:  # fmt: skip
+        state = self.slots.state
+        if len(waiting) == 1:
+            if state[waiting[0]] != RESIDENT:
+                return waiting
+            landed, rest = waiting, []
+        elif in_turn:
+            stop = next((i for i, key in enumerate(waiting) if state[key] != RESIDENT), len(waiting))
+            landed, rest = waiting[:stop], waiting[stop:]
+        else:
+            landed = [key for key in waiting if state[key] == RESIDENT]
+            rest = [key for key in waiting if state[key] != RESIDENT] if len(landed) < len(waiting) else []
+        if not landed:
+            return rest
+        mark = self._launch(forward, layer, landed, False)
+        # The last to land is what held the group up.
+        landed_ns = self.queue.landed_ns
+        key = landed[0] if len(landed) == 1 else max(landed, key=landed_ns.__getitem__)
+        self._blame[mark] = (landed_ns[key], key, key in missing)
+        if self._pending_serial:
+            load = Load(self._pending_serial.pop(0), DEMAND)
+            load.after = mark
+            self.queue.demand_load(load)
+        if self.queue.demand:
+            self.queue.pump()
+        return rest
+
+    def _launch(self, forward: Forward, layer: int, keys: Sequence[int], shared: bool) -> int:
+        counts = forward.counts
+        mark = self.machine.experts(layer, keys, None if counts is None else counts[layer], shared)
+        self._launched.append((mark, keys))
+        if self.observers:
+            self._kinds[mark] = ("experts", layer, tuple(keys))
+        return mark
+
+    def _wait_for_load(self, key: int) -> Wait:
+        queue = self.queue
+        load = queue.loading.get(key)
+        if not queue.flight:
+            raise StuckError(
+                f"nothing can proceed at forward {self.view.forward}, layer {self.view.layer}: waiting for "
+                f"expert key {key}; pinned {sorted(self.view.pinned)}; {queue.describe()}"
+            )
+        return (LOAD, load.id if load is not None else 0, queue.has_work)
+
+    def _unblock(self, forward: Forward, layer: int, waiting: list[int], missing: Sequence[int]) -> list[int]:
+        """Fewer slots than demand: run what is there, whatever the order, so that its slots can be reused."""
+        rest = self._launch_landed(forward, layer, waiting, missing, in_turn=False)
+        self.queue.pump()
+        return rest
+
+    def _end_layer(self, forward: Forward, layer: int) -> None:
+        keys = forward.demands[layer]
+        slots, eviction = self.slots, self.eviction
+        if self._releases:
+            for key in eviction.release(layer, keys):
+                self._evict(key)
+        if slots.num_staging:
+            while len(slots.free[keys[0] // slots.span]) < slots.num_staging:
+                victim = eviction.victim(keys[0], DEMAND)
+                if victim is None:
+                    break
+                self._evict(victim)
+        for heard in self._layer_end_listeners:
+            heard(layer, keys)
+
+    def _end_forward(self, forward: Forward) -> None:
+        counters, now = self.counters, self.view.now_ns
+        counters.overhead_ns += now - self._cursor_ns
+        self._cursor_ns = now
+        counters.elapsed_ns = now
+        counters.link_busy_ns = self.view.link_busy_ns
+        counters.num_forwards += 1
+        self.journal.end_forward(forward, now)
+        self.policy.end_forward(forward)
+        for observer in self.observers:
+            observer.end_forward(forward, now)
+        if counters.num_forwards == self.config.warmup_forwards:
+            self.journal.begin_measuring(counters.copy())
+            self.policy.begin_measuring()
+
+    # -- slots ---------------------------------------------------------------------------------------------
+
+    def _make_room(self, load: Load) -> bool:
+        """Evict for `load`. The eviction part may refuse a prefetch, never a demand for good."""
+        victim = self.eviction.victim(load.key, load.cause)
+        if victim is None and load.cause == DEMAND:
+            victim = self._stream_victim(load)
+        if victim is None:
+            return False
+        self._evict(victim)
+        return True
+
+    def _stream_victim(self, load: Load) -> int | None:
+        """More demand than slots: experts of this layer whose kernel is launched may give way after all."""
+        view, pinned = self.view, self.view.pinned
+        launched = {key for _, keys in self._launched for key in keys}
+        if not launched:
+            return None
+        if self._streamed_event != view.event:
+            self._streamed_event = view.event
+            self.counters.num_streamed_layers += 1
+        view.pinned = set(pinned) - launched
+        victim = self.eviction.victim(load.key, load.cause)
+        view.pinned = pinned
+        return victim
+
+    def _evict(self, key: int) -> None:
+        reader = 0
+        if self._launched and key // self.config.num_experts == self.view.layer:
+            for mark, keys in self._launched:
+                if key in keys:
+                    reader = mark
+        self.slots.give_up(key, reader)
+        queue = self.queue
+        unused = bool(queue.fresh[key])
+        if unused:
+            queue.fresh[key] = 0
+            queue.num_fresh -= 1
+            self.counters.prefetch_evicted_unused += 1
+        self.counters.num_evictions += 1
+        for heard in self._evicted_listeners:
+            heard(key, unused)
+
+    # -- time ----------------------------------------------------------------------------------------------
+
+    def _retire(self, record: Record) -> None:
+        """Book what has ended. The only place where time enters."""
+        now_ns, chunks, marks = record
+        self.view.now_ns = now_ns
+        if chunks:
+            if self.observers:
+                self._show_chunks(chunks)
+            self.queue.retire(chunks)
+        if not marks:
+            return
+        counters, blame, cursor = self.counters, self._blame, self._cursor_ns
+        compute = overhead = 0
+        for mark, start_ns, end_ns in marks:
+            gap = start_ns - cursor
+            if blame and mark in blame:
+                landed_ns, key, is_miss = blame.pop(mark)
+                stall = min(max(landed_ns - cursor, 0), gap)
+                if is_miss:
+                    counters.miss_stall_ns += stall
+                else:
+                    counters.late_stall_ns += stall
+                gap -= stall
+                if stall and self.observers:
+                    self._show_stall(cursor, cursor + stall, key, is_miss)
+            overhead += gap
+            compute += end_ns - start_ns
+            cursor = end_ns
+        counters.compute_ns += compute
+        counters.overhead_ns += overhead
+        if self.observers:
+            self._show_kernels(marks)
+        self._cursor_ns = cursor
+        self._last_mark = mark
+
+    def _show_demand(self, forward: Forward, layer: int, hits: Sequence[int], late: Sequence[int],
+                     missing: Sequence[int]) -> None:  # fmt: skip
+        for observer in self.observers:
+            observer.demanded(forward, layer, self.view.now_ns, hits, late, missing)
+
+    def _show_chunks(self, chunks: Sequence[Chunk]) -> None:
+        for (_, chunk, start_ns, end_ns), load in zip(chunks, self.queue.flight, strict=False):
+            for observer in self.observers:
+                observer.copied(load.key, chunk, load.cause, start_ns, end_ns)
+
+    def _show_stall(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+        for observer in self.observers:
+            observer.stalled(start_ns, end_ns, key, is_miss)
+
+    def _show_kernels(self, marks: Sequence[Mark]) -> None:
+        for mark, start_ns, end_ns in marks:
+            kind, layer, keys = self._kinds.pop(mark, ("other", -1, ()))
+            for observer in self.observers:
+                observer.computed(kind, layer, keys, start_ns, end_ns)
+
+    # -- account -------------------------------------------------------------------------------------------
+
+    def check_identities(self) -> None:
+        """The identities that hold over every whole run; a breach is our mistake."""
+        c, queue = self.counters, self.queue
+        issued = c.prefetch_useful + c.prefetch_late + c.prefetch_evicted_unused + queue.num_fresh
+        dropped = c.dropped_replaced + c.dropped_passed + c.dropped_refused + c.dropped_became_demand
+        checks = {
+            "accesses = hits + late + misses": (c.num_accesses, c.num_hits + c.num_late + c.num_misses),
+            "elapsed = compute + stall + overhead": (c.elapsed_ns, c.compute_ns + c.stall_ns + c.overhead_ns),
+            "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),
+            "requested = issued + dropped + queued at end": (
+                c.prefetch_requested, c.prefetch_issued + dropped + len(queue.wanted)),
+        }  # fmt: skip
+        for name, (left, right) in checks.items():
+            if left != right:
+                raise AssertionError(f"identity broken: {name}: {left} != {right}")
+        if c.link_busy_ns > c.elapsed_ns:
+            raise AssertionError(f"link busy {c.link_busy_ns} ns in a run of {c.elapsed_ns} ns")

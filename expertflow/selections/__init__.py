@@ -1,0 +1,1 @@
+"""Selections: which of the predicted experts are wanted? One file each."""

@@ -1,0 +1,37 @@
+"""Experts until a prescribed share of the probability is covered: N_e of arXiv 2510.26730, section on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expertflow.forward import Forward
+from expertflow.parts import Scores
+from expertflow.selections.top_k import CountingSelection
+
+
+class Mass(CountingSelection):
+    """Best first until `mass` of the summed scores; at least top_k, at most `at_most` (0 = all experts)."""
+
+    def __init__(self, mass: float = 0.9, at_most: int = 0) -> None:
+        if not 0 < mass <= 1:
+            raise ValueError(f"Mass mass={mass} must be in (0, 1]")
+        if at_most < 0:
+            raise ValueError(f"Mass at_most={at_most} must be 0 (no limit) or more")
+        self.mass = mass
+        self.at_most = at_most
+
+    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
+        keys, values = scores
+        needed = int(self.mass * sum(values))
+        count = covered = 0
+        for value in values:
+            if covered >= needed:
+                break
+            covered += value
+            count += 1
+        count = max(count, self.top_k)
+        if self.at_most:
+            count = min(count, self.at_most)
+        self.num_selected += min(count, len(keys))
+        self.num_layers += 1
+        return keys[:count]

@@ -1,0 +1,34 @@
+"""Every expert that is likely enough, however many or few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expertflow.forward import Forward
+from expertflow.parts import SCORE_ONE, Scores
+from expertflow.selections.top_k import CountingSelection
+
+
+class Threshold(CountingSelection):
+    """Experts with a probability of at least `probability`; at most `at_most` (0 = no limit)."""
+
+    def __init__(self, probability: float = 0.5, at_most: int = 0) -> None:
+        if not 0 < probability <= 1:
+            raise ValueError(f"Threshold probability={probability} must be in (0, 1]")
+        if at_most < 0:
+            raise ValueError(f"Threshold at_most={at_most} must be 0 (no limit) or more")
+        self.limit = int(probability * SCORE_ONE)
+        self.at_most = at_most
+
+    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
+        keys, values = scores
+        count = 0
+        for value in values:
+            if value < self.limit:
+                break
+            count += 1
+        if self.at_most:
+            count = min(count, self.at_most)
+        self.num_selected += count
+        self.num_layers += 1
+        return keys[:count]

@@ -1,0 +1,56 @@
+"""What the parts of a policy may see: read-only facts derived from records, and the feedback of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+ABSENT = 0
+LOADING = 1
+RESIDENT = 2
+
+
+class View:
+    """State of the run as the policy may know it. Written by the runtime, read by the parts.
+
+    residency: memoryview [num_layers * num_experts], ABSENT, LOADING or RESIDENT by expert key.
+    pinned: keys demanded by the current layer.
+    link_bytes, link_busy_ns, layer_time_ns, num_layers_timed: running sums over the run; a part takes
+    differences. Layer time excludes stall; it is kept only if a part hears feedback.
+    """
+
+    __slots__ = (
+        "event", "expert_bytes", "forward", "layer", "layer_time_ns", "link_busy_ns", "link_bytes", "now_ns",
+        "num_experts", "num_layers", "num_layers_timed", "num_slots", "pinned", "residency", "slots_by_layer",
+        "top_k",
+    )  # fmt: skip
+
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, expert_bytes: int, num_slots: int,
+                 slots_by_layer: list[int], residency: memoryview) -> None:  # fmt: skip
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.expert_bytes = expert_bytes
+        self.num_slots = num_slots
+        self.slots_by_layer = slots_by_layer
+        self.residency = residency
+        self.pinned: Collection[int] = ()
+        self.forward = -1
+        self.layer = 0
+        self.event = -1
+        self.now_ns = 0
+        self.link_bytes = 0
+        self.link_busy_ns = 0
+        self.layer_time_ns = 0
+        self.num_layers_timed = 0
+
+
+class Feedback:
+    """What the GPU knows of a finished layer once the next routing is read: stall and classification."""
+
+    __slots__ = ("layer", "num_late", "num_misses", "stall_ns")
+
+    def __init__(self) -> None:
+        self.layer = 0
+        self.stall_ns = 0
+        self.num_late = 0
+        self.num_misses = 0

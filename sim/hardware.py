@@ -1,0 +1,146 @@
+"""What the simulated machine is made of: a GPU, its link to the host, the host's costs, the software stack.
+
+Data only: `sim.kernels` and `sim.link` turn it into times. Units stand in the names; GB = 1e9 bytes. Every
+figure of `conf/hardware` and `conf/stack` carries its origin in `sources`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from expertflow.model import check_range, from_mapping
+
+Curve = tuple[tuple[int, float], ...]
+"""Points (copy size in bytes, GB/s), sizes rising."""
+
+_SECOND_NS = 1_000_000_000
+_NS_REMEDY = "give whole nanoseconds, at most a second"
+_LINK_REMEDY = "give GB/s in one direction, as measured with pinned memory"
+_POSITIVE = {
+    "memory_gb": (1e5, "give GB of GPU memory"),
+    "memory_gb_per_s": (1e6, "give the peak of the GPU's own memory"),
+    "tflops": (1e6, "give dense bf16, without sparsity"),
+    "memory_efficiency": (1.0, "give the share of the peak"),
+    "compute_efficiency": (1.0, "give the share of the peak"),
+    "pageable_gb_per_s": (math.inf, "give GB/s of a copy from pageable memory"),
+}
+
+
+def _check_sources(group: str, spec: Hardware | Stack) -> None:
+    known = {item.name for item in fields(spec)} - {"name", "sources"}
+    if not isinstance(spec.sources, Mapping):
+        raise ValueError(f"{group}.sources={spec.sources!r} must map each figure's key to its origin")
+    for key, text in spec.sources.items():
+        if key not in known:
+            raise ValueError(f"{group}.sources.{key} is no figure; valid keys: {', '.join(sorted(known))}")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{group}.sources.{key}={text!r} must be text: a reference, or 'assumption: …'")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU with its host.
+
+    tflops: dense bf16, fp32 accumulate. memory_efficiency, compute_efficiency: the share of the two peaks
+    (memory_gb_per_s, tflops) that kernels reach.
+    link_gb_per_s: host to device, pinned, one way; an asymptotic figure or a curve by copy size, either
+    *without* link_latency_ns, which every copy pays on top (`sim.link`). Infinity is a copy in no time.
+    link_slowdown: factor on a copy's transfer time while kernels read memory.
+    launch_host_ns: a launch keeps the host busy. launch_latency_ns: from enqueuing to the kernel's start on an
+    idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until the
+    host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: a decision of the policy.
+    """
+
+    name: str
+    memory_gb: float
+    memory_gb_per_s: float
+    tflops: float
+    link_gb_per_s: float | Curve
+    pageable_gb_per_s: float
+    memory_efficiency: float
+    compute_efficiency: float
+    link_latency_ns: int
+    launch_host_ns: int
+    launch_latency_ns: int
+    issue_copy_ns: int
+    gate_sync_ns: int
+    token_sync_ns: int
+    decide_ns: int
+    link_slowdown: float = 1.0
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("hardware.name is empty; give the name of the conf/hardware file")
+        for key, (high, remedy) in _POSITIVE.items():
+            check_range(f"hardware.{key}", getattr(self, key), 0, high, above=True, remedy=remedy)
+        check_range("hardware.link_slowdown", self.link_slowdown, 1, 1000, remedy="1: compute slows no copy")
+        for key in (item.name for item in fields(self) if item.name.endswith("_ns")):
+            check_range(f"hardware.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
+        self._check_link()
+        _check_sources("hardware", self)
+
+    def _check_link(self) -> None:
+        link = self.link_gb_per_s
+        if not isinstance(link, tuple):
+            check_range("hardware.link_gb_per_s", link, 0, math.inf, above=True, remedy=_LINK_REMEDY)
+            return
+        if not link:
+            raise ValueError(f"hardware.link_gb_per_s=() has no points; {_LINK_REMEDY}")
+        last_bytes = 0
+        for num_bytes, gb_per_s in link:
+            key = f"hardware.link_gb_per_s[{num_bytes} bytes]"
+            check_range(key, gb_per_s, 0, 1e6, above=True, remedy=_LINK_REMEDY)
+            if num_bytes <= last_bytes:
+                raise ValueError(f"{key} follows {last_bytes} bytes; sizes must rise and be at least 1")
+            last_bytes = num_bytes
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The software that runs the model: time on the compute stream beside the kernels' own.
+
+    layer_overhead_ns: per MoE layer, before its attention (Python, small kernels, gaps between kernels).
+    head_overhead_ns: per forward, before the head (sampling, bookkeeping between tokens).
+    """
+
+    name: str
+    layer_overhead_ns: int
+    head_overhead_ns: int
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("stack.name is empty; give the name of the conf/stack file")
+        for key in ("layer_overhead_ns", "head_overhead_ns"):
+            check_range(f"stack.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
+        _check_sources("stack", self)
+
+
+def unsourced(spec: Hardware | Stack) -> list[str]:
+    """Figures of `spec` without a line in `sources`, in the order of the fields."""
+    return [item.name for item in fields(spec) if item.name not in {"name", "sources", *spec.sources}]
+
+
+def hardware_from_dict(values: Mapping[str, object]) -> Hardware:
+    """Hardware from the keys of a `conf/hardware` file; ValueError names an unknown, missing or wrong key."""
+    link = values.get("link_gb_per_s")
+    if isinstance(link, list | tuple):
+        values = {**values, "link_gb_per_s": tuple(_point(point) for point in link)}
+    elif "link_gb_per_s" in values and (isinstance(link, bool) or not isinstance(link, int | float)):
+        raise ValueError(f"hardware.link_gb_per_s={link!r} must be a number or a list of [bytes, GB/s]")
+    return from_mapping(Hardware, values, "hardware")
+
+
+def _point(point: object) -> tuple[int, float]:
+    match point:
+        case [int(num_bytes), int() | float() as gb_per_s] if not isinstance(num_bytes, bool):
+            return num_bytes, float(gb_per_s)
+    raise ValueError(f"hardware.link_gb_per_s: {point!r} must be a point [bytes, GB/s] with whole bytes")
+
+
+def stack_from_dict(values: Mapping[str, object]) -> Stack:
+    """A stack from the keys of a `conf/stack` file; ValueError names an unknown, missing or wrong key."""
+    return from_mapping(Stack, values, "stack")

@@ -1,0 +1,203 @@
+"""Recorded rows into forwards: continuous batching in trace order, prefill in chunks.
+
+Closed loop: what a forward contains never depends on time. A request is admitted, in trace order, as soon as
+fewer than `batch_size` are active; its prompt, where recorded, is prefilled at once, alone, in chunks; each
+decode forward then takes one token of every active request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.forward import DECODE, PREFILL, Forward
+from traces.reader import Trace
+
+BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How rows become forwards; `max_tokens` cuts the trace after so many rows (None = all)."""
+
+    batch_size: int = 1
+    prefill_chunk: int = 512
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or null for the whole trace")
+
+
+class RecordedRows:
+    """Access to what a trace holds beside routing (`expertflow.forward.Recorded`)."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def _rows(self, array: Any, rows: Any) -> npt.NDArray[Any]:
+        return np.concatenate([np.asarray(array[row : row + 1]) for row in rows])
+
+    def lookahead(self, rows: Any, layer: int) -> npt.NDArray[np.float32] | None:
+        trace = self._trace
+        if trace.lookahead is not None:
+            return self._rows(trace.lookahead, rows)[:, layer].astype(np.float32)
+        if trace.lookahead_ids is None or trace.lookahead_scores is None:
+            return None
+        ids = self._rows(trace.lookahead_ids, rows)[:, layer].astype(np.int64)
+        scores = self._rows(trace.lookahead_scores, rows)[:, layer].astype(np.float32) / 255.0
+        dense = np.zeros((*ids.shape[:2], trace.num_experts + 1), np.float32)
+        # Padding ids fall into the last column, which is cut off.
+        np.put_along_axis(dense, np.minimum(ids, trace.num_experts), scores, axis=2)
+        return dense[:, :, : trace.num_experts]
+
+    def embedding(self, rows: Any) -> npt.NDArray[np.float32] | None:
+        return None if self._trace.embedding is None else self._rows(self._trace.embedding, rows).astype(np.float32)
+
+    def token_ids(self, rows: Any) -> npt.NDArray[Any] | None:
+        return None if self._trace.token_ids is None else self._rows(self._trace.token_ids, rows)
+
+
+class _Request:
+    """A cursor over one request's rows, reading the trace in blocks."""
+
+    def __init__(self, trace: Trace, index: int, start: int, stop: int) -> None:
+        self.trace, self.index, self.start, self.next, self.stop = trace, index, start, start, stop
+        self.num_prompt = min(int(trace.prompt_len[index]), stop - start)
+        self.context = int(trace.context_len[index]) if trace.context_len is not None else 0
+        self.block = (start, start)
+        self.keys: list[list[list[int]]] = []
+
+    def load(self, offsets: npt.NDArray[np.int32]) -> None:
+        """Read the block that holds the next row as nested lists of expert keys, padding removed."""
+        stop = min(self.next + BLOCK_ROWS, self.stop)
+        raw = np.asarray(self.trace.experts[self.next : stop])
+        self.keys = (raw.astype(np.int32) + offsets).tolist()
+        padded = raw == self.trace.padding
+        if padded.any() and self.trace.padding >= self.trace.num_experts:
+            for row, layer in {(int(r), int(c)) for r, c, _ in np.argwhere(padded)}:
+                keep = ~padded[row, layer]
+                self.keys[row][layer] = [k for k, kept in zip(self.keys[row][layer], keep, strict=True) if kept]
+        self.block = (self.next, stop)
+
+    def take(self, offsets: npt.NDArray[np.int32]) -> list[list[int]]:
+        """Keys [L][K] of the next row."""
+        if not self.block[0] <= self.next < self.block[1]:
+            self.load(offsets)
+        row = self.keys[self.next - self.block[0]]
+        self.next += 1
+        return row
+
+    @property
+    def kv_len(self) -> int:
+        """KV length after the rows taken so far."""
+        return self.context + self.next - self.start
+
+
+class Batches:
+    """Iterable of forwards over a trace; iterating again starts again."""
+
+    def __init__(self, trace: Trace, config: BatchConfig) -> None:
+        self.trace = trace
+        self.config = config
+        self.num_tokens = min(trace.num_tokens, config.max_tokens or trace.num_tokens)
+        self._offsets = (np.arange(trace.num_layers, dtype=np.int32) * trace.num_experts)[:, None]
+        self._recorded = RecordedRows(trace)
+
+    def __iter__(self) -> Iterator[Forward]:
+        index = 0
+        active: list[_Request] = []
+        fresh: list[_Request] = []
+        waiting = self._requests()
+        more = True
+        while more or active:
+            while more and len(active) < self.config.batch_size:
+                request = next(waiting, None)
+                if request is None:
+                    more = False
+                    break
+                active.append(request)
+                fresh.append(request)
+                started: tuple[int, ...] = (request.index,)
+                while request.next - request.start < request.num_prompt:
+                    yield self._prefill(index, request, started)
+                    index, started = index + 1, ()
+                if request.num_prompt:
+                    fresh.remove(request)
+                if request.next == request.stop:
+                    active.remove(request)
+            if active:
+                yield self._decode(index, active, tuple(request.index for request in fresh))
+                index += 1
+                fresh = []
+                active = [request for request in active if request.next < request.stop]
+
+    def _requests(self) -> Iterator[_Request]:
+        starts = self.trace.request_start
+        for index in range(self.trace.num_requests):
+            start, stop = int(starts[index]), min(int(starts[index + 1]), self.num_tokens)
+            if start >= stop:
+                return
+            yield _Request(self.trace, index, start, stop)
+
+    def _decode(self, index: int, active: list[_Request], started: tuple[int, ...]) -> Forward:
+        rows = [request.next for request in active]
+        taken = [request.take(self._offsets) for request in active]
+        ended = tuple(request.index for request in active if request.next == request.stop)
+        requests = tuple(request.index for request in active)
+        kv_lens = tuple(request.kv_len for request in active)
+        if len(taken) == 1:
+            return Forward(index, DECODE, rows, requests, kv_lens, taken[0], taken[0], None, started, ended, True,
+                           self._recorded)  # fmt: skip
+        demands, counts = self._union(taken)
+        order = self._by_weight(demands, taken, rows)
+        return Forward(index, DECODE, rows, requests, kv_lens, demands, order, counts, started, ended, True,
+                       self._recorded)  # fmt: skip
+
+    def _prefill(self, index: int, request: _Request, started: tuple[int, ...]) -> Forward:
+        first = request.next
+        stop = min(first + self.config.prefill_chunk, request.start + request.num_prompt)
+        taken = [request.take(self._offsets) for _ in range(first, stop)]
+        rows = range(first, stop)
+        done = stop == request.start + request.num_prompt
+        ended = (request.index,) if request.next == request.stop else ()
+        demands, counts = self._union(taken)
+        order = self._by_weight(demands, taken, rows)
+        kv_lens = tuple(request.context + row - request.start + 1 for row in rows)
+        return Forward(index, PREFILL, rows, (request.index,), kv_lens, demands, order, counts, started, ended, done,
+                       self._recorded)  # fmt: skip
+
+    def _union(self, taken: list[list[list[int]]]) -> tuple[list[list[int]], list[dict[int, int]]]:
+        """Per layer: each key once, at its last occurrence in row then column order, and its token count."""
+        demands: list[list[int]] = []
+        counts: list[dict[int, int]] = []
+        for layer in range(self.trace.num_layers):
+            count: dict[int, int] = {}
+            for row in taken:
+                for key in row[layer]:
+                    # Popping first moves the key to the end: the last occurrence decides the order.
+                    count[key] = count.pop(key, 0) + 1
+            demands.append(list(count))
+            counts.append(count)
+        return demands, counts
+
+    def _by_weight(self, demands: list[list[int]], taken: list[list[list[int]]], rows: Any) -> list[list[int]]:
+        """Per layer the same keys, largest summed gate weight first, ties in touch order."""
+        if self.trace.weights is None:
+            return demands
+        weights = np.concatenate([np.asarray(self.trace.weights[row : row + 1]) for row in rows]).astype(np.float64)
+        result = []
+        for layer, keys in enumerate(demands):
+            total = dict.fromkeys(keys, 0.0)
+            for row, values in zip(taken, weights[:, layer].tolist(), strict=True):
+                for key, value in zip(row[layer], values, strict=False):
+                    total[key] += value
+            result.append(sorted(keys, key=lambda key: -total[key]))
+        return result
