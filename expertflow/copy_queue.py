@@ -1,4 +1,4 @@
-"""Host-to-device loads: what is wanted, in which order it is issued, and what is under way.
+"""Host-to-device loads: what is wanted, in which order it is issued, who gives way, and what is under way.
 
 Order of issue: demand (partly issued loads that became demand first, then misses in the order given), then
 the started prefetch, then the wanted prefetches, best first. At most `channel_depth` chunks are issued and
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from expertflow.counters import Counters
 from expertflow.machine import Chunk, Machine
-from expertflow.parts import DEMAND, PREFETCH
+from expertflow.parts import DEMAND, PREFETCH, Eviction
 from expertflow.slots import Slots
 from expertflow.view import ABSENT, LOADING, RESIDENT, View
 
@@ -33,26 +33,29 @@ class Load:
 
 
 class CopyQueue:
-    """Decides which chunk goes next and keeps the account of every load.
+    """Decides which chunk goes next, makes room for it and keeps the account of every load.
 
-    make_room(load) -> bool: evicts for a load that finds no free slot (the runtime's part).
+    The eviction part is asked for a victim; it may refuse a prefetch, never a demand for good.
+    launched: (mark, keys) of the kernels launched in the current layer, kept by the runtime.
     fresh[key] = 1 while a prefetched expert has not been demanded.
     """
 
     def __init__(self, machine: Machine, slots: Slots, view: View, counters: Counters,
-                 chunk_bytes: Sequence[int], depth: int, make_room: Callable[[Load], bool]) -> None:  # fmt: skip
+                 chunk_bytes: Sequence[int], depth: int, eviction: Eviction,
+                 evicted_listeners: Sequence[Callable[[int, bool], None]]) -> None:  # fmt: skip
         if depth < 1:
             raise ValueError(f"channel_depth={depth} must be at least 1")
         self.machine = machine
         self.slots = slots
-        self.admitted: Callable[[int, int], None] = lambda key, cause: None
         self.state = slots.state
         self.view = view
         self.counters = counters
         self.chunk_bytes = chunk_bytes
         self.num_chunks = len(chunk_bytes)
         self.depth = depth
-        self.make_room = make_room
+        self.eviction = eviction
+        self.evicted_listeners = evicted_listeners
+        self.launched: list[tuple[int, Sequence[int]]] = []
         self.has_work = False
         """Whether anything waits to be issued: then the runtime wakes at the next chunk's end."""
         self.demand: deque[Load] = deque()
@@ -64,6 +67,7 @@ class CopyQueue:
         self.fresh = bytearray(len(slots.state))
         self.num_fresh = 0
         self.num_loads = 0
+        self.streamed_event = -1
         self.landed_ns = [0] * len(slots.state)
         """Device time at which the last load of each key ended."""
         self.landed_listeners: list[Callable[[int], None]] = []
@@ -85,7 +89,10 @@ class CopyQueue:
             load.issued = chunk = chunk + 1
             flight.append(load)
             if chunk == self.num_chunks:
-                self._leave(load)
+                if self.demand and self.demand[0] is load:
+                    self.demand.popleft()
+                else:
+                    self._leave(load)
             elif load.cause == PREFETCH and not (self.demand and load in self.demand):
                 self.started = load
         self.has_work = bool(self.demand or self.wanted) or self.started is not None
@@ -117,26 +124,62 @@ class CopyQueue:
         key, slots = load.key, self.slots
         free = slots.free[key // slots.span]
         num_kept = slots.num_staging if load.cause == PREFETCH else 0
-        if len(free) <= num_kept and not self.make_room(load):
-            return False
+        if len(free) <= num_kept:
+            victim = self.eviction.victim(key, load.cause)
+            if victim is None and load.cause == DEMAND:
+                victim = self._stream_victim(load)
+            if victim is None:
+                return False
+            self.evict(victim)
         slot = load.slot = slots.slot_of[key] = free.pop()
         self.state[key] = LOADING
         load.id = self.num_loads = self.num_loads + 1
         if slots.reader[slot] > load.after:
             load.after = slots.reader[slot]
         self.loading[key] = load
-        self.admitted(key, load.cause)
+        self.eviction.admitted(key, load.cause)
         return True
+
+    def evict(self, key: int) -> None:
+        """`key` loses its slot now; a kernel of this layer that may still read it hands on its mark."""
+        slots, counters = self.slots, self.counters
+        reader = 0
+        if self.launched and key // slots.num_experts == self.view.layer:
+            for mark, keys in self.launched:
+                if key in keys:
+                    reader = mark
+        slots.give_up(key, reader)
+        unused = False
+        if self.fresh[key]:
+            unused = True
+            self.fresh[key] = 0
+            self.num_fresh -= 1
+            counters.prefetch_evicted_unused += 1
+        counters.num_evictions += 1
+        for heard in self.evicted_listeners:
+            heard(key, unused)
+
+    def _stream_victim(self, load: Load) -> int | None:
+        """More demand than slots: experts of this layer whose kernel is launched may give way after all."""
+        view = self.view
+        launched = {key for _, keys in self.launched for key in keys}
+        if not launched:
+            return None
+        if self.streamed_event != view.event:
+            self.streamed_event = view.event
+            self.counters.num_streamed_layers += 1
+        pinned = view.pinned
+        view.pinned = set(pinned) - launched
+        victim = self.eviction.victim(load.key, load.cause)
+        view.pinned = pinned
+        return victim
 
     def _leave(self, load: Load) -> None:
         """The last chunk of `load` is issued: it no longer waits in any queue."""
         if load is self.started:
             self.started = None
-        elif self.demand:
-            if self.demand[0] is load:
-                self.demand.popleft()
-            elif load in self.demand:
-                self.demand.remove(load)
+        elif load in self.demand:
+            self.demand.remove(load)
 
     def retire(self, chunks: Sequence[Chunk]) -> None:
         """Take note of chunks that have ended, in stream order."""

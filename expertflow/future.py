@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from expertflow.forward import Forward
 
 NEVER = 1 << 62
+BLOCK = 1024
 
 
 class Future:
@@ -40,31 +42,34 @@ class Future:
         head = np.ones(len(order), dtype=bool)
         head[1:] = ~same
         self._first[self.keys[order[head]]] = events[order[head]]
-        self._block = (-1, -1)
+        self._blocks: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
 
     def first_uses(self) -> list[int]:
         """First event that demands each key [num_keys]; NEVER if none does."""
         return list(map(int, self._first))
 
-    def _load(self, event: int) -> int:
-        first, last = self._block
-        if not first <= event < last:
-            first, last = event - event % 2048, min(event - event % 2048 + 2048, self.num_events)
-            start, stop = int(self.starts[first]), int(self.starts[last])
-            self._keys = self.keys[start:stop].tolist()
-            self._next = self.next_event[start:stop].tolist()
-            self._starts = (self.starts[first : last + 1] - start).tolist()
-            self._block = (first, last)
-        return event - first
+    def _block(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
+        """(keys, next uses) of BLOCK events as nested lists: indexing those is what numpy is slow at."""
+        block = self._blocks.get(index)
+        if block is None:
+            first, last = index * BLOCK, min(index * BLOCK + BLOCK, self.num_events)
+            bounds = self.starts[first : last + 1].tolist()
+            keys = self.keys[bounds[0] : bounds[-1]].tolist()
+            uses = self.next_event[bounds[0] : bounds[-1]].tolist()
+            spans = [(a - bounds[0], b - bounds[0]) for a, b in pairwise(bounds)]
+            block = ([keys[a:b] for a, b in spans], [uses[a:b] for a, b in spans])
+            while len(self._blocks) >= 4:
+                # A reader goes forward, with a look ahead: the lowest block is the one it has left.
+                del self._blocks[min(self._blocks)]
+            self._blocks[index] = block
+        return block
 
     def next_uses(self, event: int) -> list[int]:
         """Next event for each key of `event`, in touch order."""
-        i = self._load(event)
-        return list(self._next[self._starts[i] : self._starts[i + 1]])
+        return self._block(event // BLOCK)[1][event % BLOCK]
 
     def demand(self, event: int) -> list[int]:
         """Keys that `event` demands, in touch order; empty past the end."""
         if event >= self.num_events:
             return []
-        start, stop = int(self.starts[event]), int(self.starts[event + 1])
-        return [int(key) for key in self.keys[start:stop]]
+        return self._block(event // BLOCK)[0][event % BLOCK]

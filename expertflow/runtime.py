@@ -21,7 +21,6 @@ from expertflow.policy import Policy
 from expertflow.slots import Slots
 from expertflow.view import LOADING, RESIDENT, Feedback, View
 
-
 NOTHING: tuple[int, ...] = ()
 
 
@@ -67,10 +66,8 @@ class Runtime:
         self.view = View(config.num_layers, config.num_experts, config.top_k, sum(config.chunk_bytes),
                          config.num_slots, slots_by_layer, memoryview(self.slots.state).toreadonly())  # fmt: skip
         self.queue = CopyQueue(machine, self.slots, self.view, self.counters, config.chunk_bytes,
-                               config.channel_depth, self._make_room)  # fmt: skip
-        self.queue.admitted = self.eviction.admitted
+                               config.channel_depth, self.eviction, policy.listeners("evicted"))  # fmt: skip
         self.queue.landed_listeners = policy.listeners("landed")
-        self._evicted_listeners = policy.listeners("evicted")
         self._layer_end_listeners = policy.listeners("layer_end")
         self._routed_listeners = policy.listeners("routed")
         self._releases = policy.overrides(self.eviction, "release")
@@ -78,8 +75,6 @@ class Runtime:
         self._feedback = Feedback() if policy.listeners("feedback") else None
         self._blame: dict[int, tuple[int, int, bool]] = {}
         self._kinds: dict[int, tuple[str, int, tuple[int, ...]]] = {}
-        self._streamed_event = -1
-        self._launched: list[tuple[int, Sequence[int]]] = []
         self._cursor_ns = 0
         self._last_mark = 0
         self._layer_start = (0, 0)
@@ -167,7 +162,7 @@ class Runtime:
         if self._routed_listeners:
             for heard in self._routed_listeners:
                 heard(forward, layer)
-        self._launched = []
+        self.queue.launched = []
         # A short list is searched faster than a set is made.
         self.view.pinned = keys if len(keys) <= 8 else set(keys)
         self.eviction.touched(keys)
@@ -234,7 +229,7 @@ class Runtime:
             stop = next(i for i, key in enumerate(arranged) if key not in ready)
             first, waiting = arranged[:stop], arranged[stop:]
         else:
-            first = order.arrange(ready)
+            first = list(order.arrange(ready))
             waiting = self._in_landing_order(missing, late) if late else list(missing)
         if first or self.config.has_shared:
             self._launch(forward, layer, first, True)
@@ -275,7 +270,7 @@ class Runtime:
     def _launch(self, forward: Forward, layer: int, keys: Sequence[int], shared: bool) -> int:
         counts = forward.counts
         mark = self.machine.experts(layer, keys, None if counts is None else counts[layer], shared)
-        self._launched.append((mark, keys))
+        self.queue.launched.append((mark, keys))
         if self.observers:
             self._kinds[mark] = ("experts", layer, tuple(keys))
         return mark
@@ -301,13 +296,13 @@ class Runtime:
         slots, eviction = self.slots, self.eviction
         if self._releases:
             for key in eviction.release(layer, keys):
-                self._evict(key)
+                self.queue.evict(key)
         if slots.num_staging:
             while len(slots.free[keys[0] // slots.span]) < slots.num_staging:
                 victim = eviction.victim(keys[0], DEMAND)
                 if victim is None:
                     break
-                self._evict(victim)
+                self.queue.evict(victim)
         for heard in self._layer_end_listeners:
             heard(layer, keys)
 
@@ -325,49 +320,6 @@ class Runtime:
         if counters.num_forwards == self.config.warmup_forwards:
             self.journal.begin_measuring(counters.copy())
             self.policy.begin_measuring()
-
-    # -- slots ---------------------------------------------------------------------------------------------
-
-    def _make_room(self, load: Load) -> bool:
-        """Evict for `load`. The eviction part may refuse a prefetch, never a demand for good."""
-        victim = self.eviction.victim(load.key, load.cause)
-        if victim is None and load.cause == DEMAND:
-            victim = self._stream_victim(load)
-        if victim is None:
-            return False
-        self._evict(victim)
-        return True
-
-    def _stream_victim(self, load: Load) -> int | None:
-        """More demand than slots: experts of this layer whose kernel is launched may give way after all."""
-        view, pinned = self.view, self.view.pinned
-        launched = {key for _, keys in self._launched for key in keys}
-        if not launched:
-            return None
-        if self._streamed_event != view.event:
-            self._streamed_event = view.event
-            self.counters.num_streamed_layers += 1
-        view.pinned = set(pinned) - launched
-        victim = self.eviction.victim(load.key, load.cause)
-        view.pinned = pinned
-        return victim
-
-    def _evict(self, key: int) -> None:
-        reader = 0
-        if self._launched and key // self.config.num_experts == self.view.layer:
-            for mark, keys in self._launched:
-                if key in keys:
-                    reader = mark
-        self.slots.give_up(key, reader)
-        queue = self.queue
-        unused = bool(queue.fresh[key])
-        if unused:
-            queue.fresh[key] = 0
-            queue.num_fresh -= 1
-            self.counters.prefetch_evicted_unused += 1
-        self.counters.num_evictions += 1
-        for heard in self._evicted_listeners:
-            heard(key, unused)
 
     # -- time ----------------------------------------------------------------------------------------------
 

@@ -48,9 +48,10 @@ class Hardware:
     link_gb_per_s: host to device, pinned, one way; an asymptotic figure or a curve by copy size, either
     *without* link_latency_ns, which every copy pays on top (`sim.link`). Infinity is a copy in no time.
     link_slowdown: factor on a copy's transfer time while kernels read memory.
-    launch_host_ns: a launch keeps the host busy. launch_latency_ns: from enqueuing to the kernel's start on an
-    idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until the
-    host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: a decision of the policy.
+    launch_host_ns: a launch keeps the host busy. launch_latency_ns: from enqueuing to the start of the kernel
+    on an idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until
+    the host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: one decision of the
+    policy.
     """
 
     name: str

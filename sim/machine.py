@@ -15,6 +15,7 @@ import simpy
 from expertflow.forward import PREFILL, Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
 from expertflow.runtime import Runtime
+from sim.hardware import Hardware, Stack
 from sim.kernels import KernelTimes
 from sim.link import Link
 
@@ -32,6 +33,25 @@ class HostCosts:
     layer_overhead_ns: int = 0
     head_overhead_ns: int = 0
 
+    @classmethod
+    def of(cls, hardware: Hardware, stack: Stack) -> HostCosts:
+        """The costs of one host under one software stack."""
+        return cls(
+            launch_ns=hardware.launch_host_ns,
+            launch_latency_ns=hardware.launch_latency_ns,
+            issue_ns=hardware.issue_copy_ns,
+            gate_sync_ns=hardware.gate_sync_ns,
+            token_sync_ns=hardware.token_sync_ns,
+            decide_ns=hardware.decide_ns,
+            layer_overhead_ns=stack.layer_overhead_ns,
+            head_overhead_ns=stack.head_overhead_ns,
+        )
+
+    @property
+    def layer_serial_ns(self) -> int:
+        """Overhead on the compute stream that no schedule of a layer avoids: stack, routing read back, launch."""
+        return self.layer_overhead_ns + self.gate_sync_ns + self.launch_ns + self.launch_latency_ns
+
 
 class SimMachine:
     """Implements `expertflow.machine.Machine`. Both streams are first in, first out."""
@@ -48,6 +68,7 @@ class SimMachine:
         self._chunks: deque[Chunk] = deque()
         self._attention_ns: Sequence[int] = ()
         self._num_tokens = 0
+        self._head_ns = 0
         self._expert_ns = kernels.expert_ns(1)
         self._has_shared = kernels.shared_ns(1) > 0
         self._launch_ns = costs.launch_ns
@@ -62,15 +83,17 @@ class SimMachine:
         self._attention_ns = self.kernels.attention_list_ns(
             self._num_tokens, forward.kv_lens, forward.phase == PREFILL
         )
+        # Only rows that need logits reach the head: one per request, none before a prompt's last chunk.
+        self._head_ns = self.kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
 
     def _enqueue(self, duration_ns: int, gap_ns: int) -> int:
+        """`gap_ns` is the stack's own time: it begins when the stream is free and the launch has arrived."""
         # No max(): this runs twice a layer, and a call to a builtin costs more than the comparison.
-        now = self.now_ns + self._launch_ns
-        self.now_ns = now
-        start = self._stream_free_ns + gap_ns
-        now += self._latency_ns
-        if now > start:
-            start = now
+        now = self.now_ns = self.now_ns + self._launch_ns
+        start = now + self._latency_ns
+        if self._stream_free_ns > start:
+            start = self._stream_free_ns
+        start += gap_ns
         end = self._stream_free_ns = start + duration_ns
         mark = self._num_marks = self._num_marks + 1
         self._marks.append((mark, start, end))
@@ -90,7 +113,7 @@ class SimMachine:
         return self._enqueue(duration, 0)
 
     def head(self) -> int:
-        return self._enqueue(self.kernels.head_ns(self._num_tokens), self.costs.head_overhead_ns)
+        return self._enqueue(self._head_ns, self.costs.head_overhead_ns)
 
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         start = self.now_ns = self.now_ns + self._issue_ns

@@ -34,7 +34,8 @@ class TransitionPredictor(Predictor):
     """`cross`, `persistence` and `popularity` are the damping exponents of the three sources.
 
     Defaults: least calibration error on a training split (see results/LOG.md). `smoothing` is the weight of the
-    independent guess in counts. `warm` holds fitted counts: frequency [L, E], cross [D, L, E, E],
+    independent guess in counts. `keep`: how many of the best are returned for a single token (0 = all experts; all
+    anyway for several tokens). `warm` holds fitted counts: frequency [L, E], cross [D, L, E, E],
     persistence [L, E, E] and num_forwards [1]; it is a start, the predictor goes on learning.
     """
 
@@ -54,7 +55,7 @@ class TransitionPredictor(Predictor):
     def start(self, view: View, future: Future | None) -> None:
         self.L, self.E, self.top_k = view.num_layers, view.num_experts, view.top_k
         self.D = min(self.max_distance, self.L - 1) if self.L > 1 else 0
-        self.num_kept = min(self.E, self.keep or max(4 * self.top_k, 16))
+        self.num_kept = min(self.E, self.keep or self.E)
         self.counts = TransitionCounts(self.L, self.E, self.D)
         if self.warm is not None:
             self.counts.load(self.warm)
@@ -145,7 +146,7 @@ class TransitionPredictor(Predictor):
 
     def _score(self, now: Floats, before: Floats, layers: slice, distance: int, num_now: int,
                num_before: int) -> tuple[Ints, Ints]:  # fmt: skip
-        """Keys and scores [l, F, num_kept], best first, for the source layers `layers`.
+        """Keys and scores [l, F, kept], best first, for the source layers `layers`.
 
         now [l, F, E]: activation counts at the source layers; before [l, F, E]: of the target layers, one
         forward earlier. Integers in float64: exact in any order of summation, and BLAS does the work.
@@ -165,7 +166,8 @@ class TransitionPredictor(Predictor):
         share = np.minimum(mass * (self.top_k * SCORE_ONE) / mass.sum(axis=2, keepdims=True), SCORE_ONE)
         if num_now > 1:
             share = np.rint(SCORE_ONE * (1.0 - (1.0 - share / SCORE_ONE) ** num_now))
-        return rank_scores(share.astype(np.int64), (targets * self.E)[:, None, None], self.num_kept)
+        num_kept = self.num_kept if num_now == 1 else self.E
+        return rank_scores(share.astype(np.int64), (targets * self.E)[:, None, None], num_kept)
 
     def end_forward(self, forward: Forward) -> None:
         if not self.in_block:

@@ -13,8 +13,8 @@ from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, u
 
 ROOT = Path(conf.__file__).parent
 HARDWARE = [
-    "a100", "a6000", "a6000_as_printed", "gh200", "h100", "h20", "h200", "h20_as_printed", "ideal_link", "l40s",
-    "rtx3090", "rtx4090",
+    "a100", "a6000", "a6000_as_printed", "gh200", "h100", "h20", "h200", "h20_as_printed", "ideal_link",
+    "l40s", "rtx3090", "rtx4090",
 ]  # fmt: skip
 STACKS = ["eager", "graph"]
 AS_PRINTED = {"a6000_as_printed": 64, "h20_as_printed": 128}
@@ -40,25 +40,25 @@ def differences(first: Hardware, second: Hardware) -> set[str]:
 # -- the files -----------------------------------------------------------------------------------------------
 
 
-def test_every_file_is_listed_here():
+def test_every_file_is_listed_here() -> None:
     assert sorted(path.stem for path in (ROOT / "hardware").glob("*.yaml")) == sorted(HARDWARE)
     assert sorted(path.stem for path in (ROOT / "stack").glob("*.yaml")) == STACKS
 
 
 @pytest.mark.parametrize("name", HARDWARE)
-def test_every_figure_of_every_machine_has_an_origin(name: str):
+def test_every_figure_of_every_machine_has_an_origin(name: str) -> None:
     machine = hardware(name)
     assert machine.name == name
     assert unsourced(machine) == []
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_every_figure_of_every_stack_has_an_origin(name: str):
+def test_every_figure_of_every_stack_has_an_origin(name: str) -> None:
     assert stack(name).name == name
     assert unsourced(stack(name)) == []
 
 
-def test_a_figure_without_an_origin_is_found():
+def test_a_figure_without_an_origin_is_found() -> None:
     values = raw("hardware", "a100")
     del values["sources"]["tflops"]
     assert unsourced(hardware_from_dict(values)) == ["tflops"]
@@ -66,7 +66,7 @@ def test_a_figure_without_an_origin_is_found():
 
 
 @pytest.mark.parametrize("name", AS_PRINTED)
-def test_as_printed_differs_by_the_link_alone_and_says_two_way(name: str):
+def test_as_printed_differs_by_the_link_alone_and_says_two_way(name: str) -> None:
     printed, honest = hardware(name), hardware(name.removesuffix("_as_printed"))
     assert differences(printed, honest) == {"name", "link_gb_per_s", "sources"}
     assert printed.link_gb_per_s == AS_PRINTED[name]
@@ -75,7 +75,7 @@ def test_as_printed_differs_by_the_link_alone_and_says_two_way(name: str):
 
 
 @pytest.mark.parametrize("name", sorted({*HARDWARE} - {*AS_PRINTED, "ideal_link", "gh200"}))
-def test_no_other_link_exceeds_what_one_direction_carries(name: str):
+def test_no_other_link_exceeds_what_one_direction_carries(name: str) -> None:
     # One way, x16: PCIe 4 31.5 GB/s, PCIe 5 63 GB/s.
     machine = hardware(name)
     one_way = 63.0 if "PCIe 5" in machine.sources["link_gb_per_s"] else 31.5
@@ -84,7 +84,7 @@ def test_no_other_link_exceeds_what_one_direction_carries(name: str):
     assert machine.pageable_gb_per_s < machine.link_gb_per_s
 
 
-def test_the_ideal_link_is_the_a100_with_copies_in_no_time():
+def test_the_ideal_link_is_the_a100_with_copies_in_no_time() -> None:
     ideal = hardware("ideal_link")
     assert differences(ideal, hardware("a100")) == {
         "name", "link_gb_per_s", "pageable_gb_per_s", "link_latency_ns", "issue_copy_ns", "sources",
@@ -93,7 +93,7 @@ def test_the_ideal_link_is_the_a100_with_copies_in_no_time():
     assert ideal.link_latency_ns == ideal.issue_copy_ns == 0
 
 
-def test_eager_costs_a_millisecond_a_layer_and_graph_a_fiftieth():
+def test_eager_costs_a_millisecond_a_layer_and_graph_a_fiftieth() -> None:
     assert stack("eager").layer_overhead_ns == 1_000_000
     assert stack("graph").layer_overhead_ns == 20_000
 
@@ -110,7 +110,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("link_gb_per_s", ((1024, INF),), r"link_gb_per_s\[1024 bytes\]=inf is outside"),
     ("link_gb_per_s", ((1024, 5.0), (1024, 6.0)), r"\[1024 bytes\] follows 1024 bytes; sizes must rise"),
     ("link_gb_per_s", ((0, 5.0),), r"\[0 bytes\] follows 0 bytes; sizes must rise and be at least 1"),
-    ("pageable_gb_per_s", 0.0, r"pageable_gb_per_s=0\.0 is outside \(0, inf\]; give GB/s of a copy from pageable"),
+    ("pageable_gb_per_s", 0.0, r"pageable_gb_per_s=0\.0 is outside \(0, inf\]; give GB/s of a copy"),
     ("memory_gb", 0.0, r"memory_gb=0\.0 is outside \(0, 100000\]"),
     ("memory_gb_per_s", NAN, r"memory_gb_per_s=nan is outside"),
     ("memory_gb_per_s", INF, r"memory_gb_per_s=inf is outside"),
@@ -128,7 +128,7 @@ REFUSED: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "message"), REFUSED)
-def test_a_value_out_of_range_is_refused_with_its_range(key: str, value: Any, message: str):
+def test_a_value_out_of_range_is_refused_with_its_range(key: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         replace(hardware("a100"), **{key: value})
     # SimPy re-raises an error from its arguments: there must be one.
@@ -137,9 +137,9 @@ def test_a_value_out_of_range_is_refused_with_its_range(key: str, value: Any, me
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("memory_efficiency", 1.0), ("link_slowdown", 1.0), ("link_latency_ns", 0), ("decide_ns", 1_000_000_000)],
+    [("memory_efficiency", 1.0), ("link_slowdown", 1.0), ("link_latency_ns", 0), ("decide_ns", 10**9)],
 )
-def test_the_ends_of_the_ranges_are_allowed(key: str, value: Any):
+def test_the_ends_of_the_ranges_are_allowed(key: str, value: Any) -> None:
     assert getattr(replace(hardware("a100"), **{key: value}), key) == value
 
 
@@ -156,19 +156,19 @@ def test_the_ends_of_the_ranges_are_allowed(key: str, value: Any):
         ({"link_gb_per_s": [[1024, 5.0, 1]]}, r"\[1024, 5\.0, 1\] must be a point"),
     ],
 )
-def test_a_mapping_with_a_wrong_key_or_type_is_refused(changes: dict[str, Any], message: str):
+def test_a_mapping_with_a_wrong_key_or_type_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hardware_from_dict({**raw("hardware", "a100"), **changes})
 
 
-def test_a_missing_link_is_named_and_not_assumed():
+def test_a_missing_link_is_named_and_not_assumed() -> None:
     values = raw("hardware", "a100")
     del values["link_gb_per_s"]
-    with pytest.raises(ValueError, match=r"hardware lacks link_gb_per_s; choose a file of conf/hardware or add"):
+    with pytest.raises(ValueError, match=r"hardware lacks link_gb_per_s; choose a file of conf/hardware"):
         hardware_from_dict(values)
 
 
-def test_a_measured_curve_is_taken_from_a_list_of_points():
+def test_a_measured_curve_is_taken_from_a_list_of_points() -> None:
     curve = [[65536, 10], [4194304, 24.5]]
     machine = hardware_from_dict({**raw("hardware", "a100"), "link_gb_per_s": curve})
     assert machine.link_gb_per_s == ((65536, 10.0), (4194304, 24.5))
@@ -176,10 +176,12 @@ def test_a_measured_curve_is_taken_from_a_list_of_points():
     assert hardware_from_dict({**asdict(machine), "link_gb_per_s": curve}) == machine
 
 
-def test_a_stack_is_checked_like_hardware():
+def test_a_stack_is_checked_like_hardware() -> None:
     with pytest.raises(ValueError, match=r"stack\.layer_overhead_ns=-1 is outside"):
         Stack("bad", -1, 0)
-    with pytest.raises(ValueError, match=r"stack\.head_overhead is not a key; did you mean stack\.head_overhead_ns"):
+    with pytest.raises(
+        ValueError, match=r"stack\.head_overhead is not .* did you mean stack\.head_overhead_ns"
+    ):
         stack_from_dict({"name": "bad", "head_overhead": 0})
     with pytest.raises(ValueError, match=r"stack\.name is empty"):
         Stack("", 0, 0)

@@ -1,0 +1,183 @@
+"""`python -m sim`: one configuration, one run, one folder; or with -m a sweep of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from expertflow.observer import Observer
+from expertflow.policy import Policy
+from sim.output import fingerprint, is_done, provenance, to_json, write_text
+from sim.report import print_report
+from sim.run import baselines, bounds, describe, run_policy
+from sim.setup import CONF, Transfer, Workload, make_policy, make_workload
+from sim.twin import HitRecord, RedundancyCounter
+
+COMPARE = ("full", "none")
+_SWITCHES = ("twin", "timeline", "events", "skip_done")
+
+
+def slug(overrides: str) -> str:
+    """A folder name from Hydra's override string: short, safe, and different for different overrides."""
+    plain = "".join(c if c.isalnum() or c in "=,._-" else "-" for c in overrides.replace("+", "")) or "defaults"
+    if len(plain) <= 120:
+        return plain
+    return f"{plain[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+
+
+OmegaConf.register_new_resolver("slug", slug, replace=True)
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> float | None:
+    """Run what `cfg` says; returns TPOT in ms, so that Hydra's optimisers can use it."""
+    started = time.perf_counter()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    overrides = list(HydraConfig.get().overrides.task)
+    require_groups(cfg)
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    check_switches(plain)
+    work = make_workload(plain)
+    mark = fingerprint({k: v for k, v in plain.items() if k != "skip_done"}, work.trace_sha256)
+    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    if plain["skip_done"] and is_done(folder, mark):
+        console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
+        return None
+    (folder / "DONE").unlink(missing_ok=True)
+    metrics = run_job(plain, work, folder)
+    write_text(folder / "metrics.json", to_json(metrics))
+    write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, time.perf_counter() - started)))
+    write_text(folder / "DONE", mark + "\n")
+    print_report(console, metrics, _relative(folder))
+    mean = metrics["tpot_ms"]["mean"]
+    return None if mean is None else float(mean)
+
+
+def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[str, Any]:
+    """The metrics of one configuration, with the runs beside it; timeline and events go to `folder`."""
+    seed = cfg["seed"]
+    policy, transfer = make_policy(cfg["policy"], work, seed)
+    observers: list[Observer] = []
+    redundancy: RedundancyCounter | None = None
+    if cfg["twin"]:
+        redundancy = RedundancyCounter(twin_hits(cfg, work), work.warmup_forwards)
+        observers.append(redundancy)
+    metrics = {**describe(work, policy, cfg["policy"]["name"])}
+    with Recorders(cfg, work, folder) as recorders:
+        metrics |= run_policy(work, policy, transfer, observers + recorders.observers)
+    if redundancy is not None:
+        metrics["prefetch"]["redundant"] = redundancy.num_redundant
+    metrics["compare"], metrics["bounds"] = compare_runs(work) if cfg["compare"] == "full" else (None, None)
+    return metrics
+
+
+def twin_hits(cfg: dict[str, Any], work: Workload) -> HitRecord:
+    """The hits of the same policy with prefetch switched off."""
+    twin = {**cfg["policy"], "predictor": {"_target_": "expertflow.predictors.none.NoPredictor"}}
+    policy, transfer = make_policy(twin, work, cfg["seed"])
+    record = HitRecord()
+    run_policy(work, policy, transfer, [record])
+    return record
+
+
+def compare_runs(work: Workload) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of the baselines and the clairvoyant reference, and the bounds, all over the same workload."""
+    compare = {name: run_policy(work, policy, transfer) for name, (policy, transfer) in baselines().items()}
+    found = bounds(work)
+    compare["clairvoyant"] = found.clairvoyant_metrics
+    whole_run = work.warmup_forwards == 0
+    return compare, {
+        # The floor is of the whole run: with a warm-up left out there is nothing to hold it against.
+        "floor_ns": found.floor.floor_ns if whole_run else None,
+        "serial_ns": found.floor.serial_ns if whole_run else None,
+        "min_loads": found.floor.num_loads,
+        "clairvoyant_ns": found.clairvoyant_ns,
+        "clairvoyant": found.clairvoyant,
+    }
+
+
+class Recorders:
+    """Timeline and event table, if asked for; written at the end, or not at all."""
+
+    def __init__(self, cfg: dict[str, Any], work: Workload, folder: Path | None) -> None:
+        from sim.events import EventTable
+        from sim.timeline import Timeline
+
+        self.folder = folder
+        num_experts = work.model.num_experts
+        self.timeline = Timeline(cfg["policy"]["name"], num_experts) if cfg["timeline"] and folder else None
+        self.events = EventTable(folder / "events.parquet", num_experts) if cfg["events"] and folder else None
+        self.observers: list[Observer] = [one for one in (self.timeline, self.events) if one is not None]
+
+    def __enter__(self) -> Recorders:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            if self.events is not None:
+                self.events.abort()
+            return
+        if self.events is not None:
+            self.events.close()
+        if self.timeline is not None and self.folder is not None:
+            self.timeline.write(self.folder / "timeline.json")
+
+
+def require_groups(cfg: DictConfig) -> None:
+    """`hardware` and `policy` have no default: say what there is to choose from."""
+    for group in ("hardware", "policy"):
+        choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        if OmegaConf.is_missing(cfg, group):
+            raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {', '.join(choices)}")
+        if not isinstance(cfg[group], DictConfig):
+            raise ValueError(f"{group}={cfg[group]!r} is not a group choice; say +{group}=NAME with one of: "
+                             f"{', '.join(choices)}")  # fmt: skip
+
+
+def check_switches(cfg: dict[str, Any]) -> None:
+    """Refuse values of the plain keys that would silently mean something else."""
+    if cfg["compare"] not in COMPARE:
+        raise ValueError(f"compare={cfg['compare']!r} is unknown; choose one of: {', '.join(COMPARE)}")
+    for key in _SWITCHES:
+        if not isinstance(cfg[key], bool):
+            raise ValueError(f"{key}={cfg[key]!r} must be true or false")
+    if not isinstance(cfg["seed"], int) or isinstance(cfg["seed"], bool) or cfg["seed"] < 0:
+        raise ValueError(f"seed={cfg['seed']!r} must be a whole number of at least 0")
+
+
+def _relative(folder: Path) -> str:
+    try:
+        return str(folder.relative_to(Path.cwd()))
+    except ValueError:
+        return str(folder)
+
+
+def cli() -> int:
+    """Entry point: user errors become one line and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
+    from sim.errors import one_line
+
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept (skip_done=true goes on from there)", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+__all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]

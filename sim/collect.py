@@ -1,0 +1,100 @@
+"""`python -m sim.collect FOLDER`: gather the finished runs below a folder into one table (Parquet and CSV)."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sim.output import write_text
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested metrics as one row: `prefetch.useful` and so on; the runs beside it are left out."""
+    row: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if key == "compare":
+            continue
+        if isinstance(value, dict):
+            row |= flatten(value, f"{prefix}{key}.")
+        else:
+            row[f"{prefix}{key}"] = value
+    return row
+
+
+def derived(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The columns people plot: per token in ms, and rates."""
+    tokens = max(metrics["num_tokens"], 1)
+    accesses = max(metrics["num_accesses"], 1)
+    row = {
+        "residency": metrics["capacity"]["residency"],
+        "tpot_ms": metrics["tpot_ms"]["mean"],
+        "stall_ms_per_token": metrics["stall_ns"] / tokens / 1e6,
+        "late_ms_per_token": metrics["late_stall_ns"] / tokens / 1e6,
+        "miss_ms_per_token": metrics["miss_stall_ns"] / tokens / 1e6,
+        "hit_rate": metrics["num_hits"] / accesses,
+        "link_utilisation": metrics["link"]["utilisation"],
+    }
+    bounds = metrics.get("bounds")
+    if bounds and bounds["floor_ns"] is not None:
+        row["floor_stall_ms_per_token"] = (bounds["floor_ns"] - bounds["serial_ns"]) / tokens / 1e6
+        row["floor_ms_per_token"] = bounds["floor_ns"] / tokens / 1e6
+    return row
+
+
+def collect(folder: Path) -> pd.DataFrame:
+    """One row a finished run (those with `DONE`), sorted by run folder. ValueError if there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give the folder of a sweep")
+    rows = []
+    for done in sorted(folder.rglob("DONE")):
+        path = done.parent / "metrics.json"
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            row = {"run": str(done.parent.relative_to(folder)), **flatten(metrics), **derived(metrics)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not the metrics of a run ({error}); remove the folder or run it again") from error
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{folder}: no finished run below it (none has a DONE file)")
+    return pd.DataFrame(rows)
+
+
+def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """`name`.parquet and `name`.csv in `folder`, each whole or not at all."""
+    csv, parquet = folder / f"{name}.csv", folder / f"{name}.parquet"
+    write_text(csv, table.to_csv(index=False, lineterminator="\n"))
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    temporary = parquet.with_suffix(".parquet.tmp")
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(parquet)
+    return [parquet, csv]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sim.collect", description=__doc__,
+        epilog="example: python -m sim -m +hardware=a100 +policy=lru,adaptive residency=0.25,0.5 hydra.sweep.dir=sweep "
+               "compare=none && python -m sim.collect sweep")  # fmt: skip
+    parser.add_argument("folder", type=Path, help="the folder of a sweep (hydra.sweep.dir) or of several")
+    parser.add_argument("--name", default="table", help="file name without suffix (default: table)")
+    args = parser.parse_args(words)
+    try:
+        table = collect(args.folder)
+        paths = write_table(table, args.folder, args.name)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(table)} runs: {', '.join(str(path) for path in paths)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Users' errors as one line: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+
+def one_line(error: BaseException) -> str | None:
+    """The message for a user, or None if the error is a mistake of ours and deserves its traceback."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _hydra(error)
+    if isinstance(error, ValueError | OSError | MemoryError):
+        return _first_line(str(error) or type(error).__name__)
+    return None
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else text
+
+
+def _hydra(error: BaseException) -> str:
+    """Hydra says what and, on further lines, which choices there are: join them, and add the remedy it leaves out."""
+    text = str(error)
+    chain = error.__cause__
+    message = _first_line(text)
+    missing = re.search(r"Could not find '([\w./-]+)/([\w.@-]+)'", text)
+    if missing:
+        found = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
+        options = [line.strip() for line in found.group(1).splitlines()] if found else []
+        near = difflib.get_close_matches(missing.group(2), options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{missing.group(1)}={missing.group(2)} does not exist{hint} Choose one of: {', '.join(options)}"
+    if "Could not override" in text or "Key '" in text or "not in struct" in str(chain or ""):
+        return f"{message.rstrip('.')}; unknown keys are refused: see conf/config.yaml for those there are"
+    return message

@@ -1,0 +1,162 @@
+"""A run as a table of accesses: one Parquet row per expert that a layer of a forward demanded.
+
+Written in row groups as the run goes, so memory does not grow with it. Knows nothing of machines or policies.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from expertflow.forward import DECODE, PREFILL, Forward
+from expertflow.observer import Observer
+
+PHASES = (DECODE, PREFILL)
+CLASSES = ("hit", "late", "miss")
+HIT, LATE, MISS = range(3)
+NOT_COPIED = -1
+
+_WORD = pa.dictionary(pa.int8(), pa.string())
+SCHEMA = pa.schema([
+    pa.field("forward", pa.int32(), nullable=False),
+    pa.field("phase", _WORD, nullable=False),
+    pa.field("layer", pa.int32(), nullable=False),
+    pa.field("expert", pa.int32(), nullable=False),
+    pa.field("class", _WORD, nullable=False),
+    pa.field("known_ns", pa.int64(), nullable=False),
+    pa.field("tokens", pa.int32(), nullable=False),
+    pa.field("stall_ns", pa.int64(), nullable=False),
+    pa.field("landed_ns", pa.int64(), nullable=True),
+])  # fmt: skip
+
+
+class _Columns:
+    """Rows not yet written, column by column."""
+
+    def __init__(self) -> None:
+        self.forward = array("i")
+        self.phase = array("b")
+        self.layer = array("i")
+        self.expert = array("i")
+        self.outcome = array("b")
+        self.known_ns = array("q")
+        self.tokens = array("i")
+        self.stall_ns = array("q")
+        self.landed_ns = array("q")
+
+    def table(self) -> pa.Table:
+        landed = np.array(self.landed_ns, dtype=np.int64)
+        columns = [
+            pa.array(np.array(self.forward, dtype=np.int32)),
+            _words(np.array(self.phase, dtype=np.int8), PHASES),
+            pa.array(np.array(self.layer, dtype=np.int32)),
+            pa.array(np.array(self.expert, dtype=np.int32)),
+            _words(np.array(self.outcome, dtype=np.int8), CLASSES),
+            pa.array(np.array(self.known_ns, dtype=np.int64)),
+            pa.array(np.array(self.tokens, dtype=np.int32)),
+            pa.array(np.array(self.stall_ns, dtype=np.int64)),
+            pa.array(landed, mask=landed == NOT_COPIED),
+        ]
+        return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _words(indices: npt.NDArray[np.int8], words: Sequence[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(list(words)))
+
+
+class EventTable(Observer):
+    """Writes `path` (Parquet), one row per access, a layer's rows in touch order, warm-up included.
+
+    forward, phase (decode, prefill), layer, expert, class (hit, late, miss); known_ns: when the routing
+    became known; tokens routed to the expert; stall_ns: how long the compute stream waited for it; landed_ns:
+    device end of the copy that was waited for, null for a hit. The stall column sums to the run's stall.
+
+    Until `close` the rows stand in a temporary file beside `path`; `abort` removes it. Memory holds
+    `rows_per_group` rows, 34 bytes each, and the rows of one layer.
+    """
+
+    def __init__(self, path: str | Path, num_experts: int, rows_per_group: int = 1 << 16) -> None:
+        if num_experts < 1 or rows_per_group < 1:
+            raise ValueError(
+                f"EventTable num_experts={num_experts}, rows_per_group={rows_per_group}: "
+                "both must be 1 or more"
+            )
+        self.path = Path(path)
+        self.num_experts = num_experts
+        self.rows_per_group = rows_per_group
+        self._partial = self.path.with_name(self.path.name + ".tmp")
+        self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._partial, SCHEMA, compression="zstd")
+        self._columns = _Columns()
+        self._open: dict[int, int] = {}
+        """Row of each key of the layer that is running: its stall and its landing are yet to come."""
+
+    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
+                 missing: Sequence[int]) -> None:  # fmt: skip
+        self._settle()
+        columns, first_key = self._columns, layer * self.num_experts
+        phase = PHASES.index(forward.phase)
+        counts = None if forward.counts is None else forward.counts[layer]
+        outcomes = dict.fromkeys(hits, HIT) | dict.fromkeys(late, LATE) | dict.fromkeys(missing, MISS)
+        for key in forward.demands[layer]:
+            self._open[key] = len(columns.forward)
+            columns.forward.append(forward.index)
+            columns.phase.append(phase)
+            columns.layer.append(layer)
+            columns.expert.append(key - first_key)
+            columns.outcome.append(outcomes[key])
+            columns.known_ns.append(now_ns)
+            columns.tokens.append(1 if counts is None else counts[key])
+            columns.stall_ns.append(0)
+            columns.landed_ns.append(NOT_COPIED)
+
+    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+        row = self._open.get(key)
+        if row is None:
+            raise AssertionError(f"a stall on expert key {key}, which the running layer does not demand")
+        self._columns.stall_ns[row] += end_ns - start_ns
+
+    def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
+        row = self._open.get(key)
+        if row is not None and self._columns.outcome[row] != HIT:
+            # The last chunk to be reported is the one that completes the expert.
+            self._columns.landed_ns[row] = end_ns
+
+    def end_forward(self, forward: Forward, now_ns: int) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Nothing more is to come for the rows held: write them if they fill a group."""
+        self._open.clear()
+        if len(self._columns.forward) >= self.rows_per_group:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            raise AssertionError(f"{self.path} is closed")
+        self._writer.write_table(self._columns.table())
+        self._columns = _Columns()
+
+    def close(self) -> None:
+        """Write the rest and give the file its name."""
+        self._open.clear()
+        if len(self._columns.forward):
+            self._flush()
+        if self._writer is None:
+            raise AssertionError(f"{self.path} is closed")
+        self._writer.close()
+        self._writer = None
+        os.replace(self._partial, self.path)
+
+    def abort(self) -> None:
+        """The run failed: leave no file behind. Does nothing after `close`."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self._partial.unlink(missing_ok=True)

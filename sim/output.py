@@ -1,0 +1,99 @@
+"""The output folder of a run: each file written whole or not at all, `DONE` last.
+
+Nothing without `DONE` counts as a result. `DONE` holds the fingerprint of what was run, so that a sweep that
+is started again repeats nothing and takes no stale result for a fresh one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("expertflow", "simpy", "numpy", "pandas", "pyarrow", "safetensors", "hydra-core")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def to_json(value: Any) -> str:
+    """JSON with stable bytes: keys in the order given, no NaN."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def fingerprint(cfg: Mapping[str, Any], trace_sha256: str) -> str:
+    """Of all that decides a result: configuration, trace content and the version of this package's code."""
+    body = json.dumps(cfg, sort_keys=True, default=str)
+    return hashlib.sha256(f"{body}\n{trace_sha256}\n{code_sha256()}".encode()).hexdigest()
+
+
+def code_sha256() -> str:
+    """Content hash of the packages that decide results."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("expertflow", "sim", "traces"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_done(folder: Path, mark: str) -> bool:
+    """Whether `folder` holds the finished result of exactly this run."""
+    try:
+        return (folder / "DONE").read_text(encoding="utf-8").strip() == mark
+    except OSError:
+        return False
+
+
+def provenance(overrides: list[str], trace_sha256: str, wall_s: float) -> dict[str, Any]:
+    """Where a result came from: code, trace, versions, host, time taken."""
+    commit, dirty = _git_state()
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "code_sha256": code_sha256(),
+        "overrides": overrides,
+        "trace_sha256": trace_sha256,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "host": {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()},
+        "wall_s": round(wall_s, 3),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None, None
+    try:
+        commit = _git(root, "rev-parse", "HEAD").strip()
+        return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10).stdout

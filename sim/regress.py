@@ -1,0 +1,118 @@
+"""`python -m sim.regress record|check FILE`: pin the metrics of chosen runs on chosen traces, and say what moved.
+
+The file is JSON: {"runs": {NAME: {"overrides": [...], "metrics": {...}}}}. `record` runs the overrides and
+writes the metrics; `check` runs them again, prints every number that moved and by how much, and fails if one
+did. Paths of traces in the overrides are taken relative to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from sim.app import check_switches, run_job
+from sim.bench import configure
+from sim.collect import flatten
+from sim.errors import one_line
+from sim.output import to_json, write_text
+from sim.setup import make_workload
+
+Pins = dict[str, Any]
+
+
+def read_pins(path: Path) -> Pins:
+    """The runs of a golden file. ValueError if it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; write one with runs and overrides, then record") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable JSON ({error})") from error
+    runs = content.get("runs") if isinstance(content, dict) else None
+    if not isinstance(runs, dict) or not runs:
+        raise ValueError(f'{path}: needs {{"runs": {{NAME: {{"overrides": [...]}}}}}} with at least one run')
+    for name, run in runs.items():
+        overrides = run.get("overrides") if isinstance(run, dict) else None
+        if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+            raise ValueError(f"{path}: run {name!r} needs overrides, a list of strings as on the command line")
+    return runs
+
+
+def run_once(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """Metrics of one configuration, flat."""
+    words = [_resolve(word, folder) for word in overrides]
+    cfg = configure(words)
+    check_switches(cfg)
+    return flatten(run_job(cfg, make_workload(cfg), None))
+
+
+def _resolve(word: str, folder: Path) -> str:
+    key, _, value = word.partition("=")
+    return f"{key}={(folder / value).resolve()}" if key == "trace.path" else word
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each metric that moved, appeared or went."""
+    lines = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        if key not in new:
+            lines.append(f"{key}: {old[key]} → gone")
+        elif key not in old:
+            lines.append(f"{key}: new, {new[key]}")
+        elif old[key] != new[key]:
+            lines.append(f"{key}: {old[key]} → {new[key]}{_change(old[key], new[key])}")
+    return lines
+
+
+def _change(old: Any, new: Any) -> str:
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (old, new))
+    return f" ({100 * (new - old) / old:+.3f} %)" if numbers and old else ""
+
+
+def record(path: Path) -> int:
+    """Run everything and pin it."""
+    runs = read_pins(path)
+    for name, run in runs.items():
+        run["metrics"] = run_once(run["overrides"], path.parent)
+        print(f"recorded {name}")
+    write_text(path, to_json({"runs": runs}))
+    return 0
+
+
+def check(path: Path) -> int:
+    """Run everything and compare; 1 if something moved."""
+    runs = read_pins(path)
+    moved = 0
+    for name, run in runs.items():
+        if not run.get("metrics"):
+            raise ValueError(f"{path}: run {name!r} has no metrics yet; record first")
+        lines = differences(run["metrics"], json.loads(to_json(run_once(run["overrides"], path.parent))))
+        moved += bool(lines)
+        print(f"{name}: {'identical' if not lines else f'{len(lines)} metrics moved'}")
+        for line in lines:
+            print(f"    {line}")
+    print(f"{len(runs) - moved} of {len(runs)} runs identical")
+    return 1 if moved else 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m sim.regress", description=__doc__)
+    parser.add_argument("action", choices=("record", "check"))
+    parser.add_argument("file", type=Path)
+    args = parser.parse_args(words)
+    try:
+        return record(args.file) if args.action == "record" else check(args.file)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

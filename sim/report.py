@@ -1,0 +1,82 @@
+"""The table that a run prints: what was run, and each number beside what it is read against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_NAMES = {"floor": "floor (no schedule can be faster)"}
+
+
+def _per_token(metrics: dict[str, Any], key: str) -> str:
+    return f"{metrics[key] / max(metrics['num_tokens'], 1) / 1e6:.3f}"
+
+
+def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None) -> list[str]:
+    prefetch, accesses = metrics["prefetch"], max(metrics["num_accesses"], 1)
+    issued = prefetch["issued"]
+    left = f"{100 * metrics['stall_ns'] / on_demand_stall_ns:.2f} %" if on_demand_stall_ns else "–"
+    mean = metrics["tpot_ms"]["mean"]
+    return [
+        name,
+        "–" if mean is None else f"{mean:.3f}",
+        _per_token(metrics, "stall_ns"),
+        _per_token(metrics, "late_stall_ns"),
+        _per_token(metrics, "miss_stall_ns"),
+        left,
+        f"{100 * metrics['num_hits'] / accesses:.2f} %",
+        f"{100 * (prefetch['useful'] + prefetch['late']) / issued:.1f} %" if issued else "–",
+        f"{100 * metrics['link']['utilisation']:.1f} %",
+    ]
+
+
+def print_report(console: Console, metrics: dict[str, Any], folder: str | None) -> None:
+    """One table a person can read, from the metrics of a run and those beside it."""
+    capacity, trace = metrics["capacity"], metrics["trace"]
+    console.print(
+        f"[bold]{metrics['policy']}[/bold] on {metrics['hardware']} ({metrics['stack']} stack), {metrics['model']}, "
+        f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests; "
+        f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of the experts",
+        highlight=False,
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for title in ("TPOT ms", "stall ms/token", "late", "miss", "of on-demand", "hits", "prefetch used", "link busy"):
+        table.add_column(title, justify="right")
+    compare = metrics["compare"] or {}
+    base = compare.get("on_demand", {}).get("stall_ns")
+    table.add_row(*_row(metrics["policy"], metrics, base), style="bold")
+    for name, other in compare.items():
+        table.add_row(*_row(name, other, base))
+    bounds = metrics["bounds"]
+    if bounds and bounds["floor_ns"] is not None:
+        tokens = max(metrics["num_tokens"], 1)
+        stall = (bounds["floor_ns"] - bounds["serial_ns"]) / tokens / 1e6
+        share = f"{100 * stall * tokens * 1e6 / base:.2f} %" if base else "–"
+        table.add_row("floor", f"{bounds['floor_ns'] / tokens / 1e6:.3f}", f"{stall:.3f}", "", "", share, "", "", "",
+                      style="dim")  # fmt: skip
+    console.print(table)
+    _print_notes(console, metrics, folder)
+
+
+def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) -> None:
+    notes = []
+    if metrics["uses_future"]:
+        notes.append("this policy reads ahead in the trace: a reference, not something that can be deployed")
+    if metrics["num_streamed_layers"]:
+        notes.append(f"{metrics['num_streamed_layers']} layer passes demanded more experts than there were slots: "
+                     "they streamed through")  # fmt: skip
+    if metrics["link"]["utilisation"] > 0.95:
+        notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
+    if metrics["compare"]:
+        notes.append("clairvoyant: the best of five schedules that know the future; floor: no schedule is faster")
+    redundant = metrics["prefetch"]["redundant"]
+    if redundant is not None:
+        notes.append(f"{redundant} of {metrics['prefetch']['useful']} useful prefetches were redundant: the same "
+                     "policy without prefetch hit there too")  # fmt: skip
+    for note in notes:
+        console.print(f"  {note}", style="dim", highlight=False)
+    if folder is not None:
+        console.print(f"written to {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,129 @@
+"""One policy over one workload, and the runs beside it that its numbers are read against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expertflow.bounds import Floor, floor, min_loads
+from expertflow.clairvoyant import portfolio
+from expertflow.evictions.keep_nothing import KeepNothing
+from expertflow.evictions.lru import LRU
+from expertflow.horizons.fixed import FixedHorizon
+from expertflow.metrics import SCHEMA, collect_metrics
+from expertflow.observer import Observer
+from expertflow.orders.resident_first import ResidentFirst
+from expertflow.policy import Policy
+from expertflow.predictors.none import NoPredictor
+from expertflow.runtime import RunConfig, Runtime
+from expertflow.selections.top_k import TopK
+from sim.kernels import KernelTimes
+from sim.link import Link, chunk_sizes
+from sim.machine import HostCosts, SimMachine, simulate
+from sim.setup import Transfer, Workload, forwards_for
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The floor under every schedule, and the best of the named clairvoyant ones."""
+
+    floor: Floor
+    clairvoyant_ns: int
+    clairvoyant: str
+    clairvoyant_metrics: dict[str, Any]
+
+
+def run_policy(work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+    """Simulate `policy` over `work`; the metrics of `expertflow.metrics`, after the identities were checked."""
+    model = work.model
+    chunk_bytes = tuple(chunk_sizes(model.expert_bytes, int(work.chunk_mib * 2**20)))
+    link = Link(work.hardware, memory=transfer.memory)
+    kernels = KernelTimes(model, work.hardware, work.stack)
+    machine = SimMachine(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
+    config = RunConfig(
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        num_slots=work.num_slots,
+        chunk_bytes=chunk_bytes,
+        has_shared=model.shared_intermediate > 0,
+        channel_depth=work.channel_depth,
+        num_staging=transfer.staging_slots,
+        serial=transfer.serial,
+        warmup_forwards=work.warmup_forwards,
+        initial=work.initial(),
+    )
+    runtime = Runtime(config, machine, policy, forwards_for(policy, work), observers)
+    simulate(runtime, machine)
+    runtime.check_identities()
+    if work.warmup_forwards >= runtime.counters.num_forwards:
+        raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
+                         f"{runtime.counters.num_forwards} forwards")  # fmt: skip
+    return collect_metrics(runtime)
+
+
+def describe(work: Workload, policy: Policy, name: str) -> dict[str, Any]:
+    """What was run, as the head of the metrics. A start that was chosen from the whole trace uses the future."""
+    return {
+        "schema": SCHEMA,
+        "world": "sim",
+        "policy": name,
+        "hardware": work.hardware.name,
+        "model": work.model.name,
+        "stack": work.stack.name,
+        "trace": {
+            "name": work.trace.name,
+            "sha256": work.trace_sha256,
+            "num_tokens": work.batches.num_tokens,
+            "num_requests": work.trace.num_requests,
+        },
+        "uses_future": policy.uses_future or work.start == "popular",
+        "capacity": {"num_slots": work.num_slots, "residency": work.residency},
+    }
+
+
+def baselines() -> dict[str, tuple[Policy, Transfer]]:
+    """The runs beside a single run: no reuse at all, and a cache without prefetch."""
+    return {
+        "on_demand": (_without_prefetch(KeepNothing()), Transfer()),
+        "lru": (_without_prefetch(LRU()), Transfer()),
+    }
+
+
+def _without_prefetch(eviction: LRU) -> Policy:
+    return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst())
+
+
+def bounds(work: Workload) -> Bounds:
+    """Floor and clairvoyant reference of `work`. Raises nothing that the runs do not."""
+    best: tuple[int, str, dict[str, Any]] | None = None
+    for name, policy in portfolio(work.future).items():
+        metrics = run_policy(work, policy, Transfer())
+        if best is None or metrics["elapsed_ns"] < best[0]:
+            best = (metrics["elapsed_ns"], name, metrics)
+    assert best is not None
+    return Bounds(run_floor(work), *best)
+
+
+def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
+    """The floor for schedules with the slots of `work` (and staging buffers), over the whole run."""
+    model = work.model
+    kernels = KernelTimes(model, work.hardware, work.stack)
+    costs = HostCosts.of(work.hardware, work.stack)
+    serial: list[int] = []
+    heads: list[int] = []
+    for forward in work.batches:
+        attention = kernels.attention_list_ns(forward.num_tokens, forward.kv_lens, forward.phase == "prefill")
+        shared = kernels.shared_ns(forward.num_tokens)
+        for layer, keys in enumerate(forward.demands):
+            if forward.counts is None:
+                experts = len(keys) * kernels.expert_ns(1)
+            else:
+                experts = sum(kernels.expert_ns(forward.counts[layer][key]) for key in keys)
+            serial.append(attention[layer] + shared + experts + costs.layer_serial_ns)
+        head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
+        heads.append(head + costs.head_overhead_ns + costs.token_sync_ns)
+    fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
+    totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
+    return floor(totals, serial, heads, fastest, kernels.expert_ns(1), model.num_layers)

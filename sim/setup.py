@@ -1,0 +1,246 @@
+"""From a composed configuration to the objects of a run: trace, model, hardware, stack, policy.
+
+Every user error is a ValueError with one line that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from hydra.utils import instantiate
+from traces.reader import Trace, open_trace
+
+from expertflow.forward import Forward
+from expertflow.future import Future
+from expertflow.model import ModelSpec, model_from_dict
+from expertflow.policy import Policy
+from expertflow.predictors.none import NoPredictor
+from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
+from sim.link import PAGEABLE, PINNED
+from sim.warm import warm_counts
+from traces.batching import BatchConfig, Batches
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+STARTS = ("cold", "popular", "resident")
+WORKSPACE_GB = 1.5
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run, on what: everything but the policy."""
+
+    trace: Trace
+    trace_sha256: str
+    model: ModelSpec
+    hardware: Hardware
+    stack: Stack
+    batches: Batches
+    num_slots: int
+    chunk_mib: float
+    channel_depth: int
+    start: str
+    warmup_forwards: int
+
+    @cached_property
+    def future(self) -> Future:
+        """The demand of the whole trace; made only for references."""
+        return Future(self.batches, self.model.num_layers * self.model.num_experts)
+
+    @property
+    def residency(self) -> float:
+        """Share of all routed experts that have a slot."""
+        return self.num_slots / (self.model.num_layers * self.model.num_experts)
+
+    def initial(self) -> tuple[int, ...]:
+        """Keys resident at the start, best first."""
+        num_keys = self.model.num_layers * self.model.num_experts
+        if self.start == "cold":
+            return ()
+        if self.start == "resident":
+            return tuple(range(num_keys))
+        counts = np.bincount(self.future.keys, minlength=num_keys)
+        return tuple(int(key) for key in np.argsort(-counts, kind="stable"))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How a policy's copies run: from `pinned` or `pageable` memory; `serial` = never beside compute."""
+
+    memory: str = PINNED
+    serial: bool = False
+    staging_slots: int = 0
+
+    def __post_init__(self) -> None:
+        if self.memory not in (PINNED, PAGEABLE):
+            raise ValueError(f"policy.transfer.memory={self.memory!r} is unknown; choose {PINNED} or {PAGEABLE}")
+        if self.staging_slots < 0:
+            raise ValueError(f"policy.transfer.staging_slots={self.staging_slots} must be 0 or more")
+
+
+def make_workload(cfg: Mapping[str, Any]) -> Workload:
+    """Trace, model, hardware and capacity of the configuration; ValueError where they do not fit together."""
+    _check_choice("start", cfg["start"], STARTS)
+    hardware = hardware_from_dict(cfg["hardware"])
+    stack = stack_from_dict(cfg["stack"])
+    trace = make_trace(cfg["trace"])
+    model = make_model(cfg["model"], trace)
+    batch = BatchConfig(
+        _whole(cfg, "batch_size", 1), _whole(cfg, "prefill_chunk", 1),
+        None if cfg["max_tokens"] is None else _whole(cfg, "max_tokens", 1))  # fmt: skip
+    batches = Batches(trace, batch)
+    chunk_mib = cfg["chunk_mib"]
+    if not isinstance(chunk_mib, int | float) or isinstance(chunk_mib, bool) or not 0 < chunk_mib <= 4096:
+        raise ValueError(f"chunk_mib={chunk_mib!r} must be a number of MiB in (0, 4096]")
+    warmup = _whole(cfg, "warmup_forwards", 0)
+    num_slots = _num_slots(cfg, model, trace, batch.batch_size)
+    return Workload(trace, trace.sha256(), model, hardware, stack, batches, num_slots, float(chunk_mib),
+                    _whole(cfg, "channel_depth", 1), cfg["start"], warmup)  # fmt: skip
+
+
+def make_trace(cfg: Mapping[str, Any]) -> Trace:
+    """The trace at `path`, or one generated from the shipped parameters."""
+    unknown = set(cfg) - {"path", "num_tokens", "num_requests", "seed", "params"}
+    if unknown:
+        raise ValueError(f"trace.{sorted(unknown)[0]} is no key; known: path, num_tokens, num_requests, seed, params")
+    if cfg.get("path") is not None:
+        path = cfg["path"]
+        return open_trace(path if isinstance(path, str) else list(path))
+    from sim.default_trace import generated_trace
+
+    return generated_trace(_whole(cfg, "num_tokens", 1, "trace."), _whole(cfg, "num_requests", 1, "trace."),
+                           _whole(cfg, "seed", 0, "trace."), cfg.get("params"))  # fmt: skip
+
+
+def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
+    """The named model, or the one that the trace names; its shape must be the trace's."""
+    if cfg.get("name") == "auto":
+        path = CONF / "model" / f"{trace.model}.yaml"
+        known = sorted(p.stem for p in (CONF / "model").glob("*.yaml") if p.stem != "auto")
+        if trace.model not in known:
+            raise ValueError(f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
+                             f"say model=NAME with one of: {', '.join(known)}")  # fmt: skip
+        model = model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    else:
+        model = model_from_dict(cfg)
+    for key in ("num_layers", "num_experts"):
+        if getattr(model, key) != getattr(trace, key):
+            raise ValueError(f"model={model.name} has {key}={getattr(model, key)}, the trace {trace.name} "
+                             f"{key}={getattr(trace, key)}; choose the model that was recorded (model=auto)")  # fmt: skip
+    if trace.top_k > model.top_k:
+        raise ValueError(f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; "
+                         "choose the model that was recorded (model=auto)")  # fmt: skip
+    return model
+
+
+def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_size: int) -> int:
+    num_keys = model.num_layers * model.num_experts
+    gigabytes, residency = cfg["gpu_memory_gb"], cfg["residency"]
+    if gigabytes is None:
+        if not isinstance(residency, int | float) or isinstance(residency, bool) or not 0 < residency <= 1:
+            raise ValueError(f"residency={residency!r} must be in (0, 1]: the share of all experts that have a slot")
+        slots = int(residency * num_keys + 1e-9)
+        if slots < 1:
+            raise ValueError(f"residency={residency} of {num_keys} experts leaves no slot at all; "
+                             f"the least is residency={1 / num_keys:.6f}")  # fmt: skip
+        return slots
+    if not isinstance(gigabytes, int | float) or isinstance(gigabytes, bool) or not 0 < gigabytes < float("inf"):
+        raise ValueError(f"gpu_memory_gb={gigabytes!r} must be a number of GB above 0")
+    context = int(np.max(np.diff(trace.request_start)))
+    if trace.context_len is not None:
+        context = int(np.max(np.diff(trace.request_start) + np.asarray(trace.context_len)))
+    fixed = model.non_expert_bytes + model.kv_bytes(context) * batch_size + int(WORKSPACE_GB * 1e9)
+    slots = int((gigabytes * 1e9 - fixed) // model.expert_bytes)
+    if slots < 1:
+        need = (fixed + model.expert_bytes) / 1e9
+        raise ValueError(f"gpu_memory_gb={gigabytes}: weights outside the experts, KV and workspace take "
+                         f"{fixed / 1e9:.2f} GB and leave no slot for an expert; give at least {need:.2f}")  # fmt: skip
+    return min(slots, num_keys)
+
+
+def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Policy, Transfer]:
+    """Compose the five parts of a `conf/policy` file for this workload."""
+    transfer = Transfer(**_known_keys(cfg.get("transfer") or {}, ("memory", "serial", "staging_slots"), "policy.transfer"))
+    if "_target_" in cfg:
+        # A policy that is not composed of parts; only references that know the future are built that way.
+        own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
+        return _part(own, "policy", future=work.future), transfer
+    known = {"name", "predictor", "horizon", "selection", "eviction", "order", "transfer"}
+    unknown = sorted(set(cfg) - known)
+    if unknown:
+        raise ValueError(f"policy.{unknown[0]} is no key; known: {', '.join(sorted(known))}")
+    missing = sorted(known - {"name", "transfer"} - set(cfg))
+    if missing:
+        raise ValueError(f"policy.{missing[0]} is missing; compose it with policy/{missing[0]}=NAME")
+    predictor = _make_predictor(dict(cfg["predictor"]), work, seed)
+    parts = [_part(cfg[name], f"policy.{name}") for name in ("horizon", "selection", "eviction", "order")]
+    needs_future = any(part.uses_future for part in (predictor, *parts))
+    policy = Policy(predictor, *parts, future=work.future if needs_future else None)
+    return policy, transfer
+
+
+def _make_predictor(cfg: dict[str, Any], work: Workload, seed: int) -> Any:
+    if "lookahead" in cfg and "transition" in cfg:
+        recorded = work.trace.lookahead is not None or work.trace.lookahead_ids is not None
+        cfg = dict(cfg["lookahead" if recorded else "transition"])
+    extra: dict[str, Any] = {}
+    if "warm" in cfg:
+        extra["warm"] = warm_counts(cfg.pop("warm"), work.model.name)
+    if cfg.get("seed", 0) is None:
+        cfg["seed"] = seed
+    predictor = _part(cfg, "policy.predictor", **extra)
+    if isinstance(predictor, NoPredictor) or work.model.num_layers > 1:
+        return predictor
+    raise ValueError(f"{type(predictor).__name__} looks at later layers, but the model has one; use policy/predictor=none")
+
+
+def _part(cfg: Mapping[str, Any], key: str, **extra: Any) -> Any:
+    if "_target_" not in cfg:
+        raise ValueError(f"{key} has no _target_; choose a part with {key.replace('.', '/')}=NAME")
+    try:
+        return instantiate(dict(cfg), **extra, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{key}: {str(cause).splitlines()[0]}") from error
+
+
+def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Forward]:
+    """The forwards of the workload, announced to the policy in blocks: it may compute ahead what no timing
+    can change."""
+    if not policy.listeners("prepare"):
+        yield from work.batches
+        return
+    pending: list[Forward] = []
+    for forward in work.batches:
+        pending.append(forward)
+        if len(pending) == block:
+            policy.prepare(pending)
+            yield from pending
+            pending = []
+    if pending:
+        policy.prepare(pending)
+        yield from pending
+
+
+def _whole(cfg: Mapping[str, Any], key: str, least: int, prefix: str = "") -> int:
+    value = cfg.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{prefix}{key}={value!r} must be a whole number of at least {least}")
+    return value
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is unknown; choose one of: {', '.join(choices)}")
+
+
+def _known_keys(cfg: Mapping[str, Any], known: tuple[str, ...], group: str) -> dict[str, Any]:
+    for key in cfg:
+        if key not in known:
+            raise ValueError(f"{group}.{key} is no key; known: {', '.join(known)}")
+    return dict(cfg)

@@ -1,0 +1,228 @@
+"""A run as a timeline that Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+Collects what ran on the compute stream, what was copied, what was waited for and how far the policy looked
+ahead; writes it as Chrome-trace JSON and reads it back as tables. Knows nothing of machines or policies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from expertflow.observer import Observer
+from expertflow.parts import DEMAND
+
+KINDS = ("attention", "experts", "head", "other")
+COMPUTE_TRACK, LINK_TRACK, STALL_TRACK = 1, 2, 3
+TRACKS = {COMPUTE_TRACK: "compute", LINK_TRACK: "link", STALL_TRACK: "stalls"}
+COUNTER = "horizon S"
+COLOURS = {"demand": "bad", "prefetch": "good", "late": "terrible", "miss": "terrible"}
+"""Names of Chrome's own palette, by category; Perfetto colours by slice name."""
+NUM_NAMED = 4
+"""Experts that a slice names; all of them stand in its arguments."""
+
+
+class Frames(NamedTuple):
+    """A timeline as tables. start_ns, end_ns, at_ns in ns on the machine's clock; rows in stream order.
+
+    compute: start_ns, end_ns, kind (attention, experts, head, other), layer (-1: none), experts (a tuple).
+    link: start_ns, end_ns, layer, expert, chunk, cause (demand, prefetch).
+    stalls: start_ns, end_ns, layer, expert, kind (late, miss).
+    horizon: at_ns, reach (the farthest layer looked at, in layers ahead; holds until the next row).
+    """
+
+    compute: pd.DataFrame
+    link: pd.DataFrame
+    stalls: pd.DataFrame
+    horizon: pd.DataFrame
+
+
+class Timeline(Observer):
+    """Keeps a run, 40 bytes an event, up to `max_events` events; `name` heads the tracks (the policy)."""
+
+    def __init__(self, name: str, num_experts: int, max_events: int = 2_000_000) -> None:
+        if num_experts < 1 or max_events < 1:
+            raise ValueError(
+                f"Timeline num_experts={num_experts}, max_events={max_events}: both must be 1 or more"
+            )
+        self.name = name
+        self.num_experts = num_experts
+        self.max_events = max_events
+        self.num_events = 0
+        # Flat rows: (kind, layer, number of keys, start, end), (key, chunk, cause, start, end), ...
+        self._kernels = array("q")
+        self._kernel_keys = array("i")
+        self._copies = array("q")
+        self._stalls = array("q")
+        self._reaches = array("q")
+
+    def computed(self, kind: str, layer: int, keys: Sequence[int], start_ns: int, end_ns: int) -> None:
+        self._count()
+        self._kernels.extend((KINDS.index(kind), layer, len(keys), start_ns, end_ns))
+        self._kernel_keys.extend(keys)
+
+    def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
+        self._count()
+        self._copies.extend((key, chunk, cause, start_ns, end_ns))
+
+    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+        self._count()
+        self._stalls.extend((key, is_miss, start_ns, end_ns))
+
+    def horizon(self, now_ns: int, distances: Sequence[int]) -> None:
+        reach = max(distances, default=0)
+        if not self._reaches or self._reaches[-1] != reach:
+            self._count()
+            self._reaches.extend((now_ns, reach))
+
+    def _count(self) -> None:
+        self.num_events += 1
+        if self.num_events > self.max_events:
+            raise ValueError(
+                f"timeline=true: the run has more than {self.max_events} events, more than a viewer opens; "
+                "shorten it with max_tokens=…"
+            )
+
+    def write(self, path: str | Path) -> None:
+        """Write the JSON: to a temporary file beside `path`, renamed when complete. Same run, same bytes."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".tmp")
+        try:
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.write('{"displayTimeUnit":"ns","traceEvents":[')
+                separator = "\n"
+                for event in self._events():
+                    file.write(separator)
+                    file.write(event)
+                    separator = ",\n"
+                file.write("\n]}\n")
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _events(self) -> Iterator[str]:
+        yield _metadata("process_name", 0, "name", self.name)
+        for track, name in TRACKS.items():
+            yield _metadata("thread_name", track, "name", name)
+            yield _metadata("thread_sort_index", track, "sort_index", track)
+        yield from self._kernel_events()
+        for key, chunk, cause, start, end in _rows(self._copies, 5):
+            layer, expert = divmod(key, self.num_experts)
+            category = "demand" if cause == DEMAND else "prefetch"
+            args = f'{{"layer":{layer},"expert":{expert},"chunk":{chunk}}}'
+            yield _slice(LINK_TRACK, f"L{layer}/E{expert}", category, start, end, args)
+        for key, is_miss, start, end in _rows(self._stalls, 4):
+            layer, expert = divmod(key, self.num_experts)
+            category = "miss" if is_miss else "late"
+            args = f'{{"layer":{layer},"expert":{expert}}}'
+            yield _slice(STALL_TRACK, f"{category} L{layer}/E{expert}", category, start, end, args)
+        for now_ns, reach in _rows(self._reaches, 2):
+            yield f'{{"ph":"C","pid":1,"name":"{COUNTER}","ts":{_us(now_ns)},"args":{{"layers":{reach}}}}}'
+
+    def _kernel_events(self) -> Iterator[str]:
+        first = 0
+        for kind, layer, num_keys, start, end in _rows(self._kernels, 5):
+            experts = [key % self.num_experts for key in self._kernel_keys[first : first + num_keys]]
+            first += num_keys
+            category = KINDS[kind]
+            name, args = category, "{}"
+            if category == "attention":
+                name, args = f"L{layer} attention", f'{{"layer":{layer}}}'
+            elif category == "experts":
+                name = _experts_name(layer, experts)
+                args = f'{{"layer":{layer},"experts":[{",".join(map(str, experts))}]}}'
+            yield _slice(COMPUTE_TRACK, name, category, start, end, args)
+
+
+def _experts_name(layer: int, experts: Sequence[int]) -> str:
+    if not experts:
+        return f"L{layer}/shared"
+    named = " ".join(f"E{expert}" for expert in experts[:NUM_NAMED])
+    more = len(experts) - NUM_NAMED
+    return f"L{layer}/{named}" + (f" +{more}" if more > 0 else "")
+
+
+def _rows(values: array[int], width: int) -> Iterator[tuple[int, ...]]:
+    columns = [iter(values)] * width
+    return zip(*columns, strict=True)
+
+
+def _us(time_ns: int) -> str:
+    """Microseconds, exact: the format's unit, with three decimals."""
+    return f"{time_ns // 1000}.{time_ns % 1000:03d}"
+
+
+def _metadata(kind: str, track: int, field: str, value: str | int) -> str:
+    return f'{{"ph":"M","pid":1,"tid":{track},"name":"{kind}","args":{{"{field}":{json.dumps(value)}}}}}'
+
+
+def _slice(track: int, name: str, category: str, start_ns: int, end_ns: int, args: str) -> str:
+    colour = f'"cname":"{COLOURS[category]}",' if category in COLOURS else ""
+    return (
+        f'{{"ph":"X","pid":1,"tid":{track},"name":"{name}","cat":"{category}",{colour}'
+        f'"ts":{_us(start_ns)},"dur":{_us(end_ns - start_ns)},"args":{args}}}'
+    )
+
+
+def load_timeline(path: str | Path) -> Frames:
+    """Read what `Timeline.write` wrote. ValueError naming the file if it is something else."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        by_track: dict[int, list[dict[str, Any]]] = {track: [] for track in TRACKS}
+        for event in events:
+            if event["ph"] == "X":
+                by_track[event["tid"]].append(event)
+        counts = [event for event in events if event["ph"] == "C" and event["name"] == COUNTER]
+        return Frames(
+            compute=_compute_frame(by_track[COMPUTE_TRACK]),
+            link=_copy_frame(by_track[LINK_TRACK], ("layer", "expert", "chunk"), "cause"),
+            stalls=_copy_frame(by_track[STALL_TRACK], ("layer", "expert"), "kind"),
+            horizon=_frame({
+                "at_ns": [round(event["ts"] * 1000) for event in counts],
+                "reach": [event["args"]["layers"] for event in counts],
+            }),
+        )  # fmt: skip
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a timeline of this project ({type(error).__name__}: {error}); "
+            "write one with timeline=true"
+        ) from error
+
+
+def _frame(columns: dict[str, list[Any]]) -> pd.DataFrame:
+    """Numbers are int64 even without rows."""
+    texts = ("kind", "cause", "experts")
+    types = {name: object if name in texts else "int64" for name in columns}
+    return pd.DataFrame({name: pd.Series(values, dtype=types[name]) for name, values in columns.items()})
+
+
+def _times(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    starts = [round(event["ts"] * 1000) for event in events]
+    return {
+        "start_ns": starts,
+        "end_ns": [start + round(event["dur"] * 1000) for start, event in zip(starts, events, strict=True)],
+    }
+
+
+def _compute_frame(events: list[dict[str, Any]]) -> pd.DataFrame:
+    columns = _times(events)
+    columns["kind"] = [event["cat"] for event in events]
+    columns["layer"] = [event["args"].get("layer", -1) for event in events]
+    columns["experts"] = [tuple(event["args"].get("experts", ())) for event in events]
+    return _frame(columns)
+
+
+def _copy_frame(events: list[dict[str, Any]], numbers: tuple[str, ...], category: str) -> pd.DataFrame:
+    columns = _times(events)
+    for name in numbers:
+        columns[name] = [event["args"][name] for event in events]
+    columns[category] = [event["cat"] for event in events]
+    return _frame(columns)

@@ -1,0 +1,220 @@
+"""Routing made up from a small parameter file, with the statistics of the trace it was fitted to (`traces.fit`).
+
+The model. At token t of a request, expert e of layer l scores
+
+    bias[l,e] + topic_scale[l] · (√(1−w) · topic[l,e] + √w · wander_t[l,e])      what the request is about, and how it moves
+              + drift_scale[l] · drift_t[l,e]                                     a few tokens' subject
+              + repeat[l] · (e was chosen by token t−1)
+              + Σ over f chosen in layer l−1 of cross[l,f,e]                      one layer suggests the next
+              + a standard normal times NOISE
+
+and the K best are chosen, best first. Topic, wander and drift have one structure, `z · loadings + residual · x`, with
+Q latent factors z shared by all layers and x of each expert alone; z and x are standard normal, but for the topics' z,
+drawn without replacement from the source's requests (long answers take the topics of long ones). Wander and drift
+forget half of themselves in `half_lives` tokens. Gate weights come from quantiles of log w_k − log w_{k+1} by rank.
+
+Randomness is one PCG64 stream used through `random` and `standard_normal` alone: same seed, same bytes. Knows
+nothing of policies; holds the state of at most GROUP requests whatever the length.
+
+Shapes: T tokens, L layers, K top-k, E experts, R requests, M topics, Q factors, N = L·E.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from traces.reader import write_trace
+
+PARAMETER_FORMAT = "expertflow-routing-parameters"
+SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
+NOISE = 1.28  # spread of a standard Gumbel: scores stay on the scale of log-odds
+WANDER_STEP = 8  # tokens for which wander stands still: its half-life is far longer
+GROUP = 64  # requests generated side by side
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
+
+REQUIRED = {  # name: shape letters
+    "bias": "LE",
+    "cross": "LEE",
+    "loadings": "LEQ",
+    "residual": "LE",
+    "topics": "MQ",
+    "topic_length": "M",
+    "topic_scale": "L",
+    "drift_scale": "L",
+    "repeat": "L",
+    "wander_share": "",
+    "half_lives": "H",  # of wander and of drift, in tokens
+    "row_size": "LC",  # probability of 0 … K experts in a row
+}
+
+
+def check_params(params: Arrays) -> None:
+    """ValueError unless every array is there and the shapes agree."""
+    sizes: dict[str, int] = {"H": 2}
+    for name, letters in REQUIRED.items():
+        if name not in params:
+            raise ValueError(f"routing parameters lack '{name}'; make the file anew with `python -m traces fit`")
+        shape = params[name].shape
+        known = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, shape, strict=False))
+        if len(shape) != len(letters) or shape != known or 0 in shape:
+            raise ValueError(f"routing parameter '{name}' has shape {shape}: needs [{letters}] with {sizes}")
+    if not 1 < sizes["C"] <= sizes["E"] + 1:
+        raise ValueError(f"'row_size' allows {sizes['C'] - 1} of {sizes['E']} experts: needs 1 … {sizes['E']}")
+
+
+def load_params(path: str | Path) -> tuple[Arrays, dict[str, str]]:
+    """Arrays and header of a parameter file. ValueError if it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such parameter file")
+    with safe_open(path, "numpy") as file:
+        header = dict(file.metadata() or {})
+        params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if header.get("format") != PARAMETER_FORMAT:
+        raise ValueError(f"{path}: format is {header.get('format')!r}, needs {PARAMETER_FORMAT!r}")
+    check_params(params)
+    return params, header
+
+
+def save_params(path: str | Path, params: Arrays, **header: str) -> None:
+    """Write a parameter file; `header` says what it was fitted to."""
+    check_params(params)
+    save_file(params, path, metadata={"format": PARAMETER_FORMAT, "format_version": "1", **header})
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Parameters made ready to compute with: float64, layers and experts in one axis of N where that helps."""
+
+    params: dict[str, Floats]
+    loadings: Floats  # [Q,N]
+    residual: Floats  # [N]
+    cross: Floats  # [L,E+1,E]; the last row stands for padding and suggests nothing
+    topic_scale: Floats  # [N]
+    drift_scale: Floats  # [N]
+    top_k: int
+    row_size: Floats | None  # [L,K+1] cumulative; None where every row has K experts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_layers, num_experts = self.params["bias"].shape
+        return num_layers, num_experts
+
+    def mix(self, latent: Floats) -> Floats:
+        """Latent factors and own parts [R, Q+N] as offsets [R,N]."""
+        factors = len(self.loadings)
+        return latent[:, :factors] @ self.loadings + self.residual * latent[:, factors:]
+
+
+def _prepare(arrays: Arrays) -> _Model:
+    check_params(arrays)
+    params = {name: array.astype(np.float64) for name, array in arrays.items()}
+    num_layers, num_experts = params["bias"].shape
+    cross = np.zeros((num_layers, num_experts + 1, num_experts))
+    cross[:, :-1] = params["cross"]
+    sizes = params["row_size"]
+    return _Model(
+        params=params,
+        loadings=params["loadings"].reshape(num_layers * num_experts, -1).T.copy(),
+        residual=params["residual"].ravel(),
+        cross=cross,
+        topic_scale=params["topic_scale"].repeat(num_experts),
+        drift_scale=params["drift_scale"].repeat(num_experts),
+        top_k=sizes.shape[1] - 1,
+        row_size=None if (sizes[:, -1] >= 1).all() else sizes.cumsum(axis=1) / sizes.sum(axis=1, keepdims=True),
+    )
+
+
+def _decay(latent: Floats, tokens: float, half_life: float, rng: np.random.Generator) -> Floats:
+    """The latent state `tokens` later: it forgets, and stays standard normal."""
+    kept = 0.5 ** (tokens / half_life)
+    return kept * latent + np.sqrt(1 - kept * kept) * rng.standard_normal(latent.shape)
+
+
+def _draw_topics(model: _Model, lengths: Integers, rng: np.random.Generator) -> Integers:
+    """A topic for each request, each used once before any is used again; `lengths` [R] must fall."""
+    of_source = model.params["topic_length"]
+    rounds = -(-len(lengths) // len(of_source))
+    drawn = np.concatenate([np.argsort(rng.random(len(of_source)), kind="stable") for _ in range(rounds)])
+    drawn = drawn[: len(lengths)]
+    return np.asarray(drawn[np.argsort(-of_source[drawn], kind="stable")], np.int64)
+
+
+def _choose(model: _Model, scores: Floats, rng: np.random.Generator) -> Integers:
+    """The K best experts [R,L,K] of `scores` [R,L,E], layer after layer; the id E where a row has fewer."""
+    num_rows, num_layers, num_experts = scores.shape
+    chosen = np.empty((num_rows, num_layers, model.top_k), np.int64)
+    unused = None
+    if model.row_size is not None:
+        size = (rng.random((num_rows, num_layers, 1)) >= model.row_size).sum(axis=2)
+        unused = np.arange(model.top_k) >= size[:, :, None]
+    before = chosen[:, 0]
+    for layer in range(num_layers):
+        score = scores[:, layer]
+        if layer:
+            score = score + model.cross[layer][before].sum(axis=1)
+        before = np.argsort(-score, axis=1)[:, : model.top_k]
+        if unused is not None:
+            before[unused[:, layer]] = num_experts
+        chosen[:, layer] = before
+    return chosen
+
+
+def _generate_group(
+    model: _Model, lengths: Integers, first_rows: Integers, topics: Integers, rng: np.random.Generator, ids: Integers
+) -> None:
+    """Fill the rows of some requests in `ids` [T,L,K], all requests one token a step; `lengths` must fall."""
+    num_layers, num_experts = model.shape
+    params = model.params
+    latent = (len(lengths), len(model.loadings) + len(model.residual))
+    wander_half_life, drift_half_life = params["half_lives"]
+    share = float(params["wander_share"])
+
+    topic = rng.standard_normal(latent)
+    topic[:, : len(model.loadings)] = params["topics"][topics]
+    fixed = params["bias"].ravel() + np.sqrt(1 - share) * model.topic_scale * model.mix(topic)
+    wander, drift = rng.standard_normal(latent), rng.standard_normal(latent)
+    background = fixed
+    previous = np.zeros((len(lengths), num_layers, num_experts + 1))
+
+    for token in range(int(lengths[0])):
+        active = int((lengths > token).sum())
+        if token % WANDER_STEP == 0:
+            wander = _decay(wander[:active], WANDER_STEP, wander_half_life, rng)
+            background = fixed[:active] + np.sqrt(share) * model.topic_scale * model.mix(wander)
+        drift = _decay(drift[:active], 1, drift_half_life, rng)
+        scores = background[:active] + model.drift_scale * model.mix(drift)
+        scores += NOISE * rng.standard_normal(scores.shape)
+        scores = scores.reshape(active, num_layers, num_experts)
+        scores += params["repeat"][:, None] * previous[:active, :, :num_experts]
+        chosen = _choose(model, scores, rng)
+        previous = np.zeros((active, num_layers, num_experts + 1))
+        np.put_along_axis(previous, chosen, 1.0, axis=2)
+        ids[first_rows[:active] + token] = chosen
+
+
+def _gate_weights(model: _Model, unused: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.float16]:
+    """Gate weights [T,L,K], best first: gaps between ranks drawn from their quantiles, zero where `unused`."""
+    gaps, total = model.params["weight_gap"], model.params["weight_sum"]  # [L,K−1,quantiles], [L]
+    num_tokens, num_layers, top_k = unused.shape
+    weights = np.empty(unused.shape, np.float16)
+    layers, ranks = np.arange(num_layers)[:, None], np.arange(top_k - 1)
+    for start in range(0, num_tokens, 4096):
+        rows = slice(start, min(start + 4096, num_tokens))
+        place = rng.random((rows.stop - start, num_layers, top_k - 1)) * (gaps.shape[2] - 1)
+        below = place.astype(np.int64)
+        low, high = gaps[layers, ranks, below], gaps[layers, ranks, below + 1]
+        logs = np.zeros((rows.stop - start, num_layers, top_k))
+        logs[:, :, 1:] = -np.cumsum(low + (place - below) * (high - low), axis=2)
+        values = np.where(unused[rows], 0.0, np.exp(logs))
+        weights[rows] = values * (total / np.maximum(values.sum(axis=2), 1e-9).T.T if False else 1)
+    return weights
