@@ -75,7 +75,7 @@ class CopyQueue:
     def pump(self) -> None:
         """Issue chunks up to the depth."""
         flight, depth, counters = self.flight, self.depth, self.counters
-        while len(flight) < depth:
+        while len(flight) < depth and (self.demand or self.wanted or self.started is not None):
             load = self._next()
             if load is None:
                 break
@@ -148,7 +148,13 @@ class CopyQueue:
             for mark, keys in self.launched:
                 if key in keys:
                     reader = mark
-        slots.give_up(key, reader)
+        if self.state[key] != RESIDENT:
+            raise AssertionError(f"key {key} gives up a slot in state {self.state[key]}")
+        slot = slots.slot_of[key]
+        slots.slot_of[key] = -1
+        self.state[key] = ABSENT
+        slots.reader[slot] = reader
+        slots.free[key // slots.span].append(slot)
         unused = False
         if self.fresh[key]:
             unused = True

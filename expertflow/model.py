@@ -237,10 +237,7 @@ class ModelSpec:
     @property
     def kv_bytes_per_token_per_layer(self) -> int:
         """KV cache of one token in one layer. MLA keeps the compressed form, as fused engines do."""
-        if self.attention == GQA:
-            values = 2 * self.num_kv_heads * self.head_dim
-        else:
-            values = self.kv_rank + self.rope_dim
+        values = 2 * self.num_kv_heads * self.head_dim if self.attention == GQA else self.kv_rank + self.rope_dim
         return math.ceil(values * self.kv_bits / 8)
 
     def is_windowed(self, layer: int) -> bool:

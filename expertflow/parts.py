@@ -61,7 +61,7 @@ class Part:
         """The routing of (forward, layer) has become known."""
 
     def feedback(self, feedback: Feedback) -> None:
-        """About the layer before, once per layer."""
+        """About the layer before, if it stalled; heard when the next routing has been read."""
 
     def evicted(self, key: int, unused: bool) -> None:
         """`key` lost its slot; `unused` = it was prefetched and never demanded."""

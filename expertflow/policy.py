@@ -32,6 +32,8 @@ class Policy:
         self.parts: list[Part] = [predictor, horizon, selection, eviction, order]
         self.future = future
         self.prefetches = not isinstance(predictor, NoPredictor)
+        # Without prediction the horizon has nothing to look at: a model of one layer is then no error.
+        self.active = self.parts if self.prefetches else [predictor, selection, eviction, order]
         self.reach_counts: list[int] = []
         """How many decisions looked this many layers ahead, by reach."""
         for part in self.parts:
@@ -45,13 +47,12 @@ class Policy:
 
     def overrides(self, part: Part, hook: str) -> bool:
         """Whether `part` answers `hook` itself."""
-        return getattr(type(part), hook) is not getattr(Part, hook, None) and not any(
-            getattr(type(part), hook) is vars(base).get(hook) for base in (Eviction, Horizon, Predictor, Selection, Order)
-        )
+        contract = (Part, Predictor, Horizon, Selection, Eviction, Order)
+        return not any(getattr(type(part), hook) is vars(base).get(hook) for base in contract)
 
     def listeners(self, hook: str) -> list[Callable[..., Any]]:
         """The parts' own methods for `hook`, in the order of the parts."""
-        return [getattr(part, hook) for part in self.parts if self.overrides(part, hook)]
+        return [getattr(part, hook) for part in self.active if self.overrides(part, hook)]
 
     def start(self, view: View) -> None:
         """Bind the parts to a run."""
@@ -61,10 +62,11 @@ class Policy:
         self._window_keys: list[Sequence[int]] = [()] * view.num_layers
         self._hears_predicted = self.overrides(self.eviction, "predicted")
         self._hears_overfetch = self.overrides(self.horizon, "overfetched")
+        self._refreshes = self.predictor.refreshes
         self._begin_listeners = self.listeners("begin_forward")
         self._end_listeners = self.listeners("end_forward")
         self._feedback_listeners = self.listeners("feedback")
-        for part in self.parts:
+        for part in self.active:
             part.start(view, self.future if part.uses_future else None)
 
     def prepare(self, forwards: Sequence[Forward]) -> None:
@@ -97,13 +99,13 @@ class Policy:
         """Experts wanted for the layers ahead, best first, without what is resident or on its way."""
         view = self.view
         residency, num_layers, event = view.residency, view.num_layers, view.event
-        window_event, window_keys = self._window_event, self._window_keys
+        window_event, window_keys, refreshes = self._window_event, self._window_keys, self._refreshes
         wants: list[int] = []
         distances = self.horizon.distances()
         self.reach_counts[distances[-1] if distances else 0] += 1
         for distance in distances:
             target = (layer + distance) % num_layers
-            if window_event[target] == event + distance and not self.predictor.refreshes:
+            if window_event[target] == event + distance and not refreshes:
                 keys = window_keys[target]
             else:
                 scores = self.predictor.predict(forward, layer, distance)
@@ -112,9 +114,12 @@ class Policy:
                 window_keys[target] = keys
                 if self._hears_predicted and keys:
                     self.eviction.predicted(keys, target)
-            absent = [key for key in keys if not residency[key]]
-            if absent:
-                wants += absent
-            elif distance == 2 and self._hears_overfetch and keys and all(residency[key] == RESIDENT for key in keys):
+            num_wants = len(wants)
+            for key in keys:
+                if not residency[key]:
+                    wants.append(key)
+            if len(wants) > num_wants:
+                continue
+            if distance == 2 and self._hears_overfetch and keys and all(residency[key] == RESIDENT for key in keys):
                 self.horizon.overfetched()
         return wants

@@ -19,7 +19,7 @@ from expertflow.observer import Observer
 from expertflow.parts import DEMAND
 from expertflow.policy import Policy
 from expertflow.slots import Slots
-from expertflow.view import LOADING, RESIDENT, Feedback, View
+from expertflow.view import RESIDENT, Feedback, View
 
 NOTHING: tuple[int, ...] = ()
 
@@ -72,12 +72,14 @@ class Runtime:
         self._routed_listeners = policy.listeners("routed")
         self._releases = policy.overrides(self.eviction, "release")
         self._acts_at_layer_end = bool(self._releases or self._layer_end_listeners or config.num_staging)
-        self._feedback = Feedback() if policy.listeners("feedback") else None
+        self._feedback = Feedback()
+        self._layer_stall_ns = 0
         self._blame: dict[int, tuple[int, int, bool]] = {}
         self._kinds: dict[int, tuple[str, int, tuple[int, ...]]] = {}
         self._cursor_ns = 0
         self._last_mark = 0
-        self._layer_start = (0, 0)
+        self._first_gate = (0, 0)
+        self._shown_distances: tuple[int, ...] | None = None
         self._pending_serial: list[int] = []
         policy.start(self.view)
         for key in reversed(self.slots.fill(config.initial)):
@@ -88,7 +90,7 @@ class Runtime:
         machine, policy, queue, view, observers = self.machine, self.policy, self.queue, self.view, self.observers
         layers = range(self.config.num_layers)
         arrange = policy.order.arrange if policy.overrides(policy.order, "arrange") else None
-        serial = self.config.serial
+        serial, last_layer = self.config.serial, self.config.num_layers - 1
         for forward in self.forwards:
             # 0. Begin: the policy hears what is known before any routing.
             view.forward = forward.index
@@ -109,20 +111,28 @@ class Runtime:
                     queue.pump()
                 view.layer = layer
                 view.event += 1
+                if layer == 0 or layer == last_layer:
+                    self._time_layers(layer)
                 # 2. and 3. Classify against this moment, then queue and issue the demand.
                 ready, missing, late = self._classify(forward, layer)
                 if missing or late or queue.wanted:
-                    queue.arrive(layer, self._in_turn(missing) if serial else missing, late)
+                    queue.arrive(layer, () if serial else missing, late)
+                    queue.pump()
+                elif queue.has_work:
                     queue.pump()
                 # 4. Launch what is there.
                 if missing or late:
                     waiting = self._launch_ready(forward, layer, ready, missing, late)
+                    if serial and missing:
+                        self._load_in_turn(missing)
                 else:
                     waiting = []
                     self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
                 # 5. Decide, while the device works.
                 if policy.prefetches:
                     wants = policy.decide(forward, layer)
+                    if observers:
+                        self._show_horizon()
                     machine.decided()
                     if wants or queue.wanted:
                         queue.want(wants)
@@ -154,11 +164,11 @@ class Runtime:
 
     # -- steps ---------------------------------------------------------------------------------------------
 
-    def _classify(self, forward: Forward, layer: int) -> tuple[list[int], Sequence[int], Sequence[int]]:
+    def _classify(self, forward: Forward, layer: int) -> tuple[list[int], list[int], list[int]]:
         keys = forward.demands[layer]
         state, counters = self.slots.state, self.counters
-        if self._feedback is not None:
-            self._give_feedback(layer)
+        if self._layer_stall_ns:
+            self._give_feedback()
         if self._routed_listeners:
             for heard in self._routed_listeners:
                 heard(forward, layer)
@@ -166,25 +176,28 @@ class Runtime:
         # A short list is searched faster than a set is made.
         self.view.pinned = keys if len(keys) <= 8 else set(keys)
         self.eviction.touched(keys)
-        ready = []
+        ready: list[int] = []
+        late: list[int] = []
+        missing: list[int] = []
         for key in keys:
-            if state[key] == RESIDENT:
+            where = state[key]
+            if where == RESIDENT:
                 ready.append(key)
+            elif where:
+                late.append(key)
+            else:
+                missing.append(key)
         counters.num_accesses += len(keys)
         counters.num_hits += len(ready)
         if self.queue.num_fresh:
             self._book_used_prefetches(keys)
-        missing: Sequence[int] = ()
-        late: Sequence[int] = ()
-        if len(ready) < len(keys):
-            late = [key for key in keys if state[key] == LOADING]
-            if len(late) + len(ready) < len(keys):
+        if missing or late:
+            if forward.issue_order[layer] is not keys:
                 missing = [key for key in forward.issue_order[layer] if not state[key]]
             counters.num_late += len(late)
             counters.num_misses += len(missing)
-            if self._feedback is not None:
-                self._feedback.num_late = len(late)
-                self._feedback.num_misses = len(missing)
+            self._feedback.num_late = len(late)
+            self._feedback.num_misses = len(missing)
         if self.observers:
             self._show_demand(forward, layer, ready, late, missing)
         return ready, missing, late
@@ -200,36 +213,44 @@ class Runtime:
                 else:
                     counters.prefetch_late += 1
 
-    def _give_feedback(self, layer: int) -> None:
-        feedback, view = self._feedback, self.view
-        assert feedback is not None
-        stall_ns, start_ns = self.counters.stall_ns, self._layer_start[1]
-        feedback.stall_ns = stall_ns - self._layer_start[0]
-        feedback.layer = view.layer if view.event > 0 else -1
-        if view.event > 0:
-            view.layer_time_ns += self._cursor_ns - start_ns - feedback.stall_ns
-            view.num_layers_timed += 1
-            self.policy.feedback(feedback)
-        self._layer_start = (stall_ns, self._cursor_ns)
-        feedback.num_late = feedback.num_misses = 0
+    def _give_feedback(self) -> None:
+        """A layer has stalled; only now, with the next routing read, would a GPU know it."""
+        feedback = self._feedback
+        feedback.stall_ns = self._layer_stall_ns
+        feedback.layer = (self.view.layer - 1) % self.config.num_layers
+        self._layer_stall_ns = 0
+        self.policy.feedback(feedback)
 
-    def _in_turn(self, missing: Sequence[int]) -> Sequence[int]:
-        """What to queue now: all of it, or in serial mode the first; the rest follows kernel by kernel."""
-        if not missing:
-            return missing
+    def _time_layers(self, layer: int) -> None:
+        """Time of the layers between the first routing and the last of a forward, without stall."""
+        now = (self._cursor_ns, self.counters.stall_ns)
+        if layer:
+            self.view.layer_time_ns += now[0] - self._first_gate[0] - (now[1] - self._first_gate[1])
+            self.view.num_layers_timed += layer
+        self._first_gate = now
+
+    def _load_in_turn(self, missing: Sequence[int]) -> None:
+        """Serial mode: each copy waits for the kernels launched before it; the next is queued after the next."""
         arranged = [key for key in self.policy.order.arrange(missing) if key in missing]
-        self._pending_serial = arranged[1:]
-        return arranged[:1]
+        self._pending_serial = arranged
+        self._load_next(self.queue.launched[-1][0] if self.queue.launched else 0)
+
+    def _load_next(self, after: int) -> None:
+        load = Load(self._pending_serial.pop(0), DEMAND)
+        load.after = after
+        self.queue.demand_load(load)
+        self.queue.pump()
 
     def _launch_ready(self, forward: Forward, layer: int, ready: list[int], missing: Sequence[int],
                       late: Sequence[int]) -> list[int]:  # fmt: skip
         order = self.policy.order
+        first: Sequence[int]
         if order.strict:
             arranged = list(order.arrange(forward.demands[layer]))
             stop = next(i for i, key in enumerate(arranged) if key not in ready)
             first, waiting = arranged[:stop], arranged[stop:]
         else:
-            first = list(order.arrange(ready))
+            first = order.arrange(ready)
             waiting = self._in_landing_order(missing, late) if late else list(missing)
         if first or self.config.has_shared:
             self._launch(forward, layer, first, True)
@@ -242,6 +263,8 @@ class Runtime:
     def _launch_landed(self, forward: Forward, layer: int, waiting: list[int], missing: Sequence[int],
                        in_turn: bool) -> list[int]:  # fmt: skip
         state = self.slots.state
+        landed: Sequence[int]
+        rest: list[int]
         if len(waiting) == 1:
             if state[waiting[0]] != RESIDENT:
                 return waiting
@@ -260,10 +283,8 @@ class Runtime:
         key = landed[0] if len(landed) == 1 else max(landed, key=landed_ns.__getitem__)
         self._blame[mark] = (landed_ns[key], key, key in missing)
         if self._pending_serial:
-            load = Load(self._pending_serial.pop(0), DEMAND)
-            load.after = mark
-            self.queue.demand_load(load)
-        if self.queue.demand:
+            self._load_next(mark)
+        elif self.queue.demand:
             self.queue.pump()
         return rest
 
@@ -339,7 +360,12 @@ class Runtime:
             gap = start_ns - cursor
             if blame and mark in blame:
                 landed_ns, key, is_miss = blame.pop(mark)
-                stall = min(max(landed_ns - cursor, 0), gap)
+                stall = landed_ns - cursor
+                if stall < 0:
+                    stall = 0
+                elif stall > gap:
+                    stall = gap
+                self._layer_stall_ns += stall
                 if is_miss:
                     counters.miss_stall_ns += stall
                 else:
@@ -361,6 +387,13 @@ class Runtime:
                      missing: Sequence[int]) -> None:  # fmt: skip
         for observer in self.observers:
             observer.demanded(forward, layer, self.view.now_ns, hits, late, missing)
+
+    def _show_horizon(self) -> None:
+        distances = tuple(self.policy.horizon.distances())
+        if distances != self._shown_distances:
+            self._shown_distances = distances
+            for observer in self.observers:
+                observer.horizon(self.view.now_ns, distances)
 
     def _show_chunks(self, chunks: Sequence[Chunk]) -> None:
         for (_, chunk, start_ns, end_ns), load in zip(chunks, self.queue.flight, strict=False):
@@ -384,10 +417,13 @@ class Runtime:
         c, queue = self.counters, self.queue
         issued = c.prefetch_useful + c.prefetch_late + c.prefetch_evicted_unused + queue.num_fresh
         dropped = c.dropped_replaced + c.dropped_passed + c.dropped_refused + c.dropped_became_demand
+        loaded = queue.num_loads * sum(queue.chunk_bytes)
+        loaded -= sum(sum(queue.chunk_bytes[load.issued :]) for load in queue.loading.values())
         checks = {
             "accesses = hits + late + misses": (c.num_accesses, c.num_hits + c.num_late + c.num_misses),
             "elapsed = compute + stall + overhead": (c.elapsed_ns, c.compute_ns + c.stall_ns + c.overhead_ns),
             "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),
+            "bytes = chunks x size": (c.demand_bytes + c.prefetch_bytes, loaded),
             "requested = issued + dropped + queued at end": (
                 c.prefetch_requested, c.prefetch_issued + dropped + len(queue.wanted)),
         }  # fmt: skip

@@ -51,16 +51,6 @@ class Slots:
             self.free.append(list(range(start + size - 1, start - 1, -1)))
             start += size
 
-    def give_up(self, key: int, reader: int) -> None:
-        """Drop the resident `key`; `reader` is the mark of its last kernel if that may still run, else 0."""
-        if self.state[key] != RESIDENT:
-            raise AssertionError(f"key {key} gives up a slot in state {self.state[key]}")
-        slot = self.slot_of[key]
-        self.slot_of[key] = -1
-        self.state[key] = ABSENT
-        self.reader[slot] = reader
-        self.free[key // self.span].append(slot)
-
     def fill(self, keys: Sequence[int]) -> list[int]:
         """Make `keys` resident, in order, as long as their pool has room beside staging; returns those placed."""
         placed = []

@@ -15,7 +15,7 @@ class View:
     residency: memoryview [num_layers * num_experts], ABSENT, LOADING or RESIDENT by expert key.
     pinned: keys demanded by the current layer.
     link_bytes, link_busy_ns, layer_time_ns, num_layers_timed: running sums over the run; a part takes
-    differences. Layer time excludes stall; it is kept only if a part hears feedback.
+    differences. Layer time excludes stall, head and sampling.
     """
 
     __slots__ = (
@@ -45,7 +45,7 @@ class View:
 
 
 class Feedback:
-    """What the GPU knows of a finished layer once the next routing is read: stall and classification."""
+    """What is known of a layer that stalled, once the next routing is read: how long, and for what."""
 
     __slots__ = ("layer", "num_late", "num_misses", "stall_ns")
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from expertflow.observer import Observer
 from expertflow.policy import Policy
+from sim.errors import one_line
 from sim.output import fingerprint, is_done, provenance, to_json, write_text
-from sim.report import print_report
+from sim.report import print_line, print_report
 from sim.run import baselines, bounds, describe, run_policy
 from sim.setup import CONF, Transfer, Workload, make_policy, make_workload
 from sim.twin import HitRecord, RedundancyCounter
@@ -40,6 +42,19 @@ OmegaConf.register_new_resolver("slug", slug, replace=True)
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     """Run what `cfg` says; returns TPOT in ms, so that Hydra's optimisers can use it."""
+    try:
+        return run_configured(cfg)
+    except Exception as error:
+        line = one_line(error)
+        # In a sweep Hydra must see the failure: it names the job and lets the others finish.
+        if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def run_configured(cfg: DictConfig) -> float | None:
+    """One job: check, run, write, print."""
     started = time.perf_counter()
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = list(HydraConfig.get().overrides.task)
@@ -55,9 +70,13 @@ def main(cfg: DictConfig) -> float | None:
     (folder / "DONE").unlink(missing_ok=True)
     metrics = run_job(plain, work, folder)
     write_text(folder / "metrics.json", to_json(metrics))
-    write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, time.perf_counter() - started)))
+    wall_s = time.perf_counter() - started
+    write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
     write_text(folder / "DONE", mark + "\n")
-    print_report(console, metrics, _relative(folder))
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        print_line(console, metrics, _relative(folder))
+    else:
+        print_report(console, metrics, _relative(folder))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 
@@ -164,8 +183,6 @@ def _relative(folder: Path) -> str:
 def cli() -> int:
     """Entry point: user errors become one line and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
-    from sim.errors import one_line
-
     try:
         main()
     except KeyboardInterrupt:

@@ -90,8 +90,9 @@ def compare_length(trace: str | None, hardware: str) -> None:
         bare = bare_timeouts_per_s()
         steps = layer_steps_per_s(cfg, one)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rows.append((one.batches.num_tokens, bare / steps, peak / 1024))
-        print(f"adaptive, {rows[-1][0]:7} tokens: {rows[-1][1]:5.1f} timeouts per layer-step, peak {rows[-1][2]:.0f} MiB")
+        tokens, ratio, mib = one.batches.num_tokens, bare / steps, peak / 1024
+        rows.append((tokens, ratio, mib))
+        print(f"adaptive, {tokens:7} tokens: {ratio:5.1f} timeouts per layer-step, peak {mib:.0f} MiB")
     print(f"{rows[1][0] / rows[0][0]:.1f} times the tokens: {rows[1][1] / rows[0][1]:.2f} times the time per token, "
           f"{rows[1][2] - rows[0][2]:.0f} MiB more")  # fmt: skip
 

@@ -58,7 +58,7 @@ def collect(folder: Path) -> pd.DataFrame:
             metrics = json.loads(path.read_text(encoding="utf-8"))
             row = {"run": str(done.parent.relative_to(folder)), **flatten(metrics), **derived(metrics)}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not the metrics of a run ({error}); remove the folder or run it again") from error
+            raise ValueError(f"{path}: not a run's metrics ({error}); remove the folder or run it again") from error
         rows.append(row)
     if not rows:
         raise ValueError(f"{folder}: no finished run below it (none has a DONE file)")

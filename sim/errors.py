@@ -33,8 +33,11 @@ def _hydra(error: BaseException) -> str:
         found = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
         options = [line.strip() for line in found.group(1).splitlines()] if found else []
         near = difflib.get_close_matches(missing.group(2), options, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{missing.group(1)}={missing.group(2)} does not exist{hint} Choose one of: {', '.join(options)}"
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{missing.group(1)}={missing.group(2)} does not exist{hint}; choose one of: {', '.join(options)}"
+    plus = re.search(r"Could not override '(hardware|policy)'", text)
+    if plus:
+        return f"{plus.group(1)} has no default to override; say +{plus.group(1)}=NAME, with the plus sign"
     if "Could not override" in text or "Key '" in text or "not in struct" in str(chain or ""):
         return f"{message.rstrip('.')}; unknown keys are refused: see conf/config.yaml for those there are"
     return message

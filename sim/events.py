@@ -85,8 +85,7 @@ class EventTable(Observer):
     def __init__(self, path: str | Path, num_experts: int, rows_per_group: int = 1 << 16) -> None:
         if num_experts < 1 or rows_per_group < 1:
             raise ValueError(
-                f"EventTable num_experts={num_experts}, rows_per_group={rows_per_group}: "
-                "both must be 1 or more"
+                f"EventTable num_experts={num_experts}, rows_per_group={rows_per_group}: both must be 1 or more"
             )
         self.path = Path(path)
         self.num_experts = num_experts

@@ -153,7 +153,8 @@ class SimMachine:
                     last = end
             return max(now, last)
         end = self._stream_free_ns
-        if drain and chunks and chunks[0][3] < end:
+        if drain and chunks and now < end and chunks[0][3] < end:
+            # A host that is busy past the mark's end finds mark and chunk together, and reads back at once.
             return max(now, chunks[0][3])
         sync = self.costs.gate_sync_ns if kind == GATE else self.costs.token_sync_ns
         return (end if end > now else now) + sync

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7, "legend.frameon": False, "lines.linewidth": 1.7, "lines.markersize": 4.5,
+    "grid.linewidth": 0.7, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 5.5,
+    "lines.markeredgewidth": 1.3,
 }  # fmt: skip
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -205,6 +206,7 @@ def _line_style(index: int) -> dict[str, Any]:
     return {
         "color": LINES[index % len(LINES)],
         "marker": MARKERS[(index + 3 * round_) % len(MARKERS)],
+        "markerfacecolor": "none",  # What lies beneath stays visible where lines meet.
         "linestyle": DASHES[round_ % len(DASHES)],
     }
 
@@ -230,12 +232,13 @@ def _draw_lane(axes: Axes, place: int, frame: pd.DataFrame, category: str, colou
     inside = frame[(frame["end_ns"] > low * 1e6) & (frame["start_ns"] < high * 1e6)]
     starts = (inside["start_ns"] / 1e6).clip(lower=low)
     widths = (inside["end_ns"] / 1e6).clip(upper=high) - starts
-    # A seam parts neighbours, unless it would hide them.
-    seam = 0.4 if len(inside) and widths.median() > (high - low) * 0.005 else 0.0
+    # A seam parts neighbours; where it would hide them, an outline keeps the thinnest visible.
+    has_seam = len(inside) > 0 and widths.median() > (high - low) * 0.005
     for kind, colour in colours.items():
         chosen = inside[category] == kind
         spans = list(zip(starts[chosen], widths[chosen], strict=True))
-        axes.broken_barh(spans, (place - 0.36, 0.72), facecolor=colour, edgecolor="white", linewidth=seam)
+        edge = "white" if has_seam else colour
+        axes.broken_barh(spans, (place - 0.36, 0.72), facecolor=colour, edgecolor=edge, linewidth=0.4)
     if "expert" in inside.columns:
         names = [f"L{layer}/E{expert}" for layer, expert in zip(inside["layer"], inside["expert"], strict=True)]
         inks = ["white" if kind in DARK else "black" for kind in inside[category]]

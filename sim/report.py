@@ -7,8 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_NAMES = {"floor": "floor (no schedule can be faster)"}
-
 
 def _per_token(metrics: dict[str, Any], key: str) -> str:
     return f"{metrics[key] / max(metrics['num_tokens'], 1) / 1e6:.3f}"
@@ -59,6 +57,14 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None) 
                       style="dim")  # fmt: skip
     console.print(table)
     _print_notes(console, metrics, folder)
+
+
+def print_line(console: Console, metrics: dict[str, Any], folder: str) -> None:
+    """One line a run, for sweeps."""
+    mean = metrics["tpot_ms"]["mean"]
+    place = f"{metrics['hardware']}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
+    times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
+    console.print(f"{metrics['policy']} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
 
 
 def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) -> None:

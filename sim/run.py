@@ -34,7 +34,8 @@ class Bounds:
     clairvoyant_metrics: dict[str, Any]
 
 
-def run_policy(work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer] = ()) -> dict[str, Any]:
+def run_policy(work: Workload, policy: Policy, transfer: Transfer,
+               observers: Sequence[Observer] = ()) -> dict[str, Any]:  # fmt: skip
     """Simulate `policy` over `work`; the metrics of `expertflow.metrics`, after the identities were checked."""
     model = work.model
     chunk_bytes = tuple(chunk_sizes(model.expert_bytes, int(work.chunk_mib * 2**20)))

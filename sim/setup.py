@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import yaml
 from hydra.utils import instantiate
-from traces.reader import Trace, open_trace
 
 from expertflow.forward import Forward
 from expertflow.future import Future
@@ -25,6 +24,7 @@ from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.link import PAGEABLE, PINNED
 from sim.warm import warm_counts
 from traces.batching import BatchConfig, Batches
+from traces.reader import Trace, open_trace
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 STARTS = ("cold", "popular", "resident")
@@ -130,8 +130,10 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
         model = model_from_dict(cfg)
     for key in ("num_layers", "num_experts"):
         if getattr(model, key) != getattr(trace, key):
-            raise ValueError(f"model={model.name} has {key}={getattr(model, key)}, the trace {trace.name} "
-                             f"{key}={getattr(trace, key)}; choose the model that was recorded (model=auto)")  # fmt: skip
+            raise ValueError(
+                f"model={model.name} has {key}={getattr(model, key)}, the trace {trace.name} "
+                f"{key}={getattr(trace, key)}; choose the model that was recorded (model=auto)"
+            )
     if trace.top_k > model.top_k:
         raise ValueError(f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; "
                          "choose the model that was recorded (model=auto)")  # fmt: skip
@@ -165,7 +167,8 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
 
 def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Policy, Transfer]:
     """Compose the five parts of a `conf/policy` file for this workload."""
-    transfer = Transfer(**_known_keys(cfg.get("transfer") or {}, ("memory", "serial", "staging_slots"), "policy.transfer"))
+    copies = _known_keys(cfg.get("transfer") or {}, ("memory", "serial", "staging_slots"), "policy.transfer")
+    transfer = Transfer(**copies)
     if "_target_" in cfg:
         # A policy that is not composed of parts; only references that know the future are built that way.
         own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
@@ -180,8 +183,9 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     predictor = _make_predictor(dict(cfg["predictor"]), work, seed)
     parts = [_part(cfg[name], f"policy.{name}") for name in ("horizon", "selection", "eviction", "order")]
     needs_future = any(part.uses_future for part in (predictor, *parts))
-    policy = Policy(predictor, *parts, future=work.future if needs_future else None)
-    return policy, transfer
+    horizon, selection, eviction, order = parts
+    future = work.future if needs_future else None
+    return Policy(predictor, horizon, selection, eviction, order, future), transfer
 
 
 def _make_predictor(cfg: dict[str, Any], work: Workload, seed: int) -> Any:
@@ -196,7 +200,7 @@ def _make_predictor(cfg: dict[str, Any], work: Workload, seed: int) -> Any:
     predictor = _part(cfg, "policy.predictor", **extra)
     if isinstance(predictor, NoPredictor) or work.model.num_layers > 1:
         return predictor
-    raise ValueError(f"{type(predictor).__name__} looks at later layers, but the model has one; use policy/predictor=none")
+    raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
 
 
 def _part(cfg: Mapping[str, Any], key: str, **extra: Any) -> Any:

@@ -48,9 +48,7 @@ class Timeline(Observer):
 
     def __init__(self, name: str, num_experts: int, max_events: int = 2_000_000) -> None:
         if num_experts < 1 or max_events < 1:
-            raise ValueError(
-                f"Timeline num_experts={num_experts}, max_events={max_events}: both must be 1 or more"
-            )
+            raise ValueError(f"Timeline num_experts={num_experts}, max_events={max_events}: both must be 1 or more")
         self.name = name
         self.num_experts = num_experts
         self.max_events = max_events
@@ -192,8 +190,7 @@ def load_timeline(path: str | Path) -> Frames:
         )  # fmt: skip
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not a timeline of this project ({type(error).__name__}: {error}); "
-            "write one with timeline=true"
+            f"{path} is not a timeline of this project ({type(error).__name__}: {error}); write one with timeline=true"
         ) from error
 
 

@@ -42,7 +42,6 @@ _SIGNATURES = (
     (b"\x1f\x8b", "a gzip archive"),
     (b"PAR1", "a Parquet file"),
     (b"{", "JSON"),
-    (b"[", "JSON"),
 )
 _REWRITE = "fetch or write the file again"
 _CONVERT = "convert it: python -m traces import --help"
@@ -123,7 +122,8 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
     length = int.from_bytes(start[:8], "little")
     # 16 bytes is no limit of the format, but nothing shorter can hold an array.
     if len(start) < 16 or not start[8:].startswith(b"{"):
-        kind = next((text for mark, text in _SIGNATURES if start.lstrip().startswith(mark)), "something else")
+        other = "text" if all(9 <= byte < 127 for byte in start) else "something else"
+        kind = next((text for mark, text in _SIGNATURES if start.lstrip().startswith(mark)), other)
         raise fault(path, "file", f"is not a safetensors file (it begins like {kind})", _CONVERT)
     if length > size - 8:
         raise fault(path, "header", f"needs {length} bytes and the file has {size}, truncated", _REWRITE)

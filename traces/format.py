@@ -167,5 +167,3 @@ def _write(file: BinaryIO, header: Mapping[str, str], arrays: Mapping[str, Any])
     for name in names:
         for _, block in blocks(arrays[name]):
             file.write(np.ascontiguousarray(block).tobytes())
-
-

@@ -2,16 +2,17 @@
 
 The model. At token t of a request, expert e of layer l scores
 
-    bias[l,e] + topic_scale[l] · (√(1−w) · topic[l,e] + √w · wander_t[l,e])      what the request is about, and how it moves
-              + drift_scale[l] · drift_t[l,e]                                     a few tokens' subject
+    bias[l,e] + topic_scale[l] · bent(√(1−w) · topic[l,e] + √w · wander_t[l,e])    what it is about, slowly moving
+              + drift_scale[l] · drift_t[l,e]                                       the subject of a few tokens
               + repeat[l] · (e was chosen by token t−1)
-              + Σ over f chosen in layer l−1 of cross[l,f,e]                      one layer suggests the next
+              + Σ over f chosen in layer l−1 of cross[l,f,e]                        one layer suggests the next
               + a standard normal times NOISE
 
 and the K best are chosen, best first. Topic, wander and drift have one structure, `z · loadings + residual · x`, with
 Q latent factors z shared by all layers and x of each expert alone; z and x are standard normal, but for the topics' z,
-drawn without replacement from the source's requests (long answers take the topics of long ones). Wander and drift
-forget half of themselves in `half_lives` tokens. Gate weights come from quantiles of log w_k − log w_{k+1} by rank.
+which are those of the source's requests. Wander and drift forget half of themselves in `half_lives` tokens. A normal
+offset y of spread σ is bent to y − skew/2 · (y²/σ − σ): experts are avoided harder than they are sought. Gate weights
+come from quantiles of log w_k − log w_{k+1} by rank.
 
 Randomness is one PCG64 stream used through `random` and `standard_normal` alone: same seed, same bytes. Knows
 nothing of policies; holds the state of at most GROUP requests whatever the length.
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from traces.reader import write_trace
+from traces.format import write_trace
 
 PARAMETER_FORMAT = "expertflow-routing-parameters"
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
@@ -52,7 +53,8 @@ REQUIRED = {  # name: shape letters
     "topic_scale": "L",
     "drift_scale": "L",
     "repeat": "L",
-    "wander_share": "",
+    "wander_share": "",  # w
+    "skew": "",
     "half_lives": "H",  # of wander and of drift, in tokens
     "row_size": "LC",  # probability of 0 … K experts in a row
 }
@@ -98,9 +100,10 @@ class _Model:
     params: dict[str, Floats]
     loadings: Floats  # [Q,N]
     residual: Floats  # [N]
+    spread: Floats  # [N], of `mix`
     cross: Floats  # [L,E+1,E]; the last row stands for padding and suggests nothing
-    topic_scale: Floats  # [N]
-    drift_scale: Floats  # [N]
+    topic_scale: Floats  # [N], as the next
+    drift_scale: Floats
     top_k: int
     row_size: Floats | None  # [L,K+1] cumulative; None where every row has K experts
 
@@ -114,6 +117,13 @@ class _Model:
         factors = len(self.loadings)
         return latent[:, :factors] @ self.loadings + self.residual * latent[:, factors:]
 
+    def subject(self, topic: Floats, wander: Floats) -> Floats:
+        """Bias and what topic and wander (both from `mix`) add to it, [R,N]."""
+        share, skew = self.params["wander_share"], self.params["skew"]
+        offset = np.sqrt(1 - share) * topic + np.sqrt(share) * wander
+        bent = offset - skew / 2 * (offset * offset / self.spread - self.spread)
+        return self.params["bias"].ravel() + self.topic_scale * bent
+
 
 def _prepare(arrays: Arrays) -> _Model:
     check_params(arrays)
@@ -121,11 +131,14 @@ def _prepare(arrays: Arrays) -> _Model:
     num_layers, num_experts = params["bias"].shape
     cross = np.zeros((num_layers, num_experts + 1, num_experts))
     cross[:, :-1] = params["cross"]
+    loadings = params["loadings"].reshape(num_layers * num_experts, -1).T.copy()
+    residual = params["residual"].ravel()
     sizes = params["row_size"]
     return _Model(
         params=params,
-        loadings=params["loadings"].reshape(num_layers * num_experts, -1).T.copy(),
-        residual=params["residual"].ravel(),
+        loadings=loadings,
+        residual=residual,
+        spread=np.maximum(np.sqrt((loadings**2).sum(axis=0) + residual**2), 1e-9),
         cross=cross,
         topic_scale=params["topic_scale"].repeat(num_experts),
         drift_scale=params["drift_scale"].repeat(num_experts),
@@ -141,12 +154,18 @@ def _decay(latent: Floats, tokens: float, half_life: float, rng: np.random.Gener
 
 
 def _draw_topics(model: _Model, lengths: Integers, rng: np.random.Generator) -> Integers:
-    """A topic for each request, each used once before any is used again; `lengths` [R] must fall."""
+    """A topic for each request; `lengths` [R] must fall.
+
+    Source and requests lie side by side, longest first, each as wide as its share of the tokens; a request takes the
+    topic at a random point of its width. So the source's lengths give each topic once, and equal lengths a sample
+    spread over the source's tokens.
+    """
     of_source = model.params["topic_length"]
-    rounds = -(-len(lengths) // len(of_source))
-    drawn = np.concatenate([np.argsort(rng.random(len(of_source)), kind="stable") for _ in range(rounds)])
-    drawn = drawn[: len(lengths)]
-    return np.asarray(drawn[np.argsort(-of_source[drawn], kind="stable")], np.int64)
+    order = np.argsort(-of_source, kind="stable")
+    share = lengths / lengths.sum()
+    places = np.cumsum(share) - share * rng.random(len(lengths))
+    found = np.searchsorted(np.cumsum(of_source[order]) / of_source.sum(), places)
+    return np.asarray(order[np.minimum(found, len(order) - 1)], np.int64)
 
 
 def _choose(model: _Model, scores: Floats, rng: np.random.Generator) -> Integers:
@@ -174,28 +193,24 @@ def _generate_group(
 ) -> None:
     """Fill the rows of some requests in `ids` [T,L,K], all requests one token a step; `lengths` must fall."""
     num_layers, num_experts = model.shape
-    params = model.params
-    latent = (len(lengths), len(model.loadings) + len(model.residual))
-    wander_half_life, drift_half_life = params["half_lives"]
-    share = float(params["wander_share"])
-
-    topic = rng.standard_normal(latent)
-    topic[:, : len(model.loadings)] = params["topics"][topics]
-    fixed = params["bias"].ravel() + np.sqrt(1 - share) * model.topic_scale * model.mix(topic)
-    wander, drift = rng.standard_normal(latent), rng.standard_normal(latent)
-    background = fixed
+    factors = len(model.loadings)
+    wander_half_life, drift_half_life = model.params["half_lives"]
+    latent = (len(lengths), factors + len(model.residual))
+    topic, wander, drift = (rng.standard_normal(latent) for _ in range(3))
+    topic[:, :factors] = model.params["topics"][topics]
+    fixed = subject = model.mix(topic)
     previous = np.zeros((len(lengths), num_layers, num_experts + 1))
 
     for token in range(int(lengths[0])):
         active = int((lengths > token).sum())
         if token % WANDER_STEP == 0:
             wander = _decay(wander[:active], WANDER_STEP, wander_half_life, rng)
-            background = fixed[:active] + np.sqrt(share) * model.topic_scale * model.mix(wander)
+            subject = model.subject(fixed[:active], model.mix(wander))
         drift = _decay(drift[:active], 1, drift_half_life, rng)
-        scores = background[:active] + model.drift_scale * model.mix(drift)
+        scores = subject[:active] + model.drift_scale * model.mix(drift)
         scores += NOISE * rng.standard_normal(scores.shape)
         scores = scores.reshape(active, num_layers, num_experts)
-        scores += params["repeat"][:, None] * previous[:active, :, :num_experts]
+        scores += model.params["repeat"][:, None] * previous[:active, :, :num_experts]
         chosen = _choose(model, scores, rng)
         previous = np.zeros((active, num_layers, num_experts + 1))
         np.put_along_axis(previous, chosen, 1.0, axis=2)
@@ -216,5 +231,73 @@ def _gate_weights(model: _Model, unused: npt.NDArray[np.bool_], rng: np.random.G
         logs = np.zeros((rows.stop - start, num_layers, top_k))
         logs[:, :, 1:] = -np.cumsum(low + (place - below) * (high - low), axis=2)
         values = np.where(unused[rows], 0.0, np.exp(logs))
-        weights[rows] = values * (total / np.maximum(values.sum(axis=2), 1e-9).T.T if False else 1)
+        weights[rows] = values * (total[:, None] / np.maximum(values.sum(axis=2, keepdims=True), 1e-9))
     return weights
+
+
+def split_tokens(num_tokens: int, num_requests: int) -> Integers:
+    """Lengths [R] of requests that share the tokens evenly; the first ones have one more."""
+    if not 1 <= num_requests <= num_tokens:
+        raise ValueError(f"num_requests={num_requests} must be 1 … num_tokens={num_tokens}: no request is empty")
+    share, left_over = divmod(num_tokens, num_requests)
+    return np.full(num_requests, share, np.int64) + (np.arange(num_requests) < left_over)
+
+
+def generate(params: Arrays, request_lengths: Sequence[int] | Integers, seed: int = 0) -> Arrays:
+    """A trace with requests of these lengths: `experts`, `request_start`, `prompt_len`, and `weights` if fitted.
+
+    The arrays are those of the trace format. ValueError if a length is below 1 or the parameters do not fit together.
+    """
+    lengths = np.asarray(request_lengths, np.int64)
+    if lengths.ndim != 1 or not len(lengths) or lengths.min() < 1:
+        raise ValueError(f"request_lengths={lengths.tolist()} needs one or more lengths of at least 1 token")
+    model = _prepare(params)
+    num_layers, num_experts = model.shape
+    kind = np.uint8 if num_experts <= 255 else np.uint16
+    rng = np.random.Generator(np.random.PCG64(seed))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    experts = np.empty((starts[-1], num_layers, model.top_k), kind)
+    longest_first = np.lexsort((rng.random(len(lengths)), -lengths))
+    topics = _draw_topics(model, lengths[longest_first], rng)
+    for first in range(0, len(lengths), GROUP):
+        group = longest_first[first : first + GROUP]
+        _generate_group(model, lengths[group], starts[group], topics[first : first + GROUP], rng, experts)
+    unused = experts == num_experts
+    experts[unused] = np.iinfo(kind).max
+    arrays: Arrays = {"experts": experts, "request_start": starts, "prompt_len": np.zeros(len(lengths), np.int32)}
+    if "weight_gap" in params:
+        arrays["weights"] = _gate_weights(model, unused, rng)
+    return arrays
+
+
+def generate_default(num_tokens: int = 2048, num_requests: int = 16, seed: int = 0) -> Arrays:
+    """The simulator's default trace, in memory, from the shipped parameters: 24 layers, 4 of 32 experts."""
+    return generate(load_params(SHIPPED)[0], split_tokens(num_tokens, num_requests), seed)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m traces generate`."""
+    parser.add_argument("output", help="the trace to write (.safetensors)")
+    parser.add_argument("--params", default=str(SHIPPED), help="parameter file (default: the shipped gpt-oss-20b)")
+    parser.add_argument("--tokens", type=int, required=True, help="number of tokens, all requests together")
+    parser.add_argument("--requests", type=int, help="number of requests (default: of the source's mean length)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write a generated trace. Errors are ValueErrors."""
+    params, header = load_params(args.params)
+    requests = args.requests
+    if requests is None:
+        requests = max(1, round(args.tokens / float(params["topic_length"].mean())))
+    arrays = generate(params, split_tokens(args.tokens, requests), args.seed)
+    write_trace(
+        args.output,
+        **arrays,
+        model=header["model"],
+        num_experts=params["bias"].shape[1],
+        source=f"generated with seed {args.seed} from parameters fitted to: {header['source']}",
+        license=header["license"],
+    )
+    print(f"{args.output}: {args.tokens} tokens in {requests} requests")
+    return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,9 @@ class ChainedArray:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[row] for row in range(len(self)))
+
     def __array__(self, dtype: Any = None, /, *, copy: bool | None = None) -> Array:
         if copy is False:
             raise ValueError("a chain of files has no single buffer to share; allow a copy")
@@ -80,7 +83,7 @@ class ChainedArray:
         if step > 0:
             return self._rows(start, stop)[::step]
         wanted = range(start, stop, step)
-        return self._rows(wanted[-1], wanted[0] + 1)[::-1][:: -step] if wanted else self._rows(0, 0)
+        return self._rows(wanted[-1], wanted[0] + 1)[::-1][::-step] if wanted else self._rows(0, 0)
 
     def _rows(self, start: int, stop: int) -> Array:
         pieces = []
@@ -245,9 +248,7 @@ def _check_agreement(first: Trace, other: Trace) -> None:
         if (name in ours) != (name in others):
             state = "has" if name in ours else "lacks"
             raise fault(path, name, f"this file {state} it, {base} does not agree", "record all files alike")
-        if name in ours and (
-            ours[name].dtype != others[name].dtype or ours[name].shape[1:] != others[name].shape[1:]
-        ):
+        if name in ours and (ours[name].dtype != others[name].dtype or ours[name].shape[1:] != others[name].shape[1:]):
             problem = f"is {ours[name].dtype} {list(ours[name].shape)}, in {base} {others[name].dtype} "
             raise fault(path, name, problem + f"{list(others[name].shape)}", "record all files alike")
 

@@ -12,7 +12,7 @@ import heapq
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,7 @@ CAPACITY_PERCENT = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
-
-
-class Recall(NamedTuple):
-    """Recall@K of layers 1 … L−1 (arrays [L−1]) from the layer before, and from popularity alone."""
-
-    bayes: Floats
-    popularity: Floats
+Event = tuple[int, list[int], list[int]]  # its number, the keys it demands, the events that next use them
 
 
 def check_routing(experts: Integers, request_start: Integers, num_experts: int) -> Integers:
@@ -43,7 +37,9 @@ def check_routing(experts: Integers, request_start: Integers, num_experts: int) 
     if len(starts) < 2 or starts[0] != 0 or starts[-1] != len(experts) or (np.diff(starts) < 0).any():
         raise ValueError(f"request_start must rise from 0 to the {len(experts)} tokens, one entry more than requests")
     padding = np.iinfo(experts.dtype).max
-    ids = np.where(experts == padding, experts.dtype.type(num_experts), experts)
+    ids = experts
+    if padding >= num_experts:  # else it is an expert, and no row is padded
+        ids = np.where(experts == padding, experts.dtype.type(num_experts), experts)
     if ids.min() < 0 or ids.max() > num_experts:
         raise ValueError(f"experts holds {ids.max()}: needs 0 … {num_experts - 1}, or {padding} as padding")
     if (ids == num_experts).all():
@@ -71,7 +67,7 @@ def reuse(experts: Integers, request_start: Integers, num_experts: int, lags: Se
     """
     ids = check_routing(experts, request_start, num_experts)
     position = row_positions(request_start)
-    result = np.full((len(lags), ids.shape[1]), np.nan)
+    mean = np.full((len(lags), ids.shape[1]), np.nan)
     for layer in range(ids.shape[1]):
         hot = layer_onehot(ids[:, layer], num_experts)
         size = hot.sum(axis=1)
@@ -80,8 +76,8 @@ def reuse(experts: Integers, request_start: Integers, num_experts: int, lags: Se
             chosen = size[lag:][within].sum()
             if chosen:
                 overlap = np.einsum("te,te->t", hot[lag:], hot[:-lag])
-                result[row, layer] = overlap[within].sum() / chosen
-    return result
+                mean[row, layer] = overlap[within].sum() / chosen
+    return mean
 
 
 def activation(experts: Integers, request_start: Integers, num_experts: int) -> Floats:
@@ -98,18 +94,18 @@ def popularity_entropy(experts: Integers, request_start: Integers, num_experts: 
     return np.abs(np.where(share > 0, share * np.log2(np.maximum(share, 1e-300)), 0.0).sum(axis=1))
 
 
-def next_layer_recall(experts: Integers, request_start: Integers, num_experts: int) -> Recall:
-    """Recall@K of naive Bayes on the previous layer's experts; fitted on the first half of requests.
+def next_layer_recall(experts: Integers, request_start: Integers, num_experts: int) -> Floats:
+    """Recall@K of layers 1 … L−1, [2, L−1]: naive Bayes on the previous layer's experts; popularity alone.
 
-    The score of expert e is log n(e) + Σ_{f ∈ previous} log (n(f, e)+1)/(n(e)+2). The second half of the requests is
-    scored; both predictors name K experts. ValueError with one layer or one request.
+    Counted on the first half of the requests, scored on the second. Bayes ranks expert e by
+    log n(e) + Σ_{f ∈ previous} log (n(f, e)+1)/(n(e)+2). ValueError with one layer or one request.
     """
     ids = check_routing(experts, request_start, num_experts)
     num_tokens, num_layers, top_k = ids.shape
     cut = int(request_start[(len(request_start) - 1) // 2])
     if num_layers < 2 or not 0 < cut < num_tokens:
         raise ValueError("next-layer recall needs two layers and two requests, to fit on one and score the other")
-    bayes, popularity = np.full(num_layers - 1, np.nan), np.full(num_layers - 1, np.nan)
+    recall = np.full((2, num_layers - 1), np.nan)
     before = layer_onehot(ids[:, 0], num_experts)
     for layer in range(1, num_layers):
         hot = layer_onehot(ids[:, layer], num_experts)
@@ -118,13 +114,10 @@ def next_layer_recall(experts: Integers, request_start: Integers, num_experts: i
         chosen = hot[cut:].sum()
         if chosen:
             named = np.argpartition(-score, top_k - 1, axis=1)[:, :top_k]
-            bayes[layer - 1] = np.take_along_axis(hot[cut:], named, axis=1).sum() / chosen
-            popularity[layer - 1] = hot[cut:][:, np.argsort(-used, kind="stable")[:top_k]].sum() / chosen
+            recall[0, layer - 1] = np.take_along_axis(hot[cut:], named, axis=1).sum() / chosen
+            recall[1, layer - 1] = hot[cut:, np.argsort(-used, kind="stable")[:top_k]].sum() / chosen
         before = hot
-    return Recall(bayes, popularity)
-
-
-# -- caches --------------------------------------------------------------------------------------------------
+    return recall
 
 
 def lru_distances(ids: Integers, num_experts: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -152,45 +145,26 @@ def lru_distances(ids: Integers, num_experts: int) -> tuple[npt.NDArray[np.int64
         # Newer than the access before this token; then those that earlier layers of this token brought to the front.
         newer = num_keys - np.searchsorted(np.sort(known, axis=None), flat, side="right")
         newer += ((flat[None, :] <= flat[:, None]) & earlier & valid[None, :]).sum(axis=1)
-        cold = flat < 0
-        everywhere += np.bincount(np.where(cold, num_keys, newer)[valid], minlength=num_keys + 1)
+        everywhere += np.bincount(np.where(flat < 0, num_keys, newer)[valid], minlength=num_keys + 1)
         np.add.at(by_layer, (layers.repeat(top_k, 1)[real], np.where(seen < 0, num_experts, inside)[real]), 1)
         last[layers, row] = (token * num_layers + layers) * top_k + columns
     return everywhere, by_layer
 
 
-def next_uses(ids: Integers, num_experts: int) -> npt.NDArray[np.int64]:
-    """Token [T,L,K] that next chooses the same (layer, expert); T where none does."""
+def demand_events(ids: Integers, num_experts: int) -> list[Event]:
+    """One event per (token, layer), in order; a key never used again has the number of events as its next."""
     num_tokens, num_layers, top_k = ids.shape
-    upcoming = np.full(ids.shape, num_tokens, np.int64)
+    upcoming = np.full(ids.shape, num_tokens * num_layers, np.int64)
     for layer in range(num_layers):
         flat = ids[:, layer].ravel()
         order = np.argsort(flat, kind="stable")
         same = flat[order][1:] == flat[order][:-1]
         token, column = np.divmod(order, top_k)
-        upcoming[token[:-1][same], layer, column[:-1][same]] = token[1:][same]
-    return upcoming
-
-
-Event = tuple[int, list[int], list[int]]  # its number, the keys it demands, the events that next use them
-
-
-def demand_events(ids: Integers, num_experts: int) -> list[Event]:
-    """One event per (token, layer), in order; a key never used again has the number of events as its next."""
-    num_tokens, num_layers, _ = ids.shape
-    layers = np.arange(num_layers)[:, None]
-    upcoming = next_uses(ids, num_experts)
-    coming = np.where(upcoming < num_tokens, upcoming * num_layers + layers, num_tokens * num_layers)
-    keys = np.where(ids < num_experts, ids.astype(np.int64) + layers * num_experts, -1)
-    events = []
-    for number, (event_keys, event_next) in enumerate(
-        zip(keys.reshape(-1, ids.shape[2]).tolist(), coming.reshape(-1, ids.shape[2]).tolist(), strict=True)
-    ):
-        if -1 in event_keys:
-            pairs = [(key, use) for key, use in zip(event_keys, event_next, strict=True) if key >= 0]
-            event_keys, event_next = [key for key, _ in pairs], [use for _, use in pairs]
-        events.append((number, event_keys, event_next))
-    return events
+        upcoming[token[:-1][same], layer, column[:-1][same]] = token[1:][same] * num_layers + layer
+    keys = (ids + np.arange(num_layers)[:, None] * num_experts).reshape(-1, top_k).tolist()
+    width = (ids < num_experts).sum(axis=2).ravel().tolist()  # padding comes last
+    rows = zip(keys, upcoming.reshape(-1, top_k).tolist(), width, strict=True)
+    return [(number, demand[:size], uses[:size]) for number, (demand, uses, size) in enumerate(rows)]
 
 
 def belady_hits(events: Iterable[Event], capacity: int, num_keys: int) -> int:
@@ -204,12 +178,10 @@ def belady_hits(events: Iterable[Event], capacity: int, num_keys: int) -> int:
     heap: list[int] = []  # −(next use · num_keys + key): the furthest next use pops first
     held = hits = 0
     for number, keys, upcoming in events:
+        found = sum(resident[key] for key in keys)
+        hits, held = hits + found, held + len(keys) - found
         for key in keys:
-            if resident[key]:
-                hits += 1
-            else:
-                held += 1
-                resident[key] = 1
+            resident[key] = 1
         # A key touched again left an older entry behind. Its next use is not after now, so it sinks below all valid
         # ones: as many residents outside the event as must leave are always nearer the top.
         for _ in range(min(held - capacity, held - len(keys))):
@@ -241,21 +213,13 @@ def cache_table(experts: Integers, request_start: Integers, num_experts: int) ->
         slots = num_keys * percent // 100
         share, left_over = divmod(slots, num_layers)
         rooms = [share + (layer < left_over) for layer in range(num_layers)]
-        layered = [belady_hits(events[layer::num_layers], room, num_keys) for layer, room in enumerate(rooms)]
-        table.append(
-            {
-                "percent": percent,
-                "slots": slots,
-                "lru_global": int(everywhere[:slots].sum()),
-                "belady_global": belady_hits(events, slots, num_keys),
-                "lru_per_layer": int(sum(by_layer[layer, :room].sum() for layer, room in enumerate(rooms))),
-                "belady_per_layer": sum(layered),
-            }
-        )
+        row = {"percent": percent, "slots": slots}
+        row["lru_global"] = int(everywhere[:slots].sum())
+        row["belady_global"] = belady_hits(events, slots, num_keys)
+        row["lru_per_layer"] = sum(int(by_layer[layer, :room].sum()) for layer, room in enumerate(rooms))
+        row["belady_per_layer"] = sum(belady_hits(events[i::num_layers], n, num_keys) for i, n in enumerate(rooms))
+        table.append(row)
     return table
-
-
-# -- the command ---------------------------------------------------------------------------------------------
 
 
 def _numbers(values: Floats) -> list[float | None]:
@@ -268,9 +232,9 @@ def compute_stats(experts: Integers, request_start: Integers, num_experts: int) 
     overlaps = reuse(experts, request_start, num_experts)
     entropy = popularity_entropy(experts, request_start, num_experts)
     try:
-        recall: Recall | None = next_layer_recall(experts, request_start, num_experts)
+        recall = next_layer_recall(experts, request_start, num_experts)
     except ValueError:
-        recall = None
+        recall = np.full((2, ids.shape[1] - 1), np.nan)
     return {
         "num_tokens": len(ids),
         "num_requests": len(request_start) - 1,
@@ -282,8 +246,8 @@ def compute_stats(experts: Integers, request_start: Integers, num_experts: int) 
         "reuse_lag1_by_layer": _numbers(overlaps[0]),
         "entropy_bits": round(float(entropy.mean()), 6),
         "entropy_bits_by_layer": _numbers(entropy),
-        "next_layer_recall": None if recall is None else _numbers(np.array(recall).mean(axis=1)),
-        "next_layer_recall_by_layer": [] if recall is None else _numbers(recall.bayes),
+        "next_layer_recall": _numbers(recall.mean(axis=1) if recall.size else np.full(2, np.nan)),
+        "next_layer_recall_by_layer": _numbers(recall[0]),
         "cache": cache_table(experts, request_start, num_experts),
     }
 
@@ -299,21 +263,20 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]
 
 def print_stats(stats: dict[str, Any], console: Console) -> None:
     """The tables a person reads."""
-    recalls = [None, *(stats["next_layer_recall_by_layer"] or [None] * (stats["num_layers"] - 1))]
-    by_layer = zip(stats["reuse_lag1_by_layer"], stats["entropy_bits_by_layer"], recalls, strict=True)
-    bayes, popular = stats["next_layer_recall"] or (None, None)
+    recall = [None, *stats["next_layer_recall_by_layer"]]
+    by_layer = zip(stats["reuse_lag1_by_layer"], stats["entropy_bits_by_layer"], recall, strict=True)
     kinds = ("lru_global", "belady_global", "lru_per_layer", "belady_per_layer")
-    total = stats["num_accesses"]
-    cache = [[row["percent"], row["slots"], *(row[kind] / total for kind in kinds)] for row in stats["cache"]]
-    shape = [[stats[name] for name in ("num_tokens", "num_requests", "num_layers", "num_experts", "top_k")]]
-    console.print(_table("Trace", ["tokens", "requests", "layers", "experts", "top-k"], shape))
+    rates = [[row[kind] / stats["num_accesses"] for kind in kinds] for row in stats["cache"]]
+    cache = [[row["percent"], row["slots"], *rate] for row, rate in zip(stats["cache"], rates, strict=True)]
+    console.print("{num_tokens} tokens, {num_requests} requests, {num_layers} layers, ".format_map(stats), end="")
+    console.print("{top_k} of {num_experts} experts".format_map(stats))
     console.print(_table("Reuse of a token's experts after … tokens", list(stats["reuse"]), [stats["reuse"].values()]))
     headings = ["entropy (bits)", "next-layer recall@K", "the same from popularity"]
-    console.print(_table("Mean over layers", headings, [[stats["entropy_bits"], bayes, popular]]))
+    console.print(_table("Mean over layers", headings, [[stats["entropy_bits"], *stats["next_layer_recall"]]]))
     headings = ["layer", "reuse after 1 token", "entropy (bits)", "recall@K from the layer before"]
     console.print(_table("Layers", headings, [[layer, *row] for layer, row in enumerate(by_layer)]))
     headings = ["% of experts", "slots", *(kind.replace("_", " ") for kind in kinds)]
-    console.print(_table("Cache hit rate, cold start", headings, cache))
+    console.print(_table("Hit rate of a cold cache", headings, cache))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

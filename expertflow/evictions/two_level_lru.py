@@ -69,8 +69,8 @@ class TwoLevelLRU(Eviction):
             self._raise((key,))
 
     def predicted(self, keys: Sequence[int], layer: int) -> None:
-        residency = self.residency
-        there = [key for key in keys if residency[key]]
+        low = self.low[keys[0] // self.span]
+        there = [key for key in keys if key in low]
         if there:
             self._raise(there)
 

@@ -22,13 +22,13 @@ class AdaptiveHorizon(Horizon):
     observed. Feedback owns S until the formula moves by `formula_jump` or more. `stall_threshold` layers that
     stalled give S + 1, `overfetch_threshold` needless prefetches give S - 1; a change resets both counters and
     is followed by `cooldown_forwards` without another; both counters halve every forward. `count` says what is
-    a stall: `any`, or `late` alone (a wait for an expert that was on its way; a miss was not foreseen, and
-    looking farther does not help it).
+    a stall: `any`, or `late` alone, the default: a wait for an expert that was on its way asks for an earlier
+    start, but a miss was not foreseen, and looking farther does not help it (results/LOG.md).
     """
 
     def __init__(self, max_distance: int = 8, memory: float = 0.9, stall_threshold: int = 3,
                  overfetch_threshold: int = 8, formula_jump: int = 2, cooldown_forwards: int = 1,
-                 count: str = "any") -> None:  # fmt: skip
+                 count: str = "late") -> None:  # fmt: skip
         if max_distance < 1:
             raise ValueError(f"AdaptiveHorizon max_distance={max_distance} must be at least 1")
         if not 0 <= memory < 1:
@@ -94,6 +94,7 @@ class AdaptiveHorizon(Horizon):
         if feedback.stall_ns > 0 and (self.count == "any" or feedback.num_late > 0):
             self.num_stalls += 1
             if self.num_stalls >= self.stall_threshold:
+                self.num_stalls = 0.0
                 self._step(1)
 
     def overfetched(self) -> None:
@@ -107,6 +108,7 @@ class AdaptiveHorizon(Horizon):
     def _count_overfetch(self) -> None:
         self.num_overfetched += 1
         if self.num_overfetched >= self.overfetch_threshold:
+            self.num_overfetched = 0.0
             self._step(-1)
 
     def _step(self, change: int) -> None:
@@ -115,4 +117,4 @@ class AdaptiveHorizon(Horizon):
         size = min(max(self.size + change, 1), self.limit)
         if size != self.size:
             self.changed_at = self.view.forward
-        self._set(size)
+            self._set(size)

@@ -50,13 +50,15 @@ class TransitionCounts:
         A forward of n tokens adds its shares, so that prefill does not drown decode.
         """
         shares = np.stack([activations / tokens for activations, tokens in forwards])
-        before, now = shares[:-1].transpose(1, 2, 0), shares[1:].transpose(1, 0, 2)
+        # Contiguous, so that the products go to BLAS.
+        before = np.ascontiguousarray(shares[:-1].transpose(1, 2, 0))
+        sources = np.ascontiguousarray(shares[1:].transpose(1, 2, 0))
+        now = np.ascontiguousarray(shares[1:].transpose(1, 0, 2))
         self.num_forwards += len(shares) - 1
         self.frequency += shares[1:].sum(axis=0)
         self.persistence += before @ now
         for distance in range(1, self.D + 1):
             inside = self.L - distance
-            sources = shares[1:].transpose(1, 2, 0)
             self.cross[distance - 1, :inside] += sources[:inside] @ now[distance:]
             # Past the last layer the target belongs to the next forward: pairs (i - 1, i).
             self.cross[distance - 1, inside:] += before[inside:] @ now[:distance]

@@ -9,6 +9,7 @@ one forward, and another machine give the same scores to the bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ NAT = 1024
 
 BLOCK = 64
 """Forwards between two updates of the tables, at first; every eighth block after the eighth."""
+
+PART = 32
+"""Forwards scored together when they were announced: more would be wasted when the horizon moves."""
 
 
 class TransitionPredictor(Predictor):
@@ -69,7 +73,9 @@ class TransitionPredictor(Predictor):
         self.block_first = self.block_stop = 0
         self.block: Floats = np.zeros((0, self.L, self.E))
         self.before_block = self.previous
-        self.ready: dict[int, tuple[list[list[list[int]]], list[list[list[int]]]]] = {}
+        self.ready: dict[tuple[int, int], tuple[list[list[list[int]]], list[list[list[int]]]]] = {}
+        self.rows: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
+        """What is ready for the current forward, by distance."""
         self._update_weights()
         # exp(-x / NAT) in units of 2^-20; what lies more than 14 nats below the best counts as nothing.
         self.exp = np.rint(np.exp(-np.arange(14 * NAT) / NAT) * (1 << 20))
@@ -89,7 +95,8 @@ class TransitionPredictor(Predictor):
         plain = all(f.counts is None for f in forwards)
         if not plain or any(len(keys) != self.top_k for f in forwards for keys in f.demands):
             return
-        keys = np.array([f.demands for f in forwards], dtype=np.int64).reshape(len(forwards), -1)
+        flat = chain.from_iterable(keys for f in forwards for keys in f.demands)
+        keys = np.fromiter(flat, np.int64, len(forwards) * self.L * self.top_k).reshape(len(forwards), -1)
         block = np.zeros((len(forwards), self.L * self.E))
         np.put_along_axis(block, keys, 1.0, axis=1)
         self.block = block.reshape(len(forwards), self.L, self.E)
@@ -97,6 +104,7 @@ class TransitionPredictor(Predictor):
 
     def begin_forward(self, forward: Forward) -> None:
         self.in_block = self.block_first <= forward.index < self.block_stop
+        self.rows = {}
         if self.in_block:
             self.current = (self.block[forward.index - self.block_first], 1)
         else:
@@ -116,11 +124,10 @@ class TransitionPredictor(Predictor):
         if distance > self.D:
             return None
         if self.in_block:
-            if distance not in self.ready:
-                self.ready[distance] = self._predict_block(distance)
-            keys, scores = self.ready[distance]
-            i = forward.index - self.block_first
-            return keys[layer][i], scores[layer][i]
+            rows = self.rows.get(distance)
+            if rows is None:
+                rows = self.rows[distance] = self._ready_rows(forward.index - self.block_first, distance)
+            return rows[0][layer], rows[1][layer]
         self._know(forward, layer)
         activations, num_now = self.current
         before, num_before = self.current if layer + distance >= self.L else self.previous
@@ -129,9 +136,19 @@ class TransitionPredictor(Predictor):
                                            slice(layer, layer + 1), distance, num_now, num_before)  # fmt: skip
         return row_keys[0][0].tolist(), row_scores[0][0].tolist()
 
-    def _predict_block(self, distance: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
-        """Keys and scores [L][F][num_kept] for all forwards of the block at once."""
-        block, (before, num_before) = self.block.transpose(1, 0, 2), self.before_block
+    def _ready_rows(self, index: int, distance: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Keys and scores [L][kept] of forward `index` of the block."""
+        part, row = divmod(index, PART)
+        ready = self.ready.get((part, distance))
+        if ready is None:
+            ready = self.ready[part, distance] = self._predict_part(part, distance)
+        return ready[0][row], ready[1][row]
+
+    def _predict_part(self, part: int, distance: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+        """Keys and scores [F][L][kept] for PART forwards of the block at once."""
+        first = part * PART
+        block = self.block[first : first + PART].transpose(1, 0, 2)
+        before, num_before = (self.block[first - 1], 1) if first else self.before_block
         inside = self.L - distance
         earlier = np.empty_like(block)
         earlier[:inside, 1:] = block[distance:, :-1]
@@ -142,7 +159,7 @@ class TransitionPredictor(Predictor):
         if num_before > 1:
             keys[:inside, :1], scores[:inside, :1] = self._score(
                 block[:inside, :1], before[distance:, None], slice(0, inside), distance, 1, num_before)  # fmt: skip
-        return keys.tolist(), scores.tolist()
+        return keys.swapaxes(0, 1).tolist(), scores.swapaxes(0, 1).tolist()
 
     def _score(self, now: Floats, before: Floats, layers: slice, distance: int, num_now: int,
                num_before: int) -> tuple[Ints, Ints]:  # fmt: skip

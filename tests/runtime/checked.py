@@ -73,8 +73,11 @@ class CheckedMachine(SimMachine):
         if load != self.num_loads:
             raise MachineFault(f"load {load} starts, {self.num_loads} was due")
         before = self.slots[slot]
-        if before.key >= 0 and (before.whole_ns is None or before.whole_ns > self.now_ns):
+        if before.load > 0 and (before.whole_ns is None or before.whole_ns > self.now_ns):
             raise MachineFault(f"key {key} takes slot {slot} while {before.key} is still being copied")
+        for other in self.slots:
+            if other.key == key:
+                other.key = -1  # given up earlier: what lies there will not be read again
         self.slots[slot] = Slot(key, load, 0, None, before.read_until_ns)
 
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:

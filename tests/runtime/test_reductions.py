@@ -217,13 +217,9 @@ def recorded_cases() -> list[Any]:
 
 @needs_trace
 @pytest.mark.parametrize(("policy", "scope", "share", "num_tokens"), recorded_cases())
-def test_a_recorded_trace_counts_as_the_reference(
-    policy: Policy, scope: Scope, share: float, num_tokens: int
-) -> None:
+def test_a_recorded_trace_counts_as_the_reference(policy: Policy, scope: Scope, share: float, num_tokens: int) -> None:
     forwards, num_slots = recorded(num_tokens), int(share * 24 * 32)
-    counts = run_counts(
-        forwards, num_experts=32, num_slots=num_slots, eviction=policy, scope=scope, kernels=FREE
-    )
+    counts = run_counts(forwards, num_experts=32, num_slots=num_slots, eviction=policy, scope=scope, kernels=FREE)
     assert counts == reference(forwards, 32, num_slots, policy, scope, fast=True)
 
 

@@ -1,12 +1,15 @@
 """The pictures show the columns they are given, the same bytes every time."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from sim import plots
 from sim.plots import plot_stall_against_residency, plot_timeline, plot_tpot_bars, save
@@ -34,8 +37,13 @@ def table(panels: list[tuple[str, str]]) -> pd.DataFrame:
 FOUR = [("a100", "eager"), ("a100", "graph"), ("h200", "eager"), ("h200", "graph")]
 
 
-def visible(figure: Figure) -> list[Any]:
-    return [axes for axes in figure.axes if axes.axison]
+def points(line: Any) -> list[tuple[float, float]]:
+    """What a line joins, in order. (Matplotlib's own types admit any array-like here.)"""
+    return list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def bars(axes: Any) -> list[list[Any]]:
+    return [list(container) for container in axes.containers]
 
 
 def frames(folder: Path, horizon: bool = True) -> Frames:
@@ -58,9 +66,7 @@ def test_one_line_per_policy_in_every_panel() -> None:
     ]  # fmt: skip
     for axes in figure.axes:
         assert [line.get_label() for line in axes.lines] == POLICIES
-    first = figure.axes[0].lines[1]
-    assert list(first.get_xdata()) == [0.25, 0.5, 1.0]  # type: ignore[arg-type]
-    assert list(first.get_ydata()) == [11.25, 7.5, 0.0]  # type: ignore[arg-type]
+    assert points(figure.axes[0].lines[1]) == [(0.25, 11.25), (0.5, 7.5), (1.0, 0.0)]
 
 
 def test_the_legend_names_the_policies_and_the_axes_the_units() -> None:
@@ -78,14 +84,14 @@ def test_every_point_lies_within_its_axes_zero_too(log_y: bool) -> None:
     for axes in figure.axes:
         low, high = axes.get_ylim()
         assert low == 0.0
-        assert all(low <= value <= high for line in axes.lines for value in line.get_ydata())  # type: ignore[union-attr]
+        assert all(low <= value <= high for line in axes.lines for _, value in points(line))
         assert axes.get_yscale() == ("symlog" if log_y else "linear")
 
 
 def test_points_are_joined_in_order_of_residency() -> None:
     shuffled = table(FOUR[:1]).sample(frac=1.0, random_state=1)
     line = plot_stall_against_residency(shuffled).axes[0].lines[0]
-    assert list(line.get_xdata()) == [0.25, 0.5, 1.0]  # type: ignore[arg-type]
+    assert [residency for residency, _ in points(line)] == [0.25, 0.5, 1.0]
 
 
 def test_policies_differ_in_more_than_colour() -> None:
@@ -96,7 +102,8 @@ def test_policies_differ_in_more_than_colour() -> None:
 
 def test_a_panel_without_rows_stays_empty() -> None:
     figure = plot_stall_against_residency(table(FOUR[:3]))
-    assert [axes.get_title(loc="left") for axes in visible(figure)] == ["a100, eager", "h200, eager", "a100, graph"]
+    shown = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
+    assert shown == ["a100, eager", "h200, eager", "a100, graph"]
 
 
 # -- bars ----------------------------------------------------------------------------------------------------
@@ -105,8 +112,11 @@ def test_a_panel_without_rows_stays_empty() -> None:
 def test_bars_are_tpot_and_carry_their_stall() -> None:
     rows = table(FOUR[:1])
     axes = plot_tpot_bars(rows[rows["residency"] == 0.5]).axes[0]
-    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]  # type: ignore[union-attr, attr-defined]
-    assert widths == [[27.0, 19.5, 17.0], pytest.approx([10.0, 5.0, 10 / 3]), pytest.approx([5.0, 2.5, 5 / 3])]
+    tpot, miss, late = ([bar.get_width() for bar in group] for group in bars(axes))
+    assert tpot == [27.0, 19.5, 17.0]
+    assert miss == pytest.approx([10.0, 5.0, 10 / 3])
+    assert late == pytest.approx([5.0, 2.5, 5 / 3])
+    assert [bar.get_x() for bar in bars(axes)[2]] == miss
     assert [text.get_text() for text in axes.texts] == ["27.0", "19.5", "17.0"]
     assert [label.get_text() for label in axes.get_yticklabels()] == POLICIES
     assert axes.get_xlabel() == "TPOT (ms)"
@@ -123,7 +133,7 @@ def test_a_policy_that_one_panel_lacks_leaves_a_gap_there() -> None:
     rows = table(FOUR[:2])
     rows = rows[(rows["residency"] == 0.5) & ~((rows["stack"] == "graph") & (rows["policy"] == "lru"))]
     second = plot_tpot_bars(rows).axes[1]
-    places = [bar.get_y() + bar.get_height() / 2 for bar in second.containers[0]]  # type: ignore[union-attr, attr-defined]
+    places = [bar.get_y() + bar.get_height() / 2 for bar in bars(second)[0]]
     assert places == pytest.approx([0.0, 2.0])
 
 
@@ -159,12 +169,12 @@ def test_a_window_that_is_none_or_holds_nothing_is_refused(tmp_path: Path) -> No
 def spans(figure: Figure) -> dict[str, list[tuple[float, float]]]:
     """Start and end in ns of what is drawn below S, by colour."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for collection in figure.axes[-1].collections:
+    collections: list[Any] = list(figure.axes[-1].collections)
+    for collection in collections:
         for path in collection.get_paths():
-            left, right = path.vertices[:, 0].min(), path.vertices[:, 0].max()  # type: ignore[index, call-overload]
-            found.setdefault(to_hex(collection.get_facecolor()[0]).upper(), []).append(  # type: ignore[index]
-                (round(left * 1e6), round(right * 1e6))
-            )
+            times = path.vertices[:, 0]
+            colour = to_hex(collection.get_facecolor()[0]).upper()
+            found.setdefault(colour, []).append((round(times.min() * 1e6), round(times.max() * 1e6)))
     return found
 
 
@@ -188,14 +198,13 @@ def test_slices_that_are_wide_enough_name_their_expert(tmp_path: Path) -> None:
     shown = frames(tmp_path)
     names = [text.get_text() for text in plot_timeline(shown, 0.0015, 0.0042).axes[-1].texts]
     assert names == ["L0/E1", "L1/E2", "L1/E2", "L0/E1", "L1/E2"]
-    assert plot_timeline(shown, 0.0, 10.0).axes[-1].texts == []
+    assert len(plot_timeline(shown, 0.0, 10.0).axes[-1].texts) == 0
 
 
 def test_s_is_a_step_line_up_to_the_end_of_the_window(tmp_path: Path) -> None:
     line = plot_timeline(frames(tmp_path), 0.0, 0.005).axes[0].lines[0]
     assert line.get_drawstyle() == "steps-post"
-    points = zip(line.get_xdata(), line.get_ydata(), strict=True)  # type: ignore[arg-type]
-    assert [(round(x * 1e6), y) for x, y in points] == [(100, 1), (2250, 2), (4430, 3), (5000, 3)]
+    assert [(round(x * 1e6), y) for x, y in points(line)] == [(100, 1), (2250, 2), (4430, 3), (5000, 3)]
 
 
 def test_a_run_without_a_horizon_has_no_panel_for_it(tmp_path: Path) -> None:
@@ -221,43 +230,49 @@ def test_the_same_picture_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_callers_settings_are_left_alone() -> None:
-    import matplotlib as mpl
-
     before = dict(mpl.rcParams)
     plot_stall_against_residency(table(FOUR))
     assert dict(mpl.rcParams) == before
 
 
 def test_a_failed_save_leaves_no_part_of_a_file(tmp_path: Path) -> None:
-    figure = plot_stall_against_residency(table(FOUR))
-    figure.draw = lambda renderer: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    figure: Any = plot_stall_against_residency(table(FOUR))
+    figure.draw = lambda renderer: 1 / 0
     with pytest.raises(ZeroDivisionError):
         save(figure, tmp_path / "broken.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_text_lies_on_another(tmp_path: Path) -> None:
+def test_no_text_lies_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(FOUR)
     for figure in (plot_stall_against_residency(rows, log_y=True), plot_tpot_bars(rows[rows["residency"] == 0.5]),
                    plot_timeline(frames(tmp_path), 0.0015, 0.0042, "two tokens")):  # fmt: skip
-        figure.canvas.draw()
-        assert not overlapping_texts(figure)
+        assert overlapping_texts(figure, monkeypatch) == []
 
 
-def test_overlapping_text_would_be_found() -> None:
+def test_overlapping_text_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     figure = Figure()
     figure.text(0.5, 0.5, "one")
     figure.text(0.5, 0.5, "two")
-    figure.canvas.draw()
-    assert overlapping_texts(figure) == [("one", "two")]
+    assert overlapping_texts(figure, monkeypatch) == [("one", "two")]
 
 
-def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
-    from matplotlib.text import Text
+def overlapping_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Pairs of texts, of those drawn (an axis keeps ticks outside its limits, undrawn), whose boxes meet."""
+    drawn: dict[int, tuple[str, Any]] = {}
+    draw = Text.draw
 
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    texts = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_visible() and t.get_text().strip()]
-    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+    def noted(text: Text, renderer: Any) -> None:
+        draw(text, renderer)
+        if text.get_visible() and text.get_text():
+            drawn[id(text)] = (text.get_text(), text.get_window_extent(renderer))
+
+    figure.savefig(BytesIO(), format="png")
+    figure.set_layout_engine("none")  # Settled by the first drawing.
+    monkeypatch.setattr(Text, "draw", noted)
+    figure.savefig(BytesIO(), format="png")
+    monkeypatch.undo()
+    boxes = list(drawn.values())
     return [
         (name, other) for i, (name, box) in enumerate(boxes) for other, second in boxes[i + 1 :]
         if box.x0 < second.x1 and second.x0 < box.x1 and box.y0 < second.y1 and second.y0 < box.y1

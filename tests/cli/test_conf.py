@@ -1,0 +1,175 @@
+"""Every file in `conf/` composes, is made into objects and runs; names of files and names inside agree."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from expertflow.model import ModelSpec, model_from_dict
+from expertflow.predictors.lookahead import LookaheadPredictor
+from expertflow.predictors.transition import TransitionPredictor
+from sim.bench import configure
+from sim.run import baselines, run_policy
+from sim.setup import CONF, make_policy, make_workload
+from tests.cli.support import GPT_OSS, job, routing, small_trace
+
+
+def choices(group: str) -> list[str]:
+    """The files of a group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def values(group: str, name: str) -> dict[str, Any]:
+    """The content of one file."""
+    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+NAMED = [(group, name) for group in ("hardware", "model", "policy", "stack") for name in choices(group)]
+PARTS = [
+    (part, name) for part in ("predictor", "horizon", "selection", "eviction", "order") for name in choices(f"policy/{part}")
+]
+MODELS = [name for name in choices("model") if name != "auto"]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_trace(tmp_path_factory.mktemp("trace") / "small.safetensors", 8, 2, prompt=2)
+
+
+@cache
+def model(name: str) -> ModelSpec:
+    return model_from_dict(values("model", name))
+
+
+def lookahead(shape: tuple[int, int, int], num_tokens: int) -> np.ndarray:
+    """Recorded scores [T, L, 2, E] that say nothing, NaN past the last layer."""
+    num_layers, num_experts, _ = shape
+    scores = np.zeros((num_tokens, num_layers, 2, num_experts), np.float16)
+    scores[:, -1] = np.nan
+    scores[:, -2, 1] = np.nan
+    return scores
+
+
+@pytest.mark.parametrize(("group", "name"), NAMED)
+def test_a_file_says_its_own_name(group: str, name: str) -> None:
+    assert values(group, name)["name"] == name
+
+
+def test_every_folder_of_conf_is_tested_here() -> None:
+    folders = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir() and list(path.glob("*.yaml"))}
+    parts = {f"policy/{part}" for part, _ in PARTS}
+    assert folders - {"experiment"} == {"hardware", "model", "policy", "stack", "trace"} | parts
+    assert len(NAMED) >= 40
+    assert len(PARTS) >= 20
+
+
+@pytest.mark.parametrize("stack", choices("stack"))
+@pytest.mark.parametrize("hardware", choices("hardware"))
+def test_every_hardware_runs_under_every_stack(hardware: str, stack: str, trace: Path) -> None:
+    metrics = job(f"+hardware={hardware}", "+policy=lru", f"stack={stack}", f"trace.path={trace}", "compare=none")
+    # Of two requests of 4 rows, each a prompt of 2, the prompt's second row yields the first token.
+    assert (metrics["hardware"], metrics["stack"], metrics["num_tokens"]) == (hardware, stack, 6)
+    assert metrics["elapsed_ns"] > metrics["compute_ns"] > 0
+
+
+@pytest.mark.parametrize("name", choices("policy"))
+def test_every_policy_runs(name: str, trace: Path) -> None:
+    metrics = job("+hardware=a100", f"+policy={name}", f"trace.path={trace}", "compare=none", "batch_size=2")
+    assert metrics["policy"] == name
+    assert metrics["uses_future"] is (name in {"belady", "clairvoyant", "oracle"})
+    prefetches = name not in {
+        "belady", "hf_offload", "lfu", "lfu_per_layer", "lru", "lru_per_layer", "on_demand", "two_level"
+    }  # fmt: skip
+    assert (metrics["prefetch"]["issued"] > 0) is prefetches
+
+
+@pytest.mark.parametrize(("part", "name"), PARTS)
+def test_every_part_can_be_swapped_into_adaptive(part: str, name: str, tmp_path: Path) -> None:
+    path = small_trace(tmp_path / "recorded.safetensors", 8, lookahead=lookahead(GPT_OSS, 8))
+    told = ("+hardware=a100", "+policy=adaptive", f"trace.path={path}", "compare=none")
+    cfg = configure([*told, f"policy/{part}={name}"])
+    assert cfg["policy"][part] == values(f"policy/{part}", name)
+    assert job(*told, f"policy/{part}={name}")["num_tokens"] == 8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_runs_on_a_trace_that_names_it(name: str, tmp_path: Path) -> None:
+    spec = model(name)
+    shape = (spec.num_layers, spec.num_experts, spec.top_k)
+    path = small_trace(tmp_path / "t.safetensors", 2, 1, shape=shape, model=name)
+    told = ("+hardware=h200", "+policy=lru", f"trace.path={path}", "compare=none", "stack=graph")
+    metrics = job(*told)
+    assert metrics["model"] == name
+    assert metrics["num_accesses"] == 2 * spec.num_layers * spec.top_k
+    assert job(*told, f"model={name}") == metrics
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_for_the_whole_model_holds_every_expert(name: str, tmp_path: Path) -> None:
+    spec = model(name)
+    shape = (spec.num_layers, spec.num_experts, spec.top_k)
+    path = small_trace(tmp_path / "t.safetensors", 2, 1, shape=shape, model=name)
+    fixed = (spec.non_expert_bytes + spec.kv_bytes(2)) / 1e9 + 1.5
+    whole, expert = fixed + spec.total_expert_bytes / 1e9, spec.expert_bytes / 1e9
+    told = ["+hardware=h200", "+policy=lru", f"trace.path={path}"]
+    num_keys = spec.num_layers * spec.num_experts
+    for gigabytes, num_slots in ((whole + 1e-6, num_keys), (whole - expert / 2, num_keys - 1), (fixed + 1.5 * expert, 1)):
+        assert make_workload(configure([*told, f"gpu_memory_gb={gigabytes}"])).num_slots == num_slots
+
+
+@pytest.mark.parametrize("name", ["on_demand", "lru"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_baseline_is_the_policy_of_the_same_name(name: str, batch_size: int, trace: Path) -> None:
+    cfg = configure(["+hardware=a100", f"+policy={name}", f"trace.path={trace}", f"batch_size={batch_size}"])
+    work = make_workload(cfg)
+    configured = run_policy(work, *make_policy(cfg["policy"], work, cfg["seed"]))
+    assert run_policy(work, *baselines()[name]) == configured
+
+
+def test_the_default_trace_runs_without_a_file() -> None:
+    metrics = job("+hardware=a100", "+policy=lru", "trace.num_tokens=6", "trace.num_requests=2", "compare=none")
+    assert (metrics["model"], metrics["num_tokens"]) == ("gpt-oss-20b", 6)
+    assert metrics["num_accesses"] == 6 * 24 * 4
+
+
+# -- the predictor that adaptive takes -----------------------------------------------------------------------
+
+
+def predictor(path: Path, *words: str) -> object:
+    cfg = configure(["+hardware=a100", "+policy=adaptive", f"trace.path={path}", *words])
+    return make_policy(cfg["policy"], make_workload(cfg), cfg["seed"])[0].predictor
+
+
+def test_adaptive_takes_the_recorded_lookahead_where_there_is_one(tmp_path: Path) -> None:
+    dense = small_trace(tmp_path / "dense.safetensors", 8, lookahead=lookahead(GPT_OSS, 8))
+    ids = np.tile(np.arange(6, dtype=np.uint8), (8, 24, 2, 1))
+    ids[:, -1], ids[:, -2, 1] = 255, 255
+    scores = np.where(ids == 255, 0, 200).astype(np.uint8)
+    listed = small_trace(tmp_path / "listed.safetensors", 8, lookahead_ids=ids, lookahead_scores=scores)
+    assert isinstance(predictor(dense), LookaheadPredictor)
+    assert isinstance(predictor(listed), LookaheadPredictor)
+    assert isinstance(predictor(dense, "policy/predictor=transition"), TransitionPredictor)
+
+
+def test_adaptive_takes_the_history_elsewhere(trace: Path) -> None:
+    found = predictor(trace)
+    assert isinstance(found, TransitionPredictor)
+    assert found.warm is not None
+    assert predictor(trace, "policy.predictor.transition.warm=null").warm is None  # type: ignore[attr-defined]
+
+
+def test_a_model_without_fitted_counts_starts_cold(tmp_path: Path) -> None:
+    shape = (32, 8, 2)
+    path = small_trace(tmp_path / "t.safetensors", 4, shape=shape, model="mixtral-8x7b", experts=routing(shape, 4))
+    found = predictor(path)
+    assert isinstance(found, TransitionPredictor)
+    assert found.warm is None
+
+
+def test_the_noisy_oracle_takes_the_seed_of_the_run(trace: Path) -> None:
+    told = ("policy/predictor=noisy_oracle",)
+    assert predictor(trace, *told, "seed=7").seed == 7  # type: ignore[attr-defined]
+    assert predictor(trace, *told, "seed=7", "policy.predictor.seed=3").seed == 3  # type: ignore[attr-defined]

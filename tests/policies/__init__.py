@@ -1,0 +1,1 @@
+"""Policies and references against theorems: bounds, oracles, recorded predictions."""

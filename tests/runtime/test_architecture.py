@@ -1,0 +1,98 @@
+"""Does each package know only what it should? The "never knows" column of the design, read from the imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FRAMEWORKS = ["simpy", "torch", "hydra", "omegaconf"]
+FILES = ["pathlib", "os", "io", "shutil", "tempfile", "glob", "open"]
+CLOCKS = ["time", "datetime"]
+FORBIDDEN: dict[str, list[str]] = {
+    "expertflow": [*FRAMEWORKS, *FILES, *CLOCKS, "sim", "replay", "traces", "conf"],
+    "sim": ["torch", "replay"],
+    "traces": [
+        "expertflow.policy", "expertflow.runtime", "expertflow.parts", "expertflow.predictors", "expertflow.evictions",
+        "expertflow.horizons", "expertflow.selections", "expertflow.orders", "sim", "replay",
+    ],
+    "replay": [
+        "expertflow.predictors", "expertflow.evictions", "expertflow.horizons", "expertflow.selections",
+        "expertflow.orders",
+    ],
+}  # fmt: skip
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything imported, `from a import b` as a.b, and of each call of open()."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+            yield node.lineno, "open"
+
+
+def breaches(source: str, forbidden: list[str]) -> list[str]:
+    """`line: name` of each import that is forbidden or lies inside a forbidden package."""
+    return [
+        f"{line}: {name}"
+        for line, name in imported(ast.parse(source))
+        if any(name == word or name.startswith(f"{word}.") for word in forbidden)
+    ]
+
+
+def modules(package: str) -> list[Path]:
+    """All its Python files."""
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_a_package_imports_nothing_it_must_not_know(package: str) -> None:
+    if not modules(package):
+        pytest.skip(f"{package}/ does not exist yet")
+    found = {
+        str(path.relative_to(ROOT)): wrong
+        for path in modules(package)
+        if (wrong := breaches(path.read_text(), FORBIDDEN[package]))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import simpy", ["1: simpy"]),
+        ("import os.path as p", ["1: os.path"]),
+        ("from pathlib import Path", ["1: pathlib.Path"]),
+        ("def f():\n    from torch.cuda import Event", ["2: torch.cuda.Event"]),
+        ("from expertflow import time", []),
+        ("import timeit, opencv", []),
+        ("with open('x') as file: pass", ["1: open"]),
+        ("heard.open()", []),
+    ],
+)
+def test_the_scan_finds_what_is_forbidden_and_nothing_else(source: str, expected: list[str]) -> None:
+    assert breaches(source, FORBIDDEN["expertflow"]) == expected
+
+
+def test_the_scan_reads_every_part() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in modules("expertflow")}
+    assert {"expertflow/runtime.py", "expertflow/evictions/lru.py", "expertflow/orders/index.py"} <= names
+
+
+def test_no_part_keeps_state_in_its_module() -> None:
+    """Module level holds imports, definitions, docstrings and constants in capitals or type aliases."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Expr, ast.If)
+    found = []
+    for path in modules("expertflow"):
+        for node in ast.parse(path.read_text()).body:
+            names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+            if not isinstance(node, allowed) and not all(name[:1].isupper() or name[:1] == "_" for name in names):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []

@@ -1,0 +1,60 @@
+"""Traces made for tests, and where recorded ones are if this checkout has them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors.numpy import save_file
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+RECORDED = Path(__file__).parents[2].parent / "shared" / "traces"
+needs_recorded = pytest.mark.skipif(not RECORDED.is_dir(), reason=f"no recorded traces at {RECORDED}")
+
+TOKENS, LAYERS, EXPERTS, TOP_K = 6, 3, 8, 2
+HEADER = {
+    "format": "expertflow-trace",
+    "format_version": "1",
+    "model": "toy",
+    "num_layers": str(LAYERS),
+    "num_experts": str(EXPERTS),
+    "top_k": str(TOP_K),
+    "num_requests": "2",
+    "num_tokens": str(TOKENS),
+    "source": "made for a test",
+    "license": "Apache-2.0",
+}
+
+
+def sound_arrays(lists: bool = False) -> Arrays:
+    """Every array of a sound trace of two requests of four and two rows; `lists`: lookahead as lists."""
+    rng = np.random.default_rng(0)
+    order = np.argsort(rng.random((TOKENS, LAYERS, EXPERTS)), axis=2)
+    past = np.arange(LAYERS)[:, None] + np.arange(1, 3) >= LAYERS
+    ahead = rng.random((TOKENS, LAYERS, 2, EXPERTS)).astype(np.float16)
+    ahead[:, past] = np.nan
+    listed = np.argsort(-np.nan_to_num(ahead), axis=3)[..., :3].astype(np.uint8)
+    listed[:, past] = 255
+    weights = rng.random((TOKENS, LAYERS, TOP_K)).astype(np.float16)
+    arrays: Arrays = {
+        "experts": order[..., :TOP_K].astype(np.uint8),
+        "weights": weights,
+        "request_start": np.array([0, 4, 6], np.int64),
+        "prompt_len": np.array([4, 0], np.int32),
+        "context_len": np.array([0, 7], np.int32),
+        "forward_id": np.array([0, 0, 1, 2, 1, 2], np.int64),
+        "token_ids": np.arange(TOKENS, dtype=np.int32),
+        "embedding": rng.standard_normal((TOKENS, 5)).astype(np.float16),
+        "logits": rng.standard_normal((TOKENS, LAYERS, EXPERTS)).astype(np.float16),
+    }
+    if lists:
+        return arrays | {"lookahead_ids": listed, "lookahead_scores": np.full(listed.shape, 9, np.uint8)}
+    return arrays | {"lookahead": ahead}
+
+
+def save(path: Path, arrays: Arrays, header: dict[str, str]) -> Path:
+    """Write whatever is given, sound or not, with the safetensors library."""
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, header)
+    return path

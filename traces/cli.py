@@ -1,0 +1,206 @@
+"""`python -m traces`: check, describe, import, fit and generate traces.
+
+A user's error is one line on stderr and exit code 2; an interrupt is 130. Knows no formats itself: each sub-command
+is a module, loaded only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, get_type_hints
+
+from rich.console import Console
+from rich.progress import Progress
+
+from traces.container import TraceError
+from traces.reader import Trace, open_trace
+
+KINDS = {
+    "gpt-oss-json": "gpt_oss_json",
+    "moe-beyond-csv": "moe_beyond_csv",
+    "route-csv": "route_csv",
+    "event-csr": "event_csr",
+}
+DELEGATED = {
+    "stats": "print what a trace looks like: reuse, popularity, predictability, best cache hits",
+    "fit": "fit the parameters of the trace generator to a trace",
+    "generate": "write a generated trace",
+}
+EXAMPLES = {
+    "": """examples:
+  python -m traces validate my.safetensors
+  python -m traces import route-csv route.csv my.safetensors model=qwen3-30b-a3b
+  python -m traces stats my.safetensors""",
+    "validate": """examples:
+  python -m traces validate my.safetensors
+  python -m traces validate 'recorded/*.safetensors'""",
+    "stats": """examples:
+  python -m traces stats my.safetensors
+  python -m traces stats my.safetensors --max-tokens 4096 --json stats.json""",
+    "fit": """examples:
+  python -m traces fit my.safetensors my-params.safetensors""",
+    "generate": """examples:
+  python -m traces generate made.safetensors --tokens 4096 --seed 1""",
+}
+_IMPORT_EXAMPLES = """examples:
+  python -m traces import gpt-oss-json GPT-OSS-MoE-ExpertFingerprinting/data train.safetensors split=train
+  python -m traces import moe-beyond-csv prompts/ moe-beyond.safetensors
+  python -m traces import route-csv route.csv my.safetensors model=gpt-oss-120b incomplete=repeat
+  python -m traces import event-csr events.safetensors my.safetensors model=qwen3-30b-a3b num_experts=128"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser(next((word for word in given if not word.startswith("-")), "")).parse_args(given)
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """The parser; arguments that live in another module are filled in for `command` alone, to load no more."""
+    parser = _command(_Parser, "Check, describe, import, fit and generate routing traces.", EXAMPLES[""])
+    parser.prog = "python -m traces"
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+
+    def add(name: str, about: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + ".", epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    validate = add("validate", "check trace files: each PATH is a file or a quoted glob", EXAMPLES["validate"])
+    validate.add_argument("paths", nargs="+", metavar="PATH")
+    validate.set_defaults(run=run_validate)
+    importing = add("import", "turn other routing records into a trace", "")
+    importing.add_argument("kind", metavar="KIND", choices=sorted(KINDS), help=", ".join(sorted(KINDS)))
+    importing.add_argument("source", help="the recorded file; a folder of them, but for event-csr")
+    importing.add_argument("output", help="the trace to write (.safetensors)")
+    importing.add_argument("options", nargs="*", metavar="key=value", help="options of the kind, listed below")
+    importing.set_defaults(run=run_import)
+    if command == "import":
+        importing.epilog = _option_list() + "\n\n" + _IMPORT_EXAMPLES
+    for name, about in DELEGATED.items():
+        delegate = add(name, about, EXAMPLES[name])
+        if command == name:
+            module = importlib.import_module(f"traces.{name}")
+            module.add_arguments(delegate)
+            delegate.set_defaults(run=module.run)
+    return parser
+
+
+def _command(kind: type[_Parser], about: str, examples: str) -> _Parser:
+    return kind(description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    """Check each path and print a line for it; 2 if any is faulty."""
+    code = 0
+    for path in args.paths:
+        try:
+            print(f"ok: {describe(open_trace(path))}")
+        except ValueError as error:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            code = 2
+    return code
+
+
+def describe(trace: Trace) -> str:
+    """One line: what the trace holds."""
+    arrays = ", ".join(trace.layout_arrays())
+    return (
+        f"{trace.name}: {trace.model}, {trace.num_requests} requests, {trace.num_tokens} tokens × "
+        f"{trace.num_layers} layers × top-{trace.top_k} of {trace.num_experts} experts; {arrays}; "
+        f"sha256 {trace.sha256()[:12]}"
+    )
+
+
+# -- import --------------------------------------------------------------------------------------------------
+
+
+def importer_of(kind: str) -> Callable[..., Any]:
+    """The function that imports `kind`."""
+    name = KINDS[kind]
+    function: Callable[..., Any] = getattr(importlib.import_module(f"traces.importers.{name}"), f"import_{name}")
+    return function
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Import, and say what was left out or approximated."""
+    importer = importer_of(args.kind)
+    options = parse_options(args.kind, importer, args.options)
+    console = Console(stderr=True)
+    # Without a terminal a progress bar would leave blank lines among the messages.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        report = importer(args.source, args.output, progress, **options)
+    print(f"wrote {report.path}: {report.num_requests} requests, {report.num_tokens} tokens")
+    for note in report.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _options_of(importer: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(importer).parameters
+    return {name: item for name, item in parameters.items() if item.kind is item.KEYWORD_ONLY}
+
+
+def parse_options(kind: str, importer: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words as keyword arguments of the importer; TraceError on an unknown key or a wrong value."""
+    known, types = _options_of(importer), get_type_hints(importer)
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise TraceError(f"option {word!r} has no value; write {word}=<value>")
+        if key not in known:
+            raise TraceError(f"option {key!r} is unknown to {kind}; known are {', '.join(known)}")
+        if key in options:
+            raise TraceError(f"option {key} is given twice; keep one")
+        options[key] = _value(key, text, types[key])
+    return options
+
+
+def _value(key: str, text: str, wanted: type) -> Any:
+    if wanted is bool:
+        if text not in ("true", "false"):
+            raise TraceError(f"option {key}={text} must be true or false")
+        return text == "true"
+    if wanted is int:
+        if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text) > 0):
+            raise TraceError(f"option {key}={text} must be a whole number from 1")
+        return int(text)
+    if not text:
+        raise TraceError(f"option {key} is empty; give it a value, or leave it out")
+    return text
+
+
+def _option_list() -> str:
+    lines = ["options, by kind (defaults shown; those without one are read from the file if it has them):"]
+    for kind in sorted(KINDS):
+        shown = []
+        for name, item in _options_of(importer_of(kind)).items():
+            value = str(item.default).lower() if isinstance(item.default, bool) else item.default
+            shown.append(f"{name}={value or ''}" if value else f"{name}=")
+        lines.append(f"  {kind}: {' '.join(shown)}")
+    return "\n".join(lines)

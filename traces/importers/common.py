@@ -1,0 +1,212 @@
+"""What the importers share: a request in memory, CSV rows with line numbers, and the writing of the trace.
+
+Knows no source format. A source is untrusted text: it is parsed, never evaluated, and every message names its file
+and line. Shape letters: n tokens of one request, L layers, K top-k.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from rich.progress import Progress
+
+from traces.container import TraceError, check_file, fault
+from traces.format import write_trace
+
+Item = TypeVar("Item")
+PADDING = -1
+UNKNOWN_LICENSE = "unknown"
+MAX_WEIGHT = 65_504
+"""The largest float16."""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """The file written, its size, and what to know of it: left out, approximated, assumed."""
+
+    path: Path
+    num_requests: int
+    num_tokens: int
+    notes: tuple[str, ...]
+
+
+@dataclass
+class Request:
+    """One request: experts [n,L,K] with −1 as padding, weights [n,L,K] float16 or None."""
+
+    experts: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float16] | None = None
+    prompt_len: int = 0
+    context_len: int | None = None
+    label: str = ""
+    forward_id: npt.NDArray[np.int64] | None = None
+
+
+def write_requests(
+    output: str | Path,
+    requests: Sequence[Request],
+    *,
+    model: str,
+    num_experts: int,
+    source: str,
+    license: str,
+    notes: Sequence[str] = (),
+    moe_layer_ids: Sequence[int] | None = None,
+    header: Mapping[str, Any] | None = None,
+) -> ImportReport:
+    """Join the requests, pad them to one K, write and check the trace. Optional arrays only where all have them.
+
+    header: further header strings. TraceError as of `write_trace`.
+    """
+    if not requests:
+        raise fault(output, "file", "would hold no request", "check source and options")
+    top_k = max(request.experts.shape[2] for request in requests)
+    lengths = [len(request.experts) for request in requests]
+    contexts = [request.context_len for request in requests if request.context_len is not None]
+    weights = [request.weights for request in requests if request.weights is not None]
+    forwards = [request.forward_id for request in requests if request.forward_id is not None]
+    whole = len(requests)
+    path = write_trace(
+        output,
+        experts=np.concatenate([widen(request.experts, top_k, PADDING) for request in requests]),
+        weights=np.concatenate([widen(w, top_k, 0) for w in weights]) if len(weights) == whole else None,
+        request_start=np.cumsum([0, *lengths]),
+        prompt_len=[request.prompt_len for request in requests],
+        context_len=contexts if len(contexts) == whole else None,
+        forward_id=np.concatenate(forwards) if len(forwards) == whole else None,
+        model=model,
+        num_experts=num_experts,
+        source=source,
+        license=license,
+        request_labels=[r.label for r in requests] if all(r.label for r in requests) else None,
+        moe_layer_ids=moe_layer_ids,
+        **(header or {}),
+    )
+    return ImportReport(path, whole, sum(lengths), tuple(notes))
+
+
+def widen(array: npt.NDArray[Any], width: int, value: int) -> npt.NDArray[Any]:
+    """The array with its last axis filled up to `width`."""
+    missing = width - array.shape[-1]
+    return np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=value) if missing else array
+
+
+def files_of(source: str | Path, *suffixes: str) -> list[Path]:
+    """The file itself, or the folder's files with these suffixes, names with numbers in their numeric order."""
+    path = Path(source)
+    if not path.is_dir():
+        check_file(path)
+        return [path]
+    found = [item for item in path.rglob("*") if item.suffix in suffixes and item.is_file()]
+    if not found:
+        raise fault(path, "folder", f"holds no {' or '.join(suffixes)} file", "give the folder with the records")
+    return sorted(found, key=lambda item: [_natural(part) for part in item.relative_to(path).parts])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"([0-9]+)", name)]
+
+
+def tracked(items: Sequence[Item], progress: Progress | None, text: str) -> Iterable[Item]:
+    """The items, each shown as it is taken."""
+    return items if progress is None else progress.track(items, description=text)
+
+
+class CsvTable:
+    """Rows of a CSV file with the numbers of their last lines; comment lines (`#`) are kept apart if asked.
+
+    Iterating gives (line, values of `columns`); other columns are ignored and named in `ignored`. TraceError
+    names file and line of what is no CSV, of a missing column, of a row with too few values.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], comments: bool = False) -> None:
+        self.path = path
+        self.columns = tuple(columns)
+        self.comments: list[str] = []
+        self.ignored: list[str] = []
+        self._has_comments = comments
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        check_file(self.path)
+        reader = None
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.reader(self._lines(file), strict=True)
+                yield from self._rows(reader)
+        except UnicodeDecodeError:
+            line = reader.line_num + 1 if reader else 1
+            raise fault(self.path, f"line {line}", "is not UTF-8 text", "give a CSV file in UTF-8") from None
+        except csv.Error as error:
+            line = reader.line_num if reader else 1
+            raise fault(self.path, f"line {line}", f"is no CSV ({error})", "correct or remove it") from None
+        except OSError as error:
+            raise fault(self.path, "file", f"cannot be read ({error.strerror})", "check the path") from None
+
+    def _lines(self, file: TextIO) -> Iterator[str]:
+        for line in file:
+            if self._has_comments and line.startswith("#"):
+                self.comments.append(line[1:].strip())
+                # An empty line in its place keeps the line numbers right.
+                yield "\n"
+            else:
+                yield line
+
+    def _rows(self, reader: Any) -> Iterator[tuple[int, list[str]]]:
+        header: list[str] | None = None
+        places: list[int] = []
+        for row in reader:
+            line = int(reader.line_num)
+            if not row:
+                continue
+            if header is None:
+                header = [name.strip() for name in row]
+                places = self._places(header, line)
+                continue
+            if [name.strip() for name in row] == header:
+                remedy = "these are several files joined; give them apart, in a folder"
+                raise fault(self.path, f"line {line}", "repeats the header", remedy)
+            if len(row) != len(header):
+                problem = f"has {len(row)} values, the header {len(header)}"
+                raise fault(self.path, f"line {line}", problem, "correct or remove it")
+            yield line, [row[place] for place in places]
+        if header is None:
+            raise fault(self.path, "file", "has no header line", f"the columns are {', '.join(self.columns)}")
+
+    def _places(self, header: list[str], line: int) -> list[int]:
+        for name in self.columns:
+            if header.count(name) != 1:
+                problem = f"has {header.count(name)} columns {name!r}"
+                raise fault(self.path, f"line {line}", problem, f"the columns are {', '.join(self.columns)}")
+        self.ignored = [name for name in header if name not in self.columns]
+        return [header.index(name) for name in self.columns]
+
+    def whole(self, line: int, column: str, text: str) -> int:
+        """`text` as a number from 0; TraceError otherwise."""
+        text = text.strip()
+        if not (text.isascii() and text.isdecimal() and len(text) < 16):
+            raise fault(self.path, f"line {line}", f"{column} is {text[:40]!r}", "give a whole number from 0")
+        return int(text)
+
+    def weight(self, line: int, column: str, text: str) -> float:
+        """`text` as a weight from 0, or NaN for an unknown one; TraceError otherwise."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not (0 <= value <= MAX_WEIGHT or math.isnan(value)):
+            raise fault(self.path, f"line {line}", f"{column} is {text[:40]!r}", f"give 0 to {MAX_WEIGHT}, or nan")
+        return value
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError unless the option has one of its values."""
+    if value not in choices:
+        raise TraceError(f"option {key}={value} is unknown; choose one of {', '.join(choices)}")
