@@ -59,8 +59,8 @@ class Future:
             spans = [(a - bounds[0], b - bounds[0]) for a, b in pairwise(bounds)]
             block = ([keys[a:b] for a, b in spans], [uses[a:b] for a, b in spans])
             while len(self._blocks) >= 4:
-                # A reader goes forward, with a look ahead: the lowest block is the one it has left.
-                del self._blocks[min(self._blocks)]
+                # A reader goes forward, with a look ahead: the block read longest ago is the one it has left.
+                del self._blocks[next(iter(self._blocks))]
             self._blocks[index] = block
         return block
 

@@ -71,7 +71,7 @@ class Runtime:
         self._layer_end_listeners = policy.listeners("layer_end")
         self._routed_listeners = policy.listeners("routed")
         self._releases = policy.overrides(self.eviction, "release")
-        self._acts_at_layer_end = bool(self._releases or self._layer_end_listeners or config.num_staging)
+        self._trims_at_layer_end = bool(self._releases or config.num_staging)
         self._feedback = Feedback()
         self._layer_stall_ns = 0
         self._blame: dict[int, tuple[int, int, bool]] = {}
@@ -148,7 +148,9 @@ class Runtime:
                         queue.pump()
                     waiting = self._launch_landed(forward, layer, waiting, missing, policy.order.strict)
                 view.pinned = NOTHING
-                if self._acts_at_layer_end:
+                for heard in self._layer_end_listeners:
+                    heard(layer, forward.demands[layer])
+                if self._trims_at_layer_end:
                     self._end_layer(forward, layer)
             # End: head, sampling, the tokens read back; prefetches of the next forward may copy meanwhile.
             mark = machine.head()
@@ -324,9 +326,6 @@ class Runtime:
                 if victim is None:
                     break
                 self.queue.evict(victim)
-        for heard in self._layer_end_listeners:
-            heard(layer, keys)
-
     def _end_forward(self, forward: Forward) -> None:
         counters, now = self.counters, self.view.now_ns
         counters.overhead_ns += now - self._cursor_ns

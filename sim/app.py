@@ -20,11 +20,11 @@ from expertflow.policy import Policy
 from sim.errors import one_line
 from sim.output import fingerprint, is_done, provenance, to_json, write_text
 from sim.report import print_line, print_report
-from sim.run import baselines, bounds, describe, run_policy
+from sim.run import baselines, best_clairvoyant, describe, run_floor, run_policy
 from sim.setup import CONF, Transfer, Workload, make_policy, make_workload
 from sim.twin import HitRecord, RedundancyCounter
 
-COMPARE = ("full", "none")
+COMPARE = ("full", "floor", "none")
 _SWITCHES = ("twin", "timeline", "events", "skip_done")
 
 
@@ -95,7 +95,7 @@ def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[st
         metrics |= run_policy(work, policy, transfer, observers + recorders.observers)
     if redundancy is not None:
         metrics["prefetch"]["redundant"] = redundancy.num_redundant
-    metrics["compare"], metrics["bounds"] = compare_runs(work) if cfg["compare"] == "full" else (None, None)
+    metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
     return metrics
 
 
@@ -108,20 +108,25 @@ def twin_hits(cfg: dict[str, Any], work: Workload) -> HitRecord:
     return record
 
 
-def compare_runs(work: Workload) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metrics of the baselines and the clairvoyant reference, and the bounds, all over the same workload."""
-    compare = {name: run_policy(work, policy, transfer) for name, (policy, transfer) in baselines().items()}
-    found = bounds(work)
-    compare["clairvoyant"] = found.clairvoyant_metrics
+def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Metrics of the runs beside this one, and the bounds, over the same workload: all, the floor alone, or none."""
+    if how == "none":
+        return None, None
+    floor = run_floor(work)
     whole_run = work.warmup_forwards == 0
-    return compare, {
+    bounds = {
         # The floor is of the whole run: with a warm-up left out there is nothing to hold it against.
-        "floor_ns": found.floor.floor_ns if whole_run else None,
-        "serial_ns": found.floor.serial_ns if whole_run else None,
-        "min_loads": found.floor.num_loads,
-        "clairvoyant_ns": found.clairvoyant_ns,
-        "clairvoyant": found.clairvoyant,
+        "floor_ns": floor.floor_ns if whole_run else None,
+        "serial_ns": floor.serial_ns if whole_run else None,
+        "min_loads": floor.num_loads,
+        "clairvoyant_ns": None,
+        "clairvoyant": None,
     }
+    if how == "floor":
+        return None, bounds
+    compare = {name: run_policy(work, policy, transfer) for name, (policy, transfer) in baselines().items()}
+    name, compare["clairvoyant"] = best_clairvoyant(work)
+    return compare, bounds | {"clairvoyant_ns": compare["clairvoyant"]["elapsed_ns"], "clairvoyant": name}
 
 
 class Recorders:

@@ -47,19 +47,31 @@ def derived(metrics: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def collect(folder: Path) -> pd.DataFrame:
-    """One row a finished run (those with `DONE`), sorted by run folder. ValueError if there is none."""
+def _beside(metrics: dict[str, Any], run: str) -> list[dict[str, Any]]:
+    """The runs of `compare=full` as rows of their own: same machine, same workload, another policy."""
+    rows = []
+    for name, other in (metrics["compare"] or {}).items():
+        whole = {**metrics, **other, "policy": name, "bounds": None, "uses_future": name == "clairvoyant"}
+        rows.append({"run": f"{run} ({name})", **flatten(whole), **derived(whole)})
+    return rows
+
+
+def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
+    """One row a finished run (those with `DONE`), sorted by run folder; with `beside` also the runs beside it.
+    ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder of a sweep")
     rows = []
     for done in sorted(folder.rglob("DONE")):
         path = done.parent / "metrics.json"
+        run = str(done.parent.relative_to(folder))
         try:
             metrics = json.loads(path.read_text(encoding="utf-8"))
-            row = {"run": str(done.parent.relative_to(folder)), **flatten(metrics), **derived(metrics)}
+            rows.append({"run": run, **flatten(metrics), **derived(metrics)})
+            if beside:
+                rows += _beside(metrics, run)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a run's metrics ({error}); remove the folder or run it again") from error
-        rows.append(row)
     if not rows:
         raise ValueError(f"{folder}: no finished run below it (none has a DONE file)")
     return pd.DataFrame(rows)
@@ -85,9 +97,10 @@ def main(words: list[str] | None = None) -> int:
                "compare=none && python -m sim.collect sweep")  # fmt: skip
     parser.add_argument("folder", type=Path, help="the folder of a sweep (hydra.sweep.dir) or of several")
     parser.add_argument("--name", default="table", help="file name without suffix (default: table)")
+    parser.add_argument("--beside", action="store_true", help="also a row for each run beside one (compare=full)")
     args = parser.parse_args(words)
     try:
-        table = collect(args.folder)
+        table = collect(args.folder, args.beside)
         paths = write_table(table, args.folder, args.name)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

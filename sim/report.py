@@ -34,9 +34,9 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None) 
     """One table a person can read, from the metrics of a run and those beside it."""
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
-        f"[bold]{metrics['policy']}[/bold] on {metrics['hardware']} ({metrics['stack']} stack), {metrics['model']}, "
-        f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests; "
-        f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of the experts",
+        f"[bold]{metrics['policy']}[/bold] on {metrics['hardware']} ({metrics['stack']} stack), {metrics['model']} with "
+        f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
+        f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
         highlight=False,
     )
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from expertflow.bounds import Floor, floor, min_loads
@@ -22,16 +21,6 @@ from sim.kernels import KernelTimes
 from sim.link import Link, chunk_sizes
 from sim.machine import HostCosts, SimMachine, simulate
 from sim.setup import Transfer, Workload, forwards_for
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The floor under every schedule, and the best of the named clairvoyant ones."""
-
-    floor: Floor
-    clairvoyant_ns: int
-    clairvoyant: str
-    clairvoyant_metrics: dict[str, Any]
 
 
 def run_policy(work: Workload, policy: Policy, transfer: Transfer,
@@ -77,7 +66,7 @@ def describe(work: Workload, policy: Policy, name: str) -> dict[str, Any]:
             "name": work.trace.name,
             "sha256": work.trace_sha256,
             "num_tokens": work.batches.num_tokens,
-            "num_requests": work.trace.num_requests,
+            "num_requests": work.batches.num_requests,
         },
         "uses_future": policy.uses_future or work.start == "popular",
         "capacity": {"num_slots": work.num_slots, "residency": work.residency},
@@ -96,15 +85,10 @@ def _without_prefetch(eviction: LRU) -> Policy:
     return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst())
 
 
-def bounds(work: Workload) -> Bounds:
-    """Floor and clairvoyant reference of `work`. Raises nothing that the runs do not."""
-    best: tuple[int, str, dict[str, Any]] | None = None
-    for name, policy in portfolio(work.future).items():
-        metrics = run_policy(work, policy, Transfer())
-        if best is None or metrics["elapsed_ns"] < best[0]:
-            best = (metrics["elapsed_ns"], name, metrics)
-    assert best is not None
-    return Bounds(run_floor(work), *best)
+def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:
+    """Name and metrics of the fastest schedule of the portfolio that knows the future."""
+    runs = [(name, run_policy(work, policy, Transfer())) for name, policy in portfolio(work.future).items()]
+    return min(runs, key=lambda run: run[1]["elapsed_ns"])
 
 
 def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
@@ -122,7 +106,9 @@ def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
                 experts = len(keys) * kernels.expert_ns(1)
             else:
                 experts = sum(kernels.expert_ns(forward.counts[layer][key]) for key in keys)
-            serial.append(attention[layer] + shared + experts + costs.layer_serial_ns)
+            # After the tokens are read back the first launch of a forward has nothing to hide behind.
+            first = costs.launch_ns + costs.launch_latency_ns if layer == 0 else 0
+            serial.append(first + attention[layer] + shared + experts + costs.layer_serial_ns)
         head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
         heads.append(head + costs.head_overhead_ns + costs.token_sync_ns)
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))

@@ -108,6 +108,7 @@ class Batches:
         self.trace = trace
         self.config = config
         self.num_tokens = min(trace.num_tokens, config.max_tokens or trace.num_tokens)
+        self.num_requests = int(np.searchsorted(trace.request_start[:-1], self.num_tokens, side="left"))
         self._offsets = (np.arange(trace.num_layers, dtype=np.int32) * trace.num_experts)[:, None]
         self._recorded = RecordedRows(trace)
 

@@ -44,10 +44,10 @@ class TransitionCounts:
         num = min(self.D, len(cross))
         self.cross[:num] += values["cross"][:num]
 
-    def learn(self, forwards: Sequence[tuple[Floats, int]]) -> None:
+    def learn(self, forwards: Sequence[tuple[Floats, int]], num_distances: int | None = None) -> None:
         """Add consecutive forwards, each (activation counts [L, E], tokens); the first is only the one before.
 
-        A forward of n tokens adds its shares, so that prefill does not drown decode.
+        num_distances: learn cross-layer counts up to this distance only (None = all). A forward of n tokens adds its shares, so that prefill does not drown decode.
         """
         shares = np.stack([activations / tokens for activations, tokens in forwards])
         # Contiguous, so that the products go to BLAS.
@@ -57,22 +57,24 @@ class TransitionCounts:
         self.num_forwards += len(shares) - 1
         self.frequency += shares[1:].sum(axis=0)
         self.persistence += before @ now
-        for distance in range(1, self.D + 1):
+        for distance in range(1, (self.D if num_distances is None else num_distances) + 1):
             inside = self.L - distance
             self.cross[distance - 1, :inside] += sources[:inside] @ now[distance:]
             # Past the last layer the target belongs to the next forward: pairs (i - 1, i).
             self.cross[distance - 1, inside:] += before[inside:] @ now[:distance]
 
-    def log_odds(self, smoothing: float) -> tuple[Floats, Floats, Floats]:
-        """(cross, persistence, popularity): log P(b | a) / P(b), twice, and log P(b), in nats.
+    def log_odds(self, smoothing: float, num_distances: int) -> tuple[Floats, Floats, Floats]:
+        """(cross [num_distances, L, E, E], persistence, popularity): log P(b | a) / P(b), twice, and log P(b), in nats.
 
         P(b | a) is smoothed with `smoothing` counts of P(b), which itself starts uniform.
         """
         popularity = (self.frequency + smoothing / self.E) / (self.num_forwards + smoothing)
         sources = self.frequency[:, :, None]
         persistence = self._ratio(self.persistence, sources, popularity[:, None, :], smoothing)
-        targets = np.stack([np.roll(popularity, -d, axis=0) for d in range(1, self.D + 1)]) if self.D else self.cross
-        cross = self._ratio(self.cross, sources[None], targets[:, :, None, :], smoothing) if self.D else self.cross
+        cross = self.cross[:num_distances]
+        if num_distances:
+            targets = np.stack([np.roll(popularity, -d, axis=0) for d in range(1, num_distances + 1)])
+            cross = self._ratio(cross, sources[None], targets[:, :, None, :], smoothing)
         return cross, persistence, np.log(popularity)
 
     @staticmethod

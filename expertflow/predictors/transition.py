@@ -28,7 +28,7 @@ NAT = 1024
 """Log-odds are integers in units of 1/1024 nat."""
 
 BLOCK = 64
-"""Forwards between two updates of the tables, at first; every eighth block after the eighth."""
+"""Forwards that are learned from together. The tables follow after 1, 2, 4 … 32 blocks, then every 32."""
 
 PART = 32
 """Forwards scored together when they were announced: more would be wasted when the horizon moves."""
@@ -76,13 +76,15 @@ class TransitionPredictor(Predictor):
         self.ready: dict[tuple[int, int], tuple[list[list[list[int]]], list[list[list[int]]]]] = {}
         self.rows: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
         """What is ready for the current forward, by distance."""
+        self.reach = 0
+        """Farthest distance asked for: what lies beyond is not learned, since nobody looks."""
         self._update_weights()
         # exp(-x / NAT) in units of 2^-20; what lies more than 14 nats below the best counts as nothing.
         self.exp = np.rint(np.exp(-np.arange(14 * NAT) / NAT) * (1 << 20))
         self.exp[-1] = 0
 
     def _update_weights(self) -> None:
-        cross, persistence, popularity = self.counts.log_odds(self.smoothing)
+        cross, persistence, popularity = self.counts.log_odds(self.smoothing, self.reach)
         self.cross_weights = np.rint(NAT * self.cross * cross)
         self.persistence_weights = np.rint(NAT * self.persistence * persistence)
         self.popularity_weights = np.rint(NAT * self.popularity * popularity)
@@ -121,8 +123,11 @@ class TransitionPredictor(Predictor):
             self.num_known += 1
 
     def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
-        if distance > self.D:
-            return None
+        if distance > self.reach:
+            if distance > self.D:
+                return None
+            self.reach = distance
+            self._update_weights()
         if self.in_block:
             rows = self.rows.get(distance)
             if rows is None:
@@ -195,8 +200,8 @@ class TransitionPredictor(Predictor):
         self.recent.append(self.current)
         self.num_done += 1
         if self.num_done % BLOCK == 0:
-            self.counts.learn(self.recent)
+            self.counts.learn(self.recent, self.reach)
             self.recent = []
             blocks = self.num_done // BLOCK
-            if blocks <= 8 or blocks % 8 == 0:
+            if blocks & (blocks - 1) == 0 or blocks % 32 == 0:
                 self._update_weights()

@@ -57,7 +57,8 @@ class Outcome:
 
     def metrics(self) -> dict[str, Any]:
         """metrics.json."""
-        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        return found
 
 
 # -- commands ------------------------------------------------------------------------------------------------

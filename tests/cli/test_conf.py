@@ -24,13 +24,13 @@ def choices(group: str) -> list[str]:
 
 def values(group: str, name: str) -> dict[str, Any]:
     """The content of one file."""
-    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    return content
 
 
 NAMED = [(group, name) for group in ("hardware", "model", "policy", "stack") for name in choices(group)]
-PARTS = [
-    (part, name) for part in ("predictor", "horizon", "selection", "eviction", "order") for name in choices(f"policy/{part}")
-]
+KINDS = ("predictor", "horizon", "selection", "eviction", "order")
+PARTS = [(part, name) for part in KINDS for name in choices(f"policy/{part}")]
 MODELS = [name for name in choices("model") if name != "auto"]
 
 
@@ -116,7 +116,8 @@ def test_memory_for_the_whole_model_holds_every_expert(name: str, tmp_path: Path
     whole, expert = fixed + spec.total_expert_bytes / 1e9, spec.expert_bytes / 1e9
     told = ["+hardware=h200", "+policy=lru", f"trace.path={path}"]
     num_keys = spec.num_layers * spec.num_experts
-    for gigabytes, num_slots in ((whole + 1e-6, num_keys), (whole - expert / 2, num_keys - 1), (fixed + 1.5 * expert, 1)):
+    just = {whole + 1e-6: num_keys, whole - expert / 2: num_keys - 1, fixed + 1.5 * expert: 1}
+    for gigabytes, num_slots in just.items():
         assert make_workload(configure([*told, f"gpu_memory_gb={gigabytes}"])).num_slots == num_slots
 
 

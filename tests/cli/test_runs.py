@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from sim import collect, regress
-from tests.cli.support import ROOT, command, job, run_here, run_there, small_trace
+from sim.output import code_sha256
+from tests.cli.support import ROOT, command, job, real_trace, run_here, run_there, small_trace
 
 LRU = ("+hardware=a100", "+policy=lru")
 ADAPTIVE = ("+hardware=a100", "+policy=adaptive")
@@ -110,9 +111,15 @@ def test_compare_none_leaves_out_what_stands_beside(trace: Path, tmp_path: Path)
     assert (metrics["compare"], metrics["bounds"]) == (None, None)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: trace.num_requests counts the requests that max_tokens cut off")
 def test_a_cut_trace_reports_the_requests_that_ran(trace: Path) -> None:
     assert job(*LRU, f"trace.path={trace}", "compare=none", "max_tokens=15")["trace"]["num_requests"] == 2
+
+
+def test_compare_floor_gives_the_floor_alone(trace: Path) -> None:
+    told = (*LRU, f"trace.path={trace}")
+    full, alone = job(*told, "compare=full"), job(*told, "compare=floor")
+    assert alone["compare"] is None
+    assert alone["bounds"] == full["bounds"] | {"clairvoyant_ns": None, "clairvoyant": None}
 
 
 def test_provenance_says_where_the_result_came_from(trace: Path, tmp_path: Path) -> None:
@@ -176,6 +183,36 @@ def test_the_table_has_a_row_for_each_run_beside(trace: Path, tmp_path: Path) ->
     assert re.search(r"\d+ of \d+ useful prefetches were redundant", out)
 
 
+def numbers(out: str, row: str) -> tuple[float, float]:
+    """TPOT and stall per token of one row of the table."""
+    words = next(line.split() for line in out.splitlines() if line.startswith(f"{row} "))
+    return float(words[1]), float(words[2])
+
+
+@pytest.mark.xfail(strict=True, reason="bug: with prompts or batches the floor's TPOT column is all time per token, no TPOT")
+def test_the_floor_in_the_table_is_below_the_tpot_of_the_rows_above(tmp_path: Path) -> None:
+    path = small_trace(tmp_path / "t.safetensors", 40, 4, prompt=3)
+    out = run_here(["+hardware=a100", "+policy=oracle", f"trace.path={path}"], tmp_path / "run").out
+    assert numbers(out, "floor")[0] <= min(numbers(out, row)[0] for row in ("oracle", "clairvoyant", "lru"))
+
+
+@pytest.mark.xfail(strict=True, reason="bug: floor - serial is no bound of the stall: a schedule trades stall for overhead")
+def test_the_stall_of_the_floor_is_below_the_stall_of_the_rows_above(tmp_path: Path) -> None:
+    path = small_trace(tmp_path / "t.safetensors", 40, 4, prompt=3)
+    out = run_here(["+hardware=a100", "+policy=oracle", f"trace.path={path}", "stack=graph"], tmp_path / "run").out
+    assert numbers(out, "floor")[1] <= min(numbers(out, row)[1] for row in ("oracle", "clairvoyant", "lru"))
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_recorded_trace_runs_between_floor_and_on_demand(split: str) -> None:
+    told = ("+hardware=a100", "+policy=adaptive", f"trace.path={real_trace(split)}", "max_tokens=60")
+    metrics = job(*told)
+    bounds, beside = metrics["bounds"], metrics["compare"]
+    assert metrics["model"] == "gpt-oss-20b"
+    assert bounds["floor_ns"] <= bounds["clairvoyant_ns"] < metrics["elapsed_ns"] < beside["on_demand"]["elapsed_ns"]
+    assert job(*told, "batch_size=4")["bounds"]["floor_ns"] < bounds["floor_ns"]
+
+
 # -- runs with a known answer --------------------------------------------------------------------------------
 
 
@@ -195,12 +232,15 @@ def test_a_warm_up_has_no_floor_to_hold_against(trace: Path) -> None:
     assert (bounds["floor_ns"], bounds["serial_ns"]) == (None, None)
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "fixed_2", "oracle", "lru"])
+LATE = pytest.mark.xfail(strict=True, reason="bug: a late prefetch is noted when it lands, its next hit counts as redundant")
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "fixed_2", pytest.param("oracle", marks=LATE), "lru"])
 def test_redundant_prefetches_are_useful_ones(policy: str, trace: Path) -> None:
     told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "stack=graph")
     prefetch = job(*told, "twin=true")["prefetch"]
-    assert 0 <= prefetch["redundant"] <= prefetch["useful"]
     assert job(*told, "twin=false")["prefetch"] == {**prefetch, "redundant": None}
+    assert 0 <= prefetch["redundant"] <= prefetch["useful"]
 
 
 @pytest.mark.parametrize("policy", ["lru", "lru_per_layer", "lfu", "belady", "two_level", "adaptive", "clairvoyant"])
@@ -218,7 +258,7 @@ def test_copies_in_no_time_leave_the_gate_sync_alone_as_stall(policy: str, trace
     assert metrics["stall_ns"] <= GATE_SYNC_NS * 24 * metrics["num_forwards"]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: where every expert misses, the gate sync is booked as stall, not as overhead")
+@pytest.mark.xfail(strict=True, reason="bug: where every expert misses, the gate sync is stall, not overhead")
 def test_copies_in_no_time_never_stall(trace: Path) -> None:
     assert job("+hardware=ideal_link", "+policy=on_demand", f"trace.path={trace}", "compare=none")["stall_ns"] == 0
 
@@ -254,7 +294,7 @@ def started(words: list[str], cwd: Path) -> subprocess.Popen[bytes]:
 
 @pytest.fixture(scope="module")
 def long_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_trace(tmp_path_factory.mktemp("long") / "long.safetensors", 2500)
+    return small_trace(tmp_path_factory.mktemp("long") / "long.safetensors", 1500)
 
 
 def test_a_killed_run_leaves_no_result(long_trace: Path, tmp_path: Path) -> None:
@@ -272,7 +312,7 @@ def results(sweep: Path) -> dict[str, int]:
 
 
 def test_an_interrupted_sweep_goes_on_and_repeats_nothing(long_trace: Path, tmp_path: Path) -> None:
-    sweep = tmp_path / "sweep"
+    sweep, code = tmp_path / "sweep", code_sha256()
     words = ["-m", *LRU, f"trace.path={long_trace}", "compare=none", "residency=0.2,0.3,0.4,0.5,0.6",
              "hydra.launcher.n_jobs=1", f"hydra.sweep.dir={sweep}", "skip_done=true"]  # fmt: skip
     process = started(words, tmp_path)
@@ -283,6 +323,8 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(long_trace: Path, tmp_
     assert len(collect.collect(sweep)) == len(before)
     again = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
+    if code_sha256() != code:
+        pytest.skip("the code was changed meanwhile: then everything is repeated, as it should be")
     after = results(sweep)
     assert len(after) == 5
     assert {name: after[name] for name in before} == before

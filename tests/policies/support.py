@@ -53,7 +53,7 @@ def model_of(num_layers: int, num_experts: int, top_k: int, **changes: Any) -> M
 def workload(trace: Trace, model: ModelSpec, num_slots: int, **changes: Any) -> Workload:
     """A workload at batch 1 on `HARDWARE`, one chunk per expert, no stack overhead unless changed."""
     batch = changes.pop("batch", BatchConfig())
-    plain = {"trace_sha256": "", "hardware": HARDWARE, "stack": Stack("none", 0, 0), "chunk_mib": 4.0,
+    plain: dict[str, Any] = {"trace_sha256": "", "hardware": HARDWARE, "stack": Stack("none", 0, 0), "chunk_mib": 4.0,
              "channel_depth": 2, "start": "cold", "warmup_forwards": 0}  # fmt: skip
     return Workload(trace=trace, model=model, batches=Batches(trace, batch), num_slots=num_slots, **(plain | changes))
 
@@ -62,14 +62,16 @@ def drawn_hardware(draw: random.Random) -> Hardware:
     """From a link that starves the GPU to one that copies in no time; host costs in or out."""
     rate: Any = draw.choice([0.5, 6.0, 25.0, 350.0, float("inf"), ((65536, 2.0), (4 << 20, 25.0))])
     pinned = max(bandwidth for _, bandwidth in rate) if isinstance(rate, tuple) else rate
-    fast = dict.fromkeys(
+    fast: dict[str, Any] = dict.fromkeys(
         ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns"), 0
     )
-    costs = draw.choice([{}, fast, {"issue_copy_ns": 60_000}, {"gate_sync_ns": 300_000}, {"decide_ns": 500_000}])
+    slow = [{"issue_copy_ns": 60_000}, {"gate_sync_ns": 300_000}, {"decide_ns": 500_000}]
+    costs: dict[str, Any] = draw.choice([{}, fast, *slow])
     # A curve may be slow for small copies: the pageable rate must not exceed it there.
     pageable = 2.0 if isinstance(rate, tuple) else pinned * draw.choice([0.25, 1.0])
-    return replace(HARDWARE, link_gb_per_s=rate, pageable_gb_per_s=pageable,
-                   link_latency_ns=draw.choice([0, 5000]), link_slowdown=draw.choice([1.0, 1.0, 1.4]), **costs)  # fmt: skip
+    latency, slowdown = draw.choice([0, 5000]), draw.choice([1.0, 1.0, 1.4])
+    return replace(HARDWARE, link_gb_per_s=rate, pageable_gb_per_s=pageable, link_latency_ns=latency,
+                   link_slowdown=slowdown, **costs)  # fmt: skip
 
 
 def drawn_trace(draw: random.Random, num_layers: int, num_experts: int, top_k: int) -> Trace:
@@ -104,7 +106,8 @@ def drawn_workload(seed: int) -> Workload:
 @cache
 def policy_conf(name: str, *words: str) -> dict[str, Any]:
     """The configuration of one policy."""
-    return configure(["+hardware=a100", f"+policy={name}", *words])["policy"]
+    found: dict[str, Any] = configure(["+hardware=a100", f"+policy={name}", *words])["policy"]
+    return found
 
 
 def policy_names() -> list[str]:
