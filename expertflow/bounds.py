@@ -32,7 +32,8 @@ class Floor:
 def min_loads(forwards: Iterable[Forward], future: Future, num_slots: int, initial: Sequence[int] = ()) -> list[int]:
     """Loads that MIN with bypass has made by the end of each event, one pool of `num_slots`."""
     next_use = future.first_uses()
-    resident = set(initial[:num_slots])
+    # Which of `initial` fit depends on the cache's pools; that any of them may be there bounds them all.
+    resident = set(initial)
     heap = [(-next_use[key], key) for key in resident]
     heapify(heap)
     loads, totals, event = 0, [], 0

@@ -7,11 +7,14 @@ look ahead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from expertflow.evictions.belady import Belady
 from expertflow.forward import Forward
 from expertflow.future import NEVER, Future
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.orders.resident_first import ResidentFirst
+from expertflow.parts import Horizon
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.predictors.oracle import OraclePredictor
@@ -30,13 +33,20 @@ class WatchedBelady(Belady):
             self.disturbed = self.next_use[key]
 
 
+class Unused(Horizon):
+    """`Clairvoyant` looks ahead by itself."""
+
+    def distances(self) -> Sequence[int]:
+        return ()
+
+
 class Clairvoyant(Policy):
     """Wants the next experts that the trace will demand and that are not there, up to `max_wanted`, within
     `lookahead` layer events (None: as far as `max_events`, twice around a deep model)."""
 
     def __init__(self, future: Future, lookahead: int | None = None, max_wanted: int = 8,
                  max_events: int = 256) -> None:  # fmt: skip
-        super().__init__(OraclePredictor(), FixedHorizon(1), TopK(), WatchedBelady(), ResidentFirst(), future)
+        super().__init__(OraclePredictor(), Unused(), TopK(), WatchedBelady(), ResidentFirst(), future)
         if lookahead is not None and lookahead < 1:
             raise ValueError(f"Clairvoyant lookahead={lookahead} must be at least 1, or null for all")
         self.window = lookahead if lookahead is not None else max_events

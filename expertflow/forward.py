@@ -21,7 +21,8 @@ class Recorded(Protocol):
     """What a trace holds beside the routing, for the rows of one forward; None where it holds nothing."""
 
     def lookahead(self, rows: Sequence[int], layer: int) -> npt.NDArray[np.float32] | None:
-        """Pre-gate scores [len(rows), D, E]: layer `layer + 1 + d` guessed at `layer`; NaN past the last."""
+        """Chance [len(rows), D, E] that a row picks an expert of layer `layer + 1 + d`, by the pre-gate recorded at
+        `layer`; NaN past the last layer."""
 
     def embedding(self, rows: Sequence[int]) -> npt.NDArray[np.float32] | None:
         """Token embeddings [len(rows), d]."""

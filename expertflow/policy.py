@@ -98,6 +98,7 @@ class Policy:
     def decide(self, forward: Forward, layer: int) -> list[int]:
         """Experts wanted for the layers ahead, best first, without what is resident or on its way."""
         view = self.view
+        num_experts = view.num_experts
         residency, num_layers, event = view.residency, view.num_layers, view.event
         window_event, window_keys, refreshes = self._window_event, self._window_keys, self._refreshes
         wants: list[int] = []
@@ -110,6 +111,12 @@ class Policy:
             else:
                 scores = self.predictor.predict(forward, layer, distance)
                 keys = self.selection.select(scores, forward) if scores is not None else ()
+                for key in keys:
+                    if key // num_experts != target:
+                        raise ValueError(
+                            f"{type(self.predictor).__name__} was asked for layer {target} and scored key {key}, which "
+                            "is of another; keys are layer * num_experts + expert"
+                        )
                 window_event[target] = event + distance
                 window_keys[target] = keys
                 if self._hears_predicted and keys:

@@ -1,8 +1,8 @@
 """The runtime loop: one generator for both machines, which yields what it waits for.
 
 One forward pass over the layers as in the numbered steps of `Runtime.run`. Time enters only through records.
-The compute stream's every nanosecond is booked once: a kernel running is compute; a gap is stall up to the
-device end of the copy that its first kernel was waiting for, and overhead for the rest.
+The compute stream's every nanosecond is booked once: a kernel running is compute; a gap is stall from the moment
+the routing is known up to the device end of the copy that its kernel was waiting for, and overhead for the rest.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Runtime:
         self._trims_at_layer_end = bool(self._releases or config.num_staging)
         self._feedback = Feedback()
         self._layer_stall_ns = 0
+        self._known_ns = 0
         self._blame: dict[int, tuple[int, int, bool]] = {}
         self._kinds: dict[int, tuple[str, int, tuple[int, ...]]] = {}
         self._cursor_ns = 0
@@ -169,6 +170,7 @@ class Runtime:
     def _classify(self, forward: Forward, layer: int) -> tuple[list[int], list[int], list[int]]:
         keys = forward.demands[layer]
         state, counters = self.slots.state, self.counters
+        self._known_ns = self.view.now_ns
         if self._layer_stall_ns:
             self._give_feedback()
         if self._routed_listeners:
@@ -221,6 +223,7 @@ class Runtime:
         feedback.stall_ns = self._layer_stall_ns
         feedback.layer = (self.view.layer - 1) % self.config.num_layers
         self._layer_stall_ns = 0
+        self._known_ns = 0
         self.policy.feedback(feedback)
 
     def _time_layers(self, layer: int) -> None:
@@ -359,7 +362,8 @@ class Runtime:
             gap = start_ns - cursor
             if blame and mark in blame:
                 landed_ns, key, is_miss = blame.pop(mark)
-                stall = landed_ns - cursor
+                # Up to the moment the routing is known the stream waits for the host, not for a copy.
+                stall = landed_ns - (cursor if cursor > self._known_ns else self._known_ns)
                 if stall < 0:
                     stall = 0
                 elif stall > gap:
@@ -371,7 +375,7 @@ class Runtime:
                     counters.late_stall_ns += stall
                 gap -= stall
                 if stall and self.observers:
-                    self._show_stall(cursor, cursor + stall, key, is_miss)
+                    self._show_stall(landed_ns - stall, landed_ns, key, is_miss)
             overhead += gap
             compute += end_ns - start_ns
             cursor = end_ns

@@ -17,15 +17,14 @@ from rich.console import Console
 
 from expertflow.observer import Observer
 from expertflow.policy import Policy
+from sim.configure import checked
 from sim.errors import one_line
 from sim.output import fingerprint, is_done, provenance, to_json, write_text
+from sim.paths import CONF
 from sim.report import print_line, print_report
-from sim.run import baselines, best_clairvoyant, describe, run_floor, run_policy
-from sim.setup import CONF, Transfer, Workload, make_policy, make_workload
+from sim.run import baselines, best_clairvoyant, describe, load_chunks, run_floor, run_policy
+from sim.setup import Transfer, Workload, make_policy, make_workload
 from sim.twin import HitRecord, RedundancyCounter
-
-COMPARE = ("full", "floor", "none")
-_SWITCHES = ("twin", "timeline", "events", "skip_done")
 
 
 def slug(overrides: str) -> str:
@@ -58,9 +57,7 @@ def run_configured(cfg: DictConfig) -> float | None:
     started = time.perf_counter()
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = list(HydraConfig.get().overrides.task)
-    require_groups(cfg)
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    check_switches(plain)
+    plain = checked(cfg)
     work = make_workload(plain)
     mark = fingerprint({k: v for k, v in plain.items() if k != "skip_done"}, work.trace_sha256)
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
@@ -88,7 +85,8 @@ def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[st
     observers: list[Observer] = []
     redundancy: RedundancyCounter | None = None
     if cfg["twin"]:
-        redundancy = RedundancyCounter(twin_hits(cfg, work), work.warmup_forwards)
+        num_chunks = len(load_chunks(work))
+        redundancy = RedundancyCounter(twin_hits(cfg, work), num_chunks, work.warmup_forwards)
         observers.append(redundancy)
     metrics = {**describe(work, policy, cfg["policy"]["name"])}
     with Recorders(cfg, work, folder) as recorders:
@@ -154,28 +152,6 @@ class Recorders:
             self.events.close()
         if self.timeline is not None and self.folder is not None:
             self.timeline.write(self.folder / "timeline.json")
-
-
-def require_groups(cfg: DictConfig) -> None:
-    """`hardware` and `policy` have no default: say what there is to choose from."""
-    for group in ("hardware", "policy"):
-        choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        if OmegaConf.is_missing(cfg, group):
-            raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {', '.join(choices)}")
-        if not isinstance(cfg[group], DictConfig):
-            raise ValueError(f"{group}={cfg[group]!r} is not a group choice; say +{group}=NAME with one of: "
-                             f"{', '.join(choices)}")  # fmt: skip
-
-
-def check_switches(cfg: dict[str, Any]) -> None:
-    """Refuse values of the plain keys that would silently mean something else."""
-    if cfg["compare"] not in COMPARE:
-        raise ValueError(f"compare={cfg['compare']!r} is unknown; choose one of: {', '.join(COMPARE)}")
-    for key in _SWITCHES:
-        if not isinstance(cfg[key], bool):
-            raise ValueError(f"{key}={cfg[key]!r} must be true or false")
-    if not isinstance(cfg["seed"], int) or isinstance(cfg["seed"], bool) or cfg["seed"] < 0:
-        raise ValueError(f"seed={cfg['seed']!r} must be a whole number of at least 0")
 
 
 def _relative(folder: Path) -> str:

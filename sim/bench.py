@@ -16,22 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import simpy
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
+from sim.configure import configure
 from sim.run import run_policy
-from sim.setup import CONF, Workload, make_policy, make_workload
+from sim.setup import Workload, make_policy, make_workload
 from traces.batching import BatchConfig, Batches
 
 BARS = {"lru": 16.0, "adaptive": 32.0}
 _TIMEOUTS = 400_000
-
-
-def configure(overrides: list[str]) -> dict[str, Any]:
-    """A configuration as `python -m sim` composes it, as plain values."""
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose(config_name="config", overrides=overrides)
-    return OmegaConf.to_container(cfg, resolve=False, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def bare_timeouts_per_s() -> float:

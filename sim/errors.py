@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -13,6 +13,9 @@ def one_line(error: BaseException) -> str | None:
     """The message for a user, or None if the error is a mistake of ours and deserves its traceback."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _hydra(error)
+    if isinstance(error, OSError) and error.filename:
+        remedy = "check the path, or choose an output folder with hydra.run.dir=FOLDER"
+        return f"{error.filename}: {error.strerror}; {remedy}"
     if isinstance(error, ValueError | OSError | MemoryError):
         return _first_line(str(error) or type(error).__name__)
     return None
@@ -38,6 +41,11 @@ def _hydra(error: BaseException) -> str:
     plus = re.search(r"Could not override '(hardware|policy)'", text)
     if plus:
         return f"{plus.group(1)} has no default to override; say +{plus.group(1)}=NAME, with the plus sign"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}; give key=value, +group=NAME or key=[a,b] (in quotes)"
+    if "An item is already at" in text:
+        key = text.split("'")[1]
+        return f"{key} exists already; leave out the plus sign: {key}=VALUE"
     if "Could not override" in text or "Key '" in text or "not in struct" in str(chain or ""):
         return f"{message.rstrip('.')}; unknown keys are refused: see conf/config.yaml for those there are"
     return message

@@ -19,6 +19,9 @@ from sim.hardware import Hardware, Stack
 from sim.kernels import KernelTimes
 from sim.link import Link
 
+MAX_IDLE_WAKES = 1000
+"""Wakes in a row that bring no news: more is a mistake of the machine, not a schedule."""
+
 
 @dataclass(frozen=True)
 class HostCosts:
@@ -189,7 +192,7 @@ def simulate(runtime: Runtime, machine: SimMachine) -> None:
 def _process(env: simpy.Environment, runtime: Runtime, machine: SimMachine) -> Generator[simpy.Event, None, None]:
     loop = runtime.run()
     wake_ns, record, timeout, send = machine.wake_ns, machine.record, env.timeout, loop.send
-    now = 0
+    now = idle_wakes = 0
     try:
         wait = next(loop)
         while True:
@@ -197,6 +200,13 @@ def _process(env: simpy.Environment, runtime: Runtime, machine: SimMachine) -> G
             if at > now:
                 yield timeout(at - now)
                 now = at
-            wait = send(record(at))
+            told = record(at)
+            if not told[1] and not told[2]:
+                idle_wakes += 1
+                if idle_wakes > MAX_IDLE_WAKES:
+                    raise AssertionError(f"the machine makes no progress at {now} ns: waiting for {wait}")
+            else:
+                idle_wakes = 0
+            wait = send(told)
     except StopIteration:
         return

@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sim.paths import ROOT
+
 PACKAGES = ("expertflow", "simpy", "numpy", "pandas", "pyarrow", "safetensors", "hydra-core")
 
 
@@ -46,7 +48,7 @@ def fingerprint(cfg: Mapping[str, Any], trace_sha256: str) -> str:
 
 def code_sha256() -> str:
     """Content hash of the packages that decide results."""
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     digest = hashlib.sha256()
     for package in ("expertflow", "sim", "traces"):
         for path in sorted((root / package).rglob("*.py")):
@@ -85,7 +87,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    root = Path(__file__).resolve().parent.parent
+    root = ROOT
     if not (root / ".git").exists():
         return None, None
     try:

@@ -16,9 +16,9 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from sim.app import check_switches, run_job
-from sim.bench import configure
+from sim.app import run_job
 from sim.collect import flatten
+from sim.configure import configure
 from sim.errors import one_line
 from sim.output import to_json, write_text
 from sim.setup import make_workload
@@ -48,7 +48,6 @@ def run_once(overrides: list[str], folder: Path) -> dict[str, Any]:
     """Metrics of one configuration, flat."""
     words = [_resolve(word, folder) for word in overrides]
     cfg = configure(words)
-    check_switches(cfg)
     return flatten(run_job(cfg, make_workload(cfg), None))
 
 

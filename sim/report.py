@@ -20,6 +20,7 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None) -> 
     return [
         name,
         "–" if mean is None else f"{mean:.3f}",
+        _per_token(metrics, "elapsed_ns"),
         _per_token(metrics, "stall_ns"),
         _per_token(metrics, "late_stall_ns"),
         _per_token(metrics, "miss_stall_ns"),
@@ -34,27 +35,27 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None) 
     """One table a person can read, from the metrics of a run and those beside it."""
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
-        f"[bold]{metrics['policy']}[/bold] on {metrics['hardware']} ({metrics['stack']} stack), {metrics['model']} with "
+        f"[bold]{metrics['policy']}[/bold] on {metrics['hardware']}, {metrics['stack']} stack, {metrics['model']} with "
         f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
         highlight=False,
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("policy", no_wrap=True)
-    for title in ("TPOT ms", "stall ms/token", "late", "miss", "of on-demand", "hits", "prefetch used", "link busy"):
+    titles = ("TPOT ms", "ms/token", "stall ms", "late", "miss", "of on-demand", "hits", "prefetch used", "link busy")
+    for title in titles:
         table.add_column(title, justify="right")
     compare = metrics["compare"] or {}
     base = compare.get("on_demand", {}).get("stall_ns")
     table.add_row(*_row(metrics["policy"], metrics, base), style="bold")
     for name, other in compare.items():
+        if name == metrics["policy"]:
+            continue
         table.add_row(*_row(name, other, base))
     bounds = metrics["bounds"]
     if bounds and bounds["floor_ns"] is not None:
-        tokens = max(metrics["num_tokens"], 1)
-        stall = (bounds["floor_ns"] - bounds["serial_ns"]) / tokens / 1e6
-        share = f"{100 * stall * tokens * 1e6 / base:.2f} %" if base else "–"
-        table.add_row("floor", f"{bounds['floor_ns'] / tokens / 1e6:.3f}", f"{stall:.3f}", "", "", share, "", "", "",
-                      style="dim")  # fmt: skip
+        floor = bounds["floor_ns"] / max(metrics["num_tokens"], 1) / 1e6
+        table.add_row("floor", "", f"{floor:.3f}", "", "", "", "", "", "", "", style="dim")
     console.print(table)
     _print_notes(console, metrics, folder)
 
@@ -70,16 +71,19 @@ def print_line(console: Console, metrics: dict[str, Any], folder: str) -> None:
 def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) -> None:
     notes = []
     if metrics["uses_future"]:
-        notes.append("this policy reads ahead in the trace: a reference, not something that can be deployed")
+        notes.append("policy or start state read ahead in the trace: a reference, not something that can be deployed")
     if metrics["num_streamed_layers"]:
         notes.append(f"{metrics['num_streamed_layers']} layer passes demanded more experts than there were slots: "
                      "they streamed through")  # fmt: skip
     if metrics["link"]["utilisation"] > 0.95:
         notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
+    notes.append("stall, late and miss are per token; of on-demand: the share of its stall that is left")
     if metrics["compare"]:
-        notes.append("clairvoyant: the best of five schedules that know the future; floor: no schedule is faster")
+        notes.append("clairvoyant: the best of five schedules that know the future")
+    if metrics["bounds"] and metrics["bounds"]["floor_ns"] is not None:
+        notes.append("floor: no schedule with these slots is faster")
     redundant = metrics["prefetch"]["redundant"]
-    if redundant is not None:
+    if redundant is not None and metrics["prefetch"]["issued"]:
         notes.append(f"{redundant} of {metrics['prefetch']['useful']} useful prefetches were redundant: the same "
                      "policy without prefetch hit there too")  # fmt: skip
     for note in notes:

@@ -27,7 +27,7 @@ def run_policy(work: Workload, policy: Policy, transfer: Transfer,
                observers: Sequence[Observer] = ()) -> dict[str, Any]:  # fmt: skip
     """Simulate `policy` over `work`; the metrics of `expertflow.metrics`, after the identities were checked."""
     model = work.model
-    chunk_bytes = tuple(chunk_sizes(model.expert_bytes, int(work.chunk_mib * 2**20)))
+    chunk_bytes = load_chunks(work)
     link = Link(work.hardware, memory=transfer.memory)
     kernels = KernelTimes(model, work.hardware, work.stack)
     machine = SimMachine(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
@@ -51,6 +51,11 @@ def run_policy(work: Workload, policy: Policy, transfer: Transfer,
         raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
                          f"{runtime.counters.num_forwards} forwards")  # fmt: skip
     return collect_metrics(runtime)
+
+
+def load_chunks(work: Workload) -> tuple[int, ...]:
+    """Bytes of each chunk of one expert."""
+    return tuple(chunk_sizes(work.model.expert_bytes, int(work.chunk_mib * 2**20)))
 
 
 def describe(work: Workload, policy: Policy, name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,16 @@ from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
 from expertflow.policy import Policy
+from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.none import NoPredictor
+from sim.configure import check_arguments
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.link import PAGEABLE, PINNED
+from sim.paths import CONF
 from sim.warm import warm_counts
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace, open_trace
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 STARTS = ("cold", "popular", "resident")
 WORKSPACE_GB = 1.5
 
@@ -79,13 +80,18 @@ class Transfer:
     def __post_init__(self) -> None:
         if self.memory not in (PINNED, PAGEABLE):
             raise ValueError(f"policy.transfer.memory={self.memory!r} is unknown; choose {PINNED} or {PAGEABLE}")
-        if self.staging_slots < 0:
-            raise ValueError(f"policy.transfer.staging_slots={self.staging_slots} must be 0 or more")
+        if not isinstance(self.serial, bool):
+            raise ValueError(f"policy.transfer.serial={self.serial!r} must be true or false")
+        staging = self.staging_slots
+        if not isinstance(staging, int) or isinstance(staging, bool) or staging < 0:
+            raise ValueError(f"policy.transfer.staging_slots={staging!r} must be a whole number of at least 0")
 
 
 def make_workload(cfg: Mapping[str, Any]) -> Workload:
     """Trace, model, hardware and capacity of the configuration; ValueError where they do not fit together."""
     _check_choice("start", cfg["start"], STARTS)
+    if cfg["start"] == "resident" and (cfg["gpu_memory_gb"] is not None or cfg["residency"] != 1):
+        raise ValueError("start=resident needs room for every expert: set residency=1.0, or choose start=popular")
     hardware = hardware_from_dict(cfg["hardware"])
     stack = stack_from_dict(cfg["stack"])
     trace = make_trace(cfg["trace"])
@@ -95,10 +101,10 @@ def make_workload(cfg: Mapping[str, Any]) -> Workload:
         None if cfg["max_tokens"] is None else _whole(cfg, "max_tokens", 1))  # fmt: skip
     batches = Batches(trace, batch)
     chunk_mib = cfg["chunk_mib"]
-    if not isinstance(chunk_mib, int | float) or isinstance(chunk_mib, bool) or not 0 < chunk_mib <= 4096:
-        raise ValueError(f"chunk_mib={chunk_mib!r} must be a number of MiB in (0, 4096]")
+    if not isinstance(chunk_mib, int | float) or isinstance(chunk_mib, bool) or not 1 / 1024 <= chunk_mib <= 4096:
+        raise ValueError(f"chunk_mib={chunk_mib!r} must be a number of MiB from 1/1024 to 4096")
     warmup = _whole(cfg, "warmup_forwards", 0)
-    num_slots = _num_slots(cfg, model, trace, batch.batch_size)
+    num_slots = _num_slots(cfg, model, trace, batch.batch_size, hardware.memory_gb)
     return Workload(trace, trace.sha256(), model, hardware, stack, batches, num_slots, float(chunk_mib),
                     _whole(cfg, "channel_depth", 1), cfg["start"], warmup)  # fmt: skip
 
@@ -109,17 +115,26 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
     if unknown:
         raise ValueError(f"trace.{sorted(unknown)[0]} is no key; known: path, num_tokens, num_requests, seed, params")
     if cfg.get("path") is not None:
-        path = cfg["path"]
-        return open_trace(path if isinstance(path, str) else list(path))
+        return open_trace(_paths(cfg["path"]))
     from sim.default_trace import generated_trace
 
     return generated_trace(_whole(cfg, "num_tokens", 1, "trace."), _whole(cfg, "num_requests", 1, "trace."),
                            _whole(cfg, "seed", 0, "trace."), cfg.get("params"))  # fmt: skip
 
 
+def _paths(value: Any) -> str | list[str]:
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"trace.path={value!r} must be a file, a glob, or a list of files")
+    return value if isinstance(value, str) else paths
+
+
 def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
     """The named model, or the one that the trace names; its shape must be the trace's."""
     if cfg.get("name") == "auto":
+        extra = sorted(set(cfg) - {"name"})
+        if extra:
+            raise ValueError(f"model.{extra[0]} means nothing with model=auto; name the model to change its sizes")
         path = CONF / "model" / f"{trace.model}.yaml"
         known = sorted(p.stem for p in (CONF / "model").glob("*.yaml") if p.stem != "auto")
         if trace.model not in known:
@@ -140,7 +155,7 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
     return model
 
 
-def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_size: int) -> int:
+def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_size: int, memory_gb: float) -> int:
     num_keys = model.num_layers * model.num_experts
     gigabytes, residency = cfg["gpu_memory_gb"], cfg["residency"]
     if gigabytes is None:
@@ -153,6 +168,8 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
         return slots
     if not isinstance(gigabytes, int | float) or isinstance(gigabytes, bool) or not 0 < gigabytes < float("inf"):
         raise ValueError(f"gpu_memory_gb={gigabytes!r} must be a number of GB above 0")
+    if gigabytes > memory_gb:
+        raise ValueError(f"gpu_memory_gb={gigabytes} is more than the GPU has (hardware.memory_gb={memory_gb})")
     context = int(np.max(np.diff(trace.request_start)))
     if trace.context_len is not None:
         context = int(np.max(np.diff(trace.request_start) + np.asarray(trace.context_len)))
@@ -180,7 +197,7 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     missing = sorted(known - {"name", "transfer"} - set(cfg))
     if missing:
         raise ValueError(f"policy.{missing[0]} is missing; compose it with policy/{missing[0]}=NAME")
-    predictor = _make_predictor(dict(cfg["predictor"]), work, seed)
+    predictor = _make_predictor(cfg["predictor"], work, seed)
     parts = [_part(cfg[name], f"policy.{name}") for name in ("horizon", "selection", "eviction", "order")]
     needs_future = any(part.uses_future for part in (predictor, *parts))
     horizon, selection, eviction, order = parts
@@ -188,29 +205,39 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     return Policy(predictor, horizon, selection, eviction, order, future), transfer
 
 
-def _make_predictor(cfg: dict[str, Any], work: Workload, seed: int) -> Any:
+def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"policy.predictor={given!r} is no part; choose one with policy/predictor=NAME, e.g. none")
+    cfg = dict(given)
     if "lookahead" in cfg and "transition" in cfg:
-        recorded = work.trace.lookahead is not None or work.trace.lookahead_ids is not None
-        cfg = dict(cfg["lookahead" if recorded else "transition"])
+        cfg = dict(cfg["lookahead" if _has_lookahead(work.trace) else "transition"])
     extra: dict[str, Any] = {}
     if "warm" in cfg:
         extra["warm"] = warm_counts(cfg.pop("warm"), work.model.name)
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
     predictor = _part(cfg, "policy.predictor", **extra)
+    if isinstance(predictor, LookaheadPredictor) and not _has_lookahead(work.trace):
+        raise ValueError(f"policy/predictor=lookahead needs a recorded pre-gate; the trace {work.trace.name} has none; "
+                         "choose policy/predictor=transition or auto")  # fmt: skip
     if isinstance(predictor, NoPredictor) or work.model.num_layers > 1:
         return predictor
     raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
 
 
+def _has_lookahead(trace: Trace) -> bool:
+    return trace.lookahead is not None or trace.lookahead_ids is not None
+
+
 def _part(cfg: Mapping[str, Any], key: str, **extra: Any) -> Any:
-    if "_target_" not in cfg:
+    if not isinstance(cfg, Mapping) or "_target_" not in cfg:
         raise ValueError(f"{key} has no _target_; choose a part with {key.replace('.', '/')}=NAME")
     try:
+        check_arguments(cfg, key)
         return instantiate(dict(cfg), **extra, _convert_="all")
     except Exception as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{key}: {str(cause).splitlines()[0]}") from error
+        message = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
 
 
 def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Forward]:

@@ -23,23 +23,30 @@ class HitRecord(Observer):
 class RedundancyCounter(Observer):
     """Counts useful prefetches whose demand was a hit in the twin run as well; `begin_after` forwards are skipped."""
 
-    def __init__(self, twin: HitRecord, begin_after: int = 0) -> None:
+    def __init__(self, twin: HitRecord, num_chunks: int, begin_after: int = 0) -> None:
         self.twin = twin
+        self.last_chunk = num_chunks - 1
         self.begin_after = begin_after
         self.num_redundant = 0
         self._prefetched: set[int] = set()
+        self._late: set[int] = set()
         self._event = -1
         self._num_forwards = 0
 
     def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
-        if cause == PREFETCH:
+        if chunk < self.last_chunk:
+            return
+        if cause == PREFETCH and key not in self._late:
             self._prefetched.add(key)
         else:
             self._prefetched.discard(key)
+        self._late.discard(key)
 
     def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
                  missing: Sequence[int]) -> None:  # fmt: skip
         self._event += 1
+        # What is demanded in flight has been of use by the time it lands: it does not count at its next hit.
+        self._late.update(late)
         if not self._prefetched:
             return
         if self._num_forwards >= self.begin_after:

@@ -8,13 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-DATA = Path(__file__).resolve().parent.parent / "traces" / "data"
+from sim.paths import DATA
 
 
-def warm_counts(source: str | None, model: str) -> dict[str, npt.NDArray[np.generic]] | None:
+def warm_counts(source: object, model: str) -> dict[str, npt.NDArray[np.generic]] | None:
     """`auto`: what is shipped for `model`, if anything; null: a cold start; else a file's path."""
     if source is None:
         return None
+    if not isinstance(source, str):
+        raise ValueError(f"policy.predictor.warm={source!r} must be auto, null, or a file")
     path = DATA / f"{model}.transition.safetensors" if source == "auto" else Path(source)
     if source == "auto" and not path.exists():
         return None

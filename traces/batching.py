@@ -46,9 +46,15 @@ class RecordedRows:
         return np.concatenate([np.asarray(array[row : row + 1]) for row in rows])
 
     def lookahead(self, rows: Any, layer: int) -> npt.NDArray[np.float32] | None:
+        """Router scores become K · softmax, at most 1; listed candidates carry their chance in 1/255."""
         trace = self._trace
         if trace.lookahead is not None:
-            return self._rows(trace.lookahead, rows)[:, layer].astype(np.float32)
+            scores = self._rows(trace.lookahead, rows)[:, layer].astype(np.float32)
+            weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+            chance: npt.NDArray[np.float32] = np.minimum(
+                trace.top_k * weights / weights.sum(axis=2, keepdims=True), np.float32(1.0)
+            )
+            return chance
         if trace.lookahead_ids is None or trace.lookahead_scores is None:
             return None
         ids = self._rows(trace.lookahead_ids, rows)[:, layer].astype(np.int64)

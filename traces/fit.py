@@ -77,12 +77,13 @@ def _choice_gradient(scores: Floats, ids: Integers) -> Floats:
     pressure = np.cumsum(np.where(ids < num_experts, 1 / np.maximum(left, 1e-6), 0), axis=1)
     gradient = -odds * pressure[:, -1:]
     np.put_along_axis(gradient, ids, 1 - taken * pressure, axis=1)
-    return gradient[:, :-1] / num_rows
+    mean: Floats = gradient[:, :-1] / num_rows
+    return mean
 
 
 def _fit_cross(
     before: Floats, ids: Integers, history: Floats, order: Integers, batch: int, steps: int
-) -> npt.NDArray[np.float64]:
+) -> Floats:
     """Log-odds [E,E] that an expert of the layer before (row) lends to one of this layer (column), by Adam."""
     num_experts = before.shape[1]
     # The controls are stacked beneath the cross weights; each has one strength for all experts, and a bias each.
@@ -106,7 +107,7 @@ def _fit_cross(
             v += 0.01 * (slope * slope - v)
             unbias = np.sqrt(1 - 0.99 ** (step + 1)) / (1 - 0.9 ** (step + 1))
             value += rate * unbias * m / (np.sqrt(v) + 1e-8)
-    return theta[0].astype(np.float64)
+    return theta[0]
 
 
 def _fit_all_cross(ids: Integers, starts: Integers, num_experts: int, seed: int, say: Progress) -> Floats:
@@ -192,13 +193,13 @@ def _nudge(params: Arrays, source: _Seen, made: _Seen, gain: float) -> None:
     lag1, lag2, lag4, lag8, lag32, lag64, lag256 = np.nan_to_num(error)
     far, near = (lag32 + lag64) / 2, (lag2 + lag4 + lag8) / 3
     moves = {
-        "topic_scale": 4 * far,
-        "drift_scale": 8 * (near - far),
+        "topic_scale": 8 * far,
+        "drift_scale": 12 * (near - far),
         "repeat": 6 * (lag1 - lag2),
         "cross_scale": 2 * np.nan_to_num(source.recall - made.recall),
         "wander_share": -5 * (lag256 - lag32).mean(),
         # More reuse brings more hits, at about this rate; skew answers for the rest.
-        "skew": 6 * (source.lru_half - made.lru_half - 0.8 * far.mean()),
+        "skew": 10 * (source.lru_half - made.lru_half - 0.8 * far.mean()),
     }
     for name, move in moves.items():
         lowest, highest = RANGES[name]
@@ -210,7 +211,7 @@ def _calibrate(params: Arrays, source: _Seen, lengths: Integers, rounds: int, se
     lengths = np.minimum(lengths, MAX_SIMULATED_LENGTH)
     lengths = np.tile(lengths, -(-MIN_SIMULATED_TOKENS // int(lengths.sum())))
     num_layers, num_experts = params["bias"].shape
-    start = {"topic_scale": 1.0, "drift_scale": 0.4, "repeat": 0.4, "cross_scale": 1.0}
+    start = {"topic_scale": 1.3, "drift_scale": 0.45, "repeat": 0.4, "cross_scale": 1.0}
     params = params | {name: np.full(num_layers, value) for name, value in start.items()}
     params |= {"wander_share": np.array(0.4), "skew": np.array(0.4)}
     moving = ("bias", *RANGES)
@@ -221,7 +222,7 @@ def _calibrate(params: Arrays, source: _Seen, lengths: Integers, rounds: int, se
         made = _look(arrays["experts"], arrays["request_start"], num_experts)
         worst = np.nanmax(np.abs(np.nanmean(source.reuse - made.reuse, axis=1)))
         say(f"calibration: round {step + 1} of {rounds}, largest error of mean reuse {worst:.3f}")
-        _nudge(params, source, made, gain=1 / (1 + step / 10))
+        _nudge(params, source, made, gain=1 / (1 + step / 12))
         if step >= rounds // 2:
             sums = {name: sums[name] + params[name] for name in moving}
     params = params | {name: sums[name] / (rounds - rounds // 2) for name in moving}

@@ -37,6 +37,9 @@ PARAMETER_FORMAT = "expertflow-routing-parameters"
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
 NOISE = 1.28  # spread of a standard Gumbel: scores stay on the scale of log-odds
 WANDER_STEP = 8  # tokens for which wander stands still: its half-life is far longer
+import os
+
+SUR=float(os.environ.get("SUR","0"))
 GROUP = 64  # requests generated side by side
 
 Floats = npt.NDArray[np.float64]
@@ -208,7 +211,8 @@ def _generate_group(
             subject = model.subject(fixed[:active], model.mix(wander))
         drift = _decay(drift[:active], 1, drift_half_life, rng)
         scores = subject[:active] + model.drift_scale * model.mix(drift)
-        scores += NOISE * rng.standard_normal(scores.shape)
+        surprise = np.exp(SUR * rng.standard_normal((active, 1)))
+        scores += NOISE * surprise * rng.standard_normal(scores.shape)
         scores = scores.reshape(active, num_layers, num_experts)
         scores += model.params["repeat"][:, None] * previous[:active, :, :num_experts]
         chosen = _choose(model, scores, rng)

@@ -35,6 +35,9 @@ class AdaptiveHorizon(Horizon):
             raise ValueError(f"AdaptiveHorizon memory={memory} must be in [0, 1)")
         if stall_threshold < 1 or overfetch_threshold < 1:
             raise ValueError("AdaptiveHorizon thresholds must be at least 1")
+        if formula_jump < 1 or cooldown_forwards < 0:
+            raise ValueError(f"AdaptiveHorizon formula_jump={formula_jump} must be at least 1, "
+                             f"cooldown_forwards={cooldown_forwards} at least 0")  # fmt: skip
         if count not in ("any", "late"):
             raise ValueError(f"AdaptiveHorizon count={count!r} is unknown; choose any or late")
         self.max_distance = max_distance

@@ -29,11 +29,11 @@ class TransitionCounts:
             if name not in arrays or arrays[name].shape != shape:
                 found = arrays[name].shape if name in arrays else "nothing"
                 raise ValueError(f"fitted transition counts: {name} has shape {found}, the trace needs {shape}; "
-                                 "fit them on a trace of the same model (python -m traces fit-transition)")  # fmt: skip
+                                 "fit them on a trace of the same model (python -m sim.fit_transition)")  # fmt: skip
         cross = arrays.get("cross")
         if cross is None or cross.ndim != 4 or cross.shape[1:] != (self.L, self.E, self.E):
             raise ValueError(f"fitted transition counts: cross must be [D, {self.L}, {self.E}, {self.E}]; "
-                             "fit them on a trace of the same model (python -m traces fit-transition)")  # fmt: skip
+                             "fit them on a trace of the same model (python -m sim.fit_transition)")  # fmt: skip
         values = {name: np.asarray(arrays[name], np.float64) for name in (*shapes, "cross")}
         for name, value in values.items():
             if not np.isfinite(value).all() or (value < 0).any():
@@ -47,7 +47,8 @@ class TransitionCounts:
     def learn(self, forwards: Sequence[tuple[Floats, int]], num_distances: int | None = None) -> None:
         """Add consecutive forwards, each (activation counts [L, E], tokens); the first is only the one before.
 
-        num_distances: learn cross-layer counts up to this distance only (None = all). A forward of n tokens adds its shares, so that prefill does not drown decode.
+        num_distances: learn cross-layer counts up to this distance only (None = all). A forward of n tokens adds
+        its shares, so that prefill does not drown decode.
         """
         shares = np.stack([activations / tokens for activations, tokens in forwards])
         # Contiguous, so that the products go to BLAS.

@@ -27,6 +27,8 @@ class NoisyOraclePredictor(Predictor):
             raise ValueError(f"NoisyOraclePredictor wrong={wrong!r} is unknown; choose uniform or popularity")
         if b < 0 or not 0 <= c <= 1 or not 0 <= a * exp(-b) + c <= 1:
             raise ValueError(f"NoisyOraclePredictor a={a} b={b} c={c}: recall a·e^(−b·d)+c must stay in [0, 1], b ≥ 0")
+        if seed < 0:
+            raise ValueError(f"NoisyOraclePredictor seed={seed} must be at least 0")
         self.a, self.b, self.c = a, b, c
         self.wrong = wrong
         self.seed = seed

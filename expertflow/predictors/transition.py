@@ -48,6 +48,8 @@ class TransitionPredictor(Predictor):
                  warm: Mapping[str, npt.NDArray[np.generic]] | None = None) -> None:  # fmt: skip
         if max_distance < 1:
             raise ValueError(f"TransitionPredictor max_distance={max_distance} must be at least 1")
+        if keep < 0:
+            raise ValueError(f"TransitionPredictor keep={keep} must be 0 (all experts) or more")
         if smoothing <= 0:
             raise ValueError(f"TransitionPredictor smoothing={smoothing} must be above 0")
         self.max_distance = max_distance

@@ -111,6 +111,14 @@ def test_tokens_of_a_forward_lengthen_the_kernels_of_their_experts() -> None:
     assert job.timeline.experts() == [Kernel("experts", 0, (5, 3, 4), 100, 100 + EXPERT * sum(tokens.values()))]
 
 
+def test_of_experts_that_landed_while_the_host_was_busy_the_last_is_blamed() -> None:
+    job = go([[3, 4, 5]], costs=HostCosts(issue_ns=100), channel_depth=3)
+    # Issued at 200, 300 and 400; at 400 the host is free and finds the first two.
+    assert job.timeline.copies == [Copy(3, 0, 200, 240), Copy(4, 0, 300, 340), Copy(5, 0, 400, 440)]
+    assert job.timeline.stalls == [Stall(100, 340, 4, True), Stall(400 + 2 * EXPERT, 440, 5, True)]
+    assert split(job)[3] == 400 - 340
+
+
 def test_a_shared_expert_runs_before_the_resident_and_hides_a_copy() -> None:
     job = go([[3, 4]], initial=(3,), kernels=Kernels(shared=25))
     assert job.timeline.experts() == [
@@ -345,6 +353,12 @@ def test_without_a_cache_every_layer_loads_anew() -> None:
     job = go([[3], [4]], [[3], [4]], policy=policy)
     assert (job.counters.num_hits, job.counters.num_misses, job.counters.num_evictions) == (0, 4, 4)
     assert job.counters.elapsed_ns == 4 * (ATTENTION + COPY + EXPERT) + 2 * HEAD
+
+
+def test_a_prefetch_is_refused_a_staging_buffer_that_a_demand_may_take() -> None:
+    job = go([[3], [4]], initial=(3,), num_slots=1, num_staging=1, policy=prefetching(14))
+    assert (job.counters.prefetch_issued, job.counters.dropped_refused) == (0, 1)
+    assert job.timeline.copies == [Copy(14, 0, 210, 250)]
 
 
 # -- order ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""Composing a configuration outside the main command, and the checks that every configuration passes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from sim.paths import CONF
+
+COMPARE = ("full", "floor", "none")
+_SWITCHES = ("twin", "timeline", "events", "skip_done")
+KEYS = (
+    "hardware", "policy", "model", "stack", "trace", "residency", "gpu_memory_gb", "batch_size", "prefill_chunk",
+    "max_tokens", "chunk_mib", "channel_depth", "start", "warmup_forwards", "seed", "compare", *_SWITCHES,
+)  # fmt: skip
+
+
+def configure(overrides: list[str]) -> dict[str, Any]:
+    """A configuration as `python -m sim` composes it, checked, as plain values."""
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose(config_name="config", overrides=overrides)
+    return checked(cfg)
+
+
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """Plain values of a composed configuration; ValueError for what would silently mean something else."""
+    _require_groups(cfg)
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    for key in plain:
+        if key not in KEYS:
+            raise ValueError(f"{key} is no key; known: {', '.join(KEYS)}")
+    for key in KEYS:
+        if key not in plain:
+            raise ValueError(f"{key} is missing; it cannot be taken out, only given another value")
+    for key in ("hardware", "policy", "model", "stack", "trace"):
+        if not isinstance(plain[key], dict):
+            raise ValueError(f"{key}={plain[key]!r} must be the name of a file in conf/{key}")
+    if plain["compare"] not in COMPARE:
+        raise ValueError(f"compare={plain['compare']!r} is unknown; choose one of: {', '.join(COMPARE)}")
+    for key in _SWITCHES:
+        if not isinstance(plain[key], bool):
+            raise ValueError(f"{key}={plain[key]!r} must be true or false")
+    if not isinstance(plain["seed"], int) or isinstance(plain["seed"], bool) or plain["seed"] < 0:
+        raise ValueError(f"seed={plain['seed']!r} must be a whole number of at least 0")
+    return plain
+
+
+def _require_groups(cfg: DictConfig) -> None:
+    """`hardware` and `policy` have no default: say what there is to choose from."""
+    for group in ("hardware", "policy"):
+        choices = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        if OmegaConf.is_missing(cfg, group) or group not in cfg:
+            raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {choices}")
+        if not isinstance(cfg[group], DictConfig):
+            raise ValueError(f"{group}={cfg[group]!r} is no choice; say +{group}=NAME with one of: {choices}")
+
+
+def check_arguments(cfg: Mapping[str, Any], key: str) -> None:
+    """Types and finiteness of a part's arguments, by the annotations of its constructor."""
+    target = get_object(cfg["_target_"])
+    if not inspect.isclass(target):
+        return
+    hints = get_type_hints(target.__init__)
+    for name, value in cfg.items():
+        expected = hints.get(name)
+        if expected is float and not (_is_number(value) and math.isfinite(value)):
+            raise ValueError(f"{key}.{name}={value!r} must be a finite number")
+        if expected is int and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{key}.{name}={value!r} must be a whole number")
+        if expected is bool and not isinstance(value, bool):
+            raise ValueError(f"{key}.{name}={value!r} must be true or false")
+        if expected is str and not isinstance(value, str):
+            raise ValueError(f"{key}.{name}={value!r} must be text")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
