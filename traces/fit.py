@@ -81,15 +81,12 @@ def _choice_gradient(scores: Floats, ids: Integers) -> Floats:
     return mean
 
 
-def _fit_cross(
-    before: Floats, ids: Integers, history: Floats, order: Integers, batch: int, steps: int
-) -> Floats:
+def _fit_cross(before: Floats, ids: Integers, history: Floats, order: Integers) -> Floats:
     """Log-odds [E,E] that an expert of the layer before (row) lends to one of this layer (column), by Adam."""
-    num_experts = before.shape[1]
-    # The controls are stacked beneath the cross weights; each has one strength for all experts, and a bias each.
-    theta = [np.zeros((num_experts, num_experts), np.float32), np.zeros(num_experts, np.float32)]
-    theta.append(np.full(len(history), 0.3, np.float32))
-    first, second = [np.zeros_like(x) for x in theta], [np.zeros_like(x) for x in theta]
+    num_experts, batch, steps = before.shape[1], min(4096, len(order)), 300
+    # Beside them, a bias for each expert and a strength for each kind of history: controls, not kept.
+    shapes: tuple[tuple[int, ...], ...] = ((num_experts, num_experts), (num_experts,), (len(history),))
+    theta, first, second = ([np.zeros(shape, np.float32) for shape in shapes] for _ in range(3))
     for step in range(steps):
         start = step * batch % (len(order) - batch + 1)
         rows = order[start : start + batch]
@@ -121,8 +118,7 @@ def _fit_all_cross(ids: Integers, starts: Integers, num_experts: int, seed: int,
     for layer in range(1, num_layers):
         hot = layer_onehot(ids[:, layer], num_experts)
         chosen = ids[:, layer].astype(np.intp)
-        history = _history(hot, position)
-        cross[layer] = _fit_cross(before, chosen, history, order, min(4096, num_tokens), 300)
+        cross[layer] = _fit_cross(before, chosen, _history(hot, position), order)
         before = hot
         say(f"cross-layer dependence: layer {layer + 1} of {num_layers}")
     return cross
@@ -134,10 +130,8 @@ def _fit_all_cross(ids: Integers, starts: Integers, num_experts: int, seed: int,
 def _fit_topics(ids: Integers, starts: Integers, num_experts: int) -> Arrays:
     """Factors of what sets requests apart: loadings [L,E,Q], residual [L,E], topics [R,Q], topic_length [R]."""
     lengths = np.diff(starts).astype(np.float64)
-    counts = []
-    for layer in range(ids.shape[1]):
-        counts.append(np.add.reduceat(layer_onehot(ids[:, layer], num_experts), starts[:-1], axis=0, dtype=np.float64))
-    usage = np.stack(counts, axis=1)
+    layers = [layer_onehot(ids[:, layer], num_experts) for layer in range(ids.shape[1])]
+    usage = np.stack([np.add.reduceat(hot, starts[:-1], axis=0, dtype=np.float64) for hot in layers], axis=1)
     mean = usage.sum(axis=0) / lengths.sum() + 0.01
     odds = np.log((usage + TOPIC_SHRINKAGE * mean) / ((lengths + TOPIC_SHRINKAGE)[:, None, None] * mean))
     share = (lengths / lengths.sum())[:, None]
@@ -218,9 +212,9 @@ def _calibrate(params: Arrays, source: _Seen, lengths: Integers, rounds: int, se
     sums = {name: np.zeros_like(params[name]) for name in moving}
     for step in range(rounds):
         scaled = params | {"cross": params["cross"] * params["cross_scale"][:, None, None]}
-        arrays = generate(scaled, lengths, seed=seed + 1 + step)
+        arrays = generate(scaled, lengths.tolist(), seed=seed + 1 + step)
         made = _look(arrays["experts"], arrays["request_start"], num_experts)
-        worst = np.nanmax(np.abs(np.nanmean(source.reuse - made.reuse, axis=1)))
+        worst = np.abs(np.nan_to_num(source.reuse - made.reuse).mean(axis=1)).max()
         say(f"calibration: round {step + 1} of {rounds}, largest error of mean reuse {worst:.3f}")
         _nudge(params, source, made, gain=1 / (1 + step / 12))
         if step >= rounds // 2:
@@ -262,9 +256,8 @@ def fit_trace(trace: Trace, *, seed: int = 0, rounds: int = 60, say: Progress = 
     """
     if trace.num_tokens == 0 or rounds < 1:
         raise ValueError(f"a fit needs a token and a round, got {trace.num_tokens} tokens and rounds={rounds}")
-    num_experts = int(trace.num_experts)
     rows, starts = _select_rows(trace.request_start)
-    experts = np.asarray(trace.experts)[rows]
+    experts, num_experts = np.asarray(trace.experts)[rows], trace.num_experts
     ids = check_routing(experts, starts, num_experts)
     source = _look(experts, starts, num_experts)
     size = (ids < num_experts).sum(axis=2)
@@ -297,9 +290,9 @@ def run(args: argparse.Namespace) -> int:
     save_params(
         args.output,
         params,
-        model=str(trace.model),
-        source=str(trace.header.get("source", "unknown")),
-        license=str(trace.header.get("license", "unknown")),
+        model=trace.model,
+        source=trace.header["source"],
+        license=trace.header["license"],
         fitted_to=f"{trace.name}: {trace.num_tokens} tokens in {trace.num_requests} requests",
         command=f"python -m traces fit {trace.name}.safetensors {Path(args.output).name} --seed {args.seed}",
     )

@@ -37,9 +37,6 @@ PARAMETER_FORMAT = "expertflow-routing-parameters"
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
 NOISE = 1.28  # spread of a standard Gumbel: scores stay on the scale of log-odds
 WANDER_STEP = 8  # tokens for which wander stands still: its half-life is far longer
-import os
-
-SUR=float(os.environ.get("SUR","0"))
 GROUP = 64  # requests generated side by side
 
 Floats = npt.NDArray[np.float64]
@@ -110,11 +107,6 @@ class _Model:
     top_k: int
     row_size: Floats | None  # [L,K+1] cumulative; None where every row has K experts
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        num_layers, num_experts = self.params["bias"].shape
-        return num_layers, num_experts
-
     def mix(self, latent: Floats) -> Floats:
         """Latent factors and own parts [R, Q+N] as offsets [R,N]."""
         factors = len(self.loadings)
@@ -153,7 +145,8 @@ def _prepare(arrays: Arrays) -> _Model:
 def _decay(latent: Floats, tokens: float, half_life: float, rng: np.random.Generator) -> Floats:
     """The latent state `tokens` later: it forgets, and stays standard normal."""
     kept = 0.5 ** (tokens / half_life)
-    return kept * latent + np.sqrt(1 - kept * kept) * rng.standard_normal(latent.shape)
+    later: Floats = kept * latent + np.sqrt(1 - kept * kept) * rng.standard_normal(latent.shape)
+    return later
 
 
 def _draw_topics(model: _Model, lengths: Integers, rng: np.random.Generator) -> Integers:
@@ -168,21 +161,21 @@ def _draw_topics(model: _Model, lengths: Integers, rng: np.random.Generator) -> 
     share = lengths / lengths.sum()
     places = np.cumsum(share) - share * rng.random(len(lengths))
     found = np.searchsorted(np.cumsum(of_source[order]) / of_source.sum(), places)
-    return np.asarray(order[np.minimum(found, len(order) - 1)], np.int64)
+    topics: Integers = order[np.minimum(found, len(order) - 1)]
+    return topics
 
 
 def _choose(model: _Model, scores: Floats, rng: np.random.Generator) -> Integers:
     """The K best experts [R,L,K] of `scores` [R,L,E], layer after layer; the id E where a row has fewer."""
     num_rows, num_layers, num_experts = scores.shape
     chosen = np.empty((num_rows, num_layers, model.top_k), np.int64)
-    unused = None
+    unused = before = None
     if model.row_size is not None:
         size = (rng.random((num_rows, num_layers, 1)) >= model.row_size).sum(axis=2)
         unused = np.arange(model.top_k) >= size[:, :, None]
-    before = chosen[:, 0]
     for layer in range(num_layers):
         score = scores[:, layer]
-        if layer:
+        if before is not None:
             score = score + model.cross[layer][before].sum(axis=1)
         before = np.argsort(-score, axis=1)[:, : model.top_k]
         if unused is not None:
@@ -195,8 +188,7 @@ def _generate_group(
     model: _Model, lengths: Integers, first_rows: Integers, topics: Integers, rng: np.random.Generator, ids: Integers
 ) -> None:
     """Fill the rows of some requests in `ids` [T,L,K], all requests one token a step; `lengths` must fall."""
-    num_layers, num_experts = model.shape
-    factors = len(model.loadings)
+    (num_layers, num_experts), factors = model.params["bias"].shape, len(model.loadings)
     wander_half_life, drift_half_life = model.params["half_lives"]
     latent = (len(lengths), factors + len(model.residual))
     topic, wander, drift = (rng.standard_normal(latent) for _ in range(3))
@@ -211,8 +203,7 @@ def _generate_group(
             subject = model.subject(fixed[:active], model.mix(wander))
         drift = _decay(drift[:active], 1, drift_half_life, rng)
         scores = subject[:active] + model.drift_scale * model.mix(drift)
-        surprise = np.exp(SUR * rng.standard_normal((active, 1)))
-        scores += NOISE * surprise * rng.standard_normal(scores.shape)
+        scores += NOISE * rng.standard_normal(scores.shape)
         scores = scores.reshape(active, num_layers, num_experts)
         scores += model.params["repeat"][:, None] * previous[:active, :, :num_experts]
         chosen = _choose(model, scores, rng)
@@ -228,14 +219,15 @@ def _gate_weights(model: _Model, unused: npt.NDArray[np.bool_], rng: np.random.G
     weights = np.empty(unused.shape, np.float16)
     layers, ranks = np.arange(num_layers)[:, None], np.arange(top_k - 1)
     for start in range(0, num_tokens, 4096):
-        rows = slice(start, min(start + 4096, num_tokens))
-        place = rng.random((rows.stop - start, num_layers, top_k - 1)) * (gaps.shape[2] - 1)
+        absent = unused[start : start + 4096]
+        place = rng.random((len(absent), num_layers, top_k - 1)) * (gaps.shape[2] - 1)
         below = place.astype(np.int64)
         low, high = gaps[layers, ranks, below], gaps[layers, ranks, below + 1]
-        logs = np.zeros((rows.stop - start, num_layers, top_k))
+        logs = np.zeros(absent.shape)
         logs[:, :, 1:] = -np.cumsum(low + (place - below) * (high - low), axis=2)
-        values = np.where(unused[rows], 0.0, np.exp(logs))
-        weights[rows] = values * (total[:, None] / np.maximum(values.sum(axis=2, keepdims=True), 1e-9))
+        values = np.where(absent, 0.0, np.exp(logs))
+        share = values / np.maximum(values.sum(axis=2, keepdims=True), 1e-9)
+        weights[start : start + 4096] = total[:, None] * share
     return weights
 
 
@@ -255,10 +247,9 @@ def generate(params: Arrays, request_lengths: Sequence[int] | Integers, seed: in
     lengths = np.asarray(request_lengths, np.int64)
     if lengths.ndim != 1 or not len(lengths) or lengths.min() < 1:
         raise ValueError(f"request_lengths={lengths.tolist()} needs one or more lengths of at least 1 token")
-    model = _prepare(params)
-    num_layers, num_experts = model.shape
+    model, rng = _prepare(params), np.random.Generator(np.random.PCG64(seed))
+    num_layers, num_experts = model.params["bias"].shape
     kind = np.uint8 if num_experts <= 255 else np.uint16
-    rng = np.random.Generator(np.random.PCG64(seed))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     experts = np.empty((starts[-1], num_layers, model.top_k), kind)
     longest_first = np.lexsort((rng.random(len(lengths)), -lengths))
@@ -291,10 +282,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write a generated trace. Errors are ValueErrors."""
     params, header = load_params(args.params)
-    requests = args.requests
-    if requests is None:
-        requests = max(1, round(args.tokens / float(params["topic_length"].mean())))
-    arrays = generate(params, split_tokens(args.tokens, requests), args.seed)
+    usual = max(1, round(args.tokens / float(params["topic_length"].mean())))
+    requests = usual if args.requests is None else args.requests
+    made = generate(params, split_tokens(args.tokens, requests), args.seed)
+    arrays: dict[str, Any] = dict(made)
     write_trace(
         args.output,
         **arrays,

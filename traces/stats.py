@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from traces.reader import open_trace
 
@@ -91,7 +91,8 @@ def popularity_entropy(experts: Integers, request_start: Integers, num_experts: 
     """Entropy of each layer's expert popularity in bits, [L]: log2(E) when used evenly; 0 for an unused layer."""
     share = activation(experts, request_start, num_experts)
     share = share / np.maximum(share.sum(axis=1, keepdims=True), 1e-300)
-    return np.abs(np.where(share > 0, share * np.log2(np.maximum(share, 1e-300)), 0.0).sum(axis=1))
+    entropy: Floats = -(share * np.log2(np.maximum(share, 1e-300))).sum(axis=1)
+    return np.abs(entropy)  # no −0
 
 
 def next_layer_recall(experts: Integers, request_start: Integers, num_experts: int) -> Floats:
@@ -175,8 +176,7 @@ def belady_hits(events: Iterable[Event], capacity: int, num_keys: int) -> int:
     if capacity < 1:
         return 0
     resident = bytearray(num_keys)
-    heap: list[int] = []  # −(next use · num_keys + key): the furthest next use pops first
-    held = hits = 0
+    held, hits, heap = 0, 0, list[int]()  # of −(next use · num_keys + key): the furthest next use pops first
     for number, keys, upcoming in events:
         found = sum(resident[key] for key in keys)
         hits, held = hits + found, held + len(keys) - found
@@ -253,9 +253,7 @@ def compute_stats(experts: Integers, request_start: Integers, num_experts: int) 
 
 
 def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = Table(*(Column(name, justify="right") for name in headings), title=title, title_justify="left")
     for row in rows:
         table.add_row(*("–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row))
     return table
@@ -271,8 +269,8 @@ def print_stats(stats: dict[str, Any], console: Console) -> None:
     console.print("{num_tokens} tokens, {num_requests} requests, {num_layers} layers, ".format_map(stats), end="")
     console.print("{top_k} of {num_experts} experts".format_map(stats))
     console.print(_table("Reuse of a token's experts after … tokens", list(stats["reuse"]), [stats["reuse"].values()]))
-    headings = ["entropy (bits)", "next-layer recall@K", "the same from popularity"]
-    console.print(_table("Mean over layers", headings, [[stats["entropy_bits"], *stats["next_layer_recall"]]]))
+    means = [stats["entropy_bits"], *stats["next_layer_recall"]]
+    console.print(_table("Mean over layers", ["entropy (bits)", "next-layer recall@K", "from popularity"], [means]))
     headings = ["layer", "reuse after 1 token", "entropy (bits)", "recall@K from the layer before"]
     console.print(_table("Layers", headings, [[layer, *row] for layer, row in enumerate(by_layer)]))
     headings = ["% of experts", "slots", *(kind.replace("_", " ") for kind in kinds)]
@@ -294,7 +292,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens={args.max_tokens} leaves no token: needs at least 1, in a trace that has one")
     starts = np.asarray(trace.request_start)
     starts = np.append(starts[starts < tokens], tokens)
-    stats = compute_stats(np.asarray(trace.experts[0:tokens]), starts, trace.num_experts)
+    stats = compute_stats(np.asarray(trace.experts[:tokens]), starts, trace.num_experts)
     print_stats(stats, Console())
     if args.json is not None:
         args.json.write_text(json.dumps(stats, indent=1) + "\n")
