@@ -77,6 +77,23 @@ def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def markdown(table: pd.DataFrame, value: str) -> str:
+    """A Markdown table of one column: a row a policy, a column a (hardware, stack, residency)."""
+    if value not in table.columns:
+        raise ValueError(f"--markdown={value} is no column; there are: {', '.join(table.columns)}")
+    keys = ["hardware", "stack", "residency"]
+    repeated = table[table.duplicated([*keys, "policy"])]
+    if len(repeated):
+        raise ValueError(f"two runs of {repeated['policy'].iloc[0]} at one place; --markdown takes one of each")
+    wide = table.pivot(index="policy", columns=keys, values=value).reindex(table["policy"].unique())
+    places = [tuple(column) for column in wide.columns.to_list()]
+    titles = [f"{hardware} {stack} {residency:.0%}" for hardware, stack, residency in places]
+    lines = ["| policy | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for policy, row in wide.iterrows():
+        lines.append(f"| {policy} | " + " | ".join("–" if pd.isna(x) else f"{x:.3f}" for x in row) + " |")
+    return "\n".join(lines)
+
+
 def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """`name`.parquet and `name`.csv in `folder`, each whole or not at all."""
     csv, parquet = folder / f"{name}.csv", folder / f"{name}.parquet"
@@ -98,10 +115,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the folder of a sweep (hydra.sweep.dir) or of several")
     parser.add_argument("--name", default="table", help="file name without suffix (default: table)")
     parser.add_argument("--beside", action="store_true", help="also a row for each run beside one (compare=full)")
+    parser.add_argument("--markdown", metavar="COLUMN", help="also print this column as a Markdown table")
     args = parser.parse_args(words)
     try:
         table = collect(args.folder, args.beside)
         paths = write_table(table, args.folder, args.name)
+        if args.markdown:
+            print(markdown(table, args.markdown))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -189,7 +189,7 @@ def _nudge(params: Arrays, source: _Seen, made: _Seen, gain: float) -> None:
     moves = {
         "topic_scale": 8 * far,
         "drift_scale": 12 * (near - far),
-        "repeat": 6 * (lag1 - lag2),
+        "repeat": 6 * (lag1 - near),
         "cross_scale": 2 * np.nan_to_num(source.recall - made.recall),
         "wander_share": -5 * (lag256 - lag32).mean(),
         # More reuse brings more hits, at about this rate; skew answers for the rest.

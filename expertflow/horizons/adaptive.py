@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+from expertflow.diversity import embedding_distance
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.parts import Horizon
@@ -23,18 +24,22 @@ class AdaptiveHorizon(Horizon):
     stalled give S + 1, `overfetch_threshold` needless prefetches give S - 1; a change resets both counters and
     is followed by `cooldown_forwards` without another; both counters halve every forward. `count` says what is
     a stall: `any`, or `late` alone, the default: a wait for an expert that was on its way asks for an earlier
-    start, but a miss was not foreseen, and looking farther does not help it (results/LOG.md).
+    start, but a miss was not foreseen, and looking farther does not help it (results/LOG.md). `dist_exponent`
+    corrects N_e by how diverse the batch is: times (Dist per pair of tokens / its running mean) to this power,
+    where the trace holds embeddings; 0, the default, is off, since how Dist enters is not published.
     """
 
     def __init__(self, max_distance: int = 8, memory: float = 0.9, stall_threshold: int = 3,
                  overfetch_threshold: int = 8, formula_jump: int = 2, cooldown_forwards: int = 1,
-                 count: str = "late") -> None:  # fmt: skip
+                 count: str = "late", dist_exponent: float = 0.0) -> None:  # fmt: skip
         if max_distance < 1:
             raise ValueError(f"AdaptiveHorizon max_distance={max_distance} must be at least 1")
         if not 0 <= memory < 1:
             raise ValueError(f"AdaptiveHorizon memory={memory} must be in [0, 1)")
         if stall_threshold < 1 or overfetch_threshold < 1:
             raise ValueError("AdaptiveHorizon thresholds must be at least 1")
+        if dist_exponent < 0:
+            raise ValueError(f"AdaptiveHorizon dist_exponent={dist_exponent} must be 0 (off) or more")
         if formula_jump < 1 or cooldown_forwards < 0:
             raise ValueError(f"AdaptiveHorizon formula_jump={formula_jump} must be at least 1, "
                              f"cooldown_forwards={cooldown_forwards} at least 0")  # fmt: skip
@@ -47,6 +52,7 @@ class AdaptiveHorizon(Horizon):
         self.formula_jump = formula_jump
         self.cooldown_forwards = cooldown_forwards
         self.count = count
+        self.dist_exponent = dist_exponent
 
     def start(self, view: View, future: Future | None) -> None:
         self.view = view
@@ -54,6 +60,7 @@ class AdaptiveHorizon(Horizon):
         self.bytes_per_ns = 0.0
         self.layer_ns = 0.0
         self.formula = 0
+        self.pair_distance = 0.0
         self.num_stalls = self.num_overfetched = 0.0
         self.changed_at = -1 - self.cooldown_forwards
         self._seen = (0, 0, 0, 0)
@@ -71,7 +78,7 @@ class AdaptiveHorizon(Horizon):
         self.num_stalls /= 2
         self.num_overfetched /= 2
         self._observe()
-        expected = self.num_expected or self.view.top_k
+        expected = (self.num_expected or self.view.top_k) * self._diversity(forward)
         if self.bytes_per_ns <= 0 or self.layer_ns <= 0 or self.size == 0:
             return
         needed = ceil(expected * self.view.expert_bytes / (self.bytes_per_ns * self.layer_ns))
@@ -79,6 +86,18 @@ class AdaptiveHorizon(Horizon):
         if self.formula == 0 or abs(formula - self.formula) >= self.formula_jump:
             self.formula = formula
             self._set(formula)
+
+    def _diversity(self, forward: Forward) -> float:
+        """The correction of N_e for the tokens of this forward; 1 where it is off or nothing is known."""
+        pairs = forward.num_tokens * (forward.num_tokens - 1) / 2
+        if not self.dist_exponent or not pairs or forward.recorded is None:
+            return 1.0
+        vectors = forward.recorded.embedding(forward.rows)
+        if vectors is None:
+            return 1.0
+        distance = embedding_distance(vectors) / pairs
+        self.pair_distance = self._mean(self.pair_distance, distance)
+        return float((distance / self.pair_distance) ** self.dist_exponent) if self.pair_distance else 1.0
 
     def _observe(self) -> None:
         view = self.view

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+from expertflow.diversity import expected_union
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.parts import Scores, Selection
@@ -39,8 +40,7 @@ class TopK(CountingSelection):
     def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
         count = self.top_k
         if forward.num_tokens > 1:
-            share = self.top_k / self.num_experts
-            count = ceil(self.num_experts * (1.0 - (1.0 - share) ** forward.num_tokens) - 1e-9)
+            count = ceil(expected_union(self.num_experts, self.top_k, forward.num_tokens) - 1e-9)
         keys = scores[0][: count + self.extra]
         self.num_selected += len(keys)
         self.num_layers += 1
