@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from expertflow.copy_queue import Load
 from expertflow.forward import Forward
+from expertflow.machine import Chunk, Mark
 
 
 class Observer:
@@ -28,3 +30,52 @@ class Observer:
 
     def end_forward(self, forward: Forward, now_ns: int) -> None:
         """The tokens of `forward` were read back."""
+
+
+class Watch:
+    """Tells every observer; knows which kernels a mark stands for."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = list(observers)
+        self._kinds: dict[int, tuple[str, int, tuple[int, ...]]] = {}
+        self._distances: tuple[int, ...] | None = None
+
+    def launched(self, mark: int, kind: str, layer: int, keys: tuple[int, ...]) -> None:
+        """What `mark` will have been when it ends."""
+        self._kinds[mark] = (kind, layer, keys)
+
+    def computed(self, marks: Iterable[Mark]) -> None:
+        """Marks have ended."""
+        for mark, start_ns, end_ns in marks:
+            kind, layer, keys = self._kinds.pop(mark)
+            for observer in self.observers:
+                observer.computed(kind, layer, keys, start_ns, end_ns)
+
+    def copied(self, chunks: Iterable[Chunk], flight: Iterable[Load]) -> None:
+        """Chunks have ended; `flight` begins with their loads."""
+        for (_, chunk, start_ns, end_ns), load in zip(chunks, flight, strict=False):
+            for observer in self.observers:
+                observer.copied(load.key, chunk, load.cause, start_ns, end_ns)
+
+    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+        """The compute stream waited for `key`."""
+        for observer in self.observers:
+            observer.stalled(start_ns, end_ns, key, is_miss)
+
+    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
+                 missing: Sequence[int]) -> None:  # fmt: skip
+        """A layer was classified."""
+        for observer in self.observers:
+            observer.demanded(forward, layer, now_ns, hits, late, missing)
+
+    def horizon(self, now_ns: int, distances: Sequence[int]) -> None:
+        """Passed on when it has changed."""
+        if tuple(distances) != self._distances:
+            self._distances = tuple(distances)
+            for observer in self.observers:
+                observer.horizon(now_ns, self._distances)
+
+    def end_forward(self, forward: Forward, now_ns: int) -> None:
+        """The tokens have been read back."""
+        for observer in self.observers:
+            observer.end_forward(forward, now_ns)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from expertflow.copy_queue import CopyQueue, Load
 from expertflow.counters import Counters
 from expertflow.forward import Forward
+from expertflow.identities import check_identities
 from expertflow.journal import Journal
-from expertflow.machine import GATE, LOAD, TOKEN, Chunk, Machine, Mark, Record, Wait
-from expertflow.observer import Observer
+from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
+from expertflow.observer import Observer, Watch
 from expertflow.parts import DEMAND
 from expertflow.policy import Policy
 from expertflow.slots import Slots
@@ -58,7 +59,7 @@ class Runtime:
         self.forwards = forwards
         self.counters = Counters()
         self.journal = Journal()
-        self.observers = list(observers)
+        self.watch = Watch(observers) if observers else None
         self.eviction = policy.eviction
         self.slots = Slots(config.num_layers, config.num_experts, config.num_slots, self.eviction.scope,
                            config.num_staging)  # fmt: skip
@@ -76,11 +77,9 @@ class Runtime:
         self._layer_stall_ns = 0
         self._known_ns = 0
         self._blame: dict[int, tuple[int, int, bool]] = {}
-        self._kinds: dict[int, tuple[str, int, tuple[int, ...]]] = {}
         self._cursor_ns = 0
         self._last_mark = 0
         self._first_gate = (0, 0)
-        self._shown_distances: tuple[int, ...] | None = None
         self._pending_serial: list[int] = []
         policy.start(self.view)
         for key in reversed(self.slots.fill(config.initial)):
@@ -88,7 +87,7 @@ class Runtime:
 
     def run(self) -> Generator[Wait, Record, None]:
         """The loop. Yields waits, is sent records; `counters` and `journal` are complete when it ends."""
-        machine, policy, queue, view, observers = self.machine, self.policy, self.queue, self.view, self.observers
+        machine, policy, queue, view, watch = self.machine, self.policy, self.queue, self.view, self.watch
         layers = range(self.config.num_layers)
         arrange = policy.order.arrange if policy.overrides(policy.order, "arrange") else None
         serial, last_layer = self.config.serial, self.config.num_layers - 1
@@ -103,8 +102,8 @@ class Runtime:
             for layer in layers:
                 # 1. Attention and router; the routing becomes known when the host has read it back.
                 mark = machine.attention(layer)
-                if observers:
-                    self._kinds[mark] = ("attention", layer, ())
+                if watch is not None:
+                    watch.launched(mark, "attention", layer, ())
                 while True:
                     self._retire((yield (GATE, mark, queue.has_work)))
                     if self._last_mark >= mark:
@@ -132,8 +131,8 @@ class Runtime:
                 # 5. Decide, while the device works.
                 if policy.prefetches:
                     wants = policy.decide(forward, layer)
-                    if observers:
-                        self._show_horizon()
+                    if watch is not None:
+                        watch.horizon(view.now_ns, policy.horizon.distances())
                     machine.decided()
                     if wants or queue.wanted:
                         queue.want(wants)
@@ -155,8 +154,8 @@ class Runtime:
                     self._end_layer(forward, layer)
             # End: head, sampling, the tokens read back; prefetches of the next forward may copy meanwhile.
             mark = machine.head()
-            if self.observers:
-                self._kinds[mark] = ("head", layer, ())
+            if watch is not None:
+                watch.launched(mark, "head", layer, ())
             while True:
                 self._retire((yield (TOKEN, mark, queue.has_work)))
                 if queue.has_work:
@@ -202,8 +201,8 @@ class Runtime:
             counters.num_misses += len(missing)
             self._feedback.num_late = len(late)
             self._feedback.num_misses = len(missing)
-        if self.observers:
-            self._show_demand(forward, layer, ready, late, missing)
+        if self.watch is not None:
+            self.watch.demanded(forward, layer, self._known_ns, ready, late, missing)
         return ready, missing, late
 
     def _book_used_prefetches(self, keys: Sequence[int]) -> None:
@@ -297,8 +296,8 @@ class Runtime:
         counts = forward.counts
         mark = self.machine.experts(layer, keys, None if counts is None else counts[layer], shared)
         self.queue.launched.append((mark, keys))
-        if self.observers:
-            self._kinds[mark] = ("experts", layer, tuple(keys))
+        if self.watch is not None:
+            self.watch.launched(mark, "experts", layer, tuple(keys))
         return mark
 
     def _wait_for_load(self, key: int) -> Wait:
@@ -329,6 +328,7 @@ class Runtime:
                 if victim is None:
                     break
                 self.queue.evict(victim)
+
     def _end_forward(self, forward: Forward) -> None:
         counters, now = self.counters, self.view.now_ns
         counters.overhead_ns += now - self._cursor_ns
@@ -338,8 +338,8 @@ class Runtime:
         counters.num_forwards += 1
         self.journal.end_forward(forward, now)
         self.policy.end_forward(forward)
-        for observer in self.observers:
-            observer.end_forward(forward, now)
+        if self.watch is not None:
+            self.watch.end_forward(forward, now)
         if counters.num_forwards == self.config.warmup_forwards:
             self.journal.begin_measuring(counters.copy())
             self.policy.begin_measuring()
@@ -351,8 +351,8 @@ class Runtime:
         now_ns, chunks, marks = record
         self.view.now_ns = now_ns
         if chunks:
-            if self.observers:
-                self._show_chunks(chunks)
+            if self.watch is not None:
+                self.watch.copied(chunks, self.queue.flight)
             self.queue.retire(chunks)
         if not marks:
             return
@@ -374,64 +374,18 @@ class Runtime:
                 else:
                     counters.late_stall_ns += stall
                 gap -= stall
-                if stall and self.observers:
-                    self._show_stall(landed_ns - stall, landed_ns, key, is_miss)
+                if stall and self.watch is not None:
+                    self.watch.stalled(landed_ns - stall, landed_ns, key, is_miss)
             overhead += gap
             compute += end_ns - start_ns
             cursor = end_ns
         counters.compute_ns += compute
         counters.overhead_ns += overhead
-        if self.observers:
-            self._show_kernels(marks)
+        if self.watch is not None:
+            self.watch.computed(marks)
         self._cursor_ns = cursor
         self._last_mark = mark
 
-    def _show_demand(self, forward: Forward, layer: int, hits: Sequence[int], late: Sequence[int],
-                     missing: Sequence[int]) -> None:  # fmt: skip
-        for observer in self.observers:
-            observer.demanded(forward, layer, self.view.now_ns, hits, late, missing)
-
-    def _show_horizon(self) -> None:
-        distances = tuple(self.policy.horizon.distances())
-        if distances != self._shown_distances:
-            self._shown_distances = distances
-            for observer in self.observers:
-                observer.horizon(self.view.now_ns, distances)
-
-    def _show_chunks(self, chunks: Sequence[Chunk]) -> None:
-        for (_, chunk, start_ns, end_ns), load in zip(chunks, self.queue.flight, strict=False):
-            for observer in self.observers:
-                observer.copied(load.key, chunk, load.cause, start_ns, end_ns)
-
-    def _show_stall(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
-        for observer in self.observers:
-            observer.stalled(start_ns, end_ns, key, is_miss)
-
-    def _show_kernels(self, marks: Sequence[Mark]) -> None:
-        for mark, start_ns, end_ns in marks:
-            kind, layer, keys = self._kinds.pop(mark, ("other", -1, ()))
-            for observer in self.observers:
-                observer.computed(kind, layer, keys, start_ns, end_ns)
-
-    # -- account -------------------------------------------------------------------------------------------
-
     def check_identities(self) -> None:
-        """The identities that hold over every whole run; a breach is our mistake."""
-        c, queue = self.counters, self.queue
-        issued = c.prefetch_useful + c.prefetch_late + c.prefetch_evicted_unused + queue.num_fresh
-        dropped = c.dropped_replaced + c.dropped_passed + c.dropped_refused + c.dropped_became_demand
-        loaded = queue.num_loads * sum(queue.chunk_bytes)
-        loaded -= sum(sum(queue.chunk_bytes[load.issued :]) for load in queue.loading.values())
-        checks = {
-            "accesses = hits + late + misses": (c.num_accesses, c.num_hits + c.num_late + c.num_misses),
-            "elapsed = compute + stall + overhead": (c.elapsed_ns, c.compute_ns + c.stall_ns + c.overhead_ns),
-            "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),
-            "bytes = chunks x size": (c.demand_bytes + c.prefetch_bytes, loaded),
-            "requested = issued + dropped + queued at end": (
-                c.prefetch_requested, c.prefetch_issued + dropped + len(queue.wanted)),
-        }  # fmt: skip
-        for name, (left, right) in checks.items():
-            if left != right:
-                raise AssertionError(f"identity broken: {name}: {left} != {right}")
-        if c.link_busy_ns > c.elapsed_ns:
-            raise AssertionError(f"link busy {c.link_busy_ns} ns in a run of {c.elapsed_ns} ns")
+        """Assert the identities that hold over every whole run."""
+        check_identities(self.counters, self.queue)

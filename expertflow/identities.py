@@ -1,0 +1,28 @@
+"""The identities that hold over every whole run, in both worlds."""
+
+from __future__ import annotations
+
+from expertflow.copy_queue import CopyQueue
+from expertflow.counters import Counters
+
+
+def check_identities(counters: Counters, queue: CopyQueue) -> None:
+    """AssertionError if the books of a finished run do not balance: a mistake of ours, never the user's."""
+    c = counters
+    issued = c.prefetch_useful + c.prefetch_late + c.prefetch_evicted_unused + queue.num_fresh
+    dropped = c.dropped_replaced + c.dropped_passed + c.dropped_refused + c.dropped_became_demand
+    loaded = queue.num_loads * sum(queue.chunk_bytes)
+    loaded -= sum(sum(queue.chunk_bytes[load.issued :]) for load in queue.loading.values())
+    checks = {
+        "accesses = hits + late + misses": (c.num_accesses, c.num_hits + c.num_late + c.num_misses),
+        "elapsed = compute + stall + overhead": (c.elapsed_ns, c.compute_ns + c.stall_ns + c.overhead_ns),
+        "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),
+        "bytes = chunks x size": (c.demand_bytes + c.prefetch_bytes, loaded),
+        "requested = issued + dropped + queued at end": (
+            c.prefetch_requested, c.prefetch_issued + dropped + len(queue.wanted)),
+    }  # fmt: skip
+    for name, (left, right) in checks.items():
+        if left != right:
+            raise AssertionError(f"identity broken: {name}: {left} != {right}")
+    if c.link_busy_ns > c.elapsed_ns:
+        raise AssertionError(f"link busy {c.link_busy_ns} ns in a run of {c.elapsed_ns} ns")
