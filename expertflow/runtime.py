@@ -222,7 +222,6 @@ class Runtime:
         feedback.stall_ns = self._layer_stall_ns
         feedback.layer = (self.view.layer - 1) % self.config.num_layers
         self._layer_stall_ns = 0
-        self._known_ns = 0
         self.policy.feedback(feedback)
 
     def _time_layers(self, layer: int) -> None:

@@ -26,4 +26,5 @@ def test_a_metric_that_moved_is_named_with_its_change(tmp_path: Path, capsys: py
     run["metrics"]["num_hits"] *= 2
     (tmp_path / "pins.json").write_text(json.dumps({"runs": {name: run}}))
     assert main(["check", str(tmp_path / "pins.json")]) == 1
-    assert f"num_hits: {run['metrics']['num_hits']} → {RUNS[name]['metrics']['num_hits']} (-50.000 %)" in capsys.readouterr().out
+    moved = f"num_hits: {run['metrics']['num_hits']} → {RUNS[name]['metrics']['num_hits']} (-50.000 %)"
+    assert moved in capsys.readouterr().out

@@ -23,8 +23,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from sim.app import check_switches, cli, run_job
-from sim.bench import configure
+from sim.app import cli, run_job
+from sim.configure import configure
 from sim.setup import make_workload
 from traces.format import write_trace
 
@@ -95,7 +95,6 @@ def run_there(words: Sequence[str], folder: Path, cwd: Path, module: str = "sim"
 def job(*words: str, folder: Path | None = None) -> dict[str, Any]:
     """Metrics of one configuration, without command line and output folder."""
     cfg = configure(list(words))
-    check_switches(cfg)
     return run_job(cfg, make_workload(cfg), folder)
 
 

@@ -11,9 +11,10 @@ import yaml
 from expertflow.model import ModelSpec, model_from_dict
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.transition import TransitionPredictor
-from sim.bench import configure
+from sim.configure import configure
+from sim.paths import CONF
 from sim.run import baselines, run_policy
-from sim.setup import CONF, make_policy, make_workload
+from sim.setup import make_policy, make_workload
 from tests.cli.support import GPT_OSS, job, routing, small_trace
 
 

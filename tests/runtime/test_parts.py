@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -329,7 +328,7 @@ def test_a_fixed_horizon_beyond_the_model_is_refused() -> None:
         world.start(FixedHorizon(depth=4))
 
 
-BEGIN = cast(Forward, SimpleNamespace())
+BEGIN = forward_of(0, [[[0]]], 10)
 
 
 class Steps:

@@ -17,6 +17,7 @@ from expertflow.parts import Order
 from expertflow.policy import Policy
 from sim.machine import HostCosts
 from tests.runtime.support import (
+    IDEAL_LINK,
     ConstantLink,
     Copy,
     Demand,
@@ -169,7 +170,8 @@ def test_all_host_costs_together_around_one_miss() -> None:
     assert job.timeline.copies == [Copy(3, 0, known + 1, landed)]
     assert job.timeline.experts() == [Kernel("experts", 0, (3,), start, start + EXPERT)]
     assert job.timeline.ends_ns == [head_start + HEAD + 7]
-    assert split(job) == (ATTENTION + EXPERT + HEAD, 0, landed - attention_end, 2 * (2 + 3) + 11 + 13 + 7)
+    assert job.timeline.stalls == [Stall(known, landed, 3, True)]
+    assert split(job) == (ATTENTION + EXPERT + HEAD, 0, landed - known, 2 * (2 + 3) + 5 + 11 + 13 + 7)
 
 
 def test_launches_of_the_next_layer_hide_under_the_experts_of_this_one() -> None:
@@ -200,9 +202,10 @@ def test_a_prefetch_is_a_hit_until_its_copy_outlasts_the_moment_the_routing_is_k
     c = job.counters
     assert (c.num_hits, c.num_late, c.num_misses) == (1 + (not stall), int(stall > 0), 0)
     assert (c.prefetch_useful, c.prefetch_late) == (int(not stall), int(stall > 0))
-    # The gap of a late expert reaches back to the end of its attention.
-    assert c.late_stall_ns == (stall + gate_sync_ns if stall else 0)
-    assert c.miss_stall_ns == 0
+    # Reading the routing back is overhead of a hit and of a late expert alike.
+    assert split(job)[1:] == (stall, 0, 2 * gate_sync_ns)
+    landed = ATTENTION + gate_sync_ns + window + over
+    assert job.timeline.stalls == ([Stall(known, landed, 14, False)] if stall else [])
 
 
 def test_late_and_missing_experts_of_one_layer_are_blamed_apart() -> None:
@@ -447,3 +450,38 @@ def test_the_gate_sync_is_paid_by_a_host_that_was_busy_issuing_when_attention_en
     last_issue = max(copy.start_ns for copy in job.timeline.copies if copy.key == 17)
     assert last_issue == 345  # the host was issuing until then
     assert job.timeline.demands[1].known_ns == last_issue + 5
+
+
+def test_the_gate_sync_is_overhead_at_every_layer_that_misses() -> None:
+    sync = 5
+    job = go([[3], [4], [5]], [[6], [7], [8]], costs=HostCosts(gate_sync_ns=sync))
+    layer_ns = ATTENTION + sync + COPY + EXPERT
+    starts = [forward * (3 * layer_ns + HEAD) + layer * layer_ns for forward in range(2) for layer in range(3)]
+    known = [start + ATTENTION + sync for start in starts]
+    keys = (3, 14, 25, 6, 17, 28)
+    assert job.timeline.demands == [Demand(t, (), (), (key,)) for t, key in zip(known, keys, strict=True)]
+    assert job.timeline.stalls == [Stall(t, t + COPY, key, True) for t, key in zip(known, keys, strict=True)]
+    assert split(job) == (6 * (ATTENTION + EXPERT) + 2 * HEAD, 0, 6 * COPY, 6 * sync)
+
+
+def test_the_gate_sync_is_overhead_after_a_layer_that_was_late() -> None:
+    policy = compose(predictor=Scripted({(0, 0, 1): [14], (0, 1, 1): [25]}))
+    sync, load = 5, 150
+    job = go([[3], [4], [5]], initial=(3,), policy=policy, costs=HostCosts(gate_sync_ns=sync), chunk_bytes=(load,))
+    first = ATTENTION + sync + EXPERT + ATTENTION + sync  # the routing of layer 1
+    landed = ATTENTION + sync + load  # of the prefetch for it
+    second = landed + EXPERT + ATTENTION + sync
+    assert [demand.known_ns for demand in job.timeline.demands] == [ATTENTION + sync, first, second]
+    late = landed + load  # the second prefetch was asked for meanwhile
+    assert job.timeline.stalls == [Stall(first, landed, 14, False), Stall(second, late, 25, False)]
+    assert split(job)[1:] == ((landed - first) + (late - second), 0, 3 * sync)
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_copies_in_no_time_leave_the_gate_sync_as_overhead(serial: bool) -> None:
+    policy = compose(eviction=KeepNothing())
+    costs = HostCosts(launch_ns=2, launch_latency_ns=3, gate_sync_ns=5, layer_overhead_ns=7, token_sync_ns=11)
+    job = go([[3, 4], [4, 5]], [[3, 4], [4, 5]], policy=policy, costs=costs, link=IDEAL_LINK, serial=serial,
+             chunk_bytes=(20, 20))  # fmt: skip
+    assert (job.counters.num_misses, job.timeline.stalls) == (8, [])
+    assert split(job)[1:3] == (0, 0)

@@ -48,7 +48,7 @@ def bars(axes: Any) -> list[list[Any]]:
 
 def frames(folder: Path, horizon: bool = True) -> Frames:
     timeline = Timeline("adaptive", 4)
-    run(by_hand(), 4, 3, [timeline])
+    run(by_hand(), 4, 3, [timeline], prefetch=horizon)
     if horizon:
         for now_ns, reach in [(100, 1), (2250, 2), (4430, 3), (6300, 1)]:
             timeline.horizon(now_ns, range(1, reach + 1))

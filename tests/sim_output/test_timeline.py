@@ -123,6 +123,7 @@ def test_the_run_by_hand_to_the_nanosecond(tmp_path: Path) -> None:
     assert rows(frames.stalls) == [
         (100, 2100, 0, 1, "miss"), (2250, 4100, 1, 2, "late"), (4430, 6280, 1, 3, "late")
     ]  # fmt: skip
+    assert rows(frames.horizon) == [(100, 1)]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -164,10 +165,10 @@ def test_the_horizon_is_kept_when_it_changes(tmp_path: Path) -> None:
 def test_the_last_event_that_fits_is_kept_and_the_next_refused(tmp_path: Path) -> None:
     events = Timeline("lru", 4)
     run(by_hand(), 4, 3, [events])
-    assert events.num_events == 10 + 6 + 3
-    run(by_hand(), 4, 3, [Timeline("lru", 4, max_events=19)])
-    with pytest.raises(ValueError, match=r"timeline=true: the run has more than 18 events.*max_tokens"):
-        run(by_hand(), 4, 3, [Timeline("lru", 4, max_events=18)])
+    assert events.num_events == 10 + 6 + 3 + 1
+    run(by_hand(), 4, 3, [Timeline("lru", 4, max_events=20)])
+    with pytest.raises(ValueError, match=r"timeline=true: the run has more than 19 events.*max_tokens"):
+        run(by_hand(), 4, 3, [Timeline("lru", 4, max_events=19)])
 
 
 def test_an_empty_run_has_empty_frames_of_the_same_columns(tmp_path: Path) -> None:
