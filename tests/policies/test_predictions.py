@@ -196,13 +196,51 @@ def test_a_dense_recording_gives_the_chance_of_its_softmax() -> None:
     assert list(scores[1]) == expected.tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: listed scores, 0 … 255, are squeezed to 0 … 1 before a softmax")
-def test_a_sure_listed_candidate_is_as_likely_as_its_score_says() -> None:
+def test_a_listed_candidate_is_as_likely_as_its_score_says() -> None:
     predictor, recorded = lookahead_of("listed")
     scores = predictor.predict(forward_rows(0, [4], L, recorded), 0, 1)
     assert scores is not None
-    assert min(scores[1][:K]) > 2 * max(scores[1][K:])
-    assert min(scores[1][:K]) / SCORE_ONE > 0.5
+    assert list(scores[1]) == [round(value / 255 * SCORE_ONE) for value in (250, 240, 230)] + [0] * (E - K)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_recorded_chances_are_per_token_in_rows_and_distances(form: str) -> None:
+    _, recorded = lookahead_of(form)
+    chance = recorded.lookahead([4, 7], 1)
+    assert chance is not None
+    assert (chance.shape, chance.dtype) == ((2, D, E), np.float32)
+    for row, token in enumerate((4, 7)):
+        for d in range(D):
+            logits = dense_lookahead()[token, 1, d].astype(np.float64)
+            listed = np.zeros(E)
+            listed[recorded_choice()[token, 1, d]] = np.array([250, 240, 230]) / 255
+            dense = np.minimum(K * np.exp(logits) / np.exp(logits).sum(), 1.0)
+            np.testing.assert_allclose(chance[row, d], listed if form == "listed" else dense, rtol=1e-6)
+
+
+def test_large_logits_do_not_overflow_and_a_sure_expert_is_certain() -> None:
+    scores = np.zeros((TOKENS, L, D, E), np.float16)
+    scores[..., 3] = 60000.0
+    scores[:, past_the_last()] = np.nan
+    trace = memory_trace(routing((L, E, K), TOKENS), E, [0, TOKENS], [0], lookahead=scores)
+    chance = RecordedRows(trace).lookahead([0], 0)
+    assert chance is not None
+    assert chance[0, 0].tolist() == [1.0 if expert == 3 else 0.0 for expert in range(E)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_chance_of_a_batch_is_that_of_any_of_its_tokens(form: str) -> None:
+    predictor, recorded = lookahead_of(form)
+    rows = [2, 5, 8]
+    for layer, distance in ((0, 1), (1, 2), (3, 1)):
+        scores = predictor.predict(forward_rows(0, rows, L, recorded), layer, distance)
+        chance = recorded.lookahead(rows, layer)
+        assert scores is not None
+        assert chance is not None
+        none = np.prod(1.0 - chance[:, distance - 1].astype(np.float64), axis=0)
+        expected = {(layer + distance) * E + e: round((1.0 - none[e]) * SCORE_ONE) for e in range(E)}
+        assert dict(zip(*scores, strict=True)) == expected
+        assert list(scores[0]) == sorted(expected, key=lambda key: (-expected[key], key))
 
 
 def test_a_recording_of_the_truth_gets_all_hits_that_time_allows(tmp_path: Path) -> None:

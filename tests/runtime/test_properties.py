@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertflow.counters import Counters
@@ -21,7 +21,7 @@ from expertflow.horizons.adaptive import AdaptiveHorizon
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.machine import Record
 from expertflow.orders.index import IndexOrder
-from expertflow.parts import Horizon, Predictor, Scores
+from expertflow.parts import Horizon, Predictor
 from expertflow.policy import Policy
 from expertflow.predictors.transition import TransitionPredictor
 from expertflow.runtime import StuckError
@@ -162,7 +162,7 @@ def cases(draw: st.DrawFn, max_slots: int = 24) -> Case:
     )
 
 
-many = settings(deadline=None, max_examples=400)
+many = settings(deadline=None, max_examples=300)
 
 
 def num_chunks_begun(job: Job) -> int:
@@ -264,32 +264,19 @@ def test_an_adaptive_horizon_without_a_predictor_is_no_error(num_layers: int) ->
     assert job.run().counters.num_hits == num_layers
 
 
-class AnyKey(RandomKeys):
-    """Breaks the contract: keys of whatever layer, the present one and repeats included."""
+@pytest.mark.parametrize(("layer", "distance", "key"), [(0, 1, 3), (0, 1, 25), (1, 2, 14), (2, 2, 29)])
+def test_a_predictor_that_names_a_key_of_another_layer_is_refused(layer: int, distance: int, key: int) -> None:
+    target = (layer + distance) % 3
+    policy = compose(predictor=Scripted({(0, layer, distance): [target * 10, key]}), horizon=FixedHorizon(depth=2))
+    job = build(decode([[[3], [4], [5]]], 10), num_experts=10, num_slots=9, policy=policy)
+    with pytest.raises(ValueError, match=f"Scripted was asked for layer {target} and scored key {key}, which is of an"):
+        job.run()
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
-        num_keys = self.view.num_layers * self.view.num_experts
-        keys = self.random.choices(range(num_keys), k=self.random.randrange(6))
-        return keys, list(range(len(keys), 0, -1))
 
-
-@given(case=cases())
-@settings(deadline=None, max_examples=200)
-def test_a_predictor_that_names_keys_of_any_layer_breaks_nothing(case: Case) -> None:
-    # The pools of scope layer and the turns of serial mode rely on the contract: they are not held to this.
-    assume(case.num_layers > 1 and case.scope == "global" and not case.settings["serial"])
-    policy = compose(
-        predictor=AnyKey(case.seed),
-        horizon=FixedHorizon(depth=case.num_layers - 1),
-        eviction=case.policy().eviction,
-        future=Future(case.forwards, case.num_layers * case.num_experts),
-    )
-    job = build(
-        case.forwards, num_experts=case.num_experts, policy=policy, machine_type=CheckedMachine, **case.settings
-    )
-    watch(job)
-    counters = job.run().counters
-    assert counters.num_forwards == len(case.forwards)
+def test_a_foreign_key_that_is_not_selected_is_not_noticed() -> None:
+    policy = compose(predictor=Scripted({(0, 0, 1): [14, 3]}), selection=TopK())
+    job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=9, policy=policy)
+    assert job.run().counters.prefetch_issued == 1
 
 
 # -- each checker fails on something broken ------------------------------------------------------------------

@@ -210,7 +210,7 @@ def recorded(num_tokens: int) -> list[Forward]:
 
 def recorded_cases() -> list[Any]:
     """Every policy, scope and residency on a piece of the trace; every policy once on all of it."""
-    short = [(p, s, share, 1000) for p in FORCED for s in SCOPES for share in (0.25, 0.5, 0.75)]
+    short = [(p, s, share, 500) for p in FORCED for s in SCOPES for share in (0.25, 0.5, 0.75)]
     whole = [("lru", "global", 0.5, WHOLE), ("lfu", "layer", 0.5, WHOLE), ("belady_forced", "global", 0.25, WHOLE)]
     return [*short, *(pytest.param(*case, marks=pytest.mark.slow) for case in whole)]
 
