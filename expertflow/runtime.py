@@ -340,7 +340,11 @@ class Runtime:
         if self.watch is not None:
             self.watch.end_forward(forward, now)
         if counters.num_forwards == self.config.warmup_forwards:
-            self.journal.begin_measuring(counters.copy())
+            before = counters.copy()
+            # What the warm-up has prefetched and not used yet counts as the measured part's, as its slots do.
+            before.prefetch_issued -= self.queue.num_fresh
+            before.prefetch_requested -= self.queue.num_fresh + len(self.queue.wanted)
+            self.journal.begin_measuring(before)
             self.policy.begin_measuring()
 
     # -- time ----------------------------------------------------------------------------------------------

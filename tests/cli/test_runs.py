@@ -249,7 +249,6 @@ def test_the_twin_is_told_of_below_the_table(trace: Path, tmp_path: Path) -> Non
     assert f"{prefetch['redundant']} of {prefetch['useful']} useful prefetches were redundant" in found.out
 
 
-@pytest.mark.xfail(strict=True, reason="bug: prefetches issued in the warm-up and used after it count as used alone")
 def test_no_more_prefetches_are_used_than_issued_after_a_warm_up(tmp_path: Path) -> None:
     path = small_trace(tmp_path / "t.safetensors", 40, 4, prompt=3)
     told = ("+hardware=a100", "+policy=clairvoyant", f"trace.path={path}", "compare=none", "stack=graph")
@@ -319,7 +318,6 @@ def test_copies_in_no_time_never_stall(policy: str, words: str, trace: Path) -> 
     assert (metrics["late_stall_ns"], metrics["miss_stall_ns"], metrics["stall_ns"]) == (0, 0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the host decides before it issues the demand beyond channel_depth: stall")
 @pytest.mark.parametrize("policy", ["adaptive", "oracle", "clairvoyant"])
 def test_copies_in_no_time_never_stall_a_host_that_decides(policy: str, trace: Path) -> None:
     told = (f"+policy={policy}", f"trace.path={trace}", "compare=none", "max_tokens=1")
