@@ -62,7 +62,10 @@ class Policy:
         self._window_keys: list[Sequence[int]] = [()] * view.num_layers
         self._hears_predicted = self.overrides(self.eviction, "predicted")
         self._hears_overfetch = self.overrides(self.horizon, "overfetched")
-        self._refreshes = self.predictor.refreshes
+        # Bound once: `decide` runs at every layer.
+        self._refreshes, self._predict = self.predictor.refreshes, self.predictor.predict
+        self._select, self._distances = self.selection.select, self.horizon.distances
+        self._residency, self._num_layers, self._num_experts = view.residency, view.num_layers, view.num_experts
         self._begin_listeners = self.listeners("begin_forward")
         self._end_listeners = self.listeners("end_forward")
         self._feedback_listeners = self.listeners("feedback")
@@ -97,20 +100,19 @@ class Policy:
 
     def decide(self, forward: Forward, layer: int) -> list[int]:
         """Experts wanted for the layers ahead, best first, without what is resident or on its way."""
-        view = self.view
-        num_experts = view.num_experts
-        residency, num_layers, event = view.residency, view.num_layers, view.event
-        window_event, window_keys, refreshes = self._window_event, self._window_keys, self._refreshes
+        residency, num_layers, event = self._residency, self._num_layers, self.view.event
+        window_event, window_keys = self._window_event, self._window_keys
         wants: list[int] = []
-        distances = self.horizon.distances()
+        distances = self._distances()
         self.reach_counts[distances[-1] if distances else 0] += 1
         for distance in distances:
             target = (layer + distance) % num_layers
-            if window_event[target] == event + distance and not refreshes:
+            if window_event[target] == event + distance and not self._refreshes:
                 keys = window_keys[target]
             else:
-                scores = self.predictor.predict(forward, layer, distance)
-                keys = self.selection.select(scores, forward) if scores is not None else ()
+                scores = self._predict(forward, layer, distance)
+                keys = self._select(scores, forward) if scores is not None else ()
+                num_experts = self._num_experts
                 for key in keys:
                     if key // num_experts != target:
                         raise ValueError(

@@ -70,9 +70,10 @@ class TwoLevelLRU(Eviction):
 
     def predicted(self, keys: Sequence[int], layer: int) -> None:
         low = self.low[keys[0] // self.span]
-        there = [key for key in keys if key in low]
-        if there:
-            self._raise(there)
+        for key in keys:
+            if key in low:
+                self._raise([key for key in keys if key in low])
+                break
 
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:
         pool = keys[0] // self.span
@@ -80,12 +81,13 @@ class TwoLevelLRU(Eviction):
         forward = self.view.forward
         since = forward - self.frequent_forwards
         for key in keys:
-            into, other = (high, low) if last_use[key] > since else (low, high)
+            into = high if last_use[key] > since else low
             last_use[key] = forward
             if key in into:
                 into.move_to_end(key)
             elif residency[key]:
                 into[key] = None
+                other = low if into is high else high
                 if key in other:
                     del other[key]
         while len(high) > self.limits[pool]:
