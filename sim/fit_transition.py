@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
-from traces.reader import Trace, open_trace
 
 from expertflow.predictors.counts import TransitionCounts
 from traces.batching import BatchConfig, Batches
+from traces.reader import Trace, open_trace
 
 _BLOCK = 256
 

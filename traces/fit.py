@@ -143,7 +143,7 @@ def _fit_topics(ids: Integers, starts: Integers, num_experts: int) -> Arrays:
     flat = odds.reshape(len(lengths), -1)
     flat = flat - (share * flat).sum(axis=0)
     left, strength, right = np.linalg.svd(flat * np.sqrt(share), full_matrices=False)
-    factors = max(1, min(NUM_FACTORS, len(lengths) - 1))
+    factors = max(1, min(NUM_FACTORS, len(lengths) - 1, flat.shape[1]))
     topics = left[:, :factors] / np.sqrt(share)
     loadings = right[:factors].T * strength[:factors]
     residual = np.sqrt((share * (flat - topics @ loadings.T) ** 2).sum(axis=0))

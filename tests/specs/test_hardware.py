@@ -87,10 +87,11 @@ def test_no_other_link_exceeds_what_one_direction_carries(name: str) -> None:
 def test_the_ideal_link_is_the_a100_with_copies_in_no_time() -> None:
     ideal = hardware("ideal_link")
     assert differences(ideal, hardware("a100")) == {
-        "name", "link_gb_per_s", "pageable_gb_per_s", "link_latency_ns", "issue_copy_ns", "sources",
+        "name", "link_gb_per_s", "pageable_gb_per_s", "link_latency_ns", "issue_copy_ns", "decide_ns",
+        "sources",
     }  # fmt: skip
     assert math.isinf(ideal.link_gb_per_s)  # type: ignore[arg-type]
-    assert ideal.link_latency_ns == ideal.issue_copy_ns == 0
+    assert ideal.link_latency_ns == ideal.issue_copy_ns == ideal.decide_ns == 0
 
 
 def test_eager_costs_a_millisecond_a_layer_and_graph_a_fiftieth() -> None:
