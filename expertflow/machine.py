@@ -49,5 +49,5 @@ class Machine(Protocol):
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         """Enqueue one host-to-device chunk; it starts no earlier than the end of mark `after`."""
 
-    def decided(self) -> None:
-        """The policy has just decided: a simulated host is charged for it, a real one has spent it."""
+    def decided(self, wants: Sequence[int]) -> None:
+        """The policy has just decided on `wants`: a simulated host is charged for it, a real one has spent it."""

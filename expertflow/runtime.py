@@ -133,7 +133,7 @@ class Runtime:
                     wants = policy.decide(forward, layer)
                     if watch is not None:
                         watch.horizon(view.now_ns, policy.horizon.distances())
-                    machine.decided()
+                    machine.decided(wants)
                     if wants or queue.wanted:
                         queue.want(wants)
                         queue.pump()

@@ -22,9 +22,9 @@ from sim.errors import one_line
 from sim.output import fingerprint, is_done, provenance, to_json, write_text
 from sim.paths import CONF
 from sim.report import print_line, print_report
-from sim.run import baselines, best_clairvoyant, describe, load_chunks, run_floor, run_policy
-from sim.setup import Transfer, Workload, make_policy, make_workload
-from sim.twin import HitRecord, RedundancyCounter
+from sim.run import baselines, best_clairvoyant, describe, run_floor, run_policy
+from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload
+from sim.twin import HitRecord, RedundancyCounter, without_prefetch
 
 
 def slug(overrides: str) -> str:
@@ -71,9 +71,9 @@ def run_configured(cfg: DictConfig) -> float | None:
     write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
     write_text(folder / "DONE", mark + "\n")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, _relative(folder))
+        print_line(console, metrics, relative(folder))
     else:
-        print_report(console, metrics, _relative(folder))
+        print_report(console, metrics, relative(folder))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 
@@ -99,8 +99,7 @@ def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[st
 
 def twin_hits(cfg: dict[str, Any], work: Workload) -> HitRecord:
     """The hits of the same policy with prefetch switched off."""
-    twin = {**cfg["policy"], "predictor": {"_target_": "expertflow.predictors.none.NoPredictor"}}
-    policy, transfer = make_policy(twin, work, cfg["seed"])
+    policy, transfer = make_policy(without_prefetch(cfg["policy"]), work, cfg["seed"])
     record = HitRecord()
     run_policy(work, policy, transfer, [record])
     return record
@@ -154,7 +153,8 @@ class Recorders:
             self.timeline.write(self.folder / "timeline.json")
 
 
-def _relative(folder: Path) -> str:
+def relative(folder: Path) -> str:
+    """`folder` as seen from here, if it lies below."""
     try:
         return str(folder.relative_to(Path.cwd()))
     except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -21,21 +21,25 @@ KEYS = (
 )  # fmt: skip
 
 
-def configure(overrides: list[str]) -> dict[str, Any]:
-    """A configuration as `python -m sim` composes it, checked, as plain values."""
+def configure(overrides: list[str], config_name: str = "config", own_keys: Sequence[str] = ()) -> dict[str, Any]:
+    """A configuration as `python -m sim` composes it, checked, as plain values.
+
+    config_name, own_keys: another file of `conf/`, and the keys that it has beside `KEYS`.
+    """
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose(config_name="config", overrides=overrides)
-    return checked(cfg)
+        cfg = compose(config_name=config_name, overrides=overrides)
+    return checked(cfg, own_keys)
 
 
-def checked(cfg: DictConfig) -> dict[str, Any]:
+def checked(cfg: DictConfig, own_keys: Sequence[str] = ()) -> dict[str, Any]:
     """Plain values of a composed configuration; ValueError for what would silently mean something else."""
     _require_groups(cfg)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    known = (*KEYS, *own_keys)
     for key in plain:
-        if key not in KEYS:
-            raise ValueError(f"{key} is no key; known: {', '.join(KEYS)}")
-    for key in KEYS:
+        if key not in known:
+            raise ValueError(f"{key} is no key; known: {', '.join(known)}")
+    for key in known:
         if key not in plain:
             raise ValueError(f"{key} is missing; it cannot be taken out, only given another value")
     for key in ("hardware", "policy", "model", "stack", "trace"):

@@ -47,5 +47,5 @@ def _hydra(error: BaseException) -> str:
         key = text.split("'")[1]
         return f"{key} exists already; leave out the plus sign: {key}=VALUE"
     if "Could not override" in text or "Key '" in text or "not in struct" in str(chain or ""):
-        return f"{message.rstrip('.')}; unknown keys are refused: see conf/config.yaml for those there are"
+        return f"{message.rstrip('.')}; unknown keys are refused: see conf/run.yaml for those there are"
     return message

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 from expertflow.model import check_range, from_mapping
 
 Curve = tuple[tuple[int, float], ...]
 """Points (copy size in bytes, GB/s), sizes rising."""
 
+Points = tuple[tuple[int, float], ...]
+"""Points (tokens or rows, ns) of a measured kernel, tokens rising."""
+
 _SECOND_NS = 1_000_000_000
 _NS_REMEDY = "give whole nanoseconds, at most a second"
+_TABLES = ("expert", "shared", "head", "attention", "dense")
+_TABLE_NS = 1e12
+_TABLE_REMEDY = "give nanoseconds as measured, 1 at least"
 _LINK_REMEDY = "give GB/s in one direction, as measured with pinned memory"
 _POSITIVE = {
     "memory_gb": (1e5, "give GB of GPU memory"),
@@ -40,6 +46,48 @@ def _check_sources(group: str, spec: Hardware | Stack) -> None:
 
 
 @dataclass(frozen=True)
+class KernelTable:
+    """Kernel times of one model as measured on one GPU, by number of tokens; `sim.kernels` reads between them.
+
+    expert: one routed expert. shared: all shared experts of a layer; empty if the model has none. head: by
+    rows. attention: attention and router of one MoE layer, every row with a KV length of 1. dense: one leading
+    dense layer, its attention (KV length 1) included; empty if the model has none.
+    kv: ns for each token of KV that a layer reads beyond that one a row, on top of attention or dense layer.
+    prefill_kv: ns for each (query, key) pair of a prefill beyond one a row, on top too; None takes what the
+    roofline gives a pair.
+    """
+
+    expert: Points
+    head: Points
+    attention: Points
+    kv: float
+    shared: Points = ()
+    dense: Points = ()
+    prefill_kv: float | None = None
+
+    def check(self, key: str) -> None:
+        """ValueError naming `key`.field where a value is out of range or a needed table has no point."""
+        for name in _TABLES:
+            self._check_points(f"{key}.{name}", getattr(self, name), needed=name not in ("shared", "dense"))
+        check_range(f"{key}.kv", self.kv, 0, _TABLE_NS, remedy="give ns per token of KV in a layer")
+        if self.prefill_kv is not None:
+            remedy = "give ns per (query, key) pair, or leave it out for the roofline's share"
+            check_range(f"{key}.prefill_kv", self.prefill_kv, 0, _TABLE_NS, remedy=remedy)
+
+    @staticmethod
+    def _check_points(key: str, points: Points, needed: bool) -> None:
+        if needed and not points:
+            raise ValueError(f"{key}=() has no points; give at least one [tokens, ns]")
+        last = 0
+        for num_tokens, ns in points:
+            at = f"{key}[{num_tokens} tokens]"
+            check_range(at, ns, 1, _TABLE_NS, remedy=_TABLE_REMEDY)
+            if num_tokens <= last:
+                raise ValueError(f"{at} follows {last} tokens; tokens must rise and be at least 1")
+            last = num_tokens
+
+
+@dataclass(frozen=True)
 class Hardware:
     """One GPU with its host.
 
@@ -52,6 +100,7 @@ class Hardware:
     on an idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until
     the host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: one decision of the
     policy.
+    kernel_ns: measured kernel times by name of the model; they replace the roofline for those models alone.
     """
 
     name: str
@@ -70,6 +119,7 @@ class Hardware:
     token_sync_ns: int
     decide_ns: int
     link_slowdown: float = 1.0
+    kernel_ns: Mapping[str, KernelTable] = field(default_factory=dict, hash=False)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,9 +128,11 @@ class Hardware:
         for key, (high, remedy) in _POSITIVE.items():
             check_range(f"hardware.{key}", getattr(self, key), 0, high, above=True, remedy=remedy)
         check_range("hardware.link_slowdown", self.link_slowdown, 1, 1000, remedy="1: compute slows no copy")
-        for key in (item.name for item in fields(self) if item.name.endswith("_ns")):
+        times = (item.name for item in fields(self) if item.name.endswith("_ns"))
+        for key in (name for name in times if name != "kernel_ns"):
             check_range(f"hardware.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
         self._check_link()
+        self._check_kernels()
         _check_sources("hardware", self)
 
     def _check_link(self) -> None:
@@ -98,31 +150,60 @@ class Hardware:
                 raise ValueError(f"{key} follows {last_bytes} bytes; sizes must rise and be at least 1")
             last_bytes = num_bytes
 
+    def _check_kernels(self) -> None:
+        if not isinstance(self.kernel_ns, Mapping):
+            raise ValueError(f"hardware.kernel_ns={self.kernel_ns!r} must map the name of a model to its tables")
+        for model, table in self.kernel_ns.items():
+            if not isinstance(model, str) or not model:
+                raise ValueError(f"hardware.kernel_ns: {model!r} must be the name of a model")
+            if not isinstance(table, KernelTable):
+                raise ValueError(f"hardware.kernel_ns.{model}={table!r} must be a KernelTable, as hardware_from_dict "
+                                 "makes of a mapping")  # fmt: skip
+            table.check(f"hardware.kernel_ns.{model}")
+
 
 @dataclass(frozen=True)
 class Stack:
-    """The software that runs the model: time on the compute stream beside the kernels' own.
+    """The software that runs the model: time on the compute stream beside the kernels' own, and on the host.
 
     layer_overhead_ns: per MoE layer, before its attention (Python, small kernels, gaps between kernels).
     head_overhead_ns: per forward, before the head (sampling, bookkeeping between tokens).
+    The rest is the host's own time, 0 unless measured (`sim.host_bound`).
+    attention_launch_ns, head_launch_ns: from the first kernel of that launch to its last, enqueued one by one;
+    expert_launch_ns the same for each routed expert of a launch, shared_launch_ns for the shared experts in it.
+    The first kernel itself is `Hardware.launch_host_ns`.
+    classify_ns: once a layer, from the routing being known to the first action. observe_ns: after every other
+    wake (a load has landed, a chunk has ended, the tokens are read back). forward_ns: once a forward, before
+    anything of it is launched or copied.
     """
 
     name: str
     layer_overhead_ns: int
     head_overhead_ns: int
+    attention_launch_ns: int = 0
+    expert_launch_ns: int = 0
+    shared_launch_ns: int = 0
+    head_launch_ns: int = 0
+    classify_ns: int = 0
+    observe_ns: int = 0
+    forward_ns: int = 0
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("stack.name is empty; give the name of the conf/stack file")
-        for key in ("layer_overhead_ns", "head_overhead_ns"):
+        for key in (item.name for item in fields(self) if item.name.endswith("_ns")):
             check_range(f"stack.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
         _check_sources("stack", self)
 
 
+_OPTIONAL = {"kernel_ns"} | {item.name for item in fields(Stack) if item.default == 0}
+
+
 def unsourced(spec: Hardware | Stack) -> list[str]:
-    """Figures of `spec` without a line in `sources`, in the order of the fields."""
-    return [item.name for item in fields(spec) if item.name not in {"name", "sources", *spec.sources}]
+    """Figures of `spec` without a line in `sources`, in the order of the fields; one left out needs none."""
+    left_out = {name for name in _OPTIONAL if hasattr(spec, name) and not getattr(spec, name)}
+    return [item.name for item in fields(spec) if item.name not in {"name", "sources", *left_out, *spec.sources}]
 
 
 def hardware_from_dict(values: Mapping[str, object]) -> Hardware:
@@ -132,7 +213,40 @@ def hardware_from_dict(values: Mapping[str, object]) -> Hardware:
         values = {**values, "link_gb_per_s": tuple(_point(point) for point in link)}
     elif "link_gb_per_s" in values and (isinstance(link, bool) or not isinstance(link, int | float)):
         raise ValueError(f"hardware.link_gb_per_s={link!r} must be a number or a list of [bytes, GB/s]")
+    kernels = values.get("kernel_ns")
+    if isinstance(kernels, Mapping):
+        tables = {model: _kernel_table(f"hardware.kernel_ns.{model}", table) for model, table in kernels.items()}
+        values = {**values, "kernel_ns": tables}
     return from_mapping(Hardware, values, "hardware")
+
+
+def _kernel_table(key: str, values: object) -> KernelTable:
+    """A table from the keys of one model; ranges are checked by the hardware that takes it."""
+    if isinstance(values, KernelTable):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{key}={values!r} must map expert, head, attention and so on to points [tokens, ns]")
+    missing = [item.name for item in fields(KernelTable) if item.default is MISSING and item.name not in values]
+    if missing:
+        raise ValueError(f"{key} lacks {', '.join(missing)}; measure all, or leave the model out for the roofline")
+    tables = {name: _table(f"{key}.{name}", values[name]) for name in _TABLES if name in values}
+    prefill = values.get("prefill_kv")
+    if isinstance(prefill, bool) or not isinstance(prefill, int | float | None):
+        raise ValueError(f"{key}.prefill_kv={prefill!r} must be ns per (query, key) pair, or be left out")
+    return from_mapping(KernelTable, {**values, **tables}, key)
+
+
+def _table(key: str, points: object) -> Points:
+    if not isinstance(points, list | tuple):
+        raise ValueError(f"{key}={points!r} must be a list of points [tokens, ns]")
+    return tuple(_tokens_point(key, point) for point in points)
+
+
+def _tokens_point(key: str, point: object) -> tuple[int, float]:
+    match point:
+        case [int(num_tokens), int() | float() as ns] if not isinstance(num_tokens, bool) and not isinstance(ns, bool):
+            return num_tokens, float(ns)
+    raise ValueError(f"{key}: {point!r} must be a point [tokens, ns] with whole tokens")
 
 
 def _point(point: object) -> tuple[int, float]:

@@ -1,17 +1,30 @@
-"""How long kernels run: the roofline, max(bytes / memory bandwidth, operations / peak), in whole nanoseconds.
+"""How long kernels run, in whole nanoseconds: as measured where the hardware has a table of the model, else the
+roofline, max(bytes / memory bandwidth, operations / peak).
 
-Bytes are those of weights and KV cache, activations left out; every token multiplies and adds each weight,
-two operations. Knows nothing of streams, of what a launch costs, or of copies.
+Bytes of the roofline are those of weights and KV cache, activations left out; every token multiplies and adds
+each weight, two operations. Knows nothing of streams, of what a launch costs, or of copies.
 """
 
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from expertflow.model import GQA, ModelSpec
-from sim.hardware import Hardware, Stack
+from sim.hardware import Hardware, KernelTable, Points, Stack
+
+
+class _Reads(NamedTuple):
+    """What one layer's attention reads. kv_tokens: tokens of KV. pairs: (query, key). expanded: tokens of earlier
+    chunks whose compressed KV a prefill expands anew (MLA)."""
+
+    kv_tokens: int
+    pairs: int
+    expanded: int
+    prefill: bool
 
 
 class _Rates:
@@ -41,24 +54,116 @@ class _Matrices(dict[int, int]):
         return duration_ns
 
 
-class KernelTimes:
-    """Durations of one model's kernels on one GPU. Lists returned are shared: do not change them."""
+class _Roofline:
+    """Times by the two peaks. `expert`, `shared`, `head`: ns by number of tokens or rows."""
 
-    def __init__(self, model: ModelSpec, hardware: Hardware, stack: Stack) -> None:
-        self.model = model
-        self.stack = stack
-        self._rates = rates = _Rates(hardware)
-        self._expert = _Matrices(rates, model.expert_params, model.expert_bytes)
-        self._shared = _Matrices(rates, model.shared_params, model.shared_params * model.weight_bits / 8)
+    def __init__(self, model: ModelSpec, rates: _Rates) -> None:
+        self._rates = rates
+        self.expert = _Matrices(rates, model.expert_params, model.expert_bytes)
+        self.shared = _Matrices(rates, model.shared_params, model.shared_params * model.weight_bits / 8)
+        self.head = _Matrices(rates, model.head_params, model.head_params * model.embedding_bits / 8)
+        self.shortest_expert_ns = self.expert[1]
         self._dense = _Matrices(rates, model.dense_params, model.dense_params * model.weight_bits / 8)
-        self._head = _Matrices(rates, model.head_params, model.head_params * model.embedding_bits / 8)
         # (weights, bytes) that attention reads in a dense layer, and with the router in an MoE layer.
         attention = (model.attention_params, model.attention_params * model.weight_bits / 8)
         router = (model.router_params, model.router_params * model.embedding_bits / 8)
         self._dense_layer = attention
         self._moe_layer = (attention[0] + router[0], attention[1] + router[1])
         self._token_bytes = model.kv_bytes_per_token_per_layer
-        self._decode_pair_flops, self._prefill_pair_flops = _pair_flops(model)
+        self._pair_flops = _pair_flops(model)
+        self._expansion_flops = 2 * model.kv_up_params
+
+    def attention_ns(self, num_tokens: int, reads: _Reads) -> int:
+        """Attention and router of one MoE layer."""
+        return self._layer_ns(self._moe_layer, num_tokens, reads)
+
+    def dense_ns(self, num_tokens: int, reads: _Reads) -> int:
+        """One leading dense layer."""
+        return self._layer_ns(self._dense_layer, num_tokens, reads) + self._dense[num_tokens]
+
+    def _layer_ns(self, weights: tuple[int, float], num_tokens: int, reads: _Reads) -> int:
+        (params, num_bytes), (kv_tokens, pairs, expanded, prefill) = weights, reads
+        kv_flops = pairs * self._pair_flops[prefill] + expanded * self._expansion_flops
+        return self._rates.ns(num_bytes + kv_tokens * self._token_bytes, 2 * params * num_tokens + kv_flops)
+
+
+def ns_at(points: Points, num_tokens: int) -> float:
+    """Time over `num_tokens` >= 1 tokens: linear between the points. Below the first point its time; beyond the
+    last the line of the last two goes on, but never falls."""
+    if num_tokens < 1:
+        raise AssertionError(f"a kernel over {num_tokens} tokens")
+    right = bisect_right(points, num_tokens, key=lambda point: point[0])
+    if right == 0 or len(points) == 1:
+        return points[0][1]
+    (low, low_ns), (high, high_ns) = points[right - 1 : right + 1] if right < len(points) else points[-2:]
+    slope = (high_ns - low_ns) / (high - low)
+    if right == len(points):
+        return high_ns + max(0.0, slope) * (num_tokens - high)
+    return low_ns + slope * (num_tokens - low)
+
+
+class _Interpolated(dict[int, int]):
+    """Whole ns by number of tokens, read from `points`, 0 if there are none; filled on first use."""
+
+    def __init__(self, points: Points) -> None:
+        super().__init__()
+        self.points = points
+
+    def __missing__(self, num_tokens: int) -> int:
+        duration_ns = self[num_tokens] = round(ns_at(self.points, num_tokens)) if self.points else 0
+        return duration_ns
+
+
+class _Measured:
+    """Times by a table; stands where `_Roofline` does. ValueError if the table is not that of the model's shape."""
+
+    def __init__(self, model: ModelSpec, table: KernelTable, rates: _Rates) -> None:
+        for key, points, needed in (("shared", table.shared, model.shared_intermediate > 0),
+                                    ("dense", table.dense, model.num_dense_layers > 0)):  # fmt: skip
+            if needed != bool(points):
+                have, remedy = ("has", "measure them") if needed else ("has no", "leave them out")
+                raise ValueError(f"hardware.kernel_ns.{model.name}.{key}={points!r}, but {model.name} {have} {key} "
+                                 f"{'experts' if key == 'shared' else 'layers'}; {remedy}")  # fmt: skip
+        self.expert = _Interpolated(table.expert)
+        self.shared = _Interpolated(table.shared)
+        self.head = _Interpolated(table.head)
+        # Between points no time is below both of them, beyond the last none is below it.
+        self.shortest_expert_ns = round(min(ns for _, ns in table.expert))
+        self._table = table
+        prefill_flops = _pair_flops(model)[1]
+        self._pair_ns = prefill_flops / rates.flops_per_ns if table.prefill_kv is None else table.prefill_kv
+        # The points see no context and pairs do not count it: its expansion stays the roofline's.
+        self._expansion_ns = 2 * model.kv_up_params / rates.flops_per_ns
+
+    def attention_ns(self, num_tokens: int, reads: _Reads) -> int:
+        """Attention and router of one MoE layer."""
+        return round(ns_at(self._table.attention, num_tokens) + self._context_ns(num_tokens, reads))
+
+    def dense_ns(self, num_tokens: int, reads: _Reads) -> int:
+        """One leading dense layer."""
+        return round(ns_at(self._table.dense, num_tokens) + self._context_ns(num_tokens, reads))
+
+    def _context_ns(self, num_tokens: int, reads: _Reads) -> float:
+        """What the points lack: they hold one KV token, and one pair, for each row."""
+        context_ns = (reads.kv_tokens - num_tokens) * self._table.kv
+        if reads.prefill:
+            context_ns += (reads.pairs - num_tokens) * self._pair_ns + reads.expanded * self._expansion_ns
+        return context_ns
+
+
+class KernelTimes:
+    """Durations of one model's kernels on one GPU. Lists returned are shared: do not change them."""
+
+    def __init__(self, model: ModelSpec, hardware: Hardware, stack: Stack) -> None:
+        self.model = model
+        self.stack = stack
+        rates, table = _Rates(hardware), hardware.kernel_ns.get(model.name)
+        times = _Roofline(model, rates) if table is None else _Measured(model, table, rates)
+        self._times: _Roofline | _Measured = times
+        self._expert: dict[int, int] = times.expert
+        self._shared: dict[int, int] = times.shared
+        self._head: dict[int, int] = times.head
+        self.shortest_expert_ns = times.shortest_expert_ns
         self._window = model.window or sys.maxsize
         # Bounded, so that memory does not grow with the trace.
         self._decode = lru_cache(maxsize=4096)(self._decode_list)
@@ -107,35 +212,27 @@ class KernelTimes:
 
     def _decode_list(self, num_tokens: int, full: int, windowed: int) -> list[int]:
         """Every row reads its own request's keys: as many tokens as there are (query, key) pairs."""
-        flops = self._decode_pair_flops
-        return self._spread(num_tokens, (full, full * flops), (windowed, windowed * flops))
+        return self._spread(num_tokens, _Reads(full, full, 0, False), _Reads(windowed, windowed, 0, False))
 
     def _prefill_list(self, num_tokens: int, kv_lens: Sequence[int]) -> list[int]:
         """All rows read one request's keys, once; the pairs are a causal triangle, later a trapezoid."""
         first, last, window = kv_lens[0], kv_lens[-1], self._window
-        flops = self._prefill_pair_flops
         # MLA expands the compressed KV of earlier chunks anew; that of its own rows is in the projections.
-        context_flops = 2 * self.model.kv_up_params * (last - num_tokens)
-        full = (last, sum(kv_lens) * flops + context_flops)
+        full = _Reads(last, sum(kv_lens), last - num_tokens, True)
         pairs = sum(min(kv_len, window) for kv_len in kv_lens)
-        windowed = (last - max(0, first - window), pairs * flops)
+        windowed = _Reads(last - max(0, first - window), pairs, 0, True)
         return self._spread(num_tokens, full, windowed)
 
-    def _spread(self, num_tokens: int, full: tuple[int, int], windowed: tuple[int, int]) -> list[int]:
-        """Times of all layers, given (KV tokens read, operations on them) of a full and a windowed layer."""
+    def _spread(self, num_tokens: int, full: _Reads, windowed: _Reads) -> list[int]:
+        """Times of all layers, given what a full and a windowed layer read."""
         model = self.model
-        times = [self._layer_ns(self._moe_layer, num_tokens, full)] * model.num_layers
+        times = [self._times.attention_ns(num_tokens, full)] * model.num_layers
         if model.window:
-            windowed_ns = self._layer_ns(self._moe_layer, num_tokens, windowed)
+            windowed_ns = self._times.attention_ns(num_tokens, windowed)
             times[:: model.window_every] = [windowed_ns] * -(-model.num_layers // model.window_every)
         if model.num_dense_layers:
-            dense_ns = self._layer_ns(self._dense_layer, num_tokens, full) + self._dense[num_tokens]
-            times[0] += model.num_dense_layers * dense_ns
+            times[0] += model.num_dense_layers * self._times.dense_ns(num_tokens, full)
         return times
-
-    def _layer_ns(self, weights: tuple[int, float], num_tokens: int, kv: tuple[int, int]) -> int:
-        (params, num_bytes), (kv_tokens, kv_flops) = weights, kv
-        return self._rates.ns(num_bytes + kv_tokens * self._token_bytes, 2 * params * num_tokens + kv_flops)
 
 
 def _pair_flops(model: ModelSpec) -> tuple[int, int]:

@@ -35,6 +35,14 @@ class HostCosts:
     decide_ns: int = 0
     layer_overhead_ns: int = 0
     head_overhead_ns: int = 0
+    # Charged by `sim.host_bound` alone.
+    attention_launch_ns: int = 0
+    expert_launch_ns: int = 0
+    shared_launch_ns: int = 0
+    head_launch_ns: int = 0
+    classify_ns: int = 0
+    observe_ns: int = 0
+    forward_ns: int = 0
 
     @classmethod
     def of(cls, hardware: Hardware, stack: Stack) -> HostCosts:
@@ -48,12 +56,27 @@ class HostCosts:
             decide_ns=hardware.decide_ns,
             layer_overhead_ns=stack.layer_overhead_ns,
             head_overhead_ns=stack.head_overhead_ns,
+            attention_launch_ns=stack.attention_launch_ns,
+            expert_launch_ns=stack.expert_launch_ns,
+            shared_launch_ns=stack.shared_launch_ns,
+            head_launch_ns=stack.head_launch_ns,
+            classify_ns=stack.classify_ns,
+            observe_ns=stack.observe_ns,
+            forward_ns=stack.forward_ns,
         )
 
     @property
+    def host_bound(self) -> bool:
+        """Whether there is a cost that `SimMachine` does not charge."""
+        launches = self.attention_launch_ns + self.expert_launch_ns + self.shared_launch_ns + self.head_launch_ns
+        return launches + self.classify_ns + self.observe_ns + self.forward_ns > 0
+
+    @property
     def layer_serial_ns(self) -> int:
-        """Overhead on the compute stream that no schedule of a layer avoids: stack, routing read back, launch."""
-        return self.layer_overhead_ns + self.gate_sync_ns + self.launch_ns + self.launch_latency_ns
+        """Overhead on the compute stream that no schedule of a layer avoids: stack, routing read back, classified,
+        launch. Not attention_launch_ns: the host may spend it while the experts of the layer before still run."""
+        serial_ns = self.layer_overhead_ns + self.gate_sync_ns + self.classify_ns
+        return serial_ns + self.launch_ns + self.launch_latency_ns
 
 
 class SimMachine:
@@ -131,7 +154,7 @@ class SimMachine:
         self._chunks.append((load, chunk, start, end))
         self._link_free_ns = end
 
-    def decided(self) -> None:
+    def decided(self, wants: Sequence[int]) -> None:
         self.now_ns += self.costs.decide_ns
 
     def _end_of(self, mark: int) -> int:

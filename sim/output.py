@@ -40,17 +40,17 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def fingerprint(cfg: Mapping[str, Any], trace_sha256: str) -> str:
+def fingerprint(cfg: Mapping[str, Any], trace_sha256: str, *extra: str) -> str:
     """Of all that decides a result: configuration, trace content and the version of this package's code."""
     body = json.dumps(cfg, sort_keys=True, default=str)
-    return hashlib.sha256(f"{body}\n{trace_sha256}\n{code_sha256()}".encode()).hexdigest()
+    return hashlib.sha256(f"{body}\n{trace_sha256}\n{code_sha256(*extra)}".encode()).hexdigest()
 
 
-def code_sha256() -> str:
-    """Content hash of the packages that decide results."""
+def code_sha256(*extra: str) -> str:
+    """Content hash of the packages that decide results; extra: more of them."""
     root = ROOT
     digest = hashlib.sha256()
-    for package in ("expertflow", "sim", "traces"):
+    for package in ("expertflow", "sim", "traces", *extra):
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -64,13 +64,13 @@ def is_done(folder: Path, mark: str) -> bool:
         return False
 
 
-def provenance(overrides: list[str], trace_sha256: str, wall_s: float) -> dict[str, Any]:
+def provenance(overrides: list[str], trace_sha256: str, wall_s: float, *extra: str) -> dict[str, Any]:
     """Where a result came from: code, trace, versions, host, time taken."""
     commit, dirty = _git_state()
     return {
         "commit": commit,
         "dirty": dirty,
-        "code_sha256": code_sha256(),
+        "code_sha256": code_sha256(*extra),
         "overrides": overrides,
         "trace_sha256": trace_sha256,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

@@ -50,16 +50,18 @@ FACETS = ["hardware", "stack"]
 P = ParamSpec("P")
 
 
-def _styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
+    """The look that all plots share, around one that draws."""
+
     @wraps(plot)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with mpl.rc_context(STYLE):
             return plot(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
-@_styled
+@styled
 def plot_stall_against_residency(table: pd.DataFrame, value: str = "stall_ms_per_token",
                                  log_y: bool = False) -> Figure:  # fmt: skip
     """One line per policy, one panel per hardware (across) and stack (down).
@@ -86,7 +88,7 @@ def plot_stall_against_residency(table: pd.DataFrame, value: str = "stall_ms_per
     return figure
 
 
-@_styled
+@styled
 def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True) -> Figure:
     """One bar of TPOT per policy, in the table's order; one panel per hardware (across) and stack (down).
 
@@ -116,7 +118,7 @@ def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_timeline(frames: Frames, start_ms: float, stop_ms: float, title: str = "") -> Figure:
     """What ran, was copied and was waited for between two times, with the horizon S above if it was recorded.
 

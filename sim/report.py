@@ -78,7 +78,7 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) 
     if metrics["link"]["utilisation"] > 0.95:
         notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
     notes.append("stall, late and miss are per token; of on-demand: the share of its stall that is left")
-    if metrics["compare"]:
+    if "clairvoyant" in (metrics["compare"] or {}):
         notes.append("clairvoyant: the best of five schedules that know the future")
     if metrics["bounds"] and metrics["bounds"]["floor_ns"] is not None:
         notes.append("floor: no schedule with these slots is faster")

@@ -15,12 +15,13 @@ from expertflow.observer import Observer
 from expertflow.orders.resident_first import ResidentFirst
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
-from expertflow.runtime import RunConfig, Runtime
+from expertflow.runtime import Runtime
 from expertflow.selections.top_k import TopK
+from sim.host_bound import machine_for
 from sim.kernels import KernelTimes
-from sim.link import Link, chunk_sizes
-from sim.machine import HostCosts, SimMachine, simulate
-from sim.setup import Transfer, Workload, forwards_for
+from sim.link import Link
+from sim.machine import HostCosts, simulate
+from sim.setup import Transfer, Workload, forwards_for, load_chunks, run_config
 
 
 def run_policy(work: Workload, policy: Policy, transfer: Transfer,
@@ -30,21 +31,8 @@ def run_policy(work: Workload, policy: Policy, transfer: Transfer,
     chunk_bytes = load_chunks(work)
     link = Link(work.hardware, memory=transfer.memory)
     kernels = KernelTimes(model, work.hardware, work.stack)
-    machine = SimMachine(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
-    config = RunConfig(
-        num_layers=model.num_layers,
-        num_experts=model.num_experts,
-        top_k=model.top_k,
-        num_slots=work.num_slots,
-        chunk_bytes=chunk_bytes,
-        has_shared=model.shared_intermediate > 0,
-        channel_depth=work.channel_depth,
-        num_staging=transfer.staging_slots,
-        serial=transfer.serial,
-        warmup_forwards=work.warmup_forwards,
-        initial=work.initial(),
-    )
-    runtime = Runtime(config, machine, policy, forwards_for(policy, work), observers)
+    machine = machine_for(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
+    runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
     simulate(runtime, machine)
     runtime.check_identities()
     if work.warmup_forwards >= runtime.counters.num_forwards:
@@ -53,16 +41,14 @@ def run_policy(work: Workload, policy: Policy, transfer: Transfer,
     return collect_metrics(runtime)
 
 
-def load_chunks(work: Workload) -> tuple[int, ...]:
-    """Bytes of each chunk of one expert."""
-    return tuple(chunk_sizes(work.model.expert_bytes, int(work.chunk_mib * 2**20)))
+def describe(work: Workload, policy: Policy, name: str, world: str = "sim") -> dict[str, Any]:
+    """What was run, as the head of the metrics; world: sim, cuda or cpu.
 
-
-def describe(work: Workload, policy: Policy, name: str) -> dict[str, Any]:
-    """What was run, as the head of the metrics. A start that was chosen from the whole trace uses the future."""
+    A start that was chosen from the whole trace uses the future.
+    """
     return {
         "schema": SCHEMA,
-        "world": "sim",
+        "world": world,
         "policy": name,
         "hardware": work.hardware.name,
         "model": work.model.name,
@@ -106,16 +92,24 @@ def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
     for forward in work.batches:
         attention = kernels.attention_list_ns(forward.num_tokens, forward.kv_lens, forward.phase == "prefill")
         shared = kernels.shared_ns(forward.num_tokens)
+        shared_launch = costs.shared_launch_ns if shared else 0
         for layer, keys in enumerate(forward.demands):
             if forward.counts is None:
                 experts = len(keys) * kernels.expert_ns(1)
             else:
                 experts = sum(kernels.expert_ns(forward.counts[layer][key]) for key in keys)
-            # After the tokens are read back the first launch of a forward has nothing to hide behind.
-            first = costs.launch_ns + costs.launch_latency_ns if layer == 0 else 0
-            serial.append(first + attention[layer] + shared + experts + costs.layer_serial_ns)
+            # However the experts are grouped, the last one's group ends after the host has enqueued them all.
+            experts = max(shared + experts, shared_launch + len(keys) * costs.expert_launch_ns)
+            serial.append(attention[layer] + experts + costs.layer_serial_ns)
+            if layer == 0:
+                # After the tokens are read back the first launch of a forward has nothing to hide behind.
+                serial[-1] += costs.launch_ns + costs.launch_latency_ns + costs.forward_ns
+                serial[-1] += max(0, costs.attention_launch_ns - costs.layer_overhead_ns - attention[0])
+                # The first forward follows no tokens.
+                serial[-1] += costs.observe_ns if heads else 0
         head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
+        # Not head_launch_ns: the host may spend it while the last experts still run.
         heads.append(head + costs.head_overhead_ns + costs.token_sync_ns)
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
     totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
-    return floor(totals, serial, heads, fastest, kernels.expert_ns(1), model.num_layers)
+    return floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers)

@@ -20,9 +20,10 @@ from expertflow.model import ModelSpec, model_from_dict
 from expertflow.policy import Policy
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.none import NoPredictor
+from expertflow.runtime import RunConfig
 from sim.configure import check_arguments
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
-from sim.link import PAGEABLE, PINNED
+from sim.link import PAGEABLE, PINNED, chunk_sizes
 from sim.paths import CONF
 from sim.warm import warm_counts
 from traces.batching import BatchConfig, Batches
@@ -87,14 +88,18 @@ class Transfer:
             raise ValueError(f"policy.transfer.staging_slots={staging!r} must be a whole number of at least 0")
 
 
-def make_workload(cfg: Mapping[str, Any]) -> Workload:
-    """Trace, model, hardware and capacity of the configuration; ValueError where they do not fit together."""
+def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workload:
+    """Trace, model, hardware and capacity of the configuration; ValueError where they do not fit together.
+
+    trace: already open, in place of the one that the configuration names.
+    """
     _check_choice("start", cfg["start"], STARTS)
     if cfg["start"] == "resident" and (cfg["gpu_memory_gb"] is not None or cfg["residency"] != 1):
         raise ValueError("start=resident needs room for every expert: set residency=1.0, or choose start=popular")
     hardware = hardware_from_dict(cfg["hardware"])
     stack = stack_from_dict(cfg["stack"])
-    trace = make_trace(cfg["trace"])
+    if trace is None:
+        trace = make_trace(cfg["trace"])
     model = make_model(cfg["model"], trace)
     batch = BatchConfig(
         _whole(cfg, "batch_size", 1), _whole(cfg, "prefill_chunk", 1),
@@ -107,6 +112,29 @@ def make_workload(cfg: Mapping[str, Any]) -> Workload:
     num_slots = _num_slots(cfg, model, trace, batch.batch_size, hardware.memory_gb)
     return Workload(trace, trace.sha256(), model, hardware, stack, batches, num_slots, float(chunk_mib),
                     _whole(cfg, "channel_depth", 1), cfg["start"], warmup)  # fmt: skip
+
+
+def load_chunks(work: Workload) -> tuple[int, ...]:
+    """Bytes of each chunk of one expert."""
+    return tuple(chunk_sizes(work.model.expert_bytes, int(work.chunk_mib * 2**20)))
+
+
+def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...]) -> RunConfig:
+    """What the runtime needs to know of `work`, on either machine."""
+    model = work.model
+    return RunConfig(
+        num_layers=model.num_layers,
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        num_slots=work.num_slots,
+        chunk_bytes=chunk_bytes,
+        has_shared=model.shared_intermediate > 0,
+        channel_depth=work.channel_depth,
+        num_staging=transfer.staging_slots,
+        serial=transfer.serial,
+        warmup_forwards=work.warmup_forwards,
+        initial=work.initial(),
+    )
 
 
 def make_trace(cfg: Mapping[str, Any]) -> Trace:

@@ -95,7 +95,7 @@ class Timeline(Observer):
             with partial.open("w", encoding="utf-8", newline="\n") as file:
                 file.write('{"displayTimeUnit":"ns","traceEvents":[')
                 separator = "\n"
-                for event in self._events():
+                for event in self.events():
                     file.write(separator)
                     file.write(event)
                     separator = ",\n"
@@ -105,7 +105,8 @@ class Timeline(Observer):
             partial.unlink(missing_ok=True)
             raise
 
-    def _events(self) -> Iterator[str]:
+    def events(self) -> Iterator[str]:
+        """The JSON of each event, metadata first."""
         yield _metadata("process_name", 0, "name", self.name)
         for track, name in TRACKS.items():
             yield _metadata("thread_name", track, "name", name)

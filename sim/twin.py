@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from expertflow.forward import Forward
 from expertflow.observer import Observer
 from expertflow.parts import PREFETCH
+
+
+def without_prefetch(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the twin: the same policy, its predictor switched off."""
+    return {**policy, "predictor": {"_target_": "expertflow.predictors.none.NoPredictor"}}
 
 
 class HitRecord(Observer):

@@ -18,7 +18,7 @@ from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.parts import SCORE_ONE, Predictor, Scores
 from expertflow.predictors.counts import TransitionCounts
-from expertflow.predictors.ranking import rank_scores
+from expertflow.predictors.ranking import RowRanking, rank_scores
 from expertflow.view import View
 
 Floats = npt.NDArray[np.float64]
@@ -84,6 +84,7 @@ class TransitionPredictor(Predictor):
         # exp(-x / NAT) in units of 2^-20; what lies more than 14 nats below the best counts as nothing.
         self.exp = np.rint(np.exp(-np.arange(14 * NAT) / NAT) * (1 << 20))
         self.exp[-1] = 0
+        self.ranking = RowRanking(self.E)
 
     def _update_weights(self) -> None:
         cross, persistence, popularity = self.counts.log_odds(self.smoothing, self.reach)
@@ -117,11 +118,11 @@ class TransitionPredictor(Predictor):
 
     def _know(self, forward: Forward, layer: int) -> None:
         """Take note of the routing up to `layer`, which has become known."""
-        activations = self.current[0]
+        activations = self.current[0].reshape(-1)
         while self.num_known <= layer:
-            at = self.num_known
-            for key in forward.demands[at]:
-                activations[at, key - at * self.E] = 1 if forward.counts is None else forward.counts[at][key]
+            counts = None if forward.counts is None else forward.counts[self.num_known]
+            for key in forward.demands[self.num_known]:
+                activations[key] = 1 if counts is None else counts[key]
             self.num_known += 1
 
     def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
@@ -139,9 +140,27 @@ class TransitionPredictor(Predictor):
         activations, num_now = self.current
         before, num_before = self.current if layer + distance >= self.L else self.previous
         target = (layer + distance) % self.L
-        row_keys, row_scores = self._score(activations[layer][None, None], before[target][None, None],
-                                           slice(layer, layer + 1), distance, num_now, num_before)  # fmt: skip
-        return row_keys[0][0].tolist(), row_scores[0][0].tolist()
+        weights = self.cross_weights[distance - 1, layer], self.persistence_weights[target]
+        odds, persistence = activations[layer] @ weights[0], before[target] @ weights[1]
+        # On one row numpy's cost is the number of its calls, so `_score` is written out in fewer: the same integers.
+        if num_now > 1:
+            np.floor(odds / num_now, out=odds)
+        if num_before > 1:
+            np.floor(persistence / num_before, out=persistence)
+        odds += persistence
+        odds += self.popularity_weights[target]
+        np.subtract(np.maximum.reduce(odds), odds, out=odds)
+        np.minimum(odds, len(self.exp) - 1, out=odds)
+        share = self.exp[odds.astype(np.intp)]
+        total = np.add.reduce(share)
+        share *= self.top_k * SCORE_ONE
+        share /= total
+        np.minimum(share, SCORE_ONE, out=share)
+        if num_now == 1:
+            return self.ranking.rank(share.astype(np.int64), target * self.E, self.num_kept)
+        # The chance that any of the tokens picks it.
+        share = np.rint(SCORE_ONE * (1.0 - (1.0 - share / SCORE_ONE) ** num_now))
+        return self.ranking.rank(share.astype(np.int64), target * self.E, self.E)
 
     def _ready_rows(self, index: int, distance: int) -> tuple[list[list[int]], list[list[int]]]:
         """Keys and scores [L][kept] of forward `index` of the block."""
@@ -162,24 +181,23 @@ class TransitionPredictor(Predictor):
         # The forward before the block may have held several tokens: its row is scored apart, below.
         earlier[:inside, 0] = before[distance:] if num_before == 1 else 0.0
         earlier[inside:] = block[:distance]
-        keys, scores = self._score(block, earlier, slice(0, self.L), distance, 1, 1)
+        keys, scores = self._score(block, earlier, slice(0, self.L), distance, 1)
         if num_before > 1:
             keys[:inside, :1], scores[:inside, :1] = self._score(
-                block[:inside, :1], before[distance:, None], slice(0, inside), distance, 1, num_before)  # fmt: skip
+                block[:inside, :1], before[distance:, None], slice(0, inside), distance, num_before)  # fmt: skip
         return keys.swapaxes(0, 1).tolist(), scores.swapaxes(0, 1).tolist()
 
-    def _score(self, now: Floats, before: Floats, layers: slice, distance: int, num_now: int,
+    def _score(self, now: Floats, before: Floats, layers: slice, distance: int,
                num_before: int) -> tuple[Ints, Ints]:  # fmt: skip
-        """Keys and scores [l, F, kept], best first, for the source layers `layers`.
+        """Keys and scores [l, F, kept], best first, for the source layers `layers` in forwards of one token.
 
         now [l, F, E]: activation counts at the source layers; before [l, F, E]: of the target layers, one
-        forward earlier. Integers in float64: exact in any order of summation, and BLAS does the work.
+        forward of num_before tokens earlier. Integers in float64: exact in any order of summation, and BLAS does
+        the work.
         """
         targets = np.arange(layers.start + distance, layers.stop + distance) % self.L
         odds = now @ self.cross_weights[distance - 1, layers]
         persistence = before @ self.persistence_weights[targets]
-        if num_now > 1:
-            odds = np.floor(odds / num_now)
         if num_before > 1:
             persistence = np.floor(persistence / num_before)
         odds += persistence
@@ -188,10 +206,7 @@ class TransitionPredictor(Predictor):
         mass = self.exp[below]
         # One correctly rounded division of exact integers: the same on every machine.
         share = np.minimum(mass * (self.top_k * SCORE_ONE) / mass.sum(axis=2, keepdims=True), SCORE_ONE)
-        if num_now > 1:
-            share = np.rint(SCORE_ONE * (1.0 - (1.0 - share / SCORE_ONE) ** num_now))
-        num_kept = self.num_kept if num_now == 1 else self.E
-        return rank_scores(share.astype(np.int64), (targets * self.E)[:, None, None], num_kept)
+        return rank_scores(share.astype(np.int64), (targets * self.E)[:, None, None], self.num_kept)
 
     def end_forward(self, forward: Forward) -> None:
         if not self.in_block:

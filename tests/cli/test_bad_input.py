@@ -62,7 +62,7 @@ CHOICES = [
     Bad("hardware=a100 +policy=lru", ("hardware", "+hardware=NAME")),
     Bad("+hardware=a100 policy=lru", ("policy", "+policy=NAME")),
     Bad(f"{LRU} model=gpt-oss", ("model=gpt-oss", "did you mean gpt-oss-20b?", "mixtral-8x7b")),
-    Bad(f"{LRU} stack=fast", ("stack=fast", "eager, graph")),
+    Bad(f"{LRU} stack=fast", ("stack=fast", "eager, found, graph")),
     Bad(f"{LRU} trace=mine", ("trace=mine", "default")),
     Bad(f"{LRU} policy/predictor=best", ("policy/predictor=best", "transition")),
     Bad(f"{LRU} policy/horizon=far", ("policy/horizon=far", "adaptive")),
@@ -78,7 +78,7 @@ CHOICES = [
     Bad(f"{LRU} policy.predictor=null", ("policy.predictor=None", "policy/predictor=NAME", "none")),
 ]
 KEYS = [
-    Bad(f"{LRU} foo=1", ("foo", "unknown keys", "conf/config.yaml")),
+    Bad(f"{LRU} foo=1", ("foo", "unknown keys", "conf/run.yaml")),
     Bad(f"{LRU} +foo=1", ("foo is no key", "residency", "skip_done")),
     Bad(f"{LRU} +model.foo=1", ("model.foo", "model=auto", "name the model")),
     Bad(f"{LRU} +hardware.foo=1", ("hardware.foo", "link_gb_per_s")),

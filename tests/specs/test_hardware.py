@@ -16,7 +16,7 @@ HARDWARE = [
     "a100", "a6000", "a6000_as_printed", "gh200", "h100", "h20", "h200", "h20_as_printed", "ideal_link",
     "l40s", "rtx3090", "rtx4090",
 ]  # fmt: skip
-STACKS = ["eager", "graph"]
+STACKS = ["eager", "found", "graph"]
 AS_PRINTED = {"a6000_as_printed": 64, "h20_as_printed": 128}
 
 

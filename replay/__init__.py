@@ -1,0 +1,1 @@
+"""Real machines: the same runtime and policies on true-size copies, with a measured clock."""

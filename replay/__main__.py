@@ -1,0 +1,8 @@
+"""`python -m replay +hardware=local +policy=adaptive`."""
+
+import sys
+
+from replay.app import cli
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,214 @@
+"""`python -m replay`: one configuration on a real machine, one folder, the same `metrics.json` as a simulation's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from expertflow.observer import Observer
+from replay.log import LOG_NAME, LogHeader, LogWriter
+from replay.rig import Needs, Rig
+from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
+from replay.settings import KEYS, Settings, as_found
+from sim.app import Recorders, relative
+from sim.configure import checked
+from sim.errors import one_line
+from sim.output import fingerprint, is_done, provenance, to_json, write_text
+from sim.paths import CONF
+from sim.report import print_line, print_report
+from sim.run import baselines, describe
+from sim.setup import Workload, load_chunks, make_policy, make_workload, run_config
+from sim.twin import HitRecord, RedundancyCounter, without_prefetch
+
+LOST, WRONG = 3, 1
+"""Exit codes of a run whose device was lost, and of one whose stamps were wrong."""
+
+
+@hydra.main(config_path=str(CONF), config_name="replay", version_base="1.3")
+def main(cfg: DictConfig) -> float | None:
+    """Replay what `cfg` says; returns TPOT in ms."""
+    try:
+        return replay_configured(cfg)
+    except Exception as error:
+        line = one_line(error)
+        if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def replay_configured(cfg: DictConfig) -> float | None:
+    """One job: check, run, write, print. Exits with 3 if the device is lost, with 1 if a stamp is wrong."""
+    started = time.perf_counter()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    overrides = list(HydraConfig.get().overrides.task)
+    plain = checked(cfg, KEYS)
+    _check(plain)
+    settings = Settings.of(plain)
+    device = settings.device()
+    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    with ExitStack() as stack:
+        stack.callback(device.close)
+        plain = as_found(plain, device)
+        work = make_workload(plain)
+        mark = fingerprint({k: v for k, v in plain.items() if k != "skip_done"}, work.trace_sha256, "replay")
+        if plain["skip_done"] and is_done(folder, mark):
+            console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
+            return None
+        for stale in ("DONE", "partial.json"):
+            (folder / stale).unlink(missing_ok=True)
+        job = Job(plain, settings, work, folder, overrides)
+        try:
+            metrics = job.run(device)
+        except PartialRunError as error:
+            write_text(folder / "partial.json", to_json({**job.head, "reason": str(error), **error.metrics}))
+            print(f"error: the device was lost: {error}; what was measured until then is in "
+                  f"{relative(folder / 'partial.json')}", file=sys.stderr)  # fmt: skip
+            raise SystemExit(LOST) from error
+    write_text(folder / "metrics.json", to_json(metrics))
+    wall_s = time.perf_counter() - started
+    found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
+    write_text(folder / "provenance.json", to_json(found))
+    _print(console, metrics, folder)
+    integrity = job.integrity
+    if integrity is not None and integrity.num_wrong:
+        raise SystemExit(WRONG)
+    write_text(folder / "DONE", mark + "\n")
+    mean = metrics["tpot_ms"]["mean"]
+    return None if mean is None else float(mean)
+
+
+def _check(cfg: dict[str, Any]) -> None:
+    if cfg["compare"] == "floor":
+        raise ValueError("compare=floor belongs to the simulator: a real machine proves no bound; choose full or none")
+
+
+class Job:
+    """One configured replay, and those that its configuration asks for beside it, on one rig."""
+
+    def __init__(self, cfg: dict[str, Any], settings: Settings, work: Workload, folder: Path | None,
+                 overrides: Sequence[str] = ()) -> None:  # fmt: skip
+        self.cfg, self.settings, self.folder = cfg, settings, folder
+        self.full, self.work = work, scaled_workload(work, settings.scale)
+        self.overrides = list(overrides)
+        self.policy, self.transfer = make_policy(cfg["policy"], work, cfg["seed"])
+        self.integrity: Integrity | None = None
+        self.head = describe(self.work, self.policy, cfg["policy"]["name"], settings.machine)
+
+    def run(self, device: Any) -> dict[str, Any]:
+        """The metrics of all of it."""
+        cfg, settings, work = self.cfg, self.settings, self.work
+        beside = baselines() if cfg["compare"] == "full" else {}
+        needs = _most([needs_of(work, policy, transfer)
+                       for policy, transfer in [(self.policy, self.transfer), *beside.values()]])  # fmt: skip
+        rig = Rig(device, work.model, needs, settings.host_memory_gb, self.transfer.memory == "pinned")
+        observers: list[Observer] = []
+        redundancy = None
+        if cfg["twin"]:
+            twin, record = make_policy(without_prefetch(cfg["policy"]), self.full, cfg["seed"])[0], HitRecord()
+            replay_policy(rig, work, twin, self.transfer, [record])
+            redundancy = RedundancyCounter(record, len(load_chunks(work)), work.warmup_forwards)
+            observers.append(redundancy)
+        with Recorders(cfg, work, self.folder) as recorders:
+            metrics = self.head | self._main_run(rig, observers + recorders.observers)
+        if redundancy is not None:
+            metrics["prefetch"]["redundant"] = redundancy.num_redundant
+        metrics["compare"] = {name: replay_policy(rig, work, policy, transfer)[0]
+                              for name, (policy, transfer) in beside.items()} or None  # fmt: skip
+        metrics["bounds"] = None
+        metrics["scale"] = settings.scale
+        metrics["integrity"] = None if self.integrity is None else asdict(self.integrity)
+        metrics["machine"] = rig.describe(self.transfer.memory)
+        return metrics
+
+    def _main_run(self, rig: Rig, observers: Sequence[Observer]) -> dict[str, Any]:
+        settings, work = self.settings, self.work
+        log = None
+        if settings.log and self.folder is not None:
+            config = run_config(work, self.transfer, load_chunks(work))
+            header = LogHeader(settings.machine, self.cfg, self.overrides, config, work.trace_sha256)
+            log = LogWriter(self.folder / LOG_NAME, header)
+        try:
+            metrics, self.integrity = replay_policy(
+                rig, work, self.policy, self.transfer, observers,
+                verify=settings.verify, log=log, fault=settings.fault)  # fmt: skip
+        except PartialRunError:
+            if log is not None:
+                log.close()
+            raise
+        except BaseException:
+            if log is not None:
+                log.abort()
+            raise
+        if log is not None:
+            log.close()
+        return metrics
+
+
+def _most(needs: Sequence[Needs]) -> Needs:
+    return Needs(max(one.num_slots for one in needs), max(one.max_tokens for one in needs),
+                 max(one.max_context for one in needs))  # fmt: skip
+
+
+def _print(console: Console, metrics: dict[str, Any], folder: Path) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        print_line(console, metrics, relative(folder))
+        return
+    print_report(console, metrics, None)
+    for note in notes(metrics):
+        console.print(f"  {note}", style="dim", highlight=False)
+    console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)
+
+
+def notes(metrics: dict[str, Any]) -> list[str]:
+    """What a reader of a replay's numbers must know."""
+    machine, stack, integrity = metrics["machine"], metrics["stack"], metrics["integrity"]
+    lines = [f"measured on {machine['name']} ({metrics['world']}), torch {machine['torch']}, computing in "
+             f"{machine['dtype']}, experts in {machine['host_memory']} host memory"]  # fmt: skip
+    if metrics["scale"] > 1:
+        lines.append(f"the model's widths are divided by {metrics['scale']}: times are this machine's, not the model's")
+    if stack == "graph":
+        lines.append("stack=graph is not confirmed on hardware: launching kernels one by one takes longer than this "
+                     "stack leaves")  # fmt: skip
+    elif stack == "eager":
+        lines.append("stack=eager: the overhead of an eager stack is spent doing nothing on the compute stream")
+    lines.extend(machine["warnings"])
+    if integrity is not None:
+        lines.append(
+            f"{integrity['num_wrong']} wrong stamps in {integrity['num_executions']} expert executions "
+            f"({integrity['num_checks']} checks); checking takes time: these times are no measurement"
+        )
+        if integrity["first"] is not None:
+            first = integrity["first"]
+            lines.append(f"first wrong stamp: forward {first['forward']}, layer {first['layer']}, one of expert keys "
+                         f"{', '.join(map(str, first['keys']))}")  # fmt: skip
+    return lines
+
+
+def cli() -> int:
+    """Entry point: user errors become one line and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0

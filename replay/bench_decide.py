@@ -1,0 +1,383 @@
+"""`python -m replay.bench_decide [TRACE]`: host time of a policy's own code in each layer, against its budget.
+
+The runtime drives the policy on the simulated machine (A100, eager stack, half of the experts resident) as a real
+one would: nothing is prepared in blocks, and the garbage collector is off. Every call from outside into the policy
+is timed, and counted in the layer that runs; a call within a call counts once, for the inner part. What the timing
+itself costs is measured in the same run and subtracted; what remains of it errs upwards, about 1 us a layer. A
+layer-step is one MoE layer of one forward.
+
+Budget: `adaptive` at batch 1, layers in which it looks at most two layers ahead, half of them within 50 us and
+99 of 100 within 200 us. begin_forward and end_forward belong to no layer and are listed apart: their host time is
+hidden behind nothing. Also printed is the ratio to a bare Python function call, since machines differ.
+Exit code: 0 the budget holds (or was not asked for), 1 it does not, 2 a user's error in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
+from expertflow.policy import Policy
+from expertflow.runtime import Runtime
+from sim.configure import configure
+from sim.errors import one_line
+from sim.host_bound import machine_for
+from sim.kernels import KernelTimes
+from sim.link import Link
+from sim.machine import HostCosts, simulate
+from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+
+BAR_P50_NS = 50_000
+BAR_P99_NS = 200_000
+BAR_POLICY = "adaptive"
+BAR_REACH = 2
+BAR_BATCH = 1
+
+PARTS = ("predictor", "horizon", "selection", "eviction", "order")
+GLUE = "policy"
+"""Code of the policy itself, which asks the parts and puts their answers together."""
+
+_CONTRACTS: dict[str, type[Part]] = {
+    "predictor": Predictor, "horizon": Horizon, "selection": Selection, "eviction": Eviction, "order": Order,
+}  # fmt: skip
+_POLICY_HOOKS = ("begin_forward", "decide", "feedback", "end_forward")
+_UNTIMED = ("start", "prepare")
+"""Once before the run, and never: neither is part of a layer."""
+_PER_FORWARD = ("begin_forward", "end_forward")
+_CALLS = 20_000
+
+
+@dataclass(frozen=True)
+class DecisionTimes:
+    """Host time of the policy's code in ns, the timing's own cost subtracted.
+
+    p50_ns … max_ns: over the num_layers layer-steps that looked at most `max_reach` layers ahead (None: all);
+    num_beyond: those that looked farther. decide_ns: mean of `decide` alone, and parts_ns: mean by part, with
+    `policy` for the code between the parts; they add up to mean_ns. forward_p50_ns, forward_max_ns:
+    begin_forward and end_forward together, by forward.
+    """
+
+    p50_ns: float
+    p90_ns: float
+    p99_ns: float
+    mean_ns: float
+    max_ns: float
+    decide_ns: float
+    num_layers: int
+    num_beyond: int
+    parts_ns: dict[str, float]
+    forward_p50_ns: float
+    forward_max_ns: float
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What timing one call costs in ns: `inside` is read as the call's own time, `outside` as its caller's."""
+
+    inside: int = 0
+    outside: int = 0
+
+
+class Step:
+    """Time in ns of one layer-step by part; reach: how many layers ahead its decision looked."""
+
+    __slots__ = ("decide_ns", "parts_ns", "reach")
+
+    def __init__(self) -> None:
+        self.parts_ns = dict.fromkeys((*PARTS, GLUE), 0)
+        self.decide_ns = 0
+        self.reach = 0
+
+    @property
+    def total_ns(self) -> int:
+        """All of it, once; a step shorter than the clock's noise took no time."""
+        return max(sum(self.parts_ns.values()), 0)
+
+
+class Stopwatch:
+    """Books each moment that passes in wrapped code to the innermost part that runs.
+
+    clock: integer ns, monotonic. Event: the number of the layer-step as `view.event`; -1 before the first.
+    """
+
+    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns, overhead: Overhead | None = None) -> None:
+        self.steps: list[Step] = []
+        self.forwards_ns: list[int] = []
+        """begin_forward and end_forward, by forward."""
+        self.event_of: Callable[[], int] = lambda: -1
+        self.reach_of: Callable[[], int] = lambda: 0
+        self._clock = clock
+        self._overhead = overhead or Overhead()
+        self._stack: list[str] = []
+        self._spent = dict.fromkeys((*PARTS, GLUE), 0)
+        self._since = 0
+
+    def wrap(self, function: Callable[..., Any], part: str, hook: str) -> Callable[..., Any]:
+        """`function`, timed as code of `part`."""
+        clock, stack, spent = self._clock, self._stack, self._spent
+        inside, outside = self._overhead.inside, self._overhead.outside
+
+        def timed(*args: Any, **named: Any) -> Any:
+            entered = clock()
+            if stack:
+                spent[stack[-1]] += entered - self._since
+            stack.append(part)
+            self._since = clock()
+            try:
+                return function(*args, **named)
+            finally:
+                left = clock()
+                spent[part] += left - self._since - inside
+                stack.pop()
+                if stack:
+                    self._since = left + outside
+                else:
+                    self._close(hook)
+
+        return timed
+
+    def attach(self, policy: Policy) -> None:
+        """Time every method that the runtime, or the policy itself, calls. Before the runtime is made: it binds some.
+
+        A part's helpers are its own time. Inherited hooks that nobody hears are left alone.
+        """
+        for name in PARTS:
+            part = getattr(policy, name)
+            contract = _CONTRACTS[name]
+            for hook in sorted({*_hooks(Part), *_hooks(contract)}):
+                if hook not in _UNTIMED and policy.overrides(part, hook):
+                    setattr(part, hook, self.wrap(getattr(part, hook), name, hook))
+        for hook in _POLICY_HOOKS:
+            setattr(policy, hook, self.wrap(getattr(policy, hook), GLUE, hook))
+
+    def _close(self, hook: str) -> None:
+        """A call from outside has ended: file what it took."""
+        event, spent = self.event_of(), self._spent
+        if hook in _PER_FORWARD:
+            if hook == "begin_forward":
+                self.forwards_ns.append(0)
+            self.forwards_ns[-1] += sum(spent.values())
+        elif event >= 0:
+            while len(self.steps) <= event:
+                self.steps.append(Step())
+            step = self.steps[event]
+            for part, ns in spent.items():
+                step.parts_ns[part] += ns
+            if hook == "decide":
+                step.decide_ns += sum(spent.values())
+                step.reach = self.reach_of()
+        for part in spent:
+            spent[part] = 0
+
+
+def _hooks(contract: type[Part]) -> Iterator[str]:
+    return (name for name, value in vars(contract).items() if callable(value) and not name.startswith("_"))
+
+
+def _nothing(first: Any, second: Any) -> None:
+    """The bare function call."""
+
+
+def call_ns(function: Callable[..., Any] = _nothing, batches: int = 25) -> float:
+    """Time in ns of one call with two arguments, the loop around it subtracted: the median of many batches."""
+    times = []
+    for _ in range(batches):
+        started = time.perf_counter_ns()
+        for _ in range(_CALLS // batches):
+            pass
+        looped = time.perf_counter_ns()
+        for _ in range(_CALLS // batches):
+            function(1, 2)
+        times.append((time.perf_counter_ns() - looped - (looped - started)) / (_CALLS // batches))
+    return max(_quantile(sorted(times), 0.5), 1.0)
+
+
+def measure_overhead() -> Overhead:
+    """What the stopwatch adds to a call, and to the caller of a call: on a function that does nothing."""
+    bare = call_ns()
+    insides, outsides = [], []
+    for _ in range(25):
+        watch = Stopwatch()
+        inner = watch.wrap(_nothing, PARTS[0], "predict")
+
+        def outer(call: Callable[..., Any] = inner) -> None:
+            for _ in range(_CALLS // 25):
+                call(1, 2)
+
+        watch.event_of = lambda: 0
+        watch.wrap(outer, GLUE, "decide")()
+        spent = watch.steps[0].parts_ns
+        insides.append(spent[PARTS[0]] / (_CALLS // 25))
+        outsides.append(spent[GLUE] / (_CALLS // 25))
+    # A call that is not timed costs its caller nothing but the call, which is part of what `inside` reads.
+    return Overhead(max(round(_quantile(sorted(insides), 0.5) - bare), 0), round(_quantile(sorted(outsides), 0.5)))
+
+
+def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwatch:
+    """Run `policy`, which must be fresh, over `work` on the simulated machine, forward by forward, and time it."""
+    watch = Stopwatch(overhead=measure_overhead())
+    distances = policy.horizon.distances
+    watch.attach(policy)
+    chunk_bytes = load_chunks(work)
+    costs = HostCosts.of(work.hardware, work.stack)
+    kernels = KernelTimes(work.model, work.hardware, work.stack)
+    machine = machine_for(kernels, Link(work.hardware, memory=transfer.memory), costs, chunk_bytes)
+    runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, work.batches)
+    view = runtime.view
+    watch.event_of = lambda: view.event
+    watch.reach_of = lambda: max(distances(), default=0)
+    with _steady():
+        simulate(runtime, machine)
+    runtime.check_identities()
+    return watch
+
+
+@contextmanager
+def _steady() -> Iterator[None]:
+    """As a real machine runs: a garbage collection would be booked to whichever layer it hits."""
+    gc.collect()
+    gc.freeze()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.unfreeze()
+
+
+def measure_decisions(work: Workload, policy: Policy, transfer: Transfer,
+                      max_reach: int | None = None) -> DecisionTimes:  # fmt: skip
+    """What `policy`, which must be fresh, takes over `work`, as its own code on the host of this process.
+
+    max_reach: leave out the layer-steps that looked farther ahead. ValueError if none is left.
+    """
+    return summarise(measure_steps(work, policy, transfer), max_reach)
+
+
+def summarise(watch: Stopwatch, max_reach: int | None = None) -> DecisionTimes:
+    """The figures of what `watch` has seen. ValueError if no layer-step is left."""
+    steps = [step for step in watch.steps if max_reach is None or step.reach <= max_reach]
+    if not steps:
+        raise ValueError(f"none of {len(watch.steps)} layer-steps looked at most {max_reach} layers ahead; "
+                         "choose a policy with a nearer horizon")  # fmt: skip
+    totals = sorted(float(step.total_ns) for step in steps)
+    count = len(steps)
+    parts = {part: sum(step.parts_ns[part] for step in steps) / count for part in (*PARTS, GLUE)}
+    forwards = sorted(float(max(ns, 0)) for ns in watch.forwards_ns) or [0.0]
+    return DecisionTimes(
+        p50_ns=_quantile(totals, 0.5),
+        p90_ns=_quantile(totals, 0.9),
+        p99_ns=_quantile(totals, 0.99),
+        mean_ns=sum(parts.values()),
+        max_ns=totals[-1],
+        decide_ns=sum(step.decide_ns for step in steps) / count,
+        num_layers=count,
+        num_beyond=len(watch.steps) - count,
+        parts_ns=parts,
+        forward_p50_ns=_quantile(forwards, 0.5),
+        forward_max_ns=forwards[-1],
+    )
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """The value that `share` of `ordered` (ascending, not empty) does not exceed: a value that occurred."""
+    return ordered[max(-int(-share * len(ordered) // 1) - 1, 0)]
+
+
+def holds(times: DecisionTimes) -> bool:
+    """Whether the budget of a layer is kept."""
+    return times.p50_ns <= BAR_P50_NS and times.p99_ns <= BAR_P99_NS
+
+
+def compare_policies(trace: str | None, policies: Sequence[str], batch_size: int, num_tokens: int) -> bool:
+    """Print the times of each policy; False if the budget applies to one of them and does not hold."""
+    words = ["+hardware=a100", "stack=eager", "residency=0.5", "compare=none", f"batch_size={batch_size}",
+             f"max_tokens={num_tokens}"]  # fmt: skip
+    words.append(f"trace.path={trace}" if trace else f"trace.num_tokens={max(num_tokens, 1024)}")
+    chosen = {name: configure([*words, f"+policy={name}"]) for name in policies}
+    work = make_workload(chosen[policies[0]])
+    print(f"{work.trace.name}: {work.batches.num_tokens} tokens, batch {batch_size}, {work.num_slots} slots; "
+          "host time of the policy's code in us")  # fmt: skip
+    parts = " ".join(f"{part:>9}" for part in (*PARTS, GLUE))
+    print(f"{'a layer':14} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>8} {'mean':>7} {'calls':>6}  {parts} "
+          f"{'decide':>7}  {'a forward p50':>13} {'max':>8}")  # fmt: skip
+    good = True
+    for name, cfg in chosen.items():
+        policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
+        limited = name == BAR_POLICY and batch_size == BAR_BATCH
+        # Bare calls before and after: a neighbour's load hits both.
+        before = call_ns()
+        times = measure_decisions(work, policy, transfer, BAR_REACH if limited else None)
+        print(_row(name, times, (before + call_ns()) / 2))
+        if limited:
+            good &= holds(times)
+            print(f"  budget of {name}, p50 <= {BAR_P50_NS / 1e3:.0f} us and p99 <= {BAR_P99_NS / 1e3:.0f} us: "
+                  f"{'holds' if holds(times) else 'missed'}; {times.num_layers} layer-steps at most {BAR_REACH} layers "
+                  f"ahead, {times.num_beyond} beyond left out")  # fmt: skip
+    print("calls: p50 as a multiple of a bare Python function call; the parts and decide: means")
+    return good
+
+
+def _row(name: str, times: DecisionTimes, bare_ns: float) -> str:
+    quantiles = " ".join(f"{ns / 1e3:7.1f}" for ns in (times.p50_ns, times.p90_ns, times.p99_ns))
+    means = " ".join(f"{times.parts_ns[part] / 1e3:9.2f}" for part in (*PARTS, GLUE))
+    return (f"{name:14} {quantiles} {times.max_ns / 1e3:8.1f} {times.mean_ns / 1e3:7.1f} "
+            f"{times.p50_ns / bare_ns:6.0f}  {means} {times.decide_ns / 1e3:7.1f}  {times.forward_p50_ns / 1e3:13.1f} "
+            f"{times.forward_max_ns / 1e3:8.1f}")  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _policies(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} must be names with commas between, such as adaptive,lru")
+    return list(dict.fromkeys(names))
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line."""
+    parser = _Parser(prog="python -m replay.bench_decide", description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("trace", nargs="?", type=Path, help="a recorded trace (default: the generated one)")
+    parser.add_argument("--policies", type=_policies, default=["adaptive", "lru"], metavar="NAME,NAME",
+                        help="policies of conf/policy (default: adaptive,lru)")  # fmt: skip
+    parser.add_argument("--batch-size", type=_whole, default=1, help="requests run together (default: 1)")
+    parser.add_argument("--tokens", type=_whole, default=512, help="tokens of the trace to run (default: 512)")
+    args = parser.parse_args(words)
+    trace = str(args.trace.resolve()) if args.trace else None
+    try:
+        good = compare_policies(trace, args.policies, args.batch_size, args.tokens)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""`python -m replay.calibrate NAME`: measure this machine, for `+hardware=NAME stack=NAME` in simulations.
+
+Copies by size, pinned and pageable, in one and several chunks, beside idle and busy compute, and back; launches and
+waits; memory bandwidth and matrix rate; every kernel of the models' shapes by number of tokens; and, in short replays
+in place, what the host spends on each policy. Writes NAME.yaml into conf/hardware and conf/stack and the raw record
+beside the former, and prints each figure beside the datasheet's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from expertflow.model import ModelSpec, model_from_dict
+from expertflow.runtime import Runtime
+from replay.bench_decide import measure_decisions
+from replay.device import Device
+from replay.drive import drive
+from replay.measure import (
+    chunked,
+    copy_beside,
+    kernel_ns,
+    kernel_tables,
+    launch_costs,
+    link_curves,
+    matrix_tflops,
+    memory_gb_per_s,
+    pad_share,
+)
+from replay.memory import available_bytes
+from replay.probe import HostProbe
+from replay.profile import profiles, summary
+from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
+from replay.run import needs_of, scaled_workload, steady
+from replay.scale import scaled_model
+from replay.settings import CPU_SCALE
+from replay.standin import standin_trace
+from sim.configure import configure
+from sim.output import provenance, to_json, write_text
+from sim.paths import CONF
+from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
+
+POLICIES = ("lru", "adaptive")
+MODELS = ("gpt-oss-20b",)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+SEED = 1
+"""Of the generated trace that is replayed in place: not the one that results are published on."""
+
+
+def named_model(name: str) -> ModelSpec:
+    """The model of a file in conf/model."""
+    path = CONF / "model" / f"{name}.yaml"
+    known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem != "auto")
+    if name not in known:
+        raise ValueError(f"model {name!r} is unknown; choose from: {', '.join(known)}")
+    return model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: int,
+                      batch_size: int) -> tuple[dict[str, Any], Workload]:  # fmt: skip
+    """A short generated trace of the model's shape, at half residency."""
+    overrides = [f"+hardware={hardware}", f"+policy={policy}", f"trace.seed={SEED}", "stack=found", "compare=none",
+                 f"max_tokens={num_tokens}", f"batch_size={batch_size}", f"trace.num_tokens={4 * num_tokens}",
+                 f"trace.num_requests={4 * batch_size}"]  # fmt: skip
+    cfg = configure(overrides)
+    return cfg, make_workload(cfg, standin_trace(make_trace(cfg["trace"]), model))
+
+
+def measure_host(device: Device, model: ModelSpec, policies: Sequence[str], scale: int, num_tokens: int,
+                 say: Any) -> dict[str, Any]:  # fmt: skip
+    """Short replays of every policy: what the host spent on what; and each policy's decisions by themselves."""
+    found: dict[str, Any] = {}
+    rig: Rig | None = None
+    for name in policies:
+        cfg, full = in_place_workload(model, "a100", name, num_tokens, 1)
+        work = scaled_workload(full, scale)
+        policy, transfer = make_policy(cfg["policy"], full, 0)
+        needs = needs_of(work, policy, transfer)
+        if rig is None or needs.num_slots > rig.needs.num_slots:
+            rig = Rig(device, work.model, needs, None, transfer.memory == "pinned")
+        chunk_bytes = load_chunks(work)
+        machine = rig.machine(chunk_bytes, work.stack, transfer.memory)
+        probe = HostProbe(machine)
+        runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
+        machine.warm_up(next(iter(work.batches)))
+        device.restart_clock()
+        with steady():
+            drive(runtime, probe)
+        device.synchronize()
+        found[name] = summary(probe.samples)
+        say(f"  {name}: {runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6:.2f} ms a token in place")
+    return found
+
+
+def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], scale: int, *, quick: bool = False,
+              say: Any = print) -> dict[str, Any]:  # fmt: skip
+    """The raw record of a calibration; say: told of the progress."""
+    started = time.perf_counter()
+
+    def step(text: str) -> None:
+        say(f"[{time.perf_counter() - started:5.1f} s] {text}")
+
+    raw: dict[str, Any] = {
+        "format": "expertflow-calibration",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": dict(device.describe()),
+        "scale": scale,
+        "memory_gb": (device.describe()["memory_bytes"] or available_bytes()) / 1e9,
+    }
+    step("launches and waits")
+    raw["launches"] = launch_costs(device)
+    raw["pad_share"] = pad_share(device)
+    step("copies by size")
+    raw["link"] = link_curves(device, scale, 10.0 if quick else 40.0)
+    step("memory and matrices")
+    raw["memory_gb_per_s"] = memory_gb_per_s(device)
+    raw["matrix_tflops"] = matrix_tflops(device)
+    raw |= {"chunked": {}, "beside": {}, "kernels": {}, "host": {}}
+    for name in models:
+        model = scaled_model(named_model(name), scale)
+        step(f"{name}: kernels")
+        tokens = TOKENS[:4] if quick else TOKENS
+        needs = Needs(min(64, model.num_layers * model.num_experts), tokens[-1], 4096)
+        rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
+        raw["kernels"][model.name] = kernel_tables(rig, tokens, 2048, 7 if quick else 25)
+        raw["chunked"][model.name] = chunked(device, model.expert_bytes)
+        work = rig.kernels.experts(0, list(range(8)), [1] * 8, False, 1)
+        raw["beside"][model.name] = copy_beside(device, work, model.expert_bytes, kernel_ns(device, [work], 5))
+        del rig, work
+        step(f"{name}: the host, in place")
+        raw["host"][model.name] = measure_host(device, named_model(name), policies, scale, 24 if quick else 96, step)
+    step("decisions by themselves")
+    raw["decisions"] = {}
+    for name in policies:
+        cfg, full = in_place_workload(named_model(models[0]), "a100", name, 24 if quick else 256, 1)
+        policy, transfer = make_policy(cfg["policy"], full, 0)
+        times = measure_decisions(full, policy, transfer)
+        raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns}
+    step("done")
+    return raw
+
+
+def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
+    """The profile in conf/hardware whose name is a word of the device's."""
+    words = device_name.lower().replace("-", " ").split()
+    joined = "".join(words)
+    for path in sorted((CONF / "hardware").glob("*.yaml"), key=lambda p: -len(p.stem)):
+        if path.stem in words or (path.stem in joined and "_" not in path.stem):
+            return path.stem, yaml.safe_load(path.read_text(encoding="utf-8"))
+    return None
+
+
+def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Each measured figure beside what the datasheet, or the assumption in its place, says."""
+    sheet = datasheet(raw["device"]["name"])
+    title = "no profile to compare with" if sheet is None else f"conf/hardware/{sheet[0]}.yaml"
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column, justify in (("figure", "left"), ("measured", "right"), (title, "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for key, value in hardware.items():
+        if key in ("name", "sources", "kernel_ns", "memory_efficiency", "compute_efficiency"):
+            continue
+        said = "–" if sheet is None else sheet[1].get(key)
+        if key in ("memory_gb_per_s", "tflops") and sheet is not None:
+            share = "memory_efficiency" if key == "memory_gb_per_s" else "compute_efficiency"
+            said = f"{said} x {sheet[1][share]}"
+        table.add_row(key, _figure(key, value), said if isinstance(said, str) else _figure(key, said))
+    for name, times in raw["decisions"].items():
+        table.add_row(f"decisions of {name}, a layer", f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 "
+                      f"{times['p99_ns'] / 1e3:.1f} us", "")  # fmt: skip
+    table.add_row("pads last", f"{100 * raw['pad_share']:.1f} %", "")
+    console.print(table)
+
+
+def _figure(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        peak = max(rate for _, rate in value)
+        return f"{value[0][1]:.3g} at {value[0][0]} B … {peak:.4g} at best"
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
+    """Write the two configuration files and the raw record below `folder` (as in conf/); returns their paths."""
+    hardware, stack = profiles(raw, name)
+    paths = [folder / "hardware" / f"{name}.yaml", folder / "stack" / f"{name}.yaml",
+             folder / "hardware" / f"{name}.calibration.json"]  # fmt: skip
+    for path in paths[:2]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    head = f"# Measured by python -m replay.calibrate on {raw['date']}; the raw record: {paths[2].name}\n"
+    for path, content in zip(paths, (hardware, stack), strict=False):
+        write_text(path, head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110))
+    write_text(paths[2], to_json(raw))
+    return paths
+
+
+def check_name(name: str) -> str:
+    """A name that may stand for a file of conf/hardware."""
+    if not name.replace("-", "").replace("_", "").isalnum() or name in ("local", "auto"):
+        raise ValueError(f"NAME={name!r} must be letters, digits, - and _, and not local or auto")
+    return name
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m replay.calibrate", description=__doc__)
+    parser.add_argument("name", help="what to call this machine: +hardware=NAME")
+    parser.add_argument("--machine", default="auto", choices=MACHINES)
+    parser.add_argument("--models", default=",".join(MODELS), help="whose kernels are measured (default: %(default)s)")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="whose host time is (default: %(default)s)")
+    parser.add_argument("--scale", type=int, help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)")
+    parser.add_argument("--throttle", type=float, metavar="GB/s", help="pace of the CPU machine's link")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    parser.add_argument("--out", type=Path, default=CONF, help="folder with hardware/ and stack/ (default: conf)")
+    args = parser.parse_args(words)
+    try:
+        name = check_name(args.name)
+        machine = choose_machine(args.machine)
+        scale = args.scale or (1 if machine == "cuda" else CPU_SCALE)
+        device = make_device(machine, args.throttle)
+        try:
+            raw = calibrate(device, args.models.split(","), args.policies.split(","), scale, quick=args.quick)
+        finally:
+            device.close()
+        raw["provenance"] = provenance(sys.argv[1:] if words is None else words, "", 0.0, "replay")
+        paths = write_profile(raw, name, args.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_beside(Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120), profiles(raw, name)[0], raw)
+    for path in paths:
+        print(f"written {path}")
+    if scale > 1:
+        print(f"the models' widths were divided by {scale}: this profile simulates them at that scale only")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

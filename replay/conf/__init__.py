@@ -1,0 +1,1 @@
+"""Configuration that only a replay has: the machine it runs on."""

@@ -1,0 +1,181 @@
+"""A machine without a GPU: the two streams are threads, copies move real memory, kernels compute.
+
+The same runtime, policies and `replay.machine` drive it as a GPU. A stated bandwidth may throttle the copies: each
+then lasts at least `latency + bytes / bandwidth`, and copies back to back keep that pace on average.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from replay.device import DeviceLostError, Span
+
+_SLACK_NS = 1000
+_SWITCH_S = 20e-6
+"""How long a thread may wait for the interpreter: the default of 5 ms would dwarf what is measured here."""
+_PR_SET_TIMERSLACK = 29
+
+
+class _CpuEvent:
+    __slots__ = ("happened", "ns")
+
+    def __init__(self) -> None:
+        self.happened = False
+        self.ns = 0
+
+
+_Task = tuple[int, _CpuEvent | None, int, _CpuEvent, Callable[[], object], int, _CpuEvent]
+"""(enqueued at, wait for, pad ns, start, work, least ns, end)."""
+
+
+class _Stream(threading.Thread):
+    """Runs tasks in order and stamps their starts and ends."""
+
+    def __init__(self, device: CpuDevice, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.device = device
+        self.tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        _sharpen_sleep()
+        # Per thread: one for each stream and one for the host; more would fight over two cores.
+        torch.set_num_threads(1)
+        clock, news, due = time.perf_counter_ns, self.device.news, 0
+        while (task := self.tasks.get()) is not None:
+            put_ns, after, pad_ns, start, work, least_ns, end = task
+            try:
+                if after is not None:
+                    while not after.happened:
+                        time.sleep(20e-6)
+                begun = clock()
+                if pad_ns:
+                    _sleep_until(begun + pad_ns)
+                start.ns = clock()
+                start.happened = True
+                work()
+                if least_ns:
+                    # A copy that was queued behind another is due from the other's end, not from its own late wake.
+                    due = (due if put_ns < due and after is None else start.ns) + least_ns
+                    _sleep_until(due)
+            except BaseException as error:
+                self.device.failure = error
+            end.ns = clock()
+            end.happened = True
+            news.put(None)
+
+
+class CpuDevice:
+    """Implements `replay.device.Device` on the host's own memory. throttle_gb_per_s: None = as fast as it goes."""
+
+    world = "cpu"
+    dtype = torch.float32
+
+    def __init__(self, throttle_gb_per_s: float | None = None, latency_ns: int = 0) -> None:
+        self.torch_device = torch.device("cpu")
+        self.throttle_gb_per_s = throttle_gb_per_s
+        self.latency_ns = latency_ns
+        self.news: SimpleQueue[None] = SimpleQueue()
+        self.failure: BaseException | None = None
+        self._switch_s = sys.getswitchinterval()
+        self._num_threads = torch.get_num_threads()
+        sys.setswitchinterval(_SWITCH_S)
+        torch.set_num_threads(1)
+        self._epoch_ns = time.perf_counter_ns()
+        self._compute = _Stream(self, "compute stream")
+        self._link = _Stream(self, "copy stream")
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "name": platform.processor() or platform.machine(),
+            "memory_bytes": None,
+            "torch": torch.__version__,
+            "throttle_gb_per_s": self.throttle_gb_per_s,
+            "dtype": "float32",
+        }
+
+    def launch(self, work: Callable[[], None], pad_ns: int) -> Span:
+        start, end = _CpuEvent(), _CpuEvent()
+        self._compute.tasks.put((0, None, pad_ns, start, work, 0, end))
+        return start, end
+
+    def read_back(self, target: torch.Tensor, source: torch.Tensor) -> _CpuEvent:
+        start, end = _CpuEvent(), _CpuEvent()
+        self._compute.tasks.put((0, None, 0, start, lambda: target.copy_(source), 0, end))
+        return end
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: _CpuEvent | None) -> Span:
+        start, end = _CpuEvent(), _CpuEvent()
+        least_ns = 0
+        if self.throttle_gb_per_s is not None:
+            least_ns = self.latency_ns + round(target.numel() * target.element_size() / self.throttle_gb_per_s)
+        now_ns = time.perf_counter_ns()
+        self._link.tasks.put((now_ns, after, 0, start, lambda: target.copy_(source), least_ns, end))
+        return start, end
+
+    def happened(self, event: _CpuEvent) -> bool:
+        if self.failure is not None:
+            raise DeviceLostError(f"a stream of the CPU machine failed: {self.failure}") from self.failure
+        return event.happened
+
+    def wait(self, events: Sequence[_CpuEvent]) -> None:
+        while not any(event.happened for event in events):
+            self.news.get()
+
+    def time_ns(self, event: _CpuEvent) -> int:
+        return event.ns - self._epoch_ns
+
+    def now_ns(self) -> int:
+        return time.perf_counter_ns() - self._epoch_ns
+
+    def recycle(self, event: _CpuEvent) -> None:
+        """An event of this machine is a small object: the interpreter recycles it."""
+
+    def begin_forward(self) -> None:
+        """One clock for everything: no base to renew."""
+
+    def restart_clock(self) -> None:
+        self._epoch_ns = time.perf_counter_ns()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def synchronize(self) -> None:
+        for stream in (self._compute, self._link):
+            done = _CpuEvent()
+            stream.tasks.put((0, None, 0, _CpuEvent(), _nothing, 0, done))
+            self.wait([done])
+        if self.failure is not None:
+            raise DeviceLostError(f"a stream of the CPU machine failed: {self.failure}") from self.failure
+
+    def close(self) -> None:
+        for stream in (self._compute, self._link):
+            stream.tasks.put(None)
+            stream.join()
+        sys.setswitchinterval(self._switch_s)
+        torch.set_num_threads(self._num_threads)
+
+
+def _nothing() -> None:
+    """The work of a task that only marks a point in its stream."""
+
+
+def _sleep_until(due_ns: int) -> None:
+    left = due_ns - time.perf_counter_ns()
+    if left > _SLACK_NS:
+        time.sleep(left * 1e-9)
+
+
+def _sharpen_sleep() -> None:
+    """Linux rounds a thread's sleeps up by 50 us unless told otherwise; elsewhere this does nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(_SLACK_NS))

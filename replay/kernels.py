@@ -1,0 +1,271 @@
+"""Kernels of a model's true shapes without its weights: the bytes read and the operations done are the model's.
+
+Every kernel is a real matrix product (or several). A product over weights stored in fewer bits than the machine
+computes in (mxfp4 and int4 experts in bf16, anything in the CPU's float32) reads the true bytes as a narrower
+matrix and multiplies it with proportionally more rows, so that bytes and operations are both true; what is left
+out is the unpacking. Attention is one product of its weights' size, then two over the KV cache that read each
+cached value once. The router alone keeps its shape, since its result is read: its bytes are those of the machine's
+numbers. Softmax, norms and rotary embeddings are left out: they move little and belong to a stack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expertflow.forward import PREFILL, Forward
+from expertflow.model import GQA, ModelSpec
+from replay.pools import SlotPool
+
+Work = Callable[[], None]
+_SEED = 2_510_26730
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """A feed-forward block on weights of `num_bytes`: gate and up [hidden, up], down [middle, hidden]."""
+
+    hidden: int
+    middle: int
+    up: int
+    rows_per_token: float
+
+    @classmethod
+    def of(cls, matrices: int, hidden: int, num_bytes: float, params: int, dtype: torch.dtype) -> _Feed:
+        width = torch.finfo(dtype).bits // 8
+        middle = max(1, int(num_bytes // (matrices * hidden * width)))
+        true = params / (matrices * hidden)
+        return cls(hidden, middle, middle * (matrices - 1), max(1.0, true / middle))
+
+    @property
+    def num_values(self) -> int:
+        """Weights as this machine reads them."""
+        return self.hidden * (self.up + self.middle)
+
+    def rows(self, num_tokens: int) -> int:
+        """Rows that bring the operations up to those of `num_tokens` tokens."""
+        return max(1, round(num_tokens * self.rows_per_token))
+
+
+class _Block:
+    """Runs a feed-forward block; activations are allocated once."""
+
+    def __init__(self, feed: _Feed, max_tokens: int, like: torch.Tensor) -> None:
+        self.feed = feed
+        self.max_rows = feed.rows(max_tokens)
+        self.up = like.new_empty((self.max_rows, feed.up))
+        self.middle = like.new_empty((self.max_rows, feed.middle))
+        self.out = like.new_empty((self.max_rows, feed.hidden))
+
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two matrices in a flat stretch of weights."""
+        feed = self.feed
+        cut = feed.hidden * feed.up
+        return (values[:cut].view(feed.hidden, feed.up),
+                values[cut : cut + feed.middle * feed.hidden].view(feed.middle, feed.hidden))  # fmt: skip
+
+    def run(self, inputs: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> None:
+        """Over the first rows of `inputs` [max_rows, hidden]."""
+        rows, width = self.feed.rows(num_tokens), self.feed.middle
+        up, middle = self.up[:rows], self.middle[:rows]
+        torch.mm(inputs[:rows], weights[0], out=up)
+        if self.feed.up > width:
+            torch.mul(torch.nn.functional.silu(up[:, :width]), up[:, width:], out=middle)
+        else:
+            torch.clamp(up, min=0, out=middle)
+        torch.mm(middle, weights[1], out=self.out[:rows])
+
+
+class Kernels:
+    """All kernels of one model on one device. Work returned is launched later, by the device, in its own stream.
+
+    max_tokens: rows of the largest forward. max_context: KV tokens of all requests of a forward together.
+    """
+
+    def __init__(self, model: ModelSpec, slots: SlotPool, dtype: torch.dtype, max_tokens: int,
+                 max_context: int) -> None:  # fmt: skip
+        self.model = model
+        self._dtype = dtype
+        self._device = slots.bytes.device
+        # Traces give no weights: seeded numbers of their size. Zeros would compute faster than they do.
+        self._generator = torch.Generator(device=self._device).manual_seed(_SEED)
+        width = torch.finfo(dtype).bits // 8
+        hidden, matrices = model.hidden_size, model.expert_matrices
+        expert = _Feed.of(matrices, hidden, model.expert_bytes, model.expert_params, dtype)
+        if expert.num_values * width > model.expert_bytes:
+            raise ValueError(f"model {model.name}: an expert of {model.expert_bytes} bytes is too small to compute "
+                             f"with in {dtype}; choose a smaller scale")  # fmt: skip
+        self._max_tokens = max_tokens
+        self._inputs = self._random(max(expert.rows(max_tokens), max_tokens), hidden)
+        self._expert = _Block(expert, max_tokens, self._inputs)
+        self._slot_weights = [
+            self._expert.split(slots.slot(number)[: expert.num_values * width].view(dtype))
+            for number in range(slots.num_slots)
+        ]
+        self._shared = self._own_blocks(model.shared_params, model.num_layers)
+        self._dense = self._own_blocks(model.dense_params, model.num_dense_layers)
+        self._make_attention(max_context)
+        self._head_values = self._random(hidden, self._columns(model.head_params, model.embedding_bits))
+        self._head_out = self._outputs(model.head_params, self._head_values)
+        self._tokens = torch.zeros(max_tokens, dtype=torch.int64, device=self._device)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        made = torch.randn(*shape, generator=self._generator, dtype=torch.float32, device=self._device)
+        return made.mul_(0.02).to(self._dtype)
+
+    def _columns(self, params: int, bits: float) -> int:
+        """Columns of a [hidden, columns] matrix whose bytes are those of `params` weights."""
+        return max(1, round(params * bits / torch.finfo(self._dtype).bits / self.model.hidden_size))
+
+    def _outputs(self, params: int, values: torch.Tensor) -> torch.Tensor:
+        """Room for the product of the largest forward with `values`, which stand for `params` weights."""
+        rows = _rows(self._max_tokens, params, values)
+        if rows > self._inputs.shape[0]:
+            self._inputs = self._random(rows, self.model.hidden_size)
+        return self._inputs.new_empty((rows, values.shape[1]))
+
+    def _own_blocks(self, params: int, count: int) -> tuple[_Block, list[tuple[torch.Tensor, torch.Tensor]]] | None:
+        """Blocks that stay in GPU memory, one a layer: none would fit into a cache with the others."""
+        if not params or not count:
+            return None
+        model = self.model
+        feed = _Feed.of(model.expert_matrices, model.hidden_size, params * model.weight_bits / 8, params, self._dtype)
+        block = _Block(feed, self._max_tokens, self._inputs)
+        if block.max_rows > self._inputs.shape[0]:
+            self._inputs = self._random(block.max_rows, model.hidden_size)
+        return block, [block.split(self._random(feed.num_values)) for _ in range(count)]
+
+    def _make_attention(self, max_context: int) -> None:
+        model = self.model
+        columns = self._columns(model.attention_params, model.weight_bits)
+        self._attention_weights = [
+            self._random(model.hidden_size, columns) for _ in range(model.num_layers + model.num_dense_layers)
+        ]
+        self._attention_out = self._outputs(model.attention_params, self._attention_weights[0])
+        self._router = [self._random(model.hidden_size, model.num_experts) for _ in range(model.num_layers)]
+        self._logits = self._inputs.new_empty((self._max_tokens, model.num_experts))
+        self._values = self._inputs.new_empty((self._max_tokens, model.top_k))
+        self.routing = torch.zeros((self._max_tokens, model.top_k), dtype=torch.int64, device=self._device)
+        # Keys and values of a GQA cache stand one after the other; MLA reads its one latent for both.
+        self._is_gqa = model.attention == GQA
+        if self._is_gqa:
+            self._group = model.num_heads // model.num_kv_heads
+            key_width = self._value_width = model.num_kv_heads * model.head_dim
+        else:
+            self._group = model.num_heads
+            key_width, self._value_width = model.kv_rank + model.rope_dim, model.kv_rank
+        self._column_flops = 2 * (key_width + self._value_width)
+        self._kv = [
+            self._random(self._cached_rows(self._kv_tokens(layer, max_context)) * (2 if self._is_gqa else 1), key_width)
+            for layer in range(model.num_layers)
+        ]
+        bits = torch.finfo(self._dtype).bits
+        self._queries = self._random(key_width, math.ceil(self._group * self._max_tokens * bits / model.kv_bits))
+
+    def _kv_tokens(self, layer: int, max_context: int) -> int:
+        model = self.model
+        return min(max_context, model.window * self._max_tokens) if model.is_windowed(layer) else max_context
+
+    def _cached_rows(self, tokens: int) -> int:
+        """Rows of this machine's numbers that are as many bytes as the keys (or the latents) of `tokens`."""
+        return max(1, math.ceil(tokens * self.model.kv_bits / torch.finfo(self._dtype).bits))
+
+    def attention(self, layer: int, forward: Forward) -> Work:
+        """Attention and router of MoE layer `layer`; leading dense layers run before layer 0."""
+        num_tokens = len(forward.rows)
+        window = self.model.window if self.model.is_windowed(layer) else None
+        lens = forward.kv_lens if window is None else [min(kv_len, window) for kv_len in forward.kv_lens]
+        prefill = forward.phase == PREFILL
+        pairs = cached = sum(lens)
+        if prefill:
+            cached = max(forward.kv_lens[-1] if window is None else len(lens) + lens[0] - 1, 1)
+        rows = self._cached_rows(cached)
+        columns = max(1, round(self._context_flops(pairs, cached - num_tokens, prefill) / (self._column_flops * rows)))
+        dense = self._dense if layer == 0 else None
+        index = layer + self.model.num_dense_layers
+
+        def work() -> None:
+            if dense is not None:
+                block, weights = dense
+                for place, pair in enumerate(weights):
+                    self._attend(place, layer, num_tokens, rows, columns)
+                    block.run(self._inputs, pair, num_tokens)
+            self._attend(index, layer, num_tokens, rows, columns)
+            logits = self._logits[:num_tokens]
+            torch.mm(self._inputs[:num_tokens], self._router[layer], out=logits)
+            torch.topk(logits, self.model.top_k, out=(self._values[:num_tokens], self.routing[:num_tokens]))
+
+        return work
+
+    def _context_flops(self, pairs: int, earlier: int, prefill: bool) -> int:
+        """Operations over the cache, for so many (query, key) pairs. MLA prefills on expanded keys and values, and
+        expands those of `earlier` tokens anew; it decodes on the compressed ones (see `sim.kernels`)."""
+        model = self.model
+        if prefill and not self._is_gqa:
+            flops = 2 * model.num_heads * (model.nope_dim + model.rope_dim + model.v_dim)
+            return pairs * flops + earlier * 2 * model.kv_up_params
+        return pairs * self._group * self._column_flops
+
+    def _attend(self, index: int, layer: int, num_tokens: int, rows: int, columns: int) -> None:
+        weights, cache = self._attention_weights[index], self._kv[layer]
+        above = _rows(num_tokens, self.model.attention_params, weights)
+        torch.mm(self._inputs[:above], weights, out=self._attention_out[:above])
+        keys = cache[:rows]
+        values = cache[rows : 2 * rows] if self._is_gqa else cache[:rows, : self._value_width]
+        # More columns than a forward has queries come from an expansion: piece by piece, or memory would run out.
+        widest = self._queries.shape[1]
+        for first in range(0, columns, widest):
+            scores = torch.mm(keys, self._queries[:, : min(widest, columns - first)])
+            torch.mm(scores.t(), values)
+
+    def experts(self, layer: int, slots: Sequence[int], tokens: Sequence[int], shared: bool, num_tokens: int) -> Work:
+        """Routed experts in `slots`, each over its number of `tokens`, after the shared ones over `num_tokens`."""
+        expert, weights, inputs = self._expert, self._slot_weights, self._inputs
+        resident = self._shared if shared else None
+
+        def work() -> None:
+            if resident is not None:
+                block, pairs = resident
+                block.run(inputs, pairs[layer], num_tokens)
+            for slot, count in zip(slots, tokens, strict=True):
+                expert.run(inputs, weights[slot], count)
+
+        return work
+
+    def head(self, num_rows: int) -> Work:
+        """Logits of the rows that emit a token, and the greedy token of each."""
+
+        def work() -> None:
+            if num_rows:
+                rows = _rows(num_rows, self.model.head_params, self._head_values)
+                torch.mm(self._inputs[:rows], self._head_values, out=self._head_out[:rows])
+                torch.argmax(self._head_out[:num_rows], dim=1, out=self._tokens[:num_rows])
+
+        return work
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Sampled tokens [max_tokens] int64, on the device."""
+        return self._tokens
+
+
+def _rows(num_tokens: int, params: int, values: torch.Tensor) -> int:
+    """Rows that bring the operations of a product with `values` up to those of `num_tokens` tokens and `params`."""
+    return max(num_tokens, round(num_tokens * params / values.numel()))
+
+
+def kernel_bytes(model: ModelSpec, dtype: torch.dtype, max_tokens: int, max_context: int) -> Mapping[str, int]:
+    """GPU memory that `Kernels` takes beside the slots, in bytes, by part; an estimate from above."""
+    width = torch.finfo(dtype).bits // 8
+    rows = max_tokens * max(16 / model.expert_bits, 1.0) * width / 2
+    widest = max(model.expert_intermediate, model.shared_intermediate, model.dense_intermediate)
+    wide = 2 * model.hidden_size + 3 * widest
+    return {
+        "weights": model.non_expert_bytes,
+        "KV": 2 * model.kv_bytes(max_context) + max_tokens * model.num_heads * max(max_context, 1) * width,
+        "activations": int(rows * wide * width * 2 + max_tokens * model.vocab_size * width),
+        "workspace": 256 << 20,
+    }

@@ -1,0 +1,139 @@
+"""Where the host's time goes in a real run: wraps a machine and takes the time around every call.
+
+What a simulation charges the host with is measured in place, with the same policy, not guessed from parts. Means
+leave out the slowest hundredth, which on a shared host is its neighbours' doing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from expertflow.forward import Forward
+from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
+from replay.machine import RealMachine
+
+_CALL, _WAKE = 0, 1
+
+
+def steady_mean(values: Sequence[float]) -> float:
+    """Mean of all but the slowest hundredth; 0 of none."""
+    kept = sorted(values)[: max(1, len(values) - len(values) // 100)]
+    return sum(kept) / len(kept) if values else 0.0
+
+
+class HostProbe:
+    """A machine like the one inside it. `samples`: host times in ns by what they were spent on.
+
+    attention, head: one launch. experts[n]: one launch of n experts without, experts_shared[n] with the shared one.
+    issue: one copy, and what the runtime does between copies of a burst. classify: from the routing known to the
+    next call. observe: from any other wake to the next call or wait. decide: from the launch before the decision to
+    its end. forward: from the forward's begin to its first launch. gate_sync, token_sync: from the device's end of
+    the kernel to the host's knowing. first_kernel: from the call of a launch on an idle stream to the kernel's start.
+    """
+
+    def __init__(self, machine: RealMachine) -> None:
+        self._machine = machine
+        self.device = machine.device
+        self.samples: dict[str, list[float]] = defaultdict(list)
+        self._last = (_CALL, "", 0)
+        self._launched_at: dict[int, int] = {}
+        self._stream_end_ns = 0
+
+    def _enter(self, name: str) -> int:
+        now = time.perf_counter_ns()
+        kind, what, at = self._last
+        if kind == _WAKE:
+            self.samples["classify" if what == "gate" else "observe"].append(now - at)
+        elif name == "copy" and what == "copy":
+            self.samples["issue_gap"].append(now - at)
+        elif name == "decided" and what == "experts":
+            self.samples["decide"].append(now - at)
+        elif what == "begin_forward":
+            self.samples["forward"].append(now - at)
+        return now
+
+    def _leave(self, name: str, entered: int, sample: str | None = None) -> None:
+        now = time.perf_counter_ns()
+        if sample is not None:
+            self.samples[sample].append(now - entered)
+        self._last = (_CALL, name, now)
+
+    def begin_forward(self, forward: Forward) -> None:
+        """As the machine's."""
+        entered = self._enter("begin_forward")
+        self._machine.begin_forward(forward)
+        self._leave("begin_forward", entered)
+
+    def attention(self, layer: int) -> int:
+        """As the machine's."""
+        entered, at = self._enter("attention"), self.device.now_ns()
+        mark = self._machine.attention(layer)
+        self._launched_at[mark] = at
+        self._leave("attention", entered, "attention")
+        return mark
+
+    def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        """As the machine's."""
+        entered, at = self._enter("experts"), self.device.now_ns()
+        mark = self._machine.experts(layer, keys, counts, shared)
+        self._launched_at[mark] = at
+        self._leave("experts", entered, f"experts{'_shared' if shared else ''}[{len(keys)}]")
+        return mark
+
+    def head(self) -> int:
+        """As the machine's."""
+        entered = self._enter("head")
+        mark = self._machine.head()
+        self._leave("head", entered, "head")
+        return mark
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        """As the machine's."""
+        entered = self._enter("copy")
+        self._machine.copy(load, chunk, key, slot, num_bytes, after)
+        self._leave("copy", entered, "issue")
+
+    def decided(self, wants: Sequence[int]) -> None:
+        """As the machine's."""
+        self._enter("decided")
+        self._machine.decided(wants)
+        self._leave("decided", 0)
+
+    def wait(self, wait: Wait) -> Record:
+        """As the machine's."""
+        self._enter("wait")
+        record = self._machine.wait(wait)
+        marks = record[2]
+        for mark, start_ns, end_ns in marks:
+            at = self._launched_at.pop(mark, None)
+            if at is not None and at >= self._stream_end_ns:
+                pad = self._machine.layer_pad_ns
+                self.samples["first_kernel"].append(start_ns - at - (pad if start_ns - at > pad else 0))
+            self._stream_end_ns = end_ns
+        known = bool(marks) and marks[-1][0] == wait[1] and wait[0] != LOAD
+        if known:
+            # The host learns of it through the machine's clock; when it came back is what counts.
+            name = {GATE: "gate_sync", TOKEN: "token_sync"}[wait[0]]
+            self.samples[name].append(self.device.now_ns() - marks[-1][2])
+        self._last = (_WAKE, "gate" if known and wait[0] == GATE else "load", time.perf_counter_ns())
+        return record
+
+    def means(self) -> dict[str, float]:
+        """Mean of each kind of sample, in ns."""
+        return {name: steady_mean(values) for name, values in sorted(self.samples.items())}
+
+
+def line_through(points: Mapping[int, float]) -> tuple[float, float]:
+    """(cost at 0, cost of one more) of the least-squares line through points by count; one point: all is per count."""
+    if not points:
+        return 0.0, 0.0
+    if len(points) == 1:
+        ((count, cost),) = points.items()
+        return 0.0, cost / max(count, 1)
+    mean_x = sum(points) / len(points)
+    mean_y = sum(points.values()) / len(points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points.items()) / sum((x - mean_x) ** 2 for x in points)
+    slope = max(slope, 0.0)
+    return max(mean_y - slope * mean_x, 0.0), slope

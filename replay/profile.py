@@ -1,0 +1,147 @@
+"""From a calibration's raw record to what a simulation reads: `conf/hardware/NAME.yaml` and `conf/stack/NAME.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from replay.probe import steady_mean
+from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
+
+DEFAULT_POLICY = "adaptive"
+"""Whose costs stand in the profile; a validation takes each policy's own."""
+
+_HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
+_STACK_COSTS = ("attention_launch_ns", "expert_launch_ns", "shared_launch_ns", "head_launch_ns", "classify_ns",
+                "observe_ns", "forward_ns")  # fmt: skip
+
+
+def link_curve(rows: list[dict[str, Any]]) -> tuple[int, list[list[float]]]:
+    """(latency ns, points [bytes, GB/s] without it) of copies in a row: the first two sizes give the latency."""
+    first, second = rows[0], rows[1]
+    slope = (second["in_a_row_ns"] - first["in_a_row_ns"]) / (second["bytes"] - first["bytes"])
+    latency = max(0, min(round(first["in_a_row_ns"] - slope * first["bytes"]), round(0.9 * first["in_a_row_ns"])))
+    least = min(row["in_a_row_ns"] for row in rows)
+    latency = min(latency, round(0.9 * least))
+    return latency, [[row["bytes"], row["bytes"] / (row["in_a_row_ns"] - latency)] for row in rows]
+
+
+def host_costs(samples: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
+    """Hardware and stack costs in ns of one policy's run in place. samples: {kind: {mean, count}} of a `HostProbe`."""
+
+    def mean(name: str) -> float:
+        return samples[name]["mean"] if name in samples else 0.0
+
+    rows = {name: row for name, row in samples.items() if name.startswith("experts") and row["count"] >= 8}
+    # How much of a launch passes before its first kernel is on its way cannot be seen: at most the cheapest launch.
+    launch = min(mean("first_kernel"), mean("head"), mean("attention"), *(row["mean"] for row in rows.values()))
+    plain = _per_expert({name: row for name, row in rows.items() if "_shared" not in name}, launch)
+    shared = _per_expert({name: row for name, row in rows.items() if "_shared" in name}, launch)
+    issues = samples.get("issue", {"count": 0})["count"]
+    gaps = samples.get("issue_gap", {"count": 0})["count"]
+    found = {
+        "launch_host_ns": launch,
+        "launch_latency_ns": max(mean("first_kernel") - launch, 0.0),
+        "issue_copy_ns": mean("issue") + (mean("issue_gap") * gaps / issues if issues else 0.0),
+        "gate_sync_ns": mean("gate_sync"),
+        "token_sync_ns": mean("token_sync"),
+        "decide_ns": mean("decide"),
+        "attention_launch_ns": max(mean("attention") - launch, 0.0),
+        "expert_launch_ns": plain or shared,
+        "shared_launch_ns": 0.0,
+        "head_launch_ns": max(mean("head") - launch, 0.0),
+        "classify_ns": mean("classify"),
+        "observe_ns": mean("observe"),
+        "forward_ns": mean("forward"),
+    }
+    if plain and shared:
+        # What the launches with the shared experts cost beyond their routed ones.
+        extra = [(row["mean"] - launch - plain * _count(name), row["count"]) for name, row in rows.items()
+                 if "_shared" in name]  # fmt: skip
+        found["shared_launch_ns"] = max(sum(cost * n for cost, n in extra) / sum(n for _, n in extra), 0.0)
+    return {name: round(cost) for name, cost in found.items()}
+
+
+def _count(name: str) -> int:
+    return int(name[name.index("[") + 1 : -1])
+
+
+def _per_expert(rows: Mapping[str, Mapping[str, float]], launch: float) -> float:
+    """Least squares through `launch` at no expert."""
+    weights = [(row["count"], _count(name), row["mean"] - launch) for name, row in rows.items() if _count(name)]
+    square = sum(n * count**2 for n, count, _ in weights)
+    return max(sum(n * count * cost for n, count, cost in weights) / square, 0.0) if square else 0.0
+
+
+def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Mean and count of each kind of sample, as it goes into the record."""
+    return {name: {"mean": steady_mean(values), "count": len(values)} for name, values in sorted(samples.items())}
+
+
+def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two configuration files of a calibration, as plain mappings."""
+    costs = host_costs(_host(raw, None, DEFAULT_POLICY))
+    latency, curve = link_curve(raw["link"])
+    expert = next(iter(raw["beside"].values()))
+    # One rate for every size: that of a chunk as the runs cut them by default.
+    chunk = (4 << 20) / raw["scale"] ** 2
+    row = min(raw["link"], key=lambda row: abs(row["bytes"] - chunk))
+    pageable = row["bytes"] / row["pageable_ns"]
+    slowdown = max(1.0, (expert["busy_ns"] - latency) / max(expert["idle_ns"] - latency, 1.0))
+    device = raw["device"]
+    how = f"measured {raw['date']} by python -m replay.calibrate on {device['name']}, torch {device['torch']}"
+    hardware: dict[str, Any] = {
+        "name": name,
+        "memory_gb": round(raw["memory_gb"], 3),
+        "memory_gb_per_s": round(raw["memory_gb_per_s"], 3),
+        "tflops": round(raw["matrix_tflops"], 6),
+        "memory_efficiency": 1.0,
+        "compute_efficiency": 1.0,
+        "link_gb_per_s": [[size, round(rate, 6)] for size, rate in curve],
+        "link_latency_ns": latency,
+        "pageable_gb_per_s": round(pageable, 6),
+        "link_slowdown": round(slowdown, 4),
+        **{key: costs[key] for key in _HARDWARE_COSTS},
+        "kernel_ns": raw["kernels"],
+    }
+    texts = {
+        "memory_gb": "as the device reports it",
+        "memory_gb_per_s": "one large copy inside the device, bytes read plus bytes written",
+        "tflops": "one large matrix product",
+        "memory_efficiency": "definition: the figure it belongs to is measured, not a peak",
+        "compute_efficiency": "definition: the figure it belongs to is measured, not a peak",
+        "link_gb_per_s": "copies of each size in a row",
+        "link_latency_ns": "the part of the smallest copies' time that does not grow with size",
+        "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
+        "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
+        "kernel_ns": "each kernel of the model's shapes, the host's time hidden",
+        "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
+    }
+    hardware["sources"] = {key: f"{how}: {texts.get(key, 'mean of a replay in place')}"
+                           for key in hardware if key != "name"}  # fmt: skip
+    stack: dict[str, Any] = {"name": name, "layer_overhead_ns": 0, "head_overhead_ns": 0}
+    stack |= {key: costs[key] for key in _STACK_COSTS}
+    stack["sources"] = {key: f"{how}: mean of a replay in place" for key in stack if key != "name"}
+    stack["sources"] |= dict.fromkeys(("layer_overhead_ns", "head_overhead_ns"), "definition: a replay adds none")
+    return hardware, stack
+
+
+def _host(raw: Mapping[str, Any], model: str | None, policy: str) -> Mapping[str, Mapping[str, float]]:
+    """The samples of one run in place; a model or policy that was not measured takes the nearest that was."""
+    by_model = raw["host"]
+    by_policy = by_model.get(model) or next(iter(by_model.values()))
+    found: Mapping[str, Mapping[str, float]] = by_policy.get(policy) or next(iter(by_policy.values()))
+    return found
+
+
+def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, stack: Stack) -> tuple[Hardware, Stack]:
+    """Hardware and stack to simulate a replay of `policy` under `stack` with: its own host costs, pads as they last."""
+    plain_hardware, plain_stack = profiles(raw, name)
+    hardware, found = hardware_from_dict(plain_hardware), stack_from_dict(plain_stack)
+    costs = host_costs(_host(raw, model, policy))
+    known = {field.name for field in fields(Hardware)}
+    hardware = replace(hardware, **{key: cost for key, cost in costs.items() if key in known})  # type: ignore[arg-type]
+    pads = {key: round(getattr(stack, key) * raw["pad_share"]) for key in ("layer_overhead_ns", "head_overhead_ns")}
+    own: dict[str, Any] = {key: costs[key] for key in _STACK_COSTS} | pads
+    return hardware, replace(found, **own)

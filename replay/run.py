@@ -1,0 +1,133 @@
+"""One policy over one workload on a real machine."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from expertflow.forward import Forward
+from expertflow.metrics import collect_metrics
+from expertflow.observer import Observer
+from expertflow.policy import Policy
+from expertflow.runtime import Runtime
+from replay.device import Device, DeviceLostError
+from replay.drive import drive
+from replay.faults import FaultyDevice
+from replay.log import LogWriter
+from replay.rig import Needs, Rig
+from replay.scale import scaled_model
+from replay.stamps import WrongStamp
+from sim.setup import Transfer, Workload, load_chunks, run_config
+
+_FORWARDS_AHEAD = 8192
+"""Forwards are built before the clock starts, as far as memory allows: building one takes host time."""
+
+
+class PartialRunError(RuntimeError):
+    """The device was lost midway; `metrics` holds what was measured until then."""
+
+    def __init__(self, message: str, metrics: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.metrics = metrics
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """What the stamps said. A check is one chunk's stamp, before or after one launch."""
+
+    num_executions: int
+    num_checks: int
+    num_wrong: int
+    first: WrongStamp | None
+
+
+def scaled_workload(work: Workload, scale: int) -> Workload:
+    """`work` with a model whose widths are divided by `scale`, and chunks as many as before."""
+    if scale == 1:
+        return work
+    return replace(work, model=scaled_model(work.model, scale), chunk_mib=work.chunk_mib / scale**2)
+
+
+def needs_of(work: Workload, policy: Policy, transfer: Transfer) -> Needs:
+    """Slots, rows and KV tokens of a run."""
+    pools = work.model.num_layers if policy.eviction.scope == "layer" else 1
+    max_tokens = max_context = 1
+    for forward in work.batches:
+        max_tokens = max(max_tokens, len(forward.rows))
+        context = forward.kv_lens[-1] if forward.phase == "prefill" else sum(forward.kv_lens)
+        max_context = max(max_context, context)
+    return Needs(work.num_slots + transfer.staging_slots * pools, max_tokens, max_context)
+
+
+def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer] = (),
+                  *, verify: bool = False, log: LogWriter | None = None,
+                  fault: tuple[str, int] | None = None) -> tuple[dict[str, Any], Integrity | None]:  # fmt: skip
+    """Run `policy` over `work` on `rig`: the metrics of `expertflow.metrics`, and what the stamps said if verified.
+
+    PartialRunError if the device is lost on the way.
+    """
+    device: Device = rig.device if fault is None else FaultyDevice(rig.device, *fault)
+    chunk_bytes = load_chunks(work)
+    machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
+    config = run_config(work, transfer, chunk_bytes)
+    runtime = Runtime(config, machine, policy, _ahead(iter(work.batches)), observers)
+    stamps = machine.stamps
+    try:
+        machine.preload(runtime.slots.slot_of)
+        machine.warm_up(next(iter(work.batches)))
+        device.restart_clock()
+        with steady():
+            drive(runtime, machine, log)
+        device.synchronize()
+        if stamps is not None:
+            stamps.collect()
+    except DeviceLostError as error:
+        raise PartialRunError(str(error), _so_far(runtime)) from error
+    if stamps is None or not stamps.num_wrong:
+        runtime.check_identities()
+    if work.warmup_forwards >= runtime.counters.num_forwards:
+        raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
+                         f"{runtime.counters.num_forwards} forwards")  # fmt: skip
+    metrics = collect_metrics(runtime)
+    if stamps is None:
+        return metrics, None
+    return metrics, Integrity(stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
+
+
+def _so_far(runtime: Runtime) -> dict[str, Any]:
+    """Of a run that broke off: everything up to its last whole forward that does not need the end."""
+    counters, journal = runtime.counters, runtime.journal
+    gaps = journal.gaps_ns
+    return {
+        "partial": True,
+        "num_tokens": journal.num_tokens,
+        "num_forwards": counters.num_forwards,
+        "elapsed_ns": counters.elapsed_ns,
+        "tpot_ms_mean": sum(gaps) / len(gaps) / 1e6 if len(gaps) else None,
+        "num_accesses": counters.num_accesses,
+        "num_hits": counters.num_hits,
+    }
+
+
+def _ahead(forwards: Iterator[Forward]) -> Iterator[Forward]:
+    while block := list(islice(forwards, _FORWARDS_AHEAD)):
+        yield from block
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """No garbage collection while the clock runs: it stops the host for milliseconds."""
+    gc.collect()
+    gc.freeze()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.unfreeze()

@@ -1,0 +1,219 @@
+"""What the lockstep tests share: logged runs on a simulated machine that blocks, and logs written event by event."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from expertflow.forward import Forward
+from expertflow.machine import LOAD, Record, Wait
+from expertflow.runtime import RunConfig, Runtime
+from replay.drive import drive
+from replay.lockstep import LockstepResult, check_log
+from replay.log import (
+    FORMAT,
+    VALUES_PER_GROUP,
+    Attention,
+    Copy,
+    Decided,
+    Event,
+    Experts,
+    Head,
+    LoggedForward,
+    LoggingMachine,
+    LogHeader,
+    LogReader,
+    LogWriter,
+    Told,
+    Waited,
+)
+from sim.configure import configure
+from sim.kernels import KernelTimes
+from sim.link import Link
+from sim.machine import HostCosts, SimMachine
+from sim.setup import Workload, load_chunks, make_policy, make_workload, run_config
+
+
+class LostError(RuntimeError):
+    """The machine has gone away in the middle of a run."""
+
+
+class BlockingSim(SimMachine):
+    """A simulated machine that is waited for; `noise` makes its times as uneven as a real one's.
+
+    lost_at: the wait, counted from 0, in which it goes away.
+    """
+
+    noise: random.Random | None = None
+    lost_at = -1
+    num_waits = 0
+
+    def _enqueue(self, duration_ns: int, gap_ns: int) -> int:
+        extra = self.noise.randrange(20_000) if self.noise else 0
+        return super()._enqueue(duration_ns + extra, gap_ns)
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        if self.noise:
+            self._link_free_ns += self.noise.randrange(20_000)
+        super().copy(load, chunk, key, slot, num_bytes, after)
+
+    def wait(self, wait: Wait) -> Record:
+        if self.num_waits == self.lost_at:
+            raise LostError("the device is gone")
+        self.num_waits += 1
+        return self.record(self.wake_ns(wait) + (self.noise.randrange(20_000) if self.noise else 0))
+
+
+@dataclass
+class Job:
+    """A configuration, what it makes, and how a fresh policy of it is made."""
+
+    overrides: list[str]
+    config: dict[str, Any]
+    work: Workload
+
+    @classmethod
+    def of(cls, *overrides: str) -> Job:
+        """Of the words of a command line."""
+        config = configure(list(overrides))
+        return cls(list(overrides), config, make_workload(config))
+
+    def runtime(self, *, noisy: bool = False, lost_at: int = -1) -> tuple[Runtime, BlockingSim]:
+        """A runtime with a fresh policy and its machine."""
+        work = self.work
+        policy, transfer = make_policy(self.config["policy"], work, self.config["seed"])
+        chunks = load_chunks(work)
+        link = Link(work.hardware, memory=transfer.memory)
+        kernels = KernelTimes(work.model, work.hardware, work.stack)
+        machine = BlockingSim(kernels, link, HostCosts.of(work.hardware, work.stack), chunks)
+        machine.noise = random.Random(5) if noisy else None
+        machine.lost_at = lost_at
+        return Runtime(run_config(work, transfer, chunks), machine, policy, work.batches), machine
+
+    def log(self, path: Path, *, noisy: bool = False, lost_at: int = -1, more: Mapping[str, Any] | None = None,
+            values_per_group: int = VALUES_PER_GROUP) -> Path:  # fmt: skip
+        """Run and log to `path`; with `lost_at` the machine goes away midway and the log is kept. more: config keys."""
+        runtime, machine = self.runtime(noisy=noisy, lost_at=lost_at)
+        config = {**self.config, **(more or {})}
+        header = LogHeader("sim", config, self.overrides, runtime.config, self.work.trace_sha256)
+        with LogWriter(path, header, values_per_group) as writer:
+            try:
+                drive(runtime, machine, writer)
+            except LostError:
+                if lost_at < 0:
+                    raise
+        return path
+
+    def check(self, path: Path) -> LockstepResult:
+        """Lockstep with a fresh policy over the same workload."""
+        policy, _ = make_policy(self.config["policy"], self.work, self.config["seed"])
+        with LogReader(path) as reader:
+            return check_log(reader, self.work, policy)
+
+
+# -- logs without a run --------------------------------------------------------------------------------------
+
+
+SMALL_RUN = RunConfig(num_layers=3, num_experts=8, top_k=2, num_slots=6, chunk_bytes=(40, 20), num_staging=1)
+
+
+def small_header(**given: Any) -> LogHeader:
+    """A header of `SMALL_RUN` with an empty configuration."""
+    return LogHeader(**{"world": "sim", "config": {}, "overrides": [], "run": SMALL_RUN, "trace_sha256": "0" * 64,
+                        **given})  # fmt: skip
+
+
+class _Silent:
+    """Answers every launch with the mark it is told."""
+
+    mark = 0
+
+    def begin_forward(self, forward: Forward) -> None:
+        pass
+
+    def attention(self, layer: int) -> int:
+        return self.mark
+
+    def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        return self.mark
+
+    def head(self) -> int:
+        return self.mark
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        pass
+
+    def decided(self, wants: Sequence[int]) -> None:
+        pass
+
+
+def write_events(path: Path, header: LogHeader, forwards: Iterable[LoggedForward],
+                 values_per_group: int = VALUES_PER_GROUP) -> Path:  # fmt: skip
+    """A log in which exactly these events crossed, by the calls that a run would make."""
+    machine = _Silent()
+    with LogWriter(path, header, values_per_group) as writer:
+        logging = LoggingMachine(machine, writer)
+        for forward in forwards:
+            logging.begin_forward(cast(Forward, SimpleNamespace(index=forward.index)))
+            for event in forward.events:
+                if isinstance(event, Attention | Experts | Head):
+                    machine.mark = event.mark
+                if isinstance(event, Attention):
+                    logging.attention(event.layer)
+                elif isinstance(event, Experts):
+                    counts = None if event.counts is None else dict(zip(event.keys, event.counts, strict=True))
+                    logging.experts(event.layer, event.keys, counts, event.shared)
+                elif isinstance(event, Head):
+                    logging.head()
+                elif isinstance(event, Copy):
+                    logging.copy(*event)
+                elif isinstance(event, Decided):
+                    logging.decided(event.wants)
+                elif isinstance(event, Waited):
+                    logging.waited((event.kind, event.ident, event.drain))
+                else:
+                    logging.answered((event.now_ns, event.chunks, event.marks))
+        logging.flush()
+    return path
+
+
+def read_events(path: Path) -> list[LoggedForward]:
+    """The whole log."""
+    with LogReader(path) as reader:
+        return list(reader)
+
+
+def rewritten(path: Path, target: Path, change: Callable[[list[LoggedForward]], None]) -> Path:
+    """The log with events changed in place by `change`, sealed anew: as a forger with the writer would do."""
+    with LogReader(path) as reader:
+        header, forwards = reader.header, list(reader)
+    change(forwards)
+    return write_events(target, header, forwards)
+
+
+def edited(path: Path, target: Path, change: Callable[[dict[str, list[Any]]], None], *,
+           header: bytes | None = None) -> Path:  # fmt: skip
+    """The file with columns (lists by name) changed in place by `change`, its checksums left as they are."""
+    table = pq.read_table(path)
+    columns = table.to_pydict()
+    change(columns)
+    schema = table.schema if header is None else table.schema.with_metadata({FORMAT: header})
+    pq.write_table(pa.table(columns, schema=schema), target)
+    return target
+
+
+def some_forwards() -> list[LoggedForward]:
+    """Two forwards that hold every kind of event."""
+    events: list[Event] = [Attention(0, 1), Waited(0, 1, True), Told(500, ((1, 0, 100, 200),), ((1, 0, 490),)),
+              Copy(2, 1, 7, 3, 20, 1), Experts(0, (5, 7), (2, 1), True, 2), Experts(0, (6,), None, False, 3),
+              Decided((9, 8)), Waited(LOAD, 2, False), Told(900, (), ((2, 500, 600), (3, 600, 700))), Head(4),
+              Waited(1, 4, False), Told(1000, (), ((4, 900, 990),))]  # fmt: skip
+    later: list[Event] = [Attention(0, 5), Waited(0, 5, False), Told(1500, (), ((5, 1000, 1400),)), Decided(())]
+    return [LoggedForward(0, events), LoggedForward(1, later)]

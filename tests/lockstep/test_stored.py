@@ -1,0 +1,28 @@
+"""Logs stored in the past: today's policies decide as those did that were driven by a machine then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from replay.lockstep import check
+from replay.log import LogReader
+from tests.lockstep.store import STORED
+
+LOGS = sorted(STORED.glob("*.parquet"))
+
+
+def test_there_are_logs() -> None:
+    assert "sim-lru" in [path.stem for path in LOGS]
+
+
+@pytest.mark.parametrize("path", LOGS, ids=lambda path: path.stem)
+def test_stored_log_is_equal(path: Path) -> None:
+    result = check(path)
+    assert result.difference is None, result.line()
+    with LogReader(path) as reader:
+        whole = reader.num_forwards
+    assert result.num_forwards in (whole, whole - 1)
+    assert (result.num_forwards == whole) or result.partial is not None
+    assert result.num_decisions > 0
