@@ -15,11 +15,9 @@ Exit code: 0 the budget holds (or was not asked for), 1 it does not, 2 a user's 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +25,7 @@ from typing import Any, NoReturn
 from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
+from replay.steady import steady
 from sim.configure import configure
 from sim.errors import one_line
 from sim.host_bound import machine_for
@@ -234,25 +233,10 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
     view = runtime.view
     watch.event_of = lambda: view.event
     watch.reach_of = lambda: max(distances(), default=0)
-    with _steady():
+    with steady():
         simulate(runtime, machine)
     runtime.check_identities()
     return watch
-
-
-@contextmanager
-def _steady() -> Iterator[None]:
-    """As a real machine runs: a garbage collection would be booked to whichever layer it hits."""
-    gc.collect()
-    gc.freeze()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-        gc.unfreeze()
 
 
 def measure_decisions(work: Workload, policy: Policy, transfer: Transfer,

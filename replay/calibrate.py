@@ -40,11 +40,13 @@ from replay.memory import available_bytes
 from replay.probe import HostProbe
 from replay.profile import profiles, summary
 from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
-from replay.run import needs_of, scaled_workload, steady
+from replay.run import needs_of, scaled_workload
 from replay.scale import scaled_model
 from replay.settings import CPU_SCALE
 from replay.standin import standin_trace
+from replay.steady import steady
 from sim.configure import configure
+from sim.errors import one_line
 from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
@@ -86,7 +88,7 @@ def measure_host(device: Device, model: ModelSpec, policies: Sequence[str], scal
         policy, transfer = make_policy(cfg["policy"], full, 0)
         needs = needs_of(work, policy, transfer)
         if rig is None or needs.num_slots > rig.needs.num_slots:
-            rig = Rig(device, work.model, needs, None, transfer.memory == "pinned")
+            rig = Rig(device, work.model, needs, _host_budget_gb(work.model), transfer.memory == "pinned")
         chunk_bytes = load_chunks(work)
         machine = rig.machine(chunk_bytes, work.stack, transfer.memory)
         probe = HostProbe(machine)
@@ -99,6 +101,12 @@ def measure_host(device: Device, model: ModelSpec, policies: Sequence[str], scal
         found[name] = summary(probe.samples)
         say(f"  {name}: {runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6:.2f} ms a token in place")
     return found
+
+
+def _host_budget_gb(model: ModelSpec) -> float | None:
+    """A few GB do: which buffer a copy is from makes no difference to its time, and pinning takes long."""
+    enough = 4.0
+    return enough if model.total_expert_bytes > enough * 1e9 and available_bytes() > 2 * enough * 1e9 else None
 
 
 def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], scale: int, *, quick: bool = False,
@@ -211,6 +219,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def scale_of(given: int | None, machine: str) -> int:
+    """What the models' widths are divided by."""
+    if given is not None and not 1 <= given <= 1024:
+        raise ValueError(f"--scale={given} must be from 1 to 1024")
+    return given or (1 if machine == "cuda" else CPU_SCALE)
+
+
 def main(words: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m replay.calibrate", description=__doc__)
@@ -225,17 +240,25 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     try:
         name = check_name(args.name)
+        policies, models = args.policies.split(","), args.models.split(",")
+        for policy in policies:
+            configure(["+hardware=a100", f"+policy={policy}"])
+        for model in models:
+            named_model(model)
         machine = choose_machine(args.machine)
-        scale = args.scale or (1 if machine == "cuda" else CPU_SCALE)
+        scale = scale_of(args.scale, machine)
         device = make_device(machine, args.throttle)
         try:
-            raw = calibrate(device, args.models.split(","), args.policies.split(","), scale, quick=args.quick)
+            raw = calibrate(device, models, policies, scale, quick=args.quick)
         finally:
             device.close()
         raw["provenance"] = provenance(sys.argv[1:] if words is None else words, "", 0.0, "replay")
         paths = write_profile(raw, name, args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     print_beside(Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120), profiles(raw, name)[0], raw)
     for path in paths:

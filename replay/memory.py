@@ -101,15 +101,20 @@ def plan_host(num_keys: int, expert_bytes: int, host_memory_gb: float | None, pi
                              "would fit")  # fmt: skip
     num_buffers = min(num_keys, budget // stride)
     if num_buffers < 2:
-        need = 2 * stride / 1e9
         raise ValueError(
-            f"host memory: {budget / 1e9:.3f} GB hold no two experts of {expert_bytes / 1e6:.1f} MB; "
-            f"give host_memory_gb={need:.3f} or more (the host has {available / 1e9:.2f} GB left)"
+            f"host memory: {budget / 1e9:.3g} GB hold no two experts of {expert_bytes / 1e6:.3g} MB; "
+            f"give host_memory_gb={_gigabytes_above(2 * stride)} or more (the host has {available / 1e9:.2f} GB left)"
         )
     if num_buffers < num_keys:
         warnings.append(f"the host holds {num_buffers} of {num_keys} experts ({num_buffers * stride / 1e9:.2f} of "
                         f"{whole / 1e9:.2f} GB): buffers are shared round-robin, same bytes, same copies")  # fmt: skip
     return HostPlan(num_keys, num_buffers, stride, available, tuple(warnings))
+
+
+def _gigabytes_above(num_bytes: int) -> str:
+    """GB with three digits that count, rounded up: enough, if someone copies it."""
+    step = 10 ** max(len(str(num_bytes)) - 3, 0)
+    return f"{-(-num_bytes // step) * step / 1e9:.9f}".rstrip("0")
 
 
 def plan_arenas(num_buffers: int, stride: int, largest: int = 1 << 30) -> list[tuple[int, int]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -21,6 +19,7 @@ from replay.log import LogWriter
 from replay.rig import Needs, Rig
 from replay.scale import scaled_model
 from replay.stamps import WrongStamp
+from replay.steady import steady
 from sim.setup import Transfer, Workload, load_chunks, run_config
 
 _FORWARDS_AHEAD = 8192
@@ -116,18 +115,3 @@ def _so_far(runtime: Runtime) -> dict[str, Any]:
 def _ahead(forwards: Iterator[Forward]) -> Iterator[Forward]:
     while block := list(islice(forwards, _FORWARDS_AHEAD)):
         yield from block
-
-
-@contextmanager
-def steady() -> Iterator[None]:
-    """No garbage collection while the clock runs: it stops the host for milliseconds."""
-    gc.collect()
-    gc.freeze()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-        gc.unfreeze()

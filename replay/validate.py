@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from replay.calibrate import calibrate, check_name, named_model, write_profile
+from replay.calibrate import calibrate, check_name, named_model, scale_of, write_profile
 from replay.device import Device
 from replay.fidelity import Case, compare, judge
 from replay.fidelity_report import write_report
@@ -28,9 +28,9 @@ from replay.log import LogHeader, LogReader, LogWriter
 from replay.overlay import write_overlay
 from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
 from replay.run import needs_of, replay_policy, scaled_workload
-from replay.settings import CPU_SCALE
 from replay.standin import standin_trace
 from sim.configure import configure
+from sim.errors import one_line
 from sim.output import provenance, to_json, write_text
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 from sim.timeline import Timeline
@@ -48,7 +48,7 @@ class Validation:
     def __init__(self, args: argparse.Namespace, device: Device, out: Path) -> None:
         self.args, self.device, self.out = args, device, out
         self.started = time.perf_counter()
-        self.scale: int = args.scale or (1 if device.world == "cuda" else CPU_SCALE)
+        self.scale: int = args.scale
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
         self.integrity: list[dict[str, Any]] = []
@@ -61,51 +61,60 @@ class Validation:
         """Progress, with the time since the start."""
         print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
 
-    def out_of_time(self) -> bool:
-        """Whether the minutes that were given are over."""
-        return time.perf_counter() - self.started > 60 * float(self.args.minutes)
+    def seconds_left(self) -> float:
+        """Of the minutes that were given."""
+        return 60 * float(self.args.minutes) - (time.perf_counter() - self.started)
 
     def run(self) -> dict[str, Any]:
         """All of it; the summary, which is also written."""
         args = self.args
         policies = args.policies.split(",")
         models = args.models.split(",")
+        # Every mistake in the words shows before minutes are spent.
+        for case in [case for model in models for case in self._cases(model, policies)]:
+            named_model(case.model)
+            configure(self._overrides(case, 1))
         if args.calibration is not None:
             self.raw = load_record(args.calibration, self.scale)
         else:
             self.say("calibrating")
             self.raw = calibrate(self.device, models, policies, self.scale, quick=args.quick, say=self.say)
         write_profile(self.raw, args.name, self.out / "profile")
-        cases = list(self._cases(models, policies))
-        self.say(f"{len(cases)} comparisons")
         try:
-            for number, case in enumerate(cases):
-                if self.out_of_time():
-                    self.skipped += [str(left) for left in cases[number:]]
-                    self.say(f"time is up: {len(cases) - number} comparisons left out")
-                    break
-                self._compare(number, len(cases), case)
             self._verify(models[0])
+            for number, model in enumerate(models):
+                # What is left is shared out: no model is left out because another took long.
+                share = self.seconds_left() / (len(models) - number)
+                self._compare_all(list(self._cases(model, policies)), time.perf_counter() + share)
         finally:
             summary = self._summary()
         return summary
 
-    def _cases(self, models: list[str], policies: list[str]) -> Iterator[Case]:
+    def _compare_all(self, cases: list[Case], until: float) -> None:
+        self.say(f"{len(cases)} comparisons of {cases[0].model}")
+        for number, case in enumerate(cases):
+            if time.perf_counter() > until:
+                self.skipped += [str(left) for left in cases[number:]]
+                self.say(f"time is up: {len(cases) - number} comparisons left out")
+                return
+            self._compare(number, len(cases), case)
+
+    def _cases(self, model: str, policies: list[str]) -> Iterator[Case]:
         args = self.args
-        residencies = [float(one) for one in args.residency.split(",")]
-        batches = [int(one) for one in args.batch_sizes.split(",")]
-        for model, batch, stack, residency in product(models, batches, args.stacks.split(","), residencies):
+        residencies = numbers("--residency", args.residency, float)
+        batches = numbers("--batch-sizes", args.batch_sizes, int)
+        for batch, stack, residency in product(batches, args.stacks.split(","), residencies):
             for policy in policies:
                 yield Case(model, stack, residency, batch, policy)
 
+    def _overrides(self, case: Case, num_tokens: int) -> list[str]:
+        trace = [] if self.args.trace is None else [f"trace.path={self.args.trace.resolve()}"]
+        return [f"+hardware={self.args.hardware}", f"+policy={case.policy}", f"stack={case.stack}", "compare=none",
+                f"residency={case.residency}", f"batch_size={case.batch_size}", f"max_tokens={num_tokens}",
+                *trace]  # fmt: skip
+
     def _workload(self, case: Case, num_tokens: int) -> tuple[dict[str, Any], Workload]:
-        args = self.args
-        overrides = [f"+hardware={args.hardware}", f"+policy={case.policy}", f"stack={case.stack}", "compare=none",
-                     f"residency={case.residency}", f"batch_size={case.batch_size}",
-                     f"max_tokens={num_tokens}"]  # fmt: skip
-        if args.trace is not None:
-            overrides.append(f"trace.path={args.trace.resolve()}")
-        cfg = configure(overrides)
+        cfg = configure(self._overrides(case, num_tokens))
         key = (case.model, case.stack, case.residency, case.batch_size, num_tokens)
         if key not in self._workloads:
             trace = standin_trace(make_trace(cfg["trace"]), named_model(case.model))
@@ -178,15 +187,15 @@ class Validation:
             self.say(f"{name}: {integrity.num_wrong} wrong stamps in {integrity.num_executions} executions; lockstep "
                      f"{found.num_decisions} decisions {equal}")  # fmt: skip
         done = sum(one["executions"] for one in self.integrity)
-        while done < wanted and not self.out_of_time():
-            case = Case(model, "found", 0.25, 8, "on_demand")
+        while done < wanted and self.seconds_left() > 0:
+            case = Case(model, "found", 0.75, 8, "lru")
             cfg, full = self._workload(case, self.args.verify_tokens)
             work = scaled_workload(full, self.scale)
             policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
             rig = self._rig_for(work, needs_of(work, policy, transfer))
             _, integrity = replay_policy(rig, work, policy, transfer, verify=True)
             assert integrity is not None
-            self.integrity.append({"policy": "on_demand, batch 8, 25 %", "executions": integrity.num_executions,
+            self.integrity.append({"policy": "lru, batch 8, 75 %", "executions": integrity.num_executions,
                                    "checks": integrity.num_checks, "wrong": integrity.num_wrong})  # fmt: skip
             done += integrity.num_executions
             self.say(f"stamps: {done} executions checked, {sum(one['wrong'] for one in self.integrity)} wrong")
@@ -215,6 +224,15 @@ class Validation:
         if self.rows:
             write_report(self.out, pd.DataFrame(self.rows), summary)
         return summary
+
+
+def numbers(flag: str, text: str, kind: type[float] | type[int]) -> list[Any]:
+    """The numbers of a comma list; ValueError naming the flag."""
+    try:
+        return [kind(one) for one in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag}={text!r} must be {'whole ' if kind is int else ''}numbers, with commas between "
+                         "them") from None  # fmt: skip
 
 
 def load_record(path: Path, scale: int) -> dict[str, Any]:
@@ -268,16 +286,22 @@ def main(words: list[str] | None = None) -> int:
         out = args.out or Path("results") / f"validation-{name}"
         out.mkdir(parents=True, exist_ok=True)
         machine = choose_machine(args.machine)
-        scale = args.scale or (1 if machine == "cuda" else CPU_SCALE)
+        scale = args.scale = scale_of(args.scale, machine)
         device = make_device(machine, None if machine == "cuda" else _pace(args.hardware, scale))
         try:
             summary = Validation(args, device, out).run()
         finally:
             device.close()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
-    print((out / "README.md").read_text(encoding="utf-8"))
+    if summary["judged"]["num_rows"]:
+        print((out / "README.md").read_text(encoding="utf-8"))
+    else:
+        print(f"no comparison was made in {args.minutes} minutes; give more with --minutes")
     good = not summary["judged"]["missed"] and not summary["stamps"]["wrong"]
     good = good and all(one["difference"] is None for one in summary["lockstep"])
     ranks = summary["judged"]["ranks"]

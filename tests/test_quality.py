@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CI = ROOT / ".ci" / "run"
-PACKAGES = ("expertflow", "sim", "traces")
+PACKAGES = ("expertflow", "sim", "replay", "traces")
 
 
 def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,208 @@
+"""The replay's kernels read the bytes and do the operations that the simulator charges for, model by model.
+
+Counted at the matrix products themselves, against the roofline of `sim.kernels`, whose times are replaced by its own
+bytes and operations. Widths are rounded to whole columns: at these scales that is a few per cent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import sim.kernels
+from expertflow.forward import DECODE, PREFILL, Forward
+from expertflow.model import MLA, ModelSpec
+from replay.kernels import Kernels
+from replay.pools import SlotPool
+from replay.scale import scaled_model
+from sim.configure import configure
+from sim.hardware import hardware_from_dict, stack_from_dict
+from sim.kernels import KernelTimes
+from tests.replay.test_scale import NAMES, model_of
+
+MAX_TOKENS, MAX_CONTEXT = 48, 700
+ROUNDED = 0.06
+"""Of the expected figure, what whole columns and rows may be off."""
+
+
+class Counter:
+    """Stands in for `torch.mm`: weights and cached values read, operations done."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.num_bytes = self.flops = 0
+        self._true = torch.mm
+        self._queries = kernels._queries.data_ptr()
+        self._caches = {cache.data_ptr() for cache in kernels._kv}
+        self._latents = 0
+
+    def __call__(self, left: torch.Tensor, right: torch.Tensor, **more: Any) -> torch.Tensor:
+        self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        if left.data_ptr() in self._caches:
+            self.num_bytes += left.numel() * left.element_size()
+            self._latents = left.data_ptr()
+        # The latents of MLA serve as keys and as values: they are read once.
+        if right.data_ptr() not in (self._queries, self._latents):
+            self.num_bytes += right.numel() * right.element_size()
+        return self._true(left, right, **more)
+
+
+class Bench:
+    """Kernels of one model beside the simulator's figures for it."""
+
+    def __init__(self, model: ModelSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = model
+        self.monkeypatch = monkeypatch
+        self.kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS,
+                               MAX_CONTEXT)  # fmt: skip
+        self.router_excess = model.router_params * (torch.finfo(dtype).bits - model.embedding_bits) / 8
+
+    def counted(self, work: Callable[[], None]) -> Counter:
+        counter = Counter(self.kernels)
+        with self.monkeypatch.context() as patched:
+            patched.setattr(torch, "mm", counter)
+            work()
+        return counter
+
+    def expected(self, ask: Callable[[KernelTimes], int]) -> tuple[int, int]:
+        """(bytes, operations) of what `ask` asks the simulator for."""
+        found = []
+        for number in (0, 1):
+            with self.monkeypatch.context() as patched:
+                patched.setattr(sim.kernels._Rates, "ns", lambda _, *pair, number=number: round(pair[number]))
+                found.append(ask(KernelTimes(self.model, A100, FOUND)))
+        return found[0], found[1]
+
+    def agree(self, work: Callable[[], None], ask: Callable[[KernelTimes], int], excess: float = 0.0,
+              rounded: float = ROUNDED) -> None:  # fmt: skip
+        counter = self.counted(work)
+        num_bytes, flops = self.expected(ask)
+        assert counter.num_bytes - excess == pytest.approx(num_bytes, rel=rounded)
+        assert counter.flops == pytest.approx(flops, rel=rounded)
+
+
+_CFG = configure(["+hardware=a100", "+policy=lru", "stack=found"])
+A100, FOUND = hardware_from_dict(_CFG["hardware"]), stack_from_dict(_CFG["stack"])
+
+
+def small(name: str, scale: int = 16) -> ModelSpec:
+    """Few layers: each kind of layer once."""
+    return replace(scaled_model(model_of(name), scale), num_layers=2)
+
+
+def forward(phase: str, kv_lens: Sequence[int]) -> Forward:
+    """Of one request (prefill) or as many as rows (decode)."""
+    requests = (0,) if phase == PREFILL else tuple(range(len(kv_lens)))
+    return Forward(0, phase, range(len(kv_lens)), requests, tuple(kv_lens), [], [], None)
+
+
+@pytest.fixture(params=[(name, 16, torch.float32) for name in NAMES]
+                + [(name, 8, torch.bfloat16) for name in NAMES],
+                ids=lambda given: f"{given[0]}-{given[1]}-{str(given[2])[6:]}")  # fmt: skip
+def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """In the numbers of a CPU, and in those of a GPU."""
+    name, scale, dtype = request.param
+    return Bench(small(name, scale), dtype, monkeypatch)
+
+
+def attention(bench: Bench, phase: str, kv_lens: Sequence[int], rounded: float = ROUNDED) -> None:
+    given = forward(phase, kv_lens)
+    for layer in range(bench.model.num_layers):
+        bench.agree(bench.kernels.attention(layer, given),
+                    lambda times, layer=layer: times.attention_list_ns(len(kv_lens), kv_lens, phase == PREFILL)[layer],
+                    bench.router_excess, rounded)  # fmt: skip
+
+
+def test_attention_of_one_token(bench: Bench) -> None:
+    """Beyond the window, below it, and leading dense layers in the first."""
+    for kv_len in (400, 50):
+        attention(bench, DECODE, [kv_len])
+
+
+def test_attention_of_a_batch(bench: Bench) -> None:
+    attention(bench, DECODE, [200, 30, 400, 1])
+
+
+def test_attention_of_a_prompt(bench: Bench) -> None:
+    """Its first chunk, and one that follows others."""
+    attention(bench, PREFILL, range(1, 41))
+    attention(bench, PREFILL, range(301, 341), 0.1)
+
+
+def test_experts(bench: Bench) -> None:
+    for tokens in ([1, 1], [7, 40], [2, 1]):
+        bench.agree(bench.kernels.experts(0, [0, 1], tokens, False, 40),
+                    lambda times, tokens=tokens: sum(map(times.expert_ns, tokens)), rounded=0.1)  # fmt: skip
+
+
+def test_shared_experts(bench: Bench) -> None:
+    for num_tokens in (1, 33):
+        work = bench.kernels.experts(1, [], [], True, num_tokens)
+        if bench.model.shared_intermediate:
+            bench.agree(work, lambda times, rows=num_tokens: times.shared_ns(rows))
+        else:
+            assert bench.counted(work).flops == 0
+
+
+def test_head(bench: Bench) -> None:
+    for num_rows in (1, 5):
+        bench.agree(bench.kernels.head(num_rows), lambda times, rows=num_rows: times.head_ns(rows))
+    assert bench.counted(bench.kernels.head(0)).flops == 0
+
+
+def test_experts_of_two_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(replace(small("mixtral-8x7b"), expert_matrices=2), torch.float32, monkeypatch)
+    test_experts(bench)
+
+
+def test_a_narrow_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qwen3-30b-a3b", "deepseek-v3"):
+        bench = Bench(replace(small(name), kv_bits=8.0), torch.bfloat16, monkeypatch)
+        attention(bench, DECODE, [401])
+        attention(bench, PREFILL, range(301, 341), 0.1)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "deepseek-v2-lite"])
+def test_routing_and_tokens_are_numbers_that_a_host_can_use(name: str) -> None:
+    """top_k different experts for each row; a token of the head's width for each row that emits one."""
+    model = small(name)
+    kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), torch.float32, 8, 100)
+    kernels.attention(1, forward(DECODE, [5, 6, 7]))()
+    chosen = kernels.routing[:3].tolist()
+    assert all(len(set(row)) == model.top_k and 0 <= min(row) <= max(row) < model.num_experts for row in chosen)
+    kernels.head(2)()
+    assert 0 < kernels.tokens[:2].max() < model.vocab_size
+    assert kernels.tokens[2:].tolist() == [0] * 6
+
+
+def test_an_expert_reads_its_own_slot() -> None:
+    model = small("gpt-oss-20b")
+    slots = SlotPool(3, model.expert_bytes, torch.device("cpu"))
+    kernels = Kernels(model, slots, torch.float32, 2, 10)
+    out = kernels._expert.out
+    for slot in range(3):
+        slots.slot(slot).view(torch.uint8)[: model.expert_bytes // 4 * 4].view(torch.float32).fill_(0.01 * slot)
+    kernels.experts(0, [0], [1], False, 1)()
+    assert out[0].abs().max() == 0
+    kernels.experts(0, [0, 2], [1, 1], False, 1)()
+    assert out[0].abs().max() > 0
+
+
+def test_an_expert_too_small_to_compute_with_is_refused() -> None:
+    model = scaled_model(model_of("gpt-oss-20b"), 1024)
+    with pytest.raises(ValueError, match="choose a smaller scale"):
+        Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), torch.float32, 1, 1)
+
+
+def test_mla_prefill_is_counted_on_expanded_keys() -> None:
+    """The test above would not see a mistake that both sides share: this one knows the figure."""
+    model = small("deepseek-v3")
+    assert model.attention == MLA
+    kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), torch.float32, 8, 64)
+    pair = 2 * model.num_heads * (model.nope_dim + model.rope_dim + model.v_dim)
+    up = 2 * model.kv_rank * model.num_heads * (model.nope_dim + model.v_dim)
+    assert kernels._context_flops(36, 0, True) == 36 * pair
+    assert kernels._context_flops(36, 10, True) == 36 * pair + 10 * up

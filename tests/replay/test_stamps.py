@@ -1,0 +1,308 @@
+"""Every clean run reads what it should; every fault on purpose is caught, and by the stamps alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from replay.app import LOST, WRONG
+from replay.cpu import CpuDevice
+from replay.faults import FAULTS, FaultyDevice
+from replay.lockstep import check
+from replay.log import LOG_NAME
+from replay.memory import HostPlan, align
+from replay.pools import HostPool, SlotPool, chunk_offsets
+from replay.run import PartialRunError
+from replay.stamps import Stamps
+from tests.cli.support import tiny_trace
+from tests.replay.support import SMALL, TINY, Case, replay_here
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_trace(tmp_path_factory.mktemp("trace") / "tiny.safetensors", 24)
+
+
+# -- clean runs ----------------------------------------------------------------------------------------------
+
+CLEAN = [
+    "+policy=on_demand",
+    "+policy=lru",
+    "+policy=lru residency=0.1",
+    "+policy=lru residency=0.04",
+    "+policy=lru start=popular",
+    "+policy=lru start=resident residency=1.0",
+    "+policy=lru chunk_mib=0.4",
+    "+policy=lru chunk_mib=0.06 channel_depth=5",
+    "+policy=lru batch_size=4",
+    "+policy=lru host_memory_gb=0.000123",
+    "+policy=lru_per_layer residency=0.4",
+    "+policy=lfu_per_layer residency=0.4 policy.transfer.staging_slots=1",
+    "+policy=lru policy.transfer.staging_slots=3 residency=0.2",
+    "+policy=hf_offload",
+    "+policy=fixed_2 chunk_mib=0.4 channel_depth=1",
+    "+policy=adaptive",
+    "+policy=adaptive batch_size=4 residency=0.2 chunk_mib=0.4",
+    "+policy=adaptive host_memory_gb=0.0003 residency=0.3",
+    "+policy=clairvoyant residency=0.3",
+    "+policy=lru throttle_gb_per_s=0.05 residency=0.2",
+]
+
+
+@pytest.mark.parametrize("words", CLEAN)
+def test_a_clean_run_reads_nothing_wrong(words: str, trace: Path) -> None:
+    case = Case.of(*TINY, *words.split(), f"trace.path={trace}")
+    num_chunks = 2 * 2 * len(chunk_offsets(case_chunks(case))) - 4
+    with case.rig() as rig:
+        metrics, found = case.replay(rig, verify=True)
+    assert found is not None
+    assert (found.num_wrong, found.first) == (0, None)
+    assert found.num_executions == metrics["num_accesses"] > 0
+    assert found.num_checks * 2 == found.num_executions * num_chunks
+
+
+def case_chunks(case: Case) -> Sequence[int]:
+    from sim.setup import load_chunks
+
+    return load_chunks(case.work)
+
+
+def test_a_prompt_is_replayed(tmp_path: Path) -> None:
+    """Prefill in chunks: several tokens for each expert."""
+    path = tiny_trace(tmp_path / "prompts.safetensors", 40, prompt=15)
+    found = Case.of(*TINY, "+policy=lru", f"trace.path={path}", "prefill_chunk=6", "residency=0.3").stamps()
+    assert (found.num_wrong, found.num_executions > 100) == (0, True)
+
+
+def test_the_same_rig_serves_many_runs(trace: Path) -> None:
+    """Stamps of a run before mean nothing to the next."""
+    case = Case.of(*TINY, "+policy=adaptive", f"trace.path={trace}", "residency=0.3", "start=popular")
+    with case.rig() as rig:
+        for fault in (None, ("failed", 5), None):
+            found = case.replay(rig, verify=True, fault=fault)[1]
+            assert found is not None
+            assert (found.num_wrong > 0) == (fault is not None)
+
+
+# -- faults --------------------------------------------------------------------------------------------------
+
+SEEN = [fault for fault in FAULTS if fault != "lost"]
+RUNS = {
+    "on_demand": "+policy=on_demand",
+    "lru": "+policy=lru residency=0.3",
+    "adaptive": "+policy=adaptive residency=0.5",
+    "chunks": "+policy=lru residency=0.3 chunk_mib=0.4",
+}
+
+
+@pytest.mark.parametrize("at", [1, 17, 60])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("fault", SEEN)
+def test_every_fault_is_caught(fault: str, run: str, at: int, trace: Path) -> None:
+    case = Case.of(*TINY, *RUNS[run].split(), f"trace.path={trace}")
+    found = case.stamps((fault, at))
+    assert found.num_wrong > 0
+    assert found.first is not None
+    assert 0 <= found.first.layer < 4
+    assert 0 <= found.first.forward < 24
+    assert found.first.keys
+
+
+@pytest.mark.parametrize("fault", SEEN)
+def test_the_default_trace_shows_every_fault_as_well(fault: str) -> None:
+    """Half of the experts have a slot here: reuse is rare, and the fault waits for it."""
+    case = Case.of(*SMALL, "+policy=lru", "trace.num_tokens=40", "trace.num_requests=2", "residency=0.2")
+    assert case.stamps((fault, 100)).num_wrong > 0
+
+
+@pytest.mark.parametrize("fault", SEEN)
+def test_without_stamps_a_fault_passes_unseen(fault: str, trace: Path) -> None:
+    """So it is the stamps that see it, and nothing else."""
+    case = Case.of(*TINY, "+policy=lru", "residency=0.3", f"trace.path={trace}")
+    with case.rig() as rig:
+        metrics, found = case.replay(rig, fault=(fault, 17))
+    assert found is None
+    assert metrics["num_tokens"] == 24
+
+
+def test_a_fault_is_told_with_code_1_and_is_no_result(trace: Path, tmp_path: Path) -> None:
+    found = replay_here([*TINY, "+policy=lru", f"trace.path={trace}", "verify=true", "fault=failed", "fault_at=9"],
+                        tmp_path / "run")  # fmt: skip
+    assert (found.code, found.done) == (WRONG, False)
+    integrity = found.metrics()["integrity"]
+    assert integrity["num_wrong"] > 0
+    assert f"{integrity['num_wrong']} wrong stamps" in found.out
+    assert f"first wrong stamp: forward {integrity['first']['forward']}" in found.out
+
+
+def test_an_unknown_fault_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose one of: delayed"):
+        FaultyDevice(CpuDeviceStub(), "slow", 1)
+
+
+class CpuDeviceStub(CpuDevice):
+    """A device that starts no thread: nothing is asked of it."""
+
+    def __init__(self) -> None:
+        pass
+
+
+# -- a device that is lost -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 100])
+def test_a_lost_device_keeps_what_was_measured(at: int, trace: Path, tmp_path: Path) -> None:
+    words = [*TINY, "+policy=adaptive", "residency=0.3", f"trace.path={trace}", "log=true", "fault=lost"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "DONE").write_text("an earlier run")
+    found = replay_here([*words, f"fault_at={at}"], folder)
+    assert (found.code, found.done) == (LOST, False)
+    assert len(found.err.strip().splitlines()) == 1
+    assert "device was lost" in found.err
+    left = {path.name for path in folder.iterdir() if path.is_file()}
+    assert {"partial.json", LOG_NAME} <= left
+    assert not {"metrics.json", "provenance.json", "DONE"} & left
+    partial = json.loads((folder / "partial.json").read_text(encoding="utf-8"))
+    assert partial["partial"] is True
+    assert partial["policy"] == "adaptive"
+    assert "stopped answering" in partial["reason"]
+    result = check(folder)
+    assert (result.difference, result.partial is None) == (None, False)
+    assert partial["num_forwards"] == result.num_forwards < 24
+    assert (at == 1) == (partial["num_forwards"] == 0)
+
+
+def test_a_finished_run_clears_what_a_lost_one_left(trace: Path, tmp_path: Path) -> None:
+    words = [*TINY, "+policy=lru", f"trace.path={trace}"]
+    assert replay_here([*words, "fault=lost", "fault_at=3"], tmp_path / "run").code == LOST
+    assert replay_here(words, tmp_path / "run").done
+    assert not (tmp_path / "run" / "partial.json").exists()
+
+
+def test_a_lost_device_is_a_partial_run(trace: Path) -> None:
+    case = Case.of(*TINY, "+policy=lru", f"trace.path={trace}")
+    with case.rig() as rig, pytest.raises(PartialRunError) as caught:
+        case.replay(rig, fault=("lost", 30))
+    assert 0 < caught.value.metrics["num_forwards"] < 24
+    assert caught.value.metrics["elapsed_ns"] > 0
+
+
+# -- the stamps themselves -----------------------------------------------------------------------------------
+
+EXPERT = 3000
+CHUNKS = (1000, 1000, 1000)
+
+
+class Bench:
+    """Stamps over three slots and four experts, without a machine: copies are made by hand."""
+
+    def __init__(self, num_buffers: int = 4) -> None:
+        self.offsets = chunk_offsets(CHUNKS)
+        self.host = HostPool(HostPlan(4, num_buffers, align(EXPERT), 10**9), EXPERT, torch.float32, False)
+        self.slots = SlotPool(3, EXPERT, torch.device("cpu"))
+        self.stamps = Stamps(self.host, self.slots, self.offsets)
+        self.num_loads = 0
+
+    def copy(self, key: int, slot: int, chunks: Sequence[int] = (0, 1, 2)) -> None:
+        """One load; only `chunks` of it arrive."""
+        self.num_loads += 1
+        for chunk in range(3):
+            self.stamps.sent(key, slot, chunk, self.num_loads)
+            if chunk in chunks:
+                self.move(key, slot, chunk)
+
+    def move(self, key: int, slot: int, chunk: int) -> None:
+        span = slice(self.offsets[chunk], self.offsets[chunk + 1])
+        self.slots.slot(slot)[span] = self.host.buffer(key)[span]
+
+    def run(self, key: int, slot: int, work: Callable[[], object] = lambda: None) -> int:
+        """Wrong stamps of one kernel."""
+        before = self.stamps.num_wrong
+        self.stamps.guard(7, 2, [key], [slot], lambda: None if work() is None else None)()
+        self.stamps.collect()
+        return self.stamps.num_wrong - before
+
+
+def test_a_whole_expert_is_right() -> None:
+    bench = Bench()
+    bench.copy(1, 0)
+    assert bench.run(1, 0) == 0
+    assert (bench.stamps.num_executions, bench.stamps.num_checks) == (1, 6)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_chunk_that_has_not_come_is_wrong_before_and_after(missing: int) -> None:
+    bench = Bench()
+    bench.copy(1, 0)
+    bench.copy(2, 0, [chunk for chunk in range(3) if chunk != missing])
+    assert bench.run(2, 0) == 4
+    first = bench.stamps.first
+    assert first is not None
+    assert (first.forward, first.layer, first.keys) == (7, 2, (2,))
+
+
+def test_an_earlier_load_of_the_same_expert_is_wrong() -> None:
+    """Same bytes but for the load's number: a copy that never came shows even then."""
+    bench = Bench()
+    bench.copy(1, 0)
+    bench.copy(1, 0, [0, 2])
+    assert bench.run(1, 0) == 2
+
+
+def test_a_chunk_that_comes_while_the_kernel_runs_is_seen_by_the_check_before_alone() -> None:
+    bench = Bench()
+    bench.copy(1, 0)
+    bench.copy(2, 0, [0, 2])
+    assert bench.run(2, 0, lambda: bench.move(2, 0, 1)) == 2
+
+
+def test_a_slot_overwritten_while_its_kernel_runs_is_seen_by_the_check_after_alone() -> None:
+    bench = Bench()
+    bench.copy(1, 0)
+    assert bench.run(1, 0, lambda: bench.move(3, 0, 2)) == 1
+    bench.copy(1, 1)
+    assert bench.run(1, 1) == 0
+
+
+def test_what_was_expected_at_the_launch_counts() -> None:
+    """The host sends the next load while the kernel is still queued: on the device it comes later."""
+    bench = Bench()
+    bench.copy(1, 0)
+    guarded = bench.stamps.guard(0, 0, [1], [0], lambda: None)
+    for chunk in range(3):
+        bench.stamps.sent(2, 0, chunk, 9)
+    guarded()
+    bench.stamps.collect()
+    assert bench.stamps.num_wrong == 0
+
+
+def test_the_first_of_several_wrong_launches_is_named() -> None:
+    bench = Bench()
+    bench.copy(1, 0)
+    bench.copy(2, 1, [])
+    for forward, (key, slot) in enumerate([(1, 0), (2, 1), (2, 1)]):
+        bench.stamps.guard(forward, forward, [key], [slot], lambda: None)()
+        bench.stamps.collect()
+    first = bench.stamps.first
+    assert first is not None
+    assert (first.forward, first.layer, first.keys, first.num_wrong) == (1, 1, (2,), 12)
+    assert bench.stamps.num_wrong == 24
+
+
+def test_shared_buffers_tell_one_buffer_from_another() -> None:
+    bench = Bench(num_buffers=2)
+    bench.copy(0, 0)
+    assert bench.run(0, 0) == 0
+    bench.copy(1, 0, [])
+    assert bench.run(1, 0) == 6
+
+
+def test_chunks_too_small_for_a_stamp_are_refused() -> None:
+    bench = Bench()
+    with pytest.raises(ValueError, match="raise chunk_mib"):
+        Stamps(bench.host, bench.slots, [0, 16, EXPERT])

@@ -1,0 +1,58 @@
+"""Short replays through `replay.run.replay_policy`, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertflow.policy import Policy
+from replay.device import Device
+from replay.lockstep import LockstepResult, check_log
+from replay.log import LogHeader, LogReader, LogWriter
+from replay.rig import Rig
+from replay.run import Integrity, needs_of, replay_policy, scaled_workload
+from sim.configure import configure
+from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+
+
+@dataclass
+class Case:
+    """A configuration, and what it makes. full: before scaling, which is what a policy is made for."""
+
+    words: list[str]
+    cfg: dict[str, Any]
+    full: Workload
+    work: Workload
+
+    @classmethod
+    def of(cls, *words: str, scale: int = 1) -> Case:
+        """Of the words of a command line."""
+        cfg = configure(["compare=none", "stack=found", *words])
+        full = make_workload(cfg)
+        return cls(list(words), cfg, full, scaled_workload(full, scale))
+
+    def policy(self) -> tuple[Policy, Transfer]:
+        """A fresh one."""
+        return make_policy(self.cfg["policy"], self.full, self.cfg["seed"])
+
+    def rig(self, device: Device, host_memory_gb: float | None = None) -> Rig:
+        """With room for this."""
+        policy, transfer = self.policy()
+        needs = needs_of(self.work, policy, transfer)
+        return Rig(device, self.work.model, needs, host_memory_gb, transfer.memory == "pinned")
+
+    def replay(self, rig: Rig, *, verify: bool = False, log: Path | None = None,
+               fault: tuple[str, int] | None = None) -> tuple[dict[str, Any], Integrity | None]:  # fmt: skip
+        """One run of a fresh policy."""
+        policy, transfer = self.policy()
+        if log is None:
+            return replay_policy(rig, self.work, policy, transfer, verify=verify, fault=fault)
+        config = run_config(self.work, transfer, load_chunks(self.work))
+        with LogWriter(log, LogHeader("cuda", self.cfg, self.words, config, self.work.trace_sha256)) as writer:
+            return replay_policy(rig, self.work, policy, transfer, verify=verify, log=writer, fault=fault)
+
+    def lockstep(self, log: Path) -> LockstepResult:
+        """The log against a fresh policy."""
+        with LogReader(log) as reader:
+            return check_log(reader, self.work, self.policy()[0])

@@ -1,0 +1,174 @@
+"""The clock that host and device share, against the simulated truth: thousands of forwards, minutes, drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from replay.cuda import CudaDevice
+from tests.replay_cuda.fake_cuda import LATENCY_NS, DeviceOnFake, FakeCuda, on_fake
+
+PPM = [0, -120, 120]
+
+
+class Truth:
+    """What the device's clock says of an event, counted from where a device started to count."""
+
+    def __init__(self, cuda: FakeCuda, device: DeviceOnFake) -> None:
+        self._cuda = cuda
+        self._zero_ns = 0
+        span = device.launch(lambda: None, 0)
+        device.wait([span[1]])
+        self._zero_ns = self.of(span[1]) - device.time_ns(span[1])
+
+    def of(self, event: object) -> int:
+        """When it happened."""
+        return self._cuda.device_ns(event.at_ns) - self._zero_ns  # type: ignore[attr-defined]
+
+    def now(self) -> int:
+        """The present."""
+        return self._cuda.device_ns(self._cuda.true_ns) - self._zero_ns
+
+
+def forwards(cuda: FakeCuda, device: DeviceOnFake, num_forwards: int, work_ns: int) -> Iterator[list[object]]:
+    """The events of each forward, in the order in which the host finds them: kernels, copies beside them."""
+    source, target = torch.zeros(2000, dtype=torch.uint8, pin_memory=True), torch.zeros(2000, dtype=torch.uint8)
+    for _ in range(num_forwards):
+        device.begin_forward()
+        found: list[object] = []
+        for _ in range(2):
+            kernel = device.launch(lambda: None, work_ns // 2)
+            copy = device.copy(target, source, None)
+            device.wait([copy[1]])
+            found += copy
+            device.wait([kernel[1]])
+            found += kernel
+        yield found
+        for event in found:
+            device.recycle(event)
+
+
+@pytest.mark.parametrize("ppm", PPM)
+def test_times_are_true_over_thousands_of_forwards(ppm: int) -> None:
+    """A forward takes as much of the device as a real one; rounding does not add up to anything that matters."""
+    with on_fake(ppm) as (cuda, device):
+        truth = Truth(cuda, device)
+        worst, ends = 0, [0, 0]
+        for events in forwards(cuda, device, 3000, 4_000_000):
+            times = [device.time_ns(event) for event in events]
+            worst = max([worst, *(abs(at - truth.of(event)) for at, event in zip(times, events, strict=True))])
+            for stream, of_stream in enumerate((times[0:2] + times[4:6], times[2:4] + times[6:8])):
+                assert [ends[stream], *of_stream] == sorted([ends[stream], *of_stream])
+                ends[stream] = of_stream[-1]
+        assert truth.now() > 12e9
+        assert worst < 100
+
+
+def test_without_renewal_rounding_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail."""
+    monkeypatch.setattr("replay.cuda._BASE_LIFE_NS", 1 << 62)
+    monkeypatch.setattr(CudaDevice, "begin_forward", lambda self: None)
+    with on_fake() as (cuda, device):
+        truth = Truth(cuda, device)
+        worst = 0
+        for events in forwards(cuda, device, 3000, 4_000_000):
+            worst = max([worst, *(abs(device.time_ns(event) - truth.of(event)) for event in events)])
+        assert worst > 300
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_spans_stay_true_without_forwards(monkeypatch: pytest.MonkeyPatch, renewed: bool) -> None:
+    """A calibration lasts minutes and begins no forward; single copies and kernels are timed all along."""
+    if not renewed:
+        monkeypatch.setattr("replay.cuda._BASE_LIFE_NS", 1 << 62)
+    with on_fake() as (cuda, device):
+        source, target = torch.zeros(5000, dtype=torch.uint8, pin_memory=True), torch.zeros(5000, dtype=torch.uint8)
+        worst = 0
+        for number in range(200):
+            cuda.advance_to(cuda.true_ns + 500_000_123)
+            start, end = device.launch(lambda: None, 0) if number % 2 else device.copy(target, source, None)
+            device.wait([end])
+            worst = max(worst, abs(device.time_ns(end) - device.time_ns(start) - (end.at_ns - start.at_ns)))
+        assert worst <= 2 if renewed else worst > 2000
+
+
+@pytest.mark.parametrize("ppm", PPM)
+def test_now_is_never_before_what_was_told(ppm: int) -> None:
+    with on_fake(ppm) as (cuda, device):
+        truth = Truth(cuda, device)
+        told = latest = 0
+        for number, events in enumerate(forwards(cuda, device, 2000, 4_000_000)):
+            for event in events:
+                told = max(told, device.time_ns(event))
+                now = device.now_ns()
+                assert now >= told
+                assert now >= latest
+                latest = now
+            if number % 500 == 0:
+                # Asked for late, after a while in which nothing was.
+                cuda.advance_to(cuda.true_ns + 700_000_000)
+                told = max(told, device.time_ns(events[0]))
+                assert device.now_ns() >= told
+        assert truth.now() > 8e9
+
+
+@pytest.mark.parametrize("ppm", PPM)
+def test_now_keeps_up_with_a_device_that_drifts(ppm: int) -> None:
+    """Ten seconds at 120 ppm are more than a millisecond: the host's present follows within its own delays."""
+    with on_fake(ppm) as (cuda, device):
+        truth = Truth(cuda, device)
+        errors = []
+        for events in forwards(cuda, device, 2500, 4_000_000):
+            for event in events:
+                device.time_ns(event)
+            errors.append(device.now_ns() - truth.now())
+        assert min(errors) > -5_000
+        assert max(errors) < 2_000
+
+
+def test_without_forgetting_now_would_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail."""
+    monkeypatch.setattr("replay.cuda._FORGET_NS", 1 << 62)
+    with on_fake(-120) as (cuda, device):
+        truth = Truth(cuda, device)
+        for events in forwards(cuda, device, 2500, 4_000_000):
+            for event in events:
+                device.time_ns(event)
+        assert device.now_ns() - truth.now() > 500_000
+
+
+def test_what_began_before_the_base_keeps_its_time() -> None:
+    """A copy runs on while the next forward renews the base."""
+    with on_fake() as (cuda, device):
+        truth = Truth(cuda, device)
+        source = torch.zeros(900_000, dtype=torch.uint8, pin_memory=True)
+        target = torch.zeros(900_000, dtype=torch.uint8)
+        start, end = device.copy(target, source, None)
+        cuda.advance_to(cuda.true_ns + 400_000)
+        device.begin_forward()
+        base = device._next_base
+        kernel = device.launch(lambda: None, 0)
+        device.wait([kernel[1]])
+        device.time_ns(kernel[1])
+        assert device._base is base
+        device.wait([end])
+        assert start.at_ns < base.at_ns < end.at_ns
+        assert device.time_ns(start) == pytest.approx(truth.of(start), abs=2)
+        assert device.time_ns(end) == pytest.approx(truth.of(end), abs=2)
+
+
+def test_a_restarted_clock_counts_from_there() -> None:
+    with on_fake() as (cuda, device):
+        for _ in range(3):
+            device.begin_forward()
+            device.wait([device.launch(lambda: None, 50_000_000)[1]])
+        events = cuda.num_events
+        device.restart_clock()
+        # Events come from the pool again, the base that was coming among them; three spans were never given back.
+        assert cuda.num_events <= events + 2
+        assert 0 <= device.now_ns() < 1_000_000
+        span = device.launch(lambda: None, 0)
+        device.wait([span[1]])
+        assert LATENCY_NS < device.time_ns(span[0]) < device.time_ns(span[1]) <= device.now_ns() < 1_000_000

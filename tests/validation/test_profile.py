@@ -1,0 +1,165 @@
+"""From samples to costs, from copies to a link, from a record to configuration files: hand-computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from replay.calibrate import check_name, datasheet, named_model, write_profile
+from replay.probe import steady_mean
+from replay.profile import host_costs, link_curve, profiles, simulated_as
+from sim.configure import configure
+from sim.hardware import Stack, hardware_from_dict, stack_from_dict, unsourced
+
+
+def sample(mean: float, count: int = 100) -> dict[str, float]:
+    """One kind of sample, as a record holds it."""
+    return {"mean": mean, "count": count}
+
+
+SAMPLES = {
+    "attention": sample(30_000.0),
+    "head": sample(12_000.0),
+    "experts[1]": sample(14_000.0, 200),
+    "experts[3]": sample(34_000.0, 100),
+    "experts_shared[4]": sample(49_000.0, 300),
+    "first_kernel": sample(9_000.0),
+    "issue": sample(5_000.0, 100),
+    "issue_gap": sample(1_000.0, 50),
+    "gate_sync": sample(11_000.0),
+    "token_sync": sample(15_000.0),
+    "decide": sample(20_000.0),
+    "classify": sample(8_000.0),
+    "observe": sample(3_000.0),
+    "forward": sample(40_000.0),
+}
+
+
+def record() -> dict[str, Any]:
+    """A calibration that never was, with round figures."""
+    sizes = [1 << power for power in range(16, 30)]
+    rows = [{"bytes": size, "in_a_row_ns": 5_000 + size / 25.0, "alone_ns": 6_000 + size / 25.0,
+             "pageable_ns": size / 6.0, "to_host_ns": size / 20.0} for size in sizes]  # fmt: skip
+    tables = {"expert": [[1, 10_000], [8, 12_000]], "head": [[1, 300_000]], "attention": [[1, 20_000]], "kv": 0.5}
+    return {
+        "format": "expertflow-calibration",
+        "date": "2026-01-01",
+        "device": {"name": "NVIDIA H200", "torch": "2.11", "memory_bytes": 141_000_000_000},
+        "scale": 1,
+        "memory_gb": 141.0,
+        "launches": {"launch_host_ns": 9_000.0, "sync_ns": 4_000.0, "start_after_ns": 8_000.0},
+        "pad_share": 1.02,
+        "link": rows,
+        "memory_gb_per_s": 4_300.0,
+        "matrix_tflops": 780.0,
+        "chunked": {},
+        "beside": {"gpt-oss-20b": {"bytes": 13_219_200, "idle_ns": 533_768.0, "busy_ns": 586_144.8}},
+        "kernels": {"gpt-oss-20b": tables},
+        "host": {"gpt-oss-20b": {"lru": SAMPLES | {"decide": sample(0.0)}, "adaptive": SAMPLES}},
+        "decisions": {"adaptive": {"p50_ns": 20_000, "p99_ns": 60_000, "decide_ns": 18_000}},
+    }
+
+
+def test_the_slowest_hundredth_is_left_out_of_a_mean() -> None:
+    assert steady_mean([10.0] * 99 + [1_000_000.0]) == 10.0
+    assert steady_mean([10.0, 30.0]) == 20.0
+    assert steady_mean([]) == 0.0
+
+
+def test_costs_are_what_the_samples_say() -> None:
+    costs = host_costs(SAMPLES)
+    # The kernel's start comes before the cheapest launch has returned: nothing is left for a latency.
+    assert (costs["launch_host_ns"], costs["launch_latency_ns"]) == (9_000, 0)
+    assert costs["attention_launch_ns"] == 30_000 - 9_000
+    assert costs["head_launch_ns"] == 3_000
+    # Least squares through (0, 9000): (200*1*5000 + 100*3*25000) / (200*1 + 100*9)
+    assert costs["expert_launch_ns"] == round((200 * 5_000 + 300 * 25_000) / 1_100)
+    assert costs["shared_launch_ns"] == round(40_000 - 4 * 8_500_000 / 1_100)
+    assert costs["issue_copy_ns"] == 5_500
+    names = ("gate_sync_ns", "token_sync_ns", "decide_ns", "classify_ns", "observe_ns", "forward_ns")
+    assert [costs[name] for name in names] == [11_000, 15_000, 20_000, 8_000, 3_000, 40_000]
+
+
+def test_a_slow_stream_start_becomes_latency() -> None:
+    costs = host_costs(SAMPLES | {"first_kernel": sample(50_000.0)})
+    assert (costs["launch_host_ns"], costs["launch_latency_ns"]) == (12_000, 38_000)
+
+
+def test_rare_kinds_of_launch_decide_nothing() -> None:
+    costs = host_costs(SAMPLES | {"experts[2]": sample(1.0, 3)})
+    assert costs["launch_host_ns"] == 9_000
+
+
+def test_a_policy_without_copies_or_decisions_costs_nothing_for_them() -> None:
+    kept = {name: row for name, row in SAMPLES.items() if not name.startswith(("issue", "decide", "experts["))}
+    costs = host_costs(kept)
+    assert (costs["issue_copy_ns"], costs["decide_ns"], costs["shared_launch_ns"]) == (0, 0, 0)
+    assert costs["expert_launch_ns"] == 10_000
+
+
+def test_a_link_is_split_into_latency_and_bandwidth() -> None:
+    latency, curve = link_curve(record()["link"])
+    assert latency == 5_000
+    assert [rate for _, rate in curve] == pytest.approx([25.0] * len(curve))
+    assert [size for size, _ in curve] == [1 << power for power in range(16, 30)]
+
+
+def test_a_latency_never_eats_a_whole_copy() -> None:
+    flat = [{"bytes": size, "in_a_row_ns": 10_000} for size in (1 << 16, 1 << 17, 1 << 18)]
+    latency, curve = link_curve(flat)
+    assert latency == 9_000
+    assert all(rate > 0 for _, rate in curve)
+
+
+def test_the_profile_is_one_that_simulations_take(tmp_path: Path) -> None:
+    paths = write_profile(record(), "mine", tmp_path)
+    hardware = hardware_from_dict(yaml.safe_load(paths[0].read_text()))
+    stack = stack_from_dict(yaml.safe_load(paths[1].read_text()))
+    assert (unsourced(hardware), unsourced(stack)) == ([], [])
+    assert (hardware.name, stack.name, stack.layer_overhead_ns) == ("mine", "mine", 0)
+    assert hardware.link_slowdown == pytest.approx((586_144.8 - 5_000) / (533_768 - 5_000), abs=1e-4)
+    assert hardware.pageable_gb_per_s == pytest.approx(6.0)
+    assert hardware.kernel_ns["gpt-oss-20b"].expert[1] == (8, 12_000)
+    assert json.loads(paths[2].read_text())["format"] == "expertflow-calibration"
+    assert "replay.calibrate" in paths[0].read_text().splitlines()[0]
+
+
+def test_each_policy_is_simulated_with_its_own_costs_and_pads_as_they_last() -> None:
+    eager = stack_from_dict(configure(["+hardware=a100", "+policy=lru"])["stack"])
+    hardware, stack = simulated_as(record(), "mine", "gpt-oss-20b", "lru", eager)
+    assert (hardware.decide_ns, stack.layer_overhead_ns, stack.classify_ns) == (0, 1_020_000, 8_000)
+    assert simulated_as(record(), "mine", "gpt-oss-20b", "adaptive", eager)[0].decide_ns == 20_000
+    # Of what was not measured the nearest is taken: another model, another policy.
+    other = simulated_as(record(), "mine", "mixtral-8x7b", "oracle", Stack("none", 0, 0))
+    assert other[0].decide_ns == 0
+    assert other[1].layer_overhead_ns == 0
+
+
+def test_a_measured_machine_is_compared_with_the_datasheet_of_its_name() -> None:
+    found = datasheet("NVIDIA H200")
+    assert found is not None
+    assert found[0] == "h200"
+    assert datasheet("NVIDIA GeForce RTX 4090") is not None
+    assert datasheet("NVIDIA H20")[0] == "h20"  # type: ignore[index]
+    assert datasheet("x86_64") is None
+
+
+@pytest.mark.parametrize("name", ["local", "auto", "", "a/b", "..", "a b", "x.yaml"])
+def test_a_name_that_is_no_file_of_ours_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="NAME="):
+        check_name(name)
+
+
+def test_an_unknown_model_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"choose from: .*gpt-oss-20b"):
+        named_model("gpt-5")
+
+
+def test_profiles_name_what_they_were_measured_with() -> None:
+    hardware, stack = profiles(record(), "mine")
+    for text in (*hardware["sources"].values(), *stack["sources"].values()):
+        assert text.startswith(("measured 2026-01-01", "definition:"))

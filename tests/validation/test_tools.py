@@ -1,0 +1,157 @@
+"""`replay.calibrate` and `replay.validate` end to end on the CPU machine, in a small form: what they write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from replay import calibrate, validate
+from replay.lockstep import cli as lockstep
+from sim.hardware import hardware_from_dict, stack_from_dict
+
+SMALL = ["--machine", "cpu", "--quick"]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one small validation: two policies, two batch sizes."""
+    out = tmp_path_factory.mktemp("validation")
+    words = ["mine", *SMALL, "--policies", "lru,adaptive", "--residency", "0.5", "--stacks", "found", "--tokens", "12",
+             "--log-tokens", "4", "--batch-sizes", "1,4", "--verify-executions", "3000", "--verify-tokens", "64",
+             "--out", str(out)]  # fmt: skip
+    assert validate.main(words) in (0, 1)
+    return out
+
+
+@pytest.mark.slow
+def test_a_validation_writes_its_table_page_plot_timeline_and_profile(validated: Path) -> None:
+    names = {path.relative_to(validated).as_posix() for path in validated.rglob("*") if path.is_file()}
+    assert names == {
+        "README.md", "fidelity.png", "summary.json", "provenance.json", "table.csv", "timeline.json",
+        "profile/hardware/mine.yaml", "profile/hardware/mine.calibration.json", "profile/stack/mine.yaml",
+        "logs/cpu-lru.parquet", "logs/cpu-adaptive.parquet",
+    }  # fmt: skip
+    table = pd.read_csv(validated / "table.csv")
+    assert sorted(zip(table["policy"], table["batch_size"], strict=True)) == [
+        ("adaptive", 1), ("adaptive", 4), ("lru", 1), ("lru", 4)]  # fmt: skip
+    for column in ("tpot_ms", "compute_ms", "overhead_ms", "link_ms"):
+        assert (table[f"{column}_measured"] > 0).all()
+        assert (table[f"{column}_predicted"] > 0).all()
+    # Without prefetch hits do not depend on time: both worlds count the same.
+    lru = table[table["policy"] == "lru"]
+    assert (lru["num_hits_measured"] == lru["num_hits_predicted"]).all()
+    assert (lru["num_misses_measured"] == lru["num_misses_predicted"]).all()
+
+
+@pytest.mark.slow
+def test_a_validation_finds_no_wrong_stamp_and_every_decision_again(validated: Path) -> None:
+    summary = json.loads((validated / "summary.json").read_text())
+    assert summary["stamps"]["wrong"] == 0
+    assert summary["stamps"]["executions"] >= 3000
+    assert [one["difference"] for one in summary["lockstep"]] == [None, None]
+    assert all(one["decisions"] > 100 for one in summary["lockstep"])
+    assert (summary["world"], summary["scale"], summary["left_out"]) == ("cpu", 16, [])
+    assert summary["judged"]["num_rows"] == 4
+    assert lockstep([str(validated / "logs" / "cpu-adaptive.parquet")]) == 0
+
+
+@pytest.mark.slow
+def test_the_two_timelines_are_of_the_same_forwards(validated: Path) -> None:
+    events = json.loads((validated / "timeline.json").read_text())["traceEvents"]
+    attention = {pid: [event["name"] for event in events if event.get("cat") == "attention" and event["pid"] == pid]
+                 for pid in (1, 2)}  # fmt: skip
+    assert attention[1] == attention[2]
+    assert len(attention[1]) == 24 * validate.TIMELINE_FORWARDS
+
+
+@pytest.mark.slow
+def test_a_record_that_is_there_is_taken_and_another_scale_refused(
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = validated / "profile" / "hardware" / "mine.calibration.json"
+    words = ["again", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
+             "--stacks", "found", "--tokens", "4", "--log-tokens", "2", "--batch-sizes", "1",
+             "--out", str(tmp_path)]  # fmt: skip
+    assert validate.main(words) in (0, 1)
+    again = json.loads((tmp_path / "profile" / "hardware" / "again.calibration.json").read_text())
+    assert again["kernels"] == json.loads(record.read_text())["kernels"]
+    capsys.readouterr()
+    assert validate.main([*words, "--scale", "8"]) == 2
+    assert "measured at scale 16, this run has 8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_time_that_is_up_leaves_rows_out_and_says_so(validated: Path, tmp_path: Path) -> None:
+    record = validated / "profile" / "hardware" / "mine.calibration.json"
+    words = ["short", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
+             "--stacks", "found", "--tokens", "2", "--log-tokens", "2", "--batch-sizes", "1,8", "--minutes", "0",
+             "--out", str(tmp_path)]  # fmt: skip
+    assert validate.main(words) in (0, 1)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["left_out"]) == 2
+    assert summary["judged"]["num_rows"] == 0
+
+
+@pytest.mark.slow
+def test_a_calibration_writes_a_profile_that_simulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate.main(["mine", *SMALL, "--policies", "lru", "--throttle", "0.2", "--out", str(tmp_path)]) == 0
+    hardware = hardware_from_dict(yaml.safe_load((tmp_path / "hardware" / "mine.yaml").read_text()))
+    stack_from_dict(yaml.safe_load((tmp_path / "stack" / "mine.yaml").read_text()))
+    assert list(hardware.kernel_ns) == ["gpt-oss-20b/16"]
+    # The throttle is a floor under every copy's time: the link is never found faster than that.
+    raw = json.loads((tmp_path / "hardware" / "mine.calibration.json").read_text())
+    assert all(row["bytes"] / row["in_a_row_ns"] <= 0.2001 for row in raw["link"])
+    printed = capsys.readouterr().out
+    for figure in ("link_gb_per_s", "gate_sync_ns", "decisions of lru", "pads last"):
+        assert figure in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["local"], "NAME='local'"),
+        (["mine", "--models", "gpt-5"], "model 'gpt-5' is unknown"),
+        (["mine", "--machine", "cuda", "--throttle", "1"], "throttle_gb_per_s"),
+    ],
+)
+def test_calibrate_answers_mistakes_with_one_line(words: list[str], expected: str, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    given = words if "--machine" in words else [*words, "--machine", "cpu"]
+    assert calibrate.main([*given, "--quick", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a/b"], "NAME='a/b'"),
+        (["mine", "--tokens", "0"], "--tokens=0"),
+        (["mine", "--calibration", "missing.json"], "missing.json"),
+        (["mine", "--hardware", "abacus"], "abacus"),
+        (["mine", "--residency", "half"], "--residency='half' must be numbers"),
+        (["mine", "--batch-sizes", "1.5"], "--batch-sizes='1.5' must be whole numbers"),
+        (["mine", "--policies", "lru,best"], "best"),
+        (["mine", "--models", "gpt-5"], "gpt-5"),
+        (["mine", "--scale", "-1"], "--scale=-1"),
+    ],
+)
+def test_validate_answers_mistakes_with_one_line(words: list[str], expected: str, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    assert validate.main([*words, "--machine", "cpu", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for content in ("{", "[]", "{}", '{"format": "other"}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"replay\.calibrate"):
+            validate.load_record(path, 16)
