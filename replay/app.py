@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from expertflow.observer import Observer
+from replay.device import DeviceLostError
 from replay.log import LOG_NAME, LogHeader, LogWriter
 from replay.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
@@ -54,16 +55,19 @@ def replay_configured(cfg: DictConfig) -> float | None:
     started = time.perf_counter()
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = list(HydraConfig.get().overrides.task)
-    plain = checked(cfg, KEYS)
+    plain = checked(cfg, KEYS, ("local",))
     _check(plain)
     settings = Settings.of(plain)
     device = settings.device()
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     with ExitStack() as stack:
         stack.callback(device.close)
+        # Before the machine's memory stands in it: what is left of that differs from run to run.
+        asked = {key: value for key, value in plain.items() if key != "skip_done"}
+        asked["machine"] = [settings.machine, device.describe()["name"]]
         plain = as_found(plain, device)
         work = make_workload(plain)
-        mark = fingerprint({k: v for k, v in plain.items() if k != "skip_done"}, work.trace_sha256, "replay")
+        mark = fingerprint(asked, work.trace_sha256, "replay")
         if plain["skip_done"] and is_done(folder, mark):
             console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
             return None
@@ -72,10 +76,8 @@ def replay_configured(cfg: DictConfig) -> float | None:
         job = Job(plain, settings, work, folder, overrides)
         try:
             metrics = job.run(device)
-        except PartialRunError as error:
-            write_text(folder / "partial.json", to_json({**job.head, "reason": str(error), **error.metrics}))
-            print(f"error: the device was lost: {error}; what was measured until then is in "
-                  f"{relative(folder / 'partial.json')}", file=sys.stderr)  # fmt: skip
+        except (PartialRunError, DeviceLostError) as error:
+            _lost(job, folder, error)
             raise SystemExit(LOST) from error
     write_text(folder / "metrics.json", to_json(metrics))
     wall_s = time.perf_counter() - started
@@ -88,6 +90,19 @@ def replay_configured(cfg: DictConfig) -> float | None:
     write_text(folder / "DONE", mark + "\n")
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
+
+
+def _lost(job: Job, folder: Path, error: PartialRunError | DeviceLostError) -> None:
+    """Keep what was measured until the device was lost, and say where it is."""
+    so_far = error.metrics if isinstance(error, PartialRunError) else {"partial": True, "num_forwards": 0}
+    write_text(folder / "partial.json", to_json({**job.head, "reason": str(error), **so_far}))
+    print(f"error: the device was lost: {error}; what was measured until then is in "
+          f"{relative(folder / 'partial.json')}", file=sys.stderr)  # fmt: skip
+    if job.settings.machine == "cuda" and job.settings.fault is None:
+        # Nothing on a dead CUDA context can be given back: its destructors would abort the process.
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(LOST)
 
 
 def _check(cfg: dict[str, Any]) -> None:

@@ -88,18 +88,22 @@ def measure_host(device: Device, model: ModelSpec, policies: Sequence[str], scal
         policy, transfer = make_policy(cfg["policy"], full, 0)
         needs = needs_of(work, policy, transfer)
         if rig is None or needs.num_slots > rig.needs.num_slots:
+            if rig is not None:
+                rig.release()
             rig = Rig(device, work.model, needs, _host_budget_gb(work.model), transfer.memory == "pinned")
         chunk_bytes = load_chunks(work)
         machine = rig.machine(chunk_bytes, work.stack, transfer.memory)
         probe = HostProbe(machine)
         runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
-        machine.warm_up(next(iter(work.batches)))
+        machine.warm_up([next(iter(work.batches))])
         device.restart_clock()
         with steady():
             drive(runtime, probe)
         device.synchronize()
         found[name] = summary(probe.samples)
         say(f"  {name}: {runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6:.2f} ms a token in place")
+    if rig is not None:
+        rig.release()
     return found
 
 
@@ -132,18 +136,20 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
     step("memory and matrices")
     raw["memory_gb_per_s"] = memory_gb_per_s(device)
     raw["matrix_tflops"] = matrix_tflops(device)
-    raw |= {"chunked": {}, "beside": {}, "kernels": {}, "host": {}}
+    raw |= {"chunked": {}, "beside": {}, "kernels": {}, "kernel_launch_ns": {}, "host": {}}
     for name in models:
         model = scaled_model(named_model(name), scale)
         step(f"{name}: kernels")
         tokens = TOKENS[:4] if quick else TOKENS
         needs = Needs(min(64, model.num_layers * model.num_experts), tokens[-1], 4096)
         rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
-        raw["kernels"][model.name] = kernel_tables(rig, tokens, 2048, 7 if quick else 25)
+        tables, launch_ns = kernel_tables(rig, tokens, 2048, 7 if quick else 25)
+        raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
         raw["chunked"][model.name] = chunked(device, model.expert_bytes)
         work = rig.kernels.experts(0, list(range(8)), [1] * 8, False, 1)
         raw["beside"][model.name] = copy_beside(device, work, model.expert_bytes, kernel_ns(device, [work], 5))
-        del rig, work
+        rig.release()
+        del work
         step(f"{name}: the host, in place")
         raw["host"][model.name] = measure_host(device, named_model(name), policies, scale, 24 if quick else 96, step)
     step("decisions by themselves")

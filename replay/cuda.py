@@ -168,6 +168,8 @@ class CudaDevice:
     def _spin_ns(self, cycles: int) -> float:
         start, end = self._event(), self._event()
         with torch.cuda.stream(self._compute):
+            # The host must be ahead: else its own time between two calls would count.
+            torch.cuda._sleep(_SPIN_CYCLES[0])
             start.record(self._compute)
             torch.cuda._sleep(cycles)
             end.record(self._compute)

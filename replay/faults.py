@@ -20,8 +20,9 @@ class FaultyDevice:
 
     delayed: a copy is reported as done, its bytes arrive sixteen copies later. failed: they never do. reordered: two
     copies in a row change places. duplicated: a copy is done again after its slot has been given to another expert.
-    early_reuse: a copy into a slot whose kernel has been launched does not wait for that kernel. lost: the device
-    stops answering.
+    early_reuse: what a copy has brought is overwritten by another while a kernel runs. lost: the device stops
+    answering.
+    What was copied for nothing (a prefetch that nobody uses) is never read: such a strike is harmless, and unseen.
     """
 
     def __init__(self, device: Device, fault: str, at: int) -> None:
@@ -34,9 +35,10 @@ class FaultyDevice:
         self._count = 0
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         self._due = 0
-        self._targets: list[torch.Tensor] = []
+        self._before: torch.Tensor | None = None
         self._sources: dict[int, torch.Tensor] = {}
         self._overwrite: Callable[[], object] | None = None
+        self._landed: Event = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
@@ -45,7 +47,7 @@ class FaultyDevice:
         """As the device's, but for the fault."""
         self._count += 1
         span = self._faulty(target, source, after)
-        self._targets = [*self._targets[-1:], target]
+        self._before = source
         self._sources[target.data_ptr()] = source
         return span
 
@@ -65,10 +67,10 @@ class FaultyDevice:
             return device.copy(target[:0], source[:0], after)
         if self.fault == "duplicated":
             return self._duplicate(target, source, after)
-        if len(self._targets) > 1:
-            # With two copies under way the one before the last has landed: its slot is soon read.
-            self._overwrite = _overwriter(self._targets[-2], source)
-        return device.copy(target, source, after)
+        span = device.copy(target, source, after)
+        if self._overwrite is None and self._before is not None:
+            self._landed, self._overwrite = span[1], _overwriter(target, self._before)
+        return span
 
     def _release(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Span:
         assert self._held is not None
@@ -95,7 +97,7 @@ class FaultyDevice:
     def launch(self, work: Callable[[], None], pad_ns: int) -> Span:
         """As the device's; with early_reuse a slot is overwritten while its kernels are under way."""
         overwrite = self._overwrite
-        if overwrite is None or self.struck:
+        if overwrite is None or self.struck or self._landed is not None:
             return self._device.launch(work, pad_ns)
         self.struck = True
 
@@ -104,6 +106,12 @@ class FaultyDevice:
             work()
 
         return self._device.launch(raced, pad_ns)
+
+    def recycle(self, event: Event) -> None:
+        """As the device's; what is given back has been reported as done."""
+        if event is self._landed:
+            self._landed = None
+        self._device.recycle(event)
 
     def wait(self, events: Sequence[Event]) -> None:
         """As the device's."""

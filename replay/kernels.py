@@ -113,8 +113,7 @@ class Kernels:
         self._tokens = torch.zeros(max_tokens, dtype=torch.int64, device=self._device)
 
     def _random(self, *shape: int) -> torch.Tensor:
-        made = torch.randn(*shape, generator=self._generator, dtype=torch.float32, device=self._device)
-        return made.mul_(0.02).to(self._dtype)
+        return torch.randn(*shape, generator=self._generator, dtype=self._dtype, device=self._device).mul_(0.02)
 
     def _columns(self, params: int, bits: float) -> int:
         """Columns of a [hidden, columns] matrix whose bytes are those of `params` weights."""

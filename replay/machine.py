@@ -172,14 +172,22 @@ class RealMachine:
                 self.slots.bytes[slot, start:end].copy_(self.host.buffer(key)[start:end])
         self.device.synchronize()
 
-    def warm_up(self, forward: Forward, repeat: int = 3) -> None:
-        """Run every kind of kernel before the clock matters: libraries load and choose on first use."""
-        for _ in range(repeat):
+    def warm_up(self, forwards: Sequence[Forward], repeat: int = 2) -> None:
+        """Run every kernel in the shapes of `forwards` before the clock matters: libraries load and choose on first
+        use."""
+        device, kernels = self.device, self.kernels
+        for forward in [forward for forward in forwards for _ in range(repeat)]:
+            rows, requests = len(forward.rows), len(forward.requests)
+            events: list[Any] = []
             for layer in range(len(forward.demands)):
-                self.device.launch(self.kernels.attention(layer, forward), 0)
+                events += device.launch(kernels.attention(layer, forward), 0)
             keys = forward.demands[0]
             tokens = [1] * len(keys) if forward.counts is None else [forward.counts[0][key] for key in keys]
             slots = [place % self.slots.num_slots for place in range(len(keys))]
-            self.device.launch(self.kernels.experts(0, slots, tokens, True, len(forward.rows)), 0)
-            self.device.launch(self.kernels.head(len(forward.requests)), 0)
-            self.device.synchronize()
+            events += device.launch(kernels.experts(0, slots, tokens, True, rows), 0)
+            events += device.launch(kernels.head(requests), 0)
+            events.append(device.read_back(self._routing[:rows], kernels.routing[:rows]))
+            events.append(device.read_back(self._tokens[:requests], kernels.tokens[:requests]))
+            device.synchronize()
+            for event in events:
+                device.recycle(event)

@@ -180,19 +180,40 @@ def decode_forward(num_tokens: int, kv_len: int) -> Forward:
     return Forward(0, DECODE, range(num_tokens), tuple(range(num_tokens)), (kv_len,) * num_tokens, [], [], None)
 
 
-def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int) -> dict[str, Any]:
-    """Kernel times of the rig's model by number of tokens, in the form of `hardware.kernel_ns`."""
-    device, kernels, model, slots = rig.device, rig.kernels, rig.model, rig.slots.num_slots
+def expert_times(rig: Rig, num_tokens: int, repeat: int) -> tuple[float, float]:
+    """(what one more expert takes, what its launch takes by itself): from groups of one and of several."""
+    slots, kernels = rig.slots.num_slots, rig.kernels
+    size = min(8, slots)
+
+    def group(first: int, count: int) -> Work:
+        chosen = [(first + place) % slots for place in range(count)]
+        return kernels.experts(0, chosen, [num_tokens] * count, False, 1)
+
+    starts = range(0, slots, size)
+    one = kernel_ns(rig.device, [group(first, 1) for first in starts], repeat)
+    if size == 1:
+        return one, 0.0
+    several = kernel_ns(rig.device, [group(first, size) for first in starts], repeat)
+    more = max((several - one) / (size - 1), 1.0)
+    return more, max(one - more, 0.0)
+
+
+def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int) -> tuple[dict[str, Any], float]:
+    """Kernel times of the rig's model by number of tokens, in the form of `hardware.kernel_ns`, and what a launch takes
+    by itself on the stream: the tables are without it."""
+    device, kernels, model = rig.device, rig.kernels, rig.model
     layers = range(model.num_layers)
+    experts = [expert_times(rig, count, repeat) for count in tokens]
+    launch = statistics.median([alone for _, alone in experts[:4]])
 
     def table(make: Callable[[int], list[Work]]) -> list[list[int]]:
-        return [[count, round(kernel_ns(device, make(count), repeat))] for count in tokens]
+        return [[count, max(1, round(kernel_ns(device, make(count), repeat) - launch))] for count in tokens]
 
     one = decode_forward(1, 1)
     # Layer 0 would count leading dense layers in.
     later = [at for at in layers if at] or [0]
     found: dict[str, Any] = {
-        "expert": table(lambda n: [kernels.experts(0, [s], [n], False, 1) for s in range(min(slots, 64))]),
+        "expert": [[count, round(more)] for count, (more, _) in zip(tokens, experts, strict=True)],
         "head": table(lambda n: [kernels.head(n)]),
         "attention": table(lambda n: [kernels.attention(at, decode_forward(n, 1)) for at in later]),
     }  # fmt: skip
@@ -209,4 +230,4 @@ def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int) -> 
     short = kernel_ns(device, [kernels.attention(at, one) for at in full], 2 * repeat)
     long = kernel_ns(device, [kernels.attention(at, decode_forward(1, kv_len)) for at in full], 2 * repeat)
     found["kv"] = max(0.0, (long - short) / max(kv_len - 1, 1))
-    return found
+    return found, launch

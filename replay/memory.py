@@ -134,8 +134,9 @@ def plan_arenas(num_buffers: int, stride: int, largest: int = 1 << 30) -> list[t
     return arenas
 
 
-def check_gpu(need: Sequence[tuple[str, int]], free: int, stride: int, num_slots: int) -> None:
-    """ValueError if the parts of `need` (name, bytes) do not fit into `free` bytes of GPU memory; says what would."""
+def check_gpu(need: Sequence[tuple[str, int]], free: int, stride: int, num_slots: int,
+              memory: str = "GPU memory") -> None:  # fmt: skip
+    """ValueError if the parts of `need` (name, bytes) do not fit into `free` bytes of `memory`; says what would."""
     total = sum(num_bytes for _, num_bytes in need)
     if total <= free:
         return
@@ -145,4 +146,4 @@ def check_gpu(need: Sequence[tuple[str, int]], free: int, stride: int, num_slots
     if fitting:
         share = fitting / num_slots
         remedy = f"{fitting} of the {num_slots} slots would fit: lower residency to {share:.2f} of what it is"
-    raise ValueError(f"GPU memory: needs {total / 1e9:.2f} GB ({parts}), free are {free / 1e9:.2f}; {remedy}")
+    raise ValueError(f"{memory}: needs {total / 1e9:.2f} GB ({parts}), free are {free / 1e9:.2f}; {remedy}")

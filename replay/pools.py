@@ -9,17 +9,20 @@ import torch
 from replay.memory import ALIGNMENT, HostPlan, align, plan_arenas
 
 _FILL_SEED = 20_251_030
+_WORD = 8
 
 
 def chunk_offsets(chunk_bytes: Sequence[int]) -> list[int]:
     """Where each chunk of an expert begins, and the end: rounded down, so that no copy starts at an odd address.
 
-    A chunk's real size differs from the stated one by less than the alignment; their sum is the same.
+    A chunk's real size differs from the stated one by less than the alignment; their sum is the same. Small chunks (of
+    a model that was scaled down) are aligned to a word only.
     """
+    alignment = ALIGNMENT if min(chunk_bytes) >= 4 * ALIGNMENT else _WORD
     offsets, end = [0], 0
     for num_bytes in chunk_bytes[:-1]:
         end += num_bytes
-        offsets.append(max(end // ALIGNMENT * ALIGNMENT, offsets[-1]) if end >= 4 * ALIGNMENT else end // 8 * 8)
+        offsets.append(end // alignment * alignment)
     return [*offsets, end + chunk_bytes[-1]]
 
 

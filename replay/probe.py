@@ -27,8 +27,8 @@ class HostProbe:
     """A machine like the one inside it. `samples`: host times in ns by what they were spent on.
 
     attention, head: one launch. experts[n]: one launch of n experts without, experts_shared[n] with the shared one.
-    issue: one copy, and what the runtime does between copies of a burst. classify: from the routing known to the
-    next call. observe: from any other wake to the next call or wait. decide: from the launch before the decision to
+    issue, issue_gap: one copy, and what passes from it to the next call or wait. classify: from the routing known to
+    the next call. observe: from any other wake to the next call or wait. decide: from the launch before the decision to
     its end. forward: from the forward's begin to its first launch. gate_sync, token_sync: from the device's end of
     the kernel to the host's knowing. first_kernel: from the call of a launch on an idle stream to the kernel's start.
     """
@@ -46,12 +46,14 @@ class HostProbe:
         kind, what, at = self._last
         if kind == _WAKE:
             self.samples["classify" if what == "gate" else "observe"].append(now - at)
-        elif name == "copy" and what == "copy":
+        elif what == "copy":
             self.samples["issue_gap"].append(now - at)
         elif name == "decided" and what == "experts":
             self.samples["decide"].append(now - at)
         elif what == "begin_forward":
             self.samples["forward"].append(now - at)
+        else:
+            self.samples[f"from {what} to {name}"].append(now - at)
         return now
 
     def _leave(self, name: str, entered: int, sample: str | None = None) -> None:

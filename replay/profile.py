@@ -81,7 +81,7 @@ def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two configuration files of a calibration, as plain mappings."""
-    costs = host_costs(_host(raw, None, DEFAULT_POLICY))
+    costs = _costs(raw, None, DEFAULT_POLICY)
     latency, curve = link_curve(raw["link"])
     expert = next(iter(raw["beside"].values()))
     # One rate for every size: that of a chunk as the runs cut them by default.
@@ -115,7 +115,8 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
         "link_latency_ns": "the part of the smallest copies' time that does not grow with size",
         "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
         "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
-        "kernel_ns": "each kernel of the model's shapes, the host's time hidden",
+        "kernel_ns": "each kernel of the model's shapes, the host's time and the launch itself left out",
+        "launch_latency_ns": "mean of a replay in place, and what a launch takes on the stream by itself",
         "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
     }
     hardware["sources"] = {key: f"{how}: {texts.get(key, 'mean of a replay in place')}"
@@ -125,6 +126,14 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     stack["sources"] = {key: f"{how}: mean of a replay in place" for key in stack if key != "name"}
     stack["sources"] |= dict.fromkeys(("layer_overhead_ns", "head_overhead_ns"), "definition: a replay adds none")
     return hardware, stack
+
+
+def _costs(raw: Mapping[str, Any], model: str | None, policy: str) -> dict[str, int]:
+    """Host costs in place; what a launch takes on the stream before its kernels run counts as latency."""
+    costs = host_costs(_host(raw, model, policy))
+    alone = raw["kernel_launch_ns"]
+    costs["launch_latency_ns"] += round(alone.get(model) or next(iter(alone.values())))
+    return costs
 
 
 def _host(raw: Mapping[str, Any], model: str | None, policy: str) -> Mapping[str, Mapping[str, float]]:
@@ -139,7 +148,7 @@ def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, sta
     """Hardware and stack to simulate a replay of `policy` under `stack` with: its own host costs, pads as they last."""
     plain_hardware, plain_stack = profiles(raw, name)
     hardware, found = hardware_from_dict(plain_hardware), stack_from_dict(plain_stack)
-    costs = host_costs(_host(raw, model, policy))
+    costs = _costs(raw, model, policy)
     known = {field.name for field in fields(Hardware)}
     hardware = replace(hardware, **{key: cost for key, cost in costs.items() if key in known})  # type: ignore[arg-type]
     pads = {key: round(getattr(stack, key) * raw["pad_share"]) for key in ("layer_overhead_ns", "head_overhead_ns")}

@@ -10,7 +10,7 @@ import torch
 
 from expertflow.model import ModelSpec
 from replay.cpu import CpuDevice
-from replay.cuda import CudaDevice
+from replay.cuda import CudaDevice, explaining
 from replay.device import Device
 from replay.kernels import Kernels, kernel_bytes
 from replay.machine import RealMachine
@@ -49,6 +49,10 @@ def make_device(name: str, throttle_gb_per_s: float | None = None) -> Device:
     return CudaDevice()
 
 
+def _nothing() -> None:
+    """Where torch has no such function."""
+
+
 class Rig:
     """Allocated once; `machine` makes a fresh machine on it for each run.
 
@@ -70,10 +74,12 @@ class Rig:
             check_gpu([("slots", stride * needs.num_slots), *parts.items()], free, stride, needs.num_slots)
         else:
             room = plan.available_bytes - plan.num_buffers * plan.stride
-            check_gpu([("slots", stride * needs.num_slots), *parts.items()], max(room, 0), stride, needs.num_slots)
-        self._hosts = {pinned: HostPool(plan, model.expert_bytes, device.dtype, pinned)}
-        self.slots = SlotPool(needs.num_slots, model.expert_bytes, device.torch_device)
-        self.kernels = Kernels(model, self.slots, device.dtype, needs.max_tokens, needs.max_context)
+            check_gpu([("slots", stride * needs.num_slots), *parts.items()], max(room, 0), stride, needs.num_slots,
+                      "host memory beside the experts")  # fmt: skip
+        with explaining():
+            self._hosts = {pinned: HostPool(plan, model.expert_bytes, device.dtype, pinned)}
+            self.slots = SlotPool(needs.num_slots, model.expert_bytes, device.torch_device)
+            self.kernels = Kernels(model, self.slots, device.dtype, needs.max_tokens, needs.max_context)
         device.synchronize()
 
     def _plan(self, pinned: bool) -> HostPlan:
@@ -85,7 +91,8 @@ class Rig:
         """Host buffers of the kind asked for, made on first use."""
         pinned = pinned and self.device.world == "cuda"
         if pinned not in self._hosts:
-            self._hosts[pinned] = HostPool(self._plan(pinned), self.model.expert_bytes, self.device.dtype, pinned)
+            with explaining():
+                self._hosts[pinned] = HostPool(self._plan(pinned), self.model.expert_bytes, self.device.dtype, pinned)
         return self._hosts[pinned]
 
     def machine(self, chunk_bytes: Sequence[int], stack: Stack, memory: str = "pinned", verify: bool = False,
@@ -115,3 +122,5 @@ class Rig:
         del self.kernels, self.slots
         if self.device.world == "cuda":
             torch.cuda.empty_cache()
+            # Pinned memory stays in torch's own cache, and would count as taken; older versions cannot empty it.
+            getattr(torch._C, "_host_emptyCache", _nothing)()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from expertflow.forward import Forward
@@ -12,6 +12,7 @@ from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
+from replay.cuda import explaining
 from replay.device import Device, DeviceLostError
 from replay.drive import drive
 from replay.faults import FaultyDevice
@@ -24,6 +25,10 @@ from sim.setup import Transfer, Workload, load_chunks, run_config
 
 _FORWARDS_AHEAD = 8192
 """Forwards are built before the clock starts, as far as memory allows: building one takes host time."""
+
+
+LEAST_CHUNK = 64
+"""Bytes: smaller ones would vanish when copies are aligned to words."""
 
 
 class PartialRunError(RuntimeError):
@@ -71,23 +76,31 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     """
     device: Device = rig.device if fault is None else FaultyDevice(rig.device, *fault)
     chunk_bytes = load_chunks(work)
-    machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
+    if len(chunk_bytes) > 1 and chunk_bytes[-1] < LEAST_CHUNK:
+        raise ValueError(f"chunk_mib={work.chunk_mib:.3g} (scaled with the model) makes chunks of {chunk_bytes[-1]} "
+                         f"bytes; a copy has {LEAST_CHUNK} at least: raise chunk_mib")  # fmt: skip
     config = run_config(work, transfer, chunk_bytes)
+    with explaining():
+        machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
     runtime = Runtime(config, machine, policy, _ahead(iter(work.batches)), observers)
     stamps = machine.stamps
     try:
-        machine.preload(runtime.slots.slot_of)
-        machine.warm_up(next(iter(work.batches)))
-        device.restart_clock()
-        with steady():
-            drive(runtime, machine, log)
-        device.synchronize()
-        if stamps is not None:
-            stamps.collect()
+        with explaining():
+            machine.preload(runtime.slots.slot_of)
+            machine.warm_up(_shapes(work.batches))
+            device.restart_clock()
+            with steady():
+                drive(runtime, machine, log)
+            device.synchronize()
+            if stamps is not None:
+                stamps.collect()
     except DeviceLostError as error:
         raise PartialRunError(str(error), _so_far(runtime)) from error
     if stamps is None or not stamps.num_wrong:
         runtime.check_identities()
+    if isinstance(device, FaultyDevice) and not device.struck:
+        raise ValueError(f"fault={device.fault} found no occasion from copy fault_at={device.at} on; lower fault_at or "
+                         "residency, so that more is copied")  # fmt: skip
     if work.warmup_forwards >= runtime.counters.num_forwards:
         raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
                          f"{runtime.counters.num_forwards} forwards")  # fmt: skip
@@ -112,6 +125,16 @@ def _so_far(runtime: Runtime) -> dict[str, Any]:
     }
 
 
+def _shapes(forwards: Iterable[Forward]) -> list[Forward]:
+    """One forward of each phase and number of rows, the longest of its kind: libraries choose kernels by shape."""
+    longest: dict[tuple[str, int], Forward] = {}
+    for forward in forwards:
+        kind = (forward.phase, len(forward.rows))
+        if kind not in longest or sum(forward.kv_lens) > sum(longest[kind].kv_lens):
+            longest[kind] = forward
+    return list(longest.values())
+
+
 def _ahead(forwards: Iterator[Forward]) -> Iterator[Forward]:
-    while block := list(islice(forwards, _FORWARDS_AHEAD)):
-        yield from block
+    """The first forwards are built here and now, those beyond when they are due."""
+    return chain(list(islice(forwards, _FORWARDS_AHEAD)), forwards)

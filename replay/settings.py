@@ -15,6 +15,8 @@ from sim.hardware import hardware_from_dict
 
 KEYS = ("machine", "host_memory_gb", "verify", "log", "fault", "fault_at", "scale", "throttle_gb_per_s")
 CPU_SCALE = 16
+LEAST_PACE = 1e-4
+"""GB/s: slower links would make a copy of one small expert last for minutes."""
 _COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns",
           "link_latency_ns")  # fmt: skip
 _RATES = ("memory_gb_per_s", "tflops", "link_gb_per_s", "pageable_gb_per_s", "memory_efficiency",
@@ -75,8 +77,8 @@ def _throttle(cfg: Mapping[str, Any], machine: str, scale: int) -> float | None:
     if given is not None:
         if machine != "cpu":
             raise ValueError(f"throttle_gb_per_s={given} is for machine=cpu; a GPU's link is as fast as it is")
-        if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given < math.inf:
-            raise ValueError(f"throttle_gb_per_s={given!r} must be GB/s above 0, or null")
+        if not isinstance(given, int | float) or isinstance(given, bool) or not LEAST_PACE <= given < math.inf:
+            raise ValueError(f"throttle_gb_per_s={given!r} must be GB/s, at least {LEAST_PACE}, or null")
         return float(given)
     if machine != "cpu" or is_local(cfg["hardware"]):
         return None

@@ -54,6 +54,9 @@ class Validation:
         self.integrity: list[dict[str, Any]] = []
         self.lockstep: list[dict[str, Any]] = []
         self.raw: dict[str, Any] = {}
+        policies = args.policies.split(",")
+        self._overlaid: str = "adaptive" if "adaptive" in policies else policies[0]
+        """The policy whose first comparison becomes the timelines; empty when they are written."""
         self._rig: Rig | None = None
         self._workloads: dict[tuple[Any, ...], tuple[dict[str, Any], Workload]] = {}
 
@@ -149,7 +152,8 @@ class Validation:
         self.say(f"{number + 1}/{total} {case}: TPOT {row['tpot_ms_measured']:.3f} ms measured, "
                  f"{row['tpot_ms_predicted']:.3f} predicted ({100 * row['tpot_error']:+.1f} %), "
                  f"stall {stall}")  # fmt: skip
-        if case.policy == "adaptive" and not (self.out / "timeline.json").exists():
+        if case.policy == self._overlaid:
+            self._overlaid = ""
             self._timeline(cfg, case, rig)
 
     def _timeline(self, cfg: dict[str, Any], case: Case, rig: Rig) -> None:

@@ -31,9 +31,9 @@ def configure(overrides: list[str], config_name: str = "config", own_keys: Seque
     return checked(cfg, own_keys)
 
 
-def checked(cfg: DictConfig, own_keys: Sequence[str] = ()) -> dict[str, Any]:
+def checked(cfg: DictConfig, own_keys: Sequence[str] = (), own_hardware: Sequence[str] = ()) -> dict[str, Any]:
     """Plain values of a composed configuration; ValueError for what would silently mean something else."""
-    _require_groups(cfg)
+    _require_groups(cfg, own_hardware)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     known = (*KEYS, *own_keys)
     for key in plain:
@@ -55,10 +55,11 @@ def checked(cfg: DictConfig, own_keys: Sequence[str] = ()) -> dict[str, Any]:
     return plain
 
 
-def _require_groups(cfg: DictConfig) -> None:
+def _require_groups(cfg: DictConfig, own_hardware: Sequence[str]) -> None:
     """`hardware` and `policy` have no default: say what there is to choose from."""
     for group in ("hardware", "policy"):
-        choices = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        more = own_hardware if group == "hardware" else ()
+        choices = ", ".join([*more, *sorted(path.stem for path in (CONF / group).glob("*.yaml"))])
         if OmegaConf.is_missing(cfg, group) or group not in cfg:
             raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {choices}")
         if not isinstance(cfg[group], DictConfig):

@@ -37,6 +37,8 @@ def _hydra(error: BaseException) -> str:
         options = [line.strip() for line in found.group(1).splitlines()] if found else []
         near = difflib.get_close_matches(missing.group(2), options, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
+        if missing.groups() == ("hardware", "local"):
+            hint = " in a simulation: local is the machine that a replay runs on (python -m replay)"
         return f"{missing.group(1)}={missing.group(2)} does not exist{hint}; choose one of: {', '.join(options)}"
     plus = re.search(r"Could not override '(hardware|policy)'", text)
     if plus:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from replay.cuda import CudaDevice
 
@@ -37,6 +37,7 @@ RAMP_NS = 30_000_000
 GB_PER_S = 1.0
 COPY_NS = 4_000
 FREE_BYTES = 8 << 30
+_SPOILT = 0x7F
 
 
 class FakeStream:
@@ -129,8 +130,11 @@ class FakeCuda:
     def advance_to(self, true_ns: int) -> None:
         """Let the device do what falls due until then, in its order."""
         self.true_ns = max(self.true_ns, true_ns)
-        while self._due and self._due[0][0] <= self.true_ns:
-            heapq.heappop(self._due)[2]()
+        if self._due and self._due[0][0] <= self.true_ns:
+            # The host may be inside a stream's context, where nothing is computed at once; the device is not.
+            with _disable_current_modes():
+                while self._due and self._due[0][0] <= self.true_ns:
+                    heapq.heappop(self._due)[2]()
 
     def call(self, name: str) -> None:
         """One call of the host: takes time, and fails if it is to."""
@@ -174,7 +178,7 @@ class FakeCuda:
         """`target.copy_(source, non_blocking=True)`; from or to memory that is not pinned it blocks the host."""
         self.call("copy_")
         num_bytes = target.numel() * target.element_size()
-        end_ns = self.enqueue(COPY_NS + round(num_bytes / GB_PER_S), lambda: target.fill_(-1 & 0x7F),
+        end_ns = self.enqueue(COPY_NS + round(num_bytes / GB_PER_S), lambda: target.fill_(_SPOILT),
                               lambda: target.copy_(source))  # fmt: skip
         if not {tensor.untyped_storage().data_ptr() for tensor in (target, source)} & self.pinned:
             self.num_pageable += 1
@@ -313,7 +317,8 @@ class DeviceOnFake(CudaDevice):
         return events
 
     def _check(self, event: Any) -> None:
-        assert self._out.get(id(event)) == (event, event.num_records), "an event was asked for after it had been given back"
+        followed = self._out.get(id(event))
+        assert followed == (event, event.num_records), "an event was asked for after it had been given back"
 
 
 @contextmanager

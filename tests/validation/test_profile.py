@@ -59,6 +59,7 @@ def record() -> dict[str, Any]:
         "chunked": {},
         "beside": {"gpt-oss-20b": {"bytes": 13_219_200, "idle_ns": 533_768.0, "busy_ns": 586_144.8}},
         "kernels": {"gpt-oss-20b": tables},
+        "kernel_launch_ns": {"gpt-oss-20b": 1_500.4},
         "host": {"gpt-oss-20b": {"lru": SAMPLES | {"decide": sample(0.0)}, "adaptive": SAMPLES}},
         "decisions": {"adaptive": {"p50_ns": 20_000, "p99_ns": 60_000, "decide_ns": 18_000}},
     }
@@ -119,6 +120,8 @@ def test_the_profile_is_one_that_simulations_take(tmp_path: Path) -> None:
     paths = write_profile(record(), "mine", tmp_path)
     hardware = hardware_from_dict(yaml.safe_load(paths[0].read_text()))
     stack = stack_from_dict(yaml.safe_load(paths[1].read_text()))
+    # The kernel's start comes with the launch: what is left of the latency is the launch's own time on the stream.
+    assert hardware.launch_latency_ns == 1_500
     assert (unsourced(hardware), unsourced(stack)) == ([], [])
     assert (hardware.name, stack.name, stack.layer_overhead_ns) == ("mine", "mine", 0)
     assert hardware.link_slowdown == pytest.approx((586_144.8 - 5_000) / (533_768 - 5_000), abs=1e-4)
