@@ -32,6 +32,12 @@ class Observer:
         """The tokens of `forward` were read back."""
 
 
+def sees_events(observer: Observer) -> bool:
+    """Whether `observer` looks at anything within a forward: only then must the runtime tell."""
+    hooks = ("computed", "stalled", "copied", "demanded", "horizon")
+    return any(getattr(type(observer), hook) is not getattr(Observer, hook) for hook in hooks)
+
+
 class Watch:
     """Tells every observer; knows which kernels a mark stands for."""
 
@@ -74,8 +80,3 @@ class Watch:
             self._distances = tuple(distances)
             for observer in self.observers:
                 observer.horizon(now_ns, self._distances)
-
-    def end_forward(self, forward: Forward, now_ns: int) -> None:
-        """The tokens have been read back."""
-        for observer in self.observers:
-            observer.end_forward(forward, now_ns)

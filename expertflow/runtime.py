@@ -16,7 +16,7 @@ from expertflow.forward import Forward
 from expertflow.identities import check_identities
 from expertflow.journal import Journal
 from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
-from expertflow.observer import Observer, Watch
+from expertflow.observer import Observer, Watch, sees_events
 from expertflow.parts import DEMAND
 from expertflow.policy import Policy
 from expertflow.slots import Slots
@@ -59,7 +59,8 @@ class Runtime:
         self.forwards = forwards
         self.counters = Counters()
         self.journal = Journal()
-        self.watch = Watch(observers) if observers else None
+        self.watch = Watch(observers) if any(map(sees_events, observers)) else None
+        self._forward_listeners = [observer.end_forward for observer in observers]
         self.eviction = policy.eviction
         self.slots = Slots(config.num_layers, config.num_experts, config.num_slots, self.eviction.scope,
                            config.num_staging)  # fmt: skip
@@ -337,8 +338,8 @@ class Runtime:
         counters.num_forwards += 1
         self.journal.end_forward(forward, now)
         self.policy.end_forward(forward)
-        if self.watch is not None:
-            self.watch.end_forward(forward, now)
+        for heard in self._forward_listeners:
+            heard(forward, now)
         if counters.num_forwards == self.config.warmup_forwards:
             before = counters.copy()
             # What the warm-up has prefetched and not used yet counts as the measured part's, as its slots do.

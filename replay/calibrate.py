@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertflow.model import ModelSpec, model_from_dict
+from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.bench_decide import measure_decisions
 from replay.device import Device
@@ -49,7 +51,7 @@ from sim.configure import configure
 from sim.errors import one_line
 from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
-from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.setup import Transfer, Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
@@ -67,44 +69,57 @@ def named_model(name: str) -> ModelSpec:
     return model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: int,
-                      batch_size: int) -> tuple[dict[str, Any], Workload]:  # fmt: skip
+def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: int, batch_size: int,
+                      stack: str = "found") -> tuple[dict[str, Any], Workload]:  # fmt: skip
     """A short generated trace of the model's shape, at half residency."""
-    overrides = [f"+hardware={hardware}", f"+policy={policy}", f"trace.seed={SEED}", "stack=found", "compare=none",
+    overrides = [f"+hardware={hardware}", f"+policy={policy}", f"trace.seed={SEED}", f"stack={stack}", "compare=none",
                  f"max_tokens={num_tokens}", f"batch_size={batch_size}", f"trace.num_tokens={4 * num_tokens}",
                  f"trace.num_requests={4 * batch_size}"]  # fmt: skip
     cfg = configure(overrides)
     return cfg, make_workload(cfg, standin_trace(make_trace(cfg["trace"]), model))
 
 
-def measure_host(device: Device, model: ModelSpec, policies: Sequence[str], scale: int, num_tokens: int,
-                 say: Any) -> dict[str, Any]:  # fmt: skip
-    """Short replays of every policy: what the host spent on what; and each policy's decisions by themselves."""
-    found: dict[str, Any] = {}
+def measure_host(device: Device, model: ModelSpec, policies: Sequence[str], stacks: Sequence[str], scale: int,
+                 num_tokens: int, repeat: int, say: Any) -> dict[str, Any]:  # fmt: skip
+    """Short replays of every policy under every stack: what the host spent on what, {stack: {policy: samples}}.
+
+    Each is repeated, and the run of median length counts.
+    """
+    found: dict[str, Any] = {stack: {} for stack in stacks}
     rig: Rig | None = None
-    for name in policies:
-        cfg, full = in_place_workload(model, "a100", name, num_tokens, 1)
+    for stack, name in product(stacks, policies):
+        cfg, full = in_place_workload(model, "a100", name, num_tokens, 1, stack)
         work = scaled_workload(full, scale)
-        policy, transfer = make_policy(cfg["policy"], full, 0)
-        needs = needs_of(work, policy, transfer)
-        if rig is None or needs.num_slots > rig.needs.num_slots:
-            if rig is not None:
-                rig.release()
-            rig = Rig(device, work.model, needs, _host_budget_gb(work.model), transfer.memory == "pinned")
-        chunk_bytes = load_chunks(work)
-        machine = rig.machine(chunk_bytes, work.stack, transfer.memory)
-        probe = HostProbe(machine)
-        runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
-        machine.warm_up([next(iter(work.batches))])
-        device.restart_clock()
-        with steady():
-            drive(runtime, probe)
-        device.synchronize()
-        found[name] = summary(probe.samples)
-        say(f"  {name}: {runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6:.2f} ms a token in place")
+        runs = []
+        for _ in range(repeat):
+            policy, transfer = make_policy(cfg["policy"], full, 0)
+            needs = needs_of(work, policy, transfer)
+            if rig is None or needs.num_slots > rig.needs.num_slots:
+                if rig is not None:
+                    rig.release()
+                rig = Rig(device, work.model, needs, _host_budget_gb(work.model), transfer.memory == "pinned")
+            runs.append(_probed(rig, work, policy, transfer))
+        runs.sort(key=lambda run: run[0])
+        elapsed_ns, samples = runs[len(runs) // 2]
+        found[stack][name] = samples
+        say(f"  {name}, stack {stack}: {elapsed_ns / work.batches.num_tokens / 1e6:.2f} ms a token in place")
     if rig is not None:
         rig.release()
     return found
+
+
+def _probed(rig: Rig, work: Workload, policy: Policy, transfer: Transfer) -> tuple[int, dict[str, Any]]:
+    """(how long a replay took in ns, what the host spent)."""
+    chunk_bytes = load_chunks(work)
+    machine = rig.machine(chunk_bytes, work.stack, transfer.memory)
+    probe = HostProbe(machine)
+    runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
+    machine.warm_up([next(iter(work.batches))])
+    rig.device.restart_clock()
+    with steady():
+        drive(runtime, probe)
+    rig.device.synchronize()
+    return runtime.counters.elapsed_ns, summary(probe.samples)
 
 
 def _host_budget_gb(model: ModelSpec) -> float | None:
@@ -113,9 +128,9 @@ def _host_budget_gb(model: ModelSpec) -> float | None:
     return enough if model.total_expert_bytes > enough * 1e9 and available_bytes() > 2 * enough * 1e9 else None
 
 
-def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], scale: int, *, quick: bool = False,
-              say: Any = print) -> dict[str, Any]:  # fmt: skip
-    """The raw record of a calibration; say: told of the progress."""
+def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], scale: int, *,
+              stacks: Sequence[str] = ("found",), quick: bool = False, say: Any = print) -> dict[str, Any]:  # fmt: skip
+    """The raw record of a calibration; say: told of the progress. stacks: under which the host is measured."""
     started = time.perf_counter()
 
     def step(text: str) -> None:
@@ -126,6 +141,7 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": dict(device.describe()),
         "scale": scale,
+        "threads_share_interpreter": device.world == "cpu",
         "memory_gb": (device.describe()["memory_bytes"] or available_bytes()) / 1e9,
     }
     step("launches and waits")
@@ -151,7 +167,10 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         rig.release()
         del work
         step(f"{name}: the host, in place")
-        raw["host"][model.name] = measure_host(device, named_model(name), policies, scale, 24 if quick else 96, step)
+        length, repeat = (24, 1) if quick else (64, 3)
+        raw["host"][model.name] = measure_host(
+            device, named_model(name), policies, stacks, scale, length, repeat, step
+        )
     step("decisions by themselves")
     raw["decisions"] = {}
     for name in policies:

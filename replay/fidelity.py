@@ -54,19 +54,28 @@ class ForwardTimes(Observer):
 
 
 def compare(rig: Rig, raw: Mapping[str, Any], name: str, cfg: Mapping[str, Any], full: Workload, work: Workload,
-            case: Case, timelines: tuple[Timeline, Timeline] | None = None) -> dict[str, Any]:  # fmt: skip
-    """Replay and simulate `case`; one row of the table. full: the workload before `work` was scaled."""
-    policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
-    real_times, sim_times = ForwardTimes(), ForwardTimes()
-    seen: tuple[list[Observer], list[Observer]] = ([real_times], [sim_times])
-    if timelines is not None:
-        seen[0].append(timelines[0])
-        seen[1].append(timelines[1])
-    measured, _ = replay_policy(rig, work, policy, transfer, seen[0])
+            case: Case, repeat: int = 1,
+            timelines: tuple[Timeline, Timeline] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Simulate `case` and replay it `repeat` times, of which the one of median TPOT counts; one row of the table.
+
+    full: the workload before `work` was scaled. timelines: (measured, predicted), filled by the last run of each.
+    """
+    replays = []
+    for _ in range(repeat):
+        policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
+        real_times = ForwardTimes()
+        seen: list[Observer] = [real_times] if timelines is None else [real_times, timelines[0]]
+        replays.append((replay_policy(rig, work, policy, transfer, seen)[0], real_times))
     hardware, stack = simulated_as(raw, name, work.model.name, case.policy, work.stack)
     policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
-    predicted = run_policy(replace(work, hardware=hardware, stack=stack), policy, transfer, seen[1])
-    return row_of(case, measured, predicted, real_times, sim_times)
+    sim_times = ForwardTimes()
+    seen = [sim_times] if timelines is None else [sim_times, timelines[1]]
+    predicted = run_policy(replace(work, hardware=hardware, stack=stack), policy, transfer, seen)
+    replays.sort(key=lambda run: run[0]["elapsed_ns"])
+    measured, real_times = replays[len(replays) // 2]
+    row = row_of(case, measured, predicted, real_times, sim_times)
+    row["tpot_ms_least"], row["tpot_ms_most"] = (replays[place][0]["tpot_ms"]["mean"] for place in (0, -1))
+    return row
 
 
 def row_of(case: Case, measured: Mapping[str, Any], predicted: Mapping[str, Any], real: ForwardTimes,

@@ -50,6 +50,8 @@ def page(table: pd.DataFrame, summary: dict[str, Any]) -> str:
     judged, machine, stamps = summary["judged"], summary["machine"], summary["stamps"]
     ranks = judged["ranks"]
     made = f"torch {machine['torch']}, computing in {machine['dtype']}; {summary['tokens']} tokens a run"
+    if summary["repeat"] > 1:
+        made += f"; the median of {summary['repeat']} replays"
     if summary["scale"] > 1:
         made += f"; the models' widths divided by {summary['scale']}"
     if machine.get("throttle_gb_per_s"):

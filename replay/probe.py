@@ -1,13 +1,13 @@
 """Where the host's time goes in a real run: wraps a machine and takes the time around every call.
 
 What a simulation charges the host with is measured in place, with the same policy, not guessed from parts. Means
-leave out the slowest hundredth, which on a shared host is its neighbours' doing.
+leave out the slowest thousandth, which on a shared host is its neighbours' doing.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 
 from expertflow.forward import Forward
@@ -18,8 +18,8 @@ _CALL, _WAKE = 0, 1
 
 
 def steady_mean(values: Sequence[float]) -> float:
-    """Mean of all but the slowest hundredth; 0 of none."""
-    kept = sorted(values)[: max(1, len(values) - len(values) // 100)]
+    """Mean of all but the slowest thousandth; 0 of none."""
+    kept = sorted(values)[: max(1, len(values) - len(values) // 1000)]
     return sum(kept) / len(kept) if values else 0.0
 
 
@@ -31,6 +31,8 @@ class HostProbe:
     the next call. observe: from any other wake to the next call or wait. decide: from the launch before the decision to
     its end. forward: from the forward's begin to its first launch. gate_sync, token_sync: from the device's end of
     the kernel to the host's knowing. first_kernel: from the call of a launch on an idle stream to the kernel's start.
+    run attention, run head, run experts[n]: how long the kernels of such a launch ran. copy_start: from the issue of a
+    copy to its start on an idle link. load_sync: from the end of a chunk that was waited for to the host's knowing.
     """
 
     def __init__(self, machine: RealMachine) -> None:
@@ -39,7 +41,9 @@ class HostProbe:
         self.samples: dict[str, list[float]] = defaultdict(list)
         self._last = (_CALL, "", 0)
         self._launched_at: dict[int, int] = {}
-        self._stream_end_ns = 0
+        self._kinds: dict[int, str] = {}
+        self._issued_at: deque[int] = deque()
+        self._stream_end_ns = self._link_end_ns = 0
 
     def _enter(self, name: str) -> int:
         now = time.perf_counter_ns()
@@ -73,6 +77,7 @@ class HostProbe:
         entered, at = self._enter("attention"), self.device.now_ns()
         mark = self._machine.attention(layer)
         self._launched_at[mark] = at
+        self._kinds[mark] = "run attention"
         self._leave("attention", entered, "attention")
         return mark
 
@@ -81,6 +86,7 @@ class HostProbe:
         entered, at = self._enter("experts"), self.device.now_ns()
         mark = self._machine.experts(layer, keys, counts, shared)
         self._launched_at[mark] = at
+        self._kinds[mark] = f"run experts{'_shared' if shared else ''}[{len(keys)}]"
         self._leave("experts", entered, f"experts{'_shared' if shared else ''}[{len(keys)}]")
         return mark
 
@@ -88,14 +94,17 @@ class HostProbe:
         """As the machine's."""
         entered = self._enter("head")
         mark = self._machine.head()
+        self._kinds[mark] = "run head"
         self._leave("head", entered, "head")
         return mark
 
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         """As the machine's."""
-        entered = self._enter("copy")
+        entered, at = self._enter("copy"), self.device.now_ns()
         self._machine.copy(load, chunk, key, slot, num_bytes, after)
         self._leave("copy", entered, "issue")
+        # One that waits for a kernel says nothing of the link.
+        self._issued_at.append(1 << 62 if after else at + time.perf_counter_ns() - entered)
 
     def decided(self, wants: Sequence[int]) -> None:
         """As the machine's."""
@@ -108,8 +117,16 @@ class HostProbe:
         self._enter("wait")
         record = self._machine.wait(wait)
         marks = record[2]
+        for _, _, start_ns, end_ns in record[1]:
+            issued = self._issued_at.popleft()
+            if issued < 1 << 62 and issued >= self._link_end_ns:
+                self.samples["copy_start"].append(start_ns - issued)
+            self._link_end_ns = end_ns
+        if record[1] and not marks:
+            self.samples["load_sync"].append(self.device.now_ns() - record[1][-1][3])
         for mark, start_ns, end_ns in marks:
             at = self._launched_at.pop(mark, None)
+            self.samples[self._kinds.pop(mark)].append(end_ns - start_ns)
             if at is not None and at >= self._stream_end_ns:
                 pad = self._machine.layer_pad_ns
                 self.samples["first_kernel"].append(start_ns - at - (pad if start_ns - at > pad else 0))
@@ -121,21 +138,3 @@ class HostProbe:
             self.samples[name].append(self.device.now_ns() - marks[-1][2])
         self._last = (_WAKE, "gate" if known and wait[0] == GATE else "load", time.perf_counter_ns())
         return record
-
-    def means(self) -> dict[str, float]:
-        """Mean of each kind of sample, in ns."""
-        return {name: steady_mean(values) for name, values in sorted(self.samples.items())}
-
-
-def line_through(points: Mapping[int, float]) -> tuple[float, float]:
-    """(cost at 0, cost of one more) of the least-squares line through points by count; one point: all is per count."""
-    if not points:
-        return 0.0, 0.0
-    if len(points) == 1:
-        ((count, cost),) = points.items()
-        return 0.0, cost / max(count, 1)
-    mean_x = sum(points) / len(points)
-    mean_y = sum(points.values()) / len(points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points.items()) / sum((x - mean_x) ** 2 for x in points)
-    slope = max(slope, 0.0)
-    return max(mean_y - slope * mean_x, 0.0), slope

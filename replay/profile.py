@@ -14,7 +14,7 @@ DEFAULT_POLICY = "adaptive"
 
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
 _STACK_COSTS = ("attention_launch_ns", "expert_launch_ns", "shared_launch_ns", "head_launch_ns", "classify_ns",
-                "observe_ns", "forward_ns")  # fmt: skip
+                "observe_ns", "forward_ns", "group_ns", "copy_start_ns")  # fmt: skip
 
 
 def link_curve(rows: list[dict[str, Any]]) -> tuple[int, list[list[float]]]:
@@ -52,8 +52,10 @@ def host_costs(samples: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
         "shared_launch_ns": 0.0,
         "head_launch_ns": max(mean("head") - launch, 0.0),
         "classify_ns": mean("classify"),
-        "observe_ns": mean("observe"),
+        "observe_ns": mean("observe") + max(mean("load_sync"), 0.0),
         "forward_ns": mean("forward"),
+        "group_ns": 0.0,
+        "copy_start_ns": max(mean("copy_start"), 0.0),
     }
     if plain and shared:
         # What the launches with the shared experts cost beyond their routed ones.
@@ -81,7 +83,8 @@ def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two configuration files of a calibration, as plain mappings."""
-    costs = _costs(raw, None, DEFAULT_POLICY)
+    by_model = {model: _costs(raw, model, "found", DEFAULT_POLICY) for model in raw["kernels"]}
+    costs = next(iter(by_model.values()))[0]
     latency, curve = link_curve(raw["link"])
     expert = next(iter(raw["beside"].values()))
     # One rate for every size: that of a chunk as the runs cut them by default.
@@ -103,7 +106,7 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
         "pageable_gb_per_s": round(pageable, 6),
         "link_slowdown": round(slowdown, 4),
         **{key: costs[key] for key in _HARDWARE_COSTS},
-        "kernel_ns": raw["kernels"],
+        "kernel_ns": {model: table for model, (_, table) in by_model.items()},
     }
     texts = {
         "memory_gb": "as the device reports it",
@@ -116,7 +119,6 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
         "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
         "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
         "kernel_ns": "each kernel of the model's shapes, the host's time and the launch itself left out",
-        "launch_latency_ns": "mean of a replay in place, and what a launch takes on the stream by itself",
         "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
     }
     hardware["sources"] = {key: f"{how}: {texts.get(key, 'mean of a replay in place')}"
@@ -128,18 +130,51 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     return hardware, stack
 
 
-def _costs(raw: Mapping[str, Any], model: str | None, policy: str) -> dict[str, int]:
-    """Host costs in place; what a launch takes on the stream before its kernels run counts as latency."""
-    costs = host_costs(_host(raw, model, policy))
-    alone = raw["kernel_launch_ns"]
-    costs["launch_latency_ns"] += round(alone.get(model) or next(iter(alone.values())))
-    return costs
+def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """(host costs in place, kernel table of the model)."""
+    samples = _host(raw, model, stack, policy)
+    costs, table, launch = host_costs(samples), raw["kernels"][model], raw["kernel_launch_ns"][model]
+    if raw["threads_share_interpreter"]:
+        table, launch = slowed(table, samples)
+    costs["group_ns"] = round(launch)
+    return costs, table
 
 
-def _host(raw: Mapping[str, Any], model: str | None, policy: str) -> Mapping[str, Mapping[str, float]]:
-    """The samples of one run in place; a model or policy that was not measured takes the nearest that was."""
-    by_model = raw["host"]
-    by_policy = by_model.get(model) or next(iter(by_model.values()))
+def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, Any], float]:
+    """(`table` as its kernels run in place, what a launch takes by itself). For a machine whose streams are threads
+    beside the host's: they wait for each other. The share is that of one token, for every number of tokens."""
+    points = [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
+              if name.startswith("run experts[") and row["count"] >= 8]  # fmt: skip
+    points += [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
+               if name.startswith("run experts_shared[") and "shared" not in table and row["count"] >= 8]  # fmt: skip
+    launch, more = _line(points)
+    shares = {"expert": more / table["expert"][0][1]}
+    for name in ("attention", "head"):
+        shares[name] = (samples[f"run {name}"]["mean"] - launch) / table[name][0][1]
+    shares["shared"] = shares["dense"] = shares["attention"]
+    made = {
+        name: [[count, max(1, round(taken * max(shares[name], 0.1)))] for count, taken in points]
+        for name, points in table.items()
+        if name in shares
+    }
+    return {**table, **made}, launch
+
+
+def _line(points: list[tuple[float, int, float]]) -> tuple[float, float]:
+    """(at 0, per one more) of the least-squares line through (weight, count, time); neither below 0."""
+    total = sum(weight for weight, _, _ in points)
+    mean_x = sum(weight * x for weight, x, _ in points) / total
+    mean_y = sum(weight * y for weight, _, y in points) / total
+    spread = sum(weight * (x - mean_x) ** 2 for weight, x, _ in points)
+    slope = sum(weight * (x - mean_x) * (y - mean_y) for weight, x, y in points) / spread if spread else mean_y / mean_x
+    slope = min(max(slope, 0.0), mean_y / mean_x)
+    return mean_y - slope * mean_x, slope
+
+
+def _host(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> Mapping[str, Mapping[str, float]]:
+    """The samples of one run in place; a stack or policy that was not measured takes the nearest that was."""
+    by_stack = raw["host"][model]
+    by_policy = by_stack.get(stack) or next(iter(by_stack.values()))
     found: Mapping[str, Mapping[str, float]] = by_policy.get(policy) or next(iter(by_policy.values()))
     return found
 
@@ -148,7 +183,11 @@ def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, sta
     """Hardware and stack to simulate a replay of `policy` under `stack` with: its own host costs, pads as they last."""
     plain_hardware, plain_stack = profiles(raw, name)
     hardware, found = hardware_from_dict(plain_hardware), stack_from_dict(plain_stack)
-    costs = _costs(raw, model, policy)
+    if model not in raw["kernels"]:
+        raise ValueError(f"model {model} is not in the calibration, which has: {', '.join(raw['kernels'])}; calibrate "
+                         "with --models")  # fmt: skip
+    costs, table = _costs(raw, model, stack.name, policy)
+    hardware = replace(hardware, kernel_ns=hardware_from_dict(plain_hardware | {"kernel_ns": {model: table}}).kernel_ns)
     known = {field.name for field in fields(Hardware)}
     hardware = replace(hardware, **{key: cost for key, cost in costs.items() if key in known})  # type: ignore[arg-type]
     pads = {key: round(getattr(stack, key) * raw["pad_share"]) for key in ("layer_overhead_ns", "head_overhead_ns")}

@@ -81,7 +81,8 @@ class Validation:
             self.raw = load_record(args.calibration, self.scale)
         else:
             self.say("calibrating")
-            self.raw = calibrate(self.device, models, policies, self.scale, quick=args.quick, say=self.say)
+            self.raw = calibrate(self.device, models, policies, self.scale, stacks=self._calibrated_stacks(),
+                                 quick=args.quick, say=self.say)  # fmt: skip
         write_profile(self.raw, args.name, self.out / "profile")
         try:
             self._verify(models[0])
@@ -92,6 +93,10 @@ class Validation:
         finally:
             summary = self._summary()
         return summary
+
+    def _calibrated_stacks(self) -> list[str]:
+        """A pad does not change what a GPU's host does; a CPU's threads take longer to wake from it."""
+        return self.args.stacks.split(",") if self.device.world == "cpu" else ["found"]
 
     def _compare_all(self, cases: list[Case], until: float) -> None:
         self.say(f"{len(cases)} comparisons of {cases[0].model}")
@@ -145,7 +150,7 @@ class Validation:
         work = scaled_workload(full, self.scale)
         policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
         rig = self._rig_for(work, needs_of(work, policy, transfer))
-        row = compare(rig, self.raw, self.args.name, cfg, full, work, case)
+        row = compare(rig, self.raw, self.args.name, cfg, full, work, case, self.args.repeat)
         self.rows.append(row)
         write_text(self.out / "table.csv", pd.DataFrame(self.rows).to_csv(index=False))
         stall = "–" if row["stall_error"] is None else f"{100 * row['stall_error']:+.1f} %"
@@ -162,7 +167,7 @@ class Validation:
         work = scaled_workload(full, self.scale)
         pair = (Timeline(f"measured: {case}", work.model.num_experts),
                 Timeline(f"predicted: {case}", work.model.num_experts))  # fmt: skip
-        compare(rig, self.raw, self.args.name, cfg, full, work, case, pair)
+        compare(rig, self.raw, self.args.name, cfg, full, work, case, 1, pair)
         write_overlay(self.out / "timeline.json", *pair)
 
     def _verify(self, model: str) -> None:
@@ -213,6 +218,7 @@ class Validation:
             "command": "python -m replay.validate " + " ".join(self.args.words),
             "wall_s": round(time.perf_counter() - self.started, 1),
             "tokens": self.args.tokens,
+            "repeat": self.args.repeat,
             "judged": judge(self.rows, tpot_bar, stall_bar),
             "left_out": self.skipped,
             "stamps": {"executions": sum(one["executions"] for one in self.integrity),
@@ -263,6 +269,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-sizes", default="1,8")
     made.add_argument("--stacks", default="eager,found")
     made.add_argument("--tokens", type=int, default=256, help="of each run (default: %(default)s)")
+    made.add_argument("--repeat", type=int, default=1, help="replays of each case; the median counts (default: 1)")
     made.add_argument("--trace", type=Path, help="a recorded trace (default: the generated one)")
     made.add_argument("--minutes", type=float, default=8.0, help="no new comparison is begun after (default: 8)")
     made.add_argument("--calibration", type=Path, help="a record that is there, in place of a new calibration")
@@ -284,7 +291,7 @@ def main(words: list[str] | None = None) -> int:
     args.words = words
     try:
         name = check_name(args.name)
-        for key in ("tokens", "log_tokens", "verify_tokens"):
+        for key in ("tokens", "log_tokens", "verify_tokens", "repeat"):
             if getattr(args, key) < 1:
                 raise ValueError(f"--{key.replace('_', '-')}={getattr(args, key)} must be at least 1")
         out = args.out or Path("results") / f"validation-{name}"

@@ -174,7 +174,8 @@ class Stack:
     The first kernel itself is `Hardware.launch_host_ns`.
     classify_ns: once a layer, from the routing being known to the first action. observe_ns: after every other
     wake (a load has landed, a chunk has ended, the tokens are read back). forward_ns: once a forward, before
-    anything of it is launched or copied.
+    anything of it is launched or copied. group_ns: on the stream, by each launch itself before its kernels run; it
+    counts as their running. copy_start_ns: from issuing a copy until an idle link begins with it.
     """
 
     name: str
@@ -187,6 +188,8 @@ class Stack:
     classify_ns: int = 0
     observe_ns: int = 0
     forward_ns: int = 0
+    group_ns: int = 0
+    copy_start_ns: int = 0
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ class HostBoundMachine(SimMachine):
         return super().head()
 
     def _enqueue(self, duration_ns: int, gap_ns: int) -> int:
-        mark = super()._enqueue(duration_ns, gap_ns)
+        mark = super()._enqueue(duration_ns + self.costs.group_ns, gap_ns)
         self.now_ns += self._rest_ns
         arrived = self.now_ns + self._latency_ns
         if arrived > self._stream_free_ns:
@@ -54,6 +54,13 @@ class HostBoundMachine(SimMachine):
             self._marks[-1] = (mark, self._marks[-1][1], arrived)
             self._stream_free_ns = arrived
         return mark
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        # A copy that was issued early enough follows the one before it at once.
+        begun = self.now_ns + self.costs.issue_ns + self.costs.copy_start_ns
+        if begun > self._link_free_ns:
+            self._link_free_ns = begun
+        super().copy(load, chunk, key, slot, num_bytes, after)
 
     def wake_ns(self, wait: Wait) -> int:
         at = super().wake_ns(wait)

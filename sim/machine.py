@@ -43,6 +43,8 @@ class HostCosts:
     classify_ns: int = 0
     observe_ns: int = 0
     forward_ns: int = 0
+    group_ns: int = 0
+    copy_start_ns: int = 0
 
     @classmethod
     def of(cls, hardware: Hardware, stack: Stack) -> HostCosts:
@@ -63,19 +65,22 @@ class HostCosts:
             classify_ns=stack.classify_ns,
             observe_ns=stack.observe_ns,
             forward_ns=stack.forward_ns,
+            group_ns=stack.group_ns,
+            copy_start_ns=stack.copy_start_ns,
         )
 
     @property
     def host_bound(self) -> bool:
         """Whether there is a cost that `SimMachine` does not charge."""
         launches = self.attention_launch_ns + self.expert_launch_ns + self.shared_launch_ns + self.head_launch_ns
-        return launches + self.classify_ns + self.observe_ns + self.forward_ns > 0
+        host = self.classify_ns + self.observe_ns + self.forward_ns
+        return launches + host + self.group_ns + self.copy_start_ns > 0
 
     @property
     def layer_serial_ns(self) -> int:
-        """Overhead on the compute stream that no schedule of a layer avoids: stack, routing read back, classified,
-        launch. Not attention_launch_ns: the host may spend it while the experts of the layer before still run."""
-        serial_ns = self.layer_overhead_ns + self.gate_sync_ns + self.classify_ns
+        """What no schedule of a layer avoids on the compute stream beside its kernels: stack, attention's launch on the
+        stream, routing read back, classified, launch. Not attention_launch_ns: the host may spend it while the experts of the layer before still run."""
+        serial_ns = self.layer_overhead_ns + self.gate_sync_ns + self.classify_ns + self.group_ns
         return serial_ns + self.launch_ns + self.launch_latency_ns
 
 

@@ -99,17 +99,18 @@ def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
             else:
                 experts = sum(kernels.expert_ns(forward.counts[layer][key]) for key in keys)
             # However the experts are grouped, the last one's group ends after the host has enqueued them all.
-            experts = max(shared + experts, shared_launch + len(keys) * costs.expert_launch_ns)
+            experts = max(shared + experts + costs.group_ns, shared_launch + len(keys) * costs.expert_launch_ns)
             serial.append(attention[layer] + experts + costs.layer_serial_ns)
             if layer == 0:
                 # After the tokens are read back the first launch of a forward has nothing to hide behind.
                 serial[-1] += costs.launch_ns + costs.launch_latency_ns + costs.forward_ns
-                serial[-1] += max(0, costs.attention_launch_ns - costs.layer_overhead_ns - attention[0])
+                hidden = costs.layer_overhead_ns + attention[0] + costs.group_ns
+                serial[-1] += max(0, costs.attention_launch_ns - hidden)
                 # The first forward follows no tokens.
                 serial[-1] += costs.observe_ns if heads else 0
         head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
         # Not head_launch_ns: the host may spend it while the last experts still run.
-        heads.append(head + costs.head_overhead_ns + costs.token_sync_ns)
+        heads.append(head + costs.group_ns + costs.head_overhead_ns + costs.token_sync_ns)
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
     totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
     return floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers)

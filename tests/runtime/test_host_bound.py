@@ -42,7 +42,7 @@ NUM_EXPERTS = 10
 RESIDENT = (3, 4, 5, 13)
 COSTS = (
     "attention_launch_ns", "expert_launch_ns", "shared_launch_ns", "head_launch_ns", "classify_ns", "observe_ns",
-    "forward_ns",
+    "forward_ns", "group_ns", "copy_start_ns",
 )  # fmt: skip
 
 
@@ -183,6 +183,27 @@ def test_a_host_that_observes_past_the_end_of_attention_reads_the_routing_late(o
     assert job.timeline.copies == [Copy(14, 0, 105, 205)]
     assert job.timeline.kernels[2] == Kernel("attention", 1, (), 115, 215)
     assert job.timeline.demands[1].known_ns == known + 5
+
+
+def test_every_launch_takes_its_own_time_on_the_stream_and_that_is_compute() -> None:
+    job = go([[3]], group_ns=7)
+    assert [(kernel.kind, kernel.start_ns, kernel.end_ns) for kernel in job.timeline.kernels] == [
+        ("attention", 0, 107), ("experts", 107, 124), ("head", 124, 181)]  # fmt: skip
+    assert job.counters.compute_ns == 181
+
+
+@pytest.mark.parametrize(("late", "start"), [(0, 100), (9, 109)])
+def test_an_idle_link_begins_late(late: int, start: int) -> None:
+    job = go([[7]], copy_start_ns=late)
+    assert job.timeline.copies[0].start_ns == start
+    assert job.counters.stall_ns == 40 + late
+
+
+@pytest.mark.parametrize(("depth", "starts"), [(2, [109, 149]), (1, [109, 158])])
+def test_a_copy_that_waits_behind_another_follows_at_once(depth: int, starts: list[int]) -> None:
+    # With depth 1 the second is issued at 149, when the first has ended: the link has gone idle.
+    job = go([[7, 8]], copy_start_ns=9, channel_depth=depth)
+    assert [copy.start_ns for copy in job.timeline.copies] == starts
 
 
 def test_a_forward_begins_with_its_own_time_on_the_host() -> None:
