@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from expertflow.model import ModelSpec, model_from_dict
-from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.bench_decide import measure_decisions
 from replay.device import Device
@@ -51,7 +50,7 @@ from sim.configure import configure
 from sim.errors import one_line
 from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
@@ -79,47 +78,44 @@ def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: 
     return cfg, make_workload(cfg, standin_trace(make_trace(cfg["trace"]), model))
 
 
-def measure_host(device: Device, model: ModelSpec, policies: Sequence[str], stacks: Sequence[str], scale: int,
-                 num_tokens: int, repeat: int, say: Any) -> dict[str, Any]:  # fmt: skip
-    """Short replays of every policy under every stack: what the host spent on what, {stack: {policy: samples}}.
+class InPlace:
+    """Short replays of policies on another trace than results are published on: what the host spends on what."""
 
-    Each is repeated, and the run of median length counts.
-    """
-    found: dict[str, Any] = {stack: {} for stack in stacks}
-    rig: Rig | None = None
-    for stack, name in product(stacks, policies):
-        cfg, full = in_place_workload(model, "a100", name, num_tokens, 1, stack)
-        work = scaled_workload(full, scale)
-        runs = []
-        for _ in range(repeat):
-            policy, transfer = make_policy(cfg["policy"], full, 0)
-            needs = needs_of(work, policy, transfer)
-            if rig is None or needs.num_slots > rig.needs.num_slots:
-                if rig is not None:
-                    rig.release()
-                rig = Rig(device, work.model, needs, _host_budget_gb(work.model), transfer.memory == "pinned")
-            runs.append(_probed(rig, work, policy, transfer))
-        runs.sort(key=lambda run: run[0])
-        elapsed_ns, samples = runs[len(runs) // 2]
-        found[stack][name] = samples
-        say(f"  {name}, stack {stack}: {elapsed_ns / work.batches.num_tokens / 1e6:.2f} ms a token in place")
-    if rig is not None:
-        rig.release()
-    return found
+    def __init__(self, device: Device, model: ModelSpec, scale: int, num_tokens: int) -> None:
+        self.device, self.model, self.scale, self.num_tokens = device, model, scale, num_tokens
+        self._rig: Rig | None = None
+
+    def run(self, policy_name: str, stack: str) -> tuple[float, dict[str, Any]]:
+        """(ms a token, samples by kind) of one replay."""
+        cfg, full = in_place_workload(self.model, "a100", policy_name, self.num_tokens, 1, stack)
+        work = scaled_workload(full, self.scale)
+        policy, transfer = make_policy(cfg["policy"], full, 0)
+        needs = needs_of(work, policy, transfer)
+        if self._rig is None or needs.num_slots > self._rig.needs.num_slots:
+            self.release()
+            pinned = transfer.memory == "pinned"
+            self._rig = Rig(self.device, work.model, needs, _host_budget_gb(work.model), pinned)
+        chunk_bytes = load_chunks(work)
+        machine = self._rig.machine(chunk_bytes, work.stack, transfer.memory)
+        probe = HostProbe(machine)
+        runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
+        machine.warm_up([next(iter(work.batches))])
+        self.device.restart_clock()
+        with steady():
+            drive(runtime, probe)
+        self.device.synchronize()
+        return runtime.counters.elapsed_ns / work.batches.num_tokens / 1e6, summary(probe.samples)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        if self._rig is not None:
+            self._rig.release()
+            self._rig = None
 
 
-def _probed(rig: Rig, work: Workload, policy: Policy, transfer: Transfer) -> tuple[int, dict[str, Any]]:
-    """(how long a replay took in ns, what the host spent)."""
-    chunk_bytes = load_chunks(work)
-    machine = rig.machine(chunk_bytes, work.stack, transfer.memory)
-    probe = HostProbe(machine)
-    runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
-    machine.warm_up([next(iter(work.batches))])
-    rig.device.restart_clock()
-    with steady():
-        drive(runtime, probe)
-    rig.device.synchronize()
-    return runtime.counters.elapsed_ns, summary(probe.samples)
+def median_run(runs: Sequence[tuple[float, dict[str, Any]]]) -> tuple[float, dict[str, Any]]:
+    """Of replays in place the one of median length."""
+    return sorted(runs, key=lambda run: run[0])[len(runs) // 2]
 
 
 def _host_budget_gb(model: ModelSpec) -> float | None:
@@ -168,9 +164,14 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         del work
         step(f"{name}: the host, in place")
         length, repeat = (24, 1) if quick else (64, 3)
-        raw["host"][model.name] = measure_host(
-            device, named_model(name), policies, stacks, scale, length, repeat, step
-        )
+        in_place = InPlace(device, named_model(name), scale, length)
+        found: dict[str, dict[str, Any]] = {stack: {} for stack in stacks}
+        raw["host"][model.name] = found
+        for stack, policy_name in product(stacks, policies):
+            per_token, found[stack][policy_name] = median_run(
+                [in_place.run(policy_name, stack) for _ in range(repeat)])  # fmt: skip
+            step(f"  {policy_name}, stack {stack}: {per_token:.2f} ms a token in place")
+        in_place.release()
     step("decisions by themselves")
     raw["decisions"] = {}
     for name in policies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -54,14 +54,17 @@ class ForwardTimes(Observer):
 
 
 def compare(rig: Rig, raw: Mapping[str, Any], name: str, cfg: Mapping[str, Any], full: Workload, work: Workload,
-            case: Case, repeat: int = 1,
+            case: Case, repeat: int = 1, before_each: Callable[[], None] | None = None,
             timelines: tuple[Timeline, Timeline] | None = None) -> dict[str, Any]:  # fmt: skip
     """Simulate `case` and replay it `repeat` times, of which the one of median TPOT counts; one row of the table.
 
-    full: the workload before `work` was scaled. timelines: (measured, predicted), filled by the last run of each.
+    full: the workload before `work` was scaled. before_each: called before each replay; may bring `raw` up to date.
+    timelines: (measured, predicted), filled by the last run of each.
     """
     replays = []
     for _ in range(repeat):
+        if before_each is not None:
+            before_each()
         policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
         real_times = ForwardTimes()
         seen: list[Observer] = [real_times] if timelines is None else [real_times, timelines[0]]

@@ -12,14 +12,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from replay.calibrate import calibrate, check_name, named_model, scale_of, write_profile
+from replay.calibrate import InPlace, calibrate, check_name, median_run, named_model, scale_of, write_profile
 from replay.device import Device
 from replay.fidelity import Case, compare, judge
 from replay.fidelity_report import write_report
@@ -28,6 +28,7 @@ from replay.log import LogHeader, LogReader, LogWriter
 from replay.overlay import write_overlay
 from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
 from replay.run import needs_of, replay_policy, scaled_workload
+from replay.scale import scaled_model
 from replay.standin import standin_trace
 from sim.configure import configure
 from sim.errors import one_line
@@ -39,6 +40,7 @@ POLICIES = "on_demand,lru,two_level,fixed_1,adaptive,oracle"
 BARS = {"cuda": (0.05, 0.10), "cpu": (0.10, 0.15)}
 """Of TPOT and of stall, by machine."""
 TIMELINE_FORWARDS = 8
+IN_PLACE_TOKENS = 48
 _RECORD_REMEDY = "write one with python -m replay.calibrate: NAME.calibration.json"
 
 
@@ -58,6 +60,7 @@ class Validation:
         self._overlaid: str = "adaptive" if "adaptive" in policies else policies[0]
         """The policy whose first comparison becomes the timelines; empty when they are written."""
         self._rig: Rig | None = None
+        self._in_place: InPlace | None = None
         self._workloads: dict[tuple[Any, ...], tuple[dict[str, Any], Workload]] = {}
 
     def say(self, text: str) -> None:
@@ -76,7 +79,7 @@ class Validation:
         # Every mistake in the words shows before minutes are spent.
         for case in [case for model in models for case in self._cases(model, policies)]:
             named_model(case.model)
-            configure(self._overrides(case, 1))
+            configure(self._overrides(case, case.batch_size))
         if args.calibration is not None:
             self.raw = load_record(args.calibration, self.scale)
         else:
@@ -116,10 +119,13 @@ class Validation:
                 yield Case(model, stack, residency, batch, policy)
 
     def _overrides(self, case: Case, num_tokens: int) -> list[str]:
-        trace = [] if self.args.trace is None else [f"trace.path={self.args.trace.resolve()}"]
+        if self.args.trace is None:
+            # As many requests as a batch holds: of a trace that is cut, the first requests alone are left.
+            trace = [f"trace.num_tokens={num_tokens}", f"trace.num_requests={case.batch_size}"]
+        else:
+            trace = [f"trace.path={self.args.trace.resolve()}", f"max_tokens={num_tokens}"]
         return [f"+hardware={self.args.hardware}", f"+policy={case.policy}", f"stack={case.stack}", "compare=none",
-                f"residency={case.residency}", f"batch_size={case.batch_size}", f"max_tokens={num_tokens}",
-                *trace]  # fmt: skip
+                f"residency={case.residency}", f"batch_size={case.batch_size}", *trace]  # fmt: skip
 
     def _workload(self, case: Case, num_tokens: int) -> tuple[dict[str, Any], Workload]:
         cfg = configure(self._overrides(case, num_tokens))
@@ -146,11 +152,17 @@ class Validation:
         return self._rig
 
     def _compare(self, number: int, total: int, case: Case) -> None:
-        cfg, full = self._workload(case, self.args.tokens)
+        # A batch counts several tokens a forward: half as many forwards do.
+        cfg, full = self._workload(case, max(self.args.tokens * case.batch_size // (1 if case.batch_size == 1 else 2),
+                                             case.batch_size))  # fmt: skip
+        widest = max(len(forward.requests) for forward in full.batches)
+        if widest < case.batch_size:
+            raise ValueError(f"--batch-sizes: {case.batch_size} is never reached: the first tokens of the trace belong "
+                             f"to {widest} requests at most at a time; raise --tokens")  # fmt: skip
         work = scaled_workload(full, self.scale)
         policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
         rig = self._rig_for(work, needs_of(work, policy, transfer))
-        row = compare(rig, self.raw, self.args.name, cfg, full, work, case, self.args.repeat)
+        row = compare(rig, self.raw, self.args.name, cfg, full, work, case, self.args.repeat, self._beside(case))
         self.rows.append(row)
         write_text(self.out / "table.csv", pd.DataFrame(self.rows).to_csv(index=False))
         stall = "–" if row["stall_error"] is None else f"{100 * row['stall_error']:+.1f} %"
@@ -159,15 +171,33 @@ class Validation:
                  f"stall {stall}")  # fmt: skip
         if case.policy == self._overlaid:
             self._overlaid = ""
-            self._timeline(cfg, case, rig)
+            self._timeline(cfg, case)
 
-    def _timeline(self, cfg: dict[str, Any], case: Case, rig: Rig) -> None:
+    def _beside(self, case: Case) -> Callable[[], None] | None:
+        """With --beside: the host's costs are measured anew, on the calibration's trace, before each replay."""
+        if not self.args.beside:
+            return None
+        if self._in_place is None or self._in_place.model.name != case.model:
+            if self._in_place is not None:
+                self._in_place.release()
+            self._in_place = InPlace(self.device, named_model(case.model), self.scale, IN_PLACE_TOKENS)
+        in_place, runs = self._in_place, []
+        host = self.raw["host"][scaled_model(named_model(case.model), self.scale).name].setdefault(case.stack, {})
+
+        def measure() -> None:
+            runs.append(in_place.run(case.policy, case.stack))
+            host[case.policy] = median_run(runs)[1]
+
+        return measure
+
+    def _timeline(self, cfg: dict[str, Any], case: Case) -> None:
         """The first forwards of both worlds, one above the other."""
         _, full = self._workload(case, TIMELINE_FORWARDS * case.batch_size)
         work = scaled_workload(full, self.scale)
         pair = (Timeline(f"measured: {case}", work.model.num_experts),
                 Timeline(f"predicted: {case}", work.model.num_experts))  # fmt: skip
-        compare(rig, self.raw, self.args.name, cfg, full, work, case, 1, pair)
+        rig = self._rig_for(work, needs_of(work, *make_policy(cfg["policy"], full, cfg["seed"])))
+        compare(rig, self.raw, self.args.name, cfg, full, work, case, timelines=pair)
         write_overlay(self.out / "timeline.json", *pair)
 
     def _verify(self, model: str) -> None:
@@ -270,6 +300,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stacks", default="eager,found")
     made.add_argument("--tokens", type=int, default=256, help="of each run (default: %(default)s)")
     made.add_argument("--repeat", type=int, default=1, help="replays of each case; the median counts (default: 1)")
+    made.add_argument("--beside", action="store_true",
+                      help="measure the host's costs anew beside each replay, as its speed drifts")  # fmt: skip
     made.add_argument("--trace", type=Path, help="a recorded trace (default: the generated one)")
     made.add_argument("--minutes", type=float, default=8.0, help="no new comparison is begun after (default: 8)")
     made.add_argument("--calibration", type=Path, help="a record that is there, in place of a new calibration")
