@@ -1,4 +1,4 @@
-"""`python -m traces`: check, describe, import, fit and generate traces.
+"""`python -m traces`: check, describe, import, record, fit and generate traces.
 
 A user's error is one line on stderr and exit code 2; an interrupt is 130. Knows no formats itself: each sub-command
 is a module, loaded only when it is asked for.
@@ -24,12 +24,16 @@ KINDS = {
     "moe-beyond-csv": "moe_beyond_csv",
     "route-csv": "route_csv",
     "event-csr": "event_csr",
+    "engine-dumps": "engine_dumps",
 }
 DELEGATED = {
     "stats": "print what a trace looks like: reuse, popularity, predictability, best cache hits",
     "fit": "fit the parameters of the trace generator to a trace",
     "generate": "write a generated trace",
+    "record": "run a Hugging Face MoE model over prompts and write down its routing",
 }
+MODULES = {"record": "recorder.command"}
+"""Where a delegated command lives, if not in the module of its name."""
 EXAMPLES = {
     "": """examples:
   python -m traces validate my.safetensors
@@ -45,12 +49,14 @@ EXAMPLES = {
   python -m traces fit my.safetensors my-params.safetensors""",
     "generate": """examples:
   python -m traces generate made.safetensors --tokens 4096 --seed 1""",
+    "record": "",
 }
 _IMPORT_EXAMPLES = """examples:
   python -m traces import gpt-oss-json GPT-OSS-MoE-ExpertFingerprinting/data train.safetensors split=train
   python -m traces import moe-beyond-csv prompts/ moe-beyond.safetensors
   python -m traces import route-csv route.csv my.safetensors model=gpt-oss-120b incomplete=repeat
-  python -m traces import event-csr events.safetensors my.safetensors model=qwen3-30b-a3b num_experts=128"""
+  python -m traces import event-csr events.safetensors my.safetensors model=qwen3-30b-a3b num_experts=128
+  python -m traces import engine-dumps answers.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128 top_k=8"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +86,7 @@ def _one_line(error: Exception) -> str:
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """The parser; arguments that live in another module are filled in for `command` alone, to load no more."""
-    parser = _command(_Parser, "Check, describe, import, fit and generate routing traces.", EXAMPLES[""])
+    parser = _command(_Parser, "Check, describe, import, record, fit and generate routing traces.", EXAMPLES[""])
     parser.prog = "python -m traces"
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
@@ -104,7 +110,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     for name, about in DELEGATED.items():
         delegate = add(name, about, EXAMPLES[name])
         if command == name:
-            module = importlib.import_module(f"traces.{name}")
+            module = importlib.import_module(f"traces.{MODULES.get(name, name)}")
             module.add_arguments(delegate)
             delegate.set_defaults(run=module.run)
     return parser
@@ -165,8 +171,13 @@ def _options_of(importer: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {name: item for name, item in parameters.items() if item.kind is item.KEYWORD_ONLY}
 
 
-def parse_options(kind: str, importer: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words as keyword arguments of the importer; TraceError on an unknown key or a wrong value."""
+def parse_options(
+    kind: str, importer: Callable[..., Any], words: Sequence[str], zero_allowed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`key=value` words as keyword arguments of a function; TraceError on an unknown key or a wrong value.
+
+    Whole numbers begin at 1, those of the keys in `zero_allowed` at 0.
+    """
     known, types = _options_of(importer), get_type_hints(importer)
     options: dict[str, Any] = {}
     for word in words:
@@ -177,18 +188,18 @@ def parse_options(kind: str, importer: Callable[..., Any], words: Sequence[str])
             raise TraceError(f"option {key!r} is unknown to {kind}; known are {', '.join(known)}")
         if key in options:
             raise TraceError(f"option {key} is given twice; keep one")
-        options[key] = _value(key, text, types[key])
+        options[key] = _value(key, text, types[key], 0 if key in zero_allowed else 1)
     return options
 
 
-def _value(key: str, text: str, wanted: type) -> Any:
+def _value(key: str, text: str, wanted: type, least: int) -> Any:
     if wanted is bool:
         if text not in ("true", "false"):
             raise TraceError(f"option {key}={text} must be true or false")
         return text == "true"
     if wanted is int:
-        if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text) > 0):
-            raise TraceError(f"option {key}={text} must be a whole number from 1")
+        if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text) >= least):
+            raise TraceError(f"option {key}={text} must be a whole number from {least}")
         return int(text)
     if not text:
         raise TraceError(f"option {key} is empty; give it a value, or leave it out")
@@ -197,10 +208,15 @@ def _value(key: str, text: str, wanted: type) -> Any:
 
 def _option_list() -> str:
     lines = ["options, by kind (defaults shown; those without one are read from the file if it has them):"]
-    for kind in sorted(KINDS):
-        shown = []
-        for name, item in _options_of(importer_of(kind)).items():
-            value = str(item.default).lower() if isinstance(item.default, bool) else item.default
-            shown.append(f"{name}={value or ''}" if value else f"{name}=")
-        lines.append(f"  {kind}: {' '.join(shown)}")
+    lines += [f"  {kind}: {listed_options(importer_of(kind))}" for kind in sorted(KINDS)]
     return "\n".join(lines)
+
+
+def listed_options(function: Callable[..., Any]) -> str:
+    """The options of a function with their defaults, as the user would write them."""
+    shown = []
+    for name, item in _options_of(function).items():
+        value = "" if item.default is item.empty else item.default
+        value = str(value).lower() if isinstance(value, bool) else value
+        shown.append(f"{name}={value}" if value else f"{name}=")
+    return " ".join(shown)

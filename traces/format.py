@@ -28,6 +28,7 @@ __all__ = [
     "RowArray",
     "Trace",
     "TraceError",
+    "checked_trace",
     "open_trace",
     "validate_trace",
     "write_trace",
@@ -71,18 +72,42 @@ def write_trace(
                  context_len=context_len, forward_id=forward_id, token_ids=token_ids, embedding=embedding,
                  logits=logits, lookahead=lookahead, lookahead_ids=lookahead_ids,
                  lookahead_scores=lookahead_scores)  # fmt: skip
-    arrays = {n: _stored(path, n, a, num_experts) for n, a in given.items() if a is not None}
+    trace = checked_trace(
+        path, given, model=model, num_experts=num_experts, source=source, license=license,
+        request_labels=request_labels, moe_layer_ids=moe_layer_ids, **extra_header,
+    )  # fmt: skip
+    _write_atomically(path, trace.header, trace.layout_arrays())
+    return path
+
+
+def checked_trace(
+    path: Path,
+    arrays: Mapping[str, Any],
+    *,
+    model: str,
+    num_experts: int,
+    source: str,
+    license: str,
+    request_labels: Sequence[str] | None = None,
+    moe_layer_ids: Sequence[int] | None = None,
+    **extra_header: str,
+) -> Trace:
+    """The trace that `write_trace` would write, in memory, its arrays in the types they are stored in.
+
+    arrays: by name, None for absent ones. TraceError, with `path` as the place, where the content is faulty.
+    """
+    stored = {n: _stored(path, n, a, num_experts) for n, a in arrays.items() if a is not None}
     header = {"model": model, "source": source, "license": license, **extra_header}
     if request_labels is not None:
         header["request_labels"] = json.dumps(list(request_labels), ensure_ascii=False)
     if moe_layer_ids is not None:
         header["moe_layer_ids"] = json.dumps([int(layer) for layer in moe_layer_ids])
     _check_header(path, header)
-    header |= _counts(path, arrays, num_experts)
-    check_layout(path, header, arrays)
-    validate_trace(Trace((path,), header, arrays))
-    _write_atomically(path, header, arrays)
-    return path
+    header |= _counts(path, stored, num_experts)
+    check_layout(path, header, stored)
+    trace = Trace((path,), header, stored)
+    validate_trace(trace)
+    return trace
 
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:

@@ -1,0 +1,309 @@
+"""Importer of what serving engines return when asked for the experts of each token: vLLM and SGLang.
+
+The source is one file or a folder of them: `.npy` (one request), `.npz` (one request an array of three dimensions),
+`.json` or `.jsonl` (answers as the engines give them, one or many). Assumed, and how sure that is:
+
+- vLLM (`--enable-return-routed-experts`): per completion an integer array `routed_experts` [tokens, layers, top_k]
+  over prompt and answer (sure: documented, and several of its users read it so). That the last sampled token, which
+  never runs, has no row is likely; where it has one without a choice, the row is dropped. `prompt_routed_experts`
+  beside it, if given, stands before it (unsure: seen in some versions only).
+- SGLang (`return_routed_experts`): base64 of int32, little-endian, in C order, [tokens − 1, layers, top_k], in
+  `meta_info["routed_experts"]` (sure), or in `routed_experts` of a choice (likely). The shape is not sent with it:
+  give `num_layers=` and `top_k=`. `routed_experts_start_len`, if recorded, is the position of the first row.
+- layers counts all layers of the model: a dense layer holds one value throughout (sure for SGLang: zeros). Such
+  layers are left out, if top_k > 1; else say how many lead with `dense_layers=`.
+- Negative ids are experts that were not recorded: padding. Ids within a row come best first as a rule; grouped
+  routing may give them in any order, and nothing in the dump says so.
+
+Lengths of prompts come from `prompt_tokens` (meta_info or usage), `prompt_token_ids` or `prompt_len`; in `.npz` from
+an array `prompt_len` [requests]. Gate weights are in no such dump. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.progress import Progress
+
+from traces.container import TraceError, check_file, fault
+from traces.importers.common import (
+    PADDING,
+    UNKNOWN_LICENSE,
+    ImportReport,
+    Request,
+    files_of,
+    tracked,
+    write_requests,
+)
+
+_SUFFIXES = (".npy", ".npz", ".json", ".jsonl")
+_MAX_BYTES = 8 << 30
+_SHAPE = "routed experts are [tokens, layers, top_k]"
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass
+class _Dump:
+    """One request as it was found: ids [n, layers, K]; prompt None where unknown."""
+
+    path: Path
+    place: str
+    ids: Ids
+    prompt: int | None = None
+    start: int = 0
+
+
+def import_engine_dumps(
+    source: str | Path,
+    output: str | Path,
+    progress: Progress | None = None,
+    *,
+    model: str = "",
+    num_experts: int = 0,
+    num_layers: int = 0,
+    top_k: int = 0,
+    dense_layers: int = 0,
+    license: str = UNKNOWN_LICENSE,
+) -> ImportReport:
+    """Write the dumped routing as a trace. TraceError names file and place.
+
+    num_layers counts all layers, dense ones too; with top_k it is needed for base64 only, and checked wherever given.
+    """
+    if not model:
+        raise TraceError("option model= is missing: dumps name no model; give model=<a name of conf/model>")
+    dumps: list[_Dump] = []
+    for path in tracked(files_of(source, *_SUFFIXES), progress, "reading dumps"):
+        dumps.extend(_read(path, num_layers, top_k))
+    if not dumps:
+        raise fault(
+            source, "source", "holds no routed experts", "ask the engine for them, see the importer's docstring"
+        )
+    first = dumps[0]
+    for dump in dumps:
+        _check_shape(dump, first, num_layers, top_k)
+    layers, notes = _moe_layers(source, dumps, dense_layers)
+    requests, num_cut = [], 0
+    for dump in dumps:
+        request, cut = _request(dump, layers, len(dumps) > 1)
+        num_cut += cut
+        requests.append(request)
+    if num_cut:
+        notes.append(f"{num_cut} last tokens without a choice left out: they never ran")
+    if unknown := sum(dump.prompt is None for dump in dumps):
+        notes.append(f"{unknown} requests without a prompt length: all their rows count as decode")
+    highest = max(int(request.experts.max()) for request in requests)
+    if not num_experts:
+        num_experts = highest + 1
+        notes.append(f"num_experts={num_experts}, the highest id and one; give num_experts= if there are more")
+    if highest >= num_experts:
+        dump = dumps[[int(request.experts.max()) for request in requests].index(highest)]
+        problem = f"holds expert {highest}, outside 0 … {num_experts - 1}"
+        raise fault(dump.path, dump.place, problem, "correct num_experts, or remove what marks missing experts")
+    return write_requests(
+        output, requests, model=model, num_experts=num_experts, license=license, notes=notes,
+        source="routed experts returned by a serving engine", moe_layer_ids=layers,
+        header={"capture": "engine dump; the order within a row is the engine's"},
+    )  # fmt: skip
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, num_layers: int, top_k: int) -> Iterator[_Dump]:
+    check_file(path)
+    if path.suffix in (".npy", ".npz"):
+        yield from _numpy(path)
+    elif path.suffix in (".json", ".jsonl"):
+        for place, value in _json(path):
+            yield from _answer(path, place, value, num_layers, top_k)
+    else:
+        raise fault(path, "file", f"is of the type {path.suffix or '(none)'}", f"give {', '.join(_SUFFIXES)}")
+
+
+def _numpy(path: Path) -> Iterator[_Dump]:
+    try:
+        if path.suffix == ".npy":
+            # Mapped: a header that promises more than the file holds is refused, not allocated.
+            yield _Dump(path, "array", _ids(path, "array", np.load(path, mmap_mode="r", allow_pickle=False)))
+            return
+        with zipfile.ZipFile(path) as archive:
+            if (size := sum(item.file_size for item in archive.infolist())) > _MAX_BYTES:
+                raise fault(path, "file", f"unpacks to {size} bytes", f"at most {_MAX_BYTES} are read; split it")
+        with np.load(path, allow_pickle=False) as arrays:
+            prompts = arrays["prompt_len"] if "prompt_len" in arrays.files else None
+            names = [name for name in arrays.files if name != "prompt_len"]
+            if prompts is not None and (prompts.shape != (len(names),) or prompts.dtype.kind not in "iu"):
+                raise fault(path, "array 'prompt_len'", "is no list of one length a request", "correct or remove it")
+            for index, name in enumerate(names):
+                place = f"array {name!r}"
+                prompt = None if prompts is None else int(prompts[index])
+                yield _Dump(path, place, _ids(path, place, arrays[name]), prompt)
+    except TraceError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise fault(path, "file", f"is no plain array file ({reason})", "save integers, not objects") from None
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each line, or of each entry."""
+    number = 1
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"line {number}", json.loads(line)
+                return
+            value = json.load(file)
+    except UnicodeDecodeError:
+        raise fault(path, "file", "is not UTF-8 text", "give JSON in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        at = getattr(error, "lineno", 1) + number - 1
+        raise fault(path, f"line {at}", "is no JSON", "correct or remove it") from None
+    except OSError as error:
+        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path") from None
+    if isinstance(value, list):
+        yield from ((f"entry {index}", item) for index, item in enumerate(value))
+    else:
+        yield "file", value
+
+
+def _answer(path: Path, place: str, value: Any, num_layers: int, top_k: int) -> Iterator[_Dump]:
+    """The requests of one answer: itself, or its completions (`outputs` of vLLM, `choices` of either's web API)."""
+    if not isinstance(value, dict):
+        raise fault(path, place, "is no object", "give the answers as the engine returned them")
+    completions = next((value[key] for key in ("outputs", "choices") if isinstance(value.get(key), list)), None)
+    if completions is None:
+        yield _dump(path, place, [value], num_layers, top_k)
+        return
+    for index, completion in enumerate(completions):
+        if not isinstance(completion, dict):
+            raise fault(path, f"{place}, completion {index}", "is no object", "give the answers as they were returned")
+        yield _dump(path, f"{place}, completion {index}", [completion, value], num_layers, top_k)
+
+
+def _dump(path: Path, place: str, tables: list[dict[str, Any]], num_layers: int, top_k: int) -> _Dump:
+    """A request from the tables that speak of it, nearest first."""
+    tables = [part for table in tables for part in (table, table.get("meta_info"), table.get("usage"))
+              if isinstance(part, dict)]  # fmt: skip
+
+    def look_up(key: str) -> Any:
+        return next((table[key] for table in tables if table.get(key) is not None), None)
+
+    found = look_up("routed_experts")
+    if found is None:
+        raise fault(path, place, "has no routed_experts", "ask the engine to return them, or remove it")
+    ids = _decoded(path, place, found, num_layers, top_k)
+    before = look_up("prompt_routed_experts")
+    prompt = None
+    if before is not None:
+        ahead = _decoded(path, place, before, num_layers, top_k)
+        if ahead.shape[1:] != ids.shape[1:]:
+            problem = f"has {list(ahead.shape)} of the prompt and {list(ids.shape)} of the answer"
+            raise fault(path, place, problem, _SHAPE)
+        ids, prompt = np.concatenate([ahead, ids]), len(ahead)
+    else:
+        token_ids = look_up("prompt_token_ids")
+        counts = [look_up("prompt_tokens"), look_up("prompt_len"),
+                  len(token_ids) if isinstance(token_ids, list) else None]  # fmt: skip
+        prompt = next((_count(path, place, "prompt length", count) for count in counts if count is not None), None)
+    start = look_up("routed_experts_start_len")
+    return _Dump(path, place, ids, prompt, 0 if start is None else _count(path, place, "start", start))
+
+
+def _count(path: Path, place: str, what: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise fault(path, place, f"has the {what} {str(value)[:40]!r}", "give a whole number from 0")
+    return value
+
+
+def _decoded(path: Path, place: str, value: Any, num_layers: int, top_k: int) -> Ids:
+    """Ids from nested lists, or from base64 of int32."""
+    if isinstance(value, list):
+        try:
+            array = np.array(value)
+        except (ValueError, OverflowError):
+            raise fault(path, place, "has rows of different lengths", _SHAPE) from None
+        return _ids(path, place, array)
+    if not isinstance(value, str):
+        raise fault(path, place, f"has routed_experts of the type {type(value).__name__}", "give lists or base64")
+    if not num_layers or not top_k:
+        remedy = "give num_layers=<all layers of the model> and top_k="
+        raise fault(path, place, "is base64, which does not say its shape", remedy)
+    try:
+        raw = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise fault(path, place, "has routed_experts that are no base64", "give them as they were returned") from None
+    if not raw or len(raw) % (4 * num_layers * top_k):
+        problem = f"has {len(raw)} bytes, no multiple of 4 × {num_layers} layers × {top_k}"
+        raise fault(path, place, problem, "correct num_layers and top_k")
+    return np.frombuffer(raw, "<i4").reshape(-1, num_layers, top_k).astype(np.int64)
+
+
+def _ids(path: Path, place: str, array: Any) -> Ids:
+    if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape:
+        raise fault(path, place, f"is {array.dtype} of the shape {list(array.shape)}", f"{_SHAPE}, whole numbers")
+    if int(array.max()) >= 1 << 31 or int(array.min()) < -(1 << 31):
+        raise fault(path, place, "holds ids of more than 31 bits", "it is no dump of expert ids")
+    return np.asarray(array).astype(np.int64)
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+def _check_shape(dump: _Dump, first: _Dump, num_layers: int, top_k: int) -> None:
+    shape = list(dump.ids.shape[1:])
+    if dump.ids.shape[1:] != first.ids.shape[1:]:
+        problem = f"has [layers, top_k] = {shape}, {first.path.name} ({first.place}) has {list(first.ids.shape[1:])}"
+        raise fault(dump.path, dump.place, problem, "import the dumps of one model at a time")
+    for key, given, found in (("num_layers", num_layers, shape[0]), ("top_k", top_k, shape[1])):
+        if given and given != found:
+            raise fault(dump.path, dump.place, f"has {key} {found}, not {given}", f"correct {key}")
+
+
+def _moe_layers(source: str | Path, dumps: list[_Dump], dense_layers: int) -> tuple[list[int], list[str]]:
+    """Layers that hold a choice of experts, and a note on the others."""
+    num_layers, top_k = dumps[0].ids.shape[1:]
+    if dense_layers >= num_layers:
+        raise fault(source, "source", f"has {num_layers} layers, all dense", "correct dense_layers")
+    kept = [
+        layer for layer in range(dense_layers, num_layers)
+        if top_k == 1 or not all(bool(np.all(_unset(dump.ids[:, layer]))) for dump in dumps)
+    ]  # fmt: skip
+    if not kept:
+        raise fault(source, "source", "has no layer in which tokens choose different experts", _SHAPE)
+    left_out = sorted(set(range(num_layers)) - set(kept))
+    return kept, [f"dense layers left out: {', '.join(map(str, left_out))}"] if left_out else []
+
+
+def _unset(ids: Ids) -> npt.NDArray[np.bool_]:
+    """Which rows [..., K] hold no choice: one value throughout. With K = 1 that is a negative one."""
+    same: npt.NDArray[np.bool_] = np.all(ids == ids[..., :1], axis=-1)
+    return same if ids.shape[-1] > 1 else ids[..., 0] < 0
+
+
+def _request(dump: _Dump, layers: list[int], many: bool) -> tuple[Request, int]:
+    """The rows of one dump, and how many at its end were dropped for want of a choice."""
+    ids = dump.ids[:, layers]
+    ran = ~np.all(_unset(ids), axis=1)
+    stop = len(ids) - int(np.argmax(ran[::-1])) if ran.any() else 0
+    if not stop:
+        raise fault(dump.path, dump.place, "holds no token with a choice of experts", "remove it")
+    ids = np.where(ids[:stop] < 0, PADDING, ids[:stop])
+    # Padding goes last; the order of what is there stays.
+    ids = np.take_along_axis(ids, np.argsort(ids < 0, axis=2, kind="stable"), axis=2)
+    prompt = min(max((dump.prompt or 0) - dump.start, 0), stop)
+    label = f"{dump.path.name}, {dump.place}" if many else dump.path.name
+    return Request(ids.astype(np.int32), prompt_len=prompt, context_len=dump.start, label=label), len(dump.ids) - stop

@@ -1,0 +1,486 @@
+"""The hooks: what the routers of a model chose, forward by forward.
+
+Works on any `nn.Module` whose MoE layers are named as `Tap`s, and knows nothing of where they were found. Reads only:
+it copies what it keeps, draws no random numbers and returns nothing to the model. Shape letters: n tokens of one
+forward (batch × sequence, in this order), L MoE layers, K top-k, E experts, D distances ahead, M candidates, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from traces.layout import MAX_EXPERTS
+from traces.recorder.lookahead import KINDS, dense, listed, num_right
+
+_EXPLICIT = "give the layer as an explicit Tap (traces.recorder.recording)"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One MoE layer.
+
+    layer: its index among the model's layers. router: the module that is called once a forward with the router's
+    input [..., d]; it returns the logits [..., E], alone or in a tuple, and may return the chosen ids [..., K]
+    and their weights beside them, or the weights among zeros [..., E]. norm: the module whose output is that input,
+    called once with the residual stream (None: there is none, or it is of no interest). experts: the module that is
+    called with the chosen ids (and weights) as the router's choice is carried out, or a list of E modules, one an
+    expert, called with their tokens. weight: the router's weight [E,d], where it is a bare parameter of `router`,
+    which is then a larger module that is never called for look-ahead. choose: logits float32 [n,E] → (ids [n,K],
+    weights [n,K]), for a router that returns logits alone; without one its choice is the top K of the logits, and
+    weights are not recorded.
+    """
+
+    layer: int
+    router: nn.Module
+    norm: nn.Module | None = None
+    experts: nn.Module | None = None
+    weight: torch.Tensor | None = None
+    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One forward, a row a token.
+
+    arrays: what `TraceWriter.append` takes: `experts` int32 [n,L,K] best first (by weight, where weights are known),
+    −1 = none; where recorded `weights` float32 [n,L,K], `logits` float16 [n,L,E], and per kind of pre-gate
+    `lookahead_ids@kind` and `lookahead_scores@kind` [n,L,D,M], or `lookahead@kind` float16 [n,L,D,E].
+    hits: by kind, uint8 [n,L,D]: how many experts of layer l+d its guess from layer l had right.
+    """
+
+    arrays: dict[str, npt.NDArray[Any]]
+    hits: dict[str, npt.NDArray[np.uint8]]
+
+    def __len__(self) -> int:
+        return len(self.arrays["experts"])
+
+    def select(self, rows: Any) -> Rows:
+        """The rows with these indices, in this order."""
+        return Rows({n: a[rows] for n, a in self.arrays.items()}, {k: h[rows] for k, h in self.hits.items()})
+
+    @staticmethod
+    def join(parts: Sequence[Rows]) -> Rows:
+        """One after the other."""
+        first = parts[0]
+        return Rows(
+            {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays},
+            {kind: np.concatenate([part.hits[kind] for part in parts]) for kind in first.hits},
+        )
+
+
+@dataclass
+class _Layer:
+    """What has been seen of one tap in the running forward."""
+
+    residual: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    routed: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    executed: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    counts: torch.Tensor | None = None
+    guesses: dict[tuple[str, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+
+class Recording:
+    """A context manager that records every forward of `model`.
+
+    taps: the MoE layers in the order in which they run. lookahead: D, 0 for none; `kinds` of pre-gate as in
+    `traces.recorder.lookahead` (residual only if all taps have a norm). full: store all scores, not the
+    best `num_listed` (default 2K). logits: keep them. on_forward: called with the `Rows` of each forward; without
+    one call `take()` after each. The model must be in eval mode: routers may draw noise in training.
+
+    Choices come from what the experts were called with; else from what the router returned; else from the tap's
+    `choose`; else they are the top K of the logits. Where more than one is to be seen they must agree, and where
+    experts are single modules each must have been given as many tokens as the record says. ValueError if not, or if
+    a tap was not called exactly once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[Tap],
+        *,
+        num_experts: int,
+        top_k: int,
+        lookahead: int = 0,
+        full: bool = False,
+        num_listed: int = 0,
+        logits: bool = False,
+        on_forward: Callable[[Rows], None] | None = None,
+    ) -> None:
+        if not taps or any(after.layer <= tap.layer for tap, after in pairwise(taps)):
+            raise ValueError("taps must name at least one layer, in rising order; correct their layer indices")
+        if not 0 < top_k <= num_experts <= MAX_EXPERTS:
+            raise ValueError(f"top_k={top_k} must lie in 1 … num_experts={num_experts} (at most {MAX_EXPERTS})")
+        if not 0 <= lookahead < max(len(taps), 1):
+            most = len(taps) - 1
+            raise ValueError(f"lookahead={lookahead} must lie in 0 … {most}: the model has {len(taps)} MoE layers")
+        if not 0 <= num_listed <= num_experts:
+            raise ValueError(f"lookahead_top={num_listed} must lie in 1 … num_experts={num_experts}")
+        self.model, self.taps = model, tuple(taps)
+        self.num_experts, self.top_k, self.lookahead, self.full = num_experts, top_k, lookahead, full
+        self.num_listed = num_listed or min(2 * top_k, num_experts)
+        self.keep_logits = logits
+        self.kinds = KINDS if all(tap.norm is not None for tap in taps) else ("normed",)
+        self.on_forward = on_forward
+        self._handles: list[Any] = []
+        self._layers: list[_Layer] = []
+        self._rows: Rows | None = None
+
+    # -- hooks -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Recording:
+        if self.model.training:
+            raise ValueError("the model is in training mode, where routers may draw noise; call model.eval() first")
+        if self._handles:
+            raise ValueError("this recording is running already; leave it before entering again")
+        self._handles.append(self.model.register_forward_pre_hook(self._start))
+        for index, tap in enumerate(self.taps):
+            if tap.norm is not None:
+                self._handles.append(tap.norm.register_forward_pre_hook(self._norm_hook(index), with_kwargs=True))
+            self._handles.append(tap.router.register_forward_pre_hook(self._input_hook(index), with_kwargs=True))
+            self._handles.append(tap.router.register_forward_hook(self._router_hook(index), with_kwargs=True))
+            if isinstance(tap.experts, nn.ModuleList):
+                for expert, module in enumerate(tap.experts):
+                    hook = self._count_hook(index, expert)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif tap.experts is not None:
+                self._handles.append(tap.experts.register_forward_pre_hook(self._experts_hook(index), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._finish))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._layers = []
+
+    def take(self) -> Rows:
+        """The rows of the forward that ended last, once. ValueError if there was none since."""
+        if self._rows is None:
+            raise ValueError("no forward has ended since the last take(); run the model first")
+        rows, self._rows = self._rows, None
+        return rows
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self._layers = [_Layer() for _ in self.taps]
+
+    def _norm_hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            layer = self._layers[index]
+            if layer.residual is not None:
+                raise _twice(self.taps[index], "norm")
+            # Copied: a model may add to its residual stream in place.
+            layer.residual = _first_tensor(args, kwargs).detach().clone()
+
+        return hook
+
+    def _input_hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            layer = self._layers[index]
+            if layer.normed is not None:
+                raise _twice(self.taps[index], "router")
+            layer.normed = _first_tensor(args, kwargs).detach().clone()
+
+        return hook
+
+    def _router_hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            tap, layer = self.taps[index], self._layers[index]
+            assert layer.normed is not None
+            with torch.no_grad():
+                layer.logits, ids, weights = self._routing(tap, layer.normed, output)
+                if ids is not None:
+                    layer.routed = (ids, weights)
+                self._guess(index, args, kwargs)
+
+        return hook
+
+    def _experts_hook(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            layer = self._layers[index]
+            if layer.normed is None and self.taps[index].weight is None:
+                raise ValueError(f"layer {self.taps[index].layer}: its experts ran before its router; {_EXPLICIT}")
+            states = _first_tensor(args, kwargs)
+            ids, weights = self._choice(_tensors((args, kwargs)), states.numel() // states.shape[-1])
+            if ids is None:
+                return
+            if layer.executed is not None:
+                raise _twice(self.taps[index], "experts")
+            # Copied, as a model may reuse the buffer.
+            layer.executed = (ids.detach().clone(), None if weights is None else weights.detach().clone())
+
+        return hook
+
+    def _count_hook(self, index: int, expert: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            layer = self._layers[index]
+            if layer.counts is None:
+                layer.counts = torch.zeros(self.num_experts, dtype=torch.int64)
+            states = _first_tensor(args, kwargs)
+            layer.counts[expert] += states.numel() // states.shape[-1]
+
+        return hook
+
+    # -- reading what was seen ---------------------------------------------------------------------------------
+
+    def _routing(
+        self, tap: Tap, states: torch.Tensor, output: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Logits float32 [n,E], and the chosen ids and weights [n,K] where they can be read off."""
+        num_tokens = states.numel() // states.shape[-1]
+        if tap.weight is not None:
+            logits = torch.nn.functional.linear(states.float(), tap.weight.float()).reshape(num_tokens, -1)
+            return logits, None, None
+        found = list(_tensors(output))
+        ids, weights = self._choice(found, num_tokens)
+        if ids is None:
+            ids, weights = self._scattered(found, num_tokens)
+        returned = self._logits(found, num_tokens)
+        return self._derived(tap, states) if returned is None else returned, ids, weights
+
+    def _choice(
+        self, tensors: Iterable[torch.Tensor], num_tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of some tensors the chosen ids int64 [n,K], −1 = none, and their weights float32 [n,K]."""
+        tensors = list(tensors)
+        ids = next((t for t in tensors if _is_whole(t) and self._has(t, num_tokens, self.top_k)), None)
+        if ids is None:
+            return None, None
+        ids = ids.reshape(num_tokens, self.top_k).long()
+        # Some implementations mark what another device computes with an id of num_experts.
+        ids = torch.where((ids < 0) | (ids >= self.num_experts), -1, ids)
+        floats = [t for t in tensors if t.is_floating_point()]
+        narrow = [t for t in floats if self._has(t, num_tokens, self.top_k)]
+        if narrow:
+            # With K = E the logits have this shape too; they come first.
+            return ids, narrow[-1].reshape(num_tokens, self.top_k).float()
+        wide = [t for t in floats if self._has(t, num_tokens, self.num_experts) and self._is_scattered(t)]
+        if wide:
+            return ids, wide[0].reshape(num_tokens, -1).float().gather(1, ids.clamp(min=0))
+        return ids, None
+
+    def _scattered(
+        self, tensors: Iterable[torch.Tensor], num_tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The choice from a tensor [n,E] of the weights of the chosen and zeros, if there is one."""
+        for tensor in tensors:
+            if tensor.is_floating_point() and self._has(tensor, num_tokens, self.num_experts):
+                rows = tensor.detach().reshape(num_tokens, self.num_experts).float()
+                if self.top_k < self.num_experts and bool(((rows != 0).sum(dim=1) == self.top_k).all()):
+                    weights, ids = rows.topk(self.top_k, dim=1)
+                    return ids, weights
+        return None, None
+
+    def _logits(self, tensors: Iterable[torch.Tensor], num_tokens: int) -> torch.Tensor | None:
+        for tensor in tensors:
+            if tensor.is_floating_point() and self._has(tensor, num_tokens, self.num_experts):
+                flat = tensor.detach().reshape(num_tokens, self.num_experts)
+                if not self._is_scattered(flat):
+                    return flat.float()
+        return None
+
+    def _is_scattered(self, scores: torch.Tensor) -> bool:
+        """Whether the rows hold the weights of the chosen and zeros: no logits."""
+        rows = scores.reshape(-1, self.num_experts)
+        return self.top_k < self.num_experts and bool(((rows != 0).sum(dim=1) <= self.top_k).all())
+
+    def _derived(self, tap: Tap, states: torch.Tensor) -> torch.Tensor:
+        """Logits from the router's weight, for routers that return only what they chose."""
+        for module in tap.router.modules():
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            if isinstance(weight, torch.Tensor) and weight.shape == (self.num_experts, states.shape[-1]):
+                extra = bias.float() if isinstance(bias, torch.Tensor) else None
+                logits = torch.nn.functional.linear(states.float(), weight.float(), extra)
+                return logits.reshape(-1, self.num_experts)
+        problem = f"its router {type(tap.router).__name__} returns no logits [tokens, {self.num_experts}] and has no "
+        raise ValueError(f"layer {tap.layer}: {problem}weight to compute them from; {_EXPLICIT}")
+
+    @staticmethod
+    def _has(tensor: torch.Tensor, num_tokens: int, width: int) -> bool:
+        return tensor.numel() == num_tokens * width and (tensor.shape[-1] == width or width == 1)
+
+    def _guess(self, index: int, args: Any, kwargs: Any) -> None:
+        """Apply this layer's router to the states of the D layers before it: all are at hand only now."""
+        here = self._layers[index]
+        assert here.normed is not None
+        for distance in range(1, min(self.lookahead, index) + 1):
+            source = self._layers[index - distance]
+            for kind in self.kinds:
+                states = self._states(index, source, kind).reshape(here.normed.shape)
+                logits, chosen = self._route(self.taps[index], states, args, kwargs)
+                source.guesses[kind, distance] = (chosen, *self._kept(logits, chosen))
+        if index >= self.lookahead:
+            past = self._layers[index - self.lookahead]
+            past.residual = None
+            # What is still asked of it is that it was there.
+            past.normed = past.normed[..., :0] if past.normed is not None else None
+
+    def _kept(self, logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # In place of what is none, one of the others once more: it changes no ranking.
+        chosen = torch.where(chosen < 0, chosen.amax(dim=1, keepdim=True).clamp(min=0), chosen)
+        if self.full:
+            return (dense(logits, chosen),)
+        return listed(logits, chosen, self.top_k, self.num_listed)
+
+    def _states(self, index: int, source: _Layer, kind: str) -> torch.Tensor:
+        """What the router of tap `index` is asked from the layer `source`."""
+        norm = self.taps[index].norm
+        if kind == "normed":
+            assert source.normed is not None
+            return source.normed
+        if source.residual is None or norm is None:
+            raise ValueError(f"layer {self.taps[index].layer}: its norm was not called before its router; {_EXPLICIT}")
+        # forward, not a call: our own hooks must not see it. A copy, as a norm may work in place.
+        normed: torch.Tensor = norm.forward(source.residual.clone())
+        return normed
+
+    def _route(self, tap: Tap, states: torch.Tensor, args: Any, kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [n,E] and choice [n,K] of a router on states that are not its own."""
+        if tap.weight is None:
+            args, kwargs = _with_first_tensor(args, kwargs, states.clone())
+            output = tap.router.forward(*args, **kwargs)
+        else:
+            output = None
+        logits, ids, _ = self._routing(tap, states, output)
+        if ids is None:
+            ids = tap.choose(logits)[0] if tap.choose is not None else logits.topk(self.top_k, dim=1).indices
+        return logits, ids
+
+    # -- the end of a forward ----------------------------------------------------------------------------------
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        with torch.no_grad():
+            choices = [self._settle(tap, layer) for tap, layer in zip(self.taps, self._layers, strict=True)]
+            rows = self._collect(choices)
+        self._layers = []
+        if self.on_forward is not None:
+            self.on_forward(rows)
+        elif self._rows is not None:
+            raise ValueError("the rows of the forward before were not taken; call take() after each, or on_forward=")
+        else:
+            self._rows = rows
+
+    def _settle(self, tap: Tap, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The experts of one layer [n,K] best first, and their weights."""
+        if layer.normed is None or layer.logits is None:
+            raise ValueError(f"layer {tap.layer}: its router was not called; {_EXPLICIT}")
+        ids, weights = layer.routed
+        if layer.executed is not None:
+            executed, applied = layer.executed
+            if ids is not None and not torch.equal(ids.sort(dim=1).values, executed.sort(dim=1).values):
+                problem = "its experts were given other ids than its router returned"
+                raise ValueError(f"layer {tap.layer}: {problem}; {_EXPLICIT}")
+            same_order = ids is not None and torch.equal(ids, executed)
+            ids, weights = executed, weights if applied is None and same_order else applied
+        elif ids is None and tap.choose is not None:
+            ids, weights = tap.choose(layer.logits)
+            ids, weights = ids.long(), weights.float()
+        elif ids is None:
+            ids = layer.logits.topk(self.top_k, dim=1).indices
+        if layer.counts is not None:
+            counts = torch.bincount(ids[ids >= 0].cpu(), minlength=self.num_experts)
+            if not torch.equal(counts, layer.counts):
+                expert = int((counts != layer.counts).nonzero()[0])
+                problem = f"expert {expert} ran {int(layer.counts[expert])} tokens, the record says {counts[expert]}"
+                raise ValueError(f"layer {tap.layer}: {problem}; give its Tap a `choose` that routes as the model does")
+        if weights is None:
+            return ids, None
+        # What is not there goes last, whatever its weight.
+        key = torch.where(ids >= 0, weights, torch.full_like(weights, -torch.inf))
+        order = torch.argsort(key, dim=1, descending=True, stable=True)
+        ids, weights = ids.gather(1, order), weights.gather(1, order)
+        return ids, torch.where(ids >= 0, weights, 0.0)
+
+    def _collect(self, choices: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Rows:
+        lengths = {len(ids) for ids, _ in choices}
+        if len(lengths) > 1:
+            raise ValueError(f"the layers saw different numbers of tokens ({sorted(lengths)}); record one at a time")
+        arrays: dict[str, npt.NDArray[Any]] = {"experts": _host([ids.to(torch.int32) for ids, _ in choices])}
+        weights = [weights for _, weights in choices if weights is not None]
+        if len(weights) == len(choices):
+            arrays["weights"] = _host(weights)
+        if self.keep_logits:
+            arrays["logits"] = _host([layer.logits.to(torch.float16) for layer in self._layers
+                                      if layer.logits is not None])  # fmt: skip
+        hits = {}
+        for kind in self.kinds if self.lookahead else ():
+            hits[kind] = self._gather(kind, choices, arrays)
+        return Rows(arrays, hits)
+
+    def _gather(
+        self, kind: str, choices: list[tuple[torch.Tensor, torch.Tensor | None]], arrays: dict[str, npt.NDArray[Any]]
+    ) -> npt.NDArray[np.uint8]:
+        """Fill in the look-ahead arrays of one kind; the hits [n,L,D]."""
+        shape = (len(choices[0][0]), len(self.taps), self.lookahead)
+        hits = np.zeros(shape, np.uint8)
+        whole = np.uint8 if self.num_experts <= np.iinfo(np.uint8).max else np.uint16
+        if self.full:
+            scores = arrays[f"lookahead@{kind}"] = np.full((*shape, self.num_experts), np.nan, np.float16)
+        else:
+            ids = np.full((*shape, self.num_listed), np.iinfo(whole).max, whole)
+            scores = np.zeros((*shape, self.num_listed), np.uint8)
+            arrays[f"lookahead_ids@{kind}"], arrays[f"lookahead_scores@{kind}"] = ids, scores
+        for index, layer in enumerate(self._layers):
+            for (of, distance), (chosen, *kept) in layer.guesses.items():
+                if of == kind:
+                    at = (slice(None), index, distance - 1)
+                    hits[at] = num_right(chosen, choices[index + distance][0].to(chosen.device)).cpu().numpy()
+                    scores[at] = kept[-1].cpu().numpy()
+                    if not self.full:
+                        ids[at] = kept[0].cpu().numpy()
+        return hits
+
+
+def _twice(tap: Tap, what: str) -> ValueError:
+    return ValueError(f"layer {tap.layer}: its {what} was called twice in one forward; {_EXPLICIT}")
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists and tables, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _first_tensor(args: Any, kwargs: Any) -> torch.Tensor:
+    """The states that a module was called with: its first floating-point argument."""
+    for tensor in (*args, *kwargs.values()):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            return tensor
+    raise ValueError(f"a router, norm or expert was called without a tensor of states; {_EXPLICIT}")
+
+
+def _with_first_tensor(args: Any, kwargs: Any, states: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other states."""
+    first = _first_tensor(args, kwargs)
+    return (
+        tuple(states if item is first else item for item in args),
+        {key: states if item is first else item for key, item in kwargs.items()},
+    )
+
+
+def _host(layers: list[torch.Tensor]) -> npt.NDArray[Any]:
+    """[n, …] of each layer as one array [n,L,…] in host memory."""
+    joined: npt.NDArray[Any] = torch.stack([layer.cpu() for layer in layers], dim=1).numpy()
+    return joined

@@ -1,0 +1,360 @@
+"""Writing a trace while it is recorded: rows go to disk request by request, memory does not grow with tokens.
+
+Beside the target stands the folder `.<name>.recording` with one raw file per array and a journal. The journal is
+replaced atomically after each whole request and says how much of each file counts, so that a recording that was
+killed is good up to its last whole request (of a lost machine only what its file system had written). Closing
+assembles the trace through `traces.format.write_trace`, with all its checks. While it does, the disk holds the rows
+twice. Knows nothing of where the rows come from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from traces.container import DTYPE_NAMES, DTYPES, Array, TraceError, check_file, fault
+from traces.format import RowArray, checked_trace, write_trace
+from traces.layout import ARRAYS, PER_REQUEST, PER_TOKEN
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - not on this system: two recordings of one file are then not told apart
+    fcntl = None  # type: ignore[assignment]
+
+_JOURNAL, _LOCK, _LABELS = "journal.json", "lock", "labels.jsonl"
+_JOURNAL_VERSION = 1
+_MAX_JOURNAL_BYTES = 1 << 20
+_FACTS = ("model", "num_experts", "source", "license", "moe_layer_ids")
+_TAKEN = frozenset({*_FACTS, *ARRAYS, "request_labels", "path", "arrays"})
+"""Keywords of `write_trace` and the like: no header keys."""
+_SPOILED = "the folder was changed; delete it and record again"
+
+
+class TraceWriter:
+    """A trace that grows by whole requests; `close` makes the file, `recover` what a killed writer left.
+
+    path: the trace to write; it appears when `close` returns, never in part. model, num_experts, source, license,
+    moe_layer_ids and further keywords: as of `write_trace`; `header` may be changed until `close`, except that its
+    keys stay strings. As a context manager it closes on success and, on an exception, leaves what was written for
+    `recover`.
+
+    Arrays may come in variants, `name@variant`: of these only the ones of the attribute `variant`, as it is when the
+    trace is closed, enter the trace, as `name`. TraceError where a recording of this path is unfinished or running.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        model: str,
+        num_experts: int,
+        source: str,
+        license: str,
+        moe_layer_ids: Sequence[int] | None = None,
+        **header: str,
+    ) -> None:
+        self.path = Path(path)
+        self.header: dict[str, str] = dict(header)
+        self.variant = ""
+        self.num_requests = self.num_tokens = 0
+        self._facts: dict[str, Any] = {
+            "model": model, "num_experts": int(num_experts), "source": source, "license": license,
+            "moe_layer_ids": None if moe_layer_ids is None else [int(layer) for layer in moe_layer_ids],
+        }  # fmt: skip
+        self._columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self._files: dict[str, Any] = {}
+        self._has_labels: bool | None = None
+        self._labels_end = 0
+        self._folder = folder_of(self.path)
+        if not self.path.parent.is_dir():
+            raise fault(self.path, "file", f"the folder {self.path.parent} does not exist", "create it first")
+        if self.path.is_dir():
+            raise fault(self.path, "file", "is a folder", "name a file in it")
+        try:
+            self._folder.mkdir()
+        except FileExistsError:
+            problem = f"an unfinished recording of it lies in {self._folder}"
+            remedy = "finish it with TraceWriter.recover (python -m traces record --recover), or delete that folder"
+            raise fault(self.path, "file", problem, remedy) from None
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        self._lock = _lock(self.path, self._folder)
+
+    def append(
+        self,
+        *,
+        prompt_len: int,
+        context_len: int | None = None,
+        label: str | None = None,
+        **arrays: npt.ArrayLike | None,
+    ) -> None:
+        """Check one request and add it; it is on disk when this returns.
+
+        arrays: the per-token arrays of the layout, one row a token ([n,L,K] experts and so on, None left out),
+        also as `name@variant` (through `**{…}`). All requests must give the same arrays, with the same shapes but
+        for n, and agree in giving labels and context_len. TraceError, and nothing written, on a faulty request.
+        """
+        if self._lock is None:
+            raise fault(self.path, "file", "is closed already", "make a new TraceWriter")
+        place = f"{self.path} (request {self.num_requests})"
+        rows = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+        stored = self._checked(place, rows, prompt_len, context_len, label)
+        columns = {name: (array.dtype, array.shape[1:]) for name, array in stored.items()}
+        if not self.num_requests:
+            self._columns, self._has_labels = columns, label is not None
+        elif columns != self._columns or self._has_labels != (label is not None):
+            raise fault(place, "arrays", _difference(columns, self._columns), "give the same arrays with each request")
+        try:
+            self._write(stored, label)
+            self._write_journal(self.num_requests + 1, self.num_tokens + len(rows["experts"]))
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+        self.num_requests += 1
+        self.num_tokens += len(rows["experts"])
+        self._labels_end = self._files[_LABELS].tell() if self._has_labels else 0
+
+    def close(self) -> Path:
+        """Assemble the trace; the path written. TraceError if it would hold no request, or the disk is full."""
+        if self._lock is None:
+            raise fault(self.path, "file", "is closed already", "make a new TraceWriter")
+        if not self.num_requests:
+            self.abort()
+            raise fault(self.path, "file", "would hold no request", "append at least one")
+        self._write_journal(self.num_requests, self.num_tokens)
+        self._release()
+        return TraceWriter.recover(self.path, recovered=False)
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        self._release()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is None:
+            return
+        if kind is None:
+            self.close()
+        elif self.num_requests:
+            self._release()
+        else:
+            self.abort()
+
+    @staticmethod
+    def recover(path: str | Path, *, recovered: bool = True) -> Path:
+        """Assemble the trace of a recording that was killed, up to its last whole request; the path written.
+
+        The header says `recovered=true` (`recovered=False` leaves that out). The folder of the recording is deleted
+        once the trace stands. TraceError where there is none, it is still running, has no whole request, or is
+        spoiled.
+        """
+        path = Path(path)
+        folder = folder_of(path)
+        if not folder.is_dir():
+            raise fault(path, "file", f"no unfinished recording of it: {folder} does not exist", "check the path")
+        lock = _lock(path, folder)
+        try:
+            journal = _Journal(folder)
+            header = dict(journal.header) | ({"recovered": "true"} if recovered else {})
+            content: dict[str, Any] = {**journal.arrays(), **journal.facts, **header}
+            write_trace(path, request_labels=journal.labels(), **content)
+        finally:
+            lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        return path
+
+    # -- one request -------------------------------------------------------------------------------------------
+
+    def _checked(
+        self, place: str, rows: Mapping[str, Array], prompt_len: int, context_len: int | None, label: str | None
+    ) -> dict[str, Array]:
+        """The arrays of one request in the types they are stored in, every variant checked as a trace of its own."""
+        for name in rows:
+            plain, at, variant = name.partition("@")
+            if plain not in PER_TOKEN or (at and not variant.isidentifier()):
+                raise fault(place, f"array {name!r}", "is unknown", f"known are {', '.join(PER_TOKEN)}")
+        if taken := sorted(self.header.keys() & _TAKEN):
+            raise fault(place, "header", f"{taken[0]} is the name of a keyword of its own", "call it something else")
+        if "experts" not in rows or rows["experts"].ndim != 3 or not len(rows["experts"]):
+            raise fault(place, "experts", "is missing or holds nothing", "give [n, L, K] with n of at least 1")
+        stored: dict[str, Array] = {
+            "request_rows": np.array([len(rows["experts"])], np.int64),
+            "prompt_len": np.array([prompt_len], np.int32),
+        }
+        context = None if context_len is None else [context_len]
+        if context is not None:
+            stored["context_len"] = np.array(context, np.int32)
+        requests = {"request_start": [0, len(rows["experts"])], "prompt_len": [prompt_len], "context_len": context}
+        facts: dict[str, Any] = {**self._facts, **self.header}
+        for variant in sorted({name.partition("@")[2] for name in rows if "@" in name}) or [""]:
+            named = {name: array for name, array in rows.items() if name.partition("@")[2] in ("", variant)}
+            trace = checked_trace(
+                Path(place),
+                {name.partition("@")[0]: array for name, array in named.items()} | requests,
+                request_labels=None if label is None else [label],
+                **facts,
+            )
+            found = trace.layout_arrays()
+            stored |= {name: found[name.partition("@")[0]] for name in named}
+        return stored
+
+    def _write(self, stored: Mapping[str, Array], label: str | None) -> None:
+        for name, array in stored.items():
+            file = self._file(f"{name}.raw")
+            dtype, row = self._columns[name]
+            # A request that failed half-way (disk full) may have left bytes: each write starts where rows end.
+            rows = self.num_requests if name in PER_REQUEST or name == "request_rows" else self.num_tokens
+            file.seek(rows * int(np.prod(row, dtype=np.int64)) * dtype.itemsize)
+            file.write(np.ascontiguousarray(array).data)
+            file.flush()
+        if label is not None:
+            file = self._file(_LABELS)
+            file.seek(self._labels_end)
+            file.write(json.dumps(label).encode() + b"\n")
+            file.flush()
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            self._files[name] = (self._folder / name).open("wb")
+        return self._files[name]
+
+    def _write_journal(self, num_requests: int, num_tokens: int) -> None:
+        journal = {
+            "version": _JOURNAL_VERSION, "num_requests": num_requests, "num_tokens": num_tokens, "facts": self._facts,
+            "header": self.header, "variant": self.variant, "has_labels": bool(self._has_labels),
+            "columns": {name: [DTYPE_NAMES[dtype], list(row)] for name, (dtype, row) in self._columns.items()},
+        }  # fmt: skip
+        unfinished = self._folder / f"{_JOURNAL}.tmp"
+        unfinished.write_text(json.dumps(journal), encoding="utf-8")
+        os.replace(unfinished, self._folder / _JOURNAL)
+
+    def _release(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
+
+
+def folder_of(path: Path) -> Path:
+    """Where the rows of a recording of `path` are kept until it is closed."""
+    return path.with_name(f".{path.name}.recording")
+
+
+def _lock(path: Path, folder: Path) -> Any:
+    """An open file that keeps others off the recording; it dies with the process."""
+    try:
+        file = (folder / _LOCK).open("wb")
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise fault(path, "file", "is being recorded by another process", "wait for it, or end it") from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    return file
+
+
+def _unwritable(path: Path, error: OSError) -> TraceError:
+    return fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space")
+
+
+def _difference(columns: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    for name in sorted({*columns, *first}):
+        if columns.get(name) != first.get(name):
+            shown = [("absent" if item is None else f"{item[0]} {list(item[1])}")
+                     for item in (columns.get(name), first.get(name))]  # fmt: skip
+            return f"{name} is {shown[0]}, in the first request it was {shown[1]}"
+    return "some requests have a label and some have none"
+
+
+class _Journal:
+    """A journal that was read back, and the files it speaks of; nothing in it is believed unchecked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / _JOURNAL
+        if not self.path.exists():
+            raise fault(folder, "recording", "holds no whole request", "delete the folder and record again")
+        if check_file(self.path) > _MAX_JOURNAL_BYTES:
+            raise self._spoiled("is too long")
+        try:
+            read = json.loads(self.path.read_text(encoding="utf-8"))
+            self.header, self.variant = read["header"], read["variant"]
+            self.num_requests, self.num_tokens = read["num_requests"], read["num_tokens"]
+            self.facts, self.has_labels = read["facts"], read["has_labels"]
+            self.columns = {
+                name: (DTYPES[dtype], tuple(map(_size, row))) for name, (dtype, row) in read["columns"].items()
+            }
+            known = read["version"] == _JOURNAL_VERSION
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise self._spoiled("is no journal") from None
+        if not known:
+            raise fault(self.path, "journal", "is of another release", "recover with the release that recorded")
+        if not (
+            isinstance(self.header, dict) and isinstance(self.facts, dict) and self.facts.keys() == {*_FACTS}
+            and isinstance(self.variant, str) and type(self.num_requests) is int and type(self.num_tokens) is int
+            and type(self.facts["num_experts"]) is int and not self.header.keys() & _TAKEN
+        ):  # fmt: skip
+            raise self._spoiled("is no journal")
+        if self.num_requests < 1:
+            raise fault(folder, "recording", "holds no whole request", "delete the folder and record again")
+
+    def arrays(self) -> dict[str, RowArray]:
+        """What `write_trace` takes, mapped; of variants the chosen one."""
+        lengths = np.array(self._map("request_rows"))
+        arrays: dict[str, Any] = {"request_start": np.cumsum([0, *lengths.tolist()])}
+        for name in self.columns:
+            plain, _, variant = name.partition("@")
+            if name != "request_rows" and variant in ("", self.variant):
+                arrays[plain] = self._map(name)
+        return arrays
+
+    def labels(self) -> list[str] | None:
+        """One label per request, if there are any."""
+        if not self.has_labels:
+            return None
+        labels = []
+        try:
+            with (self.folder / _LABELS).open(encoding="utf-8") as file:
+                for _, line in zip(range(self.num_requests), file, strict=False):
+                    labels.append(str(json.loads(line)))
+        except (OSError, ValueError, RecursionError):
+            raise self._spoiled("does not fit its labels") from None
+        return labels
+
+    def _map(self, name: str) -> Array:
+        plain, at, variant = name.partition("@")
+        # A name becomes that of a file: it must not leave the folder.
+        if name not in self.columns or plain not in {*ARRAYS, "request_rows"} or (at and not variant.isidentifier()):
+            raise self._spoiled(f"does not know {name[:40]!r}")
+        dtype, row = self.columns[name]
+        rows = self.num_requests if name in PER_REQUEST or name == "request_rows" else self.num_tokens
+        file = self.folder / f"{name}.raw"
+        needed = rows * int(np.prod(row, dtype=np.int64)) * dtype.itemsize
+        if check_file(file) < needed:
+            raise self._spoiled(f"needs {needed} bytes of {file.name}, which has fewer")
+        # A plain ndarray over the mapping, as in traces.container; longer files end in an unfinished request.
+        return np.memmap(file, dtype=dtype, mode="r", shape=(rows, *row)).view(np.ndarray)
+
+    def _spoiled(self, problem: str) -> TraceError:
+        return fault(self.path, "journal", problem, _SPOILED)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError("no size")
+    return value

@@ -1,0 +1,218 @@
+"""What a twin's folder holds, written atomically and read as untrusted input.
+
+    twin.json              settings, fixed when training begins
+    tokenizer.json         the tokenizer (empty: plain bytes)
+    loss.csv               the loss curve
+    checkpoint-00000100/   model.safetensors, optimizer.safetensors, state.json of one step
+
+A checkpoint appears under its name when it is whole; the one with the highest step counts. Nothing in these files is
+executed: they are JSON and safetensors, and every name, shape, type and value in them is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from traces.container import check_file, fault, map_file
+from traces.twin.config import TwinConfig
+from traces.twin.model import Twin
+from traces.twin.text import Tokenizer
+
+TOKENIZERS = ("bpe", "bytes")
+_MAX_JSON_BYTES = 1 << 20
+_NAME = re.compile(r"checkpoint-(\d{8})")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_REMEDY = "train it again in a new folder"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training is, but for its length: the same settings and steps give the same weights on a CPU.
+
+    batch: sequences a step, each of config.context tokens; lr: the peak learning rate; warmup: steps up to it; balance:
+    weight of the load-balancing loss of each layer. text: a folder of documents, "" for the standard library;
+    text_sha256: of their contents.
+    """
+
+    config: TwinConfig
+    seed: int
+    batch: int
+    lr: float
+    warmup: int
+    balance: float
+    tokenizer: str
+    text: str
+    text_sha256: str
+
+    def __post_init__(self) -> None:
+        for key, low, high in (("seed", 0, 1 << 31), ("batch", 1, 1 << 14), ("warmup", 1, 1 << 20)):
+            value = getattr(self, key)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{key}={value!r} must be a whole number in {low} … {high}")
+        for key, highest in (("lr", 1.0), ("balance", 100.0)):
+            value = getattr(self, key)
+            if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= highest:
+                raise ValueError(f"{key}={value!r} must lie in 0 … {highest:g}")
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"tokenizer={self.tokenizer!r} is unknown; known are {', '.join(TOKENIZERS)}")
+        if not isinstance(self.text, str) or not re.fullmatch(r"[0-9a-f]{64}", str(self.text_sha256)):
+            raise ValueError("text must be a path and text_sha256 64 hex digits")
+
+
+def write_settings(folder: Path, settings: Settings, tokenizer: Tokenizer) -> None:
+    """Make `folder` that of a new twin: tokenizer first, so that settings never stand alone."""
+    replace_text(folder / "tokenizer.json", tokenizer.text())
+    replace_text(folder / "twin.json", json.dumps(asdict(settings), indent=1) + "\n")
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of the twin in `folder`; ValueError where there is none, or they are spoiled."""
+    path = folder / "twin.json"
+    if folder.is_dir() and not path.exists():
+        raise fault(folder, "twin", "is not the folder of a twin", "train one there: python -m traces.twin train")
+    values = _read_json(path)
+    known = set(Settings.__dataclass_fields__)
+    if set(values) != known:
+        raise fault(path, "settings", f"are not {', '.join(sorted(known))}", _REMEDY)
+    try:
+        return Settings(**{**values, "config": TwinConfig.from_json(values["config"])})
+    except ValueError as error:
+        raise fault(path, "settings", str(error), _REMEDY) from None
+
+
+def read_tokenizer(folder: Path, settings: Settings) -> Tokenizer:
+    """The twin's tokenizer; ValueError where it is spoiled or gives other ids than the model knows."""
+    tokenizer = Tokenizer.read(folder / "tokenizer.json")
+    if tokenizer.size != settings.config.vocab_size:
+        problem = f"has {tokenizer.size} tokens, the model {settings.config.vocab_size}"
+        raise fault(folder / "tokenizer.json", "tokenizer", problem, _REMEDY)
+    return tokenizer
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints, in rising order."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def write_checkpoint(folder: Path, model: Twin, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
+    """Save model, optimizer and state (`step` among it); older checkpoints go once the new one stands."""
+    target = folder / f"checkpoint-{state['step']:08d}"
+    unfinished = folder / f".{target.name}.{os.getpid()}.tmp"
+    for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+        save_file(weights, unfinished / "model.safetensors")
+        moments = {}
+        for name, parameter in model.named_parameters():
+            for moment in _MOMENTS:
+                moments[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+        save_file(moments, unfinished / "optimizer.safetensors")
+        (unfinished / "state.json").write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+        for path in unfinished.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():  # as after a resume of no steps
+            shutil.rmtree(target)
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise fault(target, "file", f"cannot be written ({error.strerror})", "check rights and space") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for _, path in checkpoints(folder)[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
+    return target
+
+
+def read_model(folder: Path, settings: Settings) -> tuple[Twin, dict[str, Any]]:
+    """The model of the latest checkpoint, in eval mode, and its state; ValueError where there is none, or a fault."""
+    path = _latest(folder)
+    with torch.device("meta"):
+        model = Twin(settings.config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    weights = dict(_read_tensors(path / "model.safetensors", shapes))
+    model.load_state_dict(weights, assign=True)
+    return model.eval(), _read_state(path)
+
+
+def read_optimizer(folder: Path, model: Twin, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Give `optimizer` the moments of the latest checkpoint."""
+    path = _latest(folder) / "optimizer.safetensors"
+    parameters = dict(model.named_parameters())
+    shapes = {f"{moment}.{name}": tuple(p.shape) for name, p in parameters.items() for moment in _MOMENTS}
+    for name, tensor in _read_tensors(path, shapes):
+        moment, _, of = name.partition(".")
+        parameter = parameters[of]
+        optimizer.state[parameter][moment] = tensor.to(parameter.device)
+        optimizer.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)
+
+
+def _latest(folder: Path) -> Path:
+    found = checkpoints(folder)
+    if not found:
+        raise fault(folder, "checkpoint", "there is none", "train longer: python -m traces.twin train")
+    return found[-1][1]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = _read_json(path / "state.json")
+    step, seconds = state.get("step"), state.get("seconds")
+    if type(step) is not int or f"checkpoint-{step:08d}" != path.name:
+        raise fault(path / "state.json", "step", f"is {str(step)[:40]}, not that of its folder", _REMEDY)
+    if type(seconds) not in (int, float) or not math.isfinite(float(seconds or 0)) or float(seconds or 0) < 0:
+        raise fault(path / "state.json", "seconds", f"is {str(seconds)[:40]}", _REMEDY)
+    return state
+
+
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Exactly the named float32 arrays; what their shapes ask for is in the file, so no size is taken on trust."""
+    arrays = map_file(path).arrays
+    if set(arrays) != set(shapes):
+        name = sorted(set(arrays) ^ set(shapes))[0]
+        raise fault(path, f"array {name[:80]!r}", "is " + ("unknown" if name in arrays else "missing"), _REMEDY)
+    for name, array in arrays.items():
+        if array.dtype != np.float32 or array.shape != shapes[name]:
+            problem = f"is {array.dtype} {list(array.shape)}, needed is float32 {list(shapes[name])}"
+            raise fault(path, f"array {name!r}", problem, _REMEDY)
+        if not np.isfinite(array).all():
+            raise fault(path, f"array {name!r}", "holds values that are not finite", _REMEDY)
+        yield name, torch.from_numpy(array.copy())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if check_file(path) > _MAX_JSON_BYTES:
+        raise fault(path, "file", f"has more than {_MAX_JSON_BYTES} bytes", _REMEDY)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise fault(path, "file", "is no JSON table", _REMEDY)
+    return values
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; ValueError where that fails."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space") from None
+    finally:
+        unfinished.unlink(missing_ok=True)

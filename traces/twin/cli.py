@@ -1,0 +1,225 @@
+"""`python -m traces.twin`: train a twin, record it, check its routing, ship small traces.
+
+A user's error is one line on stderr and exit code 2; an interrupt is 130. torch is loaded only once a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from traces.twin.config import TOPOLOGIES, preset
+
+EXAMPLES = {
+    "": """examples:
+  python -m traces.twin train twins/deepseek deepseek-v2-lite --minutes=25
+  python -m traces.twin train twins/deepseek --minutes=25       # goes on where it stopped
+  python -m traces.twin record twins/deepseek
+  python -m traces.twin check twins/deepseek
+  python -m traces.twin ship small twins/deepseek twins/qwen twins/gpt-oss --max-mb=24""",
+    "train": """examples:
+  python -m traces.twin train twins/qwen qwen1.5-moe-a2.7b --minutes=25
+  python -m traces.twin train twins/qwen --steps=3000
+  python -m traces.twin train twins/gpt-oss gpt-oss-20b --minutes=25 --batch=64 --device=cuda --bf16
+
+given again, a folder goes on from its last checkpoint; its settings stay.""",
+    "record": """examples:
+  python -m traces.twin record twins/qwen
+  python -m traces.twin record twins/qwen --how=sample --temperature=0.8 --train-tokens=4096""",
+    "check": """examples:
+  python -m traces.twin check twins/qwen""",
+    "ship": """examples:
+  python -m traces.twin ship small twins/deepseek twins/qwen twins/gpt-oss --max-mb=24""",
+}
+# Fixed when a twin is begun; all absent unless given, so that a resumed run can tell what was asked.
+_FIXED: dict[str, tuple[type, str]] = {
+    "width": (int, "of the residual stream, a multiple of 16 (128)"),
+    "context": (int, "tokens of a sequence (256)"),
+    "vocab": (int, "tokens of the vocabulary (4096)"),
+    "seed": (int, "of weights and windows (0)"),
+    "batch": (int, "sequences a step (8)"),
+    "lr": (float, "peak learning rate (0.002)"),
+    "warmup": (int, "steps up to the peak (100)"),
+    "balance": (float, "weight of each layer's load-balancing loss (0.01)"),
+    "tokenizer": (str, "bpe, or bytes, which needs no package (bpe)"),
+    "text": (str, "a folder of .py, .txt, .md, .rst files (the standard library)"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; the exit code."""
+    try:
+        args = build_parser().parse_args(argv)
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; install it: pip install 'expertflow[record]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands."""
+    about = "Train narrow twins of MoE models on text at hand, and record their routing."
+    parser = _Parser(
+        prog="python -m traces.twin", description=about, epilog=EXAMPLES[""],
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+
+    def add(name: str, about: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + ".", epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+
+    train = add("train", "train a twin, or go on training it")
+    train.add_argument("folder", type=Path, help="the twin's folder")
+    train.add_argument("topology", nargs="?", help=f"to begin one: {', '.join(TOPOLOGIES)}")
+    train.add_argument("--minutes", type=float, help="stop after so long")
+    train.add_argument("--steps", type=int, help="stop at so many steps in all")
+    for key, (kind, text) in _FIXED.items():
+        train.add_argument(f"--{key}", type=kind, help=text)
+    train.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
+    train.add_argument("--log-every", type=int, default=10, help="steps between lines (10)")
+    train.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    train.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
+    train.add_argument("--threads", type=int, default=0, help="of torch (its own choice)")
+    train.set_defaults(run=run_train)
+
+    record = add("record", "record a twin on documents it has not learned")
+    record.add_argument("folder", type=Path, help="the twin's folder; the traces go there")
+    record.add_argument("--train-tokens", type=int, default=6144, help="rows to fit predictors on (6144)")
+    record.add_argument("--eval-tokens", type=int, default=2048, help="rows to judge them on (2048)")
+    record.add_argument("--prompt", type=int, default=64, help="rows of prefill of a request (64)")
+    record.add_argument("--decode", type=int, default=128, help="rows of decode of a request (128)")
+    record.add_argument("--how", default="teacher", help="teacher, greedy or sample (teacher)")
+    record.add_argument("--temperature", type=float, default=1.0, help="of --how=sample (1)")
+    record.add_argument("--seed", type=int, default=0, help="of --how=sample (0)")
+    record.add_argument("--ahead", type=int, default=8, help="layers ahead of the pre-gate (8)")
+    record.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    record.set_defaults(run=run_record)
+
+    check = add("check", "print whether routing was learned and is even, and write check.json")
+    check.add_argument("folder", type=Path, help="the twin's folder, recorded")
+    check.add_argument("--tokens", type=int, default=2048, help="rows of the eval split to look at (2048)")
+    check.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    check.set_defaults(run=run_check)
+
+    ship = add("ship", "write small traces of recorded twins")
+    ship.add_argument("output", type=Path, help="the folder to write to")
+    ship.add_argument("folders", nargs="+", type=Path, help="folders of twins, recorded")
+    ship.add_argument("--max-mb", type=float, default=24.0, help="10^6 bytes of all together (24)")
+    ship.add_argument("--pregate", default="residual", help="the kind to keep: residual or normed (residual)")
+    ship.set_defaults(run=run_ship)
+    return parser
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Begin a twin or go on with one, and train it."""
+    from traces.twin import train
+
+    pace = train.Pace(args.minutes, args.steps, args.save_every, args.log_every, args.device, args.bf16, args.threads)
+    train.open_device(args.device)
+    if (args.folder / "twin.json").exists():
+        _check_unchanged(args)
+    else:
+        _begin(args)
+    trainer = train.Trainer(args.folder, pace)
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    config = trainer.settings.config
+    print(f"{config.name}: {count / 1e6:.1f} M parameters, {len(trainer.stream)} tokens of text, "
+          f"from step {trainer.step}", flush=True)  # fmt: skip
+    step = trainer.run(lambda line: print(line, flush=True))
+    print(f"stopped at step {step}; {args.folder} holds its checkpoint")
+    return 0
+
+
+def _begin(args: argparse.Namespace) -> None:
+    from traces.twin import train
+
+    if args.topology is None:
+        raise ValueError(f"{args.folder} holds no twin yet; say which to begin: {', '.join(TOPOLOGIES)}")
+    given = {key: getattr(args, key) for key in _FIXED if getattr(args, key) is not None}
+    sizes = {"width": "width", "context": "context", "vocab": "vocab_size"}
+    shape = {name: given.pop(key) for key, name in sizes.items() if key in given}
+    if "balance" in given:
+        given["balance_weight"] = given.pop("balance")
+    if given.get("tokenizer") == "bytes":
+        shape["vocab_size"] = 257
+    train.begin(args.folder, preset(args.topology, **shape), **given)
+
+
+def _check_unchanged(args: argparse.Namespace) -> None:
+    """What was given must be what the twin was begun with."""
+    from traces.twin.checkpoint import read_settings
+
+    settings = read_settings(args.folder)
+    config = settings.config
+    have: dict[str, Any] = {**vars(settings), "width": config.width, "context": config.context,
+                            "vocab": config.vocab_size, "topology": config.name.removesuffix("-twin")}  # fmt: skip
+    for key in ("topology", *_FIXED):
+        value = getattr(args, key)
+        if key == "vocab" and value is not None and value >= have[key]:
+            continue  # little text makes fewer tokens than were asked for
+        if value is not None and value != have[key]:
+            shown = key if key == "topology" else f"--{key}"
+            raise ValueError(f"{shown} {value}: {args.folder} was begun with {have[key]}; leave it out, "
+                             "or begin another in a new folder")  # fmt: skip
+
+
+def run_record(args: argparse.Namespace) -> int:
+    """Record both splits."""
+    from traces.twin.record import Plan, record
+
+    plan = Plan((args.train_tokens, args.eval_tokens), args.prompt, args.decode, args.how, args.temperature, args.seed,
+                args.ahead, args.device)  # fmt: skip
+    record(args.folder, plan, lambda line: print(line, flush=True))
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Compare with new routers; 1 where routing was not learned or is not even."""
+    from traces.twin.check import check
+
+    if args.tokens < 1:
+        raise ValueError(f"--tokens={args.tokens} must be at least 1")
+    result = check(args.folder, args.tokens, args.device, Console())
+    return 0 if result["even"] and result["learned"] else 1
+
+
+def run_ship(args: argparse.Namespace) -> int:
+    """Write the small traces."""
+    from traces.twin.compact import ship
+
+    if not 0 < args.max_mb <= 1_000_000:
+        raise ValueError(f"--max-mb={args.max_mb} must be above 0 and at most 1000000")
+    if args.pregate not in ("residual", "normed"):
+        raise ValueError(f"--pregate={args.pregate} is unknown; choose residual or normed")
+    pairs = [(_one(folder, "train", args.pregate), _one(folder, "eval", args.pregate)) for folder in args.folders]
+    ship(pairs, args.output, int(args.max_mb * 1e6), print)
+    return 0
+
+
+def _one(folder: Path, split: str, kind: str) -> Path:
+    found = sorted(folder.glob(f"*-{split}.{kind}.safetensors"))
+    if len(found) != 1:
+        problem = f"{folder} holds {len(found)} recordings *-{split}.{kind}.safetensors, one is needed"
+        raise ValueError(f"{problem}; record it: python -m traces.twin record {folder}")
+    return found[0]
