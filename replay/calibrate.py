@@ -72,8 +72,8 @@ def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: 
                       stack: str = "found") -> tuple[dict[str, Any], Workload]:  # fmt: skip
     """A short generated trace of the model's shape, at half residency."""
     overrides = [f"+hardware={hardware}", f"+policy={policy}", f"trace.seed={SEED}", f"stack={stack}", "compare=none",
-                 f"max_tokens={num_tokens}", f"batch_size={batch_size}", f"trace.num_tokens={4 * num_tokens}",
-                 f"trace.num_requests={4 * batch_size}"]  # fmt: skip
+                 f"batch_size={batch_size}", f"trace.num_tokens={num_tokens}",
+                 f"trace.num_requests={batch_size}"]  # fmt: skip
     cfg = configure(overrides)
     return cfg, make_workload(cfg, standin_trace(make_trace(cfg["trace"]), model))
 
@@ -85,13 +85,14 @@ class InPlace:
         self.device, self.model, self.scale, self.num_tokens = device, model, scale, num_tokens
         self._rig: Rig | None = None
 
-    def run(self, policy_name: str, stack: str) -> tuple[float, dict[str, Any]]:
-        """(ms a token, samples by kind) of one replay."""
-        cfg, full = in_place_workload(self.model, "a100", policy_name, self.num_tokens, 1, stack)
+    def run(self, policy_name: str, stack: str, batch_size: int = 1) -> tuple[float, dict[str, Any]]:
+        """(ms a forward, samples by kind) of one replay."""
+        num_tokens = self.num_tokens if batch_size == 1 else self.num_tokens * batch_size // 2
+        cfg, full = in_place_workload(self.model, "a100", policy_name, num_tokens, batch_size, stack)
         work = scaled_workload(full, self.scale)
         policy, transfer = make_policy(cfg["policy"], full, 0)
         needs = needs_of(work, policy, transfer)
-        if self._rig is None or needs.num_slots > self._rig.needs.num_slots:
+        if self._rig is None or not self._rig.suffices(needs):
             self.release()
             pinned = transfer.memory == "pinned"
             self._rig = Rig(self.device, work.model, needs, _host_budget_gb(work.model), pinned)
@@ -100,11 +101,12 @@ class InPlace:
         probe = HostProbe(machine)
         runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
         machine.warm_up([next(iter(work.batches))])
-        self.device.restart_clock()
         with steady():
+            self.device.restart_clock()
             drive(runtime, probe)
         self.device.synchronize()
-        return runtime.counters.elapsed_ns / work.batches.num_tokens / 1e6, summary(probe.samples)
+        probe.samples["rows"].append(batch_size)
+        return runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6, summary(probe.samples)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -168,9 +170,9 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         found: dict[str, dict[str, Any]] = {stack: {} for stack in stacks}
         raw["host"][model.name] = found
         for stack, policy_name in product(stacks, policies):
-            per_token, found[stack][policy_name] = median_run(
+            per_forward, found[stack][policy_name] = median_run(
                 [in_place.run(policy_name, stack) for _ in range(repeat)])  # fmt: skip
-            step(f"  {policy_name}, stack {stack}: {per_token:.2f} ms a token in place")
+            step(f"  {policy_name}, stack {stack}: {per_forward:.2f} ms a forward in place")
         in_place.release()
     step("decisions by themselves")
     raw["decisions"] = {}

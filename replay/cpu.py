@@ -52,6 +52,11 @@ class _Stream(threading.Thread):
         _sharpen_sleep()
         # Per thread: one for each stream and one for the host; more would fight over two cores.
         torch.set_num_threads(1)
+        # Compiled products run as they are: the optimiser would compile anew for every shape that it meets, in a run.
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            self._serve()
+
+    def _serve(self) -> None:
         clock, news, due = time.perf_counter_ns, self.device.news, 0
         while (task := self.tasks.get()) is not None:
             put_ns, after, pad_ns, start, work, least_ns, end = task

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from replay.fidelity import STALL_COUNTS_FROM
 from sim.output import write_text
@@ -33,6 +34,10 @@ def plot_fidelity(table: pd.DataFrame, bar: float) -> Figure:
             axis.fill_between(ends, [end * (1 - bar) for end in ends], [end * (1 + bar) for end in ends],
                               color="#e4e4e4", zorder=0, linewidth=0)  # fmt: skip
             axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+            for scale in (axis.xaxis, axis.yaxis):
+                scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                scale.set_minor_formatter(NullFormatter())
         axis.set(title=title, xlabel="measured", ylabel="predicted")
     axes[0].legend(loc="upper left")
     return figure

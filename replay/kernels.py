@@ -19,6 +19,7 @@ import torch
 from expertflow.forward import PREFILL, Forward
 from expertflow.model import GQA, ModelSpec
 from replay.pools import SlotPool
+from replay.products import products
 
 Work = Callable[[], None]
 _SEED = 2_510_26730
@@ -51,7 +52,7 @@ class _Feed:
 
 
 class _Block:
-    """Runs a feed-forward block; activations are allocated once."""
+    """A feed-forward block: how its weights are cut, and its activations, allocated once."""
 
     def __init__(self, feed: _Feed, max_tokens: int, like: torch.Tensor) -> None:
         self.feed = feed
@@ -66,17 +67,6 @@ class _Block:
         cut = feed.hidden * feed.up
         return (values[:cut].view(feed.hidden, feed.up),
                 values[cut : cut + feed.middle * feed.hidden].view(feed.middle, feed.hidden))  # fmt: skip
-
-    def run(self, inputs: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], num_tokens: int) -> None:
-        """Over the first rows of `inputs` [max_rows, hidden]."""
-        rows, width = self.feed.rows(num_tokens), self.feed.middle
-        up, middle = self.up[:rows], self.middle[:rows]
-        torch.mm(inputs[:rows], weights[0], out=up)
-        if self.feed.up > width:
-            torch.mul(torch.nn.functional.silu(up[:, :width]), up[:, width:], out=middle)
-        else:
-            torch.clamp(up, min=0, out=middle)
-        torch.mm(middle, weights[1], out=self.out[:rows])
 
 
 class Kernels:
@@ -99,6 +89,7 @@ class Kernels:
             raise ValueError(f"model {model.name}: an expert of {model.expert_bytes} bytes is too small to compute "
                              f"with in {dtype}; choose a smaller scale")  # fmt: skip
         self._max_tokens = max_tokens
+        self._products = products(self._device.type)
         self._inputs = self._random(max(expert.rows(max_tokens), max_tokens), hidden)
         self._expert = _Block(expert, max_tokens, self._inputs)
         self._slot_weights = [
@@ -163,6 +154,9 @@ class Kernels:
         ]
         bits = torch.finfo(self._dtype).bits
         self._queries = self._random(key_width, math.ceil(self._group * self._max_tokens * bits / model.kv_bits))
+        most, longest = self._queries.shape[1], max(cache.shape[0] for cache in self._kv)
+        self._scores = self._inputs.new_empty(longest * most)
+        self._attended = self._inputs.new_empty((most, self._value_width))
 
     def _kv_tokens(self, layer: int, max_context: int) -> int:
         model = self.model
@@ -183,7 +177,7 @@ class Kernels:
             cached = max(forward.kv_lens[-1] if window is None else len(lens) + lens[0] - 1, 1)
         rows = self._cached_rows(cached)
         columns = max(1, round(self._context_flops(pairs, cached - num_tokens, prefill) / (self._column_flops * rows)))
-        dense = self._dense if layer == 0 else None
+        dense, route = (self._dense if layer == 0 else None), self._products.route
         index = layer + self.model.num_dense_layers
 
         def work() -> None:
@@ -191,11 +185,10 @@ class Kernels:
                 block, weights = dense
                 for place, pair in enumerate(weights):
                     self._attend(place, layer, num_tokens, rows, columns)
-                    block.run(self._inputs, pair, num_tokens)
+                    self._feed(block, [pair], [num_tokens])
             self._attend(index, layer, num_tokens, rows, columns)
-            logits = self._logits[:num_tokens]
-            torch.mm(self._inputs[:num_tokens], self._router[layer], out=logits)
-            torch.topk(logits, self.model.top_k, out=(self._values[:num_tokens], self.routing[:num_tokens]))
+            route(self._inputs[:num_tokens], self._router[layer], self._logits[:num_tokens],
+                  self._values[:num_tokens], self.routing[:num_tokens])  # fmt: skip
 
         return work
 
@@ -211,26 +204,27 @@ class Kernels:
     def _attend(self, index: int, layer: int, num_tokens: int, rows: int, columns: int) -> None:
         weights, cache = self._attention_weights[index], self._kv[layer]
         above = _rows(num_tokens, self.model.attention_params, weights)
-        torch.mm(self._inputs[:above], weights, out=self._attention_out[:above])
-        keys = cache[:rows]
         values = cache[rows : 2 * rows] if self._is_gqa else cache[:rows, : self._value_width]
         # More columns than a forward has queries come from an expansion: piece by piece, or memory would run out.
-        widest = self._queries.shape[1]
-        for first in range(0, columns, widest):
-            scores = torch.mm(keys, self._queries[:, : min(widest, columns - first)])
-            torch.mm(scores.t(), values)
+        self._products.attend(self._inputs[:above], weights, self._attention_out[:above], cache[:rows], values,
+                              self._queries, columns, self._scores, self._attended)  # fmt: skip
+
+    def _feed(self, block: _Block, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: Sequence[int]) -> None:
+        rows = [block.feed.rows(count) for count in tokens]
+        first, second = [pair[0] for pair in weights], [pair[1] for pair in weights]
+        self._products.feed_forward(self._inputs, first, second, rows, block.up, block.middle, block.out)
 
     def experts(self, layer: int, slots: Sequence[int], tokens: Sequence[int], shared: bool, num_tokens: int) -> Work:
         """Routed experts in `slots`, each over its number of `tokens`, after the shared ones over `num_tokens`."""
-        expert, weights, inputs = self._expert, self._slot_weights, self._inputs
+        expert, weights = self._expert, [self._slot_weights[slot] for slot in slots]
         resident = self._shared if shared else None
 
         def work() -> None:
             if resident is not None:
                 block, pairs = resident
-                block.run(inputs, pairs[layer], num_tokens)
-            for slot, count in zip(slots, tokens, strict=True):
-                expert.run(inputs, weights[slot], count)
+                self._feed(block, [pairs[layer]], [num_tokens])
+            if weights:
+                self._feed(expert, weights, tokens)
 
         return work
 

@@ -142,15 +142,17 @@ def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple
 
 def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, Any], float]:
     """(`table` as its kernels run in place, what a launch takes by itself). For a machine whose streams are threads
-    beside the host's: they wait for each other. The share is that of one token, for every number of tokens."""
+    beside the host's: they wait for each other. The share is that of the rows measured, for every number of rows."""
     points = [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
               if name.startswith("run experts[") and row["count"] >= 8]  # fmt: skip
     points += [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
                if name.startswith("run experts_shared[") and "shared" not in table and row["count"] >= 8]  # fmt: skip
     launch, more = _line(points)
     shares = {"expert": more / table["expert"][0][1]}
+    rows = round(samples["rows"]["mean"]) if "rows" in samples else 1
     for name in ("attention", "head"):
-        shares[name] = (samples[f"run {name}"]["mean"] - launch) / table[name][0][1]
+        alone = min(table[name], key=lambda point: abs(point[0] - rows))[1]
+        shares[name] = (samples[f"run {name}"]["mean"] - launch) / alone
     shares["shared"] = shares["dense"] = shares["attention"]
     made = {
         name: [[count, max(1, round(taken * max(shares[name], 0.1)))] for count, taken in points]

@@ -82,6 +82,12 @@ class Rig:
             self.kernels = Kernels(model, self.slots, device.dtype, needs.max_tokens, needs.max_context)
         device.synchronize()
 
+    def suffices(self, needs: Needs) -> bool:
+        """Whether runs that ask for `needs` fit."""
+        have = self.needs
+        return (have.num_slots >= needs.num_slots and have.max_tokens >= needs.max_tokens
+                and have.max_context >= needs.max_context)  # fmt: skip
+
     def _plan(self, pinned: bool) -> HostPlan:
         model = self.model
         num_keys = model.num_layers * model.num_experts

@@ -88,8 +88,8 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
         with explaining():
             machine.preload(runtime.slots.slot_of)
             machine.warm_up(_shapes(work.batches))
-            device.restart_clock()
             with steady():
+                device.restart_clock()
                 drive(runtime, machine, log)
             device.synchronize()
             if stamps is not None:

@@ -40,7 +40,7 @@ POLICIES = "on_demand,lru,two_level,fixed_1,adaptive,oracle"
 BARS = {"cuda": (0.05, 0.10), "cpu": (0.10, 0.15)}
 """Of TPOT and of stall, by machine."""
 TIMELINE_FORWARDS = 8
-IN_PLACE_TOKENS = 48
+IN_PLACE_TOKENS = 24
 _RECORD_REMEDY = "write one with python -m replay.calibrate: NAME.calibration.json"
 
 
@@ -139,10 +139,9 @@ class Validation:
         """The rig that is there, if it is of the right model and large enough."""
         rig = self._rig
         if rig is not None and rig.model == work.model:
-            have = rig.needs
-            if have.num_slots >= needs.num_slots and have.max_tokens >= needs.max_tokens \
-                    and have.max_context >= needs.max_context:  # fmt: skip
+            if rig.suffices(needs):
                 return rig
+            have = rig.needs
             needs = Needs(max(have.num_slots, needs.num_slots), max(have.max_tokens, needs.max_tokens),
                           max(have.max_context, needs.max_context))  # fmt: skip
         if rig is not None:
@@ -185,7 +184,7 @@ class Validation:
         host = self.raw["host"][scaled_model(named_model(case.model), self.scale).name].setdefault(case.stack, {})
 
         def measure() -> None:
-            runs.append(in_place.run(case.policy, case.stack))
+            runs.append(in_place.run(case.policy, case.stack, case.batch_size))
             host[case.policy] = median_run(runs)[1]
 
         return measure
@@ -306,6 +305,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=8.0, help="no new comparison is begun after (default: 8)")
     made.add_argument("--calibration", type=Path, help="a record that is there, in place of a new calibration")
     made.add_argument("--hardware", default="a100", help="profile whose link a CPU machine keeps pace with")
+    made.add_argument("--throttle", type=float, metavar="GB/s", help="another pace for it, at the experts' scale")
     made.add_argument("--scale", type=int, help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)")
     made.add_argument("--host-memory-gb", type=float)
     made.add_argument("--verify-executions", type=float, default=0, help="expert executions to check at least")
@@ -330,7 +330,8 @@ def main(words: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         machine = choose_machine(args.machine)
         scale = args.scale = scale_of(args.scale, machine)
-        device = make_device(machine, None if machine == "cuda" else _pace(args.hardware, scale))
+        pace = args.throttle if args.throttle or machine == "cuda" else _pace(args.hardware, scale)
+        device = make_device(machine, pace)
         try:
             summary = Validation(args, device, out).run()
         finally:

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+import replay.kernels
 import sim.kernels
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import MLA, ModelSpec
 from replay.kernels import Kernels
 from replay.pools import SlotPool
+from replay.products import Products, attend, feed_forward, products, route
 from replay.scale import scaled_model
 from sim.configure import configure
 from sim.hardware import hardware_from_dict, stack_from_dict
@@ -56,6 +58,8 @@ class Bench:
     def __init__(self, model: ModelSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model = model
         self.monkeypatch = monkeypatch
+        # Compiled, the products would not be seen: test_compiled_products_compute_the_same holds the two together.
+        monkeypatch.setattr(replay.kernels, "products", lambda _: Products(feed_forward, attend, route))
         self.kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS,
                                MAX_CONTEXT)  # fmt: skip
         self.router_excess = model.router_params * (torch.finfo(dtype).bits - model.embedding_bits) / 8
@@ -206,3 +210,29 @@ def test_mla_prefill_is_counted_on_expanded_keys() -> None:
     up = 2 * model.kv_rank * model.num_heads * (model.nope_dim + model.v_dim)
     assert kernels._context_flops(36, 0, True) == 36 * pair
     assert kernels._context_flops(36, 10, True) == 36 * pair + 10 * up
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_compiled_products_compute_the_same(gated: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs, up = drawn(6, 8), (10 if gated else 5)
+    blocks = [(drawn(8, up), drawn(5, 8)) for _ in range(3)]
+    weights, keys, values, queries, router = drawn(8, 7), drawn(9, 4), drawn(9, 3), drawn(4, 2), drawn(8, 6)
+    results = []
+    for made in (Products(feed_forward, attend, route), products("cpu")):
+        buffers = [torch.zeros(6, up), torch.zeros(6, 5), torch.zeros(6, 8), torch.zeros(6, 7), torch.zeros(18),
+                   torch.zeros(2, 3), torch.zeros(6, 6), torch.zeros(6, 2)]  # fmt: skip
+        routing = torch.zeros(6, 2, dtype=torch.int64)
+        for _ in range(3):
+            made.feed_forward(inputs, [one for one, _ in blocks], [two for _, two in blocks], [6, 1, 3], *buffers[:3])
+            made.attend(inputs, weights, buffers[3], keys, values, queries, 5, *buffers[4:6])
+            made.route(inputs, router, buffers[6], buffers[7], routing)
+        results.append([*buffers, routing])
+    assert products("cuda").feed_forward is feed_forward
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+        assert plain.abs().sum() > 0
