@@ -78,8 +78,9 @@ class HostCosts:
 
     @property
     def layer_serial_ns(self) -> int:
-        """What no schedule of a layer avoids on the compute stream beside its kernels: stack, attention's launch on the
-        stream, routing read back, classified, launch. Not attention_launch_ns: the host may spend it while the experts of the layer before still run."""
+        """What no schedule of a layer avoids on the compute stream beside its kernels: stack, attention's launch on
+        the stream, routing read back, classified, launch. Not attention_launch_ns: the host may spend it while the
+        experts of the layer before still run."""
         serial_ns = self.layer_overhead_ns + self.gate_sync_ns + self.classify_ns + self.group_ns
         return serial_ns + self.launch_ns + self.launch_latency_ns
 

@@ -103,7 +103,8 @@ def summary(rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     """What a validation writes about `rows`."""
     plain: dict[str, Any] = {
         "machine": {"name": "Test GPU", "torch": "2.11", "dtype": "bfloat16"}, "world": "cuda", "scale": 1,
-        "command": "python -m replay.validate test", "wall_s": 12.3, "tokens": 10, "repeat": 1, "judged": judge(rows, 0.05, 0.1),
+        "command": "python -m replay.validate test", "wall_s": 12.3, "tokens": 10, "repeat": 1,
+        "judged": judge(rows, 0.05, 0.1),
         "left_out": [], "stamps": {"executions": 1_000_000, "checks": 8_000_000, "wrong": 0, "runs": []},
         "lockstep": [{"policy": "lru", "decisions": 99, "forwards": 3, "difference": None}], "link_peak_gb_per_s": 25.5,
     }  # fmt: skip
