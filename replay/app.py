@@ -19,13 +19,14 @@ from rich.console import Console
 
 from expertflow.observer import Observer
 from replay.device import DeviceLostError
-from replay.log import LOG_NAME, LogHeader, LogWriter
+from replay.log import LogWriter
+from replay.log_format import LOG_NAME, LogHeader
 from replay.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import KEYS, Settings, as_found
 from sim.app import Recorders, relative
 from sim.configure import checked
-from sim.errors import one_line
+from sim.entry import as_command, as_job
 from sim.output import fingerprint, is_done, provenance, to_json, write_text
 from sim.paths import CONF
 from sim.report import print_line, print_report
@@ -40,14 +41,7 @@ LOST, WRONG = 3, 1
 @hydra.main(config_path=str(CONF), config_name="replay", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     """Replay what `cfg` says; returns TPOT in ms."""
-    try:
-        return replay_configured(cfg)
-    except Exception as error:
-        line = one_line(error)
-        if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from error
+    return as_job(replay_configured, cfg)
 
 
 def replay_configured(cfg: DictConfig) -> float | None:
@@ -213,17 +207,5 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 
 def cli() -> int:
-    """Entry point: user errors become one line and exit code 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept", file=sys.stderr)
-        return 130
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    """Entry point."""
+    return as_command(main)

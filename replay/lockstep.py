@@ -21,7 +21,7 @@ from expertflow.forward import Forward
 from expertflow.machine import GATE, LOAD, Record, Wait
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from replay.log import (
+from replay.log_format import (
     LOG_NAME,
     Attention,
     Copy,
@@ -31,10 +31,10 @@ from replay.log import (
     Head,
     LogError,
     LoggedForward,
-    LogReader,
     Told,
     Waited,
 )
+from replay.log_reader import LogReader
 from sim.configure import KEYS, checked
 from sim.errors import one_line
 from sim.setup import Workload, make_policy, make_workload

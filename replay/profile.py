@@ -7,14 +7,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 from replay.probe import steady_mean
-from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
+from sim.hardware import HOST_COSTS, Hardware, Stack, hardware_from_dict, stack_from_dict
 
 DEFAULT_POLICY = "adaptive"
 """Whose costs stand in the profile; a validation takes each policy's own."""
 
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
-_STACK_COSTS = ("attention_launch_ns", "expert_launch_ns", "shared_launch_ns", "head_launch_ns", "classify_ns",
-                "observe_ns", "forward_ns", "group_ns", "copy_start_ns")  # fmt: skip
 
 
 def link_curve(rows: list[dict[str, Any]]) -> tuple[int, list[list[float]]]:
@@ -124,7 +122,7 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     hardware["sources"] = {key: f"{how}: {texts.get(key, 'mean of a replay in place')}"
                            for key in hardware if key != "name"}  # fmt: skip
     stack: dict[str, Any] = {"name": name, "layer_overhead_ns": 0, "head_overhead_ns": 0}
-    stack |= {key: costs[key] for key in _STACK_COSTS}
+    stack |= {key: costs[key] for key in HOST_COSTS}
     stack["sources"] = {key: f"{how}: mean of a replay in place" for key in stack if key != "name"}
     stack["sources"] |= dict.fromkeys(("layer_overhead_ns", "head_overhead_ns"), "definition: a replay adds none")
     return hardware, stack
@@ -193,5 +191,5 @@ def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, sta
     known = {field.name for field in fields(Hardware)}
     hardware = replace(hardware, **{key: cost for key, cost in costs.items() if key in known})  # type: ignore[arg-type]
     pads = {key: round(getattr(stack, key) * raw["pad_share"]) for key in ("layer_overhead_ns", "head_overhead_ns")}
-    own: dict[str, Any] = {key: costs[key] for key in _STACK_COSTS} | pads
+    own: dict[str, Any] = {key: costs[key] for key in HOST_COSTS} | pads
     return hardware, replace(found, **own)

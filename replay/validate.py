@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from replay.device import Device
 from replay.fidelity import Case, compare, judge
 from replay.fidelity_report import write_report
 from replay.lockstep import check_log
-from replay.log import LogHeader, LogReader, LogWriter
+from replay.log import LogWriter
+from replay.log_format import LogHeader
+from replay.log_reader import LogReader
 from replay.overlay import write_overlay
 from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
 from replay.run import needs_of, replay_policy, scaled_workload
@@ -61,7 +64,9 @@ class Validation:
         """The policy whose first comparison becomes the timelines; empty when they are written."""
         self._rig: Rig | None = None
         self._in_place: InPlace | None = None
-        self._workloads: dict[tuple[Any, ...], tuple[dict[str, Any], Workload]] = {}
+        self._workloads: dict[tuple[Any, ...], Workload] = {}
+        self.beside: dict[str, Any] = {}
+        """With --beside: the samples that each comparison was predicted with."""
 
     def say(self, text: str) -> None:
         """Progress, with the time since the start."""
@@ -132,8 +137,8 @@ class Validation:
         key = (case.model, case.stack, case.residency, case.batch_size, num_tokens)
         if key not in self._workloads:
             trace = standin_trace(make_trace(cfg["trace"]), named_model(case.model))
-            self._workloads[key] = (cfg, make_workload(cfg, trace))
-        return cfg, self._workloads[key][1]
+            self._workloads[key] = make_workload(cfg, trace)
+        return cfg, self._workloads[key]
 
     def _rig_for(self, work: Workload, needs: Needs) -> Rig:
         """The rig that is there, if it is of the right model and large enough."""
@@ -185,7 +190,7 @@ class Validation:
 
         def measure() -> None:
             runs.append(in_place.run(case.policy, case.stack, case.batch_size))
-            host[case.policy] = median_run(runs)[1]
+            host[case.policy] = self.beside[str(case)] = median_run(runs)[1]
 
         return measure
 
@@ -201,42 +206,41 @@ class Validation:
 
     def _verify(self, model: str) -> None:
         """Stamps around every kernel, and a log of each policy fed to a fresh one."""
-        wanted = int(self.args.verify_executions)
+        (self.out / "logs").mkdir(exist_ok=True)
         for name in self.args.policies.split(","):
-            case = Case(model, "found", 0.5, 1, name)
-            cfg, full = self._workload(case, self.args.log_tokens)
-            work = scaled_workload(full, self.scale)
-            policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
-            rig = self._rig_for(work, needs_of(work, policy, transfer))
             path = self.out / "logs" / f"{self.device.world}-{name}.parquet"
-            path.parent.mkdir(exist_ok=True)
-            header = LogHeader(self.device.world, cfg, [], run_config(work, transfer, load_chunks(work)),
-                               work.trace_sha256)  # fmt: skip
-            with LogWriter(path, header) as log:
-                _, integrity = replay_policy(rig, work, policy, transfer, verify=True, log=log)
-            assert integrity is not None
-            self.integrity.append({"policy": name, "executions": integrity.num_executions,
-                                   "checks": integrity.num_checks, "wrong": integrity.num_wrong})  # fmt: skip
+            cfg, full = self._checked(Case(model, "found", 0.5, 1, name), self.args.log_tokens, path)
             with LogReader(path) as reader:
                 found = check_log(reader, full, make_policy(cfg["policy"], full, cfg["seed"])[0])
             self.lockstep.append({"policy": name, "decisions": found.num_decisions, "forwards": found.num_forwards,
                                   "difference": found.difference})  # fmt: skip
             equal = "equal" if found.difference is None else "DIFFER"
-            self.say(f"{name}: {integrity.num_wrong} wrong stamps in {integrity.num_executions} executions; lockstep "
-                     f"{found.num_decisions} decisions {equal}")  # fmt: skip
-        done = sum(one["executions"] for one in self.integrity)
-        while done < wanted and self.seconds_left() > 0:
-            case = Case(model, "found", 0.75, 8, "lru")
-            cfg, full = self._workload(case, self.args.verify_tokens)
-            work = scaled_workload(full, self.scale)
-            policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
-            rig = self._rig_for(work, needs_of(work, policy, transfer))
-            _, integrity = replay_policy(rig, work, policy, transfer, verify=True)
-            assert integrity is not None
-            self.integrity.append({"policy": "lru, batch 8, 75 %", "executions": integrity.num_executions,
-                                   "checks": integrity.num_checks, "wrong": integrity.num_wrong})  # fmt: skip
-            done += integrity.num_executions
-            self.say(f"stamps: {done} executions checked, {sum(one['wrong'] for one in self.integrity)} wrong")
+            self.say(f"{name}: lockstep {found.num_decisions} decisions {equal}")
+        while self._executions() < self.args.verify_executions and self.seconds_left() > 0:
+            self._checked(Case(model, "found", 0.75, 8, "lru"), self.args.verify_tokens, None)
+            self.say(f"stamps: {self._executions()} executions checked")
+
+    def _executions(self) -> int:
+        return sum(int(one["executions"]) for one in self.integrity)
+
+    def _checked(self, case: Case, num_tokens: int, log_path: Path | None) -> tuple[dict[str, Any], Workload]:
+        """Replay `case` with every stamp checked, logged to `log_path`."""
+        cfg, full = self._workload(case, num_tokens)
+        work = scaled_workload(full, self.scale)
+        policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
+        rig = self._rig_for(work, needs_of(work, policy, transfer))
+        with ExitStack() as stack:
+            log = None
+            if log_path is not None:
+                config = run_config(work, transfer, load_chunks(work))
+                header = LogHeader(self.device.world, cfg, [], config, work.trace_sha256)
+                log = stack.enter_context(LogWriter(log_path, header))
+            _, integrity = replay_policy(rig, work, policy, transfer, verify=True, log=log)
+        assert integrity is not None
+        self.integrity.append({"case": str(case), "executions": integrity.num_executions,
+                               "checks": integrity.num_checks, "wrong": integrity.num_wrong})  # fmt: skip
+        self.say(f"{case}: {integrity.num_wrong} wrong stamps in {integrity.num_executions} executions")
+        return cfg, full
 
     def _summary(self) -> dict[str, Any]:
         tpot_bar, stall_bar = BARS[self.device.world]
@@ -250,7 +254,7 @@ class Validation:
             "repeat": self.args.repeat,
             "judged": judge(self.rows, tpot_bar, stall_bar),
             "left_out": self.skipped,
-            "stamps": {"executions": sum(one["executions"] for one in self.integrity),
+            "stamps": {"executions": self._executions(),
                        "checks": sum(one["checks"] for one in self.integrity),
                        "wrong": sum(one["wrong"] for one in self.integrity), "runs": self.integrity},
             "lockstep": self.lockstep,
@@ -259,6 +263,8 @@ class Validation:
         }  # fmt: skip
         write_text(self.out / "summary.json", to_json(summary))
         found = provenance(self.args.words, "", summary["wall_s"], "replay")
+        if self.beside:
+            write_text(self.out / "beside.json", to_json(self.beside))
         write_text(self.out / "provenance.json", to_json(found))
         if self.rows:
             write_report(self.out, pd.DataFrame(self.rows), summary)

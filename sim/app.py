@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from sim.configure import checked
-from sim.errors import one_line
+from sim.entry import as_command, as_job
 from sim.output import fingerprint, is_done, provenance, to_json, write_text
 from sim.paths import CONF
 from sim.report import print_line, print_report
@@ -41,15 +40,7 @@ OmegaConf.register_new_resolver("slug", slug, replace=True)
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     """Run what `cfg` says; returns TPOT in ms, so that Hydra's optimisers can use it."""
-    try:
-        return run_configured(cfg)
-    except Exception as error:
-        line = one_line(error)
-        # In a sweep Hydra must see the failure: it names the job and lets the others finish.
-        if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(2) from error
+    return as_job(run_configured, cfg)
 
 
 def run_configured(cfg: DictConfig) -> float | None:
@@ -162,20 +153,8 @@ def relative(folder: Path) -> str:
 
 
 def cli() -> int:
-    """Entry point: user errors become one line and exit code 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept (skip_done=true goes on from there)", file=sys.stderr)
-        return 130
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    """Entry point."""
+    return as_command(main)
 
 
 __all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]

@@ -200,7 +200,9 @@ class Stack:
         _check_sources("stack", self)
 
 
-_OPTIONAL = {"kernel_ns"} | {item.name for item in fields(Stack) if item.default == 0}
+HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0)
+"""The figures of a stack that `sim.host_bound` charges, 0 unless measured."""
+_OPTIONAL = {"kernel_ns", *HOST_COSTS}
 
 
 def unsourced(spec: Hardware | Stack) -> list[str]:

@@ -15,7 +15,7 @@ import simpy
 from expertflow.forward import PREFILL, Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
 from expertflow.runtime import Runtime
-from sim.hardware import Hardware, Stack
+from sim.hardware import HOST_COSTS, Hardware, Stack
 from sim.kernels import KernelTimes
 from sim.link import Link
 
@@ -58,23 +58,13 @@ class HostCosts:
             decide_ns=hardware.decide_ns,
             layer_overhead_ns=stack.layer_overhead_ns,
             head_overhead_ns=stack.head_overhead_ns,
-            attention_launch_ns=stack.attention_launch_ns,
-            expert_launch_ns=stack.expert_launch_ns,
-            shared_launch_ns=stack.shared_launch_ns,
-            head_launch_ns=stack.head_launch_ns,
-            classify_ns=stack.classify_ns,
-            observe_ns=stack.observe_ns,
-            forward_ns=stack.forward_ns,
-            group_ns=stack.group_ns,
-            copy_start_ns=stack.copy_start_ns,
+            **{key: getattr(stack, key) for key in HOST_COSTS},
         )
 
     @property
     def host_bound(self) -> bool:
         """Whether there is a cost that `SimMachine` does not charge."""
-        launches = self.attention_launch_ns + self.expert_launch_ns + self.shared_launch_ns + self.head_launch_ns
-        host = self.classify_ns + self.observe_ns + self.forward_ns
-        return launches + host + self.group_ns + self.copy_start_ns > 0
+        return any(getattr(self, key) for key in HOST_COSTS)
 
     @property
     def layer_serial_ns(self) -> int:

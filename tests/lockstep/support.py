@@ -17,7 +17,8 @@ from expertflow.machine import LOAD, Record, Wait
 from expertflow.runtime import RunConfig, Runtime
 from replay.drive import drive
 from replay.lockstep import LockstepResult, check_log
-from replay.log import (
+from replay.log import LoggingMachine, LogWriter
+from replay.log_format import (
     FORMAT,
     VALUES_PER_GROUP,
     Attention,
@@ -27,13 +28,11 @@ from replay.log import (
     Experts,
     Head,
     LoggedForward,
-    LoggingMachine,
     LogHeader,
-    LogReader,
-    LogWriter,
     Told,
     Waited,
 )
+from replay.log_reader import LogReader
 from sim.configure import configure
 from sim.kernels import KernelTimes
 from sim.link import Link

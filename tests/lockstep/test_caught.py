@@ -11,7 +11,7 @@ import pytest
 
 from expertflow.machine import GATE
 from replay.lockstep import LockstepResult, cli
-from replay.log import Attention, Copy, Decided, Experts, LoggedForward, Told, Waited
+from replay.log_format import Attention, Copy, Decided, Experts, LoggedForward, Told, Waited
 from tests.lockstep.support import Job, edited, read_events, rewritten
 
 BASE = ("+hardware=a100", "+policy=fixed_1", "policy/predictor=transition", "trace.num_tokens=16", "residency=0.25")

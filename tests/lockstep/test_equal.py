@@ -10,7 +10,7 @@ import yaml
 from expertflow.machine import LOAD
 from replay.drive import MAX_IDLE_WAKES, drive
 from replay.lockstep import cli
-from replay.log import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
+from replay.log_format import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
 from sim.machine import simulate
 from sim.paths import CONF
 from tests.cli.support import small_trace

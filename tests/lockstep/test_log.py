@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.lockstep import cli
-from replay.log import (
+from replay.log import LoggingMachine, LogWriter
+from replay.log_format import (
     Attention,
     Copy,
     Decided,
@@ -28,13 +29,11 @@ from replay.log import (
     Head,
     LogError,
     LoggedForward,
-    LoggingMachine,
     LogHeader,
-    LogReader,
-    LogWriter,
     Told,
     Waited,
 )
+from replay.log_reader import LogReader
 from tests.lockstep.support import SMALL_RUN, edited, read_events, small_header, some_forwards, write_events
 
 BIG = 2**62

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from replay.lockstep import check
-from replay.log import LogReader
+from replay.log_reader import LogReader
 from tests.lockstep.store import STORED
 
 LOGS = sorted(STORED.glob("*.parquet"))

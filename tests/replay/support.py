@@ -19,7 +19,8 @@ from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.app import cli
 from replay.cpu import CpuDevice
-from replay.log import LogHeader, LogWriter
+from replay.log import LogWriter
+from replay.log_format import LogHeader
 from replay.rig import Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
 from replay.settings import KEYS, Settings, as_found

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from replay.lockstep import check
-from replay.log import LOG_NAME
+from replay.log_format import LOG_NAME
 from tests.cli.support import command, job, run_there, tiny_trace
 from tests.replay.support import TINY, replay_here
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from replay.lockstep import check_log
-from replay.log import LogReader
+from replay.log_reader import LogReader
 from tests.lockstep.test_equal import POLICIES
 from tests.replay.support import SMALL, Case
 

@@ -12,7 +12,7 @@ import torch
 from replay.app import LOST, WRONG
 from replay.faults import FAULTS, FaultyDevice
 from replay.lockstep import check
-from replay.log import LOG_NAME
+from replay.log_format import LOG_NAME
 from replay.memory import HostPlan, align
 from replay.pools import HostPool, SlotPool, chunk_offsets
 from replay.rig import Rig

@@ -9,7 +9,9 @@ from typing import Any
 from expertflow.policy import Policy
 from replay.device import Device
 from replay.lockstep import LockstepResult, check_log
-from replay.log import LogHeader, LogReader, LogWriter
+from replay.log import LogWriter
+from replay.log_format import LogHeader
+from replay.log_reader import LogReader
 from replay.rig import Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
 from sim.configure import configure

@@ -75,8 +75,11 @@ def test_a_record_that_is_there_is_taken_and_another_scale_refused(
     record = validated / "profile" / "hardware" / "mine.calibration.json"
     words = ["again", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
              "--stacks", "found", "--tokens", "4", "--log-tokens", "2", "--batch-sizes", "1",
-             "--out", str(tmp_path)]  # fmt: skip
+             "--beside", "--repeat", "2", "--out", str(tmp_path)]  # fmt: skip
     assert validate.main(words) in (0, 1)
+    beside = json.loads((tmp_path / "beside.json").read_text())
+    assert list(beside) == ["gpt-oss-20b found 50 % batch 1 lru"]
+    assert beside["gpt-oss-20b found 50 % batch 1 lru"]["run attention"]["count"] > 100
     again = json.loads((tmp_path / "profile" / "hardware" / "again.calibration.json").read_text())
     assert again["kernels"] == json.loads(record.read_text())["kernels"]
     capsys.readouterr()

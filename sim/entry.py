@@ -1,0 +1,42 @@
+"""How a command ends: a user's mistake is one line and exit code 2, in a single run and in a sweep."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sim.errors import one_line
+
+
+def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
+    """Run one Hydra job. In a sweep Hydra must see a failure: it names the job and lets the others finish."""
+    try:
+        return run(cfg)
+    except Exception as error:
+        line = one_line(error)
+        if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def as_command(main: Callable[[], object]) -> int:
+    """Run a command's `main`; its exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept (skip_done=true goes on from there)", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
