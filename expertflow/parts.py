@@ -134,8 +134,8 @@ class Eviction(Part):
         """
         raise NotImplementedError
 
-    def predicted(self, keys: Sequence[int], layer: int) -> None:
-        """`keys` of `layer` were selected for the window (resident ones included)."""
+    def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
+        """`keys` of `layer` were selected for the window (resident ones included); `scores` is what was predicted."""
 
     def release(self, layer: int, keys: Sequence[int]) -> Iterable[int]:
         """Resident keys to give up, now that the layer has run; empty for a cache that keeps what fits."""

@@ -111,7 +111,10 @@ class Policy:
                 keys = window_keys[target]
             else:
                 scores = self._predict(forward, layer, distance)
-                keys = self._select(scores, forward) if scores is not None else ()
+                if scores is None:
+                    # No idea yet is no prediction: nearer by, there may be one.
+                    continue
+                keys = self._select(scores, forward)
                 num_experts = self._num_experts
                 for key in keys:
                     if key // num_experts != target:
@@ -121,8 +124,8 @@ class Policy:
                         )
                 window_event[target] = event + distance
                 window_keys[target] = keys
-                if self._hears_predicted and keys:
-                    self.eviction.predicted(keys, target)
+                if self._hears_predicted:
+                    self.eviction.predicted(keys, target, scores)
             num_wants = len(wants)
             for key in keys:
                 if not residency[key]:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 ABSENT = 0
 LOADING = 1
@@ -14,14 +19,16 @@ class View:
 
     residency: memoryview [num_layers * num_experts], ABSENT, LOADING or RESIDENT by expert key.
     pinned: keys demanded by the current layer.
+    outlook: chances [num_layers * num_experts] in 2^-16 of each expert's use in the next forwards, nearer ones
+    weighing more, as the predictor saw it at the end of the last forward; None where it says nothing of the kind.
     link_bytes, link_busy_ns, layer_time_ns, num_layers_timed: running sums over the run; a part takes
     differences. Layer time excludes stall, head and sampling.
     """
 
     __slots__ = (
         "event", "expert_bytes", "forward", "layer", "layer_time_ns", "link_busy_ns", "link_bytes", "now_ns",
-        "num_experts", "num_layers", "num_layers_timed", "num_slots", "pinned", "residency", "slots_by_layer",
-        "top_k",
+        "num_experts", "num_layers", "num_layers_timed", "num_slots", "outlook", "pinned", "residency",
+        "slots_by_layer", "top_k",
     )  # fmt: skip
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int, expert_bytes: int, num_slots: int,
@@ -34,6 +41,7 @@ class View:
         self.slots_by_layer = slots_by_layer
         self.residency = residency
         self.pinned: Collection[int] = ()
+        self.outlook: npt.NDArray[np.int64] | None = None
         self.forward = -1
         self.layer = 0
         self.event = -1

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
 from expertflow.policy import Policy
+from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.none import NoPredictor
 from expertflow.runtime import RunConfig
@@ -25,7 +26,7 @@ from sim.configure import check_arguments
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.link import PAGEABLE, PINNED, chunk_sizes
 from sim.paths import CONF
-from sim.warm import warm_counts
+from sim.warm import fitted_arrays, warm_counts
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace, open_trace
 
@@ -163,9 +164,11 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
         extra = sorted(set(cfg) - {"name"})
         if extra:
             raise ValueError(f"model.{extra[0]} means nothing with model=auto; name the model to change its sizes")
-        path = CONF / "model" / f"{trace.model}.yaml"
+        # A twin has its original's topology; sizes and speeds come from the original.
+        name = trace.model.removesuffix("-twin")
+        path = CONF / "model" / f"{name}.yaml"
         known = sorted(p.stem for p in (CONF / "model").glob("*.yaml") if p.stem != "auto")
-        if trace.model not in known:
+        if name not in known:
             raise ValueError(f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
                              f"say model=NAME with one of: {', '.join(known)}")  # fmt: skip
         model = model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -238,10 +241,13 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
         raise ValueError(f"policy.predictor={given!r} is no part; choose one with policy/predictor=NAME, e.g. none")
     cfg = dict(given)
     if "lookahead" in cfg and "transition" in cfg:
-        cfg = dict(cfg["lookahead" if _has_lookahead(work.trace) else "transition"])
+        cfg = dict(cfg[_automatic(cfg, work)])
     extra: dict[str, Any] = {}
     if "warm" in cfg:
-        extra["warm"] = warm_counts(cfg.pop("warm"), work.model.name)
+        extra["warm"] = warm_counts(cfg.pop("warm"), work.trace.model)
+    if "fitted" in cfg:
+        kind = getattr(_target(cfg, "policy.predictor"), "fitted_kind", "fitted")
+        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind)
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
     predictor = _part(cfg, "policy.predictor", **extra)
@@ -251,6 +257,23 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
     if isinstance(predictor, NoPredictor) or work.model.num_layers > 1:
         return predictor
     raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
+
+
+def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
+    """What `auto` stands for: a network fitted to what the trace holds, else the recorded pre-gate, else the history."""
+    recorded = _has_lookahead(work.trace)
+    fitted = cfg["hybrid"].get("fitted") if "hybrid" in cfg else None
+    arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind)
+    if arrays is not None and ("pregate" in arrays) == recorded:
+        return "hybrid"
+    return "lookahead" if recorded else "transition"
+
+
+def _target(cfg: Mapping[str, Any], key: str) -> Any:
+    try:
+        return get_object(str(cfg["_target_"]))
+    except Exception as error:
+        raise ValueError(f"{key}: {str(error.__cause__ or error).splitlines()[0]}") from error
 
 
 def _has_lookahead(trace: Trace) -> bool:

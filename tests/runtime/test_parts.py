@@ -259,7 +259,7 @@ def test_the_predicted_rise_to_the_high_level() -> None:
     world = World()
     part = two_level(world)
     world.demand(part, 0, 1, 2, 3)
-    part.predicted([2, 7], 0)
+    part.predicted([2, 7], 0, ([2, 7], [1, 1]))
     assert (list(part.low[0]), list(part.high[0])) == ([1, 3], [2])
 
 
@@ -285,7 +285,7 @@ def test_a_resident_that_was_predicted_in_vain_keeps_its_place() -> None:
     world = World()
     part = two_level(world)
     world.demand(part, 1, 13)
-    part.predicted([13], 1)
+    part.predicted([13], 1, ([13], [1]))
     world.demand(part, 1, 12)
     assert world.drain(part) == [12, 13]
 
@@ -646,7 +646,13 @@ def calls_of(predictor: Asked, depth: int) -> list[tuple[int, int, int]]:
 
 
 def test_only_distances_not_predicted_before_are_predicted() -> None:
-    assert calls_of(Asked({}), 2) == [(0, 0, 1), (0, 0, 2), (0, 1, 2), (0, 2, 2)]
+    script = {(0, layer, distance): [(layer + distance) % 3 * 10] for layer in range(3) for distance in (1, 2)}
+    assert calls_of(Asked(script), 2) == [(0, 0, 1), (0, 0, 2), (0, 1, 2), (0, 2, 2)]
+
+
+def test_where_there_was_no_idea_the_predictor_is_asked_again_nearer_by() -> None:
+    script = {(0, 0, 1): [10], (0, 1, 2): [0]}
+    assert calls_of(Asked(script), 2) == [(0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2), (0, 2, 2)]
 
 
 def test_a_refreshing_predictor_is_asked_for_every_distance() -> None:

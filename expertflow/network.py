@@ -1,0 +1,204 @@
+"""The history network: a small recurrent net over routing, evaluated in integers.
+
+Each routed expert adds its embedding to running sums: one over the forward's layers so far, one that forgets from
+layer to layer, and four that forget from forward to forward at different rates. The rectified sum, mixed once more for
+the target layer, says how likely each of its experts is. Linear recurrences make a step cost a few row sums; weights
+and activations are integers whose products and sums stay exact in floating point (below 2^24 in float32, 2^53 in
+float64), so that one forward, a block of forwards and another machine give the same scores to the bit.
+
+Knows arrays; no traces, no files. Shape letters: L layers, E experts, K top-k, H and M widths of the two hidden layers,
+R = len(SHIFTS) rates, F = 1 + len(OWN_SHIFTS) own features, D distances, N = L * E.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+SHIFTS = (0, 1, 3, 5)
+"""Rates of the sums over forwards: 1, 1/2, 1/8, 1/32 of the difference per forward."""
+OWN_SHIFTS = (1, 3, 5)
+"""Rates at which an expert's own use is remembered."""
+STATE_BITS = 8
+"""Fractional bits of the sums over forwards beyond those of the embeddings."""
+RECENT = (11, 16)
+"""What the sum over recent layers keeps from one layer to the next."""
+TOP = 127
+"""Largest activation."""
+NAT = 1024
+"""Log-odds are integers in units of 1/1024 nat."""
+UNIT = 1 << 16
+"""One, in the units of chances and of remembered use."""
+LOG_STEPS = 1024
+LOG_UNIT = 64
+LOG_FLOOR = 0.01
+_SPAN = 14 * NAT
+
+LOGS = np.array([round(LOG_UNIT * math.log(step / LOG_STEPS + LOG_FLOOR)) for step in range(LOG_STEPS + 1)], np.float64)
+"""Logarithm of remembered use, floored, in 1/64 nat, by its upper 10 bits."""
+CHANCES = np.array([round(UNIT / (1 + math.exp(-x / NAT))) for x in range(-_SPAN, _SPAN + 1)], np.int64)
+"""Sigmoid of log-odds -14 … 14 nats, in 2^-16."""
+PREGATE_ODDS = np.array(
+    [round(LOG_UNIT * math.log((step + 4) / (LOG_STEPS - step + 4))) for step in range(LOG_STEPS + 1)], np.float64
+)
+"""Log-odds of a pre-gate's chance, in 1/64 nat, by its upper 10 bits; the ends are held at 5.6 nats."""
+NUM_OWN = 1 + len(OWN_SHIFTS)
+NUM_PREGATE = 2
+
+
+def chance_of(odds: Floats) -> Ints:
+    """Log-odds in 1/1024 nat → chances in 2^-16."""
+    return CHANCES[np.clip(odds, -_SPAN, _SPAN).astype(np.intp) + _SPAN]
+
+
+class HistoryNetwork:
+    """Fitted weights, checked, in the types they are computed in.
+
+    arrays: rank_weights [K] (weight of the best, second … expert of one token), tables int16 [N, (2 + R)·H] (columns:
+    all layers, recent layers, one per rate), table_bits [1], place [L + 1, H] (0: before the first), prior [R, H],
+    mix int8 [L, H, M], mix_scale [L, M] and mix_bias [D, L, M], out int8 [L, M, E], out_scale [L, E], bias [D, L, E],
+    own [D, F, L, E], frequency [L, E] (use at the start of a request, 2^-16), forecast int8 [H, N], forecast_scale,
+    forecast_bias [N], forecast_own [F, N], and where it was fitted with a pre-gate, pregate [D, L, 2].
+    ValueError names what does not fit the model.
+    """
+
+    def __init__(self, arrays: Arrays, num_layers: int, num_experts: int) -> None:
+        self.L, self.E = num_layers, num_experts
+        tables = self._array(arrays, "tables", (num_layers * num_experts, None), 32767)
+        mix = self._array(arrays, "mix", (num_layers, None, None), TOP)
+        self.H, self.M = mix.shape[1:]
+        rates = len(SHIFTS)
+        if tables.shape[1] != (2 + rates) * self.H:
+            raise self._misfit("tables", tables.shape, (num_layers * num_experts, (2 + rates) * self.H))
+        bias = self._array(arrays, "bias", (None, num_layers, num_experts), 1 << 24)
+        self.D = len(bias)
+        L, E, N, H, M, D = num_layers, num_experts, num_layers * num_experts, self.H, self.M, self.D
+        if H * TOP * TOP >= 1 << 24 or M * TOP * TOP >= 1 << 24 or H < 1 or M < 1 or D < 1:
+            raise ValueError(f"fitted network: hidden widths {H} and {M} are too large to be summed exactly")
+        self.tables = tables.astype(np.float32)
+        self.rank_weights = self._array(arrays, "rank_weights", (None,), 64).astype(np.float32)
+        self.unit = float(1 << int(self._array(arrays, "table_bits", (1,), 16)[0]))
+        self.place = self._array(arrays, "place", (L + 1, H), 1 << 30)
+        self.prior = self._array(arrays, "prior", (rates, H), 1 << 40)
+        self.mix, self.mix_scale = mix.astype(np.float32), self._array(arrays, "mix_scale", (L, M), 1 << 28)
+        self.mix_bias = self._array(arrays, "mix_bias", (D, L, M), 1 << 23).astype(np.float32)
+        self.out = self._array(arrays, "out", (L, M, E), TOP).astype(np.float32)
+        self.out_scale, self.bias = self._array(arrays, "out_scale", (L, E), 1 << 28), bias
+        self.own_by_feature = self._array(arrays, "own", (D, NUM_OWN, L, E), 1 << 24)
+        self.frequency = self._array(arrays, "frequency", (L, E), UNIT)
+        self.forecast = self._array(arrays, "forecast", (H, N), TOP).astype(np.float32)
+        self.forecast_scale = self._array(arrays, "forecast_scale", (N,), 1 << 28)
+        self.forecast_bias = self._array(arrays, "forecast_bias", (N,), 1 << 24)
+        self.forecast_own = self._array(arrays, "forecast_own", (NUM_OWN, N), 1 << 24)
+        self.pregate: Floats | None = None
+        if "pregate" in arrays:
+            self.pregate = self._array(arrays, "pregate", (D, L, NUM_PREGATE), 1 << 24)
+        self.mean_weight = float(np.floor(self.rank_weights.mean()))
+
+    @staticmethod
+    def _misfit(name: str, found: tuple[int, ...], wanted: object) -> ValueError:
+        return ValueError(f"fitted network: {name} has shape {found}, the trace needs {wanted}; "
+                          "fit one on a trace of the same model (python -m traces fit-predictor)")  # fmt: skip
+
+    def _array(self, arrays: Arrays, name: str, shape: tuple[int | None, ...], most: int) -> Floats:
+        """As float64, whole and at most `most` in size."""
+        if name not in arrays:
+            raise ValueError(f"fitted network: {name} is missing; write it with python -m traces fit-predictor")
+        found = arrays[name]
+        wanted = zip(shape, found.shape, strict=False)
+        if found.ndim != len(shape) or any(want not in (None, have) for want, have in wanted):
+            raise self._misfit(name, found.shape, tuple("any" if size is None else size for size in shape))
+        if found.dtype.kind not in "iu":
+            raise ValueError(f"fitted network: {name} must hold whole numbers, it holds {found.dtype}")
+        values = found.astype(np.float64)
+        if values.size and np.abs(values).max() > most:
+            raise ValueError(f"fitted network: {name} holds {np.abs(values).max():.0f}, at most {most} may be")
+        return values
+
+    # -- one layer's routing: embeddings [..., (2 + R)·H] -----------------------------------------------------------
+
+    def embed(self, keys: Sequence[int], counts: Sequence[int] | None, num_tokens: int) -> Floats:
+        """Embedding of a layer's demand `keys`: of one token, best first (counts None), or of the mean token."""
+        rows = self.tables[np.array(keys, np.intp)]
+        if counts is None and len(keys) == len(self.rank_weights):
+            return (self.rank_weights @ rows).astype(np.float64)
+        mass = np.ones(len(keys)) if counts is None else np.array(counts, np.float64)
+        return np.floor(mass @ rows.astype(np.float64) * self.mean_weight / num_tokens)
+
+    def embed_block(self, keys: Ints) -> Floats:
+        """Embeddings [..., (2 + R)·H] of keys [..., K], each of one token, best first."""
+        made: Singles = self.tables[keys[..., 0]] * self.rank_weights[0]
+        for rank in range(1, keys.shape[-1]):
+            made += self.tables[keys[..., rank]] * self.rank_weights[rank]
+        return made.astype(np.float64)
+
+    def forget_recent(self, recent: Floats) -> Floats:
+        """What is kept of the sum over recent layers when the next layer's embedding comes."""
+        return np.floor(recent * RECENT[0] / RECENT[1])
+
+    def advance(self, states: Floats, total: Floats, num_steps: int = 1) -> Floats:
+        """Sums over forwards [R, H] after one whose embeddings add up to total [R·H], as if it were num_steps alike."""
+        new = total.reshape(len(SHIFTS), self.H) * (1 << STATE_BITS)
+        return states + np.floor((new - states) * _rates(SHIFTS, num_steps)[:, None] / UNIT)
+
+    def remember(self, use: Floats, shares: Floats, num_steps: int = 1) -> Floats:
+        """Remembered use [F - 1, L, E] in 2^-16 after a forward in which a share [L, E] of its tokens used each."""
+        return use + np.floor((shares * UNIT - use) * _rates(OWN_SHIFTS, num_steps)[:, None, None] / UNIT)
+
+    def own_features(self, use: Floats, shares: Floats) -> Floats:
+        """[F, L, E]: logarithms of remembered use, and the last forward's shares in 1/64."""
+        logs = LOGS[np.floor(use * (LOG_STEPS / UNIT)).astype(np.intp)]
+        return np.concatenate([logs, np.floor(shares * LOG_UNIT)[None]])
+
+    # -- chances ------------------------------------------------------------------------------------------------------
+
+    def activate(self, sums: Floats) -> Singles:
+        """Rectified activations 0 … 127 of sums of embeddings [..., H]."""
+        return np.clip(np.floor(sums / self.unit), 0, TOP).astype(np.float32)
+
+    def base(self, states: Floats) -> Floats:
+        """[H]: what the sums over forwards add to every layer's sum."""
+        total: Floats = states.sum(axis=-2)
+        return np.floor(total / (1 << STATE_BITS))
+
+    def odds(self, hidden: Singles, target: int, distance: int) -> Floats:
+        """Log-odds [..., E] of the target layer's experts without their own features; hidden [..., H]."""
+        mixed = hidden @ self.mix[target] + self.mix_bias[distance - 1, target]
+        active = np.clip(np.floor(mixed * self.mix_scale[target] / UNIT), 0, TOP).astype(np.float32)
+        odds: Floats = np.floor((active @ self.out[target]) * self.out_scale[target] / UNIT)
+        return odds + self.bias[distance - 1, target]
+
+    def own_odds(self, features: Floats, distance: int) -> Floats:
+        """Log-odds [..., L, E] from the experts' own features [..., F, L, E]."""
+        odds: Floats = (features * self.own_by_feature[distance - 1]).sum(axis=-3)
+        return np.floor(odds / LOG_UNIT)
+
+    def pregate_odds(self, chance: Floats, target: int, distance: int) -> Floats:
+        """Log-odds [..., E] from a pre-gate's chances [..., E]."""
+        assert self.pregate is not None
+        weights = self.pregate[distance - 1, target]
+        steps: Floats = np.clip(np.floor(chance * LOG_STEPS), 0, LOG_STEPS)
+        odds: Floats = PREGATE_ODDS[steps.astype(np.intp)] * weights[0] + steps * weights[1]
+        return np.floor(odds / LOG_UNIT)
+
+    def outlook(self, hidden: Singles, features: Floats) -> Ints:
+        """Chances [N] in 2^-16 of use in the next forwards, nearer ones weighing more; hidden [H]."""
+        odds = np.floor((hidden @ self.forecast) * self.forecast_scale / UNIT) + self.forecast_bias
+        own = (features.reshape(NUM_OWN, -1) * self.forecast_own).sum(axis=0)
+        return chance_of(odds + np.floor(own / LOG_UNIT))
+
+
+
+@lru_cache(maxsize=1024)
+def _rates(shifts: tuple[int, ...], num_steps: int) -> Floats:
+    """How far a sum moves in num_steps steps, in 2^-16."""
+    return np.array([float(round(UNIT * (1 - (1 - 2.0**-shift) ** num_steps))) for shift in shifts])

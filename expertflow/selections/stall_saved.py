@@ -1,0 +1,67 @@
+"""Wanted is what is expected to save more stall than it costs: probability, time left, and how busy the link is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expertflow.forward import Forward
+from expertflow.future import Future
+from expertflow.parts import SCORE_ONE, Scores
+from expertflow.selections.top_k import CountingSelection
+from expertflow.view import View
+
+
+class StallSaved(CountingSelection):
+    """Experts with a chance p for which p · saved > (1 - p) · cost, that is p above cost / (saved + cost).
+
+    saved: what the time of one layer, stall excluded, would hide of a copy. cost: the time of a copy, times the share
+    of the time in which the link works, since a needless copy costs only where it holds up another, times `price`. All
+    are observed, running means (`memory` of the old kept). `least`, `most`: bounds of the threshold. Where the link is
+    full and copies cannot be hidden the threshold tends to 1: prefetch that would hurt switches itself off.
+    """
+
+    def __init__(self, price: float = 1.0, least: float = 0.1, most: float = 1.0, memory: float = 0.9) -> None:
+        if price < 0:
+            raise ValueError(f"StallSaved price={price} must be at least 0")
+        if not 0 < least <= most <= 1:
+            raise ValueError(f"StallSaved least={least}, most={most} must be in 0 < least <= most <= 1")
+        if not 0 <= memory < 1:
+            raise ValueError(f"StallSaved memory={memory} must be in [0, 1)")
+        self.price, self.least, self.most, self.memory = price, least, most, memory
+
+    def start(self, view: View, future: Future | None) -> None:
+        super().start(view, future)
+        self.view = view
+        self.copy_ns = self.layer_ns = self.busy = 0.0
+        self._seen = (0, 0, 0, 0, 0)
+        self.limit = int(self.most * SCORE_ONE)
+
+    def end_forward(self, forward: Forward) -> None:
+        view = self.view
+        now = (view.link_bytes, view.link_busy_ns, view.layer_time_ns, view.num_layers_timed, view.now_ns)
+        num_bytes, busy_ns, layer_ns, layers, elapsed_ns = (new - old for new, old in zip(now, self._seen, strict=True))
+        self._seen = now
+        if num_bytes > 0:
+            self.copy_ns = self._mean(self.copy_ns, busy_ns * view.expert_bytes / num_bytes)
+        if layers > 0:
+            self.layer_ns = self._mean(self.layer_ns, layer_ns / layers)
+        if elapsed_ns > 0:
+            self.busy += (1 - self.memory) * (min(busy_ns / elapsed_ns, 1.0) - self.busy)
+        saved = min(self.layer_ns, self.copy_ns)
+        cost = self.price * self.busy * self.copy_ns
+        limit = cost / (saved + cost) if saved + cost > 0 else self.most
+        self.limit = int(min(max(limit, self.least), self.most) * SCORE_ONE)
+
+    def _mean(self, mean: float, value: float) -> float:
+        return value if mean == 0 else self.memory * mean + (1 - self.memory) * value
+
+    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
+        keys, values = scores
+        limit, count = self.limit, 0
+        for value in values:
+            if value < limit:
+                break
+            count += 1
+        self.num_selected += count
+        self.num_layers += 1
+        return keys[:count]

@@ -1,0 +1,174 @@
+"""Who leaves by outlook, and what is wanted by the stall it saves: hand-made states with known answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertflow.evictions.outlook import Outlook
+from expertflow.parts import DEMAND, PREFETCH, SCORE_ONE
+from expertflow.selections.stall_saved import StallSaved
+from expertflow.view import ABSENT, RESIDENT, View
+from tests.hybrid.support import forwards
+from tests.policies.support import view_of
+
+L, E, K = 3, 4, 1
+
+
+class World:
+    """A view whose residency may be written, and an eviction that looks at it."""
+
+    def __init__(self, outlook: list[int] | None, **settings: Any) -> None:
+        self.state = bytearray(L * E)
+        self.view = View(L, E, K, 1000, L * E, [], memoryview(self.state).toreadonly())
+        self.view.outlook = None if outlook is None else np.array(outlook, np.int64)
+        self.part = Outlook(**settings)
+        self.part.start(self.view, None)
+
+    def hold(self, *keys: int) -> None:
+        """Let these have landed."""
+        for key in keys:
+            self.part.admitted(key, DEMAND)
+            self.state[key] = RESIDENT
+            self.part.landed(key)
+
+    def run_layer(self, layer: int, keys: list[int]) -> None:
+        """A layer demands keys that are there, and ends."""
+        self.view.pinned = keys
+        self.part.touched(keys)
+        self.view.pinned = ()
+        self.part.layer_end(layer, keys)
+
+
+WORTH = [100, 90, 80, 70, 60, 50, 40, 30, 20, 10, 5, 1]
+
+
+def test_the_least_likely_resident_leaves() -> None:
+    world = World(WORTH)
+    world.hold(2, 7, 4)
+    assert world.part.victim(0, DEMAND) == 7
+    world.part.evicted(7, False)
+    world.state[7] = ABSENT
+    assert world.part.victim(0, DEMAND) == 4
+
+
+def test_what_this_layer_demands_stays_and_so_does_what_is_on_its_way() -> None:
+    world = World(WORTH)
+    world.hold(1, 8, 9)
+    world.part.admitted(11, PREFETCH)
+    world.view.pinned = [9]
+    world.part.touched([9])
+    assert world.part.victim(0, DEMAND) == 8
+
+
+def test_a_new_outlook_counts_after_the_forward() -> None:
+    world = World(WORTH)
+    world.hold(2, 7)
+    assert world.part.victim(0, DEMAND) == 7
+    world.view.outlook = np.array(WORTH[::-1], np.int64)
+    assert world.part.victim(0, DEMAND) == 7
+    world.part.end_forward(forwards()[0])
+    assert world.part.victim(0, DEMAND) == 2
+
+
+def test_the_window_protects_what_is_predicted_until_its_layer_has_run() -> None:
+    world = World(WORTH, used=0.0)
+    world.hold(1, 8, 9)
+    world.part.predicted([9], 2, ([9, 8], [SCORE_ONE, 30]))
+    assert world.part.victim(0, DEMAND) == 8
+    world.run_layer(2, [8])
+    assert world.part.victim(0, DEMAND) == 9
+
+
+def test_what_was_just_used_is_worth_at_least_so_much() -> None:
+    for used, leaves in ((0.0, 9), (85 / SCORE_ONE, 2)):
+        world = World(WORTH, used=used)
+        world.hold(0, 2, 9)
+        world.run_layer(2, [9])
+        assert world.part.victim(0, DEMAND) == leaves
+
+
+@pytest.mark.parametrize(("chance", "victim"), [(40, None), (41, 6)])
+def test_a_prefetch_pushes_out_only_what_is_worth_less(chance: int, victim: int | None) -> None:
+    world = World(WORTH)
+    world.hold(2, 6)
+    world.part.predicted([9], 2, ([9], [chance]))
+    assert world.part.victim(9, PREFETCH) == victim
+    assert world.part.victim(9, DEMAND) == 6
+
+
+def test_without_an_outlook_the_least_used_leaves() -> None:
+    world = World(None, memory=0.5)
+    world.hold(0, 1, 2)
+    for keys in ([0], [1], [0], [1], [2], [2]):
+        world.run_layer(0, keys)
+    assert world.part.victim(3, DEMAND) == 0
+
+
+def test_more_demand_than_slots_takes_what_has_been_launched() -> None:
+    world = World(WORTH)
+    world.hold(0, 1)
+    world.view.pinned = [0, 1, 2]
+    world.part.touched([0, 1, 2])
+    assert world.part.victim(2, DEMAND) is None
+    world.view.pinned = [2]
+    assert world.part.victim(2, DEMAND) == 1
+
+
+@pytest.mark.parametrize("settings", [{"used": -0.1}, {"used": 2}, {"margin": -1}, {"memory": 1.0}])
+def test_values_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Outlook(**settings)
+
+
+# -- stall saved ------------------------------------------------------------------------------------------------------
+
+
+def observed(copy_ns: int, layer_ns: int, busy: float, **settings: float) -> StallSaved:
+    """A selection that has seen 400 like forwards."""
+    part = StallSaved(least=0.001, **settings)
+    view = view_of(L, E, K)
+    part.start(view, None)
+    elapsed = 1_000_000
+    for _ in range(400):
+        view.now_ns += elapsed
+        view.link_busy_ns += int(busy * elapsed)
+        view.link_bytes += int(busy * elapsed / copy_ns * view.expert_bytes)
+        view.layer_time_ns += layer_ns * 2
+        view.num_layers_timed += 2
+        part.end_forward(forwards()[0])
+    return part
+
+
+@pytest.mark.parametrize(
+    ("copy_ns", "layer_ns", "busy", "price"),
+    [(1000, 2000, 0.5, 1.0), (1000, 100, 0.9, 1.0), (1000, 500, 0.2, 0.5), (1000, 10, 1.0, 2.0)],
+)
+def test_the_threshold_is_where_saving_and_cost_are_equal(
+    copy_ns: int, layer_ns: int, busy: float, price: float
+) -> None:
+    part = observed(copy_ns, layer_ns, busy, price=price)
+    saved, cost = min(layer_ns, copy_ns), price * busy * copy_ns
+    p = part.limit / SCORE_ONE
+    assert p * saved == pytest.approx((1 - p) * cost, rel=0.01)
+    keys = part.select(([3, 2, 1], [part.limit + 1, part.limit, part.limit - 1]), forwards()[0])
+    assert list(keys) == [3, 2]
+
+
+def test_an_idle_link_takes_what_is_barely_likely_and_a_full_one_with_no_time_next_to_nothing() -> None:
+    assert observed(1000, 2000, 0.01).limit < 0.02 * SCORE_ONE
+    assert observed(1000, 20, 1.0).limit > 0.97 * SCORE_ONE
+
+
+def test_before_anything_is_observed_the_bound_holds() -> None:
+    part = StallSaved(most=0.5)
+    part.start(view_of(L, E, K), None)
+    assert list(part.select(([1, 2], [40_000, 30_000]), forwards()[0])) == [1]
+
+
+@pytest.mark.parametrize("settings", [{"price": -1}, {"least": 0}, {"least": 0.9, "most": 0.5}, {"memory": 1.0}])
+def test_selection_values_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        StallSaved(**settings)

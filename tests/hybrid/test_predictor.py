@@ -1,0 +1,176 @@
+"""The hybrid predictor: the same integers in a block and one by one, restarts, several tokens, the pre-gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertflow.network import CHANCES, UNIT, HistoryNetwork
+from expertflow.parts import SCORE_ONE
+from tests.hybrid.support import PROMPTS, STARTS, D, E, H, K, L, answers, arrays, forwards, started
+from tests.policies.support import view_of
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_a_block_gives_the_integers_of_one_forward_after_another(block: int) -> None:
+    some = forwards(prompts=(0, 0, 0, 0))
+    assert list(answers(started(arrays()), some, block)) == list(answers(started(arrays()), some))
+
+
+def test_a_block_that_holds_a_prompt_is_taken_one_by_one() -> None:
+    some = forwards()
+    assert any(forward.counts is not None for forward in some)
+    assert list(answers(started(arrays()), some, 4)) == list(answers(started(arrays()), some))
+
+
+def test_scores_are_ranked_chances_of_the_target_layer() -> None:
+    predictor = started(arrays())
+    for forward in forwards():
+        predictor.begin_forward(forward)
+        for layer in range(L):
+            for distance in range(1, D + 1):
+                found = predictor.predict(forward, layer, distance)
+                if found is None:
+                    assert layer + distance >= L
+                    assert layer < L - 1
+                    continue
+                keys, scores = found
+                assert {key // E for key in keys} == {(layer + distance) % L}
+                assert sorted(keys) == list(range(min(keys), min(keys) + E))
+                assert list(scores) == sorted(scores, reverse=True)
+                assert all(0 <= score <= SCORE_ONE for score in scores)
+        predictor.end_forward(forward)
+
+
+def test_beyond_the_fitted_distances_there_is_no_idea() -> None:
+    predictor, forward = started(arrays()), forwards()[0]
+    predictor.begin_forward(forward)
+    assert predictor.predict(forward, 0, D) is not None
+    assert predictor.predict(forward, 0, D + 1) is None
+
+
+def test_a_new_request_begins_as_the_first_did() -> None:
+    some = forwards()
+    predictor = started(arrays())
+    first: dict[int, Any] = {}
+    for forward in some:
+        predictor.begin_forward(forward)
+        if forward.requests_started:
+            first[forward.requests[0]] = predictor.base.tolist()
+        else:
+            assert predictor.base.tolist() != first[forward.requests[0]]
+        for layer in range(L):
+            predictor.predict(forward, layer, 1)
+        predictor.end_forward(forward)
+    assert len(first) == len(PROMPTS)
+    assert len({str(base) for base in first.values()}) == 1
+
+
+def test_what_was_routed_changes_what_is_predicted() -> None:
+    """The negative control of all that compares equal."""
+    one, other = (list(answers(started(arrays()), forwards(seed=seed))) for seed in (3, 4))
+    assert sum(a != b for a, b in zip(one, other, strict=True)) > len(one) / 2
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_with_several_tokens_the_chance_that_any_picks_it_is_larger(batch_size: int) -> None:
+    fitted = arrays()
+    some = forwards(batch_size)
+    several = next(forward for forward in some if forward.num_tokens > 1 and forward.phase == "decode")
+    predictor = started(fitted)
+    for forward in some[: several.index]:
+        predictor.begin_forward(forward)
+        predictor.end_forward(forward)
+    predictor.begin_forward(several)
+    union = predictor.predict(several, 0, 1)
+    predictor.num_tokens = 1
+    single = predictor.predict(several, 0, 1)
+    assert union is not None
+    assert single is not None
+    chance = dict(zip(*single, strict=True))
+    for key, score in zip(*union, strict=True):
+        told = UNIT * (1 - (1 - chance[key] / UNIT) ** several.num_tokens)
+        assert abs(score - told) <= 1
+
+
+def test_the_pregate_moves_scores_towards_what_it_names() -> None:
+    weights = np.zeros((D, L, 2), np.int32)
+    weights[..., 0] = 4000
+    forward = forwards(pregate=True)[0]
+    with_pregate = started({**arrays(), "pregate": weights})
+    with_pregate.begin_forward(forward)
+    assert forward.recorded is not None
+    for layer in range(L - 1):
+        chances = forward.recorded.lookahead(forward.rows, layer)
+        assert chances is not None
+        found = with_pregate.predict(forward, layer, 1)
+        assert found is not None
+        best = int(chances[0, 0].argmax()) + (layer + 1) * E
+        assert best in list(found[0])[:2]
+
+
+def test_without_a_recorded_pregate_a_network_that_needs_one_has_no_idea() -> None:
+    predictor, forward = started(arrays(pregate=True)), forwards()[0]
+    predictor.begin_forward(forward)
+    assert predictor.predict(forward, 0, 1) is None
+    assert predictor.predict(forward, L - 1, 1) is not None
+
+
+def test_nothing_fitted_is_said_in_one_line() -> None:
+    from expertflow.predictors.hybrid import HybridPredictor
+
+    with pytest.raises(ValueError, match="fit-predictor"):
+        HybridPredictor(None)
+
+
+def _without(name: str) -> dict[str, Any]:
+    made = arrays()
+    del made[name]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fitted", "complaint"),
+    [
+        (_without("mix"), "mix is missing"),
+        (arrays(tables=np.zeros((L * E + 1, 6 * H), np.int16)), "tables has shape"),
+        (arrays(tables=np.zeros((L * E, 6 * H + 6), np.int16)), "tables has shape"),
+        (arrays(bias=np.zeros((D, L, E + 1), np.int32)), "bias has shape"),
+        (arrays(bias=np.full((D, L, E), 1 << 25, np.int32)), "at most"),
+        (arrays(own=np.zeros((D, 4, L, E), np.float32)), "whole numbers"),
+        (arrays(out=np.full((L, 10, E), -128, np.int16)), "at most"),
+        (arrays(frequency=np.zeros((L,), np.int32)), "frequency has shape"),
+        (arrays(mix=np.zeros((L, 2000, 10), np.int8), tables=np.zeros((L * E, 12000), np.int16)), "too large"),
+    ],
+)  # fmt: skip
+def test_arrays_that_do_not_fit_are_refused_by_name(fitted: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        HistoryNetwork(fitted, L, E)
+
+
+def test_chances_rise_from_nothing_to_one() -> None:
+    assert (np.diff(CHANCES) >= 0).all()
+    assert CHANCES[0] == 0
+    assert CHANCES[-1] == UNIT
+    assert CHANCES[len(CHANCES) // 2] == UNIT // 2
+
+
+def test_sums_stay_exact_in_single_precision() -> None:
+    """The largest activations and weights there may be, against whole numbers."""
+    fitted = arrays(out=np.full((L, 10, E), 127, np.int8), mix=np.full((L, H, 10), 127, np.int8))
+    net = HistoryNetwork(fitted, L, E)
+    hidden = np.full(H, 127, np.float32)
+    mixed = 127 * 127 * H + fitted["mix_bias"][0, 2].astype(int)
+    active = np.clip(mixed * fitted["mix_scale"][2].astype(int) // UNIT, 0, 127)
+    told = (active.sum() * 127) * fitted["out_scale"][2].astype(int) // UNIT + fitted["bias"][0, 2]
+    assert net.odds(hidden, 2, 1).tolist() == told.tolist()
+
+
+def test_the_view_has_an_outlook_from_the_start() -> None:
+    predictor = started(arrays())
+    assert predictor.view.outlook is not None
+    assert predictor.view.outlook.tolist() == arrays()["frequency"].reshape(-1).tolist()
+    assert STARTS[-1] == 30
+    assert view_of(L, E, K).outlook is None
