@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +104,10 @@ class HistoryNetwork:
         self.pregate: Floats | None = None
         if "pregate" in arrays:
             self.pregate = self._array(arrays, "pregate", (D, L, NUM_PREGATE), 1 << 24)
+        # By the first target: what distances 1, 2, … add at targets first, first + 1, …
+        self.mix_bias_ahead = [_diagonal(self.mix_bias, first) for first in range(L)]
+        self.bias_ahead = [_diagonal(self.bias, first) for first in range(L)]
+        self.pregate_ahead = [] if self.pregate is None else [_diagonal(self.pregate, first) for first in range(L)]
         self.mean_weight = float(np.floor(self.rank_weights.mean()))
 
     @staticmethod
@@ -159,11 +165,50 @@ class HistoryNetwork:
         logs = LOGS[np.floor(use * (LOG_STEPS / UNIT)).astype(np.intp)]
         return np.concatenate([logs, np.floor(shares * LOG_UNIT)[None]])
 
+    def begin(self) -> Memory:
+        """What is usual at the first token of a request."""
+        use = np.repeat(self.frequency[None], len(OWN_SHIFTS), axis=0)
+        return Memory(self.prior.copy(), use, np.zeros((self.L, self.E)))
+
+    def run_block(self, memory: Memory, keys: Ints, starts: npt.NDArray[np.bool_]) -> tuple[Memory, Block]:
+        """Forwards of one token each, one after the other: keys [n, L, K], best first; starts [n], a request begins."""
+        num, H = len(keys), self.H
+        flags = np.zeros((num, self.L * self.E))
+        np.put_along_axis(flags, keys.reshape(num, -1), 1.0, axis=1)
+        now = flags.reshape(num, self.L, self.E)
+        made = self.embed_block(keys)
+        totals = made[..., 2 * H :].sum(axis=1)
+        bases: Floats = np.empty((num, H))
+        after: Singles = np.empty((num, H), np.float32)
+        features, features_after = [], []
+        for row in range(num):
+            if starts[row]:
+                memory = self.begin()
+            bases[row] = self.base(memory.states)
+            features.append(self.own_features(memory.use, memory.shares))
+            memory = self.after(memory, totals[row], now[row])
+            after[row] = self.activate(self.base(memory.states) + self.place[0])
+            features_after.append(self.own_features(memory.use, memory.shares))
+        sums = made[..., :H].cumsum(axis=1) + bases[:, None]
+        kept: Floats = np.zeros((num, H))
+        for layer in range(self.L):
+            kept = self.forget_recent(kept) + made[:, layer, H : 2 * H]
+            sums[:, layer] += kept
+        hidden = self.activate(sums + self.place[1:])
+        return memory, Block(hidden, after, np.stack(features), np.stack(features_after))
+
+    def after(self, memory: Memory, total: Floats, shares: Floats, num_steps: int = 1) -> Memory:
+        """Memory after a forward whose embeddings add up to total [R·H] and whose tokens used shares [L, E]."""
+        states = self.advance(memory.states, total, num_steps)
+        return Memory(states, self.remember(memory.use, shares, num_steps), shares)
+
     # -- chances ------------------------------------------------------------------------------------------------------
 
     def activate(self, sums: Floats) -> Singles:
         """Rectified activations 0 … 127 of sums of embeddings [..., H]."""
-        return np.clip(np.floor(sums / self.unit), 0, TOP).astype(np.float32)
+        active = np.floor(sums / self.unit)
+        np.minimum(np.maximum(active, 0, out=active), TOP, out=active)
+        return active.astype(np.float32)
 
     def base(self, states: Floats) -> Floats:
         """[H]: what the sums over forwards add to every layer's sum."""
@@ -175,17 +220,29 @@ class HistoryNetwork:
         mixed = hidden @ self.mix[target] + self.mix_bias[distance - 1, target]
         active = np.clip(np.floor(mixed * self.mix_scale[target] / UNIT), 0, TOP).astype(np.float32)
         odds: Floats = np.floor((active @ self.out[target]) * self.out_scale[target] / UNIT)
-        return odds + self.bias[distance - 1, target]
+        odds += self.bias[distance - 1, target]
+        return odds
+
+    def odds_ahead(self, hidden: Singles, first: int, reach: int) -> Floats:
+        """`odds` at targets first … first + reach - 1, distances 1 … reach, at once: [reach, E]; hidden [H]."""
+        targets = slice(first, first + reach)
+        mixed = np.matmul(hidden, self.mix[targets])
+        mixed += self.mix_bias_ahead[first][:reach]
+        active = np.floor(mixed * self.mix_scale[targets] / UNIT)
+        np.minimum(np.maximum(active, 0, out=active), TOP, out=active)
+        odds: Floats = np.matmul(active.astype(np.float32)[:, None], self.out[targets])[:, 0] * self.out_scale[targets]
+        odds /= UNIT
+        np.floor(odds, out=odds)
+        odds += self.bias_ahead[first][:reach]
+        return odds
 
     def own_odds(self, features: Floats, distance: int) -> Floats:
         """Log-odds [..., L, E] from the experts' own features [..., F, L, E]."""
         odds: Floats = (features * self.own_by_feature[distance - 1]).sum(axis=-3)
         return np.floor(odds / LOG_UNIT)
 
-    def pregate_odds(self, chance: Floats, target: int, distance: int) -> Floats:
-        """Log-odds [..., E] from a pre-gate's chances [..., E]."""
-        assert self.pregate is not None
-        weights = self.pregate[distance - 1, target]
+    def pregate_odds(self, chance: Floats, weights: Floats) -> Floats:
+        """Log-odds [..., E] from a pre-gate's chances [..., E]; weights [2] or [2, ..., 1], of log-odds and chance."""
         steps: Floats = np.clip(np.floor(chance * LOG_STEPS), 0, LOG_STEPS)
         odds: Floats = PREGATE_ODDS[steps.astype(np.intp)] * weights[0] + steps * weights[1]
         return np.floor(odds / LOG_UNIT)
@@ -196,6 +253,33 @@ class HistoryNetwork:
         own = (features.reshape(NUM_OWN, -1) * self.forecast_own).sum(axis=0)
         return chance_of(odds + np.floor(own / LOG_UNIT))
 
+
+
+@dataclass
+class Memory:
+    """What is kept from forward to forward: sums [R, H], remembered use [F - 1, L, E], the last one's shares [L, E]."""
+
+    states: Floats
+    use: Floats
+    shares: Floats
+
+
+@dataclass
+class Block:
+    """Forwards of one token each: activations after each layer [n, L, H] and after the forward [n, H], own features
+    [n, F, L, E] before and after it."""
+
+    hidden: Singles
+    after: Singles
+    features: Floats
+    features_after: Floats
+
+
+def _diagonal(values: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
+    """Rows [d, first + d] of values [D, L, ...], as far as there are any."""
+    reach = min(len(values), values.shape[1] - first)
+    steps = np.arange(reach)
+    return np.ascontiguousarray(values[steps, first + steps])
 
 
 @lru_cache(maxsize=1024)

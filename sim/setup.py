@@ -260,7 +260,7 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
 
 
 def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
-    """What `auto` stands for: a network fitted to what the trace holds, else the recorded pre-gate, else the history."""
+    """What `auto` stands for: a network fitted to what the trace holds, else the pre-gate, else the history."""
     recorded = _has_lookahead(work.trace)
     fitted = cfg["hybrid"].get("fitted") if "hybrid" in cfg else None
     arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind)

@@ -1,4 +1,4 @@
-"""`python -m traces`: check, describe, import, record, fit and generate traces.
+"""`python -m traces`: check, describe, import, record, fit and generate traces; fit and compare predictors.
 
 A user's error is one line on stderr and exit code 2; an interrupt is 130. Knows no formats itself: each sub-command
 is a module, loaded only when it is asked for.
@@ -31,8 +31,10 @@ DELEGATED = {
     "fit": "fit the parameters of the trace generator to a trace",
     "generate": "write a generated trace",
     "record": "run a Hugging Face MoE model over prompts and write down its routing",
+    "fit-predictor": "fit a predictor of later layers' experts to a trace",
+    "score-predictors": "compare predictors, fitted to one trace, by distance on another",
 }
-MODULES = {"record": "recorder.command"}
+MODULES = {"record": "recorder.command", "fit-predictor": "fitting.command", "score-predictors": "fitting.score"}
 """Where a delegated command lives, if not in the module of its name."""
 EXAMPLES = {
     "": """examples:
@@ -50,6 +52,10 @@ EXAMPLES = {
     "generate": """examples:
   python -m traces generate made.safetensors --tokens 4096 --seed 1""",
     "record": "",
+    "fit-predictor": "",
+    "score-predictors": """examples:
+  python -m traces score-predictors train.safetensors eval.safetensors --out accuracy
+  python -m traces score-predictors train.safetensors eval.safetensors --out accuracy --only pregate,forest""",
 }
 _IMPORT_EXAMPLES = """examples:
   python -m traces import gpt-oss-json GPT-OSS-MoE-ExpertFingerprinting/data train.safetensors split=train

@@ -31,7 +31,7 @@ class Outlook(Eviction):
 
     scope = "global"
 
-    def __init__(self, used: float = 0.05, margin: float = 1.0, memory: float = 0.9) -> None:
+    def __init__(self, used: float = 0.1, margin: float = 1.0, memory: float = 0.9) -> None:
         if not 0 <= used <= 1:
             raise ValueError(f"Outlook used={used} must be in 0 … 1")
         if margin < 0:

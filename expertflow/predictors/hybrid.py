@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.future import Future
-from expertflow.network import OWN_SHIFTS, SHIFTS, UNIT, Floats, HistoryNetwork, Ints, Singles, chance_of
+from expertflow.network import SHIFTS, UNIT, Floats, HistoryNetwork, Ints, Singles, chance_of
 from expertflow.parts import Predictor, Scores
-from expertflow.predictors.ranking import RowRanking, rank_scores
+from expertflow.predictors.ranking import rank_scores
 from expertflow.view import View
 
 
@@ -33,7 +33,7 @@ class HybridPredictor(Predictor):
     fitted_kind: ClassVar[str] = "hybrid"
 
     def __init__(self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, keep: int = 0,
-                 refreshes: bool = False) -> None:  # fmt: skip
+                 refreshes: bool = True) -> None:  # fmt: skip
         if fitted is None:
             raise ValueError("HybridPredictor needs a fitted network for this model and none is shipped; fit one with "
                              "python -m traces fit-predictor, or choose policy/predictor=transition")  # fmt: skip
@@ -48,41 +48,35 @@ class HybridPredictor(Predictor):
         self.L, self.E, self.top_k = view.num_layers, view.num_experts, view.top_k
         self.net = HistoryNetwork(self.fitted, self.L, self.E)
         self.num_kept = min(self.E, self.keep or self.E)
-        self.ranking = RowRanking(self.E)
+        self.reach = 1
         self.block_first = self.block_stop = 0
         self.block_row = -1
         self.block_rows: dict[int, tuple[list[list[list[int]]], list[list[list[int]]]]] = {}
         self.block_outlook: list[Ints] = []
-        self._reset()
+        self.memory = self.net.begin()
         self._begin(1)
         view.outlook = self.net.frequency.reshape(-1).astype(np.int64)
-
-    def _reset(self) -> None:
-        """A new request: what is usual at its first token."""
-        net = self.net
-        self.states: Floats = net.prior.copy()
-        self.use: Floats = np.repeat(net.frequency[None], len(OWN_SHIFTS), axis=0)
-        self.shares: Floats = np.zeros((self.L, self.E))
 
     def _begin(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.num_steps = 1
         self.num_known = 0
         self.closed = False
-        self.base = self.net.base(self.states)
+        self.base = self.net.base(self.memory.states)
         self.sum: Floats = self.base
         self.recent: Floats = np.zeros(self.net.H)
         self.total: Floats = np.zeros(len(SHIFTS) * self.net.H)
         self.now: Floats = np.zeros((self.L, self.E))
-        self.own: dict[int, Floats] = {}
-        self.features: Floats = self.net.own_features(self.use, self.shares)
+        self.own: Floats = np.empty((0, self.L, self.E))
+        self.seen_layer, self.seen = -1, list[Scores | None]()
+        self.features: Floats = self.net.own_features(self.memory.use, self.memory.shares)
 
     def begin_forward(self, forward: Forward) -> None:
         self.block_row = forward.index - self.block_first if forward.index < self.block_stop else -1
         if self.block_row >= 0:
             return
         if len(forward.requests_started) == len(forward.requests):
-            self._reset()
+            self.memory = self.net.begin()
         self._begin(forward.num_tokens)
         # Requests of a batch are at unlike places: only the tokens of a prompt follow one another.
         self.num_steps = forward.num_tokens if forward.phase == PREFILL else 1
@@ -107,12 +101,10 @@ class HybridPredictor(Predictor):
         if self.closed:
             return
         net = self.net
-        self.states = net.advance(self.states, self.total, self.num_steps)
-        self.use = net.remember(self.use, self.now, self.num_steps)
-        self.shares = self.now
-        self.features = net.own_features(self.use, self.shares)
-        self.own = {}
-        self.after: Singles = net.activate(net.base(self.states) + net.place[0])
+        self.memory = net.after(self.memory, self.total, self.now, self.num_steps)
+        self.features = net.own_features(self.memory.use, self.memory.shares)
+        self.own = np.empty((0, self.L, self.E))
+        self.after: Singles = net.activate(net.base(self.memory.states) + net.place[0])
         self.closed = True
 
     def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
@@ -121,37 +113,49 @@ class HybridPredictor(Predictor):
             return None
         if self.block_row >= 0:
             return self._from_block(layer, distance)
-        self._know(forward, layer)
-        if layer == self.L - 1:
-            self._close()
-            target, hidden = distance - 1, self.after
-        else:
-            target, hidden = layer + distance, net.activate(self.sum + self.recent + net.place[layer + 1])
-        own = self.own.get(distance)
-        if own is None:
-            own = self.own[distance] = net.own_odds(self.features, distance)
-        odds = net.odds(hidden, target, distance)
-        odds += own[target]
-        if net.pregate is not None and layer < self.L - 1:
-            pregate = self._pregate(forward, layer, distance)
-            if pregate is None:
-                return None
-            odds += net.pregate_odds(pregate, target, distance)
-        chance = chance_of(odds)
-        if self.num_tokens == 1:
-            return self.ranking.rank(chance, target * self.E, self.num_kept)
-        any_of = np.rint(UNIT * (1.0 - (1.0 - chance / UNIT) ** self.num_tokens)).astype(np.int64)
-        return self.ranking.rank(any_of, target * self.E, self.E)
+        if self.seen_layer != layer or distance > len(self.seen):
+            self.reach = max(self.reach, distance)
+            self.seen = self._look_ahead(forward, layer, min(self.reach, net.D, self.L - (layer + 1) % self.L))
+            self.seen_layer = layer
+        return self.seen[distance - 1]
 
-    def _pregate(self, forward: Forward, layer: int, distance: int) -> Floats | None:
-        """Mean chance [E] over the forward's rows, of the pre-gate recorded at `layer`."""
-        if forward.recorded is None:
-            return None
-        recorded = forward.recorded.lookahead(forward.rows, layer)
-        if recorded is None or distance > recorded.shape[1]:
-            return None
-        chance = recorded[:, distance - 1].astype(np.float64).mean(axis=0)
-        return None if np.isnan(chance).any() else chance
+    def _look_ahead(self, forward: Forward, layer: int, reach: int) -> list[Scores | None]:
+        """What is predicted at distances 1 … reach, at once: on one row numpy costs by the call, not by the size."""
+        net, first = self.net, (layer + 1) % self.L
+        self._know(forward, layer)
+        if first:
+            hidden = net.activate(self.sum + self.recent + net.place[layer + 1])
+        else:
+            self._close()
+            hidden = self.after
+        if len(self.own) < reach:
+            self.own = np.stack([net.own_odds(self.features, distance) for distance in range(1, reach + 1)])
+        odds = net.odds_ahead(hidden, first, reach)
+        steps = np.arange(reach)
+        odds += self.own[steps, first + steps]
+        known = reach
+        if net.pregate is not None and first:
+            pregate = self._pregate(forward, layer, reach)
+            known = len(pregate)
+            odds = odds[:known]
+            odds += net.pregate_odds(pregate, net.pregate_ahead[first][:known].T[..., None])
+        chance = chance_of(odds)
+        num_kept = self.num_kept
+        if self.num_tokens > 1:
+            chance = np.rint(UNIT * (1.0 - (1.0 - chance / UNIT) ** self.num_tokens)).astype(np.int64)
+            num_kept = self.E
+        keys, scores = rank_scores(chance, ((first + steps[:known]) * self.E)[:, None], num_kept)
+        found: list[Scores | None] = list(zip(keys.tolist(), scores.tolist(), strict=True))
+        return found + [None] * (reach - known)
+
+    def _pregate(self, forward: Forward, layer: int, reach: int) -> Floats:
+        """Mean chances [known, E] over the forward's rows, of the pre-gate recorded at `layer`, as far as that goes."""
+        recorded = None if forward.recorded is None else forward.recorded.lookahead(forward.rows, layer)
+        if recorded is None:
+            return np.zeros((0, self.E))
+        chance: Floats = recorded[:, :reach].astype(np.float64).mean(axis=0)
+        missing = np.isnan(chance).any(axis=1)
+        return chance[: int(missing.argmax())] if missing.any() else chance
 
     def end_forward(self, forward: Forward) -> None:
         if self.block_row >= 0:
@@ -172,36 +176,13 @@ class HybridPredictor(Predictor):
             return
         if len(self.net.rank_weights) != self.top_k:
             return
-        net, num, H = self.net, len(forwards), self.net.H
+        net, num = self.net, len(forwards)
         flat = chain.from_iterable(keys for f in forwards for keys in f.demands)
         keys = np.fromiter(flat, np.int64, num * self.L * self.top_k).reshape(num, self.L, self.top_k)
-        flags = np.zeros((num, self.L * self.E))
-        np.put_along_axis(flags, keys.reshape(num, -1), 1.0, axis=1)
-        now = flags.reshape(num, self.L, self.E)
-        made = net.embed_block(keys)
-        totals = made[..., 2 * H :].sum(axis=1)
-        bases: Floats = np.empty((num, H))
-        before, after = [], []
-        self.block_after: Singles = np.empty((num, H), np.float32)
-        self.block_outlook = []
-        for row, forward in enumerate(forwards):
-            if len(forward.requests_started) == len(forward.requests):
-                self._reset()
-            bases[row] = net.base(self.states)
-            before.append(net.own_features(self.use, self.shares))
-            self.states = net.advance(self.states, totals[row])
-            self.use = net.remember(self.use, now[row])
-            self.shares = now[row]
-            self.block_after[row] = net.activate(net.base(self.states) + net.place[0])
-            after.append(net.own_features(self.use, self.shares))
-            self.block_outlook.append(net.outlook(self.block_after[row], after[row]))
-        self.block_features = np.stack(before), np.stack(after)
-        sums = made[..., :H].cumsum(axis=1) + bases[:, None]
-        kept: Floats = np.zeros((num, H))
-        for layer in range(self.L):
-            kept = net.forget_recent(kept) + made[:, layer, H : 2 * H]
-            sums[:, layer] += kept
-        self.block_hidden = net.activate(sums + net.place[1:])
+        starts = np.array([len(f.requests_started) == len(f.requests) for f in forwards])
+        self.memory, self.block = net.run_block(self.memory, keys, starts)
+        ends = zip(self.block.after, self.block.features_after, strict=True)
+        self.block_outlook = [net.outlook(hidden, features) for hidden, features in ends]
         self.block_rows = {}
         self.block_first, self.block_stop = forwards[0].index, forwards[-1].index + 1
 
@@ -214,12 +195,12 @@ class HybridPredictor(Predictor):
 
     def _score_block(self, distance: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
         """Keys and scores [source][row][kept]: sources 0 … L - 1 - distance, then the last layer."""
-        net = self.net
-        before, after = (net.own_odds(features, distance) for features in self.block_features)
+        net, block = self.net, self.block
+        before, after = (net.own_odds(some, distance) for some in (block.features, block.features_after))
         keys, scores = [], []
         for source in [*range(self.L - distance), -1]:
             target = source + distance
-            hidden = self.block_after if source < 0 else self.block_hidden[:, source]
+            hidden = block.after if source < 0 else block.hidden[:, source]
             odds = net.odds(hidden, target, distance) + (after if source < 0 else before)[:, target]
             found = rank_scores(chance_of(odds), target * self.E, self.num_kept)
             keys.append(found[0].tolist())

@@ -20,7 +20,7 @@ class StallSaved(CountingSelection):
     full and copies cannot be hidden the threshold tends to 1: prefetch that would hurt switches itself off.
     """
 
-    def __init__(self, price: float = 1.0, least: float = 0.1, most: float = 1.0, memory: float = 0.9) -> None:
+    def __init__(self, price: float = 0.25, least: float = 0.01, most: float = 1.0, memory: float = 0.9) -> None:
         if price < 0:
             raise ValueError(f"StallSaved price={price} must be at least 0")
         if not 0 < least <= most <= 1:

@@ -85,7 +85,7 @@ def test_with_several_tokens_the_chance_that_any_picks_it_is_larger(batch_size: 
         predictor.end_forward(forward)
     predictor.begin_forward(several)
     union = predictor.predict(several, 0, 1)
-    predictor.num_tokens = 1
+    predictor.num_tokens, predictor.seen_layer = 1, -1
     single = predictor.predict(several, 0, 1)
     assert union is not None
     assert single is not None

@@ -1,1 +1,1 @@
-"""Fitting predictors to recorded traces, and scoring them: files in, files out. Knows no policy and no clock of a run."""
+"""Fitting predictors to recorded traces, and scoring them: files in, files out. Knows no policy."""

@@ -1,0 +1,144 @@
+"""Regression forests as flat integer arrays, one forest per target layer, evaluated in compiled code.
+
+A forest adds its mean leaf to the pre-gate's calibrated chance. Features, thresholds and leaves are integers, so the
+sum is exact in any order and a score is the same on every machine. Knows arrays; no traces, files or scikit-learn.
+Shape letters: L target layers, E experts, B trees of a layer, I inner nodes, V leaves, D distances, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.features import CHANCE_ONE, num_features
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.int32]
+
+SCORE_ONE = 1 << 16
+LEAF_ONE = 1 << 7
+"""Leaves are int8 in units of 1/128."""
+KNOTS = np.array([0, 1, 2, 4, 8, 16, *range(32, 128, 16), *range(128, 512, 32), *range(512, 1024, 64),
+                  *range(1024, 4097, 256)], np.int64)  # fmt: skip
+"""Pre-gate chances, in 1/4096, at which the calibrated chance is stored; linear between them."""
+_ORDER_SHIFT = 6
+_REMEDY = "fit one on a trace of the same model (python -m traces fit-predictor)"
+
+
+def calibration_tables(knots: npt.NDArray[np.generic]) -> Words:
+    """Calibrated chances in 2^-16 by the pre-gate's chance, int32 [..., 4097], from values at KNOTS [..., len(KNOTS)].
+
+    Up to 2^-10 is added in the pre-gate's own order, so that chances calibrated alike do not tie.
+    """
+    values = knots.astype(np.int64)
+    chance = np.arange(CHANCE_ONE + 1)
+    left = np.clip(np.searchsorted(KNOTS, chance, side="right") - 1, 0, len(KNOTS) - 2)
+    width = KNOTS[left + 1] - KNOTS[left]
+    between = (values[..., left + 1] - values[..., left]) * (chance - KNOTS[left]) // width
+    return np.ascontiguousarray(values[..., left] + between + (chance >> _ORDER_SHIFT), dtype=np.int32)
+
+
+class Forest:
+    """Fitted arrays, checked, in the types they are evaluated in.
+
+    arrays: nodes int16 [I, 4] (feature, threshold, left, right: go left if feature ≤ threshold; a child ≥ 0 is an
+    inner node and < 0 the leaf ~child, both counted from the tree's first), first_node and first_leaf int32 [L·B + 1],
+    leaves int8 [V, E], calibration uint16 [D, L, len(KNOTS)], max_tokens int32 [1] (of the forwards it was fitted to).
+    ValueError names what does not fit the model.
+    """
+
+    def __init__(self, arrays: Arrays, num_layers: int, num_experts: int) -> None:
+        self.L, self.E = num_layers, num_experts
+        nodes = _array(arrays, "nodes", (None, 4), "i")
+        self.leaves = _array(arrays, "leaves", (None, num_experts), "i").astype(np.int8)
+        calibration = _array(arrays, "calibration", (None, num_layers, len(KNOTS)), "iu")
+        first_node = _array(arrays, "first_node", (None,), "i").astype(np.int64)
+        first_leaf = _array(arrays, "first_leaf", (None,), "i").astype(np.int64)
+        self.max_tokens = int(_array(arrays, "max_tokens", (1,), "i")[0])
+        self.D = len(calibration)
+        self.B = (len(first_node) - 1) // num_layers
+        if self.B < 1 or self.B > 1024 or len(first_node) != num_layers * self.B + 1 or self.D < 1:
+            raise ValueError(f"fitted forest: {len(first_node) - 1} trees cannot be shared among {num_layers} layers; "
+                             f"{_REMEDY}")  # fmt: skip
+        self.nodes = _absolute(nodes.astype(np.int64), first_node, first_leaf, len(self.leaves), num_experts)
+        self.roots = first_node[:-1].reshape(num_layers, self.B).astype(np.int32)
+        self.tables = calibration_tables(calibration)
+
+    def scores(self, features: npt.NDArray[np.int16], target: int, distance: int) -> Ints:
+        """Chances [E] in 2^-16 from one vector of features."""
+        out = np.empty(self.E, np.int64)
+        compiled()(self.nodes, self.roots[target], self.leaves, self.tables[distance - 1, target], features, out)
+        return out
+
+
+def _array(arrays: Arrays, name: str, shape: Sequence[int | None], kinds: str) -> npt.NDArray[Any]:
+    if name not in arrays:
+        raise ValueError(f"fitted forest: {name} is missing; write it with python -m traces fit-predictor")
+    found = arrays[name]
+    if found.ndim != len(shape) or any(w not in (None, h) for w, h in zip(shape, found.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"fitted forest: {name} has shape {found.shape}, the trace needs ({wanted}); {_REMEDY}")
+    if found.dtype.kind not in kinds:
+        raise ValueError(f"fitted forest: {name} must hold whole numbers, it holds {found.dtype}; {_REMEDY}")
+    return np.asarray(found)
+
+
+def _absolute(nodes: Ints, first_node: Ints, first_leaf: Ints, num_leaves: int, num_experts: int) -> Words:
+    """Nodes whose children are counted from the first of all; ValueError where a walk might leave its tree, or not end.
+    """
+    sizes, leaves = np.diff(first_node), np.diff(first_leaf)
+    sound = (
+        len(first_leaf) == len(first_node) and first_node[0] == 0 and first_leaf[0] == 0
+        and first_node[-1] == len(nodes) and first_leaf[-1] == num_leaves and (sizes > 0).all() and (leaves > 0).all()
+    )  # fmt: skip
+    if sound:
+        tree = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(len(nodes)) - first_node[tree]
+        children = nodes[:, 2:]
+        # A child that comes after its parent is a walk that ends.
+        inner = (children > place[:, None]) & (children < sizes[tree, None])
+        outer = (children < 0) & (~children < leaves[tree, None])
+        features = (nodes[:, 0] >= 0) & (nodes[:, 0] < num_features(num_experts))
+        sound = bool((inner | outer).all() and features.all())
+    if not sound:
+        raise ValueError(f"fitted forest: its trees are damaged; {_REMEDY}")
+    absolute = np.where(children < 0, ~(~children + first_leaf[tree, None]), children + first_node[tree, None])
+    return np.ascontiguousarray(np.concatenate([nodes[:, :2], absolute], axis=1), dtype=np.int32)
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Callable[..., None]:
+    """`evaluate(nodes, roots, leaves, table, features, out)`, compiled once per process.
+
+    out int64 [E] becomes the calibrated pre-gate plus the mean leaf of the trees at `roots`, clipped to 0 … 2^16.
+    ValueError where numba is missing.
+    """
+    try:
+        import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        raise ValueError("the forest predictor needs numba; install it: pip install 'expertflow[fit]'") from None
+
+    def evaluate(nodes, roots, leaves, table, features, out):  # type: ignore[no-untyped-def]
+        num_experts = leaves.shape[1]
+        total = np.zeros(num_experts, np.int32)
+        for root in roots:
+            node = root
+            while node >= 0:
+                node = nodes[node, 2] if features[nodes[node, 0]] <= nodes[node, 1] else nodes[node, 3]
+            leaf = leaves[~node]
+            for expert in range(num_experts):
+                total[expert] += leaf[expert]
+        for expert in range(num_experts):
+            chance = min(max(features[expert], 0), table.shape[0] - 1)
+            # 512 is SCORE_ONE / LEAF_ONE. A floor division of whole numbers is the same on every machine.
+            score = table[chance] + (total[expert] * 512) // len(roots)
+            out[expert] = min(max(score, 0), 65536)
+
+    types = "void(i4[:,::1], i4[::1], i1[:,::1], i4[::1], i2[::1], i8[::1])"
+    function: Callable[..., None] = numba.njit(types)(evaluate)
+    return function

@@ -1,0 +1,149 @@
+"""Running the cells of a study, in this process or several, and keeping each finished one.
+
+A kept cell counts only for the same configuration, trace, fitted files and code: those of the moment at which the
+command started, so that nothing is filed under code that it did not run with. What only tabulates is not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed
+
+from expertflow.observer import Observer
+from sim.app import twin_hits
+from sim.configure import configure
+from sim.errors import one_line
+from sim.link import Link
+from sim.output import to_json, write_text
+from sim.paths import DATA, ROOT
+from sim.run import describe, run_policy
+from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload
+from sim.study.estimates import run_estimates
+from sim.study.phases import PhaseRecorder
+from sim.study.plan import Cell
+from sim.twin import RedundancyCounter
+from traces.reader import Trace
+
+ALONE = ("compare=none",)
+DECIDES = ("expertflow/**/*.py", "traces/**/*.py", "sim/*.py", "sim/study/cells.py", "sim/study/estimates.py",
+           "sim/study/phases.py")  # fmt: skip
+"""The code that a result depends on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell, ready to run: its configuration, and the mark of all that decides its result."""
+
+    cell: Cell
+    cfg: dict[str, Any]
+    mark: str
+    kind: str
+
+    def path(self, folder: Path) -> Path:
+        """Where its result is kept."""
+        return folder / f"{self.mark[:20]}.json"
+
+
+def plan_jobs(cells: Sequence[Cell], kind: str = "runs") -> list[Job]:
+    """Compose and mark every cell; ValueError that names the cell for what cannot be composed."""
+    jobs = []
+    code = [path for pattern in DECIDES for path in sorted(ROOT.glob(pattern))]
+    shared = _digest((*code, *sorted(DATA.glob("*.safetensors"))))
+    for cell in cells:
+        try:
+            cfg = configure([*cell.overrides, *ALONE])
+            trace_sha256 = _open_trace(to_json(cfg["trace"])).sha256()
+            own = _digest(tuple(sorted(_files(cfg["policy"]))))
+        except Exception as error:
+            raise _named(cell, error) from error
+        body = json.dumps([kind, cfg, trace_sha256, own, shared], sort_keys=True)
+        jobs.append(Job(cell, cfg, hashlib.sha256(body.encode()).hexdigest(), kind))
+    return jobs
+
+
+def _named(cell: Cell, error: Exception) -> Exception:
+    line = one_line(error)
+    return error if line is None else ValueError(f"{cell}: {line}")
+
+
+def _files(value: Any) -> list[Path]:
+    """Files that a configuration names."""
+    if isinstance(value, dict):
+        return [path for inner in value.values() for path in _files(inner)]
+    return [Path(value)] if isinstance(value, str) and "/" in value and Path(value).is_file() else []
+
+
+@lru_cache(maxsize=4)
+def _digest(paths: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(str(path).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _open_trace(cfg: str) -> Trace:
+    return make_trace(json.loads(cfg))
+
+
+def run_jobs(jobs: Sequence[Job], folder: Path, num_jobs: int,
+             optional: Sequence[str] = ()) -> tuple[dict[Cell, dict[str, Any]], dict[str, str]]:  # fmt: skip
+    """The result of every cell, in order, and why cells of `optional` variants are missing.
+
+    Results kept in `folder` are not made again. What fails does not stop the others; ValueError at the end says what
+    failed first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / ".gitignore", "*\n")
+    waiting = [job for job in jobs if not job.path(folder).exists()]
+    print(f"{len(jobs)} cells, {len(jobs) - len(waiting)} of them done before", flush=True)
+    outcomes = Parallel(n_jobs=num_jobs, return_as="generator")(delayed(_attempt)(job, folder) for job in waiting)
+    failures: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for number, (job, line) in enumerate(zip(waiting, outcomes, strict=True), start=1):
+        print(f"{number}/{len(waiting)} {job.cell}: {line or 'done'}", flush=True)
+        if line is not None:
+            (left_out if job.cell.variant in optional else failures)[str(job.cell)] = line
+    if failures:
+        cell, line = next(iter(failures.items()))
+        raise ValueError(f"{len(failures)} of {len(jobs)} cells failed, the others are kept; the first: {cell}: {line}")
+    there = [job for job in jobs if str(job.cell) not in left_out]
+    return {job.cell: json.loads(job.path(folder).read_text(encoding="utf-8")) for job in there}, left_out
+
+
+def _attempt(job: Job, folder: Path) -> str | None:
+    """Run one job and keep its result; a user's error as a line."""
+    try:
+        work = make_workload(job.cfg, _open_trace(to_json(job.cfg["trace"])))
+        result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        return line
+    write_text(job.path(folder), to_json(result))
+    return None
+
+
+def run_cell(cfg: dict[str, Any], work: Workload) -> dict[str, Any]:
+    """Metrics as `python -m sim` writes them, and beside them `phases` and `costs` (what one load takes)."""
+    policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
+    phases = PhaseRecorder(policy, work.warmup_forwards)
+    observers: list[Observer] = [phases]
+    redundancy = None
+    if cfg["twin"]:
+        redundancy = RedundancyCounter(twin_hits(cfg, work), len(load_chunks(work)), work.warmup_forwards)
+        observers.append(redundancy)
+    metrics = describe(work, policy, cfg["policy"]["name"]) | run_policy(work, policy, transfer, observers)
+    if redundancy is not None:
+        metrics["prefetch"]["redundant"] = redundancy.num_redundant
+    load_ns = Link(work.hardware).fastest_load_ns(work.model.expert_bytes, int(work.chunk_mib * 2**20))
+    costs = {"load_ns": load_ns, "expert_bytes": work.model.expert_bytes, "num_layers": work.model.num_layers}
+    return {**metrics, "phases": phases.result(), "costs": costs}

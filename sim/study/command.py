@@ -1,0 +1,104 @@
+"""`python -m sim.study NAME`: run a study of `conf/study`, and write its table, verdicts and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sim.errors import one_line
+from sim.output import code_sha256
+from sim.study.cells import plan_jobs, run_jobs
+from sim.study.estimates import estimates_table
+from sim.study.plan import Study, cells, load_study
+from sim.study.report import Run, write_study
+from sim.study.table import make_table
+from sim.study.verdicts import sentences
+
+
+def cli(words: list[str] | None = None) -> int:
+    """Command line; exit code 2 and one line for a user's error."""
+    try:
+        run_study(_parser().parse_args(words))
+    except KeyboardInterrupt:
+        print("interrupted; finished cells are kept: the same command goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sim.study", description=__doc__,
+        epilog="example: python -m sim.study gap --out results/gap --set trace.path=mine.safetensors")  # fmt: skip
+    parser.add_argument("study", help="a file of conf/study, without .yaml")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; finished cells in it are kept")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="a parameter of the study, or an override of every run")  # fmt: skip
+    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="AXIS=VALUE[,VALUE]",
+                        help="only these values of an axis, or of `variant`")  # fmt: skip
+    parser.add_argument("--tokens", type=int, help="cut every trace after so many tokens (max_tokens)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1; -1: one a core)")
+    return parser
+
+
+def run_study(args: argparse.Namespace) -> None:
+    """Plan, run what is not done yet, write."""
+    started, code = time.perf_counter(), code_sha256()
+    if args.jobs == 0:
+        raise ValueError("--jobs=0 runs nothing; give 1 or more, or -1 for one a core")
+    study = load_study(args.study)
+    given = [_split("--set", word) for word in args.set]
+    values = {key: value for key, value in given if key in study.parameters}
+    added = [f"{key}={value}" for key, value in given if key not in study.parameters]
+    added += [f"max_tokens={args.tokens}"] if args.tokens is not None else []
+    only = {axis: names.split(",") for axis, names in (_split("--only", word) for word in args.only)}
+    jobs = plan_jobs(cells(study, values, added, only), study.kind)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found, left_out = run_jobs(jobs, args.out / "cells", args.jobs, study.optional)
+    if not found:
+        raise ValueError(f"no cell of study {study.name} could be run: {next(iter(left_out.values()), 'it has none')}")
+    results = list(found.values())
+    if study.kind == "estimates":
+        table = estimates_table([" ".join(f"{axis} {name}" for axis, name in cell.place) for cell in found], results)
+    else:
+        table = make_table(list(found), results, study.perfect)
+    run = Run(
+        study=study,
+        words=tuple(printed(args, study)),
+        code_sha256=code,
+        traces={result["trace"]["name"]: result["trace"]["sha256"] for result in results},
+        left_out=left_out,
+        wall_s=time.perf_counter() - started,
+    )
+    for line in sentences(write_study(args.out, run, table)):
+        print(line)
+    print(f"{len(results)} cells: {args.out / 'README.md'}")
+
+
+def _split(option: str, word: str) -> tuple[str, str]:
+    key, separator, value = word.partition("=")
+    if not key or not separator:
+        raise ValueError(f"{option} {word}: give KEY=VALUE")
+    return key, value
+
+
+def printed(args: argparse.Namespace, study: Study) -> list[str]:
+    """The command's words as a report may show them: a path of this machine as the variable that stands for it."""
+
+    def shown(word: str) -> str:
+        key, value = _split("--set", word)
+        return f"{key}=${key.upper().replace('.', '_')}" if "/" in value or value.endswith(".safetensors") else word
+
+    words: list[str] = [study.name, "--out", f"results/{args.out.name}"]
+    parts: Sequence[tuple[str, list[str]]] = (("--set", [shown(word) for word in args.set]), ("--only", args.only))
+    for option, listed in parts:
+        words += [option, *listed] if listed else []
+    return words + (["--tokens", str(args.tokens)] if args.tokens is not None else [])

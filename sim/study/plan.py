@@ -1,0 +1,178 @@
+"""A study as its file describes it, and the cells that it comes to. Runs nothing.
+
+A cell is one run: one value of each axis, and one variant. Overrides are those of `python -m sim`; `{name}` in them
+stands for a parameter of the study, given as `--set name=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sim.paths import CONF
+
+FOLDER = CONF / "study"
+KINDS = ("runs", "estimates")
+_EXTRAS = {
+    "tables": {"title", "value", "rows", "columns", "variants", "only", "percent", "digits", "note"},
+    "claims": {"name", "variants", "column", "at_most", "at_least", "split"},
+    "best": {"name", "variant", "of", "column"},
+    "pairs": {"name", "axis", "slow", "fast", "column"},
+    "pictures": {"file", "kind", "value", "variants", "marked", "line", "title"},
+}
+"""What each list that is evaluated after the runs may say."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One file of `conf/study`.
+
+    axes: name -> value -> overrides. variants: name -> overrides, compared within a cell's place. perfect: the variant
+    with perfect prediction, for the gap that is closed. optional: variants that are left out, with the reason said,
+    where a trace lacks what they need. parameters: name -> what it is, asked for when it is needed and not among
+    `defaults`.
+    """
+
+    name: str
+    about: str
+    kind: str = "runs"
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    base: tuple[str, ...] = ()
+    axes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    perfect: str = "perfect"
+    optional: tuple[str, ...] = ()
+    tables: tuple[Mapping[str, Any], ...] = ()
+    claims: tuple[Mapping[str, Any], ...] = ()
+    best: tuple[Mapping[str, Any], ...] = ()
+    pairs: tuple[Mapping[str, Any], ...] = ()
+    pictures: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: where it stands, and the overrides that make it."""
+
+    place: tuple[tuple[str, str], ...]
+    variant: str
+    overrides: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{axis}={value}" for axis, value in self.place), f"variant={self.variant}"])
+
+
+def load_study(name: str) -> Study:
+    """The study of that name; ValueError with the choices if there is none."""
+    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"study {name!r} does not exist{hint}; choose one of: {', '.join(known)}")
+    return read_study(FOLDER / f"{name}.yaml")
+
+
+def read_study(path: Path) -> Study:
+    """The study in one file; ValueError names file and key of what is wrong in it."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: holds no study; see those beside it")
+    known = {"name", "about", "kind", "parameters", "defaults", "base", "axes", "variants", "sweeps", "perfect",
+             "optional", *_EXTRAS}  # fmt: skip
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{path.name}: {key} is no key of a study; known: {', '.join(sorted(known))}")
+    if content.get("name") != path.stem or not isinstance(content.get("about"), str):
+        raise ValueError(f"{path.name}: needs name: {path.stem}, as the file, and about: one sentence")
+    if content.get("kind", "runs") not in KINDS:
+        raise ValueError(f"{path.name}: kind={content['kind']!r} is unknown; choose one of: {', '.join(KINDS)}")
+    given: dict[str, Any] = dict(content)
+    try:
+        given["base"] = tuple(map(str, given.get("base", ())))
+        given["axes"] = {axis: _lists(values) for axis, values in given.get("axes", {}).items()}
+        given["variants"] = _lists(given.get("variants", {})) | _sweep(given.pop("sweeps", {}), given)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path.name}: axes, variants and sweeps map names to lists of overrides ({error})") from error
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    study = Study(**plain)
+    _check_extras(study, path.name)
+    return study
+
+
+def _lists(values: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[str, ...]]:
+    return {str(name): tuple(map(str, overrides or ())) for name, overrides in values.items()}
+
+
+def _sweep(sweeps: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """One variant per value of each swept key: `of` a variant, everything else as there."""
+    found: dict[str, tuple[str, ...]] = {}
+    for of, keys in sweeps.items():
+        start = tuple(map(str, given["variants"][of]))
+        for key, values in keys.items():
+            more, _, swept = key.rpartition(" ")
+            for value in values:
+                found[f"{re.split('[./]', swept)[-1]}={value}"] = (*start, *more.split(), f"{swept}={value}")
+    return found
+
+
+def _check_extras(study: Study, file: str) -> None:
+    named = [("optional", variant) for variant in study.optional]
+    for part, known in _EXTRAS.items():
+        for entry in getattr(study, part):
+            unknown = sorted(set(entry) - known)
+            if unknown:
+                raise ValueError(f"{file}: {part} has no key {unknown[0]}; known: {', '.join(sorted(known))}")
+            for key in ("variants", "of", "marked"):
+                named += [(part, variant) for variant in entry.get(key, ())]
+            named += [(part, entry["variant"])] if "variant" in entry else []
+    for part, variant in named:
+        if variant not in study.variants:
+            raise ValueError(f"{file}: {part} names the variant {variant}, which is none of the study's: "
+                             f"{', '.join(study.variants)}")  # fmt: skip
+
+
+def cells(study: Study, values: Mapping[str, str], added: Sequence[str] = (),
+          only: Mapping[str, Sequence[str]] | None = None) -> list[Cell]:  # fmt: skip
+    """Every cell, variants innermost. values: of the parameters; added: overrides of every run, stronger than the
+    study's; only: axis (or `variant`) -> the names that are wanted."""
+    only, values = dict(only or {}), {**study.defaults, **values}
+    axes = {axis: _wanted(axis, list(named), only) for axis, named in study.axes.items()}
+    variants = _wanted("variant", list(study.variants), only)
+    if only:
+        raise ValueError(f"--only {next(iter(only))}: no axis of {study.name}; it has: {', '.join([*axes, 'variant'])}")
+    found = []
+    for chosen in product(*axes.values()):
+        place = tuple(zip(axes, chosen, strict=True))
+        where = [word for axis, value in place for word in study.axes[axis][value]]
+        for variant in variants:
+            words = [*study.base, *where, *study.variants[variant]]
+            filled = [_filled(word, study, values) for word in words]
+            found.append(Cell(place, variant, (*filled, *added)))
+    return found
+
+
+def _wanted(axis: str, names: list[str], only: dict[str, Sequence[str]]) -> list[str]:
+    wanted = only.pop(axis, None)
+    if wanted is None:
+        return names
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"--only {axis}={name}: no such value; choose from: {', '.join(names)}")
+    return [name for name in names if name in wanted]
+
+
+def _filled(word: str, study: Study, values: Mapping[str, str]) -> str:
+    for name in re.findall(r"\{(\w+)\}", word):
+        if name not in study.parameters:
+            raise ValueError(f"{study.name}.yaml: {word} names {{{name}}}, which is not among its parameters")
+        if name not in values:
+            raise ValueError(f"study {study.name} needs --set {name}=VALUE: {study.parameters[name]}")
+        word = word.replace(f"{{{name}}}", values[name])
+    return word

@@ -1,0 +1,77 @@
+"""`python -m traces fit-predictor`: fit a predictor to a trace and write it as a safetensors file.
+
+Knows no kind of predictor: each is a function `fit(trace, report, *, options) -> (arrays, header)`, loaded when asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from traces.container import TraceError, fault
+from traces.files import replace_file, safetensors_bytes
+from traces.reader import open_trace
+
+FITS = {"forest": "traces.fitting.forest:fit_forest", "hybrid": "traces.fitting.network:fit_hybrid"}
+"""Kinds, and the function of each. The first is the default."""
+ZERO_ALLOWED = ("seed", "threads")
+_EXAMPLES = """examples:
+  python -m traces fit-predictor train.safetensors my-model.forest.safetensors kind=forest
+  python -m traces fit-predictor train.safetensors small.safetensors kind=forest max_mb=2 rows=6000"""
+
+
+def function_of(kind: str) -> Callable[..., Any]:
+    """The function that fits `kind`. TraceError on an unknown one."""
+    if kind not in FITS:
+        raise TraceError(f"kind={kind} is unknown; known are {', '.join(FITS)}")
+    module, _, name = FITS[kind].partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    from traces.cli import listed_options
+
+    parser.add_argument("trace", help="a trace file, or a quoted glob")
+    parser.add_argument("output", type=Path, help="the .safetensors file to write")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="kind=, and options of the kind, listed below")
+    lines = ["options, by kind (defaults shown; max_mb: 10^6 bytes of the file; rows: pairs of row and distance that",
+             "each target layer is fitted on):",
+             *(f"  kind={kind} {listed_options(function_of(kind))}" for kind in FITS), "", _EXAMPLES]  # fmt: skip
+    parser.epilog = "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit and write; progress on stderr."""
+    from traces.cli import parse_options
+
+    kinds = [word.partition("=")[2] for word in args.options if word.startswith("kind=")]
+    if len(kinds) > 1:
+        raise TraceError("option kind is given twice; keep one")
+    kind = kinds[0] if kinds else next(iter(FITS))
+    function = function_of(kind)
+    words = [word for word in args.options if not word.startswith("kind=")]
+    options = parse_options(kind, function, words, ZERO_ALLOWED)
+    if not args.output.absolute().parent.is_dir():
+        raise fault(args.output, "file", f"the folder {args.output.absolute().parent} does not exist",
+                    "create it first")  # fmt: skip
+    trace = open_trace(args.trace)
+    arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), **options)
+    told = {"format": f"expertflow-{kind}", "model": trace.model, "trace_sha256": trace.sha256(),
+            "source": trace.header["source"], "license": trace.header["license"]}  # fmt: skip
+    write_fitted(args.output, arrays, told | header)
+    print(f"wrote {args.output}: {kind} for {trace.model}, {args.output.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+def write_fitted(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]], header: Mapping[str, str]) -> None:
+    """Write the file whole or not at all."""
+    replace_file(path, safetensors_bytes(arrays, header))
