@@ -13,6 +13,8 @@ from tests.cli.support import TINY_MODEL_WORDS, Outcome, routing, run_here, run_
 
 LRU = "+hardware=a100 +policy=lru"
 ADAPTIVE = "+hardware=a100 +policy=adaptive"
+TRANSITION = f"{ADAPTIVE} policy/predictor=transition"
+THRESHOLD = f"{ADAPTIVE} policy/selection=threshold"
 
 
 class Bad(NamedTuple):
@@ -135,8 +137,8 @@ RESIDENT = "start=resident residency=1.0"
 LIMITS = [RESIDENT, f"{RESIDENT} chunk_mib=0.0009765625", "chunk_mib=4096", "gpu_memory_gb=80"]
 """Values on the right side of a limit above."""
 PARTS = [
-    Bad(f"{ADAPTIVE} policy.selection.probability=2", ("policy.selection", "probability=2", "(0, 1]")),
-    Bad(f"{ADAPTIVE} policy.selection.probability=often", ("policy.selection.probability='often'", "finite number")),
+    Bad(f"{THRESHOLD} policy.selection.probability=2", ("policy.selection", "probability=2", "(0, 1]")),
+    Bad(f"{THRESHOLD} policy.selection.probability=often", ("policy.selection.probability='often'", "finite number")),
     Bad(f"{ADAPTIVE} policy/selection=mass policy.selection.mass=0", ("policy.selection", "mass=0", "(0, 1]")),
     Bad(f"{ADAPTIVE} policy/selection=top_k policy.selection.extra=0.5",
         ("policy.selection.extra=0.5", "whole number")),
@@ -149,18 +151,19 @@ PARTS = [
     Bad(f"{ADAPTIVE} policy.horizon.dist_exponent=nan", ("policy.horizon.dist_exponent=nan", "finite number")),
     Bad(f"{ADAPTIVE} policy.horizon.count=3", ("policy.horizon.count=3", "must be text")),
     Bad(f"{ADAPTIVE} policy.horizon.count=some", ("policy.horizon", "count='some'", "any or late")),
-    Bad(f"{ADAPTIVE} policy.eviction.high_share=0", ("policy.eviction", "high_share=0", "(0, 1]")),
+    Bad(f"{ADAPTIVE} policy/eviction=two_level_lru policy.eviction.high_share=0",
+        ("policy.eviction", "high_share=0", "(0, 1]")),
     Bad(f"{LRU} residency=0.01 policy/eviction=lru_per_layer", ("num_slots=7", "24 layers", "raise residency")),
     Bad(f"{ADAPTIVE} policy/predictor=noisy_oracle policy.predictor.a=2", ("policy.predictor", "a=2", "[0, 1]")),
     Bad(f"{ADAPTIVE} policy/predictor=noisy_oracle policy.predictor.seed=-1",
         ("policy.predictor", "seed=-1", "at least 0")),
     Bad(f"{ADAPTIVE} policy/predictor=lookahead",
         ("policy/predictor=lookahead", "the trace sound has none", "policy/predictor=transition")),
-    Bad(f"{ADAPTIVE} policy.predictor.transition.max_distance=0", ("policy.predictor", "max_distance=0")),
-    Bad(f"{ADAPTIVE} policy.predictor.transition.smoothing=nan", ("policy.predictor.smoothing=nan", "finite number")),
-    Bad(f"{ADAPTIVE} policy.predictor.transition.cross=nan", ("policy.predictor.cross=nan", "finite number")),
-    Bad(f"{ADAPTIVE} policy.predictor.transition.keep=-1", ("policy.predictor", "keep=-1", "0 (all experts) or more")),
-    Bad(f"{ADAPTIVE} policy.predictor.transition.warm=/absent.safetensors",
+    Bad(f"{TRANSITION} policy.predictor.max_distance=0", ("policy.predictor", "max_distance=0")),
+    Bad(f"{TRANSITION} policy.predictor.smoothing=nan", ("policy.predictor.smoothing=nan", "finite number")),
+    Bad(f"{TRANSITION} policy.predictor.cross=nan", ("policy.predictor.cross=nan", "finite number")),
+    Bad(f"{TRANSITION} policy.predictor.keep=-1", ("policy.predictor", "keep=-1", "0 (all experts) or more")),
+    Bad(f"{TRANSITION} policy.predictor.warm=/absent.safetensors",
         ("policy.predictor.warm='/absent.safetensors'", "no such file", "auto, null")),
     Bad("+hardware=a100 +policy=clairvoyant policy.lookahead=0", ("policy", "lookahead=0", "at least 1")),
 ]  # fmt: skip
@@ -322,7 +325,7 @@ def test_counts_fitted_on_another_model_are_one_line(tmp_path: Path) -> None:
 
 def test_a_warm_start_that_is_no_safetensors_file_is_one_line(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "warm").write_text("counts")
-    words = f"{ADAPTIVE} policy.predictor.transition.warm={tmp_path / 'warm'}"
+    words = f"{TRANSITION} policy.predictor.warm={tmp_path / 'warm'}"
     refuse(words, sound, tmp_path / "run", ("policy.predictor.warm", "not a readable safetensors file"))
 
 

@@ -62,7 +62,7 @@ def test_a_file_says_its_own_name(group: str, name: str) -> None:
 def test_every_folder_of_conf_is_tested_here() -> None:
     folders = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir() and list(path.glob("*.yaml"))}
     parts = {f"policy/{part}" for part, _ in PARTS}
-    assert folders - {"experiment"} == {"hardware", "model", "policy", "stack", "trace"} | parts
+    assert folders - {"experiment", "study"} == {"hardware", "model", "policy", "stack", "trace"} | parts
     assert len(NAMED) >= 40
     assert len(PARTS) >= 20
 

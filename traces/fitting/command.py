@@ -21,7 +21,7 @@ from traces.reader import open_trace
 
 FITS = {"forest": "traces.fitting.forest:fit_forest", "hybrid": "traces.fitting.network:fit_hybrid"}
 """Kinds, and the function of each. The first is the default."""
-ZERO_ALLOWED = ("seed", "threads")
+ZERO_ALLOWED = ("seed", "threads", "dropout")
 _EXAMPLES = """examples:
   python -m traces fit-predictor train.safetensors my-model.forest.safetensors kind=forest
   python -m traces fit-predictor train.safetensors small.safetensors kind=forest max_mb=2 rows=6000"""

@@ -24,6 +24,7 @@ from traces.reader import Trace
 
 _RECENT_KEPT = RECENT[0] / RECENT[1]
 _PEAK_SHARE = 99.9
+_PREGATE_RATE = 10.0
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,13 @@ def train(
     net = FloatNetwork(num_layers, num_experts, training, pregate is not None)
     draws = np.random.default_rng(training.seed)
     steps = max(data.num_rows // training.batch, 1)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=training.lr, weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=steps * training.epochs)
+    # The few weights of the pre-gate have far to go, and should be there before the history is learned by heart.
+    few = [] if net.pregate is None else [net.pregate]
+    many = [parameter for parameter in net.parameters() if parameter is not net.pregate]
+    groups = [{"params": many}, *({"params": [one], "weight_decay": 0.0} for one in few)]
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
+    rates = [training.lr, *(_PREGATE_RATE * training.lr for _ in few)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps * training.epochs)
     began = time.monotonic()
     for epoch in range(training.epochs):
         order = draws.permutation(data.num_rows)
@@ -238,22 +244,25 @@ def _rows_to_bytes(
 
 def fit_hybrid(
     trace: Trace, report: Callable[[str], None], *, epochs: int = 12, hidden: int = 192, mixed: int = 128,
-    distances: int = 8, rows: int = MAX_ROWS, seed: int = 0, threads: int = 0,
+    distances: int = 8, dropout: int = 10, rows: int = MAX_ROWS, seed: int = 0, threads: int = 0,
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:  # fmt: skip
     """Fit a history network, corrected towards the pre-gate where the trace has one; its arrays and header.
 
-    rows: of whole requests, from the first, at most so many. threads: of torch, 0 = its own choice. ValueError where
+    dropout: in percent; more where rows are few. rows: of whole requests, from the first, at most so many. threads: of torch, 0 = its own choice. ValueError where
     the trace has nothing to look ahead to, or no whole request.
     """
     if trace.num_layers < 2:
         raise ValueError(f"{trace.name} has one MoE layer: there is nothing to look ahead to")
     if threads:
         torch.set_num_threads(threads)
+    if not 0 <= dropout < 100:
+        raise ValueError(f"dropout={dropout} must be a share in percent, 0 … 99")
     requests = int(np.searchsorted(trace.request_start, min(rows, MAX_ROWS), side="right")) - 1
     if requests < 1:
         raise ValueError(f"rows={rows} hold no whole request of {trace.name}; give more")
     training = Training(
         epochs=epochs, hidden=hidden, mixed=mixed, distances=min(distances, trace.num_layers - 1), seed=seed,
+        dropout=dropout / 100,
         distances_a_step=min(Training.distances_a_step, distances, trace.num_layers - 1),
     )  # fmt: skip
     data = read_dataset(trace, range(requests), training.discount)
