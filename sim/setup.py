@@ -18,6 +18,7 @@ from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
 from expertflow.policy import Policy
+from expertflow.predictors.forest import ForestPredictor
 from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.none import NoPredictor
@@ -251,8 +252,9 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
     predictor = _part(cfg, "policy.predictor", **extra)
-    if isinstance(predictor, LookaheadPredictor) and not _has_lookahead(work.trace):
-        raise ValueError(f"policy/predictor=lookahead needs a recorded pre-gate; the trace {work.trace.name} has none; "
+    if isinstance(predictor, LookaheadPredictor | ForestPredictor) and not _has_lookahead(work.trace):
+        name = "lookahead" if isinstance(predictor, LookaheadPredictor) else "forest"
+        raise ValueError(f"policy/predictor={name} needs a recorded pre-gate; the trace {work.trace.name} has none; "
                          "choose policy/predictor=transition or auto")  # fmt: skip
     if isinstance(predictor, NoPredictor) or work.model.num_layers > 1:
         return predictor

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from expertflow.model import ModelSpec, model_from_dict
+from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.transition import TransitionPredictor
 from sim.configure import configure
@@ -77,8 +78,11 @@ def test_every_hardware_runs_under_every_stack(hardware: str, stack: str, trace:
 
 
 @pytest.mark.parametrize("name", choices("policy"))
-def test_every_policy_runs(name: str, trace: Path) -> None:
-    metrics = job("+hardware=a100", f"+policy={name}", f"trace.path={trace}", "compare=none", "batch_size=2")
+def test_every_policy_runs(name: str, trace: Path, tmp_path: Path) -> None:
+    path = trace
+    if name == "expertflow_shen":  # its forest corrects a pre-gate
+        path = small_trace(tmp_path / "recorded.safetensors", 8, lookahead=lookahead(GPT_OSS, 8))
+    metrics = job("+hardware=a100", f"+policy={name}", f"trace.path={path}", "compare=none", "batch_size=2")
     assert metrics["policy"] == name
     assert metrics["uses_future"] is (name in {"belady", "clairvoyant", "oracle"})
     prefetches = name not in {
@@ -157,10 +161,18 @@ def test_adaptive_takes_the_recorded_lookahead_where_there_is_one(tmp_path: Path
 
 
 def test_adaptive_takes_the_history_elsewhere(trace: Path) -> None:
-    found = predictor(trace)
+    assert isinstance(predictor(trace), HybridPredictor)
+    unfitted = "policy.predictor.hybrid.fitted=null"
+    found = predictor(trace, unfitted)
     assert isinstance(found, TransitionPredictor)
     assert found.warm is not None
-    assert predictor(trace, "policy.predictor.transition.warm=null").warm is None  # type: ignore[attr-defined]
+    cold = predictor(trace, unfitted, "policy.predictor.transition.warm=null")
+    assert cold.warm is None  # type: ignore[attr-defined]
+
+
+def test_a_forest_without_a_pregate_to_correct_is_refused(trace: Path) -> None:
+    with pytest.raises(ValueError, match="needs a recorded pre-gate"):
+        predictor(trace, "policy/predictor=forest")
 
 
 def test_a_model_without_fitted_counts_starts_cold(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.policies.support import forward_rows, memory_trace, view_of
 from tests.traces.test_traces_cli import check_error, run
 from traces.batching import RecordedRows
 from traces.fitting.accuracy import Accuracy, fit_decay
-from traces.fitting.rivals import RIVALS, Training, Transition
+from traces.fitting.rivals import RIVALS, ROUTING_ALONE, Training, Transition
 from traces.fitting.rows import row_blocks
 from traces.fitting.score import markdown, score
 
@@ -183,11 +183,11 @@ def test_without_a_pregate_what_needs_none_is_compared_and_the_rest_named(
     judged = written(tmp_path / "eval.safetensors", 3, 2)
     code, out, _ = run(capsys, "score-predictors", train, judged, "--out", tmp_path / "out", "--distances", 2)
     assert code == 0
-    skipped = ", ".join(name for name in RIVALS if name not in ("popularity", "transition"))
+    skipped = ", ".join(name for name in RIVALS if name not in ROUTING_ALONE)
     assert out.startswith(f"skipped, for want of a pre-gate in both traces: {skipped}\n")
     rows = (tmp_path / "out" / "accuracy.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [
-        [name, distance] for name in ("popularity", "transition") for distance in "12"]  # fmt: skip
+        [name, distance] for name in ROUTING_ALONE for distance in "12"]  # fmt: skip
     check_error(run(capsys, "score-predictors", train, judged, "--out", tmp_path / "out", "--only", "ridge"),
                 "without a pre-gate in both traces")  # fmt: skip
     check_error(run(capsys, "fit-predictor", train, tmp_path / "f.safetensors"), "holds no pre-gate")

@@ -158,8 +158,8 @@ def test_the_threshold_is_where_saving_and_cost_are_equal(
 
 
 def test_an_idle_link_takes_what_is_barely_likely_and_a_full_one_with_no_time_next_to_nothing() -> None:
-    assert observed(1000, 2000, 0.01).limit < 0.02 * SCORE_ONE
-    assert observed(1000, 20, 1.0).limit > 0.97 * SCORE_ONE
+    assert observed(1000, 2000, 0.01, price=1.0).limit < 0.02 * SCORE_ONE
+    assert observed(1000, 20, 1.0, price=1.0).limit > 0.97 * SCORE_ONE
 
 
 def test_before_anything_is_observed_the_bound_holds() -> None:

@@ -105,7 +105,8 @@ def test_same_run_same_bytes(tmp_path: Path) -> None:
 
 
 def test_log_is_small(tmp_path: Path) -> None:
-    job = Job.of("+hardware=a100", "+policy=adaptive", "trace.num_tokens=64")
+    parts = ["policy/predictor=transition", "policy/selection=threshold", "policy/horizon=adaptive"]
+    job = Job.of("+hardware=a100", "+policy=adaptive", *parts, "policy/eviction=two_level_lru", "trace.num_tokens=64")
     assert job.log(tmp_path / "log.parquet", noisy=True).stat().st_size < 150_000
 
 
@@ -135,7 +136,7 @@ def test_a_trace_that_has_moved_is_named(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_another_policy_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Job.of(*BASE, "+policy=fixed_1").log(tmp_path / "log.parquet")
+    Job.of(*BASE, "+policy=fixed_1", "policy/predictor=transition").log(tmp_path / "log.parquet")
     assert cli([str(tmp_path / "log.parquet"), "policy.horizon.depth=2"]) == 1
     out = capsys.readouterr().out
     assert "a difference: forward 0, layer 1: logged wants [2/" in out

@@ -160,7 +160,7 @@ def train(
     # The few weights of the pre-gate have far to go, and should be there before the history is learned by heart.
     few = [] if net.pregate is None else [net.pregate]
     many = [parameter for parameter in net.parameters() if parameter is not net.pregate]
-    groups = [{"params": many}, *({"params": [one], "weight_decay": 0.0} for one in few)]
+    groups: list[dict[str, Any]] = [{"params": many}, *({"params": [one], "weight_decay": 0.0} for one in few)]
     optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
     rates = [training.lr, *(_PREGATE_RATE * training.lr for _ in few)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps * training.epochs)
@@ -248,8 +248,8 @@ def fit_hybrid(
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:  # fmt: skip
     """Fit a history network, corrected towards the pre-gate where the trace has one; its arrays and header.
 
-    dropout: in percent; more where rows are few. rows: of whole requests, from the first, at most so many. threads: of torch, 0 = its own choice. ValueError where
-    the trace has nothing to look ahead to, or no whole request.
+    dropout: in percent; more where rows are few. rows: of whole requests, from the first, at most so many. threads: of
+    torch, 0 = its own choice. ValueError where the trace has nothing to look ahead to, or no whole request.
     """
     if trace.num_layers < 2:
         raise ValueError(f"{trace.name} has one MoE layer: there is nothing to look ahead to")
