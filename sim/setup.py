@@ -241,7 +241,7 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
     if not isinstance(given, Mapping):
         raise ValueError(f"policy.predictor={given!r} is no part; choose one with policy/predictor=NAME, e.g. none")
     cfg = dict(given)
-    if "lookahead" in cfg and "transition" in cfg:
+    if "transition" in cfg and "_target_" not in cfg:
         cfg = dict(cfg[_automatic(cfg, work)])
     extra: dict[str, Any] = {}
     if "warm" in cfg:
@@ -262,13 +262,15 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
 
 
 def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
-    """What `auto` stands for: a network fitted to what the trace holds, else the pre-gate, else the history."""
+    """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
     recorded = _has_lookahead(work.trace)
     fitted = cfg["hybrid"].get("fitted") if "hybrid" in cfg else None
     arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind)
     if arrays is not None and ("pregate" in arrays) == recorded:
         return "hybrid"
-    return "lookahead" if recorded else "transition"
+    if not recorded:
+        return "transition"
+    return "forest" if "forest" in cfg else "lookahead"
 
 
 def _target(cfg: Mapping[str, Any], key: str) -> Any:
