@@ -48,7 +48,8 @@ class HybridPredictor(Predictor):
         self.L, self.E, self.top_k = view.num_layers, view.num_experts, view.top_k
         self.net = HistoryNetwork(self.fitted, self.L, self.E)
         self.num_kept = min(self.E, self.keep or self.E)
-        self.reach = 1
+        self.reach = self.asked = 1
+        """How far is looked at once, and how far was asked for in this forward."""
         self.block_first = self.block_stop = 0
         self.block_row = -1
         self.block_rows: dict[int, tuple[list[list[list[int]]], list[list[list[int]]]]] = {}
@@ -80,6 +81,7 @@ class HybridPredictor(Predictor):
         self._begin(forward.num_tokens)
         # Requests of a batch are at unlike places: only the tokens of a prompt follow one another.
         self.num_steps = forward.num_tokens if forward.phase == PREFILL else 1
+        self.reach, self.asked = self.asked, 1
 
     def _know(self, forward: Forward, layer: int) -> None:
         """Take note of the routing up to `layer`, which has become known."""
@@ -113,6 +115,8 @@ class HybridPredictor(Predictor):
             return None
         if self.block_row >= 0:
             return self._from_block(layer, distance)
+        if distance > self.asked:
+            self.asked = distance
         if self.seen_layer != layer or distance > len(self.seen):
             self.reach = max(self.reach, distance)
             self.seen = self._look_ahead(forward, layer, min(self.reach, net.D, self.L - (layer + 1) % self.L))
