@@ -7,8 +7,8 @@ Shape letters: L target layers, E experts, B trees of a layer, I inner nodes, V 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -111,34 +111,10 @@ def _absolute(nodes: Ints, first_node: Ints, first_leaf: Ints, num_leaves: int, 
     return np.ascontiguousarray(np.concatenate([nodes[:, :2], absolute], axis=1), dtype=np.int32)
 
 
-@lru_cache(maxsize=1)
 def compiled() -> Callable[..., None]:
-    """`evaluate(nodes, roots, leaves, table, features, out)`, compiled once per process.
-
-    out int64 [E] becomes the calibrated pre-gate plus the mean leaf of the trees at `roots`, clipped to 0 … 2^16.
-    ValueError where numba is missing.
-    """
+    """`compiled.evaluate_forest`; ValueError where numba is missing."""
     try:
-        import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        found: Callable[..., None] = importlib.import_module("expertflow.compiled").evaluate_forest
     except ImportError:
         raise ValueError("the forest predictor needs numba; install it: pip install 'expertflow[fit]'") from None
-
-    def evaluate(nodes, roots, leaves, table, features, out):  # type: ignore[no-untyped-def]
-        num_experts = leaves.shape[1]
-        total = np.zeros(num_experts, np.int32)
-        for root in roots:
-            node = root
-            while node >= 0:
-                node = nodes[node, 2] if features[nodes[node, 0]] <= nodes[node, 1] else nodes[node, 3]
-            leaf = leaves[~node]
-            for expert in range(num_experts):
-                total[expert] += leaf[expert]
-        for expert in range(num_experts):
-            chance = min(max(features[expert], 0), table.shape[0] - 1)
-            # 512 is SCORE_ONE / LEAF_ONE. A floor division of whole numbers is the same on every machine.
-            score = table[chance] + (total[expert] * 512) // len(roots)
-            out[expert] = min(max(score, 0), 65536)
-
-    types = "void(i4[:,::1], i4[::1], i1[:,::1], i4[::1], i2[::1], i8[::1])"
-    function: Callable[..., None] = numba.njit(types)(evaluate)
-    return function
+    return found

@@ -88,6 +88,8 @@ class HistoryNetwork:
             raise ValueError(f"fitted network: hidden widths {H} and {M} are too large to be summed exactly")
         self.tables = tables.astype(np.float32)
         self.rank_weights = self._array(arrays, "rank_weights", (None,), 64).astype(np.float32)
+        if np.abs(tables).max(initial=0) * np.abs(self.rank_weights).sum() >= 1 << 24:
+            raise ValueError("fitted network: rank_weights and tables are too large to be summed exactly")
         self.unit = float(1 << int(self._array(arrays, "table_bits", (1,), 16)[0]))
         self.place = self._array(arrays, "place", (L + 1, H), 1 << 30)
         self.prior = self._array(arrays, "prior", (rates, H), 1 << 40)
@@ -154,11 +156,11 @@ class HistoryNetwork:
     def advance(self, states: Floats, total: Floats, num_steps: int = 1) -> Floats:
         """Sums over forwards [R, H] after one whose embeddings add up to total [R·H], as if it were num_steps alike."""
         new = total.reshape(len(SHIFTS), self.H) * (1 << STATE_BITS)
-        return states + np.floor((new - states) * _rates(SHIFTS, num_steps)[:, None] / UNIT)
+        return states + np.floor((new - states) * rates_of(SHIFTS, num_steps)[:, None] / UNIT)
 
     def remember(self, use: Floats, shares: Floats, num_steps: int = 1) -> Floats:
         """Remembered use [F - 1, L, E] in 2^-16 after a forward in which a share [L, E] of its tokens used each."""
-        return use + np.floor((shares * UNIT - use) * _rates(OWN_SHIFTS, num_steps)[:, None, None] / UNIT)
+        return use + np.floor((shares * UNIT - use) * rates_of(OWN_SHIFTS, num_steps)[:, None, None] / UNIT)
 
     def own_features(self, use: Floats, shares: Floats) -> Floats:
         """[F, L, E]: logarithms of remembered use, and the last forward's shares in 1/64."""
@@ -283,6 +285,6 @@ def _diagonal(values: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
 
 
 @lru_cache(maxsize=1024)
-def _rates(shifts: tuple[int, ...], num_steps: int) -> Floats:
+def rates_of(shifts: tuple[int, ...], num_steps: int) -> Floats:
     """How far a sum moves in num_steps steps, in 2^-16."""
     return np.array([float(round(UNIT * (1 - (1 - 2.0**-shift) ** num_steps))) for shift in shifts])

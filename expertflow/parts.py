@@ -9,6 +9,7 @@ that a misspelt hook cannot be silently ignored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from expertflow.forward import Forward
@@ -24,6 +25,26 @@ SCORE_ONE = 1 << 16
 
 Scores = tuple[Sequence[int], Sequence[int]]
 """(expert keys best first, their scores in 2^-16; ties by key)."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Host time of a decision, in multiples of one that looks rows up in a table (`hardware.decide_ns`): `once`, and
+    `per_layer` for each layer that is predicted anew. What a policy's own code takes is measured by
+    `python -m replay.bench_decide`; nothing but the simulated clock depends on it.
+    """
+
+    once: float = 1.0
+    per_layer: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("once", self.once), ("per_layer", self.per_layer)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
+                raise ValueError(f"effort.{name}={value!r} must be a number in 0 … 1000")
+
+    def of(self, num_predicted: float) -> float:
+        """Of a decision that predicts so many layers."""
+        return self.once + self.per_layer * num_predicted
 
 
 class Part:
@@ -81,6 +102,8 @@ class Predictor(Part):
 
     refreshes: bool = False
     """True: nearer predictions replace those made farther away for the same layer."""
+    effort: Effort = Effort()
+    """Of a policy's decision with this predictor, unless the policy says otherwise."""
 
     def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
         """Scores for layer `layer + distance`, past the last layer the next forward's first; None = no idea."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from expertflow.forward import Forward
 from expertflow.future import Future
-from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
+from expertflow.parts import Effort, Eviction, Horizon, Order, Part, Predictor, Selection
 from expertflow.predictors.none import NoPredictor
 from expertflow.view import RESIDENT, Feedback, View
 
@@ -23,7 +23,8 @@ class Policy:
     """
 
     def __init__(self, predictor: Predictor, horizon: Horizon, selection: Selection, eviction: Eviction,
-                 order: Order, future: Future | None = None) -> None:  # fmt: skip
+                 order: Order, future: Future | None = None, effort: Effort | None = None) -> None:  # fmt: skip
+        self.effort = effort or predictor.effort
         self.predictor = predictor
         self.horizon = horizon
         self.selection = selection
@@ -36,6 +37,9 @@ class Policy:
         self.active = self.parts if self.prefetches else [predictor, selection, eviction, order]
         self.reach_counts: list[int] = []
         """How many decisions looked this many layers ahead, by reach."""
+        self.num_predicted = 0
+        """How many layers the last decision predicted anew."""
+        self.total_predicted = self.num_decisions = 0
         for part in self.parts:
             if part.uses_future and future is None:
                 raise ValueError(f"{type(part).__name__} needs the future of the trace and was given none")
@@ -58,6 +62,7 @@ class Policy:
         """Bind the parts to a run."""
         self.view = view
         self.reach_counts = [0] * (view.num_layers + 1)
+        self.num_predicted = self.total_predicted = self.num_decisions = 0
         self._window_event = [-1] * view.num_layers
         self._window_keys: list[Sequence[int]] = [()] * view.num_layers
         self._hears_predicted = self.overrides(self.eviction, "predicted")
@@ -98,11 +103,16 @@ class Policy:
         for heard in self._feedback_listeners:
             heard(feedback)
 
+    def mean_effort(self) -> float:
+        """Of the decisions so far."""
+        return self.effort.of(self.total_predicted / max(self.num_decisions, 1))
+
     def decide(self, forward: Forward, layer: int) -> list[int]:
         """Experts wanted for the layers ahead, best first, without what is resident or on its way."""
         residency, num_layers, event = self._residency, self._num_layers, self.view.event
         window_event, window_keys = self._window_event, self._window_keys
         wants: list[int] = []
+        num_predicted = 0
         distances = self._distances()
         self.reach_counts[distances[-1] if distances else 0] += 1
         for distance in distances:
@@ -111,6 +121,7 @@ class Policy:
                 keys = window_keys[target]
             else:
                 scores = self._predict(forward, layer, distance)
+                num_predicted += 1
                 if scores is None:
                     # No idea yet is no prediction: nearer by, there may be one.
                     continue
@@ -134,4 +145,7 @@ class Policy:
                 continue
             if distance == 2 and self._hears_overfetch and keys and all(residency[key] == RESIDENT for key in keys):
                 self.horizon.overfetched()
+        self.num_predicted = num_predicted
+        self.total_predicted += num_predicted
+        self.num_decisions += 1
         return wants

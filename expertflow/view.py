@@ -21,12 +21,14 @@ class View:
     pinned: keys demanded by the current layer.
     outlook: chances [num_layers * num_experts] in 2^-16 of each expert's use in the next forwards, nearer ones
     weighing more, as the predictor saw it at the end of the last forward; None where it says nothing of the kind.
+    chances: chances [num_layers * num_experts] in 2^-16 that each expert is used when its layer runs next, as last
+    predicted; None where the predictor gives scores alone. Both are written by the predictor.
     link_bytes, link_busy_ns, layer_time_ns, num_layers_timed: running sums over the run; a part takes
     differences. Layer time excludes stall, head and sampling.
     """
 
     __slots__ = (
-        "event", "expert_bytes", "forward", "layer", "layer_time_ns", "link_busy_ns", "link_bytes", "now_ns",
+        "chances", "event", "expert_bytes", "forward", "layer", "layer_time_ns", "link_busy_ns", "link_bytes", "now_ns",
         "num_experts", "num_layers", "num_layers_timed", "num_slots", "outlook", "pinned", "residency",
         "slots_by_layer", "top_k",
     )  # fmt: skip
@@ -42,6 +44,7 @@ class View:
         self.residency = residency
         self.pinned: Collection[int] = ()
         self.outlook: npt.NDArray[np.int64] | None = None
+        self.chances: npt.NDArray[np.int64] | None = None
         self.forward = -1
         self.layer = 0
         self.event = -1

@@ -229,6 +229,7 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
     costs = HostCosts.of(work.hardware, work.stack)
     kernels = KernelTimes(work.model, work.hardware, work.stack)
     machine = machine_for(kernels, Link(work.hardware, memory=transfer.memory), costs, chunk_bytes)
+    machine.price(policy, work.model.num_layers)
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, work.batches)
     view = runtime.view
     watch.event_of = lambda: view.event

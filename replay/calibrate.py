@@ -180,7 +180,8 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         cfg, full = in_place_workload(named_model(models[0]), "a100", name, 24 if quick else 256, 1)
         policy, transfer = make_policy(cfg["policy"], full, 0)
         times = measure_decisions(full, policy, transfer)
-        raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns}
+        raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns,
+                                  "effort": policy.mean_effort()}  # fmt: skip
     step("done")
     return raw
 

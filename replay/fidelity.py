@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from expertflow.forward import Forward
 from expertflow.observer import Observer
+from expertflow.parts import Effort
 from replay.profile import simulated_as
 from replay.rig import Rig
 from replay.run import replay_policy
@@ -71,6 +72,8 @@ def compare(rig: Rig, raw: Mapping[str, Any], name: str, cfg: Mapping[str, Any],
         replays.append((replay_policy(rig, work, policy, transfer, seen)[0], real_times))
     hardware, stack = simulated_as(raw, name, work.model.name, case.policy, work.stack)
     policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
+    # What this policy's decisions take was measured: hardware.decide_ns is all of it.
+    policy.effort = Effort()
     sim_times = ForwardTimes()
     seen = [sim_times] if timelines is None else [sim_times, timelines[1]]
     predicted = run_policy(replace(work, hardware=hardware, stack=stack), policy, transfer, seen)

@@ -83,6 +83,9 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     """The two configuration files of a calibration, as plain mappings."""
     by_model = {model: _costs(raw, model, "found", DEFAULT_POLICY) for model in raw["kernels"]}
     costs = next(iter(by_model.values()))[0]
+    # A profile's decide_ns is that of a decision of effort 1.
+    effort = raw["decisions"].get(DEFAULT_POLICY, {}).get("effort", 1.0)
+    costs = {**costs, "decide_ns": round(costs["decide_ns"] / effort)}
     latency, curve = link_curve(raw["link"])
     expert = next(iter(raw["beside"].values()))
     # One rate for every size: that of a chunk as the runs cut them by default.

@@ -98,8 +98,8 @@ class Hardware:
     link_slowdown: factor on a copy's transfer time while kernels read memory.
     launch_host_ns: a launch keeps the host busy. launch_latency_ns: from enqueuing to the start of the kernel
     on an idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until
-    the host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: one decision of the
-    policy.
+    the host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: a decision of
+    effort 1, as one that looks rows up in a table (`expertflow.parts.Effort`).
     kernel_ns: measured kernel times by name of the model; they replace the roofline for those models alone.
     """
 

@@ -17,6 +17,7 @@ from hydra.utils import get_object, instantiate
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
+from expertflow.parts import Effort
 from expertflow.policy import Policy
 from expertflow.predictors.forest import ForestPredictor
 from expertflow.predictors.hybrid import HybridPredictor
@@ -222,11 +223,11 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
         # A policy that is not composed of parts; only references that know the future are built that way.
         own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
         return _part(own, "policy", future=work.future), transfer
-    known = {"name", "predictor", "horizon", "selection", "eviction", "order", "transfer"}
+    known = {"name", "predictor", "horizon", "selection", "eviction", "order", "transfer", "effort"}
     unknown = sorted(set(cfg) - known)
     if unknown:
         raise ValueError(f"policy.{unknown[0]} is no key; known: {', '.join(sorted(known))}")
-    missing = sorted(known - {"name", "transfer"} - set(cfg))
+    missing = sorted(known - {"name", "transfer", "effort"} - set(cfg))
     if missing:
         raise ValueError(f"policy.{missing[0]} is missing; compose it with policy/{missing[0]}=NAME")
     predictor = _make_predictor(cfg["predictor"], work, seed)
@@ -234,7 +235,9 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     needs_future = any(part.uses_future for part in (predictor, *parts))
     horizon, selection, eviction, order = parts
     future = work.future if needs_future else None
-    return Policy(predictor, horizon, selection, eviction, order, future), transfer
+    told = cfg.get("effort")
+    effort = None if told is None else Effort(**_known_keys(told, ("once", "per_layer"), "policy.effort"))
+    return Policy(predictor, horizon, selection, eviction, order, future, effort), transfer
 
 
 def _make_predictor(given: Any, work: Workload, seed: int) -> Any:

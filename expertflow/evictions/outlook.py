@@ -50,75 +50,84 @@ class Outlook(Eviction):
         self.soon = soon.astype(np.int64)
         """Worth as the last forward left it."""
         self.worth = self.soon.copy()
-        self.chance = np.zeros(num_keys, np.int64)
-        self.held = np.full(num_keys, _TAKEN, np.int64)
-        """Worth of what may leave (resident, not demanded by this layer), more than any for the rest."""
+        self.ranks_itself = view.chances is None
+        """Whether chances come with the prediction alone; else the predictor keeps them up to date."""
+        self.chance = np.zeros(num_keys, np.int64) if view.chances is None else view.chances
+        self.bar = np.full(num_keys, _TAKEN, np.int64)
+        """0 for what may leave (resident, not demanded by this layer)."""
+        self.held = self.bar | self.worth
+        """Worth of what may leave, more than any for the rest."""
+        # Slices by layer, and views whose single elements are cheap: this runs between two layers.
+        layers = [slice(first, first + self.num_experts) for first in range(0, num_keys, self.num_experts)]
+        self.by_layer = [
+            (self.soon[own], self.chance[own], self.worth[own], self.bar[own], self.held[own]) for own in layers
+        ]
+        self.one_worth, self.one_bar, self.one_held = self.worth.data, self.bar.data, self.held.data
         self.demanded: Sequence[int] = ()
 
     def touched(self, keys: Sequence[int]) -> None:
         self.demanded = keys
-        held = self.held
         for key in keys:
-            held[key] = _TAKEN
+            self._hold(key)
+
+    def _hold(self, key: int) -> None:
+        self.one_bar[key] = self.one_held[key] = _TAKEN
+
+    def _let_go(self, key: int) -> None:
+        self.one_bar[key] = 0
+        self.one_held[key] = self.one_worth[key]
 
     def admitted(self, key: int, cause: int) -> None:
         """Not to leave before it has landed; what is there from the start has."""
         if self.view.residency[key] == RESIDENT:
-            self.held[key] = self.worth[key]
+            self._let_go(key)
 
     def landed(self, key: int) -> None:
         if key not in self.view.pinned:
-            self.held[key] = self.worth[key]
+            self._let_go(key)
 
     def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
-        first = layer * self.num_experts
-        own = slice(first, first + self.num_experts)
-        chance = self.chance[own]
-        chance[:] = 0
-        chance[np.array(scores[0], np.intp) - first] = scores[1]
-        np.maximum(self.soon[own], chance, out=self.worth[own])
-        self._show(own)
-
-    def _show(self, keys: slice) -> None:
-        """Bring `held` up to date with `worth`."""
-        held = self.held[keys]
-        np.copyto(held, self.worth[keys], where=held < _TAKEN)
+        soon, chance, worth, bar, held = self.by_layer[layer]
+        if self.ranks_itself:
+            chance[:] = 0
+            chance[np.array(scores[0], np.intp) - layer * self.num_experts] = scores[1]
+        np.maximum(soon, chance, out=worth)
+        np.bitwise_or(worth, bar, out=held)
 
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:
-        first = layer * self.num_experts
-        own = slice(first, first + self.num_experts)
+        soon, _, worth, bar, held = self.by_layer[layer]
         if self.view.outlook is None:
-            shares = self.shares[own]
+            first = layer * self.num_experts
+            shares = self.shares[first : first + self.num_experts]
             shares *= self.memory
             for key in keys:
                 shares[key - first] += 1 - self.memory
-            self.soon[own] = np.rint(shares * SCORE_ONE)
-        worth, residency, held = self.worth, self.view.residency, self.held
-        worth[own] = self.soon[own]
-        self._show(own)
+            soon[:] = np.rint(shares * SCORE_ONE)
+        worth[:] = soon
+        one_worth, one_bar, residency, used = self.one_worth, self.one_bar, self.view.residency, self.used
         for key in keys:
-            if worth[key] < self.used:
-                worth[key] = self.used
+            if one_worth[key] < used:
+                one_worth[key] = used
             if residency[key] == RESIDENT:
-                held[key] = worth[key]
+                one_bar[key] = 0
+        np.bitwise_or(worth, bar, out=held)
         self.demanded = ()
 
     def end_forward(self, forward: Forward) -> None:
         outlook = self.view.outlook
         if outlook is not None:
-            self.soon = outlook
-            self.worth = outlook.copy()
-            self._show(slice(None))
+            self.soon[:] = self.worth[:] = outlook
+            np.bitwise_or(self.worth, self.bar, out=self.held)
 
     def victim(self, key: int, cause: int) -> int | None:
         found = int(self.held.argmin())
-        worth = int(self.held[found])
+        worth = self.one_held[found]
         if worth < _TAKEN:
             return found if cause == DEMAND or self.chance[key] > worth * self.margin else None
         # More demand than slots: what this layer has launched may leave after all.
         residency, pinned = self.view.residency, self.view.pinned
         free = [k for k in self.demanded if residency[k] == RESIDENT and k not in pinned]
-        return min(free, key=self.worth.__getitem__, default=None)
+        return min(free, key=self.one_worth.__getitem__, default=None)
 
     def evicted(self, key: int, unused: bool) -> None:
-        self.held[key] = _TAKEN
+        self._hold(key)

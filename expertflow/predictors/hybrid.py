@@ -2,22 +2,37 @@
 
 The correction is a fitted `HistoryNetwork` in place of the paper's forest (`forest.py`). Without a recorded pre-gate
 the history alone predicts. At the end of each forward it also says how likely each expert is to be
-used in the next ones (`view.outlook`), for evictions that ask.
+used in the next ones (`view.outlook`), for evictions that ask. Where numba is installed a decision runs compiled
+(`compiled.py`), to the same integers.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.future import Future
-from expertflow.network import SHIFTS, UNIT, Floats, HistoryNetwork, Ints, Singles, chance_of
-from expertflow.parts import Predictor, Scores
+from expertflow.network import (
+    CHANCES,
+    LOGS,
+    NUM_OWN,
+    OWN_SHIFTS,
+    SHIFTS,
+    UNIT,
+    Floats,
+    HistoryNetwork,
+    Ints,
+    Singles,
+    chance_of,
+    rates_of,
+)  # fmt: skip
+from expertflow.parts import Effort, Predictor, Scores
 from expertflow.predictors.ranking import rank_scores
 from expertflow.view import View
 
@@ -31,6 +46,7 @@ class HybridPredictor(Predictor):
     """
 
     fitted_kind: ClassVar[str] = "hybrid"
+    effort: Effort = Effort(1.5, 0.3)
 
     def __init__(self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, keep: int = 0,
                  refreshes: bool = True) -> None:  # fmt: skip
@@ -48,66 +64,117 @@ class HybridPredictor(Predictor):
         self.L, self.E, self.top_k = view.num_layers, view.num_experts, view.top_k
         self.net = HistoryNetwork(self.fitted, self.L, self.E)
         self.num_kept = min(self.E, self.keep or self.E)
-        self.reach = self.asked = 1
-        """How far is looked at once, and how far was asked for in this forward."""
+        self.expected = self.asked = 1
+        """How far was asked for at the layer before, and at this one."""
+        self.seen_layer, self.seen = -1, list[Scores | None]()
+        self.chance: Ints = np.zeros((self.net.D, self.E), np.int64)
+        """What was found for distances 1, 2, … at `seen_layer`."""
         self.block_first = self.block_stop = 0
         self.block_row = -1
-        self.block_rows: dict[int, tuple[list[list[list[int]]], list[list[list[int]]]]] = {}
+        self.block_rows: dict[int, tuple[list[list[list[int]]], list[list[list[int]]], list[Ints]]] = {}
         self.block_outlook: list[Ints] = []
-        self.memory = self.net.begin()
+        self.compiled: Any = _compiled() if len(self.net.rank_weights) == self.top_k else None
+        """What runs compiled, for one token; None: numpy does it all."""
+        if self.compiled is not None:
+            self._lay_out()
+        self._forget()
         self._begin(1)
         view.outlook = self.net.frequency.reshape(-1).astype(np.int64)
+        view.chances = np.zeros(self.L * self.E, np.int64)
+
+    def _lay_out(self) -> None:
+        """The network in the types of the compiled functions, and room for what they write."""
+        net = self.net
+        self.tables, self.rank_weights = net.tables.astype(np.int16), net.rank_weights.astype(np.int32)
+        self.place, self.table_bits = net.place.astype(np.int64), int(net.unit).bit_length() - 1
+        self.weights = (
+            net.mix.astype(np.int8), net.mix_scale.astype(np.int32), net.mix_bias.astype(np.int32),
+            net.out.astype(np.int8), net.out_scale.astype(np.int32), net.bias.astype(np.int32),
+            net.own_by_feature.astype(np.int32),
+        )  # fmt: skip
+        self.forecast = (
+            net.forecast.astype(np.int8), net.forecast_scale.astype(np.int64), net.forecast_bias.astype(np.int64),
+            net.forecast_own.astype(np.int64),
+        )  # fmt: skip
+        self.rates = (rates_of(SHIFTS, 1), rates_of(OWN_SHIFTS, 1))
+        self.chances = CHANCES.astype(np.int32)
+        self.no_extra = np.zeros((0, self.E), np.int64)
+        self.hidden = np.zeros(net.H, np.int32)
+        self.ranked = np.zeros((net.D, 2, self.E), np.int64)
+
+    def _forget(self) -> None:
+        """A request begins."""
+        self.memory = self.net.begin()
+        self.features: Floats | None = None
 
     def _begin(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.num_steps = 1
+        self.quick = self.compiled is not None and num_tokens == 1
         self.num_known = 0
         self.closed = False
         self.base = self.net.base(self.memory.states)
-        self.sum: Floats = self.base
-        self.recent: Floats = np.zeros(self.net.H)
-        self.total: Floats = np.zeros(len(SHIFTS) * self.net.H)
-        self.now: Floats = np.zeros((self.L, self.E))
+        self.sums: Ints = np.zeros((2 + len(SHIFTS)) * self.net.H, np.int64)
+        """Over all layers (and the forwards before), over recent layers, one per rate."""
+        self.sums[: self.net.H] = self.base
+        self.used: Floats = np.zeros(self.L * self.E)
         self.own: Floats = np.empty((0, self.L, self.E))
-        self.seen_layer, self.seen = -1, list[Scores | None]()
-        self.features: Floats = self.net.own_features(self.memory.use, self.memory.shares)
+        self.seen_layer = -1
+        if self.features is None:
+            self.features = self.net.own_features(self.memory.use, self.memory.shares)
 
     def begin_forward(self, forward: Forward) -> None:
         self.block_row = forward.index - self.block_first if forward.index < self.block_stop else -1
         if self.block_row >= 0:
             return
         if len(forward.requests_started) == len(forward.requests):
-            self.memory = self.net.begin()
+            self._forget()
         self._begin(forward.num_tokens)
         # Requests of a batch are at unlike places: only the tokens of a prompt follow one another.
         self.num_steps = forward.num_tokens if forward.phase == PREFILL else 1
-        self.reach, self.asked = self.asked, 1
 
     def _know(self, forward: Forward, layer: int) -> None:
         """Take note of the routing up to `layer`, which has become known."""
-        net, H = self.net, self.net.H
+        net, H, counts = self.net, self.net.H, forward.counts
         while self.num_known <= layer:
-            keys = forward.demands[self.num_known]
-            counts = None if forward.counts is None else forward.counts[self.num_known]
-            made = net.embed(keys, None if counts is None else [counts[key] for key in keys], self.num_tokens)
-            self.sum = self.sum + made[:H]
-            self.recent = net.forget_recent(self.recent) + made[H : 2 * H]
-            self.total = self.total + made[2 * H :]
-            row = self.now[self.num_known]
-            for key in keys:
-                row[key - self.num_known * self.E] = 1.0 if counts is None else counts[key] / self.num_tokens
+            known = self.num_known
+            keys = forward.demands[known]
             self.num_known += 1
+            if self.quick and len(keys) == self.top_k:
+                self.compiled.learn(self.tables, self.rank_weights, np.array(keys, np.int64), self.place[known + 1],
+                                    self.sums, self.used, self.table_bits, self.hidden)  # fmt: skip
+                continue
+            made = net.embed(keys, None if counts is None else [counts[known][key] for key in keys], self.num_tokens)
+            self.sums[H : 2 * H] = net.forget_recent(self.sums[H : 2 * H].astype(np.float64))
+            self.sums += made.astype(np.int64)
+            for key in keys:
+                self.used[key] = 1.0 if counts is None else counts[known][key] / self.num_tokens
+            if self.quick:
+                self.hidden[:] = self._activate(known)
+
+    def _activate(self, layer: int) -> Singles:
+        H = self.net.H
+        return self.net.activate(self.sums[:H] + self.sums[H : 2 * H] + self.net.place[layer + 1])
 
     def _close(self) -> None:
         """All layers of the forward are known: what the next one begins with."""
         if self.closed:
             return
-        net = self.net
-        self.memory = net.after(self.memory, self.total, self.now, self.num_steps)
+        self.closed = True
+        net, memory = self.net, self.memory
+        assert self.features is not None
+        if self.quick:
+            # In place: nobody else holds these.
+            self.compiled.close(memory.states, memory.use.reshape(NUM_OWN - 1, -1), self.used, self.sums, *self.rates,
+                                LOGS, self.place[0], self.table_bits, self.features.reshape(NUM_OWN, -1),
+                                self.hidden)  # fmt: skip
+            memory.shares = self.used.reshape(self.L, self.E)
+            return
+        total = self.sums[2 * net.H :].astype(np.float64)
+        self.memory = net.after(memory, total, self.used.reshape(self.L, self.E), self.num_steps)
         self.features = net.own_features(self.memory.use, self.memory.shares)
         self.own = np.empty((0, self.L, self.E))
         self.after: Singles = net.activate(net.base(self.memory.states) + net.place[0])
-        self.closed = True
 
     def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
         net = self.net
@@ -115,23 +182,47 @@ class HybridPredictor(Predictor):
             return None
         if self.block_row >= 0:
             return self._from_block(layer, distance)
+        if self.seen_layer != layer:
+            # A horizon changes little from layer to layer: as far as was asked there is looked at once.
+            self.expected, self.asked = self.asked, 1
+            self.seen_layer, self.seen = layer, []
+            self._know(forward, layer)
+            if layer == self.L - 1:
+                self._close()
         if distance > self.asked:
             self.asked = distance
-        if self.seen_layer != layer or distance > len(self.seen):
-            self.reach = max(self.reach, distance)
-            self.seen = self._look_ahead(forward, layer, min(self.reach, net.D, self.L - (layer + 1) % self.L))
-            self.seen_layer = layer
-        return self.seen[distance - 1]
+        if distance > len(self.seen):
+            reach = min(max(self.expected, distance), net.D, self.L - (layer + 1) % self.L)
+            (self._look if self.quick else self._look_ahead)(forward, layer, reach)
+        scores = self.seen[distance - 1]
+        if scores is not None:
+            first = (layer + distance) % self.L * self.E
+            assert self.view.chances is not None
+            self.view.chances[first : first + self.E] = self.chance[distance - 1]
+        return scores
 
-    def _look_ahead(self, forward: Forward, layer: int, reach: int) -> list[Scores | None]:
+    def _look(self, forward: Forward, layer: int, reach: int) -> None:
+        """`_look_ahead` of one token, compiled: what was not seen before."""
+        net, first, seen = self.net, (layer + 1) % self.L, len(self.seen)
+        extra, known = self.no_extra, reach
+        if net.pregate is not None and first:
+            pregate = self._pregate(forward, layer, reach)
+            known = len(pregate)
+            odds = net.pregate_odds(pregate, net.pregate_ahead[first][:known].T[..., None])
+            extra = odds.astype(np.int64)
+        if known > seen:
+            chance, ranked = self.chance[seen:known], self.ranked[seen:known]
+            self.compiled.look(self.hidden, *self.weights, self.features, extra, self.chances, first, seen, chance,
+                               ranked)  # fmt: skip
+            kept = ranked if self.num_kept == self.E else ranked[..., : self.num_kept]
+            self.seen += [(keys, scores) for keys, scores in kept.tolist()]
+        self.seen += [None] * (reach - len(self.seen))
+
+    def _look_ahead(self, forward: Forward, layer: int, reach: int) -> None:
         """What is predicted at distances 1 … reach, at once: on one row numpy costs by the call, not by the size."""
         net, first = self.net, (layer + 1) % self.L
-        self._know(forward, layer)
-        if first:
-            hidden = net.activate(self.sum + self.recent + net.place[layer + 1])
-        else:
-            self._close()
-            hidden = self.after
+        hidden = self._activate(layer) if first else self.after
+        assert self.features is not None
         if len(self.own) < reach:
             self.own = np.stack([net.own_odds(self.features, distance) for distance in range(1, reach + 1)])
         odds = net.odds_ahead(hidden, first, reach)
@@ -149,8 +240,8 @@ class HybridPredictor(Predictor):
             chance = np.rint(UNIT * (1.0 - (1.0 - chance / UNIT) ** self.num_tokens)).astype(np.int64)
             num_kept = self.E
         keys, scores = rank_scores(chance, ((first + steps[:known]) * self.E)[:, None], num_kept)
-        found: list[Scores | None] = list(zip(keys.tolist(), scores.tolist(), strict=True))
-        return found + [None] * (reach - known)
+        self.chance[:known] = chance
+        self.seen = [*zip(keys.tolist(), scores.tolist(), strict=True), *[None] * (reach - known)]
 
     def _pregate(self, forward: Forward, layer: int, reach: int) -> Floats:
         """Mean chances [known, E] over the forward's rows, of the pre-gate recorded at `layer`, as far as that goes."""
@@ -167,7 +258,13 @@ class HybridPredictor(Predictor):
             return
         self._know(forward, self.L - 1)
         self._close()
-        self.view.outlook = self.net.outlook(self.after, self.features)
+        assert self.features is not None
+        if self.quick:
+            found = np.empty(self.L * self.E, np.int64)
+            self.compiled.outlook(self.hidden, *self.forecast, self.features.reshape(NUM_OWN, -1), self.chances, found)
+            self.view.outlook = found
+        else:
+            self.view.outlook = self.net.outlook(self.after, self.features)
 
     # -- a block of forwards at once ----------------------------------------------------------------------------------
 
@@ -184,6 +281,7 @@ class HybridPredictor(Predictor):
         flat = chain.from_iterable(keys for f in forwards for keys in f.demands)
         keys = np.fromiter(flat, np.int64, num * self.L * self.top_k).reshape(num, self.L, self.top_k)
         starts = np.array([len(f.requests_started) == len(f.requests) for f in forwards])
+        self.features = None
         self.memory, self.block = net.run_block(self.memory, keys, starts)
         ends = zip(self.block.after, self.block.features_after, strict=True)
         self.block_outlook = [net.outlook(hidden, features) for hidden, features in ends]
@@ -193,20 +291,34 @@ class HybridPredictor(Predictor):
     def _from_block(self, layer: int, distance: int) -> Scores:
         if distance not in self.block_rows:
             self.block_rows[distance] = self._score_block(distance)
-        keys, scores = self.block_rows[distance]
+        keys, scores, chances = self.block_rows[distance]
         source = layer if layer < self.L - 1 else len(keys) - 1
-        return keys[source][self.block_row], scores[source][self.block_row]
+        row, first = self.block_row, (layer + distance) % self.L * self.E
+        assert self.view.chances is not None
+        self.view.chances[first : first + self.E] = chances[source][row]
+        return keys[source][row], scores[source][row]
 
-    def _score_block(self, distance: int) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
-        """Keys and scores [source][row][kept]: sources 0 … L - 1 - distance, then the last layer."""
+    def _score_block(self, distance: int) -> tuple[list[list[list[int]]], list[list[list[int]]], list[Ints]]:
+        """Keys, scores [source][row][kept] and chances [source][row, E]: sources 0 … L - 1 - distance, then the last
+        layer."""
         net, block = self.net, self.block
         before, after = (net.own_odds(some, distance) for some in (block.features, block.features_after))
-        keys, scores = [], []
+        keys, scores, chances = [], [], []
         for source in [*range(self.L - distance), -1]:
             target = source + distance
             hidden = block.after if source < 0 else block.hidden[:, source]
             odds = net.odds(hidden, target, distance) + (after if source < 0 else before)[:, target]
-            found = rank_scores(chance_of(odds), target * self.E, self.num_kept)
+            chance = chance_of(odds)
+            found = rank_scores(chance, target * self.E, self.num_kept)
             keys.append(found[0].tolist())
             scores.append(found[1].tolist())
-        return keys, scores
+            chances.append(chance)
+        return keys, scores, chances
+
+
+def _compiled() -> Any:
+    """The compiled functions, where numba is installed and fits."""
+    try:
+        return importlib.import_module("expertflow.compiled")
+    except ImportError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -156,11 +157,10 @@ def test_trees_that_cannot_be_shared_among_layers_are_refused() -> None:
 
 
 def test_without_numba_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "numba", None)
-    forest_module.compiled.cache_clear()
+    monkeypatch.delitem(sys.modules, "expertflow.compiled", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(ValueError, match=r"pip install 'expertflow\[fit\]'"):
         forest_module.compiled()
-    forest_module.compiled.cache_clear()
 
 
 # -- size ------------------------------------------------------------------------------------------------------------

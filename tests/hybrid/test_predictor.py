@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,57 @@ from expertflow.network import CHANCES, UNIT, HistoryNetwork
 from expertflow.parts import SCORE_ONE
 from tests.hybrid.support import PROMPTS, STARTS, D, E, H, K, L, answers, arrays, forwards, started
 from tests.policies.support import view_of
+
+
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "expertflow.compiled", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+
+
+@pytest.mark.parametrize("pregate", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("prompts", [(0, 0, 0, 0), PROMPTS])
+@pytest.mark.parametrize("keep", [0, 4])
+def test_compiled_and_in_numpy_the_integers_are_the_same(
+    prompts: tuple[int, ...], seed: int, pregate: bool, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = forwards(prompts=prompts, pregate=pregate, seed=seed)
+    told: list[list[Any]] = []
+    for compiled in (True, False):
+        if not compiled:
+            without_numba(monkeypatch)
+        predictor = started(arrays(seed, pregate=pregate), keep=keep)
+        assert (predictor.compiled is not None) is compiled
+        said: list[Any] = []
+        for answer in answers(predictor, some):
+            said += [answer, None if predictor.view.chances is None else predictor.view.chances.tolist()]
+        told.append(said)
+    assert told[0] == told[1]
+    assert any(told[0])
+
+
+def test_the_order_in_which_distances_are_asked_does_not_matter() -> None:
+    """Looking ahead in pieces, and once for all, gives the same."""
+    forward, far_first, near_first = forwards(prompts=(0, 0, 0, 0))[0], started(arrays()), started(arrays())
+    for predictor in (far_first, near_first):
+        predictor.begin_forward(forward)
+    for layer in range(L):
+        distances = list(range(1, D + 2))
+        said = {distance: near_first.predict(forward, layer, distance) for distance in distances}
+        assert said == {distance: far_first.predict(forward, layer, distance) for distance in distances[::-1]}
+
+
+def test_chances_are_those_of_the_scores_last_given() -> None:
+    predictor = started(arrays())
+    for forward in forwards():
+        predictor.begin_forward(forward)
+        for layer in range(L):
+            for distance in range(1, D + 1):
+                found = predictor.predict(forward, layer, distance)
+                if found is not None:
+                    assert predictor.view.chances is not None
+                    assert list(found[1]) == [predictor.view.chances[key] for key in found[0]]
+        predictor.end_forward(forward)
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])

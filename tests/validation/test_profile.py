@@ -134,6 +134,15 @@ def test_the_profile_is_one_that_simulations_take(tmp_path: Path) -> None:
     assert "replay.calibrate" in paths[0].read_text().splitlines()[0]
 
 
+def test_a_profile_tells_the_decision_of_effort_one() -> None:
+    raw = record()
+    raw["decisions"]["adaptive"]["effort"] = 2.5
+    assert profiles(raw, "mine")[0]["decide_ns"] == 8_000
+    # A replay is simulated with all that was measured of its own policy.
+    eager = stack_from_dict(configure(["+hardware=a100", "+policy=lru"])["stack"])
+    assert simulated_as(raw, "mine", "gpt-oss-20b", "adaptive", eager)[0].decide_ns == 20_000
+
+
 def test_each_policy_is_simulated_with_its_own_costs_and_pads_as_they_last() -> None:
     eager = stack_from_dict(configure(["+hardware=a100", "+policy=lru"])["stack"])
     hardware, stack = simulated_as(record(), "mine", "gpt-oss-20b", "lru", eager)

@@ -1,0 +1,186 @@
+"""What runs between two layers, compiled with numba: the fitted parts import this module only where they are used.
+
+Whole numbers only, so that the numpy twins of these functions (`HistoryNetwork`, `Forest`) give the same to the bit.
+ImportError where numba is missing or does not fit the installed numpy. Shape letters as in `network` and `forest`.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import numpy as np
+
+
+def _compile(types: str) -> Callable[[Callable[..., None]], Any]:
+    """Compile a function for `types` now, and keep the result beside the source or in the user's cache folder."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        try:
+            return numba.njit(types, cache=True)(function)
+        except RuntimeError:
+            # Nowhere to keep it: compiled anew by each process.
+            return numba.njit(types)(function)
+
+    return decorate
+
+
+# Constants of `network`, as the compiler must see them: RECENT, UNIT, TOP, LOG_UNIT, STATE_BITS, UNIT / LOG_STEPS.
+_RECENT_KEPT, _RECENT_BITS, _UNIT_BITS, _TOP, _LOG_BITS, _STATE_BITS, _STEP_BITS = 11, 4, 16, 127, 6, 8, 6
+
+
+@_compile("void(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, i4[::1])")
+def learn(tables, rank_weights, keys, place, sums, used, table_bits, hidden):
+    """Take note of one token's experts at one layer.
+
+    tables [N, (2 + R)·H], rank_weights [K], keys [K], best first. sums [(2 + R)·H], over all layers, over recent
+    layers, one per rate, grow by the embedding; used [N] becomes 1 at the keys; hidden [H] becomes the activations,
+    0 … 127, of the first two of the sums and `place` [H].
+    """
+    width = len(hidden)
+    for column in range(width, 2 * width):
+        sums[column] = (sums[column] * _RECENT_KEPT) >> _RECENT_BITS
+    made = np.zeros(len(sums), np.int32)
+    for rank in range(len(keys)):
+        key, weight = keys[rank], rank_weights[rank]
+        used[key] = 1.0
+        row = tables[key]
+        for column in range(len(made)):
+            made[column] += weight * np.int32(row[column])
+    for column in range(len(sums)):
+        sums[column] += made[column]
+    for column in range(width):
+        total = (sums[column] + sums[width + column] + place[column]) >> table_bits
+        hidden[column] = min(max(total, 0), _TOP)
+
+
+@_compile("void(i4[::1], i1[:,::1], i8[::1], i4[::1])")
+def _multiply(values, weights, active, total):
+    """total [M] becomes values [H] @ weights [H, M]; active: room for H + 1 indices. Four rows a pass: total stays in
+    registers for as long."""
+    total[:] = 0
+    count = 0
+    for row in range(len(values)):
+        active[count] = row
+        # Rectified: many are 0. No branch, nothing to mispredict.
+        count += values[row] != 0
+    for start in range(0, count - 3, 4):
+        a, b, c, d = active[start], active[start + 1], active[start + 2], active[start + 3]
+        for column in range(len(total)):
+            total[column] += (
+                values[a] * np.int32(weights[a, column]) + values[b] * np.int32(weights[b, column])
+                + values[c] * np.int32(weights[c, column]) + values[d] * np.int32(weights[d, column])
+            )  # fmt: skip
+    for start in range(count - count % 4, count):
+        a = active[start]
+        for column in range(len(total)):
+            total[column] += values[a] * np.int32(weights[a, column])
+
+
+@_compile("void(i4[::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], "
+            "f8[:,:,::1], i8[:,::1], i4[::1], i8, i8, i8[:,::1], i8[:,:,::1])")  # fmt: skip
+def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, features, extra, chances, first, seen, chance,
+         ranked):  # fmt: skip
+    """Chances of the experts of layers first + seen, first + seen + 1, … at distances seen + 1, …, and their order.
+
+    hidden [H], mix [L, H, M], mix_scale [L, M], mix_bias [D, L, M], out [L, M, E], out_scale [L, E], bias [D, L, E],
+    own [D, F, L, E], features [F, L, E], extra [any, E] (log-odds to be added, as far as they go), chances
+    (`network.CHANCES`). chance [reach, E] becomes the chances in 2^-16; ranked [reach, 2, E] the keys, best first, the
+    lower on a tie, and their chances.
+    """
+    reach, num_experts = chance.shape
+    span = len(chances) // 2
+    num_mixed = mix.shape[2]
+    active = np.empty(max(len(hidden), num_mixed) + 1, np.int64)
+    mixed, odds = np.empty(num_mixed, np.int32), np.empty(num_experts, np.int32)
+    for step in range(reach):
+        ahead = seen + step
+        target = first + ahead
+        _multiply(hidden, mix[target], active, mixed)
+        for row in range(num_mixed):
+            scaled = (np.int64(mixed[row] + mix_bias[ahead, target, row]) * mix_scale[target, row]) >> _UNIT_BITS
+            mixed[row] = min(max(scaled, 0), _TOP)
+        _multiply(mixed, out[target], active, odds)
+        for expert in range(num_experts):
+            remembered = np.int64(0)
+            for feature in range(own.shape[1]):
+                remembered += np.int64(features[feature, target, expert]) * own[ahead, feature, target, expert]
+            total = ((np.int64(odds[expert]) * out_scale[target, expert]) >> _UNIT_BITS) + (remembered >> _LOG_BITS)
+            total += bias[ahead, target, expert]
+            if ahead < len(extra):
+                total += extra[ahead, expert]
+            found = chances[min(max(total, -span), span) + span]
+            chance[step, expert] = found
+            # Insertion from the end, in the order of the experts: a later one does not pass its equal.
+            place = expert
+            while place > 0 and ranked[step, 1, place - 1] < found:
+                ranked[step, 0, place] = ranked[step, 0, place - 1]
+                ranked[step, 1, place] = ranked[step, 1, place - 1]
+                place -= 1
+            ranked[step, 0, place], ranked[step, 1, place] = target * num_experts + expert, found
+
+
+@_compile("void(f8[:,::1], f8[:,::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1], i8, f8[:,::1], i4[::1])")
+def close(states, use, used, sums, rates, own_rates, logs, place, table_bits, features, hidden):
+    """A forward has ended: `HistoryNetwork.after`, `own_features` and `activate` at once.
+
+    states [R, H] and use [F - 1, N] are brought up to date; used [N], sums [(2 + R)·H]; rates [R] and own_rates
+    [F - 1] in 2^-16; logs (`network.LOGS`), place [H]. features [F, N] and hidden [H] are written.
+    """
+    unit = float(1 << _UNIT_BITS)
+    num_rates, width = states.shape
+    for rate in range(num_rates):
+        for column in range(width):
+            new = float(sums[(2 + rate) * width + column] << _STATE_BITS)
+            old = states[rate, column]
+            states[rate, column] = old + np.floor((new - old) * rates[rate] / unit)
+    num_keys = len(used)
+    for feature in range(len(own_rates)):
+        for key in range(num_keys):
+            old = use[feature, key]
+            new = old + np.floor((used[key] * unit - old) * own_rates[feature] / unit)
+            use[feature, key] = new
+            features[feature, key] = logs[np.int64(new) >> _STEP_BITS]
+    for key in range(num_keys):
+        features[len(own_rates), key] = np.floor(used[key] * (1 << _LOG_BITS))
+    for column in range(width):
+        total = np.int64(0)
+        for rate in range(num_rates):
+            total += np.int64(states[rate, column])
+        total = ((total >> _STATE_BITS) + place[column]) >> table_bits
+        hidden[column] = min(max(total, 0), _TOP)
+
+
+@_compile("void(i4[::1], i1[:,::1], i8[::1], i8[::1], i8[:,::1], f8[:,::1], i4[::1], i8[::1])")
+def outlook(hidden, forecast, scale, bias, own, features, chances, found):
+    """found [N]: `HistoryNetwork.outlook` of hidden [H] and features [F, N]; forecast [H, N], own [F, N]."""
+    odds = np.empty(len(found), np.int32)
+    _multiply(hidden, forecast, np.empty(len(hidden) + 1, np.int64), odds)
+    span = len(chances) // 2
+    for key in range(len(found)):
+        remembered = np.int64(0)
+        for feature in range(len(own)):
+            remembered += np.int64(features[feature, key]) * own[feature, key]
+        total = ((odds[key] * scale[key]) >> _UNIT_BITS) + bias[key] + (remembered >> _LOG_BITS)
+        found[key] = chances[min(max(total, -span), span) + span]
+
+
+@_compile("void(i4[:,::1], i4[::1], i1[:,::1], i4[::1], i2[::1], i8[::1])")
+def evaluate_forest(nodes, roots, leaves, table, features, out):
+    """out [E] becomes the calibrated pre-gate plus the mean leaf of the trees at `roots`, clipped to 0 … 2^16."""
+    num_experts = leaves.shape[1]
+    total = np.zeros(num_experts, np.int32)
+    for root in roots:
+        node = root
+        while node >= 0:
+            node = nodes[node, 2] if features[nodes[node, 0]] <= nodes[node, 1] else nodes[node, 3]
+        leaf = leaves[~node]
+        for expert in range(num_experts):
+            total[expert] += leaf[expert]
+    for expert in range(num_experts):
+        chance = min(max(features[expert], 0), table.shape[0] - 1)
+        # 512 is SCORE_ONE / LEAF_ONE. A floor division of whole numbers is the same on every machine.
+        score = table[chance] + (total[expert] * 512) // len(roots)
+        out[expert] = min(max(score, 0), 65536)
