@@ -14,10 +14,10 @@ import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import numpy as np
 
 
-def _compile(types: str) -> Callable[[Callable[..., None]], Any]:
+def _compile(types: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function for `types` now, and keep the result beside the source or in the user's cache folder."""
 
-    def decorate(function: Callable[..., None]) -> Any:
+    def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(types, cache=True)(function)
         except RuntimeError:
@@ -79,18 +79,20 @@ def _multiply(values, weights, active, total):
             total[column] += values[a] * np.int32(weights[a, column])
 
 
-@_compile("void(i4[::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], "
-            "f8[:,:,::1], i8[:,::1], i4[::1], i8, i8, i8[:,::1], i8[:,:,::1])")  # fmt: skip
-def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, features, extra, chances, first, seen, chance,
-         ranked):  # fmt: skip
+@_compile("i8(i4[::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], "
+            "i4[:,:,::1], f8[:,:,::1], f4[:,:], i4[::1], i4[::1], i8, i8, b1, i8[:,::1], i8[:,:,::1])")  # fmt: skip
+def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate, pregate_odds,
+         chances, first, seen, gated, chance, ranked):  # fmt: skip
     """Chances of the experts of layers first + seen, first + seen + 1, … at distances seen + 1, …, and their order.
 
     hidden [H], mix [L, H, M], mix_scale [L, M], mix_bias [D, L, M], out [L, M, E], out_scale [L, E], bias [D, L, E],
-    own [D, F, L, E], features [F, L, E], extra [any, E] (log-odds to be added, as far as they go), chances
-    (`network.CHANCES`). chance [reach, E] becomes the chances in 2^-16; ranked [reach, 2, E] the keys, best first, the
-    lower on a tie, and their chances.
+    own [D, F, L, E], features [F, L, E], chances and pregate_odds (`network.CHANCES`, `PREGATE_ODDS`). gated: whether
+    a pre-gate's chances [any, E], by distance, are added with pregate_weights [D, L, 2]; where it ends, or is not a
+    number, the answer ends too. chance [reach, E] becomes the chances in 2^-16; ranked [reach, 2, E] the keys, best
+    first, the lower on a tie, and their chances. Returns how many distances were answered.
     """
     reach, num_experts = chance.shape
+    log_steps = len(pregate_odds) - 1
     span = len(chances) // 2
     num_mixed = mix.shape[2]
     active = np.empty(max(len(hidden), num_mixed) + 1, np.int64)
@@ -98,6 +100,12 @@ def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, features, 
     for step in range(reach):
         ahead = seen + step
         target = first + ahead
+        if gated:
+            if ahead >= len(pregate):
+                return step
+            for expert in range(num_experts):
+                if np.isnan(pregate[ahead, expert]):
+                    return step
         _multiply(hidden, mix[target], active, mixed)
         for row in range(num_mixed):
             scaled = (np.int64(mixed[row] + mix_bias[ahead, target, row]) * mix_scale[target, row]) >> _UNIT_BITS
@@ -109,8 +117,10 @@ def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, features, 
                 remembered += np.int64(features[feature, target, expert]) * own[ahead, feature, target, expert]
             total = ((np.int64(odds[expert]) * out_scale[target, expert]) >> _UNIT_BITS) + (remembered >> _LOG_BITS)
             total += bias[ahead, target, expert]
-            if ahead < len(extra):
-                total += extra[ahead, expert]
+            if gated:
+                level = min(max(np.int64(np.floor(np.float64(pregate[ahead, expert]) * log_steps)), 0), log_steps)
+                weighed = np.int64(pregate_odds[level]) * pregate_weights[ahead, target, 0]
+                total += (weighed + level * pregate_weights[ahead, target, 1]) >> _LOG_BITS
             found = chances[min(max(total, -span), span) + span]
             chance[step, expert] = found
             # Insertion from the end, in the order of the experts: a later one does not pass its equal.
@@ -120,6 +130,7 @@ def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, features, 
                 ranked[step, 1, place] = ranked[step, 1, place - 1]
                 place -= 1
             ranked[step, 0, place], ranked[step, 1, place] = target * num_experts + expert, found
+    return reach
 
 
 @_compile("void(f8[:,::1], f8[:,::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1], i8, f8[:,::1], i4[::1])")

@@ -100,11 +100,9 @@ class Runtime:
             if wants is not None:
                 queue.want(wants)
                 queue.pump()
+            mark = self._launch_next(-1)
             for layer in layers:
-                # 1. Attention and router; the routing becomes known when the host has read it back.
-                mark = machine.attention(layer)
-                if watch is not None:
-                    watch.launched(mark, "attention", layer, ())
+                # 1. Attention and router run; the routing becomes known when the host has read it back.
                 while True:
                     self._retire((yield (GATE, mark, queue.has_work)))
                     if self._last_mark >= mark:
@@ -129,7 +127,10 @@ class Runtime:
                 else:
                     waiting = []
                     self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
-                # 5. Decide, while the device works.
+                # 5. Decide, while the device works: on the next attention too, if nothing holds that up.
+                launched = not waiting
+                if launched:
+                    mark = self._launch_next(layer)
                 if policy.prefetches:
                     wants = policy.decide(forward, layer)
                     if watch is not None:
@@ -148,15 +149,14 @@ class Runtime:
                     if queue.has_work:
                         queue.pump()
                     waiting = self._launch_landed(forward, layer, waiting, missing, policy.order.strict)
+                if not launched:
+                    mark = self._launch_next(layer)
                 view.pinned = NOTHING
                 for heard in self._layer_end_listeners:
                     heard(layer, forward.demands[layer])
                 if self._trims_at_layer_end:
                     self._end_layer(forward, layer)
-            # End: head, sampling, the tokens read back; prefetches of the next forward may copy meanwhile.
-            mark = machine.head()
-            if watch is not None:
-                watch.launched(mark, "head", layer, ())
+            # End: head and sampling run, the tokens are read back; prefetches of the next forward may copy meanwhile.
             while True:
                 self._retire((yield (TOKEN, mark, queue.has_work)))
                 if queue.has_work:
@@ -164,6 +164,18 @@ class Runtime:
                 if self._last_mark >= mark:
                     break
             self._end_forward(forward)
+
+    def _launch_next(self, layer: int) -> int:
+        """Launch what follows the experts of `layer`: the next layer's attention, or the head."""
+        layer += 1
+        if layer < self.config.num_layers:
+            mark, kind = self.machine.attention(layer), "attention"
+        else:
+            layer -= 1
+            mark, kind = self.machine.head(), "head"
+        if self.watch is not None:
+            self.watch.launched(mark, kind, layer, ())
+        return mark
 
     # -- steps ---------------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from expertflow.forward import DECODE, PREFILL, Forward
 from traces.reader import Trace
 
 BLOCK_ROWS = 512
+_WHOLE_ROWS = 64
+"""Forwards of up to so many rows have their look-ahead read for all layers at once."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,40 @@ class RecordedRows:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
+        self._read_rows: Any = None
+        self._read: npt.NDArray[np.float32] | None = None
 
     def _rows(self, array: Any, rows: Any) -> npt.NDArray[Any]:
         return np.concatenate([np.asarray(array[row : row + 1]) for row in rows])
 
     def lookahead(self, rows: Any, layer: int) -> npt.NDArray[np.float32] | None:
         """Router scores become K · softmax, at most 1; listed candidates carry their chance in 1/255."""
+        if len(rows) > _WHOLE_ROWS:
+            found = self._chances(rows, slice(layer, layer + 1))
+            return None if found is None else found[:, 0]
+        # Asked for at each layer of a forward: read once, all layers together.
+        if rows is not self._read_rows:
+            self._read_rows, self._read = rows, self._chances(rows, slice(None))
+        return None if self._read is None else self._read[:, layer]
+
+    def _chances(self, rows: Any, layers: slice) -> npt.NDArray[np.float32] | None:
+        """[rows, layers, D, E]."""
         trace = self._trace
         if trace.lookahead is not None:
-            scores = self._rows(trace.lookahead, rows)[:, layer].astype(np.float32)
-            weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+            scores = self._rows(trace.lookahead, rows)[:, layers].astype(np.float32)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             chance: npt.NDArray[np.float32] = np.minimum(
-                trace.top_k * weights / weights.sum(axis=2, keepdims=True), np.float32(1.0)
+                trace.top_k * weights / weights.sum(axis=-1, keepdims=True), np.float32(1.0)
             )
             return chance
         if trace.lookahead_ids is None or trace.lookahead_scores is None:
             return None
-        ids = self._rows(trace.lookahead_ids, rows)[:, layer].astype(np.int64)
-        scores = self._rows(trace.lookahead_scores, rows)[:, layer].astype(np.float32) / 255.0
-        dense = np.zeros((*ids.shape[:2], trace.num_experts + 1), np.float32)
+        ids = self._rows(trace.lookahead_ids, rows)[:, layers].astype(np.int64)
+        scores = self._rows(trace.lookahead_scores, rows)[:, layers].astype(np.float32) / 255.0
+        dense = np.zeros((*ids.shape[:-1], trace.num_experts + 1), np.float32)
         # Padding ids fall into the last column, which is cut off.
-        np.put_along_axis(dense, np.minimum(ids, trace.num_experts), scores, axis=2)
-        return dense[:, :, : trace.num_experts]
+        np.put_along_axis(dense, np.minimum(ids, trace.num_experts), scores, axis=-1)
+        return dense[..., : trace.num_experts]
 
     def embedding(self, rows: Any) -> npt.NDArray[np.float32] | None:
         return None if self._trace.embedding is None else self._rows(self._trace.embedding, rows).astype(np.float32)

@@ -18,7 +18,7 @@ from expertflow.features import Chances, ForwardFeatures
 from expertflow.forest import Forest, compiled
 from expertflow.forward import Forward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Predictor, Scores
+from expertflow.parts import SCORE_ONE, Effort, Predictor, Scores
 from expertflow.predictors.ranking import RowRanking
 from expertflow.view import View
 
@@ -33,6 +33,7 @@ class ForestPredictor(Predictor):
     """
 
     fitted_kind: ClassVar[str] = "forest"
+    effort: Effort = Effort(1.0, 0.4)
 
     def __init__(self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, cache_size: int = 4096,
                  refreshes: bool = False) -> None:  # fmt: skip

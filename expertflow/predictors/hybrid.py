@@ -23,6 +23,7 @@ from expertflow.network import (
     LOGS,
     NUM_OWN,
     OWN_SHIFTS,
+    PREGATE_ODDS,
     SHIFTS,
     UNIT,
     Floats,
@@ -46,7 +47,7 @@ class HybridPredictor(Predictor):
     """
 
     fitted_kind: ClassVar[str] = "hybrid"
-    effort: Effort = Effort(1.5, 0.3)
+    effort: Effort = Effort(1.2, 0.4)
 
     def __init__(self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, keep: int = 0,
                  refreshes: bool = True) -> None:  # fmt: skip
@@ -91,14 +92,15 @@ class HybridPredictor(Predictor):
             net.mix.astype(np.int8), net.mix_scale.astype(np.int32), net.mix_bias.astype(np.int32),
             net.out.astype(np.int8), net.out_scale.astype(np.int32), net.bias.astype(np.int32),
             net.own_by_feature.astype(np.int32),
+            np.zeros((1, 1, 1), np.int32) if net.pregate is None else net.pregate.astype(np.int32),
         )  # fmt: skip
         self.forecast = (
             net.forecast.astype(np.int8), net.forecast_scale.astype(np.int64), net.forecast_bias.astype(np.int64),
             net.forecast_own.astype(np.int64),
         )  # fmt: skip
         self.rates = (rates_of(SHIFTS, 1), rates_of(OWN_SHIFTS, 1))
-        self.chances = CHANCES.astype(np.int32)
-        self.no_extra = np.zeros((0, self.E), np.int64)
+        self.scales = PREGATE_ODDS.astype(np.int32), CHANCES.astype(np.int32)
+        self.no_pregate = np.zeros((0, self.E), np.float32)
         self.hidden = np.zeros(net.H, np.int32)
         self.ranked = np.zeros((net.D, 2, self.E), np.int64)
 
@@ -203,19 +205,17 @@ class HybridPredictor(Predictor):
 
     def _look(self, forward: Forward, layer: int, reach: int) -> None:
         """`_look_ahead` of one token, compiled: what was not seen before."""
-        net, first, seen = self.net, (layer + 1) % self.L, len(self.seen)
-        extra, known = self.no_extra, reach
-        if net.pregate is not None and first:
-            pregate = self._pregate(forward, layer, reach)
-            known = len(pregate)
-            odds = net.pregate_odds(pregate, net.pregate_ahead[first][:known].T[..., None])
-            extra = odds.astype(np.int64)
-        if known > seen:
-            chance, ranked = self.chance[seen:known], self.ranked[seen:known]
-            self.compiled.look(self.hidden, *self.weights, self.features, extra, self.chances, first, seen, chance,
-                               ranked)  # fmt: skip
-            kept = ranked if self.num_kept == self.E else ranked[..., : self.num_kept]
-            self.seen += [(keys, scores) for keys, scores in kept.tolist()]
+        first, seen = (layer + 1) % self.L, len(self.seen)
+        pregate = self.no_pregate
+        gated = self.net.pregate is not None and first > 0
+        if gated and forward.recorded is not None:
+            recorded = forward.recorded.lookahead(forward.rows, layer)
+            if recorded is not None:
+                pregate = recorded[0]
+        ranked = self.ranked[seen:reach]
+        found = self.compiled.look(self.hidden, *self.weights, self.features, pregate, *self.scales, first, seen, gated,
+                                   self.chance[seen:reach], ranked)  # fmt: skip
+        self.seen += [(keys, scores) for keys, scores in ranked[:found, :, : self.num_kept].tolist()]
         self.seen += [None] * (reach - len(self.seen))
 
     def _look_ahead(self, forward: Forward, layer: int, reach: int) -> None:
@@ -261,7 +261,8 @@ class HybridPredictor(Predictor):
         assert self.features is not None
         if self.quick:
             found = np.empty(self.L * self.E, np.int64)
-            self.compiled.outlook(self.hidden, *self.forecast, self.features.reshape(NUM_OWN, -1), self.chances, found)
+            self.compiled.outlook(self.hidden, *self.forecast, self.features.reshape(NUM_OWN, -1), self.scales[1],
+                                  found)  # fmt: skip
             self.view.outlook = found
         else:
             self.view.outlook = self.net.outlook(self.after, self.features)

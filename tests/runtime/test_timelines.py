@@ -180,6 +180,21 @@ def test_launches_of_the_next_layer_hide_under_the_experts_of_this_one() -> None
     assert split(job) == (2 * (ATTENTION + EXPERT) + HEAD, 0, 0, 3 * 3)
 
 
+def test_a_decision_is_hidden_under_the_experts_and_the_next_attention() -> None:
+    """Both are launched before it, unless an expert is missing: then what follows that expert has to wait for it."""
+    hidden = ATTENTION + EXPERT
+    for decide_ns, exposed in ((hidden, 0), (hidden + 7, 7)):
+        costs = HostCosts(decide_ns=decide_ns)
+        job = go([[3], [4], [5]], initial=(3, 14, 25), policy=prefetching(), costs=costs)
+        # Under the last decision run its experts and the head.
+        last = max(decide_ns - EXPERT - HEAD, 0)
+        assert split(job) == (3 * (ATTENTION + EXPERT) + HEAD, 0, 0, 2 * exposed + last)
+    costs = HostCosts(decide_ns=hidden)
+    job = go([[3], [4]], initial=(14,), policy=prefetching(), costs=costs)
+    attention = [kernel for kernel in job.timeline.kernels if kernel.kind == "attention"][1]
+    assert attention.start_ns == ATTENTION + max(COPY, hidden) + EXPERT
+
+
 def test_a_decision_delays_the_copies_it_asks_for() -> None:
     job = go([[3], [4]], initial=(3,), policy=prefetching(14), costs=HostCosts(decide_ns=19, issue_ns=1))
     assert job.timeline.copies == [Copy(14, 0, ATTENTION + 19 + 1, ATTENTION + 19 + 1 + COPY)]
@@ -446,9 +461,9 @@ def test_the_gate_sync_is_paid_by_a_host_that_was_busy_issuing_when_attention_en
     policy = prefetching(14, 15, 16, 17, 18)
     job = go([[3], [9]], initial=(3,), policy=policy, costs=costs, chunk_bytes=(30,), channel_depth=2)
     attention = [kernel for kernel in job.timeline.kernels if kernel.kind == "attention"][1]
-    assert (attention.start_ns, attention.end_ns) == (225, 325)
-    last_issue = max(copy.start_ns for copy in job.timeline.copies if copy.key == 17)
-    assert last_issue == 345  # the host was issuing until then
+    assert (attention.start_ns, attention.end_ns) == (115, 215)
+    last_issue = max(copy.start_ns for copy in job.timeline.copies if copy.key == 15)
+    assert last_issue == 225  # the host was issuing until then
     assert job.timeline.demands[1].known_ns == last_issue + 5
 
 
