@@ -1,4 +1,4 @@
-"""The trace that needs no download: generated in memory from a parameter file, by default the shipped one."""
+"""Traces that need no download: a twin's recording, and what is generated in memory from fitted parameters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import numpy as np
 
 from traces.generate import SHIPPED, generate, load_params, split_tokens
 from traces.reader import Trace
+
+SHIPPED_TRACE = SHIPPED.parent / "gpt-oss-20b-twin-eval.safetensors"
+"""What is run where no trace is named."""
+GENERATED = {"num_tokens": 1024, "num_requests": 8, "seed": 0}
+"""What a generated trace is like in what is not said."""
 
 
 class GeneratedTrace(Trace):

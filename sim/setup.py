@@ -141,14 +141,18 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
 
 
 def make_trace(cfg: Mapping[str, Any]) -> Trace:
-    """The trace at `path`, or one generated from the shipped parameters."""
+    """The trace at `path`, one generated where a key of the generator is set, or the shipped recording."""
     unknown = set(cfg) - {"path", "num_tokens", "num_requests", "seed", "params"}
     if unknown:
         raise ValueError(f"trace.{sorted(unknown)[0]} is no key; known: path, num_tokens, num_requests, seed, params")
     if cfg.get("path") is not None:
         return open_trace(_paths(cfg["path"]))
-    from sim.default_trace import generated_trace
+    from sim.default_trace import GENERATED, SHIPPED_TRACE, generated_trace
 
+    told = {key: value for key, value in cfg.items() if key != "path" and value is not None}
+    if not told:
+        return open_trace(str(SHIPPED_TRACE))
+    cfg = GENERATED | told
     return generated_trace(_whole(cfg, "num_tokens", 1, "trace."), _whole(cfg, "num_requests", 1, "trace."),
                            _whole(cfg, "seed", 0, "trace."), cfg.get("params"))  # fmt: skip
 

@@ -1,8 +1,9 @@
-"""Wanted is what is expected to save more stall than it costs: probability, time left, and how busy the link is."""
+"""Wanted is what is expected to save more stall than it costs: probability, time left, and how full the link is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from expertflow.forward import Forward
 from expertflow.future import Future
@@ -14,27 +15,34 @@ from expertflow.view import View
 class StallSaved(CountingSelection):
     """Experts with a chance p for which p · saved > (1 - p) · cost, that is p above cost / (saved + cost).
 
-    saved: what the time of one layer, stall excluded, would hide of a copy. cost: the time of a copy, times the share
-    of the time in which the link works, since a needless copy costs only where it holds up another, times `price`. All
-    are observed, running means (`memory` of the old kept). `least`, `most`: bounds of the threshold. Where the link is
-    full and copies cannot be hidden the threshold tends to 1: prefetch that would hurt switches itself off.
+    saved: what of a copy the time left would hide, which is that of as many layers, stall excluded, as the prediction
+    looks ahead; at most a whole copy. cost: the time of a copy, times the chance that it holds others up, times
+    `price`. That chance is u^`queue`, u the share of the time in which the link works: in a queue with random arrivals and
+    durations (M/M/1) the chance that so many are waiting or served. A needless copy costs next to nothing on a link
+    that idles, and its whole time on one that is always busy. All are observed, running means (`memory` of the old
+    kept). `least`, `most`: bounds of the threshold. Where the link is full and copies cannot be hidden the threshold
+    tends to 1: prefetch that would hurt switches itself off.
     """
 
-    def __init__(self, price: float = 0.25, least: float = 0.01, most: float = 1.0, memory: float = 0.9) -> None:
+    def __init__(self, price: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0,
+                 memory: float = 0.9) -> None:  # fmt: skip
         if price < 0:
             raise ValueError(f"StallSaved price={price} must be at least 0")
+        if not isinstance(queue, int) or not 0 <= queue <= 64:
+            raise ValueError(f"StallSaved queue={queue} must be a whole number of 0 (a copy always holds up) to 64")
         if not 0 < least <= most <= 1:
             raise ValueError(f"StallSaved least={least}, most={most} must be in 0 < least <= most <= 1")
         if not 0 <= memory < 1:
             raise ValueError(f"StallSaved memory={memory} must be in [0, 1)")
-        self.price, self.least, self.most, self.memory = price, least, most, memory
+        self.price, self.queue, self.least, self.most, self.memory = price, queue, least, most, memory
 
     def start(self, view: View, future: Future | None) -> None:
         super().start(view, future)
         self.view = view
         self.copy_ns = self.layer_ns = self.busy = 0.0
         self._seen = (0, 0, 0, 0, 0)
-        self.limit = int(self.most * SCORE_ONE)
+        self.limits = [int(self.most * SCORE_ONE)] * (view.num_layers + 1)
+        """Threshold by distance."""
 
     def end_forward(self, forward: Forward) -> None:
         view = self.view
@@ -47,21 +55,30 @@ class StallSaved(CountingSelection):
             self.layer_ns = self._mean(self.layer_ns, layer_ns / layers)
         if elapsed_ns > 0:
             self.busy += (1 - self.memory) * (min(busy_ns / elapsed_ns, 1.0) - self.busy)
-        saved = min(self.layer_ns, self.copy_ns)
-        cost = self.price * self.busy * self.copy_ns
+        # Products, not a power: these are the same on every machine.
+        cost = self.price * prod([self.busy] * self.queue) * self.copy_ns
+        self.limits = [self._limit(cost, distance) for distance in range(view.num_layers + 1)]
+
+    def _limit(self, cost: float, distance: int) -> int:
+        saved = min(self.layer_ns * distance, self.copy_ns)
         limit = cost / (saved + cost) if saved + cost > 0 else self.most
-        self.limit = int(min(max(limit, self.least), self.most) * SCORE_ONE)
+        return int(min(max(limit, self.least), self.most) * SCORE_ONE)
 
     def _mean(self, mean: float, value: float) -> float:
         return value if mean == 0 else self.memory * mean + (1 - self.memory) * value
 
     def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
         keys, values = scores
-        limit, count = self.limit, 0
+        self.num_layers += 1
+        if not keys:
+            return keys
+        view = self.view
+        # From the last layer the next forward's first is one ahead.
+        limit = self.limits[(keys[0] // view.num_experts - view.layer) % view.num_layers]
+        count = 0
         for value in values:
             if value < limit:
                 break
             count += 1
         self.num_selected += count
-        self.num_layers += 1
         return keys[:count]

@@ -15,6 +15,7 @@ from tests.hybrid.support import forwards
 from tests.policies.support import view_of
 
 L, E, K = 3, 4, 1
+DEEP = 6
 
 
 class World:
@@ -126,10 +127,10 @@ def test_values_out_of_range_are_refused(settings: dict[str, float]) -> None:
 # -- stall saved ------------------------------------------------------------------------------------------------------
 
 
-def observed(copy_ns: int, layer_ns: int, busy: float, **settings: float) -> StallSaved:
+def observed(copy_ns: int, layer_ns: int, busy: float, **settings: Any) -> StallSaved:
     """A selection that has seen 400 like forwards."""
     part = StallSaved(least=0.001, **settings)
-    view = view_of(L, E, K)
+    view = view_of(DEEP, E, K)
     part.start(view, None)
     elapsed = 1_000_000
     for _ in range(400):
@@ -142,33 +143,47 @@ def observed(copy_ns: int, layer_ns: int, busy: float, **settings: float) -> Sta
     return part
 
 
+@pytest.mark.parametrize("queue", [0, 1, 3])
+@pytest.mark.parametrize("distance", [1, 2, 4])
 @pytest.mark.parametrize(
     ("copy_ns", "layer_ns", "busy", "price"),
-    [(1000, 2000, 0.5, 1.0), (1000, 100, 0.9, 1.0), (1000, 500, 0.2, 0.5), (1000, 10, 1.0, 2.0)],
+    [(1000, 2000, 0.5, 1.0), (1000, 100, 0.9, 1.0), (1000, 500, 0.7, 0.5), (1000, 40, 1.0, 2.0)],
 )
 def test_the_threshold_is_where_saving_and_cost_are_equal(
-    copy_ns: int, layer_ns: int, busy: float, price: float
+    copy_ns: int, layer_ns: int, busy: float, price: float, distance: int, queue: int
 ) -> None:
-    part = observed(copy_ns, layer_ns, busy, price=price)
-    saved, cost = min(layer_ns, copy_ns), price * busy * copy_ns
-    p = part.limit / SCORE_ONE
+    part = observed(copy_ns, layer_ns, busy, price=price, queue=queue)
+    saved, cost = min(layer_ns * distance, copy_ns), price * busy**queue * copy_ns
+    limit = part.limits[distance]
+    p = limit / SCORE_ONE
     assert p * saved == pytest.approx((1 - p) * cost, rel=0.01)
-    keys = part.select(([3, 2, 1], [part.limit + 1, part.limit, part.limit - 1]), forwards()[0])
-    assert list(keys) == [3, 2]
+    part.view.layer = 2
+    first = (2 + distance) % DEEP * E
+    keys = part.select(([first + 3, first + 2, first + 1], [limit + 1, limit, limit - 1]), forwards()[0])
+    assert list(keys) == [first + 3, first + 2]
 
 
 def test_an_idle_link_takes_what_is_barely_likely_and_a_full_one_with_no_time_next_to_nothing() -> None:
-    assert observed(1000, 2000, 0.01, price=1.0).limit < 0.02 * SCORE_ONE
-    assert observed(1000, 20, 1.0, price=1.0).limit > 0.97 * SCORE_ONE
+    assert observed(1000, 2000, 0.01, queue=1).limits[1] < 0.02 * SCORE_ONE
+    assert observed(1000, 20, 1.0).limits[1] > 0.97 * SCORE_ONE
+
+
+def test_more_time_left_asks_for_less_certainty() -> None:
+    limits = observed(1000, 100, 0.9).limits
+    assert limits[1] > limits[2] > limits[4]
 
 
 def test_before_anything_is_observed_the_bound_holds() -> None:
     part = StallSaved(most=0.5)
     part.start(view_of(L, E, K), None)
-    assert list(part.select(([1, 2], [40_000, 30_000]), forwards()[0])) == [1]
+    assert list(part.select(([E + 1, E + 2], [40_000, 30_000]), forwards()[0])) == [E + 1]
+    assert list(part.select(([], []), forwards()[0])) == []
 
 
-@pytest.mark.parametrize("settings", [{"price": -1}, {"least": 0}, {"least": 0.9, "most": 0.5}, {"memory": 1.0}])
-def test_selection_values_out_of_range_are_refused(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"price": -1}, {"queue": -1}, {"queue": 0.5}, {"least": 0}, {"least": 0.9, "most": 0.5}, {"memory": 1.0}],
+)
+def test_selection_values_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         StallSaved(**settings)

@@ -126,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     ship.add_argument("output", type=Path, help="the folder to write to")
     ship.add_argument("folders", nargs="+", type=Path, help="folders of twins, recorded")
     ship.add_argument("--max-mb", type=float, default=24.0, help="10^6 bytes of all together (24)")
+    ship.add_argument("--train-share", type=float, default=0.75, help="of a twin's bytes, for its train file (0.75)")
     ship.add_argument("--pregate", default="residual", help="the kind to keep: residual or normed (residual)")
     ship.set_defaults(run=run_ship)
     return parser
@@ -210,10 +211,12 @@ def run_ship(args: argparse.Namespace) -> int:
 
     if not 0 < args.max_mb <= 1_000_000:
         raise ValueError(f"--max-mb={args.max_mb} must be above 0 and at most 1000000")
+    if not 0 < args.train_share < 1:
+        raise ValueError(f"--train-share={args.train_share} must be between 0 and 1")
     if args.pregate not in ("residual", "normed"):
         raise ValueError(f"--pregate={args.pregate} is unknown; choose residual or normed")
     pairs = [(_one(folder, "train", args.pregate), _one(folder, "eval", args.pregate)) for folder in args.folders]
-    ship(pairs, args.output, int(args.max_mb * 1e6), print)
+    ship(pairs, args.output, int(args.max_mb * 1e6), print, args.train_share)
     return 0
 
 

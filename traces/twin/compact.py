@@ -22,7 +22,7 @@ from traces.reader import Trace, open_trace
 
 _BLOCK_ROWS = 256
 _HEADER_BYTES = 4096
-_TRAIN_SHARE = 0.75
+TRAIN_SHARE = 0.75
 _OWN = {"format", "format_version", "model", "source", "license", "request_labels", "moe_layer_ids", *COUNTS}
 
 
@@ -100,18 +100,19 @@ def _num_fitting(trace: Trace, max_bytes: int) -> int:
 
 
 def ship(
-    sources: Sequence[tuple[Path, Path]], folder: Path, max_bytes: int, report: Callable[[str], None]
-) -> list[Path]:
+    sources: Sequence[tuple[Path, Path]], folder: Path, max_bytes: int, report: Callable[[str], None],
+    train_share: float = TRAIN_SHARE,
+) -> list[Path]:  # fmt: skip
     """Compact pairs of full traces (train, eval) into `folder`, all together within max_bytes; the paths written.
 
-    Each pair gets an equal share, of which its train file takes three quarters. ValueError on a fault in any.
+    Each pair gets an equal share, of which its train file takes `train_share`. ValueError on a fault in any.
     """
     if not folder.is_dir():
         raise fault(folder, "folder", "does not exist", "create it first")
     share = max_bytes / max(len(sources), 1)
     written, total = [], 0
     for train, evaluation in sources:
-        for source, part in ((train, _TRAIN_SHARE), (evaluation, 1 - _TRAIN_SHARE)):
+        for source, part in ((train, train_share), (evaluation, 1 - train_share)):
             target = folder / _short_name(source)
             trace = compact_trace(source, target, int(share * part))
             size = target.stat().st_size
