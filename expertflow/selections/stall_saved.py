@@ -17,11 +17,11 @@ class StallSaved(CountingSelection):
 
     saved: what of a copy the time left would hide, which is that of as many layers, stall excluded, as the prediction
     looks ahead; at most a whole copy. cost: the time of a copy, times the chance that it holds others up, times
-    `price`. That chance is u^`queue`, u the share of the time in which the link works: in a queue with random arrivals and
-    durations (M/M/1) the chance that so many are waiting or served. A needless copy costs next to nothing on a link
-    that idles, and its whole time on one that is always busy. All are observed, running means (`memory` of the old
-    kept). `least`, `most`: bounds of the threshold. Where the link is full and copies cannot be hidden the threshold
-    tends to 1: prefetch that would hurt switches itself off.
+    `price`. That chance is u^`queue`, u the share of the time in which the link works: in a queue with random arrivals
+    and durations (M/M/1) the chance that so many are waiting or served. A needless copy costs next to nothing on a
+    link that idles, and its whole time on one that is always busy. All are observed, running means (`memory` of the
+    old kept). `least`, `most`: bounds of the threshold. Where the link is full and copies cannot be hidden the
+    threshold tends to 1: prefetch that would hurt switches itself off.
     """
 
     def __init__(self, price: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0,
