@@ -12,12 +12,13 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sim.paths import ROOT
+from sim.paths import DATA, ROOT
 
 PACKAGES = ("expertflow", "simpy", "numpy", "pandas", "pyarrow", "safetensors", "hydra-core")
 
@@ -41,9 +42,31 @@ def to_json(value: Any) -> str:
 
 
 def fingerprint(cfg: Mapping[str, Any], trace_sha256: str, *extra: str) -> str:
-    """Of all that decides a result: configuration, trace content and the version of this package's code."""
+    """Of all that decides a result: configuration, trace content, fitted files and this package's code."""
     body = json.dumps(cfg, sort_keys=True, default=str)
-    return hashlib.sha256(f"{body}\n{trace_sha256}\n{code_sha256(*extra)}".encode()).hexdigest()
+    fitted = f"{shipped_sha256()}\n{files_sha256(named_files(cfg.get('policy')))}"
+    return hashlib.sha256(f"{body}\n{trace_sha256}\n{fitted}\n{code_sha256(*extra)}".encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def shipped_sha256() -> str:
+    """Of the fitted files and traces that come with the package."""
+    return files_sha256(sorted(DATA.glob("*.safetensors")))
+
+
+def named_files(value: Any) -> list[Path]:
+    """Files that a configuration names."""
+    if isinstance(value, Mapping):
+        return sorted({path for inner in value.values() for path in named_files(inner)})
+    return [Path(value)] if isinstance(value, str) and "." in value and Path(value).is_file() else []
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """Over names, without folders, and contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def code_sha256(*extra: str) -> str:

@@ -21,8 +21,8 @@ from sim.app import twin_hits
 from sim.configure import configure
 from sim.errors import one_line
 from sim.link import Link
-from sim.output import to_json, write_text
-from sim.paths import DATA, ROOT
+from sim.output import files_sha256, named_files, shipped_sha256, to_json, write_text
+from sim.paths import ROOT
 from sim.run import describe, run_policy
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload
 from sim.study.estimates import run_estimates
@@ -55,12 +55,12 @@ def plan_jobs(cells: Sequence[Cell], kind: str = "runs") -> list[Job]:
     """Compose and mark every cell; ValueError that names the cell for what cannot be composed."""
     jobs = []
     code = [path for pattern in DECIDES for path in sorted(ROOT.glob(pattern))]
-    shared = _digest((*code, *sorted(DATA.glob("*.safetensors"))))
+    shared = files_sha256(code) + shipped_sha256()
     for cell in cells:
         try:
             cfg = configure([*cell.overrides, *ALONE])
             trace_sha256 = _open_trace(to_json(cfg["trace"])).sha256()
-            own = _digest(tuple(sorted(_files(cfg["policy"]))))
+            own = files_sha256(named_files(cfg["policy"]))
         except Exception as error:
             raise _named(cell, error) from error
         body = json.dumps([kind, cfg, trace_sha256, own, shared], sort_keys=True)
@@ -71,21 +71,6 @@ def plan_jobs(cells: Sequence[Cell], kind: str = "runs") -> list[Job]:
 def _named(cell: Cell, error: Exception) -> Exception:
     line = one_line(error)
     return error if line is None else ValueError(f"{cell}: {line}")
-
-
-def _files(value: Any) -> list[Path]:
-    """Files that a configuration names."""
-    if isinstance(value, dict):
-        return [path for inner in value.values() for path in _files(inner)]
-    return [Path(value)] if isinstance(value, str) and "/" in value and Path(value).is_file() else []
-
-
-@lru_cache(maxsize=4)
-def _digest(paths: tuple[Path, ...]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(str(path).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 @lru_cache(maxsize=4)

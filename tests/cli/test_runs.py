@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sim import collect, regress
 from sim.output import code_sha256
+from sim.paths import DATA
 from tests.cli.support import ROOT, command, job, real_trace, run_here, run_there, small_trace
 
 LRU = ("+hardware=a100", "+policy=lru")
@@ -409,6 +411,18 @@ def test_a_finished_run_is_skipped_only_if_it_is_the_same(trace: Path, tmp_path:
     other = run_here([*words, "residency=0.25"], tmp_path / "run")
     assert "done before" not in other.out
     assert other.metrics()["capacity"]["num_slots"] == 192
+
+
+def test_a_finished_run_is_not_skipped_when_a_fitted_file_it_names_has_changed(tmp_path: Path) -> None:
+    fitted = tmp_path / "mine.safetensors"
+    fitted.write_bytes((DATA / "gpt-oss-20b.hybrid.safetensors").read_bytes())
+    words = ["+hardware=a100", "+policy=adaptive", "policy/predictor=hybrid", f"policy.predictor.fitted={fitted}",
+             "trace.num_tokens=8", "trace.num_requests=1", "compare=none", "skip_done=true"]  # fmt: skip
+    assert "done before" not in run_here(words, tmp_path / "run").out
+    assert run_here(words, tmp_path / "run").out.startswith("done before: ")
+    arrays = load_file(fitted)
+    save_file({**arrays, "bias": arrays["bias"] + 1}, fitted)
+    assert "done before" not in run_here(words, tmp_path / "run").out
 
 
 def test_a_finished_run_is_not_skipped_when_its_trace_has_changed(tmp_path: Path) -> None:
