@@ -19,7 +19,7 @@ import numpy as np
 from traces.container import TraceError, fault
 from traces.files import replace_file
 from traces.fitting.accuracy import Accuracy, fit_decay
-from traces.fitting.rivals import RIVALS, ROUTING_ALONE, Rival, Training, has_pregate
+from traces.fitting.rivals import RIVALS, ROUTING_ALONE, NetworkRival, Rival, Training, has_pregate
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.reader import Trace, open_trace
 
@@ -147,6 +147,8 @@ def score(rivals: dict[str, Rival], trace: Trace, distances: int) -> Rows:
 
 def microseconds(rival: Rival, trace: Trace) -> float:
     """Median time of one decision (one row, one layer, distance 1), features included, reading of the pre-gate not."""
+    if isinstance(rival, NetworkRival):
+        return float(np.median(rival.taken_ns(trace, _TIMED_DECISIONS))) / 1000
     block: RowBlock = next(row_blocks(trace, range(1), 1))
     layer = (trace.num_layers - 1) // 2
     rival.scores(block, layer, 1)
