@@ -116,5 +116,5 @@ def compiled() -> Callable[..., None]:
     try:
         found: Callable[..., None] = importlib.import_module("expertflow.compiled").evaluate_forest
     except ImportError:
-        raise ValueError("the forest predictor needs numba; install it: pip install 'expertflow[fit]'") from None
+        raise ValueError("the forest predictor needs numba; install it: pip install 'expertflow[fast]'") from None
     return found

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
 from expertflow.policy import Policy
+from expertflow.predictors.hybrid import compiled_functions
 from expertflow.runtime import Runtime
 from replay.steady import steady
 from sim.configure import configure
@@ -293,6 +294,8 @@ def compare_policies(trace: str | None, policies: Sequence[str], batch_size: int
     work = make_workload(chosen[policies[0]])
     print(f"{work.trace.name}: {work.batches.num_tokens} tokens, batch {batch_size}, {work.num_slots} slots; "
           "host time of the policy's code in us")  # fmt: skip
+    if compiled_functions() is None:
+        print("numba is not installed: networks decide in numpy, several times slower; pip install 'expertflow[fast]'")
     parts = " ".join(f"{part:>9}" for part in (*PARTS, GLUE))
     print(f"{'a layer':14} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>8} {'mean':>7} {'calls':>6}  {parts} "
           f"{'decide':>7}  {'a forward p50':>13} {'max':>8}")  # fmt: skip

@@ -74,7 +74,7 @@ class HybridPredictor(Predictor):
         self.block_row = -1
         self.block_rows: dict[int, tuple[list[list[list[int]]], list[list[list[int]]], list[Ints]]] = {}
         self.block_outlook: list[Ints] = []
-        self.compiled: Any = _compiled() if len(self.net.rank_weights) == self.top_k else None
+        self.compiled: Any = compiled_functions() if len(self.net.rank_weights) == self.top_k else None
         """What runs compiled, for one token; None: numpy does it all."""
         if self.compiled is not None:
             self._lay_out()
@@ -317,7 +317,7 @@ class HybridPredictor(Predictor):
         return keys, scores, chances
 
 
-def _compiled() -> Any:
+def compiled_functions() -> Any:
     """The compiled functions, where numba is installed and fits."""
     try:
         return importlib.import_module("expertflow.compiled")

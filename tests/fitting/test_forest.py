@@ -159,7 +159,7 @@ def test_trees_that_cannot_be_shared_among_layers_are_refused() -> None:
 def test_without_numba_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "expertflow.compiled", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(ValueError, match=r"pip install 'expertflow\[fit\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'expertflow\[fast\]'"):
         forest_module.compiled()
 
 
