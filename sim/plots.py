@@ -154,6 +154,29 @@ def plot_timeline(frames: Frames, start_ms: float, stop_ms: float, title: str = 
     return figure
 
 
+@styled
+def plot_recall(table: pd.DataFrame) -> Figure:
+    """Recall@k by distance (columns trace, predictor, distance, recall_k): a panel a trace, a line a predictor."""
+    if table.empty:
+        raise ValueError("nothing to draw: the table has no rows")
+    traces, predictors = (list(dict.fromkeys(table[name])) for name in ("trace", "predictor"))
+    figure = Figure(figsize=(1.2 + 2.6 * len(traces), 3.3), layout="constrained")
+    panels = figure.subplots(1, len(traces), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, trace in zip(panels, traces, strict=True):
+        for index, predictor in enumerate(predictors):
+            own = table[(table["trace"] == trace) & (table["predictor"] == predictor)]
+            if len(own):
+                panel.plot(own["distance"], own["recall_k"], label=predictor, **_line_style(index))
+        panel.set_title(trace)
+        panel.set_xlabel("distance (layers)")
+        panel.set_ylim(0, 1)
+    panels[0].set_ylabel("recall@k")
+    pairs = [pair for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in pairs}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    return figure
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a PNG; the same figure gives the same bytes. Under a temporary name first, then renamed."""
     target = Path(path)

@@ -1,6 +1,6 @@
-"""The notebook runs from a copy of the project's results and makes its pictures.
+"""The notebooks run from a copy of the project's results and make their pictures.
 
-`python -m tests.test_notebook` executes it where it stands and writes its pictures into it.
+`python -m tests.test_notebook` executes them where they stand and writes their pictures into them.
 """
 
 import ast
@@ -17,6 +17,7 @@ kernelspec = pytest.importorskip("ipykernel.kernelspec", reason="needs the extra
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+PAPER = ROOT / "notebooks" / "paper.ipynb"
 RESULTS = ROOT / "results" / "first-table"
 NUM_PICTURES = 5
 
@@ -29,14 +30,14 @@ def execute(notebook: Path) -> Any:
     return client.execute()
 
 
-def copy_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of nothing but the notebook in `folder`; the kernel `python3` is this interpreter."""
+def copy_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, notebook: Path = NOTEBOOK) -> Path:
+    """A project of nothing but a notebook in `folder`; the kernel `python3` is this interpreter."""
     kernelspec.install(kernel_name="python3", prefix=str(folder))
     monkeypatch.setenv("JUPYTER_PATH", str(folder / "share" / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
     (folder / "notebooks").mkdir()
     (folder / "pyproject.toml").touch()
-    return Path(shutil.copy(NOTEBOOK, folder / "notebooks"))
+    return Path(shutil.copy(notebook, folder / "notebooks"))
 
 
 def pictures(document: Any) -> list[bytes]:
@@ -83,15 +84,35 @@ def test_without_results_it_fails_and_names_the_file(tmp_path: Path, monkeypatch
         execute(copy_notebook(tmp_path, monkeypatch))
 
 
-def test_it_computes_no_metric_of_its_own() -> None:
-    document = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.slow
+def test_the_papers_claims_are_drawn_from_the_published_studies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = copy_notebook(tmp_path, monkeypatch, PAPER)
+    for name in ("accuracy", "paper", "inversion"):
+        shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
+    found = pictures(execute(notebook))
+    assert len(set(found)) == 3
+    assert all(picture.startswith(b"\x89PNG") and len(picture) > 10_000 for picture in found)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "modules"),
+    [
+        (NOTEBOOK, {"pathlib", "pandas", "sim.plots", "sim.timeline"}),
+        (PAPER, {"pathlib", "pandas", "sim.plots", "sim.study.pictures", "sim.study.plan"}),
+    ],
+)
+def test_it_computes_no_metric_of_its_own(notebook: Path, modules: set[str]) -> None:
+    document = nbformat.read(notebook, as_version=4)
     nbformat.validate(document)
     source = "\n".join(cell.source for cell in document.cells if cell.cell_type == "code")
     tree = ast.parse("\n".join(line for line in source.splitlines() if not line.startswith("%")))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported == {"pathlib", "pandas", "sim.plots", "sim.timeline"}
+    assert imported == modules
 
 
 if __name__ == "__main__":
-    nbformat.write(execute(NOTEBOOK), NOTEBOOK)
+    for path in (NOTEBOOK, PAPER):
+        nbformat.write(execute(path), path)
