@@ -12,6 +12,7 @@ R = len(SHIFTS) rates, F = 1 + len(OWN_SHIFTS) own features, D distances, N = L 
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -288,3 +289,11 @@ def _diagonal(values: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:
 def rates_of(shifts: tuple[int, ...], num_steps: int) -> Floats:
     """How far a sum moves in num_steps steps, in 2^-16."""
     return np.array([float(round(UNIT * (1 - (1 - 2.0**-shift) ** num_steps))) for shift in shifts])
+
+
+def compiled_functions() -> Any:
+    """The compiled functions, where numba is installed and fits."""
+    try:
+        return importlib.import_module("expertflow.compiled")
+    except ImportError:
+        return None

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from expertflow.network import compiled_functions
 from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
 from expertflow.policy import Policy
-from expertflow.predictors.hybrid import compiled_functions
 from expertflow.runtime import Runtime
 from replay.steady import steady
 from sim.configure import configure

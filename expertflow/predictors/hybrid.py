@@ -8,7 +8,6 @@ used in the next ones (`view.outlook`), for evictions that ask. Where numba is i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -31,6 +30,7 @@ from expertflow.network import (
     Ints,
     Singles,
     chance_of,
+    compiled_functions,
     rates_of,
 )  # fmt: skip
 from expertflow.parts import Effort, Predictor, Scores
@@ -315,11 +315,3 @@ class HybridPredictor(Predictor):
             scores.append(found[1].tolist())
             chances.append(chance)
         return keys, scores, chances
-
-
-def compiled_functions() -> Any:
-    """The compiled functions, where numba is installed and fits."""
-    try:
-        return importlib.import_module("expertflow.compiled")
-    except ImportError:
-        return None

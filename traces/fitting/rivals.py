@@ -6,7 +6,6 @@ expert at a time, all layers alike, one model a distance. Shape letters: n rows,
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,6 @@ from safetensors.numpy import load_file
 from expertflow.features import CHANCE_ONE
 from expertflow.forest import KNOTS, SCORE_ONE, Forest, calibration_tables
 from expertflow.network import LOG_UNIT, Block, HistoryNetwork, chance_of
-from expertflow.predictors.hybrid import HybridPredictor
-from expertflow.view import View
-from traces.batching import BatchConfig, Batches
 from traces.container import TraceError
 from traces.fitting.forest import fit_forest, knot_counts, rising_shares
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
@@ -211,30 +207,8 @@ class NetworkRival:
         if training.distances > self.net.D:
             raise TraceError(f"{training.files['hybrid']}: is fitted to {self.net.D} distances, "
                              f"{training.distances} are compared; fit it anew")  # fmt: skip
-        self.arrays = arrays
         self.num_bytes = sum(array.nbytes for array in arrays.values())
         self.memory, self.seen = self.net.begin(), -1
-
-    def taken_ns(self, trace: Trace, count: int) -> list[int]:
-        """Times of `count` decisions as the predictor makes them, layer after layer of one-token forwards."""
-        L, E = trace.num_layers, trace.num_experts
-        predictor = HybridPredictor(self.arrays)
-        predictor.start(View(L, E, trace.top_k, 1, L * E, [], memoryview(bytes(L * E))), None)
-        taken: list[int] = []
-        for forward in Batches(trace, BatchConfig()):
-            predictor.begin_forward(forward)
-            if forward.recorded is not None:
-                # Reading the pre-gate is not the predictor's time.
-                forward.recorded.lookahead(forward.rows, 0)
-            for layer in range(L - 1):
-                start = time.perf_counter_ns()
-                predictor.predict(forward, layer, 1)
-                if forward.num_tokens == 1:
-                    taken.append(time.perf_counter_ns() - start)
-            predictor.end_forward(forward)
-            if len(taken) >= count:
-                break
-        return taken or [0]
 
     def _run(self, block: RowBlock) -> Block:
         """The network over a block, once."""

@@ -148,7 +148,8 @@ def score(rivals: dict[str, Rival], trace: Trace, distances: int) -> Rows:
 def microseconds(rival: Rival, trace: Trace) -> float:
     """Median time of one decision (one row, one layer, distance 1), features included, reading of the pre-gate not."""
     if isinstance(rival, NetworkRival):
-        return float(np.median(rival.taken_ns(trace, _TIMED_DECISIONS))) / 1000
+        # Here it sees whole forwards; as it decides it is timed by python -m replay.bench_decide.
+        return float("nan")
     block: RowBlock = next(row_blocks(trace, range(1), 1))
     layer = (trace.num_layers - 1) // 2
     rival.scores(block, layer, 1)
@@ -191,7 +192,8 @@ def markdown(accuracy: Rows, fits: Rows, costs: dict[str, tuple[int, float]], to
                         ([name, *(f"{row[key]:.4f}" if key in ("ece", "log_loss") else f"{row[key]:.3f}"
                                   for row in accuracy if row["predictor"] == name)] for name in costs))  # fmt: skip
     lines += _table(["predictor", "model (kB)", "µs a decision"],
-                    ([name, f"{size / 1000:.0f}", f"{time_us:.0f}"] for name, (size, time_us) in costs.items()))
+                    ([name, f"{size / 1000:.0f}", "–" if np.isnan(time_us) else f"{time_us:.0f}"]
+                     for name, (size, time_us) in costs.items()))  # fmt: skip
     heads = ["a·e^(−b·d)+c", "a", "b", "c", "rmse", "the paper's c (DeepSeek, Qwen1.5, Qwen2) [2], reader-reported"]
     lines += _table(heads, ([fit["predictor"], *(f"{fit[key]:.3f}" for key in ("a", "b", "c", "rmse")),
                              ", ".join(f"{value:.3f}" for value in READER_REPORTED.get(fit["predictor"], {}).values())]
