@@ -25,13 +25,14 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         raise SystemExit(2) from error
 
 
-def as_command(main: Callable[[], object]) -> int:
-    """Run a command's `main`; its exit code."""
+def as_command(main: Callable[[], object],
+               interrupted: str = "finished runs are kept (skip_done=true goes on from there)") -> int:  # fmt: skip
+    """Run a command's `main`; its exit code. interrupted: what is said of what was done by then."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted; finished runs are kept (skip_done=true goes on from there)", file=sys.stderr)
+        print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
         line = one_line(error)

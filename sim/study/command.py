@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sim.errors import one_line
+from sim.entry import as_command
 from sim.output import code_sha256
 from sim.study.cells import plan_jobs, run_jobs
 from sim.study.estimates import estimates_table
@@ -20,18 +19,8 @@ from sim.study.verdicts import sentences
 
 def cli(words: list[str] | None = None) -> int:
     """Command line; exit code 2 and one line for a user's error."""
-    try:
-        run_study(_parser().parse_args(words))
-    except KeyboardInterrupt:
-        print("interrupted; finished cells are kept: the same command goes on from there", file=sys.stderr)
-        return 130
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    args = _parser().parse_args(words)
+    return as_command(lambda: run_study(args), "finished cells are kept: the same command goes on from there")
 
 
 def _parser() -> argparse.ArgumentParser:
