@@ -28,7 +28,7 @@ from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.steady import steady
 from sim.configure import configure
-from sim.errors import one_line
+from sim.entry import as_command
 from sim.host_bound import machine_for
 from sim.kernels import KernelTimes
 from sim.link import Link
@@ -356,15 +356,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=_whole, default=512, help="tokens of the trace to run (default: 512)")
     args = parser.parse_args(words)
     trace = str(args.trace.resolve()) if args.trace else None
-    try:
-        good = compare_policies(trace, args.policies, args.batch_size, args.tokens)
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0 if good else 1
+
+    def run() -> int:
+        return 0 if compare_policies(trace, args.policies, args.batch_size, args.tokens) else 1
+
+    return as_command(run, "policies that are not in the table were not measured")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from replay.settings import CPU_SCALE
 from replay.standin import standin_trace
 from replay.steady import steady
 from sim.configure import configure
-from sim.errors import one_line
+from sim.entry import as_command
 from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
@@ -267,34 +267,30 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     parser.add_argument("--out", type=Path, default=CONF, help="folder with hardware/ and stack/ (default: conf)")
     args = parser.parse_args(words)
+    return as_command(lambda: _calibrate(args, sys.argv[1:] if words is None else words), "no profile was written")
+
+
+def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
+    name = check_name(args.name)
+    policies, models = args.policies.split(","), args.models.split(",")
+    for policy in policies:
+        configure(["+hardware=a100", f"+policy={policy}"])
+    for model in models:
+        named_model(model)
+    machine = choose_machine(args.machine)
+    scale = scale_of(args.scale, machine)
+    device = make_device(machine, args.throttle)
     try:
-        name = check_name(args.name)
-        policies, models = args.policies.split(","), args.models.split(",")
-        for policy in policies:
-            configure(["+hardware=a100", f"+policy={policy}"])
-        for model in models:
-            named_model(model)
-        machine = choose_machine(args.machine)
-        scale = scale_of(args.scale, machine)
-        device = make_device(machine, args.throttle)
-        try:
-            raw = calibrate(device, models, policies, scale, quick=args.quick)
-        finally:
-            device.close()
-        raw["provenance"] = provenance(sys.argv[1:] if words is None else words, "", 0.0, "replay")
-        paths = write_profile(raw, name, args.out)
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        raw = calibrate(device, models, policies, scale, quick=args.quick)
+    finally:
+        device.close()
+    raw["provenance"] = provenance(words, "", 0.0, "replay")
+    paths = write_profile(raw, name, args.out)
     print_beside(Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120), profiles(raw, name)[0], raw)
     for path in paths:
         print(f"written {path}")
     if scale > 1:
         print(f"the models' widths were divided by {scale}: this profile simulates them at that scale only")
-    return 0
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from replay.log_format import (
 )
 from replay.log_reader import LogReader
 from sim.configure import KEYS, checked
-from sim.errors import one_line
+from sim.entry import as_command
 from sim.setup import Workload, make_policy, make_workload
 
 _SHOWN = 12
@@ -354,16 +354,13 @@ def cli(words: Sequence[str]) -> int:
     if not words or words[0].startswith("-"):
         print(_USAGE, file=sys.stderr)
         return 2
-    try:
+
+    def run() -> int:
         result = check(Path(words[0]), words[1:])
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
-    print(result.line())
-    return 0 if result.difference is None else 1
+        print(result.line())
+        return 0 if result.difference is None else 1
+
+    return as_command(run, "the log was not checked to its end")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from replay.run import needs_of, replay_policy, scaled_workload
 from replay.scale import scaled_model
 from replay.standin import standin_trace
 from sim.configure import configure
-from sim.errors import one_line
+from sim.entry import as_command
 from sim.output import provenance, to_json, write_text
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 from sim.timeline import Timeline
@@ -327,27 +327,24 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
     args.words = words
+    return as_command(lambda: _validate(args), "finished rows are kept")
+
+
+def _validate(args: argparse.Namespace) -> int:
+    name = check_name(args.name)
+    for key in ("tokens", "log_tokens", "verify_tokens", "repeat"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')}={getattr(args, key)} must be at least 1")
+    out = args.out or Path("results") / f"validation-{name}"
+    out.mkdir(parents=True, exist_ok=True)
+    machine = choose_machine(args.machine)
+    scale = args.scale = scale_of(args.scale, machine)
+    pace = args.throttle if args.throttle or machine == "cuda" else _pace(args.hardware, scale)
+    device = make_device(machine, pace)
     try:
-        name = check_name(args.name)
-        for key in ("tokens", "log_tokens", "verify_tokens", "repeat"):
-            if getattr(args, key) < 1:
-                raise ValueError(f"--{key.replace('_', '-')}={getattr(args, key)} must be at least 1")
-        out = args.out or Path("results") / f"validation-{name}"
-        out.mkdir(parents=True, exist_ok=True)
-        machine = choose_machine(args.machine)
-        scale = args.scale = scale_of(args.scale, machine)
-        pace = args.throttle if args.throttle or machine == "cuda" else _pace(args.hardware, scale)
-        device = make_device(machine, pace)
-        try:
-            summary = Validation(args, device, out).run()
-        finally:
-            device.close()
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2
+        summary = Validation(args, device, out).run()
+    finally:
+        device.close()
     if summary["judged"]["num_rows"]:
         print((out / "README.md").read_text(encoding="utf-8"))
     else:

@@ -25,12 +25,13 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         raise SystemExit(2) from error
 
 
-def as_command(main: Callable[[], object],
+def as_command(main: Callable[[], int | None],
                interrupted: str = "finished runs are kept (skip_done=true goes on from there)") -> int:  # fmt: skip
-    """Run a command's `main`; its exit code. interrupted: what is said of what was done by then."""
+    """Run a command's `main`; its exit code, which is 0 where it returns none. interrupted: what is said of what was
+    done by then."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
     try:
-        main()
+        return main() or 0
     except KeyboardInterrupt:
         print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
@@ -40,4 +41,3 @@ def as_command(main: Callable[[], object],
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
-    return 0
