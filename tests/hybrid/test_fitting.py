@@ -15,7 +15,16 @@ from tests.hybrid.support import started_for
 from tests.policies.support import memory_trace
 from traces.batching import BatchConfig, Batches
 from traces.fitting.dataset import Dataset, rank_weights, read_dataset, read_pregate
-from traces.fitting.network import Batch, FloatNetwork, Training, losses, to_integers, train
+from traces.fitting.network import (
+    Batch,
+    FloatNetwork,
+    Training,
+    calibrate_pregate,
+    losses,
+    pregate_logits,
+    to_integers,
+    train,
+)  # fmt: skip
 from traces.reader import Trace
 
 L, E, K = 4, 8, 2
@@ -127,6 +136,36 @@ def test_a_pregate_that_is_right_is_believed() -> None:
     fitted = to_integers(train(found, training, pregate, lambda line: None), found)
     assert "pregate" in fitted
     assert recall(fitted, trace) > 0.99
+
+
+def test_training_begins_at_the_calibrated_pregate() -> None:
+    """A pre-gate that names one right expert in two, and is sure of itself."""
+    draw = np.random.default_rng(1)
+    experts = np.stack([[draw.choice(E, K, replace=False) for _ in range(L)] for _ in range(400)]).astype(np.uint8)
+    pregate = np.full((400, L, 2, E), 0.1, np.float16)
+    for distance in (1, 2):
+        for layer in range(L - distance):
+            named = experts[:, layer + distance].astype(int)
+            wrong = draw.random(400) < 0.5
+            named[wrong] = (named[wrong] + 1) % E
+            np.put_along_axis(pregate[:, layer, distance - 1], named, np.float16(0.9), axis=1)
+    found = read_dataset(memory_trace(experts, E, list(range(0, 401, 40)), [0] * 10), range(10), 0.75)
+    net = FloatNetwork(L, E, Training(hidden=8, mixed=8, distances=2), pregate=True)
+    calibrate_pregate(net, found, pregate, 0)
+    assert net.pregate is not None
+    weights, bias = net.pregate.detach().numpy(), net.bias.detach().numpy()
+    for distance in (1, 2):
+        for target in range(distance, L):
+            chance = pregate[:, target - distance, distance - 1].astype(np.float32)
+            shown = pregate_logits(torch.from_numpy(chance)).numpy()
+            logit, plain = weights[distance - 1, target]
+            told = 1 / (1 + np.exp(-(logit * shown + plain * chance + bias[distance - 1, target])))
+            chosen = found.chosen[:, target]
+            for level in (0.1, 0.9):
+                among = np.isclose(chance, level, atol=1e-3)
+                assert told[among].mean() == pytest.approx(chosen[among].mean(), abs=0.02)
+        # Nothing looks from one layer to itself or back.
+        assert (weights[distance - 1, :distance] == 0).all()
 
 
 def test_what_was_used_before_a_row_is_of_earlier_rows_of_its_request_alone(data: Dataset) -> None:

@@ -1,7 +1,8 @@
 """Training the history network (`expertflow.network`) in floats with torch, and rounding it to the integers it runs in.
 
 One loss for two uses: which experts each later layer will choose, at all distances, and how soon each expert will be
-used again. Letters as in `expertflow.network`.
+used again. Where a trace has a pre-gate, training begins at the calibrated pre-gate, and what the history adds is a
+correction of it. Letters as in `expertflow.network`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expertflow.network import LOG_STEPS, NAT, NUM_OWN, OWN_SHIFTS, RECENT, SHIFTS, STATE_BITS, TOP, UNIT
+from expertflow.network import (
+    LOG_STEPS,
+    NAT,
+    NUM_OWN,
+    NUM_PREGATE,
+    OWN_SHIFTS,
+    RECENT,
+    SHIFTS,
+    STATE_BITS,
+    TOP,
+    UNIT,
+)  # fmt: skip
+from traces.container import TraceError
 from traces.fitting.dataset import MAX_ROWS, WEIGHT_SUM, Dataset, log_use, read_dataset, read_pregate
 from traces.reader import Trace
 
 _RECENT_KEPT = RECENT[0] / RECENT[1]
 _PEAK_SHARE = 99.9
-_PREGATE_RATE = 10.0
+_CALIBRATION_ROWS = 3000
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,7 @@ class FloatNetwork(nn.Module):
         self.own = nn.Parameter(torch.zeros(D, L, E, NUM_OWN))
         self.forecast, self.forecast_bias = drawn(0.02, H, L * E), nn.Parameter(torch.full((L * E,), -2.0))
         self.forecast_own = nn.Parameter(torch.zeros(L * E, NUM_OWN))
-        # A pre-gate is worth something before anything is learned.
-        weights = torch.tensor([0.5, 0.0]).repeat(D, L, 1)
-        self.pregate = nn.Parameter(weights) if pregate else None
+        self.pregate = nn.Parameter(torch.zeros(D, L, NUM_PREGATE)) if pregate else None
         kept = torch.tensor([[_RECENT_KEPT ** (i - j) if j <= i else 0.0 for j in range(L)] for i in range(L)])
         self.register_buffer("kept", kept)
 
@@ -90,8 +101,7 @@ class FloatNetwork(nn.Module):
         odds = odds + (own * self.own[d, targets]).sum(-1)
         if pregate is not None and self.pregate is not None:
             weights = self.pregate[d, targets]
-            logits = torch.log((pregate * LOG_STEPS + 4) / (LOG_STEPS * (1 - pregate) + 4))
-            odds = odds + logits * weights[:, 0, None] + pregate * weights[:, 1, None]
+            odds = odds + pregate_logits(pregate) * weights[:, 0, None] + pregate * weights[:, 1, None]
         return odds
 
     def soon(self, hidden: Tensor, own: Tensor) -> Tensor:
@@ -99,6 +109,35 @@ class FloatNetwork(nn.Module):
         flat = own.reshape(len(own), -1, NUM_OWN)
         odds = hidden @ self.forecast + self.forecast_bias + (flat * self.forecast_own).sum(-1)
         return odds.view(-1, self.L, self.E)
+
+
+def pregate_logits(chance: Tensor) -> Tensor:
+    """Log-odds of a pre-gate's chances, as `expertflow.network.PREGATE_ODDS` has them."""
+    return torch.log((chance * LOG_STEPS + 4) / (LOG_STEPS * (1 - chance) + 4))
+
+
+def calibrate_pregate(net: FloatNetwork, data: Dataset, pregate: npt.NDArray[np.float16], seed: int) -> None:
+    """Set the weights of the pre-gate, and the biases, to a logistic regression of each distance and target layer.
+
+    Weights that set out from little do not arrive: the history is learned by heart before, and leaves them nothing.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        raise TraceError("fitting needs scikit-learn; install it: pip install 'expertflow[fit]'") from None
+    assert net.pregate is not None
+    drawn = np.random.default_rng(seed).permutation(data.num_rows)[:_CALIBRATION_ROWS]
+    rows = np.sort(drawn)
+    for distance in range(1, net.D + 1):
+        for target in range(distance, net.L):
+            chosen = data.chosen[rows, target].ravel()
+            if chosen.min() == chosen.max():
+                continue
+            chance = torch.from_numpy(pregate[rows, target - distance, distance - 1].astype(np.float32)).flatten()
+            found = LogisticRegression(max_iter=300).fit(torch.stack([pregate_logits(chance), chance], 1), chosen)
+            with torch.no_grad():
+                net.pregate[distance - 1, target] = torch.from_numpy(found.coef_[0])
+                net.bias[distance - 1, target] = float(found.intercept_[0])
 
 
 class Batch:
@@ -157,13 +196,13 @@ def train(
     net = FloatNetwork(num_layers, num_experts, training, pregate is not None)
     draws = np.random.default_rng(training.seed)
     steps = max(data.num_rows // training.batch, 1)
-    # The few weights of the pre-gate have far to go, and should be there before the history is learned by heart.
-    few = [] if net.pregate is None else [net.pregate]
-    many = [parameter for parameter in net.parameters() if parameter is not net.pregate]
-    groups: list[dict[str, Any]] = [{"params": many}, *({"params": [one], "weight_decay": 0.0} for one in few)]
+    if pregate is not None:
+        calibrate_pregate(net, data, pregate, training.seed)
+    free = [parameter for parameter in (net.pregate,) if parameter is not None]
+    decayed = [parameter for parameter in net.parameters() if parameter is not net.pregate]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=training.lr, weight_decay=training.weight_decay)
-    rates = [training.lr, *(_PREGATE_RATE * training.lr for _ in few)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps * training.epochs)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=steps * training.epochs)
     began = time.monotonic()
     for epoch in range(training.epochs):
         order = draws.permutation(data.num_rows)
