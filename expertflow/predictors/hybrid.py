@@ -38,12 +38,19 @@ from expertflow.predictors.ranking import rank_scores
 from expertflow.view import View
 
 
+def any_of(chances: Ints, times: int = 1) -> Ints:
+    """Chances [...] in 2^-16 that any of the rows [rows, ...] comes true, each `times` times over."""
+    never: Floats = (1.0 - chances / UNIT).prod(axis=0) ** times
+    found: Ints = np.rint(UNIT * (1.0 - never)).astype(np.int64)
+    return found
+
+
 class HybridPredictor(Predictor):
     """Distances 1 … D of the fitted network, up to the last layer; from the last layer, the next forward's first.
 
     fitted: the arrays of `HistoryNetwork`. keep: how many of the best are returned for a single token (0 = all experts;
-    all anyway for several tokens). refreshes: nearer predictions replace farther ones. A forward of several tokens is
-    taken as their mean, and an expert's chance that any of them picks it follows from its chance for one.
+    all anyway for several tokens). refreshes: nearer predictions replace farther ones. Of several tokens the history is
+    taken as their mean and the pre-gate as each one's; predicted is the chance that any of them picks an expert.
     """
 
     fitted_kind: ClassVar[str] = "hybrid"
@@ -231,26 +238,26 @@ class HybridPredictor(Predictor):
         known = reach
         if net.pregate is not None and first:
             pregate = self._pregate(forward, layer, reach)
-            known = len(pregate)
-            odds = odds[:known]
-            odds += net.pregate_odds(pregate, net.pregate_ahead[first][:known].T[..., None])
-        chance = chance_of(odds)
-        num_kept = self.num_kept
-        if self.num_tokens > 1:
-            chance = np.rint(UNIT * (1.0 - (1.0 - chance / UNIT) ** self.num_tokens)).astype(np.int64)
-            num_kept = self.E
+            known = pregate.shape[1]
+            # [rows, known, E]: the history of the mean token, the pre-gate of each.
+            odds = odds[:known] + net.pregate_odds(pregate, net.pregate_ahead[first][:known].T[..., None])
+            each, times = chance_of(odds), 1
+        else:
+            each, times = chance_of(odds)[None], self.num_tokens
+        single = self.num_tokens == 1
+        chance, num_kept = (each[0], self.num_kept) if single else (any_of(each, times), self.E)
         keys, scores = rank_scores(chance, ((first + steps[:known]) * self.E)[:, None], num_kept)
         self.chance[:known] = chance
         self.seen = [*zip(keys.tolist(), scores.tolist(), strict=True), *[None] * (reach - known)]
 
     def _pregate(self, forward: Forward, layer: int, reach: int) -> Floats:
-        """Mean chances [known, E] over the forward's rows, of the pre-gate recorded at `layer`, as far as that goes."""
+        """Chances [rows, known, E] of the pre-gate recorded at `layer` for the forward's rows, as far as that goes."""
         recorded = None if forward.recorded is None else forward.recorded.lookahead(forward.rows, layer)
         if recorded is None:
-            return np.zeros((0, self.E))
-        chance: Floats = recorded[:, :reach].astype(np.float64).mean(axis=0)
-        missing = np.isnan(chance).any(axis=1)
-        return chance[: int(missing.argmax())] if missing.any() else chance
+            return np.zeros((1, 0, self.E))
+        chance: Floats = recorded[:, :reach].astype(np.float64)
+        missing = np.isnan(chance).any(axis=(0, 2))
+        return chance[:, : int(missing.argmax())] if missing.any() else chance
 
     def end_forward(self, forward: Forward) -> None:
         if self.block_row >= 0:

@@ -147,6 +147,42 @@ def test_with_several_tokens_the_chance_that_any_picks_it_is_larger(batch_size: 
         assert abs(score - told) <= 1
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_each_token_has_its_own_pregate(phase: str) -> None:
+    """Of the mean pre-gate little would be left: what one token is sure of is as good as none among many."""
+    weights = np.zeros((D, L, 2), np.int32)
+    weights[..., 0] = 4000
+    some = forwards(3, pregate=True)
+    several = next(forward for forward in some if forward.num_tokens > 1 and forward.phase == phase)
+    history, both = started(arrays()), started({**arrays(), "pregate": weights})
+    for predictor in (history, both):
+        for forward in some[: several.index]:
+            predictor.begin_forward(forward)
+            predictor.end_forward(forward)
+        predictor.begin_forward(several)
+    # What the history says of one token, as log-odds.
+    history.predict(several, 0, 1)
+    history.num_tokens, history.seen_layer = 1, -1
+    alone = history.predict(several, 0, 1)
+    found = both.predict(several, 0, 1)
+    assert alone is not None
+    assert found is not None
+    assert several.recorded is not None
+    recorded = several.recorded.lookahead(several.rows, 0)
+    assert recorded is not None
+    assert len(recorded) == several.num_tokens
+    # Chances are in 2^-16: of those near 0 or 1 the odds are not known well enough.
+    said = {key: chance for key, chance in zip(*alone, strict=True) if 1000 < chance < UNIT - 1000}
+    assert len(said) > 3
+    for key, score in zip(*found, strict=True):
+        if key not in said:
+            continue
+        odds = np.log(said[key] / (UNIT - said[key]))
+        steps = np.clip(np.floor(recorded[:, 0, key - E].astype(float) * 1024), 0, 1024)
+        each = 1 / (1 + np.exp(-(odds + 4000 / 1024 * np.log((steps + 4) / (1024 - steps + 4)))))
+        assert score / UNIT == pytest.approx(1 - np.prod(1 - each), abs=0.01)
+
+
 def test_the_pregate_moves_scores_towards_what_it_names() -> None:
     weights = np.zeros((D, L, 2), np.int32)
     weights[..., 0] = 4000
