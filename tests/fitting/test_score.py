@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,24 @@ def test_without_a_pregate_what_needs_none_is_compared_and_the_rest_named(
     check_error(run(capsys, "score-predictors", train, judged, "--out", tmp_path / "out", "--only", "ridge"),
                 "without a pre-gate in both traces")  # fmt: skip
     check_error(run(capsys, "fit-predictor", train, tmp_path / "f.safetensors"), "holds no pre-gate")
+
+
+@pytest.mark.parametrize(("kind", "module"), [("forest", "sklearn.ensemble"), ("hybrid", "sklearn.linear_model")])
+def test_a_package_that_is_not_there_is_named_with_the_remedy(
+    kind: str, module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_fit()
+    pytest.importorskip("torch", reason="pip install 'expertflow[fit]'")
+    train, out = written(tmp_path / "train.safetensors", 3), tmp_path / "out.safetensors"
+    monkeypatch.setitem(sys.modules, module, None)
+    code, told, err = run(capsys, "fit-predictor", train, out, f"kind={kind}", "distances=2", "rows=80")
+    # What it was about to fit to may be said first.
+    check_error((code, told, err.splitlines(keepends=True)[-1]), f"kind={kind} needs {module}",
+                "pip install 'expertflow[fit]'")  # fmt: skip
+    # Where the function itself needs what is missing, to name its options is too much already.
+    monkeypatch.setitem(sys.modules, "traces.fitting.network", None)
+    check_error(run(capsys, "fit-predictor", train, out, "kind=hybrid"), "kind=hybrid needs traces.fitting.network")
+    assert not out.exists()
 
 
 def test_wrong_words_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from traces.container import TraceError, fault
 from traces.files import replace_file, safetensors_bytes
+from traces.fitting.packages import asked_for_by
 from traces.reader import open_trace
 
 FITS = {"forest": "traces.fitting.forest:fit_forest", "hybrid": "traces.fitting.network:fit_hybrid"}
@@ -32,7 +33,8 @@ def function_of(kind: str) -> Callable[..., Any]:
     if kind not in FITS:
         raise TraceError(f"kind={kind} is unknown; known are {', '.join(FITS)}")
     module, _, name = FITS[kind].partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    with asked_for_by(f"kind={kind}"):
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 
 
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise fault(args.output, "file", f"the folder {args.output.absolute().parent} does not exist",
                     "create it first")  # fmt: skip
     trace = open_trace(args.trace)
-    arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), **options)
+    with asked_for_by(f"kind={kind}"):
+        arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), **options)
     told = {"format": f"expertflow-{kind}", "model": trace.model, "trace_sha256": trace.sha256(),
             "source": trace.header["source"], "license": trace.header["license"]}  # fmt: skip
     write_fitted(args.output, arrays, told | header)

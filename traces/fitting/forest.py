@@ -146,10 +146,8 @@ def base_of(sample: Sample, calibration: npt.NDArray[np.uint16], num_experts: in
 
 def grow(sample: Sample, base: Floats, growing: Growing, leaves: int, seed: int) -> Any:
     """The fitted sklearn forest of chosen - base."""
-    try:
-        from sklearn.ensemble import RandomForestRegressor  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError:
-        raise TraceError("fitting needs scikit-learn; install it: pip install 'expertflow[fit]'") from None
+    from sklearn.ensemble import RandomForestRegressor  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
     forest = RandomForestRegressor(
         growing.trees, max_depth=growing.depth, min_samples_leaf=growing.least, max_leaf_nodes=leaves,
         max_features=growing.features, random_state=seed, n_jobs=1,

@@ -31,7 +31,6 @@ from expertflow.network import (
     TOP,
     UNIT,
 )  # fmt: skip
-from traces.container import TraceError
 from traces.fitting.dataset import MAX_ROWS, WEIGHT_SUM, Dataset, log_use, read_dataset, read_pregate
 from traces.reader import Trace
 
@@ -121,10 +120,8 @@ def calibrate_pregate(net: FloatNetwork, data: Dataset, pregate: npt.NDArray[np.
 
     Weights that set out from little do not arrive: the history is learned by heart before, and leaves them nothing.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError:
-        raise TraceError("fitting needs scikit-learn; install it: pip install 'expertflow[fit]'") from None
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
     assert net.pregate is not None
     drawn = np.random.default_rng(seed).permutation(data.num_rows)[:_CALIBRATION_ROWS]
     rows = np.sort(drawn)

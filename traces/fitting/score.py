@@ -19,6 +19,7 @@ import numpy as np
 from traces.container import TraceError, fault
 from traces.files import replace_file
 from traces.fitting.accuracy import Accuracy, fit_decay
+from traces.fitting.packages import asked_for_by
 from traces.fitting.rivals import RIVALS, ROUTING_ALONE, NetworkRival, Rival, Training, has_pregate
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.reader import Trace, open_trace
@@ -124,10 +125,8 @@ def fit_rivals(names: Sequence[str], training: Training) -> dict[str, Rival]:
     rivals = {}
     for name in names:
         start = time.perf_counter()
-        try:
+        with asked_for_by(name):
             rivals[name] = RIVALS[name](training)
-        except ModuleNotFoundError as error:
-            raise TraceError(f"{name} needs {error.name}; install it: pip install 'expertflow[fit]'") from None
         training.report(f"{name}: fitted in {time.perf_counter() - start:.1f} s")
     return rivals
 
