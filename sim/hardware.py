@@ -190,6 +190,7 @@ class Stack:
     forward_ns: int = 0
     group_ns: int = 0
     copy_start_ns: int = 0
+    kv_grid: int = 0
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
