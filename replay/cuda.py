@@ -322,9 +322,9 @@ class CudaDevice:
 
     def _wait(self, number: int, event: Any, idle: Callable[[], object] | None = None) -> None:
         # Polled: a blocking synchronisation sleeps for longer than a chunk takes, and knows only one event.
-        numbers = self.numbers
+        numbers: Sequence[int] = self.numbers
         if number <= 0:
-            number = 1 << 62
+            number, numbers = 1, (0,)
         query = _never if event is None else event.query
         began_ns = asked_ns = now_ns = time.perf_counter_ns()
         while now_ns - began_ns < _PATIENCE_NS:
