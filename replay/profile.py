@@ -31,11 +31,8 @@ def host_costs(samples: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
     def mean(name: str) -> float:
         return samples[name]["mean"] if name in samples else 0.0
 
-    rows = {name: row for name, row in samples.items() if name.startswith("experts") and row["count"] >= 8}
-    # How much of a launch passes before its first kernel is on its way cannot be seen: at most the cheapest launch.
-    launch = min(mean("first_kernel"), mean("head"), mean("attention"), *(row["mean"] for row in rows.values()))
-    plain = _per_expert({name: row for name, row in rows.items() if "_shared" not in name}, launch)
-    shared = _per_expert({name: row for name, row in rows.items() if "_shared" in name}, launch)
+    launches = [row for name, row in samples.items() if name in ("attention", "head") or name.startswith("experts")]
+    launch = sum(row["mean"] * row["count"] for row in launches) / sum(row["count"] for row in launches)
     issues = samples.get("issue", {"count": 0})["count"]
     gaps = samples.get("issue_gap", {"count": 0})["count"]
     found = {
@@ -45,33 +42,17 @@ def host_costs(samples: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
         "gate_sync_ns": mean("gate_sync"),
         "token_sync_ns": mean("token_sync"),
         "decide_ns": mean("decide"),
-        "attention_launch_ns": max(mean("attention") - launch, 0.0),
-        "expert_launch_ns": plain or shared,
-        "shared_launch_ns": 0.0,
-        "head_launch_ns": max(mean("head") - launch, 0.0),
         "classify_ns": mean("classify"),
         "observe_ns": mean("observe") + max(mean("load_sync"), 0.0),
         "forward_ns": mean("forward"),
         "group_ns": 0.0,
         "copy_start_ns": max(mean("copy_start"), 0.0),
     }
-    if plain and shared:
-        # What the launches with the shared experts cost beyond their routed ones.
-        extra = [(row["mean"] - launch - plain * _count(name), row["count"]) for name, row in rows.items()
-                 if "_shared" in name]  # fmt: skip
-        found["shared_launch_ns"] = max(sum(cost * n for cost, n in extra) / sum(n for _, n in extra), 0.0)
     return {name: round(cost) for name, cost in found.items()}
 
 
 def _count(name: str) -> int:
     return int(name[name.index("[") + 1 : -1])
-
-
-def _per_expert(rows: Mapping[str, Mapping[str, float]], launch: float) -> float:
-    """Least squares through `launch` at no expert."""
-    weights = [(row["count"], _count(name), row["mean"] - launch) for name, row in rows.items() if _count(name)]
-    square = sum(n * count**2 for n, count, _ in weights)
-    return max(sum(n * count * cost for n, count, cost in weights) / square, 0.0) if square else 0.0
 
 
 def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
