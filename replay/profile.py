@@ -32,7 +32,7 @@ def host_costs(samples: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
         return samples[name]["mean"] if name in samples else 0.0
 
     launches = [row for name, row in samples.items() if name in ("attention", "head") or name.startswith("experts")]
-    launch = sum(row["mean"] * row["count"] for row in launches) / sum(row["count"] for row in launches)
+    launch = sum(row["mean"] * row["count"] for row in launches) / max(sum(row["count"] for row in launches), 1)
     issues = samples.get("issue", {"count": 0})["count"]
     gaps = samples.get("issue_gap", {"count": 0})["count"]
     found = {

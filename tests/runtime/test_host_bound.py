@@ -29,7 +29,6 @@ from tests.runtime.support import (
     Copy,
     Job,
     Kernel,
-    Kernels,
     Scripted,
     Stall,
     build,
