@@ -3,24 +3,33 @@ nothing."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from expertflow.bounds import floor, min_loads
 from expertflow.future import Future
+from sim.hardware import Hardware
 from sim.kernel_table import GroupPoints, KernelTable
 from sim.run import run_floor, run_policy
 from sim.setup import Workload
 from tests import reference
-from tests.policies.support import drawn_workload, policy_for, policy_names
+from tests.policies.support import drawn_workload, memory_trace, model_of, policy_for, policy_names, workload
 from tests.policies.test_bounds import drawn_events, elapsed, fits, schedules
 from tests.runtime.support import ConstantLink, Kernels, build, events_of
 
 SMALL = 60
+FREE = Hardware(
+    name="free", memory_gb=80.0, memory_gb_per_s=2000.0, tflops=300.0, link_gb_per_s=math.inf, pageable_gb_per_s=6.0,
+    memory_efficiency=1.0, compute_efficiency=1.0, link_latency_ns=0, launch_host_ns=0, launch_latency_ns=0,
+    issue_copy_ns=0, gate_sync_ns=0, token_sync_ns=0, decide_ns=0,
+)  # fmt: skip
+"""Nothing but kernels takes time."""
 
 
 def drawn_groups(draw: random.Random) -> GroupPoints:
@@ -75,6 +84,18 @@ def test_other_floors_are_beaten() -> None:
         beaten["singles"] += found < singles
         beaten["a little more"] += found < run_floor(work).floor_ns * 1.01
     assert min(beaten.values()) > 3, beaten
+
+
+def test_a_schedule_may_split_what_is_slower_at_once() -> None:
+    """Expert 0 stays, the other of each token is copied in no time and launched by itself: 2 * 100 us against 300."""
+    experts = np.array([[[0, 1 + step % 3]] for step in range(12)], np.uint8)
+    work = workload(memory_trace(experts, 4, [0, 12], [0]), model_of(1, 4, 2), 2, hardware=FREE)
+    groups = ((1, 1, 100_000.0), (2, 1, 300_000.0))
+    split = with_table(work, table_of(work, groups, attention=((1, 7_000.0),), kv=0.0))
+    found = run_policy(split, *policy_for(split, "lru"))
+    # Both experts of the first token land at once.
+    assert found["elapsed_ns"] == 300_000 + 11 * 200_000 + 12 * (7_000 + 9_000)
+    assert run_floor(split).floor_ns == 12 * (200_000 + 7_000 + 9_000)
 
 
 @pytest.mark.parametrize("seed", range(40))
