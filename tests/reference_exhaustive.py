@@ -6,10 +6,9 @@ policies they judge: no next use, no priority, no queue. Time is an integer with
 The timing problem: one serial compute stream and one link, with the whole future known. Event i is an
 attention of `attention[i]`, then one kernel of `kernel[i]` for each of its experts, in any order, each of
 which needs its expert resident (with `group` one kernel may compute several of them); the attention of
-event i+1 follows the last kernel of event i. The link
-loads one expert at a time in `load`, is never interrupted, and may load any expert at any time. A load
-holds one of `slots` slots from its start, and may take it from any resident but the one whose kernel is
-running. The cache starts cold.
+event i+1 follows the last kernel of event i. The link loads one expert at a time in `load`, is never
+interrupted, and may load any expert at any time. A load holds one of `slots` slots from its start, and may
+take it from any resident but those whose kernel is running. The cache starts cold.
 """
 
 import heapq

@@ -86,6 +86,18 @@ def test_other_floors_are_beaten() -> None:
     assert min(beaten.values()) > 3, beaten
 
 
+def test_a_busy_link_lengthens_kernels_and_leaves_the_floor() -> None:
+    longer = 0
+    for seed in range(SMALL):
+        slowed = drawn_grouped(seed)
+        table = slowed.hardware.kernel_ns[slowed.model.name]
+        idle = with_table(slowed, replace(table, attention_slowdown=1.0, experts_slowdown=1.0, head_slowdown=1.0))
+        assert run_floor(slowed) == run_floor(idle)
+        first, second = (run_policy(one, *policy_for(one, "lru"))["compute_ns"] for one in (idle, slowed))
+        longer += second > first
+    assert longer > SMALL // 10
+
+
 def test_a_schedule_may_split_what_is_slower_at_once() -> None:
     """Expert 0 stays, the other of each token is copied in no time and launched by itself: 2 * 100 us against 300."""
     experts = np.array([[[0, 1 + step % 3]] for step in range(12)], np.uint8)
