@@ -87,15 +87,11 @@ def expert_ns(bench: KernelBench, tokens: int) -> tuple[float, float]:
 
 
 def group_table(bench: KernelBench, tokens: Sequence[int]) -> list[list[int]]:
-    """Points [experts, tokens each, ns] of experts launched at once, as many as the buffers hold."""
-    model, points = bench.kernels.model, []
-    most_tokens = bench.rig.needs.max_tokens * model.top_k
-    for num_experts in [count for count in GROUPS if count <= model.num_experts]:
-        for count in tokens:
-            # Of a batch of n no expert gets more than n tokens, and all together no more than n * top_k.
-            if num_experts * count <= most_tokens and count <= bench.rig.needs.max_tokens:
-                points.append([num_experts, count, round(bench.ns(bench.experts(num_experts, count)))])
-    return points
+    """Points [experts, tokens each, ns] of experts launched at once: a full grid, as far as the buffers hold it."""
+    model, needs = bench.kernels.model, bench.rig.needs
+    sizes = [count for count in GROUPS if count <= min(model.num_experts, bench.rig.slots.num_slots)]
+    each = [count for count in tokens if count * sizes[-1] <= needs.max_tokens * model.top_k] or [1]
+    return [[num, count, round(bench.ns(bench.experts(num, count)))] for num in sizes for count in each]
 
 
 def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int,
