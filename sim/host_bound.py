@@ -40,9 +40,10 @@ class HostBoundMachine(SlowedMachine):
         if begun > free:
             self._link_free_ns = begun
         super().copy(load, chunk, key, slot, num_bytes, after)
-        if begun > free and self._chunks[-1][2] == begun:
+        _, _, start, end = self._chunks[-1]
+        if start == begun > free:
             # Counted from its issue, as a real machine counts it: that knows no event at which a link begins.
-            self._chunks[-1] = (load, chunk, max(free, issued), self._chunks[-1][3])
+            self._chunks[-1] = (load, chunk, max(free, issued, self._end_of(after)), end)
 
     def wake_ns(self, wait: Wait) -> int:
         at = super().wake_ns(wait)
