@@ -3,10 +3,8 @@
 Names of the compile-time sizes: BT rows, BN columns, BK depth of a tile; HIDDEN, UP, MIDDLE widths of a feed-forward
 block; HALF where `up` begins in a row of the intermediate buffer, of PITCH values. A launch is a row of `RowLayout`.
 """
-# mypy: disable-error-code="no-untyped-call, untyped-decorator"
-# Triton reads the annotations of its kernels: they stay objects, not strings.
-
-from typing import Any
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
+# Triton compiles the annotations of its kernels too: only compile-time sizes have one.
 
 import triton
 import triton.language as tl
@@ -21,7 +19,7 @@ SLOTS = tl.constexpr(RowLayout.SLOTS)
 
 
 @triton.jit
-def stage(source: Any, target: Any, num_words: Any, BLOCK: tl.constexpr) -> None:
+def stage(source, target, num_words, BLOCK: tl.constexpr):
     """Copy `num_words` 64-bit words from pinned memory to the device. One program."""
     for start in range(0, num_words, BLOCK):
         word = start + tl.arange(0, BLOCK)
@@ -29,107 +27,105 @@ def stage(source: Any, target: Any, num_words: Any, BLOCK: tl.constexpr) -> None
 
 
 @triton.jit
-def _up_tile(x: Any, weights: Any, y: Any, rows: Any, HIDDEN: tl.constexpr, UP: tl.constexpr, MIDDLE: tl.constexpr,
-             HALF: tl.constexpr, PITCH: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr) -> None:  # fmt: skip
-    """y[t, n] = sum over k of x[t, k] * weights[n, k], of the rows and columns of this program."""
-    t = tl.program_id(2) * BT + tl.arange(0, BT)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros((BT, BN), tl.float32)
-    for start in range(0, HIDDEN, BK):
-        k = start + tl.arange(0, BK)
-        left = tl.load(x + t[:, None] * HIDDEN + k[None, :],
-                       mask=(t[:, None] < rows) & (k[None, :] < HIDDEN), other=0.0)  # fmt: skip
-        right = tl.load(weights + n[None, :] * HIDDEN + k[:, None],
-                        mask=(n[None, :] < UP) & (k[:, None] < HIDDEN), other=0.0)  # fmt: skip
-        total = tl.dot(left, right, total, input_precision="ieee")
-    column = tl.where(n < MIDDLE, n, n + (HALF - MIDDLE))
-    tl.store(y + t[:, None] * PITCH + column[None, :], total.to(y.dtype.element_ty),
-             mask=(t[:, None] < rows) & (n[None, :] < UP))  # fmt: skip
+def _task(row, CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr):
+    """What this program's expert is: (routed, slot or block, first row, number of rows), no rows for none.
+
+    The shared experts are number CAPACITY. All words are 64 bits: a slot times the stride passes 2^31 in a large pool.
+    """
+    expert = tl.program_id(1)
+    routed = expert < CAPACITY
+    if HAS_SHARED:
+        slot = tl.load(row + tl.where(routed, SLOTS + expert, SHARED_BLOCK))
+        rows = tl.load(row + tl.where(routed, SLOTS + 2 * CAPACITY + expert, SHARED_ROWS))
+        first = tl.load(row + tl.where(routed, SLOTS + CAPACITY + expert, SHARED_BLOCK))
+        first = tl.where(routed, first, 0)
+        active = tl.where(routed, expert < tl.load(row + COUNT), slot >= 0)
+    else:
+        slot = tl.load(row + SLOTS + expert)
+        rows = tl.load(row + SLOTS + 2 * CAPACITY + expert)
+        first = tl.load(row + SLOTS + CAPACITY + expert)
+        active = expert < tl.load(row + COUNT)
+    return routed, slot, first, tl.where(active, rows, 0)
 
 
 @triton.jit
-def up(row: Any, x: Any, pool: Any, y: Any, shared: Any, shared_y: Any, stride: Any, shared_stride: Any,
-       CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
-       UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
+def up(row, x, pool, y, shared, shared_y, stride, shared_stride, CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr,
+       HIDDEN: tl.constexpr, UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
        SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
-       BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr) -> None:  # fmt: skip
-    """Gate and up products. Programs: column tiles, experts (the shared ones are number CAPACITY), row tiles.
+       BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """y[first + t, n] = sum over k of x[t, k] * weights[n, k]. Programs: column tiles, experts, row tiles.
 
     pool, shared: weights, of which slot or block i begins at i * stride; x [rows, HIDDEN]; y [rows, PITCH].
     """
-    expert = tl.program_id(1)
-    first_row = tl.program_id(2) * BT
-    first_column = tl.program_id(0) * BN
-    if expert < CAPACITY:
-        number = tl.load(row + COUNT)
-        # 64-bit words: a slot's number times the stride passes 2^31 in a large pool.
-        slot = tl.load(row + SLOTS + expert)
-        first = tl.load(row + SLOTS + CAPACITY + expert)
-        rows = tl.load(row + SLOTS + 2 * CAPACITY + expert)
-        if (expert < number) & (first_row < rows) & (first_column < UP):
-            _up_tile(x, pool + slot * stride, y + first * PITCH, rows, HIDDEN, UP, MIDDLE, HALF, PITCH, BT, BN, BK)
+    routed, slot, first, rows = _task(row, CAPACITY, HAS_SHARED)
+    if HAS_SHARED:
+        # Chosen, not branched over: two loops would take twice the shared memory.
+        weights = tl.where(routed, pool + slot * stride, shared + slot * shared_stride)
+        width = tl.where(routed, UP, SHARED_UP)
+        middle = tl.where(routed, MIDDLE, SHARED_MIDDLE)
+        half = tl.where(routed, HALF, SHARED_HALF)
+        pitch = tl.where(routed, PITCH, SHARED_PITCH)
+        out = tl.where(routed, y, shared_y) + first * pitch
     else:
-        if HAS_SHARED:
-            block = tl.load(row + SHARED_BLOCK)
-            shared_rows = tl.load(row + SHARED_ROWS)
-            if (block >= 0) & (first_row < shared_rows) & (first_column < SHARED_UP):
-                _up_tile(x, shared + block * shared_stride, shared_y, shared_rows, HIDDEN, SHARED_UP, SHARED_MIDDLE,
-                         SHARED_HALF, SHARED_PITCH, BT, BN, BK)  # fmt: skip
+        weights, width, middle, half, pitch = pool + slot * stride, UP, MIDDLE, HALF, PITCH
+        out = y + first * PITCH
+    if (tl.program_id(2) * BT < rows) & (tl.program_id(0) * BN < width):
+        t = tl.program_id(2) * BT + tl.arange(0, BT)
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        total = tl.zeros((BT, BN), tl.float32)
+        for start in range(0, HIDDEN, BK):
+            k = start + tl.arange(0, BK)
+            left = tl.load(x + t[:, None] * HIDDEN + k[None, :],
+                           mask=(t[:, None] < rows) & (k[None, :] < HIDDEN), other=0.0)  # fmt: skip
+            right = tl.load(weights + n[None, :] * HIDDEN + k[:, None],
+                            mask=(n[None, :] < width) & (k[:, None] < HIDDEN), other=0.0)  # fmt: skip
+            total = tl.dot(left, right, total, input_precision="ieee")
+        column = tl.where(n < middle, n, n + (half - middle))
+        tl.store(out + t[:, None] * pitch + column[None, :], total.to(y.dtype.element_ty),
+                 mask=(t[:, None] < rows) & (n[None, :] < width))  # fmt: skip
 
 
 @triton.jit
-def _down_tile(y: Any, weights: Any, out: Any, rows: Any, HIDDEN: tl.constexpr, MIDDLE: tl.constexpr,
-               HALF: tl.constexpr, PITCH: tl.constexpr, GATED: tl.constexpr,
-               BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr) -> None:  # fmt: skip
-    """out[t, n] = sum over k of act(y[t])[k] * weights[k, n], of the rows and columns of this program."""
-    t = tl.program_id(2) * BT + tl.arange(0, BT)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros((BT, BN), tl.float32)
-    for start in range(0, MIDDLE, BK):
-        k = start + tl.arange(0, BK)
-        inside = (t[:, None] < rows) & (k[None, :] < MIDDLE)
-        place = y + t[:, None] * PITCH + k[None, :]
-        value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            value = value * tl.sigmoid(value) * tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
-        else:
-            value = tl.maximum(value, 0.0)
-        right = tl.load(weights + k[:, None] * HIDDEN + n[None, :],
-                        mask=(k[:, None] < MIDDLE) & (n[None, :] < HIDDEN), other=0.0)  # fmt: skip
-        total = tl.dot(value.to(right.dtype), right, total, input_precision="ieee")
-    tl.store(out + t[:, None] * HIDDEN + n[None, :], total.to(out.dtype.element_ty),
-             mask=(t[:, None] < rows) & (n[None, :] < HIDDEN))  # fmt: skip
-
-
-@triton.jit
-def down(row: Any, y: Any, pool: Any, out: Any, shared_y: Any, shared: Any, shared_out: Any, stride: Any,
-         shared_stride: Any, CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
-         UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
-         SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
-         BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr) -> None:  # fmt: skip
-    """Activation and down product: out[first + t] of every expert. Programs and slots as in `up`."""
-    expert = tl.program_id(1)
-    first_row = tl.program_id(2) * BT
-    if expert < CAPACITY:
-        number = tl.load(row + COUNT)
-        slot = tl.load(row + SLOTS + expert)
-        first = tl.load(row + SLOTS + CAPACITY + expert)
-        rows = tl.load(row + SLOTS + 2 * CAPACITY + expert)
-        if (expert < number) & (first_row < rows):
-            _down_tile(y + first * PITCH, pool + slot * stride + UP * HIDDEN, out + first * HIDDEN, rows, HIDDEN,
-                       MIDDLE, HALF, PITCH, UP > MIDDLE, BT, BN, BK)  # fmt: skip
+def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride, CAPACITY: tl.constexpr,
+         HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr, UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr,
+         PITCH: tl.constexpr, SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr,
+         SHARED_PITCH: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """out[first + t, n] = sum over k of act(y[first + t])[k] * weights[k, n]. Programs and slots as in `up`."""
+    routed, slot, first, rows = _task(row, CAPACITY, HAS_SHARED)
+    if HAS_SHARED:
+        weights = tl.where(routed, pool + slot * stride + UP * HIDDEN,
+                           shared + slot * shared_stride + SHARED_UP * HIDDEN)  # fmt: skip
+        middle = tl.where(routed, MIDDLE, SHARED_MIDDLE)
+        half = tl.where(routed, HALF, SHARED_HALF)
+        pitch = tl.where(routed, PITCH, SHARED_PITCH)
+        values = tl.where(routed, y, shared_y) + first * pitch
+        target = tl.where(routed, out, shared_out) + first * HIDDEN
     else:
-        if HAS_SHARED:
-            block = tl.load(row + SHARED_BLOCK)
-            shared_rows = tl.load(row + SHARED_ROWS)
-            if (block >= 0) & (first_row < shared_rows):
-                _down_tile(shared_y, shared + block * shared_stride + SHARED_UP * HIDDEN, shared_out, shared_rows,
-                           HIDDEN, SHARED_MIDDLE, SHARED_HALF, SHARED_PITCH, SHARED_UP > SHARED_MIDDLE,
-                           BT, BN, BK)  # fmt: skip
+        weights, middle, half, pitch = pool + slot * stride + UP * HIDDEN, MIDDLE, HALF, PITCH
+        values, target = y + first * PITCH, out + first * HIDDEN
+    if tl.program_id(2) * BT < rows:
+        t = tl.program_id(2) * BT + tl.arange(0, BT)
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        total = tl.zeros((BT, BN), tl.float32)
+        for start in range(0, middle, BK):
+            k = start + tl.arange(0, BK)
+            # Up to half: values beyond middle are 0, and a mask that ends at 16 values leaves the reads whole.
+            inside = (t[:, None] < rows) & (k[None, :] < half)
+            place = values + t[:, None] * pitch + k[None, :]
+            left = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            if UP > MIDDLE:
+                left = left * tl.sigmoid(left) * tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
+            else:
+                left = tl.maximum(left, 0.0)
+            right = tl.load(weights + k[:, None] * HIDDEN + n[None, :],
+                            mask=(k[:, None] < middle) & (n[None, :] < HIDDEN), other=0.0)  # fmt: skip
+            total = tl.dot(left.to(right.dtype), right, total, input_precision="ieee")
+        tl.store(target + t[:, None] * HIDDEN + n[None, :], total.to(out.dtype.element_ty),
+                 mask=(t[:, None] < rows) & (n[None, :] < HIDDEN))  # fmt: skip
 
 
 @triton.jit
-def gate(source: Any, words: Any, num_words: Any, counter: Any, flag: Any, BLOCK: tl.constexpr) -> None:
+def gate(source, words, num_words, counter, flag, BLOCK: tl.constexpr):
     """Copy words to pinned memory, then raise the counter and write its new number to the pinned flag. One program.
 
     A host that reads the number reads the words: each thread's stores come before the barrier; after it one thread
@@ -147,8 +143,8 @@ def gate(source: Any, words: Any, num_words: Any, counter: Any, flag: Any, BLOCK
 
 
 @triton.jit
-def check(row: Any, words: Any, within: Any, wrong: Any, first_bad: Any, words_per_slot: Any, CAPACITY: tl.constexpr,
-          WORDS: tl.constexpr, BLOCK: tl.constexpr) -> None:  # fmt: skip
+def check(row, words, within, wrong, first_bad, words_per_slot, CAPACITY: tl.constexpr,
+          WORDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Compare WORDS words of each expert's slot, at `within`, with the row's. One program an expert.
 
     wrong[0] grows by the number that differ; first_bad[0] becomes the least number of a launch where any does.
