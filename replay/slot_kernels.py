@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -101,11 +102,10 @@ def default_tile(capacity: int, rows: int) -> Tile:
 
 def _programs() -> Any:
     try:
-        from replay import slot_programs
+        return import_module("replay.slot_programs")
     except ImportError as error:
         raise ValueError(f"device=cuda needs triton, which torch's CUDA build brings ({error}); "
                          "pip install 'expertflow[kernels]'") from None  # fmt: skip
-    return slot_programs
 
 
 class _Block:

@@ -1,0 +1,172 @@
+"""The Triton kernels against float64: by Triton's interpreter on any machine, and on a GPU where there is one.
+
+The interpreter multiplies the bit patterns of bfloat16 as if they were whole numbers: that format is tried on a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from replay.rows import RowLayout
+from replay.slot_kernels import SlotCheck, SlotKernels, Widths
+from tests.replay_cuda.interpreter import interpreted
+from tests.replay_cuda.slot_cases import Bench, Case, compare, weights
+
+ODD = Widths(hidden=45, up=58, middle=29)
+EVEN = Widths(hidden=64, up=96, middle=48)
+WIDE = Widths(hidden=45, up=142, middle=71)
+CASES = {
+    "fewer-than-capacity": Case(ODD, 5, [3, 1], [4, 1]),
+    "full-with-both-ends-of-the-pool": Case(ODD, 3, [0, 5, 2], [2, 4, 3]),
+    "one-expert": Case(ODD, 1, [5], [1]),
+    "whole-tiles": Case(EVEN, 2, [4, 0], [16, 16]),
+    "20-rows": Case(ODD, 2, [1, 2], [20, 3]),
+    "several-row-tiles": Case(ODD, 2, [4, 1], [70, 131]),
+    "ungated": Case(Widths(45, 29, 29), 3, [2, 0], [3, 5]),
+    "shared-only": Case(ODD, 2, [], [], WIDE, 2, 5),
+    "shared-is-wider": Case(ODD, 3, [5, 0], [3, 1], WIDE, 1, 4),
+    "shared-is-narrower-and-longer": Case(WIDE, 2, [1, 4], [2, 6], ODD, 0, 40),
+    "shared-in-other-launches": Case(ODD, 2, [1], [2], WIDE, RowLayout.NO_BLOCK, 3),
+    "true-size": Case(Widths(2880, 1530, 765), 2, [1], [4], num_slots=2),
+}
+HERE = [torch.float32, torch.float16]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: nothing of this was tried")
+
+
+def run_case(name: str, dtype: torch.dtype, device: str) -> None:
+    """The launch of a case; then the same body with fewer experts, in other slots, and with none at all."""
+    case = CASES[name]
+    bench = Bench(case, dtype, device)
+    bench.check(case.slots, case.rows, case.shared_block, case.shared_rows)
+    if name != "true-size":
+        again = [(slot + 1) % case.num_slots for slot in case.slots][:1]
+        bench.check(again, [max(rows - 1, 1) for rows in case.rows][:1], case.shared_block, max(case.shared_rows - 1, 0))
+        bench.check([], [], RowLayout.NO_BLOCK, case.shared_rows)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", HERE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_experts_are_what_float64_says(name: str, dtype: torch.dtype) -> None:
+    run_case(name, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [*HERE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_experts_on_a_gpu_are_what_float64_says(name: str, dtype: torch.dtype) -> None:
+    run_case(name, dtype, "cuda")
+
+
+def test_the_comparison_finds_a_wrong_value_and_a_wrong_slot() -> None:
+    made = weights(ODD, 2, torch.float16, 1)
+    x = torch.randn(2, 45, generator=torch.Generator().manual_seed(2)).half()
+    middle = (x.double() @ made[0, : 58 * 45].view(58, 45).T.double()).half().double()
+    value = (torch.nn.functional.silu(middle[:, :29]) * middle[:, 29:]).half().double()
+    right = (value @ made[0, 58 * 45 :].view(29, 45).double()).half()
+    compare(right, x, made[0], ODD)
+    wrong = right.clone()
+    wrong[1, 44] += 0.0625
+    for found, values in ((wrong, made[0]), (right, made[1])):
+        with pytest.raises(AssertionError):
+            compare(found, x, values, ODD)
+
+
+@interpreted
+def test_a_slot_beyond_2_to_the_31_is_found(tmp_path: Path) -> None:
+    """Slot 2 begins 2^31 + 2,048 float16 values into a pool that takes no memory: a file of holes."""
+    widths, stride = Widths(45, 58, 29), 2**31 + 2048
+    words = np.memmap(tmp_path / "pool", dtype=np.uint8, mode="w+", shape=(3, stride))
+    pool = torch.from_numpy(words)
+    made = weights(widths, 1, torch.float16, 1)
+    pool[2, : widths.num_values * 2] = made.view(torch.uint8)[0]
+    x = torch.randn(4, 45, generator=torch.Generator().manual_seed(2)).half()
+    kernels = SlotKernels(widths, pool, x, 4)
+    layout = RowLayout(1, 1)
+    host, there, found = torch.zeros(layout.num_words).long(), torch.zeros(layout.num_words).long(), torch.zeros(2).long()
+    last = widths.num_values * 2 // 8 - 1
+    check = SlotCheck(pool.view(torch.int64).view(-1), torch.tensor([last]), stride // 8, found[:1], found[1:])
+    wanted = int(pool[2, last * 8 : last * 8 + 8].clone().view(torch.int64))
+    layout.fill(host.numpy(), [2], [4], expected=[wanted])
+    kernels.experts(host, there, layout, 4, False, check)()
+    compare(kernels.out, x, made[0], widths)
+    assert found.tolist() == [0, 0]
+
+
+def run_copies(device: str, count: int) -> None:
+    """Stage and gate move exactly `count` words; the gate counts its launches."""
+    pinned = device == "cuda"
+    kernels = Bench(CASES["one-expert"], torch.float16, device).kernels
+    layout = RowLayout(1, count - 7)
+    source = torch.arange(1, count + 3) * (2**40 + 1)
+    host = source.pin_memory() if pinned else source
+    there = torch.full((count + 2,), -1, device=device)
+    kernels.stage(host, there, layout)()
+    assert there.tolist() == [*source[:count].tolist(), -1, -1]
+    words = torch.full((count + 2,), -1, pin_memory=pinned)
+    counter, flag = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
+    body = kernels.gate(there[:count], words, counter, flag)
+    for number in (1, 2, 3):
+        there[0] = number
+        body()
+        if pinned:
+            torch.cuda.synchronize()
+        assert (int(flag), int(counter)) == (number, number)
+        assert words.tolist() == [number, *source[1:count].tolist(), -1, -1]
+
+
+@interpreted
+@pytest.mark.parametrize("count", [7, 8, 33, 1024, 2500])
+def test_stage_and_gate_move_the_words_and_no_more(count: int) -> None:
+    run_copies("cpu", count)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("count", [7, 8, 33, 1024, 2500])
+def test_stage_and_gate_on_a_gpu_move_the_words_and_no_more(count: int) -> None:
+    run_copies("cuda", count)
+
+
+def run_checks(device: str) -> None:
+    """Launches 9, 4 and 6 of three experts (of a capacity of four), planted wrong: 0, 3 and 1 words of the row's."""
+    case = Case(ODD, 4, [5, 0, 3], [1, 1, 1])
+    bench = Bench(case, torch.float16, device)
+    within = [0, 1, 100, 317, 900]
+    words = bench.pool.view(torch.int64)
+    words[:, within] = torch.arange(30, device=device).view(6, 5) * 2**33
+    never = 1 << 62
+    wrong, first_bad = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), never, device=device)
+    check = SlotCheck(words.view(-1), torch.tensor(within, device=device), words.size(1), wrong, first_bad)
+    layout = RowLayout(4, 5)
+    host = torch.zeros(layout.num_words, dtype=torch.int64, pin_memory=device == "cuda")
+    there = torch.zeros(layout.num_words, dtype=torch.int64, device=device)
+    body = bench.kernels.experts(host, there, layout, 1, False, check)
+    seen = []
+    for launch, planted in ((9, {}), (4, {0: 1, 7: 2**33 + 1, 14: -5}), (6, {3: 8})):
+        expected = [(slot * 5 + place) * 2**33 for slot in case.slots for place in range(5)]
+        for place, change in planted.items():
+            expected[place] += change
+        # What lies beyond the last expert must not be compared.
+        host.fill_(-3)
+        layout.fill(host.numpy(), case.slots, case.rows, launch, expected=expected)
+        body()
+        seen.append((int(wrong), int(first_bad)))
+    # Each word is compared before and after the experts.
+    assert seen == [(0, never), (6, 4), (8, 4)]
+
+
+@interpreted
+def test_a_check_counts_the_planted_words_and_names_the_least_launch() -> None:
+    run_checks("cpu")
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_check_on_a_gpu_counts_the_planted_words_and_names_the_least_launch() -> None:
+    run_checks("cuda")
