@@ -107,7 +107,7 @@ class Rig:
         host = self.host(memory == "pinned")
         stamps = Stamps(host, self.slots, chunk_offsets(chunk_bytes)) if verify else None
         return RealMachine(device or self.device, self.kernels, host, self.slots, chunk_bytes,
-                           stack.layer_overhead_ns, stack.head_overhead_ns, stamps)  # fmt: skip
+                           stack.layer_overhead_ns, stack.head_overhead_ns, stack.kv_grid, stamps)  # fmt: skip
 
     def describe(self, memory: str = "pinned") -> dict[str, Any]:
         """What was measured, for a result: the device, and how the experts were held."""

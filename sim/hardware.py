@@ -190,6 +190,7 @@ class Stack:
     forward_ns: int = 0
     group_ns: int = 0
     copy_start_ns: int = 0
+    kv_grid: int = 0
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -200,9 +201,9 @@ class Stack:
         _check_sources("stack", self)
 
 
-HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0)
+HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))
 """The figures of a stack that `sim.host_bound` charges, 0 unless measured."""
-_OPTIONAL = {"kernel_ns", *HOST_COSTS}
+_OPTIONAL = {"kernel_ns", "kv_grid", *HOST_COSTS}
 
 
 def unsourced(spec: Hardware | Stack) -> list[str]:

@@ -151,6 +151,10 @@ class _Measured:
         return context_ns
 
 
+def kv_on_grid(kv_tokens: int, grid: int, most: int = sys.maxsize) -> int:
+    return min(-(-kv_tokens // grid) * grid, most) if grid else kv_tokens
+
+
 class KernelTimes:
     """Durations of one model's kernels on one GPU. Lists returned are shared: do not change them."""
 
