@@ -2,22 +2,23 @@
 
 A slot's weights are two matrices: gate and up [up, hidden], then down [middle, hidden]. Both have rows of `hidden`
 values, which begin at 16-byte boundaries for any odd `middle`, and are read in whole rows. Nothing here allocates or
-waits after it is made; work goes to torch's current stream. A body is run once before it is captured: its first
-launch compiles. triton is imported where the kernels are made: other machines need none.
+waits after it is made; work goes to torch's current stream. Work is done once before it is captured: its first
+launch compiles. triton is imported where the first kernel is made: other machines need none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from replay.rows import RowLayout
+from replay.device import Work
+from replay.kernels import Row
+from replay.pools import SlotPool
+from replay.rows import NUM_EXPERTS, RowLayout
 
-Work = Callable[[], None]
 _ALIGNED = 16
 """Values: `up` begins at such a place in a row of the intermediate buffer, whatever `middle` is."""
 _COPY_BLOCK = 1024
@@ -25,50 +26,17 @@ _TUNING_BYTES = 256 << 20
 """Weights that one measured body reads at least, where the pool has them: more than a GPU's cache holds."""
 
 
-class Widths(NamedTuple):
+class Feed(Protocol):
     """A feed-forward block: gate and up [up, hidden], down [middle, hidden]; gated where up is 2 * middle."""
 
-    hidden: int
-    up: int
-    middle: int
+    @property
+    def hidden(self) -> int: ...
 
     @property
-    def num_values(self) -> int:
-        """Weights of the block."""
-        return self.hidden * (self.up + self.middle)
+    def up(self) -> int: ...
 
     @property
-    def half(self) -> int:
-        """Where `up` begins in a row of the intermediate buffer."""
-        return -(-self.middle // _ALIGNED) * _ALIGNED
-
-    @property
-    def pitch(self) -> int:
-        """Values in a row of the intermediate buffer."""
-        return self.half * (self.up // self.middle)
-
-
-class SharedExperts(NamedTuple):
-    """Shared experts: their widths, weights [blocks, at least num_values], and most rows of a launch."""
-
-    widths: Widths
-    weights: torch.Tensor
-    max_rows: int
-
-
-@dataclass(frozen=True)
-class SlotCheck:
-    """What a check of stamps needs, on the device.
-
-    words: the pool as int64; within [W]: places of the expected words in a slot; wrong [1]: how many differed;
-    first_bad [1]: the least number of a launch with a wrong one (begin with a number above all).
-    """
-
-    words: torch.Tensor
-    within: torch.Tensor
-    words_per_slot: int
-    wrong: torch.Tensor
-    first_bad: torch.Tensor
+    def middle(self) -> int: ...
 
 
 class Tile(NamedTuple):
@@ -108,56 +76,108 @@ def _programs() -> Any:
                          "pip install 'expertflow[kernels]'") from None  # fmt: skip
 
 
-class _Block:
-    """Widths with the weights and activations of a block."""
+def gate(source: torch.Tensor, words: torch.Tensor, counter: torch.Tensor, flag: torch.Tensor) -> Work:
+    """Give `source` int64 to the host in `words` (pinned), and the next number of `counter` [1] in `flag` [1].
 
-    def __init__(self, widths: Widths, weights: torch.Tensor, max_rows: int, name: str) -> None:
-        if widths.up not in (widths.middle, 2 * widths.middle):
-            raise ValueError(f"{name}: up={widths.up} is neither middle={widths.middle} nor twice that; "
+    The host that sees the number in `flag` (pinned) sees the words. There may be none.
+    """
+    count = source.numel()
+    if words.numel() != count or {source.dtype, words.dtype, counter.dtype, flag.dtype} != {torch.int64}:
+        raise ValueError(f"gate: {count} words into {words.numel()}, all of int64; give as many places as words")
+    if not (source.is_contiguous() and words.is_contiguous()):
+        raise ValueError("gate: words lie apart from each other; give contiguous tensors")
+    kernel = _programs().gate
+
+    def work() -> None:
+        kernel[(1,)](source, words, count, counter, flag, BLOCK=_block(count), num_warps=4)
+
+    return work
+
+
+def check_work(row: Row, words: torch.Tensor, words_per_slot: int, within: torch.Tensor, wrong: torch.Tensor,
+               first_bad: torch.Tensor) -> Work:  # fmt: skip
+    """Compare the words at `within` [W] of the slots named in `row` with those expected there, on the device.
+
+    words: the pool as int64. wrong [1] grows by the number that differ; first_bad [1] becomes the least number of a
+    launch where any does (begin with a number above all). The row must have been staged.
+    """
+    layout, num_words, there = row.layout, row.layout.words_per_expert, _there(row)
+    if within.numel() != num_words:
+        raise ValueError(f"a row holds {num_words} expected words an expert, the check compares {within.numel()}; "
+                         "make both from the same chunks")  # fmt: skip
+    kernel = _programs().check
+
+    def work() -> None:
+        kernel[(layout.capacity,)](there, words, within, wrong, first_bad, words_per_slot, CAPACITY=layout.capacity,
+                                   WORDS=num_words, BLOCK=_power(num_words), num_warps=4)  # fmt: skip
+
+    return work
+
+
+def stage(row: Row) -> Work:
+    """Copy a row from pinned memory to the device."""
+    kernel, there, count = _programs().stage, _there(row), row.layout.num_words
+
+    def work() -> None:
+        kernel[(1,)](row.host, there, count, BLOCK=_block(count), num_warps=4)
+
+    return work
+
+
+class _Block:
+    """A block's widths, weights and activations."""
+
+    def __init__(self, feed: Feed, weights: torch.Tensor, max_rows: int, name: str) -> None:
+        self.hidden, self.up, self.middle = feed.hidden, feed.up, feed.middle
+        if self.up not in (self.middle, 2 * self.middle):
+            raise ValueError(f"{name}: up={self.up} is neither middle={self.middle} nor twice that; "
                              "give a gated or an ungated block")  # fmt: skip
-        if weights.size(1) < widths.num_values:
-            raise ValueError(f"{name}: {weights.size(1)} values in a slot, {widths.num_values} needed; "
+        self.num_values = self.hidden * (self.up + self.middle)
+        if weights.size(1) < self.num_values:
+            raise ValueError(f"{name}: {weights.size(1)} values in a slot, {self.num_values} needed; "
                              "enlarge the slots")  # fmt: skip
-        self.widths, self.weights, self.stride = widths, weights, weights.stride(0)
+        self.weights, self.stride = weights, weights.stride(0)
+        # Where `up` begins in a row of intermediate values: rows and halves at addresses for wide reads.
+        self.half = -(-self.middle // _ALIGNED) * _ALIGNED
+        self.pitch = self.half * (self.up // self.middle)
         # Zeros: what lies between `middle` and `half` is read, never written.
-        self.middle = weights.new_zeros((max_rows, widths.pitch))
-        self.out = weights.new_zeros((max_rows, widths.hidden))
+        self.values = weights.new_zeros((max_rows, self.pitch))
+        self.out = weights.new_zeros((max_rows, self.hidden))
 
 
 class SlotKernels:
     """Launches of one model's expert kernels on one device.
 
-    widths, pool [num_slots, stride] uint8: the routed experts. inputs [rows, hidden]: what every expert multiplies,
-    from its first row; its dtype is that of the weights. max_rows: rows of all routed experts of a launch together.
-    ValueError where triton is missing or sizes do not fit.
+    feed, slots: the routed experts; inputs [rows, hidden]: what every expert multiplies, from its first row. max_rows:
+    rows of all routed experts of a launch together, and where their first rows may lie. shared: a feed and the weights
+    [blocks, at least its values]. No row beyond inputs or max_rows is computed. ValueError where triton is missing or
+    sizes do not fit.
     """
 
-    def __init__(self, widths: Widths, pool: torch.Tensor, inputs: torch.Tensor, max_rows: int,
-                 shared: SharedExperts | None = None) -> None:  # fmt: skip
+    def __init__(self, feed: Feed, slots: SlotPool, inputs: torch.Tensor, max_rows: int, dtype: torch.dtype,
+                 shared: tuple[Feed, torch.Tensor] | None = None) -> None:  # fmt: skip
         self._programs = _programs()
-        self._inputs = inputs
-        self._pool_slots = pool.size(0)
-        self._max_rows = max_rows
-        self._routed = _Block(widths, pool.view(inputs.dtype), max_rows, "routed experts")
-        self._shared = self._routed
+        self._inputs, self._max_rows, self._num_slots = inputs, max_rows, slots.num_slots
+        self._routed = self._shared = _Block(feed, slots.bytes.view(dtype), max_rows, "routed experts")
         self._has_shared = shared is not None
         if shared is not None:
-            self._shared = _Block(shared.widths, shared.weights, shared.max_rows, "shared experts")
-        if not inputs.size(1) == widths.hidden == self._shared.widths.hidden:
-            raise ValueError(f"inputs are {inputs.size(1)} wide, experts {widths.hidden}, shared experts "
-                             f"{self._shared.widths.hidden}; give one hidden size")  # fmt: skip
-        if _is_gated(widths) != _is_gated(self._shared.widths):
+            self._shared = _Block(*shared, inputs.size(0), "shared experts")
+        routed, other = self._routed, self._shared
+        if not inputs.size(1) == routed.hidden == other.hidden:
+            raise ValueError(f"inputs are {inputs.size(1)} wide, experts {routed.hidden}, shared experts "
+                             f"{other.hidden}; give one hidden size")  # fmt: skip
+        if (routed.up > routed.middle) != (other.up > other.middle):
             raise ValueError("routed and shared experts differ in having a gate; give both or neither one")
         self._tiles: dict[tuple[int, int, str], Tile] = {}
 
     @property
     def out(self) -> torch.Tensor:
-        """Outputs of the routed experts [max_rows, hidden], each from its first row."""
+        """Outputs of the routed experts [max_rows, hidden], each expert's from its first row."""
         return self._routed.out
 
     @property
     def shared_out(self) -> torch.Tensor:
-        """Outputs of the shared experts [their max_rows, hidden]."""
+        """Outputs of the shared experts [rows of the inputs, hidden]."""
         return self._shared.out
 
     def tile(self, capacity: int, max_rows: int, product: str) -> Tile:
@@ -165,53 +185,19 @@ class SlotKernels:
         rows = tile_rows(max_rows)
         return self._tiles.get((capacity, rows, product), default_tile(capacity, rows))
 
-    def stage(self, row_host: torch.Tensor, row_dev: torch.Tensor, layout: RowLayout) -> Work:
-        """Copy a row of `layout` from pinned memory to the device: the first kernel of a graph."""
-        kernel = self._programs.stage
+    def experts(self, row: Row, max_rows: int, has_shared: bool, check: Work | None = None) -> Work:
+        """Stage the row, then compute what it describes: routed experts, each over its rows, and shared ones.
 
-        def work() -> None:
-            kernel[(1,)](row_host, row_dev, layout.num_words, BLOCK=_block(layout.num_words), num_warps=4)
-
-        return work
-
-    def experts(self, row_host: torch.Tensor, row_dev: torch.Tensor, layout: RowLayout, max_rows: int,
-                has_shared: bool, check: SlotCheck | None = None) -> Work:  # fmt: skip
-        """Stage the row, then compute its experts: up and down, with a check of the slots' words before and after.
-
-        row_host (pinned), row_dev [layout.num_words] int64. max_rows: most rows of one expert, the shared ones too.
-        has_shared: whether launches may name a block of shared experts.
+        max_rows: the most that a routed expert has, for speed only. has_shared: whether a block of shared experts may
+        stand in the row. check: runs before and after the experts, on the staged row.
         """
         if has_shared and not self._has_shared:
             raise ValueError("has_shared=true, but no shared experts were given; give them where the kernels are made")
-        if check is not None and check.within.numel() != layout.words_per_expert:
-            raise ValueError(f"a row holds {layout.words_per_expert} expected words an expert, the check compares "
-                             f"{check.within.numel()}; make both from the same chunks")  # fmt: skip
-        steps = [self.stage(row_host, row_dev, layout)]
-        steps += [self._product(name, row_dev, layout.capacity, max_rows, has_shared) for name in ("up", "down")]
+        there, capacity = _there(row), row.layout.capacity
+        steps = [self._product(name, there, capacity, max_rows, has_shared) for name in ("up", "down")]
         if check is not None:
-            checked = self._check(row_dev, layout, check)
-            steps[1:] = [checked, *steps[1:], checked]
-
-        def work() -> None:
-            for step in steps:
-                step()
-
-        return work
-
-    def gate(self, source: torch.Tensor, words: torch.Tensor, counter: torch.Tensor, flag: torch.Tensor) -> Work:
-        """Give `source` int64 to the host in `words` (pinned), and the next number of `counter` [1] in `flag` [1].
-
-        The host that sees the number in `flag` (pinned) sees the words: the last kernel of a graph.
-        """
-        count = source.numel()
-        if words.numel() < count or {source.dtype, words.dtype, counter.dtype, flag.dtype} != {torch.int64}:
-            raise ValueError(f"gate: {count} words into {words.numel()}, all of int64; give room for all of them")
-        kernel = self._programs.gate
-
-        def work() -> None:
-            kernel[(1,)](source, words, count, counter, flag, BLOCK=_block(count), num_warps=4)
-
-        return work
+            steps = [check, *steps, check]
+        return _all([stage(row), *steps])
 
     def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:
         """Choose each bucket's tiles by measured time. Before anything is captured: bodies keep what was chosen.
@@ -231,31 +217,34 @@ class SlotKernels:
     def _tuning_rows(self, capacity: int, max_rows: int) -> list[torch.Tensor]:
         """Full launches on the device, over as many slots as keep the weights out of its cache."""
         layout = RowLayout(capacity)
-        count = min(capacity, self._pool_slots, self._max_rows)
-        rows = [max(1, min(max_rows, self._max_rows // count))] * count
-        expert_bytes = self._routed.widths.num_values * self._inputs.element_size()
-        num_launches = max(1, min(self._pool_slots // count, -(-_TUNING_BYTES // (expert_bytes * count)), 64))
+        count = min(capacity, self._num_slots, self._max_rows)
+        rows = max(1, min(max_rows, self._max_rows // count, self._inputs.size(0)))
+        num_bytes = self._routed.num_values * self._inputs.element_size() * count
         made = []
-        for launch in range(num_launches):
-            row = torch.zeros(layout.num_words, dtype=torch.int64)
-            layout.fill(row.numpy(), [launch * count + place for place in range(count)], rows)
-            made.append(row.to(self._inputs.device))
+        for launch in range(max(1, min(self._num_slots // count, -(-_TUNING_BYTES // num_bytes)))):
+            words = torch.zeros(layout.num_words, dtype=torch.int64)
+            places = torch.arange(count)
+            words[NUM_EXPERTS] = count
+            words[layout.slots : layout.slots + count] = launch * count + places
+            words[layout.first : layout.first + count] = places * rows
+            words[layout.counts : layout.counts + count] = rows
+            made.append(words.to(self._inputs.device))
         return made
 
     def _product(self, name: str, row: torch.Tensor, capacity: int, max_rows: int, has_shared: bool,
                  tile: Tile | None = None) -> Work:  # fmt: skip
         """The launch of `up` or `down`."""
-        routed, shared = self._routed, self._shared
+        own, other = self._routed, self._shared
         tile = tile or self.tile(capacity, max_rows, name)
         rows = tile_rows(max_rows)
         if name == "up":
-            tensors = (self._inputs, routed.weights, routed.middle, shared.weights, shared.middle)
-            width = max(routed.widths.up, shared.widths.up if has_shared else 0)
+            tensors = (self._inputs, own.weights, own.values, other.weights, other.values)
+            width = max(own.up, other.up if has_shared else 0)
         else:
-            tensors = (routed.middle, routed.weights, routed.out, shared.middle, shared.weights, shared.out)
-            width = routed.widths.hidden
+            tensors = (own.values, own.weights, own.out, other.values, other.weights, other.out)
+            width = own.hidden
         grid = (-(-width // tile.columns), capacity + has_shared, -(-max_rows // rows))
-        own, other = routed.widths, shared.widths
+        numbers = (own.stride, other.stride, self._inputs.size(0), self._max_rows)
         sizes = {
             "CAPACITY": capacity, "HAS_SHARED": has_shared, "HIDDEN": own.hidden,
             "UP": own.up, "MIDDLE": own.middle, "HALF": own.half, "PITCH": own.pitch,
@@ -267,30 +256,21 @@ class SlotKernels:
         kernel = getattr(self._programs, name)
 
         def work() -> None:
-            kernel[grid](row, *tensors, routed.stride, shared.stride, **sizes)
-
-        return work
-
-    def _check(self, row: torch.Tensor, layout: RowLayout, check: SlotCheck) -> Work:
-        """The launch of `check`."""
-        kernel = self._programs.check
-        num_words = layout.words_per_expert
-
-        def work() -> None:
-            kernel[(layout.capacity,)](row, check.words, check.within, check.wrong, check.first_bad,
-                                       check.words_per_slot, CAPACITY=layout.capacity, WORDS=num_words,
-                                       BLOCK=_power(num_words), num_warps=1)  # fmt: skip
+            kernel[grid](row, *tensors, *numbers, **sizes)
 
         return work
 
 
-def _is_gated(widths: Widths) -> bool:
-    return widths.up > widths.middle
+def _there(row: Row) -> torch.Tensor:
+    """The row on the device."""
+    if row.device is None:
+        raise ValueError("a row for these kernels needs a copy on the device; make it for a CUDA device")
+    return row.device
 
 
 def _power(count: int) -> int:
-    """The least power of two that is not below `count`."""
-    return 1 << max(count - 1, 0).bit_length()
+    """The least power of two that is not below `count`, and no less than a warp."""
+    return max(32, 1 << max(count - 1, 0).bit_length())
 
 
 def _block(count: int) -> int:

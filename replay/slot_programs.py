@@ -1,7 +1,8 @@
 """The Triton kernels of the device-bound machine: the one module that imports triton; `slot_kernels` launches them.
 
 Names of the compile-time sizes: BT rows, BN columns, BK depth of a tile; HIDDEN, UP, MIDDLE widths of a feed-forward
-block; HALF where `up` begins in a row of the intermediate buffer, of PITCH values. A launch is a row of `RowLayout`.
+block; HALF where `up` begins in a row of the intermediate buffer, of PITCH values. `row` is that of a launch, see
+`replay.rows`, on the device.
 """
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
 # Triton compiles the annotations of its kernels too: only compile-time sizes have one.
@@ -9,13 +10,14 @@ block; HALF where `up` begins in a row of the intermediate buffer, of PITCH valu
 import triton
 import triton.language as tl
 
-from replay.rows import RowLayout
+from replay import rows
 
-COUNT = tl.constexpr(RowLayout.COUNT)
-SHARED_BLOCK = tl.constexpr(RowLayout.SHARED_BLOCK)
-SHARED_ROWS = tl.constexpr(RowLayout.SHARED_ROWS)
-LAUNCH = tl.constexpr(RowLayout.LAUNCH)
-SLOTS = tl.constexpr(RowLayout.SLOTS)
+NUM_EXPERTS = tl.constexpr(rows.NUM_EXPERTS)
+SHARED_BLOCK = tl.constexpr(rows.SHARED_BLOCK)
+SHARED_ROWS = tl.constexpr(rows.SHARED_ROWS)
+NUMBER = tl.constexpr(rows.NUMBER)
+SLOTS = tl.constexpr(rows.RowLayout(1).slots)
+"""Those of each expert begin here, then the first rows, the numbers of rows, and the expected words."""
 
 
 @triton.jit
@@ -27,37 +29,43 @@ def stage(source, target, num_words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _task(row, CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr):
+def _task(row, most_inputs, most_rows, CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr):
     """What this program's expert is: (routed, slot or block, first row, number of rows), no rows for none.
 
-    The shared experts are number CAPACITY. All words are 64 bits: a slot times the stride passes 2^31 in a large pool.
+    The shared experts are number CAPACITY. Slots are 64 bits: times the stride they pass 2^31 in a large pool. Rows
+    end where the inputs and the outputs do, as a slice of a tensor would.
     """
     expert = tl.program_id(1)
     routed = expert < CAPACITY
     if HAS_SHARED:
         slot = tl.load(row + tl.where(routed, SLOTS + expert, SHARED_BLOCK))
-        rows = tl.load(row + tl.where(routed, SLOTS + 2 * CAPACITY + expert, SHARED_ROWS))
-        first = tl.load(row + tl.where(routed, SLOTS + CAPACITY + expert, SHARED_BLOCK))
-        first = tl.where(routed, first, 0)
-        active = tl.where(routed, expert < tl.load(row + COUNT), slot >= 0)
+        count = tl.load(row + tl.where(routed, SLOTS + 2 * CAPACITY + expert, SHARED_ROWS))
+        first = tl.where(routed, tl.load(row + tl.where(routed, SLOTS + CAPACITY + expert, SHARED_BLOCK)), 0)
+        active = tl.where(routed, expert < tl.load(row + NUM_EXPERTS), slot >= 0)
+        # The outputs of the shared experts have as many rows as the inputs.
+        count = tl.minimum(count, tl.where(routed, most_rows - first, most_inputs))
     else:
         slot = tl.load(row + SLOTS + expert)
-        rows = tl.load(row + SLOTS + 2 * CAPACITY + expert)
+        count = tl.load(row + SLOTS + 2 * CAPACITY + expert)
         first = tl.load(row + SLOTS + CAPACITY + expert)
-        active = expert < tl.load(row + COUNT)
-    return routed, slot, first, tl.where(active, rows, 0)
+        active = expert < tl.load(row + NUM_EXPERTS)
+        count = tl.minimum(count, most_rows - first)
+    count = tl.where(active, tl.minimum(count, most_inputs), 0)
+    return routed, slot, first, count.to(tl.int32)
 
 
 @triton.jit
-def up(row, x, pool, y, shared, shared_y, stride, shared_stride, CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr,
-       HIDDEN: tl.constexpr, UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
+def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, most_rows,
+       CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
+       UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
        SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
        BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """y[first + t, n] = sum over k of x[t, k] * weights[n, k]. Programs: column tiles, experts, row tiles.
 
-    pool, shared: weights, of which slot or block i begins at i * stride; x [rows, HIDDEN]; y [rows, PITCH].
+    pool, shared: weights, of which slot or block i begins at i * stride; x [most_inputs, HIDDEN]; y [most_rows, PITCH].
+    Any number of rows is computed, whatever row tiles the grid has.
     """
-    routed, slot, first, rows = _task(row, CAPACITY, HAS_SHARED)
+    routed, slot, first, count = _task(row, most_inputs, most_rows, CAPACITY, HAS_SHARED)
     if HAS_SHARED:
         # Chosen, not branched over: two loops would take twice the shared memory.
         weights = tl.where(routed, pool + slot * stride, shared + slot * shared_stride)
@@ -69,29 +77,31 @@ def up(row, x, pool, y, shared, shared_y, stride, shared_stride, CAPACITY: tl.co
     else:
         weights, width, middle, half, pitch = pool + slot * stride, UP, MIDDLE, HALF, PITCH
         out = y + first * PITCH
-    if (tl.program_id(2) * BT < rows) & (tl.program_id(0) * BN < width):
-        t = tl.program_id(2) * BT + tl.arange(0, BT)
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        total = tl.zeros((BT, BN), tl.float32)
-        for start in range(0, HIDDEN, BK):
-            k = start + tl.arange(0, BK)
-            left = tl.load(x + t[:, None] * HIDDEN + k[None, :],
-                           mask=(t[:, None] < rows) & (k[None, :] < HIDDEN), other=0.0)  # fmt: skip
-            right = tl.load(weights + n[None, :] * HIDDEN + k[:, None],
-                            mask=(n[None, :] < width) & (k[:, None] < HIDDEN), other=0.0)  # fmt: skip
-            total = tl.dot(left, right, total, input_precision="ieee")
-        column = tl.where(n < middle, n, n + (half - middle))
-        tl.store(out + t[:, None] * pitch + column[None, :], total.to(y.dtype.element_ty),
-                 mask=(t[:, None] < rows) & (n[None, :] < width))  # fmt: skip
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    if tl.program_id(0) * BN < width:
+        for first_row in range(tl.program_id(2) * BT, count, tl.num_programs(2) * BT):
+            t = first_row + tl.arange(0, BT)
+            total = tl.zeros((BT, BN), tl.float32)
+            for start in range(0, HIDDEN, BK):
+                k = start + tl.arange(0, BK)
+                left = tl.load(x + t[:, None] * HIDDEN + k[None, :],
+                               mask=(t[:, None] < count) & (k[None, :] < HIDDEN), other=0.0)  # fmt: skip
+                right = tl.load(weights + n[None, :] * HIDDEN + k[:, None],
+                                mask=(n[None, :] < width) & (k[:, None] < HIDDEN), other=0.0)  # fmt: skip
+                total = tl.dot(left, right, total, input_precision="ieee")
+            column = tl.where(n < middle, n, n + (half - middle))
+            tl.store(out + t[:, None] * pitch + column[None, :], total.to(y.dtype.element_ty),
+                     mask=(t[:, None] < count) & (n[None, :] < width))  # fmt: skip
 
 
 @triton.jit
-def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride, CAPACITY: tl.constexpr,
-         HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr, UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr,
-         PITCH: tl.constexpr, SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr,
-         SHARED_PITCH: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride, most_inputs, most_rows,
+         CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
+         UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
+         SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
+         BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """out[first + t, n] = sum over k of act(y[first + t])[k] * weights[k, n]. Programs and slots as in `up`."""
-    routed, slot, first, rows = _task(row, CAPACITY, HAS_SHARED)
+    routed, slot, first, count = _task(row, most_inputs, most_rows, CAPACITY, HAS_SHARED)
     if HAS_SHARED:
         weights = tl.where(routed, pool + slot * stride + UP * HIDDEN,
                            shared + slot * shared_stride + SHARED_UP * HIDDEN)  # fmt: skip
@@ -103,14 +113,14 @@ def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride,
     else:
         weights, middle, half, pitch = pool + slot * stride + UP * HIDDEN, MIDDLE, HALF, PITCH
         values, target = y + first * PITCH, out + first * HIDDEN
-    if tl.program_id(2) * BT < rows:
-        t = tl.program_id(2) * BT + tl.arange(0, BT)
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    for first_row in range(tl.program_id(2) * BT, count, tl.num_programs(2) * BT):
+        t = first_row + tl.arange(0, BT)
         total = tl.zeros((BT, BN), tl.float32)
         for start in range(0, middle, BK):
             k = start + tl.arange(0, BK)
             # Up to half: values beyond middle are 0, and a mask that ends at 16 values leaves the reads whole.
-            inside = (t[:, None] < rows) & (k[None, :] < half)
+            inside = (t[:, None] < count) & (k[None, :] < half)
             place = values + t[:, None] * pitch + k[None, :]
             left = tl.load(place, mask=inside, other=0.0).to(tl.float32)
             if UP > MIDDLE:
@@ -121,7 +131,7 @@ def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride,
                             mask=(k[:, None] < middle) & (n[None, :] < HIDDEN), other=0.0)  # fmt: skip
             total = tl.dot(left.to(right.dtype), right, total, input_precision="ieee")
         tl.store(target + t[:, None] * HIDDEN + n[None, :], total.to(out.dtype.element_ty),
-                 mask=(t[:, None] < rows) & (n[None, :] < HIDDEN))  # fmt: skip
+                 mask=(t[:, None] < count) & (n[None, :] < HIDDEN))  # fmt: skip
 
 
 @triton.jit
@@ -131,7 +141,8 @@ def gate(source, words, num_words, counter, flag, BLOCK: tl.constexpr):
     A host that reads the number reads the words: each thread's stores come before the barrier; after it one thread
     adds to the counter, in device memory, with acquire-release order for the whole system, which makes all that the
     block stored visible to the host first; the flag's store takes its value from that addition, so it comes after.
-    No read-modify-write touches host memory: over PCIe the host would not see it as one access, a store it does.
+    No read-modify-write touches host memory: CUDA forbids it beside the host where `hostNativeAtomicSupported` is 0,
+    as over PCIe (CCCL, cuda::atomic, "Concurrency Restrictions"); an aligned store of 8 bytes arrives whole.
     """
     for start in range(0, num_words, BLOCK):
         word = start + tl.arange(0, BLOCK)
@@ -150,7 +161,7 @@ def check(row, words, within, wrong, first_bad, words_per_slot, CAPACITY: tl.con
     wrong[0] grows by the number that differ; first_bad[0] becomes the least number of a launch where any does.
     """
     expert = tl.program_id(0)
-    if expert < tl.load(row + COUNT):
+    if expert < tl.load(row + NUM_EXPERTS):
         slot = tl.load(row + SLOTS + expert)
         word = tl.arange(0, BLOCK)
         inside = word < WORDS
@@ -160,4 +171,4 @@ def check(row, words, within, wrong, first_bad, words_per_slot, CAPACITY: tl.con
         num_wrong = tl.sum((found != wanted).to(tl.int64), axis=0)
         if num_wrong > 0:
             tl.atomic_add(wrong, num_wrong)
-            tl.atomic_min(first_bad, tl.load(row + LAUNCH))
+            tl.atomic_min(first_bad, tl.load(row + NUMBER))

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from replay.rows import RowLayout
-from replay.slot_kernels import SharedExperts, SlotKernels, Widths
+from replay.kernels import Row
+from replay.pools import SlotPool
+from replay.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.slot_kernels import SlotKernels
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half a step of the number format: what rounding once changes at most, relatively."""
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 UNTOUCHED = 7.0
+NO_BLOCK = -1
+
+
+class Widths(NamedTuple):
+    """A feed-forward block."""
+
+    hidden: int
+    up: int
+    middle: int
+
+    @property
+    def num_values(self) -> int:
+        """Its weights."""
+        return self.hidden * (self.up + self.middle)
 
 
 @dataclass(frozen=True)
@@ -25,9 +42,30 @@ class Case:
     slots: Sequence[int]
     rows: Sequence[int]
     shared: Widths | None = None
-    shared_block: int = RowLayout.NO_BLOCK
+    shared_block: int = NO_BLOCK
     shared_rows: int = 0
     num_slots: int = 6
+    max_rows: int = 16
+
+
+def make_row(layout: RowLayout, device: str) -> Row:
+    """A row with a copy on the device, which the interpreter has on the CPU."""
+    row = Row(layout, torch.device(device))
+    row.device = torch.full_like(row.host, -1, device=device)
+    return row
+
+
+def fill(row: Row, slots: Sequence[int], rows: Sequence[int], block: int = NO_BLOCK, shared_rows: int = 0,
+         number: int = 0, expected: Sequence[int] = ()) -> None:  # fmt: skip
+    """Write a launch, rows one after the other. Slots, rows and words of experts that it does not have: far outside."""
+    row.host.fill_(1 << 40)
+    words, layout = row.words, row.layout
+    words[NUM_EXPERTS], words[SHARED_BLOCK], words[SHARED_ROWS], words[NUMBER] = len(slots), block, shared_rows, number
+    for place, (slot, count) in enumerate(zip(slots, rows, strict=True)):
+        words[layout.slots + place], words[layout.counts + place] = slot, count
+        words[layout.first + place] = sum(rows[:place])
+    for place, word in enumerate(expected):
+        words[layout.expected + place] = word
 
 
 def weights(widths: Widths, count: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -46,29 +84,25 @@ class Bench:
         self.case, self.dtype, self.device = case, dtype, device
         self.weights = weights(case.widths, case.num_slots, dtype, 1)
         num_bytes = case.widths.num_values * dtype.itemsize
-        pool = torch.full((case.num_slots, -(-num_bytes // 512) * 512 + 512), 0xFF, dtype=torch.uint8)
-        pool[:, :num_bytes] = self.weights.view(torch.uint8)
-        self.pool = pool.to(device)
+        self.slots = SlotPool(case.num_slots, num_bytes + 512, torch.device(device))
+        self.slots.bytes.fill_(0xFF)
+        self.slots.bytes[:, :num_bytes] = self.weights.view(torch.uint8).to(device)
         most = max([case.shared_rows, *case.rows])
         self.inputs = torch.full((most + 3, case.widths.hidden), float("nan"), dtype=dtype)
         self.inputs[:most] = torch.randn(most, case.widths.hidden, generator=torch.Generator().manual_seed(2)).to(dtype)
         self.shared_weights = None if case.shared is None else weights(case.shared, 3, dtype, 3)
         shared = None
         if case.shared is not None and self.shared_weights is not None:
-            shared = SharedExperts(case.shared, self.shared_weights.to(device), case.shared_rows + 2)
-        self.kernels = SlotKernels(case.widths, self.pool, self.inputs.to(device), sum(case.rows) + 2, shared)
-        self.layout = RowLayout(case.capacity)
-        self.host = torch.zeros(self.layout.num_words, dtype=torch.int64, pin_memory=device == "cuda")
-        self.there = torch.zeros(self.layout.num_words, dtype=torch.int64, device=device)
-        self.work = self.kernels.experts(self.host, self.there, self.layout, max(most, 1), shared is not None)
+            shared = case.shared, self.shared_weights.to(device)
+        self.kernels = SlotKernels(case.widths, self.slots, self.inputs.to(device), sum(case.rows) + 2, dtype, shared)
+        self.row = make_row(RowLayout(case.capacity), device)
+        self.work = self.kernels.experts(self.row, case.max_rows, shared is not None)
 
     def run(self, slots: Sequence[int], rows: Sequence[int], block: int, shared_rows: int) -> None:
         """One launch of the same body, all outputs first set to UNTOUCHED."""
         self.kernels.out.fill_(UNTOUCHED)
         self.kernels.shared_out.fill_(UNTOUCHED)
-        # Slots that no expert of this launch has: far outside.
-        self.host.fill_(1 << 40)
-        self.layout.fill(self.host.numpy(), slots, rows, shared_block=block, shared_rows=shared_rows)
+        fill(self.row, slots, rows, block, shared_rows)
         self.work()
         if self.device == "cuda":
             torch.cuda.synchronize()

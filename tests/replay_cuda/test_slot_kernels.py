@@ -6,15 +6,16 @@ The interpreter multiplies the bit patterns of bfloat16 as if they were whole nu
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from replay.rows import RowLayout
-from replay.slot_kernels import SlotCheck, SlotKernels, Widths
-from tests.replay_cuda.interpreter import interpreted
-from tests.replay_cuda.slot_cases import Bench, Case, compare, weights
+from replay.slot_kernels import SlotKernels, check_work, gate, stage
+from tests.replay_cuda.interpreter import INSIDE, interpreted
+from tests.replay_cuda.slot_cases import NO_BLOCK, UNTOUCHED, Bench, Case, Widths, compare, fill, make_row, weights
 
 ODD = Widths(hidden=45, up=58, middle=29)
 EVEN = Widths(hidden=64, up=96, middle=48)
@@ -24,17 +25,18 @@ CASES = {
     "full-with-both-ends-of-the-pool": Case(ODD, 3, [0, 5, 2], [2, 4, 3]),
     "one-expert": Case(ODD, 1, [5], [1]),
     "whole-tiles": Case(EVEN, 2, [4, 0], [16, 16]),
-    "20-rows": Case(ODD, 2, [1, 2], [20, 3]),
-    "several-row-tiles": Case(ODD, 2, [4, 1], [70, 131]),
+    "20-rows": Case(ODD, 2, [1, 2], [20, 3], max_rows=32),
+    "several-row-tiles": Case(ODD, 2, [4, 1], [70, 131], max_rows=131),
+    "more-rows-than-row-tiles": Case(ODD, 2, [4, 1], [16, 50]),
     "ungated": Case(Widths(45, 29, 29), 3, [2, 0], [3, 5]),
     "shared-only": Case(ODD, 2, [], [], WIDE, 2, 5),
     "shared-is-wider": Case(ODD, 3, [5, 0], [3, 1], WIDE, 1, 4),
     "shared-is-narrower-and-longer": Case(WIDE, 2, [1, 4], [2, 6], ODD, 0, 40),
-    "shared-in-other-launches": Case(ODD, 2, [1], [2], WIDE, RowLayout.NO_BLOCK, 3),
+    "shared-in-other-launches": Case(ODD, 2, [1], [2], WIDE, NO_BLOCK, 3),
     "true-size": Case(Widths(2880, 1530, 765), 2, [1], [4], num_slots=2),
 }
 HERE = [torch.float32, torch.float16]
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: nothing of this was tried")
+gpu = pytest.mark.skipif(INSIDE or not torch.cuda.is_available(), reason="no CUDA device here: nothing of this was tried")
 
 
 def run_case(name: str, dtype: torch.dtype, device: str) -> None:
@@ -45,7 +47,7 @@ def run_case(name: str, dtype: torch.dtype, device: str) -> None:
     if name != "true-size":
         again = [(slot + 1) % case.num_slots for slot in case.slots][:1]
         bench.check(again, [max(rows - 1, 1) for rows in case.rows][:1], case.shared_block, max(case.shared_rows - 1, 0))
-        bench.check([], [], RowLayout.NO_BLOCK, case.shared_rows)
+        bench.check([], [], NO_BLOCK, case.shared_rows)
 
 
 @interpreted
@@ -86,49 +88,67 @@ def test_a_slot_beyond_2_to_the_31_is_found(tmp_path: Path) -> None:
     made = weights(widths, 1, torch.float16, 1)
     pool[2, : widths.num_values * 2] = made.view(torch.uint8)[0]
     x = torch.randn(4, 45, generator=torch.Generator().manual_seed(2)).half()
-    kernels = SlotKernels(widths, pool, x, 4)
-    layout = RowLayout(1, 1)
-    host, there, found = torch.zeros(layout.num_words).long(), torch.zeros(layout.num_words).long(), torch.zeros(2).long()
+    kernels = SlotKernels(widths, SimpleNamespace(num_slots=3, bytes=pool), x, 4, torch.float16)
     last = widths.num_values * 2 // 8 - 1
-    check = SlotCheck(pool.view(torch.int64).view(-1), torch.tensor([last]), stride // 8, found[:1], found[1:])
     wanted = int(pool[2, last * 8 : last * 8 + 8].clone().view(torch.int64))
-    layout.fill(host.numpy(), [2], [4], expected=[wanted])
-    kernels.experts(host, there, layout, 4, False, check)()
+    row, found = make_row(RowLayout(1, 1), "cpu"), torch.zeros(2, dtype=torch.int64)
+    check = check_work(row, pool.view(torch.int64).view(-1), stride // 8, torch.tensor([last]), found[:1], found[1:])
+    fill(row, [2], [4], number=-1, expected=[wanted])
+    work = kernels.experts(row, 4, False, check)
+    work()
     compare(kernels.out, x, made[0], widths)
     assert found.tolist() == [0, 0]
+    fill(row, [2], [4], number=-1, expected=[wanted + 1])
+    work()
+    assert found.tolist() == [2, -1]
+
+
+@interpreted
+def test_rows_end_where_inputs_and_outputs_end() -> None:
+    """As a slice of a tensor would: 9 rows of 7 inputs are 7; the second expert begins at 9 of 12 and has 3."""
+    bench = Bench(Case(ODD, 2, [1, 4], [4, 4], WIDE, 1, 4), torch.float32)
+    bench.kernels = SlotKernels(ODD, bench.slots, bench.inputs[:4].repeat(2, 1)[:7], 12, torch.float32,
+                                (WIDE, bench.shared_weights))  # fmt: skip
+    bench.work = bench.kernels.experts(bench.row, 16, True)
+    bench.run([1, 4], [9, 5], 1, 30)
+    x = bench.inputs[[0, 1, 2, 3, 0, 1, 2]]
+    assert bench.kernels.out.shape == (12, 45)
+    assert bench.kernels.shared_out.shape == (7, 45)
+    compare(bench.kernels.out[:7], x, bench.weights[1], ODD)
+    assert bool((bench.kernels.out[7:9] == UNTOUCHED).all())
+    compare(bench.kernels.out[9:], x[:3], bench.weights[4], ODD)
+    compare(bench.kernels.shared_out, x, bench.shared_weights[1], WIDE)
 
 
 def run_copies(device: str, count: int) -> None:
     """Stage and gate move exactly `count` words; the gate counts its launches."""
     pinned = device == "cuda"
-    kernels = Bench(CASES["one-expert"], torch.float16, device).kernels
-    layout = RowLayout(1, count - 7)
-    source = torch.arange(1, count + 3) * (2**40 + 1)
-    host = source.pin_memory() if pinned else source
-    there = torch.full((count + 2,), -1, device=device)
-    kernels.stage(host, there, layout)()
-    assert there.tolist() == [*source[:count].tolist(), -1, -1]
+    row = make_row(RowLayout(1, count), device)
+    row.host.copy_(torch.arange(1, count + 8) * (2**40 + 1))
+    row.device = there = torch.full((count + 9,), -1, device=device)
+    stage(row)()
+    assert there.tolist() == [*row.host.tolist(), -1, -1]
     words = torch.full((count + 2,), -1, pin_memory=pinned)
     counter, flag = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
-    body = kernels.gate(there[:count], words, counter, flag)
+    body = gate(there[:count], words[:count], counter, flag)
     for number in (1, 2, 3):
         there[0] = number
         body()
         if pinned:
             torch.cuda.synchronize()
         assert (int(flag), int(counter)) == (number, number)
-        assert words.tolist() == [number, *source[1:count].tolist(), -1, -1]
+        assert words.tolist() == [*there[:count].tolist(), -1, -1]
 
 
 @interpreted
-@pytest.mark.parametrize("count", [7, 8, 33, 1024, 2500])
+@pytest.mark.parametrize("count", [0, 1, 33, 1024, 2500])
 def test_stage_and_gate_move_the_words_and_no_more(count: int) -> None:
     run_copies("cpu", count)
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("count", [7, 8, 33, 1024, 2500])
+@pytest.mark.parametrize("count", [0, 1, 33, 1024, 2500])
 def test_stage_and_gate_on_a_gpu_move_the_words_and_no_more(count: int) -> None:
     run_copies("cuda", count)
 
@@ -138,23 +158,18 @@ def run_checks(device: str) -> None:
     case = Case(ODD, 4, [5, 0, 3], [1, 1, 1])
     bench = Bench(case, torch.float16, device)
     within = [0, 1, 100, 317, 900]
-    words = bench.pool.view(torch.int64)
+    words, never = bench.slots.bytes.view(torch.int64), 1 << 62
     words[:, within] = torch.arange(30, device=device).view(6, 5) * 2**33
-    never = 1 << 62
     wrong, first_bad = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), never, device=device)
-    check = SlotCheck(words.view(-1), torch.tensor(within, device=device), words.size(1), wrong, first_bad)
-    layout = RowLayout(4, 5)
-    host = torch.zeros(layout.num_words, dtype=torch.int64, pin_memory=device == "cuda")
-    there = torch.zeros(layout.num_words, dtype=torch.int64, device=device)
-    body = bench.kernels.experts(host, there, layout, 1, False, check)
+    row = make_row(RowLayout(4, 5), device)
+    check = check_work(row, words.view(-1), words.size(1), torch.tensor(within, device=device), wrong, first_bad)
+    body = bench.kernels.experts(row, 1, False, check)
     seen = []
-    for launch, planted in ((9, {}), (4, {0: 1, 7: 2**33 + 1, 14: -5}), (6, {3: 8})):
+    for number, planted in ((9, {}), (4, {0: 1, 7: 2**33 + 1, 14: -5}), (6, {3: 8})):
         expected = [(slot * 5 + place) * 2**33 for slot in case.slots for place in range(5)]
         for place, change in planted.items():
             expected[place] += change
-        # What lies beyond the last expert must not be compared.
-        host.fill_(-3)
-        layout.fill(host.numpy(), case.slots, case.rows, launch, expected=expected)
+        fill(row, case.slots, case.rows, number=number, expected=expected)
         body()
         seen.append((int(wrong), int(first_bad)))
     # Each word is compared before and after the experts.
