@@ -87,6 +87,9 @@ def gate(source: torch.Tensor, words: torch.Tensor, counter: torch.Tensor, flag:
     if not (source.is_contiguous() and words.is_contiguous()):
         raise ValueError("gate: words lie apart from each other; give contiguous tensors")
     kernel = _programs().gate
+    if not count:
+        # An empty tensor may have no address.
+        source = words = counter
 
     def work() -> None:
         kernel[(1,)](source, words, count, counter, flag, BLOCK=_block(count), num_warps=4)

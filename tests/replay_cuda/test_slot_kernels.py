@@ -36,7 +36,7 @@ CASES = {
     "true-size": Case(Widths(2880, 1530, 765), 2, [1], [4], num_slots=2),
 }
 HERE = [torch.float32, torch.float16]
-gpu = pytest.mark.skipif(INSIDE or not torch.cuda.is_available(), reason="no CUDA device here: nothing of this was tried")
+gpu = pytest.mark.skipif(INSIDE or not torch.cuda.is_available(), reason="no CUDA device here: nothing was tried")
 
 
 def run_case(name: str, dtype: torch.dtype, device: str) -> None:
@@ -45,8 +45,8 @@ def run_case(name: str, dtype: torch.dtype, device: str) -> None:
     bench = Bench(case, dtype, device)
     bench.check(case.slots, case.rows, case.shared_block, case.shared_rows)
     if name != "true-size":
-        again = [(slot + 1) % case.num_slots for slot in case.slots][:1]
-        bench.check(again, [max(rows - 1, 1) for rows in case.rows][:1], case.shared_block, max(case.shared_rows - 1, 0))
+        slots, rows = [(slot + 1) % case.num_slots for slot in case.slots], [max(rows - 1, 1) for rows in case.rows]
+        bench.check(slots[:1], rows[:1], case.shared_block, max(case.shared_rows - 1, 0))
         bench.check([], [], NO_BLOCK, case.shared_rows)
 
 
@@ -129,7 +129,8 @@ def run_copies(device: str, count: int) -> None:
     stage(row)()
     assert there.tolist() == [*row.host.tolist(), -1, -1]
     words = torch.full((count + 2,), -1, pin_memory=pinned)
-    counter, flag = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    flag = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
     body = gate(there[:count], words[:count], counter, flag)
     for number in (1, 2, 3):
         there[0] = number

@@ -5,18 +5,21 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from replay import slot_kernels
+from replay.kernels import Row
 from replay.rows import RowLayout
-from replay.slot_kernels import SharedExperts, SlotCheck, SlotKernels, Tile, Widths
+from replay.slot_kernels import SlotKernels, Tile, check_work, gate
+from tests.replay_cuda.slot_cases import Widths, make_row
 
 GPT_OSS = Widths(hidden=2880, up=1530, middle=765)
 SHARED = Widths(hidden=2880, up=2816, middle=1408)
+SMALL = Widths(8, 16, 8)
 TYPES = {torch.bfloat16: "*bf16", torch.int64: "*i64"}
 
 
@@ -47,53 +50,39 @@ def words(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int64)
 
 
+def slots(num_slots: int, num_bytes: int) -> Any:
+    return SimpleNamespace(num_slots=num_slots, bytes=torch.zeros((num_slots, num_bytes), dtype=torch.uint8))
+
+
 def kernels(shared: bool = False, widths: Widths = GPT_OSS, num_slots: int = 3, max_rows: int = 64) -> SlotKernels:
-    pool = torch.zeros((num_slots, widths.num_values * 2 + 512), dtype=torch.uint8)
     inputs = torch.zeros((max_rows, widths.hidden), dtype=torch.bfloat16)
-    block = SharedExperts(SHARED, torch.zeros((2, SHARED.num_values), dtype=torch.bfloat16), 64) if shared else None
-    return SlotKernels(widths, pool, inputs, max_rows, block)
+    block = (SHARED, torch.zeros((2, SHARED.num_values), dtype=torch.bfloat16)) if shared else None
+    pool = slots(num_slots, widths.num_values * 2 // 512 * 512 + 512)
+    return SlotKernels(widths, pool, inputs, max_rows, torch.bfloat16, block)
 
 
-# -- rows ----------------------------------------------------------------------------------------------------
-
-
-def test_a_row_lies_as_its_layout_says() -> None:
-    layout = RowLayout(3, 2)
-    assert (layout.first_rows, layout.row_counts, layout.expected, layout.num_words) == (7, 10, 13, 19)
-    row = np.full(19, -9, dtype=np.int64)
-    layout.fill(row, [8, 5], [4, 1], 77, shared_block=2, shared_rows=6, expected=[10, 11, 20, 21])
-    assert row.tolist() == [2, 2, 6, 77, 8, 5, -9, 0, 4, -9, 4, 1, -9, 10, 11, 20, 21, -9, -9]
-    layout.fill(row, [], [], 78)
-    assert row[:5].tolist() == [0, -1, 0, 78, 8]
-
-
-def test_a_row_refuses_what_does_not_fit() -> None:
-    row = np.zeros(19, dtype=np.int64)
-    with pytest.raises(ValueError, match="4 experts in a row of capacity 3; choose a larger bucket"):
-        RowLayout(3).fill(row, [1, 2, 3, 4], [1] * 4)
-    with pytest.raises(ValueError, match="2 slots need as many numbers of rows, not 1, and 4 expected words, not 3"):
-        RowLayout(3, 2).fill(row, [1, 2], [1], expected=[1, 2, 3])
-    with pytest.raises(ValueError, match="capacity=0, words_per_expert=0: a row holds 1 expert at least"):
-        RowLayout(0)
+def row(capacity: int, words_per_expert: int = 0) -> Row:
+    return make_row(RowLayout(capacity, words_per_expert), "cpu")
 
 
 # -- launches ------------------------------------------------------------------------------------------------
 
 
 def test_one_launch_pair_serves_all_experts_between_two_checks(launches: Launches) -> None:
-    made = kernels(shared=True)
-    check = SlotCheck(words(9), words(8), 3, words(1), words(1))
-    body = made.experts(words(60), words(60), RowLayout(5, 8), 20, True, check)
+    made, words_of = kernels(shared=True), row(5, 8)
+    check = check_work(words_of, words(9), 3, words(8), words(1), words(1))
+    body = made.experts(words_of, 20, True, check)
     assert launches.calls == []
     body()
     assert [name for name, *_ in launches.calls] == ["stage", "check", "up", "down", "check"]
-    grids = [grid for _, grid, *_ in launches.calls]
     # 20 rows make one tile of 32; tiles of 32 columns: 2,816 / 32 = 88 and 2,880 / 32 = 90; one more for the shared.
-    assert grids == [(1,), (5,), (88, 6, 1), (90, 6, 1), (5,)]
+    assert [grid for _, grid, *_ in launches.calls] == [(1,), (5,), (88, 6, 1), (90, 6, 1), (5,)]
+    # All but the first read the row on the device.
+    assert [arguments[0] is words_of.device for _, _, arguments, _ in launches.calls] == [False, *[True] * 4]
 
 
 def test_without_shared_experts_and_checks_three_kernels_run(launches: Launches) -> None:
-    kernels().experts(words(60), words(60), RowLayout(4), 130, False)()
+    kernels().experts(row(4), 130, False)()
     # Tiles of 64 rows and 64 columns: 1,530 / 64 = 23.9, 2,880 / 64 = 45, 130 / 64 = 2.03.
     assert [(name, grid) for name, grid, *_ in launches.calls] == [
         ("stage", (1,)), ("up", (24, 4, 3)), ("down", (45, 4, 3))]  # fmt: skip
@@ -107,43 +96,46 @@ def test_tiles_are_as_high_as_the_rows_of_an_expert(max_rows: int, rows: int) ->
 def test_tuning_takes_the_fastest_tile_of_each_product(launches: Launches) -> None:
     made = kernels(num_slots=7)
     columns = {"up": (64, 256), "down": (32, 256)}
-    slots: list[list[int]] = []
+    read: list[Any] = []
 
     def device_ns(body: Any) -> float:
         launches.calls.clear()
         body()
         name, _, _, options = launches.calls[0]
-        slots.append([arguments[0][4:6].tolist() for _, _, arguments, _ in launches.calls])  # type: ignore[misc]
+        read.append([arguments[0][4:6].tolist() for _, _, arguments, _ in launches.calls])
         return 10.0 if (options["BN"], options["BK"] * 2) == columns[name] else 20.0
 
     assert made.tile(2, 4, "up") == made.tile(2, 4, "down") == Tile(16, 512, 4, 5)
     made.tune(device_ns, [(2, 4)])
     # Two experts a launch: three launches cover slots 0 to 5 of 7, so that none is read from a cache.
-    assert slots == [[[0, 1], [2, 3], [4, 5]]] * 8
+    assert read == [[[0, 1], [2, 3], [4, 5]]] * 8
     assert (made.tile(2, 4, "up"), made.tile(2, 4, "down")) == (Tile(64, 256, 4, 4), Tile(32, 256, 4, 5))
     assert made.tile(2, 40, "up") == Tile(64, 128, 4, 4)
     launches.calls.clear()
-    made.experts(words(10), words(10), RowLayout(2), 4, False)()
+    made.experts(row(2), 4, False)()
     assert [options.get("BN") for *_, options in launches.calls] == [None, 64, 32]
 
 
 def test_sizes_that_do_not_fit_are_one_line(launches: Launches) -> None:
     with pytest.raises(ValueError, match=r"up=1000 is neither middle=765 nor twice that"):
         kernels(widths=Widths(2880, 1000, 765))
+    half, x = torch.float16, torch.zeros(1, 8).half()
     with pytest.raises(ValueError, match=r"routed experts: 150 values in a slot, 192 needed; enlarge the slots"):
-        SlotKernels(Widths(8, 16, 8), torch.zeros((2, 300), dtype=torch.uint8), torch.zeros(1, 8).half(), 1)
+        SlotKernels(SMALL, slots(2, 300), x, 1, half)
     with pytest.raises(ValueError, match="inputs are 9 wide, experts 8, shared experts 8; give one hidden size"):
-        SlotKernels(Widths(8, 16, 8), torch.zeros((2, 600), dtype=torch.uint8), torch.zeros(1, 9).half(), 1)
-    with pytest.raises(ValueError, match="has_shared=true, but no shared experts were given"):
-        kernels().experts(words(9), words(9), RowLayout(1), 1, True)
-    with pytest.raises(ValueError, match="a row holds 2 expected words an expert, the check compares 3"):
-        check = SlotCheck(words(9), words(3), 3, words(1), words(1))
-        kernels().experts(words(9), words(9), RowLayout(1, 2), 1, False, check)
-    with pytest.raises(ValueError, match="gate: 4 words into 3, all of int64"):
-        kernels().gate(words(4), words(3), words(1), words(1))
-    ungated = SharedExperts(Widths(8, 8, 8), torch.zeros(1, 128).half(), 1)
+        SlotKernels(SMALL, slots(2, 600), torch.zeros(1, 9).half(), 1, half)
     with pytest.raises(ValueError, match="differ in having a gate"):
-        SlotKernels(Widths(8, 16, 8), torch.zeros((2, 600), dtype=torch.uint8), torch.zeros(1, 8).half(), 1, ungated)
+        SlotKernels(SMALL, slots(2, 600), x, 1, half, (Widths(8, 8, 8), torch.zeros(1, 128).half()))
+    with pytest.raises(ValueError, match="has_shared=true, but no shared experts were given"):
+        kernels().experts(row(1), 1, True)
+    with pytest.raises(ValueError, match="a row holds 2 expected words an expert, the check compares 3"):
+        check_work(row(1, 2), words(9), 3, words(3), words(1), words(1))
+    with pytest.raises(ValueError, match="gate: 4 words into 3, all of int64"):
+        gate(words(4), words(3), words(1), words(1))
+    with pytest.raises(ValueError, match="gate: words lie apart"):
+        gate(words(8)[::2], words(4), words(1), words(1))
+    with pytest.raises(ValueError, match="a row for these kernels needs a copy on the device"):
+        kernels().experts(Row(RowLayout(1), torch.device("cpu")), 1, False)
 
 
 # -- without triton ------------------------------------------------------------------------------------------
@@ -156,9 +148,9 @@ sys.modules["triton"] = None
 import replay.rows
 assert "torch" not in sys.modules
 import torch
-from replay.slot_kernels import SlotKernels, Widths
+from replay.slot_kernels import gate
 try:
-    SlotKernels(Widths(8, 16, 8), torch.zeros((2, 600), dtype=torch.uint8), torch.zeros(1, 8).half(), 1)
+    gate(*[torch.zeros(1, dtype=torch.int64)] * 4)
 except ValueError as error:
     print(error)
 """
@@ -184,6 +176,7 @@ def compiled(call: tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]])
     constants = {key: value for key, value in options.items() if key not in chosen}
     signature, aligned = {}, {}
     for place, (key, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        # As Triton's launcher does: the types, and which addresses and numbers are multiples of 16.
         is_tensor = isinstance(value, torch.Tensor)
         signature[key] = TYPES[value.dtype] if is_tensor else "i32"
         if is_tensor or value % 16 == 0:
@@ -218,7 +211,7 @@ def test_the_number_is_written_after_all_words_for_the_whole_system(
     launches: Launches, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels().gate(words(32), words(32), words(1), words(1))()
+    gate(words(32), words(32), words(1), words(1))()
     text = compiled(launches.calls[0]).asm["ptx"]
     order = re.findall(r"st\.global|bar\.sync|atom\.global\.sys\.acq_rel\.add\.u64|atom|ld\.shared", text)
     assert order == ["st.global", "bar.sync", "atom.global.sys.acq_rel.add.u64", "bar.sync", "ld.shared", "st.global"]
