@@ -240,6 +240,7 @@ class SlotKernels:
         own, other = self._routed, self._shared
         tile = tile or self.tile(capacity, max_rows, name)
         rows = tile_rows(max_rows)
+        tensors: tuple[torch.Tensor, ...]
         if name == "up":
             tensors = (self._inputs, own.weights, own.values, other.weights, other.values)
             width = max(own.up, other.up if has_shared else 0)
