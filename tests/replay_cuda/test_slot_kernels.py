@@ -65,6 +65,20 @@ def test_experts_on_a_gpu_are_what_float64_says(name: str, dtype: torch.dtype) -
     run_case(name, dtype, "cuda")
 
 
+@pytest.mark.gpu
+@gpu
+def test_a_captured_launch_on_a_gpu_serves_any_row() -> None:
+    case = CASES["shared-is-wider"]
+    bench = Bench(case, torch.bfloat16, "cuda")
+    bench.check([1, 3], [2, 1], 0, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bench.work()
+    bench.work = graph.replay
+    for slots, rows, block, shared_rows in ([5, 0], [3, 1], 1, 4), ([2], [3], NO_BLOCK, 0), ([], [], 2, 1):
+        bench.check(slots, rows, block, shared_rows)
+
+
 def test_the_comparison_finds_a_wrong_value_and_a_wrong_slot() -> None:
     made = weights(ODD, 2, torch.float16, 1)
     x = torch.randn(2, 45, generator=torch.Generator().manual_seed(2)).half()
@@ -152,6 +166,23 @@ def test_stage_and_gate_move_the_words_and_no_more(count: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 33, 1024, 2500])
 def test_stage_and_gate_on_a_gpu_move_the_words_and_no_more(count: int) -> None:
     run_copies("cuda", count)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_host_that_sees_the_number_sees_the_words() -> None:
+    """Read without waiting for the GPU in any other way, 2,000 times."""
+    source = torch.zeros(2500, dtype=torch.int64, device="cuda")
+    words, flag = (torch.zeros(count, dtype=torch.int64, pin_memory=True) for count in (2500, 1))
+    body = gate(source, words, torch.zeros(1, dtype=torch.int64, device="cuda"), flag)
+    seen, given = flag.numpy(), words.numpy()
+    for number in range(1, 2001):
+        source.add_(1)
+        body()
+        for _ in range(50_000_000):
+            if seen[0] >= number:
+                break
+        assert (seen[0], given.min(), given.max()) == (number, number, number)
 
 
 def run_checks(device: str) -> None:
