@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from replay.app import LOST, WRONG
+from replay.device import Work
 from replay.faults import FAULTS, FaultyDevice
+from replay.kernels import Row
 from replay.lockstep import check
 from replay.log_format import LOG_NAME
 from replay.memory import HostPlan, align
 from replay.pools import HostPool, SlotPool, chunk_offsets
 from replay.rig import Rig
+from replay.rows import NUM_EXPERTS, RowLayout
 from replay.run import PartialRunError
-from replay.stamps import Stamps
+from replay.stamps import Stamps, WrongStamp
 from sim.setup import load_chunks
 from tests.cli.support import tiny_trace
 from tests.replay.support import SMALL, TINY, Case, on_cpu, replay_here
@@ -217,10 +220,22 @@ class Bench:
         span = slice(self.offsets[chunk], self.offsets[chunk + 1])
         self.slots.slot(slot)[span] = self.host.buffer(key)[span]
 
+    def launch(self, forward: int, layer: int, keys: Sequence[int], slots: Sequence[int]) -> Work:
+        """What the program of this launch checks, once before and once after its kernels."""
+        row = Row(RowLayout(4, self.stamps.words_per_expert), torch.device("cpu"))
+        row.words[NUM_EXPERTS] = len(keys)
+        for place, slot in enumerate(slots):
+            row.words[row.layout.slots + place] = slot
+        self.stamps.expect(row, forward, layer, keys, slots)
+        return self.stamps.check(row)
+
     def run(self, key: int, slot: int, work: Callable[[], None] = lambda: None) -> int:
-        """Wrong stamps of one kernel."""
+        """Wrong stamps of one launch."""
         before = self.stamps.num_wrong
-        self.stamps.guard(7, 2, [key], [slot], work)()
+        check = self.launch(7, 2, [key], [slot])
+        check()
+        work()
+        check()
         self.stamps.collect()
         return self.stamps.num_wrong - before
 
@@ -270,10 +285,10 @@ def test_what_was_expected_at_the_launch_counts() -> None:
     """The host sends the next load while the kernel is still queued: on the device it comes later."""
     bench = Bench()
     bench.copy(1, 0)
-    guarded = bench.stamps.guard(0, 0, [1], [0], lambda: None)
+    check = bench.launch(0, 0, [1], [0])
     for chunk in range(3):
         bench.stamps.sent(2, 0, chunk, 9)
-    guarded()
+    check()
     bench.stamps.collect()
     assert bench.stamps.num_wrong == 0
 
@@ -283,12 +298,37 @@ def test_the_first_of_several_wrong_launches_is_named() -> None:
     bench.copy(1, 0)
     bench.copy(2, 1, [])
     for forward, (key, slot) in enumerate([(1, 0), (2, 1), (2, 1)]):
-        bench.stamps.guard(forward, forward, [key], [slot], lambda: None)()
-        bench.stamps.collect()
+        bench.launch(forward, forward + 1, [key], [slot])()
+    # Looked at once, at the end.
+    assert (bench.stamps.num_wrong, bench.stamps.first) == (0, None)
+    bench.stamps.collect()
     first = bench.stamps.first
     assert first is not None
-    assert (first.forward, first.layer, first.keys, first.num_wrong) == (1, 1, (2,), 12)
-    assert bench.stamps.num_wrong == 24
+    # Three chunks of two words each, in two launches.
+    assert (first.forward, first.layer, first.keys, first.num_wrong) == (1, 2, (2,), 12)
+    assert bench.stamps.num_wrong == 12
+
+
+def test_of_several_experts_each_slot_is_held_against_its_own_words() -> None:
+    bench = Bench()
+    for key, slot in ((1, 2), (3, 0)):
+        bench.copy(key, slot)
+    bench.copy(2, 1, [0, 1])
+    bench.launch(4, 0, [1, 3], [2, 0])()
+    bench.stamps.collect()
+    assert bench.stamps.num_wrong == 0
+    bench.launch(5, 1, [3, 2, 1], [0, 1, 2])()
+    bench.stamps.collect()
+    assert bench.stamps.first == WrongStamp(5, 1, (3, 2, 1), 2)
+
+
+def test_what_ran_before_the_run_does_not_count() -> None:
+    bench = Bench()
+    bench.copy(2, 1, [])
+    bench.launch(0, 0, [2], [1])()
+    bench.stamps.restart()
+    bench.stamps.collect()
+    assert (bench.stamps.num_wrong, bench.stamps.first) == (0, None)
 
 
 def test_shared_buffers_tell_one_buffer_from_another() -> None:
