@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -203,7 +204,7 @@ def test_copies_in_a_row_keep_the_pace_on_average(rate: float, latency_ns: int, 
         ends = [copied(device, target, source) for _ in range(12)]
         device.wait(0, ends[-1])
         times = [device.time_ns(end) for end in ends]
-        assert all(later - earlier >= least_ns for earlier, later in zip(times, times[1:], strict=False))
+        assert all(later - earlier >= least_ns for earlier, later in pairwise(times))
         issued_ns = device.now_ns()
         alone = copied(device, target, source)
         device.wait(0, alone)
