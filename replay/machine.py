@@ -65,6 +65,8 @@ class RealMachine:
         """(load, chunk, end, when it was issued, mark that it waits for)."""
         self._loads: dict[int, Event] = {}
         self._number = device.numbers[0]
+        self._gate = 0
+        """Mark of the last gated launch: nothing is told of it before its number is seen."""
         self._compute_end_ns = self._copy_end_ns = self._now_ns = 0
         pinned = device.world == "cuda"
         self._routing = torch.zeros(kernels.routing.shape, dtype=torch.int64, pin_memory=pinned)
@@ -99,7 +101,8 @@ class RealMachine:
         if program.mark:
             self._read_first(program)
         self._number += 1
-        return self._launch(program)
+        mark = self._gate = self._launch(program)
+        return mark
 
     def attention(self, layer: int) -> int:
         return self._launch_gated(self._attention[layer])
@@ -176,8 +179,12 @@ class RealMachine:
         return self._record()
 
     def _read_one(self) -> None:
-        """While there is nothing else to do: take the times of the next program, if it has ended."""
-        if self._unread and self.device.happened(self._unread[0].end):
+        """While there is nothing else to do: take the times of the next program, if it has ended.
+
+        A gate is left to who waits for it: its kernels end before the host has what they found.
+        """
+        unread = self._unread
+        if unread and unread[0].mark != self._gate and self.device.happened(unread[0].end):
             self._take()
 
     def _take(self) -> None:
