@@ -136,6 +136,23 @@ def test_a_copy_waits_for_that_launch_though_the_program_is_launched_again(bench
     assert [mark for mark, _, _ in told[2]] == [*others, again]
 
 
+def test_copies_may_wait_for_the_same_reader_and_nothing_is_kept_of_them(bench: Bench) -> None:
+    """What is kept by mark would grow with the run."""
+    mark = bench.experts()
+    bench.copy(1, 0, after=mark)
+    bench.copy(2, 0, after=mark, slot=1)
+    bench.device.then(bench.ended(10, 40), bench.copied(70))
+    assert bench.machine.wait((LOAD, 1, False)) == (70, [(1, 0, 40, 70)], [(mark, 10, 40)])
+    bench.copy(3, 0, after=mark, slot=2)
+    bench.device.then(bench.copied(90), bench.copied(95))
+    assert bench.machine.wait((LOAD, 3, False)) == (95, [(2, 0, 70, 90), (3, 0, 90, 95)], [])
+    machine = bench.machine
+    assert not machine._wanted_ends
+    assert not machine._loads
+    assert not machine._chunks
+    assert not machine._open
+
+
 def test_a_copy_that_ended_before_the_host_says_it_was_issued_takes_no_time(bench: Bench) -> None:
     """The host's clock is less exact than events; what is reported is in order all the same."""
     bench.device.clock_ns = 100
