@@ -36,7 +36,7 @@ class Point:
         self.was_read = True
 
 
-@dataclass
+@dataclass(eq=False)
 class Made:
     """A program, and what it was made of."""
 
@@ -47,16 +47,17 @@ class Made:
     captured: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Launched:
     """One launch under way. words: its row as it was then."""
 
     number: int
     made: Made
     words: list[int]
+    issued_ns: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Copied:
     """One copy under way. waits_for: number of the launch that must have ended, 0 = of none."""
 
@@ -65,6 +66,7 @@ class Copied:
     num_bytes: int
     waits_for: int
     end: Point
+    issued_ns: int
 
 
 class ScriptedDevice:
@@ -143,7 +145,8 @@ class ScriptedDevice:
         assert program.end.was_read
         for point in (program.start, program.end):
             point.at_ns, point.launch, point.was_read = None, number, False
-        launch = Launched(number, made, [] if program.row is None else program.row.host.tolist())
+        words = [] if program.row is None else program.row.host.tolist()
+        launch = Launched(number, made, words, self.clock_ns)
         self.launches.append(launch)
         self.programs.append(launch)
         if self.auto:
@@ -157,7 +160,8 @@ class ScriptedDevice:
 
     def copy(self, target: int, source: int, num_bytes: int, after: Point | None) -> Point:
         end = Point()
-        self.copies.append(Copied(target, source, num_bytes, 0 if after is None else after.launch, end))
+        waits_for = 0 if after is None else after.launch
+        self.copies.append(Copied(target, source, num_bytes, waits_for, end, self.clock_ns))
         if self.auto:
             self.end_copy(self.clock_ns + 1)
         return end
@@ -209,6 +213,56 @@ class ScriptedDevice:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+class PacedDevice(ScriptedDevice):
+    """One whose streams have durations, in ns, and whose host takes no time: what is measured on it is known.
+
+    copy_ns: of so many bytes. program_ns: of a program's kernels, told its row's words. slower, kernels_slower: factors
+    on a copy beside kernels and on kernels beside copies. pad_share: how long a pad lasts, of what it should.
+    """
+
+    def __init__(self, copy_ns: Callable[[int], int], program_ns: Callable[[list[int]], int] = lambda _: 1000, *,
+                 slower: float = 1.0, kernels_slower: float = 1.0, pad_share: float = 1.0,
+                 captures: bool = True) -> None:  # fmt: skip
+        super().__init__(captures)
+        self.auto = False
+        self.step = self._next
+        self.copy_ns, self.program_ns = copy_ns, program_ns
+        self.slower, self.kernels_slower, self.pad_share = slower, kernels_slower, pad_share
+        self._compute_ns = self._link_ns = 0
+
+    def _run(self, made: Made) -> None:
+        # A measurement may launch what it does not read.
+        made.program.start.was_read = made.program.end.was_read = True
+        super()._run(made)
+
+    def _next(self) -> None:
+        """What ends first, ends."""
+        programs, copies = self.programs, self.copies
+        start_ns = end_ns = copy_end_ns = 1 << 62
+        if programs:
+            made = programs[0].made
+            begin_ns = max(self._compute_ns, programs[0].issued_ns)
+            start_ns = begin_ns + round(made.pad_ns * self.pad_share)
+            end_ns = start_ns + round(self.program_ns(programs[0].words) * (self.kernels_slower if copies else 1))
+        if copies and copies[0].waits_for not in {one.number for one in programs}:
+            taken_ns = round(self.copy_ns(copies[0].num_bytes) * (self.slower if programs else 1))
+            copy_end_ns = max(self._link_ns, copies[0].issued_ns) + taken_ns
+        if copy_end_ns < end_ns:
+            self._link_ns = copy_end_ns
+            self.end_copy(copy_end_ns)
+        else:
+            # A copy that waits for this launch begins no earlier.
+            if copies and copies[0].waits_for:
+                self._link_ns = max(self._link_ns, end_ns)
+            self._compute_ns = end_ns
+            self.end_program(start_ns, end_ns)
+
+    def synchronize(self) -> None:
+        while self.programs or self.copies:
+            self._next()
+        super().synchronize()
 
 
 def decode(kv_lens: Sequence[int], demands: Sequence[Sequence[int]] = ((0,), (0,)),
