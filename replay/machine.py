@@ -26,6 +26,9 @@ from replay.programs import Programs
 from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
 from replay.stamps import Stamps
 
+_NO_END = [0]
+"""Of the reader of a copy that waits for none."""
+
 
 class RealMachine:
     """One device, its buffers and kernels. stamps: None = do not verify.
@@ -59,12 +62,14 @@ class RealMachine:
         """The same by mark."""
         self._read: list[Mark] = []
         """Marks that were read and not yet reported."""
-        self._wanted_ends: dict[int, int] = {}
-        """Ends of the marks that copies under way have waited for."""
-        self._chunks: deque[tuple[int, int, Event, int, int]] = deque()
-        """(load, chunk, end, when it was issued, mark that it waits for)."""
+        self._wanted_ends: dict[int, list[int]] = {}
+        """By unread mark that copies wait for: [its end], shared with those copies."""
+        self._chunks: deque[tuple[int, int, Event, int, int, list[int]]] = deque()
+        """(load, chunk, end, when it was issued, mark that it waits for, that one's end once it is read)."""
         self._loads: dict[int, Event] = {}
         self._number = device.numbers[0]
+        self._gate = 0
+        """Mark of the last gated launch: nothing is told of it before its number is seen."""
         self._compute_end_ns = self._copy_end_ns = self._now_ns = 0
         pinned = device.world == "cuda"
         self._routing = torch.zeros(kernels.routing.shape, dtype=torch.int64, pin_memory=pinned)
@@ -99,7 +104,8 @@ class RealMachine:
         if program.mark:
             self._read_first(program)
         self._number += 1
-        return self._launch(program)
+        mark = self._gate = self._launch(program)
+        return mark
 
     def attention(self, layer: int) -> int:
         return self._launch_gated(self._attention[layer])
@@ -145,12 +151,12 @@ class RealMachine:
         if self.stamps is not None:
             self.stamps.sent(key, slot, chunk, load)
         device, offset = self.device, self._bounds[chunk][0]
-        reader = self._open.get(after)
+        reader, wanted = self._open.get(after), _NO_END
         if reader is not None:
-            self._wanted_ends[after] = 0
+            wanted = self._wanted_ends.setdefault(after, [0])
         end = device.copy(self._slot_address[slot] + offset, self._host_address[key] + offset, self._sizes[chunk],
                           None if reader is None else reader.end)  # fmt: skip
-        self._chunks.append((load, chunk, end, device.now_ns(), 0 if reader is None else after))
+        self._chunks.append((load, chunk, end, device.now_ns(), after, wanted))
         self._loads[load] = end
 
     def decided(self, wants: Sequence[int]) -> None:
@@ -176,8 +182,12 @@ class RealMachine:
         return self._record()
 
     def _read_one(self) -> None:
-        """While there is nothing else to do: take the times of the next program, if it has ended."""
-        if self._unread and self.device.happened(self._unread[0].end):
+        """While there is nothing else to do: take the times of the next program, if it has ended.
+
+        A gate is left to who waits for it: its kernels end before the host has what they found.
+        """
+        unread = self._unread
+        if unread and unread[0].mark != self._gate and self.device.happened(unread[0].end):
             self._take()
 
     def _take(self) -> None:
@@ -194,7 +204,7 @@ class RealMachine:
         self._compute_end_ns = end_ns
         self._read.append((mark, start_ns, end_ns))
         if mark in self._wanted_ends:
-            self._wanted_ends[mark] = end_ns
+            self._wanted_ends.pop(mark)[0] = end_ns
         program.mark = 0
         del self._open[mark]
 
@@ -223,11 +233,11 @@ class RealMachine:
 
     def _retire_chunk(self) -> Chunk:
         """A copy has ended. It began when it was issued, or the one before it, or the kernel before it had ended."""
-        load, chunk, end, start_ns, after = self._chunks.popleft()
-        if after:
-            if after in self._open:
-                self._read_until(after)
-            start_ns = max(start_ns, self._wanted_ends[after])
+        load, chunk, end, start_ns, after, wanted = self._chunks.popleft()
+        if after in self._open:
+            self._read_until(after)
+        if wanted[0] > start_ns:
+            start_ns = wanted[0]
         if self._copy_end_ns > start_ns:
             start_ns = self._copy_end_ns
         end_ns = self.device.time_ns(end)

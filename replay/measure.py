@@ -132,7 +132,8 @@ def copy_beside(device: Device, programs: Sequence[Program], num_bytes: int) -> 
     copier, count = Copier(device, num_bytes), 8
     idle_ns = copier.in_a_row_ns(num_bytes, count, 5)
     taken_ns = programs_ns(device, programs, 3)
-    rounds = int(2 * (count + 2) * idle_ns / (taken_ns * len(programs))) + 2
+    # They must outlast the copies, however much these are slowed: else the last ones run alone.
+    rounds = int(MOST_SLOWDOWN * (count + 2) * idle_ns / (taken_ns * len(programs))) + 2
     busy = []
     for _ in range(5):
         ends: list[Any] = []

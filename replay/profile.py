@@ -23,7 +23,7 @@ def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> 
     """(latency ns, GB/s without it) of copies in a row: time = latency + bytes / rate by least squares of the shares.
 
     Where the line misses a size by more than `_FITS`, the rate is a curve: points [bytes, GB/s]. A rate above
-    `peak_gb_per_s` (None: not known) or below 0 is a mistake of measuring: MeasurementError.
+    `peak_gb_per_s` (None: not known), or none at all, is a mistake of measuring: MeasurementError.
     """
     weights = [1.0 / row["in_a_row_ns"] for row in rows]
     # Of (latency + bytes / rate) * weight = 1.
@@ -31,7 +31,7 @@ def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> 
     ones, both, sizes = (sum(one[i] * one[j] for one in columns) for i, j in ((0, 0), (0, 1), (1, 1)))
     right = sum(one[0] for one in columns), sum(one[1] for one in columns)
     det = ones * sizes - both * both
-    if det <= 0:
+    if det <= 0 or len({row["bytes"] for row in rows}) < 2:
         raise MeasurementError("copies of a single size tell no latency from rate; measure more sizes")
     latency = max((right[0] * sizes - right[1] * both) / det, 0.0)
     per_byte = (right[1] - latency * both) / sizes
@@ -42,6 +42,9 @@ def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> 
         latency = min(latency, 0.9 * min(row["in_a_row_ns"] for row in rows))
         curve = [[row["bytes"], round(row["bytes"] / (row["in_a_row_ns"] - latency), 6)] for row in rows]
         rate = max(gb_per_s for _, gb_per_s in curve)
+    if math.isinf(rate):
+        raise MeasurementError("copies seem to take no longer for more bytes: they were not timed back to back; "
+                               "calibrate again when the machine is idle")  # fmt: skip
     if peak_gb_per_s is not None and rate > peak_gb_per_s:
         raise MeasurementError(f"copies seem to run at {rate:.4g} GB/s on a link of {peak_gb_per_s:.4g} at most: they were "
                                "not timed back to back; calibrate again when the machine is idle")  # fmt: skip
