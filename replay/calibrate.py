@@ -48,6 +48,7 @@ from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
 from replay.run import needs_of, scaled_workload
 from replay.scale import scaled_model
 from replay.settings import CPU_SCALE
+from replay.slot_kernels import tuned_tiles
 from replay.standin import standin_trace
 from replay.steady import steady
 from replay.tables import KernelBench, kernel_tables
@@ -198,6 +199,7 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns,
                                   "effort": policy.mean_effort()}  # fmt: skip
     raw["python_ns"].append(python_ns())
+    raw["tiles"] = tuned_tiles()
     step("done")
     return raw
 

@@ -22,6 +22,7 @@ import torch
 
 from replay.device import DeviceLostError, Program, Words, Work
 from replay.raw import raw_copy
+from replay.slot_kernels import gate
 
 _BASE_LIFE_NS = 10_000_000
 """A float32 of milliseconds resolves 1 ns up to 16 ms; at a minute it would be 4 us."""

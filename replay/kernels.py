@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from expertflow.model import GQA, ModelSpec
 from replay.device import Work
 from replay.pools import SlotPool
 from replay.products import products
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 from sim.kernels import kv_on_grid
 
 _SEED = 2_510_26730
@@ -176,7 +176,9 @@ class Kernels:
         from replay.slot_kernels import SlotKernels
 
         shared = None if self._shared is None else (self._shared.block.feed, self._shared.values)
-        rows = self._expert.feed.rows(1) * max_tokens * self.model.top_k
+        # Rows are rounded up for each expert, and the padded places of a launch are filled once before a run.
+        most = max_tokens * self.model.top_k
+        rows = self.rows(most) + 2 * size_class(min(self.model.num_experts, most)) * self.rows(1)
         return SlotKernels(self._expert.feed, slots, self._inputs, rows, self._dtype, shared)
 
     def _make_attention(self, max_context: int) -> None:
@@ -279,6 +281,11 @@ class Kernels:
         """The same of the shared experts; 0 if the model has none."""
         return 0 if self._shared is None else self._shared.block.feed.rows(num_tokens)
 
+    def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:
+        """Choose how experts are computed by measured time, where there is a choice; before anything is captured."""
+        if self._on_slots is not None:
+            self._on_slots.tune(device_ns, buckets)
+
     def experts(self, row: Row, max_rows: int, shared: bool, check: Work | None = None) -> Work:
         """What `row` describes when the kernels run: routed experts in slots, each over its number of rows.
 
@@ -317,6 +324,12 @@ class Kernels:
                 torch.argmax(self._head_out[:num_rows], dim=1, out=self._tokens[:num_rows])
 
         return work
+
+    @property
+    def experts_out(self) -> torch.Tensor:
+        """Outputs of routed experts launched by slot id [rows, hidden], each expert's from its first row."""
+        found: torch.Tensor = self._on_slots.out
+        return found
 
     @property
     def tokens(self) -> torch.Tensor:

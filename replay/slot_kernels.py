@@ -56,6 +56,15 @@ _TILES: dict[int, tuple[Tile, ...]] = {
 """By rows of a tile. None takes more than 96 KiB of shared memory, which every GPU with bfloat16 has."""
 
 
+_tuned: dict[tuple[Any, ...], Tile] = {}
+"""By (hidden, up, middle, dtype, capacity, rows of a tile, product): what was measured to be fastest."""
+
+
+def tuned_tiles() -> dict[str, list[int]]:
+    """What was chosen so far, for the record of a calibration."""
+    return {" ".join(map(str, key)): list(tile) for key, tile in sorted(_tuned.items(), key=str)}
+
+
 def tile_rows(max_rows: int) -> int:
     """Rows of a tile where no expert has more than `max_rows`."""
     return next((rows for rows in _TILES if max_rows <= rows), max(_TILES))
@@ -111,8 +120,8 @@ def check_work(row: Row, words: torch.Tensor, words_per_slot: int, within: torch
     kernel = _programs().check
 
     def work() -> None:
-        kernel[(layout.capacity,)](there, words, within, wrong, first_bad, words_per_slot, CAPACITY=layout.capacity,
-                                   WORDS=num_words, BLOCK=_power(num_words), num_warps=4)  # fmt: skip
+        kernel[(layout.capacity,)](there, words, within, wrong, first_bad, words_per_slot, WORDS=num_words,
+                                   BLOCK=_power(num_words), num_warps=4)  # fmt: skip
 
     return work
 
@@ -171,7 +180,7 @@ class SlotKernels:
                              f"{other.hidden}; give one hidden size")  # fmt: skip
         if (routed.up > routed.middle) != (other.up > other.middle):
             raise ValueError("routed and shared experts differ in having a gate; give both or neither one")
-        self._tiles: dict[tuple[int, int, str], Tile] = {}
+        self._shape = self._routed.hidden, self._routed.up, self._routed.middle, str(dtype)
 
     @property
     def out(self) -> torch.Tensor:
@@ -186,7 +195,7 @@ class SlotKernels:
     def tile(self, capacity: int, max_rows: int, product: str) -> Tile:
         """What is used for `product` (up, down) in launches of at most `capacity` experts of `max_rows` rows."""
         rows = tile_rows(max_rows)
-        return self._tiles.get((capacity, rows, product), default_tile(capacity, rows))
+        return _tuned.get((*self._shape, capacity, rows, product), default_tile(capacity, rows))
 
     def experts(self, row: Row, max_rows: int, has_shared: bool, check: Work | None = None) -> Work:
         """Stage the row, then compute what it describes: routed experts, each over its rows, and shared ones.
@@ -205,17 +214,20 @@ class SlotKernels:
     def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:
         """Choose each bucket's tiles by measured time. Before anything is captured: bodies keep what was chosen.
 
-        device_ns: nanoseconds that the device takes for a body. buckets: (capacity, most rows of an expert).
+        device_ns: nanoseconds that the device takes for a body. buckets: (capacity, most rows of an expert). What was
+        chosen holds for all kernels of this shape in this process: a calibration and the runs it is for take the same.
         """
         for capacity, max_rows in buckets:
             rows = tile_rows(max_rows)
+            if (*self._shape, capacity, rows, "down") in _tuned:
+                continue
             launches = self._tuning_rows(capacity, max_rows)
             for name in ("up", "down"):
                 times = []
                 for tile in _TILES[rows]:
                     bodies = [self._product(name, row, capacity, max_rows, False, tile) for row in launches]
                     times.append(device_ns(_all(bodies)))
-                self._tiles[capacity, rows, name] = _TILES[rows][times.index(min(times))]
+                _tuned[(*self._shape, capacity, rows, name)] = _TILES[rows][times.index(min(times))]
 
     def _tuning_rows(self, capacity: int, max_rows: int) -> list[torch.Tensor]:
         """Full launches on the device, over as many slots as keep the weights out of its cache."""
@@ -250,7 +262,7 @@ class SlotKernels:
         grid = (-(-width // tile.columns), capacity + has_shared, -(-max_rows // rows))
         numbers = (own.stride, other.stride, self._inputs.size(0), self._max_rows)
         sizes = {
-            "CAPACITY": capacity, "HAS_SHARED": has_shared, "HIDDEN": own.hidden,
+            "HAS_SHARED": has_shared, "HIDDEN": own.hidden,
             "UP": own.up, "MIDDLE": own.middle, "HALF": own.half, "PITCH": own.pitch,
             "SHARED_UP": other.up, "SHARED_MIDDLE": other.middle, "SHARED_HALF": other.half,
             "SHARED_PITCH": other.pitch,

@@ -29,25 +29,29 @@ def stage(source, target, num_words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _task(row, most_inputs, most_rows, CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr):
+def _task(row, most_inputs, most_rows, HAS_SHARED: tl.constexpr):
     """What this program's expert is: (routed, slot or block, first row, number of rows), no rows for none.
 
-    The shared experts are number CAPACITY. Slots are 64 bits: times the stride they pass 2^31 in a large pool. Rows
+    The second axis of the grid is the row's capacity, which is no compile-time size: one program serves them all. With
+    shared experts it is one more, and they are the last. Slots are 64 bits: times the stride they pass 2^31 in a large pool. Rows
     end where the inputs and the outputs do, as a slice of a tensor would.
     """
     expert = tl.program_id(1)
-    routed = expert < CAPACITY
+    capacity = tl.num_programs(1)
+    if HAS_SHARED:
+        capacity = capacity - 1
+    routed = expert < capacity
     if HAS_SHARED:
         slot = tl.load(row + tl.where(routed, SLOTS + expert, SHARED_BLOCK))
-        count = tl.load(row + tl.where(routed, SLOTS + 2 * CAPACITY + expert, SHARED_ROWS))
-        first = tl.where(routed, tl.load(row + tl.where(routed, SLOTS + CAPACITY + expert, SHARED_BLOCK)), 0)
+        count = tl.load(row + tl.where(routed, SLOTS + 2 * capacity + expert, SHARED_ROWS))
+        first = tl.where(routed, tl.load(row + tl.where(routed, SLOTS + capacity + expert, SHARED_BLOCK)), 0)
         active = tl.where(routed, expert < tl.load(row + NUM_EXPERTS), slot >= 0)
         # The outputs of the shared experts have as many rows as the inputs.
         count = tl.minimum(count, tl.where(routed, most_rows - first, most_inputs))
     else:
         slot = tl.load(row + SLOTS + expert)
-        count = tl.load(row + SLOTS + 2 * CAPACITY + expert)
-        first = tl.load(row + SLOTS + CAPACITY + expert)
+        count = tl.load(row + SLOTS + 2 * capacity + expert)
+        first = tl.load(row + SLOTS + capacity + expert)
         active = expert < tl.load(row + NUM_EXPERTS)
         count = tl.minimum(count, most_rows - first)
     count = tl.where(active, tl.minimum(count, most_inputs), 0)
@@ -56,7 +60,7 @@ def _task(row, most_inputs, most_rows, CAPACITY: tl.constexpr, HAS_SHARED: tl.co
 
 @triton.jit
 def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, most_rows,
-       CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
+       HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
        UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
        SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
        BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
@@ -65,7 +69,7 @@ def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, mo
     pool, shared: weights, of which slot or block i begins at i * stride; x [most_inputs, HIDDEN]; y [most_rows, PITCH].
     Any number of rows is computed, whatever row tiles the grid has.
     """
-    routed, slot, first, count = _task(row, most_inputs, most_rows, CAPACITY, HAS_SHARED)
+    routed, slot, first, count = _task(row, most_inputs, most_rows, HAS_SHARED)
     if HAS_SHARED:
         # Chosen, not branched over: two loops would take twice the shared memory.
         weights = tl.where(routed, pool + slot * stride, shared + slot * shared_stride)
@@ -96,12 +100,12 @@ def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, mo
 
 @triton.jit
 def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride, most_inputs, most_rows,
-         CAPACITY: tl.constexpr, HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
+         HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
          UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
          SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
          BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """out[first + t, n] = sum over k of act(y[first + t])[k] * weights[k, n]. Programs and slots as in `up`."""
-    routed, slot, first, count = _task(row, most_inputs, most_rows, CAPACITY, HAS_SHARED)
+    routed, slot, first, count = _task(row, most_inputs, most_rows, HAS_SHARED)
     if HAS_SHARED:
         weights = tl.where(routed, pool + slot * stride + UP * HIDDEN,
                            shared + slot * shared_stride + SHARED_UP * HIDDEN)  # fmt: skip
@@ -154,9 +158,8 @@ def gate(source, words, num_words, counter, flag, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def check(row, words, within, wrong, first_bad, words_per_slot, CAPACITY: tl.constexpr,
-          WORDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Compare WORDS words of each expert's slot, at `within`, with the row's. One program an expert.
+def check(row, words, within, wrong, first_bad, words_per_slot, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Compare WORDS words of each expert's slot, at `within`, with the row's. As many programs as the row has room.
 
     wrong[0] grows by the number that differ; first_bad[0] becomes the least number of a launch where any does.
     """
@@ -167,7 +170,7 @@ def check(row, words, within, wrong, first_bad, words_per_slot, CAPACITY: tl.con
         inside = word < WORDS
         place = tl.load(within + word, mask=inside, other=0)
         found = tl.load(words + slot * words_per_slot + place, mask=inside, other=0)
-        wanted = tl.load(row + SLOTS + 3 * CAPACITY + expert * WORDS + word, mask=inside, other=0)
+        wanted = tl.load(row + SLOTS + 3 * tl.num_programs(0) + expert * WORDS + word, mask=inside, other=0)
         num_wrong = tl.sum((found != wanted).to(tl.int64), axis=0)
         if num_wrong > 0:
             tl.atomic_add(wrong, num_wrong)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expertflow.forward import DECODE, Forward
-from replay.device import Program, Work
+from replay.device import Program
 from replay.kernels import Row
 from replay.measure import beside_copies_ns, programs_ns, works_ns
-from replay.programs import LEAST_ROWS, size_class
+from replay.programs import LEAST_ROWS
 from replay.rig import Rig
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Experts launched at once; as many as the model can choose in one layer."""
@@ -36,7 +36,8 @@ class KernelBench:
         """Programs of routed experts in other slots each, over `tokens` each, and of shared ones over theirs."""
         num_slots, programs = self.rig.slots.num_slots, []
         rows, shared_rows = self.kernels.rows(tokens), self.kernels.shared_rows(shared_tokens) if shared_tokens else 0
-        layout = RowLayout(size_class(num_experts))
+        layout, most = RowLayout(size_class(num_experts)), size_class(rows, LEAST_ROWS)
+        self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(layout.capacity, most)])
         for number in range(max(2, min(_LAYERS, num_slots // max(num_experts, 1)))):
             row = Row(layout, self.device.torch_device)
             row.words[NUM_EXPERTS] = num_experts
@@ -46,7 +47,7 @@ class KernelBench:
                 row.words[layout.slots + place] = (number * num_experts + place) % num_slots
                 row.words[layout.first + place] = place * rows
                 row.words[layout.counts + place] = rows
-            work = self.kernels.experts(row, size_class(rows, LEAST_ROWS), shared_tokens > 0)
+            work = self.kernels.experts(row, most, shared_tokens > 0)
             program = self.device.program(work)
             program.row = row
             programs.append(program)
@@ -64,10 +65,6 @@ class KernelBench:
     def ns(self, programs: Sequence[Program]) -> float:
         """Median time of one of `programs`."""
         return programs_ns(self.device, programs, self.repeat)
-
-    def works_ns(self, works: Sequence[Work]) -> float:
-        """Median time of one of `works`."""
-        return works_ns(self.device, works, self.repeat)
 
     def beside_ns(self, programs: Sequence[Program], chunk_bytes: int) -> float:
         """Median time of one of `programs` beside a busy link."""
