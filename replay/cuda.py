@@ -15,7 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -54,6 +54,8 @@ def explained(error: RuntimeError) -> Exception:
         # Its first line is a paragraph: what was tried, what is free, who has the rest.
         return ValueError(f"GPU memory: {'. '.join(line.split('. ')[:2]).rstrip('.')}; lower residency, batch_size or "
                           "prefill_chunk, or close what else uses the GPU")  # fmt: skip
+    # Triton speaks of the same errors in its own words.
+    line = line.replace("Triton Error [CUDA]", "CUDA error")
     if not line.startswith("CUDA error") or any(mistake in line for mistake in _OUR_MISTAKES):
         return error
     if any(memory in line for memory in _MEMORY):
@@ -119,6 +121,9 @@ class CudaDevice:
         self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self.numbers: Sequence[int] = memoryview(self._flag.numpy())
         self._raw_copy, self.copies_by = raw_copy()
+        # Graphs share the memory of what they compute in between; a pool that no graph holds may not be used again.
+        self._counter.add_(0)
+        self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
         self._base = self._event()
         self._restart_clock()
 
@@ -260,6 +265,8 @@ class CudaDevice:
             return Program(start, end, launch)
         # Libraries load, and kernels are compiled, on first use, which must not fall into a capture.
         work()
+        if gate is not None:
+            gate()
         torch.cuda.synchronize(self.torch_device)
         return Program(start, end, self._capture(launch).replay)
 
@@ -269,8 +276,12 @@ class CudaDevice:
         graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
         try:
             launch()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            # The capture has to end, which may fail for what went wrong in it: that is what deserves to be told.
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return graph
 
     def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:
@@ -364,6 +375,10 @@ class CudaDevice:
             # On a lost device these would raise in their turn.
             torch.cuda.set_stream(self._before)
             torch.cuda.empty_cache()
+
+
+def _ignore(value: object) -> None:
+    """A work returns nothing."""
 
 
 def _never() -> bool:

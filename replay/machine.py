@@ -26,6 +26,8 @@ from replay.programs import Programs
 from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
 from replay.stamps import Stamps
 
+_ROUNDED_NS = 1_000
+"""Times of one stream are rounded apart by less."""
 _NO_END = [0]
 """Of the reader of a copy that waits for none."""
 
@@ -199,6 +201,9 @@ class RealMachine:
         if start_ns < self._compute_end_ns:
             start_ns = self._compute_end_ns
         end_ns = time_ns(program.end)
+        if end_ns + _ROUNDED_NS < self._compute_end_ns:
+            raise AssertionError(f"mark {mark} ended at {end_ns} ns, the one before it at {self._compute_end_ns}: the "
+                                 "time of an earlier launch was read")  # fmt: skip
         if end_ns < start_ns:
             end_ns = start_ns
         self._compute_end_ns = end_ns

@@ -109,11 +109,12 @@ def test_the_words_are_there_when_the_number_is_seen() -> None:
     with on_fake() as (cuda, device):
         source, target = torch.tensor([5, 6], dtype=torch.int64), torch.zeros(2, dtype=torch.int64, pin_memory=True)
         program = device.program(nothing, 20_000, (source, target))
+        before = device.numbers[0]
         for number in (1, 2, 3):
             source.fill_(number)
             device.launch(program)
             assert target.tolist() != [number] * 2
-            device.wait(number)
+            device.wait(before + number)
             assert target.tolist() == [number] * 2
             # The number comes behind the end: whoever has seen it may still have to ask for that once more.
             assert cuda.true_ns >= program.end.at_ns + GATE_NS

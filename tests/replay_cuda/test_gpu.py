@@ -97,6 +97,29 @@ def test_a_copy_waits_for_the_launch_that_it_names_and_no_later_one(device: Cuda
     assert device.time_ns(end) >= device.time_ns(program.end)
 
 
+def test_a_launch_that_is_under_way_has_not_ended_though_the_last_one_has(device: CudaDevice) -> None:
+    """An event inside a graph counts as recorded anew from the moment of the launch."""
+    program = device.program(nothing, 3_000_000)
+    ends = []
+    for _ in range(4):
+        device.launch(program)
+        assert not device.happened(program.end)
+        device.wait(0, program.end)
+        ends.append(device.time_ns(program.end))
+    assert all(later - sooner > 2_900_000 for sooner, later in zip(ends, ends[1:], strict=False))
+
+
+def test_graphs_can_be_made_when_all_before_are_gone(device: CudaDevice) -> None:
+    """Their memory is shared; a run's graphs go with it."""
+    for _ in range(3):
+        values = torch.ones(1 << 20, device=device.torch_device)
+        program = device.program(lambda values=values: values.mul_(2).sum() and None)  # type: ignore[misc]
+        device.launch(program)
+        device.wait(0, program.end)
+        del program, values
+        torch.cuda.empty_cache()
+
+
 def test_copies_by_torch_do_the_same(device: CudaDevice) -> None:
     source = torch.arange(256, dtype=torch.uint8).pin_memory()
     target = torch.zeros(256, dtype=torch.uint8, device=device.torch_device)
