@@ -139,6 +139,22 @@ def test_all_is_launched_once_before_the_run_and_nothing_of_that_counts() -> Non
     assert (stamps.num_wrong, stamps.num_executions, stamps.num_checks) == (0, 0, 0)
 
 
+def test_what_earlier_runs_left_in_the_slots_is_no_wrong_stamp() -> None:
+    device = ScriptedDevice()
+    forward = decode([5], [[0, 1, 2], [8]])
+    machine = machine_on(device, PLAIN, [forward], verify=True)
+    stamps = machine.stamps
+    assert stamps is not None
+    machine.slots.bytes.fill_(1)
+    device.auto = True
+    # Whatever the slots hold is not what rows of no load say.
+    machine.programs.prepare([forward], 4)
+    assert stamps._wrong.item() > 0
+    machine.prepare([forward])
+    stamps.collect()
+    assert (stamps.num_wrong, stamps._first_bad.item()) == (0, 1 << 62)
+
+
 def test_a_machine_that_does_not_capture_launches_one_of_each_size() -> None:
     device = ScriptedDevice(captures=False)
     machine = machine_on(device, PLAIN, [decode([5]), decode([6])])

@@ -113,6 +113,17 @@ def test_a_reader_that_was_read_ahead_while_the_copy_waited_still_counts(bench: 
     assert bench.machine.wait((LOAD, 1, False)) == (260, [(1, 0, 200, 260)], [])
 
 
+def test_a_reader_that_is_unread_when_its_copy_is_over_is_read_then(bench: Bench) -> None:
+    """Both ended before the host looked: nothing was read while it waited."""
+    mark, later = bench.experts(), bench.experts()
+    bench.copy(1, 0, after=mark)
+    bench.device.end_program(10, 170)
+    bench.device.end_copy(220)
+    assert bench.machine.wait((LOAD, 1, False)) == (220, [(1, 0, 170, 220)], [(mark, 10, 170)])
+    assert bench.device.num_blocked == 0
+    assert later == mark + 1
+
+
 def test_a_copy_waits_for_that_launch_though_the_program_is_launched_again(bench: Bench) -> None:
     first = bench.experts()
     bench.copy(1, 0, after=first)
@@ -183,6 +194,27 @@ def test_a_chunk_is_copied_from_its_place_to_its_place(bench: Bench) -> None:
         assert (machine.slots.slot(2)[:end] == source[:end]).all()
         assert machine.slots.slot(2)[end:].sum() == 0
     assert machine.slots.slot(1).sum() == machine.slots.slot(3).sum() == 0
+
+
+def test_a_record_is_never_before_what_it_reports_nor_before_the_last_one(bench: Bench) -> None:
+    """Whatever the host's clock says meanwhile."""
+    bench.copy(1, 0)
+    bench.device.end_copy(50)
+    bench.device.clock_ns = 20
+    assert bench.machine.wait((LOAD, 1, False)) == (50, [(1, 0, 0, 50)], [])
+    gate = bench.machine.attention(0)
+    bench.device.end_program(60, 80)
+    bench.device.clock_ns = 20
+    assert bench.machine.wait((GATE, gate, False)) == (80, [], [(gate, 60, 80)])
+    bench.device.clock_ns = 90
+    bench.copy(2, 0)
+    bench.device.end_copy(95)
+    bench.device.clock_ns = 120
+    assert bench.machine.wait((LOAD, 2, False)) == (120, [(2, 0, 90, 95)], [])
+    bench.device.clock_ns = 100
+    bench.copy(3, 0)
+    bench.device.end_copy(110)
+    assert bench.machine.wait((LOAD, 3, False)) == (120, [(3, 0, 100, 110)], [])
 
 
 # -- marks ---------------------------------------------------------------------------------------------------
@@ -355,8 +387,9 @@ class Chance:
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_happens_is_reported_once_in_order_with_its_own_times(seed: int) -> None:
     chance = Chance(seed)
-    for _ in range(80):
-        chance.rng.choice([chance.launch, chance.launch, chance.copies, chance.wait, chance.step])()
+    for _ in range(150):
+        often = [chance.step] * 4
+        chance.rng.choice([chance.launch, chance.launch, chance.copies, chance.wait, *often])()
     while chance.device.copies or chance.device.programs:
         chance.step()
     last = chance.machine.attention(0)

@@ -182,6 +182,16 @@ def test_counts_of_a_batch_are_written_each_time_and_those_of_one_token_after_th
     assert row.plain
 
 
+def test_counts_of_one_token_are_written_for_as_many_as_fit() -> None:
+    """Behind a batch of four a launch of three leaves no count of the batch to the next one of four."""
+    machine, device = opened("qwen3-30b-a3b", 4)
+    for keys, counts in (([0, 1, 2, 3], dict.fromkeys(range(4), 4)), ([0, 1, 2], None), ([0, 1, 2, 3], None)):
+        for _ in range(REPLICAS):
+            machine.experts(0, keys, counts, False)
+            device.end_program(0, 0)
+    assert read(device) == plain([15, 14, 13, 12], rows=2)
+
+
 def test_a_row_under_way_is_not_written() -> None:
     """The kernels of the first launch have yet to read it."""
     machine, device = opened("qwen3-30b-a3b", 1)

@@ -400,6 +400,9 @@ def test_what_ran_before_the_run_does_not_count() -> None:
     bench.stamps.restart()
     bench.stamps.collect()
     assert (bench.stamps.num_wrong, bench.stamps.first) == (0, None)
+    bench.launch(3, 1, [2], [1])()
+    bench.stamps.collect()
+    assert bench.stamps.first == WrongStamp(3, 1, (2,), 6)
 
 
 def test_shared_buffers_tell_one_buffer_from_another() -> None:
