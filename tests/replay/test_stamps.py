@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from replay.app import LOST, WRONG
+from replay.app import WRONG
 from replay.faults import FAULTS, FaultyDevice
 from replay.lockstep import check
 from replay.log_format import LOG_NAME
+from replay.lost import LOST
 from replay.memory import HostPlan, align
 from replay.pools import HostPool, SlotPool, chunk_offsets
 from replay.rig import Rig
