@@ -47,7 +47,7 @@ def plot_fidelity(table: pd.DataFrame, judged: dict[str, Any], title: str) -> Fi
         for number, policy in enumerate(policies)
     ]  # fmt: skip
     handles.append(Line2D([], [], color="#7f7f7f", linewidth=0.8, label="predicted = measured"))
-    allowed = f"grey: within the bar, {percent(judged['tpot_bar'])} of TPOT, {percent(judged['stall_bar'])} of stall"
+    allowed = f"grey: within the bar, {100 * judged['tpot_bar']:g} % of TPOT, {100 * judged['stall_bar']:g} % of stall"
     handles.append(Patch(color="#d4d4d4", label=allowed))
     if not all(has_verdict):
         handles.append(Line2D([], [], linestyle="", marker="o", color="#000000", alpha=0.3, fillstyle="none",
@@ -69,7 +69,7 @@ def _panel(axis: Axes, table: pd.DataFrame, column: str, bar: float, has_verdict
         return
     values = pd.concat([measured[there], predicted[there]])
     ends = [values.min() * 0.8, values.max() * 1.25]
-    axis.plot(ends, ends, "-", color="#7f7f7f", linewidth=0.8, zorder=0)
+    axis.plot(ends, ends, "-", color="#7f7f7f", linewidth=0.8, zorder=1)
     axis.fill_between(ends, [end * (1 - bar) for end in ends], [end * (1 + bar) for end in ends], color="#d4d4d4",
                       zorder=0, linewidth=0)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)

@@ -46,11 +46,12 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 def loss(error: BaseException | None) -> BaseException | None:
     """The DeviceLostError that `error` is or was raised from, None if it is another failure."""
     module = sys.modules.get("replay.device")
-    while module is not None and error is not None:
-        if isinstance(error, module.DeviceLostError):
-            return error
+    if module is None:
+        return None
+    lost: type[BaseException] = module.DeviceLostError
+    while error is not None and not isinstance(error, lost):
         error = error.__cause__
-    return None
+    return error
 
 
 def beyond_repair(error: BaseException | None) -> bool:

@@ -198,7 +198,7 @@ class Validation:
         self._bench.make_rig([*runs, *([(_stamped(model), self.args.verify_tokens)] if stamps_too else [])])
 
     def _wants_stamps(self) -> bool:
-        return self._executions() < self.args.verify_executions
+        return self._executions() < float(self.args.verify_executions)
 
     def _check_stamps(self, model: str) -> None:
         """As many executions as are asked for, in a sixth of the time at most."""

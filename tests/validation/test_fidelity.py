@@ -174,7 +174,7 @@ def test_the_plot_shows_every_policy_in_both_panels_and_explains_itself() -> Non
     assert figure.get_suptitle() == "Test GPU"
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["LRU", "perfect prediction", "predicted = measured",
-                     "grey: within the bar, 2.0 % of TPOT, 5.0 % of stall"]  # fmt: skip
+                     "grey: within the bar, 2 % of TPOT, 5 % of stall"]  # fmt: skip
     points = [line for line in figure.axes[0].lines if line.get_label() in ("lru", "oracle") and len(line.get_xdata())]
     assert [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in points] == [(10.0, 10.0), (12.0, 11.0)]
     assert [line.get_alpha() for line in points] == [1.0, 1.0]

@@ -82,7 +82,7 @@ def test_the_two_timelines_are_of_the_same_forwards(validated: Path) -> None:
     attention = {pid: [event["name"] for event in events if event.get("cat") == "attention" and event["pid"] == pid]
                  for pid in (1, 2)}  # fmt: skip
     assert attention[1] == attention[2]
-    assert len(attention[1]) == 24 * validate.TIMELINE_FORWARDS
+    assert len(attention[1]) == 24 * validation.TIMELINE_FORWARDS
 
 
 @pytest.mark.slow
