@@ -175,6 +175,9 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
     busiest = _busiest(table, summary["link_peak_gb_per_s"])
     if busiest:
         lines.append(busiest)
+    if summary["breadth_s"] is not None:
+        lines.append(f"- Every policy and capacity had been measured once after {summary['breadth_s']:.0f} s of "
+                     f"{60 * summary['minutes']:.0f}.")  # fmt: skip
     if summary["left_out"]:
         lines.append(f"- Left out for want of time: {len(summary['left_out'])} comparisons.")
     return lines

@@ -52,6 +52,8 @@ class Validation:
         self.skipped: list[Case] = []
         self.integrity: list[dict[str, Any]] = []
         self.lockstep: list[dict[str, Any]] = []
+        self.breadth_s: float | None = None
+        """When every policy and capacity of the first model had been measured once."""
         self.broke_off: str | None = None
         self._lasted_s: dict[str, float] = {}
         self._overlaid: str = "adaptive" if "adaptive" in asked.policies else asked.policies[0]
@@ -109,21 +111,24 @@ class Validation:
         if not cases:
             return
         turns = list(turns_of(cases, self.args.repeat))
-        breadth = len(breadth_of(cases)) * self.args.repeat
+        breadth = len(breadth_of(cases))
         self.say(f"{len(cases)} comparisons of {cases[0].model}, {len(turns)} replays")
         if not stamps_too:
             self._make_rig(cases[0].model, False)
         for number, case in enumerate(turns):
-            if stamps_too and number == breadth:
+            if stamps_too and number == breadth * self.args.repeat:
+                self._report()
                 self._check_stamps(cases[0].model)
             if self._elapsed_s() + self._lasted_s.get(case.policy, 0.0) > until_s:
                 self.skipped += [case for case in cases if case not in self.rows]
                 self.say(f"time is up: {len(turns) - number} replays left out")
                 break
             self._take(case, f"{number + 1}/{len(turns)}")
+            if stamps_too and number == breadth - 1:
+                self.breadth_s = round(self._elapsed_s(), 1)
         else:
-            if stamps_too and len(turns) == breadth:
-                self._check_stamps(cases[0].model)
+            # All that was planned is done: what time is left goes to stamps.
+            self._check_stamps(cases[0].model)
         if self.rows:
             self._report()
 
@@ -236,6 +241,8 @@ class Validation:
             "repeat": self.args.repeat,
             "beside": self._beside is not None,
             "judged": judged,
+            "breadth_s": self.breadth_s,
+            "minutes": self.args.minutes,
             "left_out": [str(case) for case in self.skipped],
             "host_loop": drift(self.loops_ns),
             "stamps": {"executions": self._executions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from replay.device import DeviceLostError
+from replay.lockstep import check
 from replay.lost import LOST, beyond_repair, loss
 from replay.run import PartialRunError
 
@@ -120,6 +122,32 @@ with lost.ending():
     assert (tmp_path / "mine.txt").read_text() == "not flushed"
     assert (tmp_path / "log").read_text() == "readable"
     assert "held back" in (tmp_path / "app.log").read_text()
+
+
+def test_a_replay_that_loses_its_gpu_leaves_what_was_measured(tmp_path: Path) -> None:
+    """On the CPU machine, with a fault that says what a GPU would say."""
+    code = """
+import replay.faults
+from pathlib import Path
+from replay.app import cli
+from tests.cli.support import tiny_trace
+from tests.replay.support import TINY
+trace = tiny_trace(Path("tiny.safetensors"), 24)
+replay.faults.DeviceLostError = lambda text: DeviceLostError(GONE)
+Path("run").mkdir()
+Path("run/DONE").write_text("an earlier run")
+sys.argv = ["replay", *TINY, "+policy=lru", "residency=0.1", f"trace.path={trace}", "log=true", "fault=lost",
+            "fault_at=40", "hydra.run.dir=run"]
+print("held back")
+sys.exit(cli())
+"""
+    done = python(code, tmp_path)
+    assert (done.returncode, done.stdout) == (LOST, "held back\n"), done.stderr
+    assert "the device was lost: CUDA error: an illegal memory access was encountered" in done.stderr
+    assert json.loads((tmp_path / "run" / "partial.json").read_text())["num_forwards"] > 0
+    result = check(tmp_path / "run", [f"trace.path={tmp_path / 'tiny.safetensors'}"])
+    assert (result.difference, result.partial is None) == (None, False)
+    assert not {"DONE", "metrics.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.parametrize("text", ["fault=lost: the device stopped answering, as asked",

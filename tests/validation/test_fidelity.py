@@ -119,7 +119,8 @@ def summary(rows: list[dict[str, Any]], bars: Bars = BARS["cuda"], **changes: An
         "machine": {"name": "Test GPU", "torch": "2.11", "dtype": "bfloat16"}, "world": "cuda", "scale": 1,
         "command": "python -m replay.validate test", "wall_s": 12.3, "tokens": 10, "repeat": 3, "beside": True,
         "judged": judged, "host_loop": drift([2_000_000, 3_000_000, 2_500_000]),
-        "left_out": [], "stamps": {"executions": 1_000_000, "checks": 8_000_000, "wrong": 0, "runs": []},
+        "breadth_s": 6.2, "minutes": 6, "left_out": [],
+        "stamps": {"executions": 1_000_000, "checks": 8_000_000, "wrong": 0, "runs": []},
         "lockstep": [{"policy": "lru", "decisions": 99, "forwards": 3, "difference": None}], "link_peak_gb_per_s": 25.5,
     }  # fmt: skip
     return {**plain, **changes}
@@ -136,6 +137,7 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
                      "| noise of TPOT | 1.0 % | 1.0 % | 2.0 % |", "| noise of stall | 0.0 % | 0.0 % | 5.0 % |",
                      "0 wrong in 1,000,000", "1 of 1 policies take the same decisions", "Over a bar: 0 of 4 errors.",
                      "took 2.00 ms before, 2.50 between (median) and 2.50 after; the slowest of 3 is 50.0 % above",
+                     "Every policy and capacity had been measured once after 6 s of 360.",
                      "the grey band is as wide as the bar", "25 GB/s while copying", "98.0 % of the 25.5",
                      "| lru | 10.000 | 10.000 | +0.0 % | 1.0 % | 2.000 | 2.000 | +0.0 % | 0.0 % |",
                      "+0.0 % | holds |"):  # fmt: skip

@@ -72,6 +72,7 @@ def test_a_validation_finds_no_wrong_stamp_and_every_decision_again(validated: P
     assert (summary["world"], summary["scale"], summary["left_out"]) == ("cpu", 16, [])
     assert summary["judged"]["num_rows"] == 4
     assert len(summary["host_loop"]["times_ns"]) == 9
+    assert 0 < summary["breadth_s"] < summary["wall_s"]
     assert (validated / "README.md").read_text().splitlines()[2].removesuffix(".**").endswith(summary["quote"])
     assert lockstep([str(validated / "logs" / "cpu-adaptive.parquet")]) == 0
 
