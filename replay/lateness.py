@@ -3,8 +3,8 @@
 Some host work is between two kernels by nature: seeing the routing, sorting the demand, launching the experts. A
 simulation charges it and the device waits for it in any engine. *Late* is the host beyond that:
 
-- it finds the routing, the tokens or a landed expert more than `SEEN_NS` after they were there while the compute stream
-  had nothing to do: it was still deciding, or in some call;
+- it finds the routing, the tokens, an awaited expert that has landed or, on the way to it, a link that has run dry more
+  than `SEEN_NS` after that, while the compute stream had nothing to do: it was still deciding, or in some call;
 - attention or head, which are launched while experts run, start later behind them than the stack's pad and
   `LAUNCH_GAP_NS`: what it had to do took longer than the experts did.
 
@@ -15,10 +15,10 @@ cannot make it miss the bar alone.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from expertflow.machine import LOAD, TOKEN, Mark, Record, Wait
+from expertflow.machine import LOAD, TOKEN, Chunk, Mark, Record, Wait
 
 SEEN_NS = 10_000
 """A host that polls sees a number that a kernel raises within 5 us of its end (H200); as much again is margin."""
@@ -37,20 +37,33 @@ def late_ns(tape: Tape, layer_pad_ns: float, head_pad_ns: float) -> int:
 
 def _found_late(tape: Tape, marks: Sequence[Mark]) -> int:
     starts = [start for _, start, _ in marks]
-    landed = {load: end for _, record in tape for load, _, _, end in record[1]}
-    late = 0
-    for (kind, ident, _), (now, chunks, ended) in tape:
-        if kind != LOAD:
-            there = next((end for mark, _, end in ended if mark == ident), None)
+    chunks = [chunk for _, record in tape for chunk in record[1]]
+    landed = {load: end for load, _, _, end in chunks}
+    seen = late = 0
+    for (kind, ident, _), (now, ended, ended_marks) in tape:
+        seen += len(ended)
+        following = chunks[seen][2] if seen < len(chunks) else None
+        if kind == LOAD:
+            there = _idle_from(ident, now, ended, landed, following)
         else:
-            there = next((end for load, _, _, end in chunks if load == ident and end == landed[load]), None)
+            there = next((end for mark, _, end in ended_marks if mark == ident), None)
         if there is None:
             continue
         # What was launched before and still runs hides the host.
         before = bisect_right(starts, now) - 1
-        idle_from = max(there, marks[before][2]) if before >= 0 else there
-        late += max(0, now - idle_from - SEEN_NS)
+        busy_until = marks[before][2] if before >= 0 else there
+        late += max(0, now - max(there, busy_until) - SEEN_NS)
     return late
+
+
+def _idle_from(load: int, now: int, ended: Sequence[Chunk], landed: Mapping[int, int],
+               following: int | None) -> int | None:  # fmt: skip
+    """Since when a host that waits for `load`, and resumes at `now`, has been waited for itself: it has landed, or the
+    link has run dry. None if neither. following: when the next chunk starts."""
+    for one, _, _, end in ended:
+        if one == load and end == landed[load]:
+            return end
+    return ended[-1][3] if ended and following is not None and following > now else None
 
 
 def _launched_late(tape: Tape, marks: Sequence[Mark], layer_pad_ns: float, head_pad_ns: float) -> int:

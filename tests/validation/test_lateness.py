@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
-from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
+import pytest
+
+from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
+from expertflow.runtime import Runtime
+from replay.drive import BlockingMachine, drive
 from replay.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
+from replay.verdict import BARS
+from sim.configure import configure
+from sim.host_bound import machine_for
+from sim.kernels import KernelTimes
+from sim.link import Link
+from sim.machine import HostCosts, SimMachine
+from sim.setup import forwards_for, load_chunks, make_policy, make_trace, make_workload, run_config
 
 SEEN, GAP = SEEN_NS // 1000, LAUNCH_GAP_NS // 1000
 
@@ -75,6 +87,73 @@ def test_a_landing_is_not_late_while_a_kernel_runs() -> None:
     assert late_ns(landing(129, last=110)[:3], 0, 0) == 0
     # Of a load that comes in chunks only the last counts: the first was found 60 late, for nothing.
     assert late_ns(landing(400)[:3], 0, 0) == 0
+
+
+def drying(now: int, following: int) -> list[tuple[Wait, Record]]:
+    """The first chunk of load 9 ends at 250, is found at `now`, and the second starts at `following`."""
+    return [
+        answered(GATE, 1, 102, [(1, 0, 100)]),
+        answered(LOAD, 9, now, [(2, 105, 130)], [(9, 0, 100, 250)]),
+        answered(LOAD, 9, following + 100, [], [(9, 1, following, following + 100)]),
+    ]
+
+
+def test_a_link_that_runs_dry_for_want_of_its_host_is_late() -> None:
+    assert late_ns(drying(250 + SEEN, 251 + SEEN), 0, 0) == 0
+    assert late_ns(drying(280 + SEEN, 281 + SEEN), 0, 0) == 30_000
+    # The next chunk had been issued in time: nobody waited for the host.
+    assert late_ns(drying(280 + SEEN, 250), 0, 0) == 0
+
+
+class Blocking:
+    """The simulated machine as one that is waited for, with a tape."""
+
+    def __init__(self, machine: SimMachine) -> None:
+        self._machine = machine
+        self.tape: list[tuple[Wait, Record]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._machine, name)
+
+    def wait(self, wait: Wait) -> Record:
+        """As SimPy would: time passes to the wake."""
+        now, chunks, marks = self._machine.record(self._machine.wake_ns(wait))
+        self.tape.append((wait, (now, list(chunks), list(marks))))
+        return now, chunks, marks
+
+
+def simulated(policy_name: str, stack: str, decide_ns: int) -> tuple[float, int]:
+    """(share of the time for which the device waited for a late host, elapsed ns) of 32 tokens on an H200."""
+    cfg = configure(["+hardware=h200", f"+policy={policy_name}", f"stack={stack}", "compare=none", "residency=0.5",
+                     "trace.num_tokens=32", "trace.num_requests=1", f"hardware.decide_ns={decide_ns}"])  # fmt: skip
+    work = make_workload(cfg, make_trace(cfg["trace"]))
+    policy, transfer = make_policy(cfg["policy"], work, 0)
+    chunk_bytes, hardware = load_chunks(work), work.hardware
+    kernels, costs = KernelTimes(work.model, hardware, work.stack), HostCosts.of(hardware, work.stack)
+    machine = machine_for(kernels, Link(hardware), costs, chunk_bytes)
+    machine.price(policy, work.model.num_layers)
+    blocking = Blocking(machine)
+    config = run_config(work, transfer, chunk_bytes)
+    runtime = Runtime(config, cast(Machine, blocking), policy, forwards_for(policy, work))
+    drive(runtime, cast(BlockingMachine, blocking))
+    late = late_ns(blocking.tape, work.stack.layer_overhead_ns, work.stack.head_overhead_ns)
+    return late / runtime.counters.elapsed_ns, runtime.counters.elapsed_ns
+
+
+@pytest.mark.parametrize("stack", ["graph", "eager"])
+def test_decisions_that_the_device_hides_bind_no_simulated_run(stack: str) -> None:
+    for policy, decide_ns in (("lru", 400_000), ("fixed_1", 0), ("fixed_1", 20_000)):
+        assert simulated(policy, stack, decide_ns)[0] < 0.005
+
+
+def test_decisions_that_outlast_the_device_bind_a_simulated_run_by_what_they_cost_it() -> None:
+    """What the simulator charges a run for slow decisions, beyond hidden ones, is what the tape says of its host."""
+    for stack, decide_ns in (("graph", 60_000), ("graph", 400_000), ("eager", 400_000)):
+        share, elapsed_ns = simulated("fixed_1", stack, decide_ns)
+        _, free_ns = simulated("fixed_1", stack, 0)
+        assert BARS["cuda"].late is not None
+        assert share > BARS["cuda"].late
+        assert share * elapsed_ns == pytest.approx(elapsed_ns - free_ns, rel=0.15)
 
 
 def test_nothing_is_never_late() -> None:
