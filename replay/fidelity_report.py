@@ -147,19 +147,19 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         f"- Over a bar: {len(judged['missed'])} of {2 * judged['num_judged']} errors." + _list(judged["missed"]),
     ]
     if rows[NOISE]:
-        lines.append(f"- Without a verdict, since repeats differ by more than the bar: {len(rows[NOISE])} rows."
+        lines.append(f"- Rows without a verdict, since repeats differ by more than a bar: {len(rows[NOISE])}."
                      + _list(rows[NOISE]))  # fmt: skip
     if rows[HOST_BOUND]:
         late = table["late_share"][[found == HOST_BOUND for found in judged["verdicts"]]]
         lines.append(
-            f"- Host-bound, so not judged: {len(rows[HOST_BOUND])} rows. For more than {percent(judged['late_bar'])} "
-            "of the time the device waited for a host that was late: it found what had ended more than "
-            f"{SEEN_NS // 1000} us after it, or launched more than {LAUNCH_GAP_NS // 1000} us after what was to hide "
-            "the launch."
+            f"- Rows that are host-bound, so not judged: {len(rows[HOST_BOUND])}. For more than "
+            f"{percent(judged['late_bar'])} of the time the device waited for a host that was late: it found what had "
+            f"ended more than {SEEN_NS // 1000} us after it, or launched more than {LAUNCH_GAP_NS // 1000} us after what "
+            "was to hide the launch."
             + _list([f"{name}: {percent(share)}" for name, share in zip(rows[HOST_BOUND], late, strict=True)])
         )
     if rows[ONCE]:
-        lines.append(f"- Measured once, so not judged: {len(rows[ONCE])} rows." + _list(rows[ONCE]))
+        lines.append(f"- Rows measured once, so not judged: {len(rows[ONCE])}." + _list(rows[ONCE]))
     lines += [
         f"- Stamps: {stamps['wrong']} wrong in {stamps['executions']:,} expert executions ({stamps['checks']:,} "
         "checks).",

@@ -145,12 +145,12 @@ def _why_not(judged: Mapping[str, Any]) -> list[str]:
     elif not judged["num_judged"]:
         why.append("no row could be judged")
     if rows[MISSED]:
-        why.append(f"{len(rows[MISSED])} rows miss a bar")
+        why.append(f"rows that miss a bar: {len(rows[MISSED])}")
     if judged["noisy_share"] > NOISY_SHARE:
-        why.append(f"{len(rows[NOISE])} rows, {100 * judged['noisy_share']:.0f} %, differ from themselves by more than "
-                   f"the bar (at most {100 * NOISY_SHARE:.0f} % may)")  # fmt: skip
+        why.append(f"rows that differ from themselves by more than a bar: {len(rows[NOISE])}, "
+                   f"{100 * judged['noisy_share']:.0f} % (at most {100 * NOISY_SHARE:.0f} % may)")  # fmt: skip
     if ranks["agreeing"] < ranks["pairs"]:
-        why.append(f"{ranks['pairs'] - ranks['agreeing']} pairs of policies are ranked otherwise")
+        why.append(f"pairs of policies ranked otherwise: {ranks['pairs'] - ranks['agreeing']}")
     return why
 
 

@@ -142,7 +142,7 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
                      "| lru | 10.000 | 10.000 | +0.0 % | 1.0 % | 2.000 | 2.000 | +0.0 % | 0.0 % |",
                      "+0.0 % | holds |"):  # fmt: skip
         assert expected in text
-    for unsaid in ("Left out", "Host-bound", "Without a verdict", "Measured once", "Not shown", "NOT shown"):
+    for unsaid in ("Left out", "Rows that are", "Rows without", "Rows measured", "Not shown", "NOT shown"):
         assert unsaid not in text
 
 
@@ -152,12 +152,13 @@ def test_the_page_owns_up_to_what_was_missed_left_out_or_not_judged() -> None:
     text = page(pd.DataFrame(rows), summary(rows, left_out=["a", "b"], scale=16,
                                             machine={"name": "x", "torch": "2", "dtype": "float32",
                                                      "throttle_gb_per_s": 0.1}))  # fmt: skip
-    for expected in ("**NOT shown: TPOT within 20.0 %", "- Not shown: 1 rows miss a bar.",
-                     "- Not shown: 1 rows, 50 %, differ", "eager 50 % batch 1 lru: TPOT +20.0 % (noise 1.0 %)",
-                     "more than the bar: 1 rows.\n  - gpt-oss-20b eager 50 % batch 1 oracle",
-                     "Host-bound, so not judged: 1 rows. For more than 2.0 %",
+    for expected in ("**NOT shown: TPOT within 20.0 %", "- Not shown: rows that miss a bar: 1.",
+                     "- Not shown: rows that differ from themselves by more than a bar: 1, 50 % (at most 10 % may).",
+                     "eager 50 % batch 1 lru: TPOT +20.0 % (noise 1.0 %)",
+                     "more than a bar: 1.\n  - gpt-oss-20b eager 50 % batch 1 oracle",
+                     "host-bound, so not judged: 1. For more than 2.0 %",
                      "  - gpt-oss-20b eager 50 % batch 1 adaptive: 2.1 %",
-                     "Measured once, so not judged: 1 rows.\n  - gpt-oss-20b eager 50 % batch 1 on_demand",
+                     "measured once, so not judged: 1.\n  - gpt-oss-20b eager 50 % batch 1 on_demand",
                      "2 comparisons", "divided by 16; the link keeps pace with 0.1 GB/s",
                      "| – | 2.000 | 2.000 | – | – |", "| host-bound |", "| noise |", "| measured once |"):  # fmt: skip
         assert expected in text

@@ -72,7 +72,7 @@ def test_a_tenth_of_noise_is_shown_and_more_is_not() -> None:
     good = [row(f"p{number}") for number in range(9)]
     assert judged(*good, row("noisy", noise=0.03))["not_shown"] == []
     assert judged(*good[:8], row("noisy", noise=0.03))["not_shown"] == [
-        "1 rows, 11 %, differ from themselves by more than the bar (at most 10 % may)"]  # fmt: skip
+        "rows that differ from themselves by more than a bar: 1, 11 % (at most 10 % may)"]  # fmt: skip
     # Rows that are not judged anyway are no part of the ten.
     assert judged(*good, row("noisy", noise=0.03), row("slow", late_share=1.0))["not_shown"] == []
 
@@ -107,5 +107,5 @@ def test_ranks_count_pairs_that_differ_by_more_than_their_noise_under_equal_cond
 
 def test_a_pair_ranked_otherwise_is_not_shown_and_a_host_bound_row_has_no_rank() -> None:
     one, other = row("a", 10.0, 10.1), row("b", 10.3, 10.1)
-    assert judged(one, other)["not_shown"] == ["1 pairs of policies are ranked otherwise"]
+    assert judged(one, other)["not_shown"] == ["pairs of policies ranked otherwise: 1"]
     assert judged(one, row("b", 10.3, 10.1, late_share=1.0))["ranks"]["pairs"] == 0
