@@ -154,8 +154,8 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"- Rows that are host-bound, so not judged: {len(rows[HOST_BOUND])}. For more than "
             f"{percent(judged['late_bar'])} of the time the device waited for a host that was late: it found what had "
-            f"ended more than {SEEN_NS // 1000} us after it, or launched more than {LAUNCH_GAP_NS // 1000} us after what "
-            "was to hide the launch."
+            f"ended more than {SEEN_NS // 1000} us after it, or launched more than {LAUNCH_GAP_NS // 1000} us after "
+            "what was to hide the launch."
             + _list([f"{name}: {percent(share)}" for name, share in zip(rows[HOST_BOUND], late, strict=True)])
         )
     if rows[ONCE]:
