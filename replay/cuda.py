@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from replay.device import DeviceLostError, Program, Words, Work
+from replay.lost import found_lost
 from replay.raw import raw_copy
 from replay.slot_kernels import gate
 
@@ -67,6 +68,12 @@ def explained(error: RuntimeError) -> Exception:
     return DeviceLostError(line)
 
 
+def _told_if_lost(meaning: Exception) -> None:
+    """A GPU that is gone, told before anything is taken down. Without a context there is nothing to take down."""
+    if isinstance(meaning, DeviceLostError) and torch.cuda.is_initialized():
+        found_lost(meaning)
+
+
 @contextmanager
 def explaining() -> Iterator[None]:
     """Around what allocates or computes on the device beside `CudaDevice`: its errors as `explained`."""
@@ -74,6 +81,7 @@ def explaining() -> Iterator[None]:
         yield
     except RuntimeError as error:
         meaning = explained(error)
+        _told_if_lost(meaning)
         if meaning is error:
             raise
         raise meaning from error
@@ -292,6 +300,7 @@ class CudaDevice:
         """Raise what `error` means. Most CUDA errors are sticky: nothing that follows on this device would work."""
         meaning = explained(error)
         self._lost = self._lost or isinstance(meaning, DeviceLostError)
+        _told_if_lost(meaning)
         if meaning is error:
             raise error
         raise meaning from error

@@ -329,6 +329,22 @@ def test_errors_beside_the_device_are_explained() -> None:
     assert not isinstance(caught.value, DeviceLostError)
 
 
+@pytest.mark.parametrize("initialized", [False, True])
+def test_a_lost_device_is_told_where_there_is_a_context(
+    initialized: bool, told: list[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_fake() as (cuda, device):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+        cuda.fail("record", RuntimeError(ILLEGAL))
+        with pytest.raises(DeviceLostError) as first:
+            launch(device)
+        with pytest.raises(DeviceLostError) as second, explaining():
+            raise RuntimeError(ILLEGAL)
+        with pytest.raises(RuntimeError), explaining():
+            raise RuntimeError("shapes")
+    assert told == ([first.value, second.value] if initialized else [])
+
+
 def test_a_device_that_hangs_is_lost() -> None:
     with on_fake() as (cuda, device):
         program = device.program(nothing)
