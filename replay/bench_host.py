@@ -25,7 +25,7 @@ import torch
 from expertflow.runtime import Runtime
 from replay.bench_decide import Stopwatch, measure_overhead
 from replay.cuda import CudaDevice
-from replay.device import Program, Words, Work
+from replay.device import Program, Words, Work, words_of
 from replay.drive import drive
 from replay.rig import Rig
 from replay.run import needs_of, scaled_workload
@@ -74,9 +74,10 @@ class EmptyDriver(CudaDevice):
         self._pool: list[Any] = []
         self._next_base: Any = None
         self.torch_device = torch.device("cpu")
-        self._compute = self._link = _Stream()
+        self._compute: Any = _Stream()
+        self._link: Any = self._compute
         self._flag = torch.zeros(1, dtype=torch.int64)
-        self._number = memoryview(self._flag.numpy())
+        self._number = words_of(self._flag)
         self.numbers: Sequence[int] = self._number
         self._raw_copy = _nothing
         self._base, self._base_ns = self._event(), 0
@@ -148,8 +149,8 @@ def _nothing(*given: Any) -> None:
 class HostTimes:
     """Of one run: Python time in ns of its layer-steps, and the calls of the driver.
 
-    launched_ns: by layer-step, from the number seen to the first launch of experts. total_ns: of the whole run. policy_ns
-    of it: the policy's own code.
+    launched_ns: by layer-step, from the number seen to the first launch of experts. total_ns: of the whole run.
+    policy_ns: of it, the policy's own code.
     """
 
     def __init__(self, words: Sequence[str], counting: bool = False, timed_policy: bool = False) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from replay.device import DeviceLostError, Program, Words, Work
+from replay.device import DeviceLostError, Program, Words, Work, words_of
 from replay.lost import found_lost
 from replay.raw import raw_copy
 from replay.slot_kernels import gate
@@ -105,8 +105,8 @@ class CudaDevice:
         try:
             torch.cuda.Event(enable_timing=True, external=True)
         except TypeError as error:
-            raise ValueError(f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; install "
-                             "torch 2.8 or later") from error  # fmt: skip
+            raise ValueError(f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; "
+                             "install torch 2.8 or later") from error  # fmt: skip
         self._lost = False
         self._pool: list[Any] = []
         self._next_base: Any = None
@@ -127,7 +127,7 @@ class CudaDevice:
         self._memory = torch.cuda.graph_pool_handle()
         self._counter = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
         self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self.numbers: Sequence[int] = memoryview(self._flag.numpy())
+        self.numbers: Sequence[int] = words_of(self._flag)
         self._raw_copy, self.copies_by = raw_copy()
         # Graphs share the memory of what they compute in between; a pool that no graph holds may not be used again.
         self._counter.add_(0)

@@ -1,12 +1,13 @@
 """Kernels of a model's true shapes without its weights: the bytes read and the operations done are the model's.
 
-Every kernel is a real matrix product (or several). On a GPU routed and shared experts of a launch are one pair of
-kernels that read slots and counts from device memory (`replay.slot_kernels`), elsewhere products one by one. A product over weights stored in fewer bits than the machine
-computes in (mxfp4 and int4 experts in bf16, anything in the CPU's float32) reads the true bytes as a narrower
-matrix and multiplies it with proportionally more rows, so that bytes and operations are both true; what is left
-out is the unpacking. Attention is one product of its weights' size, then two over the KV cache that read each
-cached value once. The router alone keeps its shape, since its result is read: its bytes are those of the machine's
-numbers. Softmax, norms and rotary embeddings are left out: they move little and belong to a stack.
+Every kernel is a real matrix product (or several). On a GPU the routed and the shared experts of a launch are one
+pair of kernels that read slots and counts from device memory (`replay.slot_kernels`), elsewhere they are products one
+by one. A product over weights stored in fewer bits than the machine computes in (mxfp4 and int4 experts in bf16,
+anything in the CPU's float32) reads the true bytes as a narrower matrix and multiplies it with proportionally more
+rows, so that bytes and operations are both true; what is left out is the unpacking. Attention is one product of its
+weights' size, then two over the KV cache that read each cached value once. The router alone keeps its shape, since
+its result is read: its bytes are those of the machine's numbers. Softmax, norms and rotary embeddings are left out:
+they move little and belong to a stack.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.model import GQA, ModelSpec
-from replay.device import Work
+from replay.device import Work, words_of
 from replay.pools import SlotPool
 from replay.products import products
 from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
@@ -52,7 +53,7 @@ class Row:
         self.layout = layout
         self.host = torch.zeros(layout.num_words, dtype=torch.int64, pin_memory=on_gpu)
         self.device = torch.zeros_like(self.host, device=device) if on_gpu else None
-        self.words = memoryview(self.host.numpy())
+        self.words = words_of(self.host)
         self.plain = False
         """Whether its counts and first rows are those of one token for each expert."""
 
@@ -293,7 +294,8 @@ class Kernels:
         check: runs before and after, on the same row.
         """
         if self._on_slots is not None:
-            return self._on_slots.experts(row, max_rows, shared, check)
+            work: Work = self._on_slots.experts(row, max_rows, shared, check)
+            return work
         return self._one_by_one(row, check)
 
     def _one_by_one(self, row: Row, check: Work | None) -> Work:

@@ -19,7 +19,7 @@ import torch
 
 from expertflow.forward import Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
-from replay.device import Device, Event, Program
+from replay.device import Device, Event, Program, words_of
 from replay.kernels import Kernels
 from replay.pools import HostPool, SlotPool, chunk_offsets
 from replay.programs import Programs
@@ -76,8 +76,7 @@ class RealMachine:
         pinned = device.world == "cuda"
         self._routing = torch.zeros(kernels.routing.shape, dtype=torch.int64, pin_memory=pinned)
         self._tokens = torch.zeros(kernels.tokens.shape, dtype=torch.int64, pin_memory=pinned)
-        self._routing_words = memoryview(self._routing.view(-1).numpy())
-        self._token_words = memoryview(self._tokens.numpy())
+        self._routing_words, self._token_words = words_of(self._routing), words_of(self._tokens)
         self._top_k = kernels.routing.shape[1]
         self.programs = Programs(device, kernels, self._routing, self._tokens, layer_pad_ns, head_pad_ns, kv_grid,
                                  stamps)  # fmt: skip

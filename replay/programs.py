@@ -74,7 +74,7 @@ class Programs:
         windowed = [kernels.model.is_windowed(layer) for layer in range(kernels.model.num_layers)]
         self._is_windowed = windowed
         # A layer of each kind tells the shapes of all.
-        self._probes = (windowed.index(False) if False in windowed else 0, windowed.index(True) if True in windowed else 0)
+        self._probes = [windowed.index(kind) if kind in windowed else 0 for kind in (False, True)]
         self.num_unprepared = 0
         """Shapes that came up in the run without having been prepared; each of their launches is one kernel by one."""
 
@@ -110,7 +110,7 @@ class Programs:
         device = self._device
         for program in [*self._by_shape.values(), *self._heads.values(), *more]:
             device.launch(program)
-        for (capacity, rows, shared), ring in self._rings.items():
+        for (capacity, _rows, shared), ring in self._rings.items():
             for program in ring.programs if device.captures else ring.programs[:1]:
                 words, layout = program.row.words, program.row.layout
                 words[NUM_EXPERTS], words[SHARED_BLOCK] = capacity, 0 if shared else -1

@@ -10,7 +10,7 @@ import ctypes
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,12 +59,12 @@ class _Memory:
         }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_view(address: int, num_bytes: int) -> torch.Tensor:
     return torch.as_tensor(_Memory(address, num_bytes), device="cuda")
 
 
-@lru_cache(maxsize=None)
+@cache
 def host_view(address: int, num_bytes: int) -> torch.Tensor:
     """Bytes [num_bytes] of host memory at `address`, which must stay there. Chunks and slots are few: all are kept."""
     return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)

@@ -33,8 +33,8 @@ def _task(row, most_inputs, most_rows, HAS_SHARED: tl.constexpr):
     """What this program's expert is: (routed, slot or block, first row, number of rows), no rows for none.
 
     The second axis of the grid is the row's capacity, which is no compile-time size: one program serves them all. With
-    shared experts it is one more, and they are the last. Slots are 64 bits: times the stride they pass 2^31 in a large pool. Rows
-    end where the inputs and the outputs do, as a slice of a tensor would.
+    shared experts it is one more, and they are the last. Slots are 64 bits: times the stride they pass 2^31 in a large
+    pool. Rows end where the inputs and the outputs do, as a slice of a tensor would.
     """
     expert = tl.program_id(1)
     capacity = tl.num_programs(1)

@@ -133,7 +133,7 @@ def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int,
 
 
 def _shared(bench: KernelBench, tokens: Sequence[int], launch: float) -> list[list[int]]:
-    """What the shared experts add to a launch of routed ones; on devices that run one after the other, by themselves."""
+    """What the shared experts add to a launch of routed ones; on devices that compute in turn, by themselves."""
     if not bench.rig.device.captures:
         return [[count, max(1, round(bench.ns(bench.experts(0, 1, count)) - launch))] for count in tokens]
     beside = min(bench.kernels.model.top_k, bench.rig.slots.num_slots)

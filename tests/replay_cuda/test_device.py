@@ -335,7 +335,7 @@ def test_a_lost_device_is_told_where_there_is_a_context(
 ) -> None:
     with on_fake() as (cuda, device):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
-        cuda.fail("record", RuntimeError(ILLEGAL))
+        cuda.fail("replay", RuntimeError(ILLEGAL))
         with pytest.raises(DeviceLostError) as first:
             launch(device)
         with pytest.raises(DeviceLostError) as second, explaining():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_a_launch_that_is_under_way_has_not_ended_though_the_last_one_has(device
         assert not device.happened(program.end)
         device.wait(0, program.end)
         ends.append(device.time_ns(program.end))
-    assert all(later - sooner > 2_900_000 for sooner, later in zip(ends, ends[1:], strict=False))
+    assert all(later - sooner > 2_900_000 for sooner, later in itertools.pairwise(ends))
 
 
 def test_graphs_can_be_made_when_all_before_are_gone(device: CudaDevice) -> None:
@@ -223,7 +224,8 @@ def test_an_illegal_access_is_a_lost_device() -> None:
 
 @pytest.mark.parametrize("tokens", [[1, 1, 1, 1], [1], [3, 1, 8, 2, 5], []])
 @pytest.mark.parametrize("words", [(), ("trace.num_tokens=16", "model=gpt-oss-20b")])
-def test_experts_by_slot_id_compute_what_they_should(device: CudaDevice, tokens: list[int], words: tuple[str, ...]) -> None:
+def test_experts_by_slot_id_compute_what_they_should(device: CudaDevice, tokens: list[int],
+                                                     words: tuple[str, ...]) -> None:  # fmt: skip
     """Against float64, in the shapes of the model, with slots in any order."""
     case = Case.of("+hardware=a100", "+policy=lru", "trace.num_tokens=16", "batch_size=8", *words, scale=2)
     kernels = (rig := case.rig(device)).kernels
