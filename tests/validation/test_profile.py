@@ -132,7 +132,7 @@ def test_kernels_that_were_captured_tell_the_lengths_they_were_captured_for() ->
 def test_a_slowdown_that_no_kernel_causes_is_never_written(busy_ns: float, tmp_path: Path) -> None:
     raw = record()
     raw["beside"]["gpt-oss-20b"]["busy_ns"] = busy_ns
-    with pytest.raises(MeasurementError, match="link_slowdown=.*calibrate again"):
+    with pytest.raises(MeasurementError, match=r"link_slowdown=.*calibrate again"):
         write_profile(raw, "mine", tmp_path)
     assert not list(tmp_path.rglob("*.yaml"))
 
