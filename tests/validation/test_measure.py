@@ -115,7 +115,8 @@ def test_a_single_size_is_refused(size: int) -> None:
 
 
 @pytest.mark.parametrize(("generation", "lanes", "gb_per_s"), [
-    (1, 16, 4.0), (2, 8, 4.0), (3, 16, 15.754), (4, 16, 31.508), (5, 16, 63.015), (5, 8, 31.508), (6, 16, 121.0)])  # fmt: skip
+    (1, 16, 4.0), (2, 8, 4.0), (3, 16, 15.754), (4, 16, 31.508), (5, 16, 63.015), (5, 8, 31.508), (6, 16, 121.0),
+])  # fmt: skip
 def test_pcie_by_generation_and_lanes(generation: int, lanes: int, gb_per_s: float) -> None:
     assert pcie_gb_per_s(generation, lanes) == pytest.approx(gb_per_s, abs=0.001)
 
