@@ -28,6 +28,7 @@ from expertflow.runtime import Runtime
 from replay.bench_decide import measure_decisions
 from replay.device import Device
 from replay.drive import drive
+from replay.hostspeed import drift, python_loop_ns
 from replay.measure import (
     Copier,
     chunked,
@@ -37,7 +38,6 @@ from replay.measure import (
     matrix_tflops,
     memory_gb_per_s,
     pad_share,
-    python_ns,
 )
 from replay.memory import available_bytes
 from replay.peak import link_peak_gb_per_s
@@ -48,14 +48,15 @@ from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
 from replay.run import needs_of, scaled_workload
 from replay.scale import scaled_model
 from replay.settings import CPU_SCALE
+from replay.slot_kernels import tuned_tiles
 from replay.standin import standin_trace
 from replay.steady import steady
 from replay.tables import KernelBench, kernel_tables
 from sim.configure import configure
 from sim.entry import as_command
+from sim.link import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
-from sim.link import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
 POLICIES = ("lru", "adaptive")
@@ -148,7 +149,7 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         "threads_share_interpreter": device.world == "cpu",
         "kv_grid": DEFAULT_KV_GRID if device.captures else 0,
         "link_peak_gb_per_s": link_peak_gb_per_s(device.world),
-        "python_ns": [python_ns()],
+        "python_loop_ns": [python_loop_ns()],
         "memory_gb": (device.describe()["memory_bytes"] or available_bytes()) / 1e9,
     }
     step("launches and waits")
@@ -177,7 +178,7 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         raw["beside"][model.name] = copy_beside(device, busy, sizes[0])
         del busy
         rig.release()
-        raw["python_ns"].append(python_ns())
+        raw["python_loop_ns"].append(python_loop_ns())
         step(f"{name}: the host, in place")
         length, repeat = (24, 1) if quick else (64, 3)
         in_place = InPlace(device, named_model(name), scale, length)
@@ -188,7 +189,7 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
                 [in_place.run(policy_name, stack) for _ in range(repeat)])  # fmt: skip
             step(f"  {policy_name}, stack {stack}: {per_forward:.2f} ms a forward in place")
         in_place.release()
-        raw["python_ns"].append(python_ns())
+        raw["python_loop_ns"].append(python_loop_ns())
     step("decisions by themselves")
     raw["decisions"] = {}
     for name in policies:
@@ -197,7 +198,8 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         times = measure_decisions(full, policy, transfer)
         raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns,
                                   "effort": policy.mean_effort()}  # fmt: skip
-    raw["python_ns"].append(python_ns())
+    raw["python_loop_ns"].append(python_loop_ns())
+    raw["tiles"] = tuned_tiles()
     step("done")
     return raw
 
@@ -214,7 +216,7 @@ def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
 
 def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any],
                  last: dict[str, Any] | None = None) -> None:  # fmt: skip
-    """Each measured figure beside what the datasheet, or the assumption in its place, says, and the last calibration."""
+    """Each measured figure beside the last calibration's, and the datasheet's or the assumption in its place."""
     sheet = datasheet(raw["device"]["name"])
     title = "no profile to compare with" if sheet is None else f"conf/hardware/{sheet[0]}.yaml"
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -233,8 +235,7 @@ def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any]
         table.add_row(f"decisions of {name}, a layer", f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 "
                       f"{times['p99_ns'] / 1e3:.1f} us", "", "")  # fmt: skip
     table.add_row("pads last", f"{100 * raw['pad_share']:.1f} %", "", "")
-    loops = raw["python_ns"]
-    table.add_row("the host's speed varied by", f"{100 * (max(loops) / min(loops) - 1):.0f} %", "", "")
+    table.add_row("the host's speed varied by", f"{100 * drift(raw['python_loop_ns'])['drift']:.0f} %", "", "")
     console.print(table)
 
 
@@ -308,7 +309,8 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     there = args.out / "hardware" / f"{name}.yaml"
     last = yaml.safe_load(there.read_text(encoding="utf-8")) if there.exists() else None
     paths = write_profile(raw, name, args.out)
-    print_beside(Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120), profiles(raw, name)[0], raw, last)
+    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    print_beside(console, profiles(raw, name)[0], raw, last)
     for path in paths:
         print(f"written {path}")
     if scale > 1:

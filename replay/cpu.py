@@ -11,7 +11,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -108,7 +108,8 @@ class CpuDevice:
         self.latency_ns = latency_ns
         self.news: SimpleQueue[None] = SimpleQueue()
         self.failure: BaseException | None = None
-        self.numbers = [0]
+        self._number = [0]
+        self.numbers: Sequence[int] = self._number
         self._switch_s = sys.getswitchinterval()
         self._num_threads = torch.get_num_threads()
         sys.setswitchinterval(_SWITCH_S)
@@ -139,7 +140,7 @@ class CpuDevice:
 
     def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
         """Copies the words, then raises the number: both by the stream's thread alone."""
-        numbers = self.numbers
+        numbers = self._number
 
         def gate() -> None:
             target.copy_(source)

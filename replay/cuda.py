@@ -15,13 +15,15 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
 
-from replay.device import DeviceLostError, Program, Words, Work
+from replay.device import DeviceLostError, Program, Words, Work, words_of
+from replay.lost import found_lost
 from replay.raw import raw_copy
+from replay.slot_kernels import gate
 
 _BASE_LIFE_NS = 10_000_000
 """A float32 of milliseconds resolves 1 ns up to 16 ms; at a minute it would be 4 us."""
@@ -53,6 +55,8 @@ def explained(error: RuntimeError) -> Exception:
         # Its first line is a paragraph: what was tried, what is free, who has the rest.
         return ValueError(f"GPU memory: {'. '.join(line.split('. ')[:2]).rstrip('.')}; lower residency, batch_size or "
                           "prefill_chunk, or close what else uses the GPU")  # fmt: skip
+    # Triton speaks of the same errors in its own words.
+    line = line.replace("Triton Error [CUDA]", "CUDA error")
     if not line.startswith("CUDA error") or any(mistake in line for mistake in _OUR_MISTAKES):
         return error
     if any(memory in line for memory in _MEMORY):
@@ -64,6 +68,12 @@ def explained(error: RuntimeError) -> Exception:
     return DeviceLostError(line)
 
 
+def _told_if_lost(meaning: Exception) -> None:
+    """A GPU that is gone, told before anything is taken down. Without a context there is nothing to take down."""
+    if isinstance(meaning, DeviceLostError) and torch.cuda.is_initialized():
+        found_lost(meaning)
+
+
 @contextmanager
 def explaining() -> Iterator[None]:
     """Around what allocates or computes on the device beside `CudaDevice`: its errors as `explained`."""
@@ -71,6 +81,7 @@ def explaining() -> Iterator[None]:
         yield
     except RuntimeError as error:
         meaning = explained(error)
+        _told_if_lost(meaning)
         if meaning is error:
             raise
         raise meaning from error
@@ -94,8 +105,8 @@ class CudaDevice:
         try:
             torch.cuda.Event(enable_timing=True, external=True)
         except TypeError as error:
-            raise ValueError(f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; install "
-                             "torch 2.8 or later") from error  # fmt: skip
+            raise ValueError(f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; "
+                             "install torch 2.8 or later") from error  # fmt: skip
         self._lost = False
         self._pool: list[Any] = []
         self._next_base: Any = None
@@ -116,8 +127,11 @@ class CudaDevice:
         self._memory = torch.cuda.graph_pool_handle()
         self._counter = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
         self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self.numbers: Sequence[int] = memoryview(self._flag.numpy())
+        self.numbers: Sequence[int] = words_of(self._flag)
         self._raw_copy, self.copies_by = raw_copy()
+        # Graphs share the memory of what they compute in between; a pool that no graph holds may not be used again.
+        self._counter.add_(0)
+        self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
         self._base = self._event()
         self._restart_clock()
 
@@ -259,6 +273,8 @@ class CudaDevice:
             return Program(start, end, launch)
         # Libraries load, and kernels are compiled, on first use, which must not fall into a capture.
         work()
+        if gate is not None:
+            gate()
         torch.cuda.synchronize(self.torch_device)
         return Program(start, end, self._capture(launch).replay)
 
@@ -268,8 +284,12 @@ class CudaDevice:
         graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
         try:
             launch()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            # The capture has to end, which may fail for what went wrong in it: that is what deserves to be told.
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return graph
 
     def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:
@@ -280,6 +300,7 @@ class CudaDevice:
         """Raise what `error` means. Most CUDA errors are sticky: nothing that follows on this device would work."""
         meaning = explained(error)
         self._lost = self._lost or isinstance(meaning, DeviceLostError)
+        _told_if_lost(meaning)
         if meaning is error:
             raise error
         raise meaning from error
@@ -322,9 +343,9 @@ class CudaDevice:
 
     def _wait(self, number: int, event: Any, idle: Callable[[], object] | None = None) -> None:
         # Polled: a blocking synchronisation sleeps for longer than a chunk takes, and knows only one event.
-        numbers = self.numbers
+        numbers: Sequence[int] = self.numbers
         if number <= 0:
-            number = 1 << 62
+            number, numbers = 1, (0,)
         query = _never if event is None else event.query
         began_ns = asked_ns = now_ns = time.perf_counter_ns()
         while now_ns - began_ns < _PATIENCE_NS:
@@ -363,6 +384,10 @@ class CudaDevice:
             # On a lost device these would raise in their turn.
             torch.cuda.set_stream(self._before)
             torch.cuda.empty_cache()
+
+
+def _ignore(value: object) -> None:
+    """A work returns nothing."""
 
 
 def _never() -> bool:

@@ -20,6 +20,12 @@ Words = tuple[torch.Tensor, torch.Tensor]
 """int64 words that a program's kernels leave on the device, and where the host reads them."""
 
 
+def words_of(tensor: torch.Tensor) -> memoryview[int]:
+    """The 64-bit words of `tensor` on the host: reading or writing one is cheap, and no call of torch."""
+    array: Any = tensor.view(-1).numpy()
+    return memoryview(array).cast("B").cast("q")
+
+
 class DeviceLostError(RuntimeError):
     """The device stopped answering midway: what was measured so far is kept, the run is not finished."""
 

@@ -1,19 +1,20 @@
 """Kernels of a model's true shapes without its weights: the bytes read and the operations done are the model's.
 
-Every kernel is a real matrix product (or several). On a GPU routed and shared experts of a launch are one pair of
-kernels that read slots and counts from device memory (`replay.slot_kernels`), elsewhere products one by one. A product over weights stored in fewer bits than the machine
-computes in (mxfp4 and int4 experts in bf16, anything in the CPU's float32) reads the true bytes as a narrower
-matrix and multiplies it with proportionally more rows, so that bytes and operations are both true; what is left
-out is the unpacking. Attention is one product of its weights' size, then two over the KV cache that read each
-cached value once. The router alone keeps its shape, since its result is read: its bytes are those of the machine's
-numbers. Softmax, norms and rotary embeddings are left out: they move little and belong to a stack.
+Every kernel is a real matrix product (or several). On a GPU the routed and the shared experts of a launch are one
+pair of kernels that read slots and counts from device memory (`replay.slot_kernels`), elsewhere they are products one
+by one. A product over weights stored in fewer bits than the machine computes in (mxfp4 and int4 experts in bf16,
+anything in the CPU's float32) reads the true bytes as a narrower matrix and multiplies it with proportionally more
+rows, so that bytes and operations are both true; what is left out is the unpacking. Attention is one product of its
+weights' size, then two over the KV cache that read each cached value once. The router alone keeps its shape, since
+its result is read: its bytes are those of the machine's numbers. Softmax, norms and rotary embeddings are left out:
+they move little and belong to a stack.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,10 +22,10 @@ import torch
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.model import GQA, ModelSpec
-from replay.device import Work
+from replay.device import Work, words_of
 from replay.pools import SlotPool
 from replay.products import products
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 from sim.kernels import kv_on_grid
 
 _SEED = 2_510_26730
@@ -52,7 +53,7 @@ class Row:
         self.layout = layout
         self.host = torch.zeros(layout.num_words, dtype=torch.int64, pin_memory=on_gpu)
         self.device = torch.zeros_like(self.host, device=device) if on_gpu else None
-        self.words = memoryview(self.host.numpy())
+        self.words = words_of(self.host)
         self.plain = False
         """Whether its counts and first rows are those of one token for each expert."""
 
@@ -176,7 +177,9 @@ class Kernels:
         from replay.slot_kernels import SlotKernels
 
         shared = None if self._shared is None else (self._shared.block.feed, self._shared.values)
-        rows = self._expert.feed.rows(1) * max_tokens * self.model.top_k
+        # Rows are rounded up for each expert, and the padded places of a launch are filled once before a run.
+        most = max_tokens * self.model.top_k
+        rows = self.rows(most) + 2 * size_class(min(self.model.num_experts, most)) * self.rows(1)
         return SlotKernels(self._expert.feed, slots, self._inputs, rows, self._dtype, shared)
 
     def _make_attention(self, max_context: int) -> None:
@@ -279,6 +282,11 @@ class Kernels:
         """The same of the shared experts; 0 if the model has none."""
         return 0 if self._shared is None else self._shared.block.feed.rows(num_tokens)
 
+    def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:
+        """Choose how experts are computed by measured time, where there is a choice; before anything is captured."""
+        if self._on_slots is not None:
+            self._on_slots.tune(device_ns, buckets)
+
     def experts(self, row: Row, max_rows: int, shared: bool, check: Work | None = None) -> Work:
         """What `row` describes when the kernels run: routed experts in slots, each over its number of rows.
 
@@ -286,7 +294,8 @@ class Kernels:
         check: runs before and after, on the same row.
         """
         if self._on_slots is not None:
-            return self._on_slots.experts(row, max_rows, shared, check)
+            work: Work = self._on_slots.experts(row, max_rows, shared, check)
+            return work
         return self._one_by_one(row, check)
 
     def _one_by_one(self, row: Row, check: Work | None) -> Work:
@@ -317,6 +326,12 @@ class Kernels:
                 torch.argmax(self._head_out[:num_rows], dim=1, out=self._tokens[:num_rows])
 
         return work
+
+    @property
+    def experts_out(self) -> torch.Tensor:
+        """Outputs of routed experts launched by slot id [rows, hidden], each expert's from its first row."""
+        found: torch.Tensor = self._on_slots.out
+        return found
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -19,13 +19,15 @@ import torch
 
 from expertflow.forward import Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
-from replay.device import Device, Event, Program
+from replay.device import Device, Event, Program, words_of
 from replay.kernels import Kernels
 from replay.pools import HostPool, SlotPool, chunk_offsets
 from replay.programs import Programs
 from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
 from replay.stamps import Stamps
 
+_ROUNDED_NS = 1_000
+"""Times of one stream are rounded apart by less."""
 _NO_END = [0]
 """Of the reader of a copy that waits for none."""
 
@@ -74,8 +76,7 @@ class RealMachine:
         pinned = device.world == "cuda"
         self._routing = torch.zeros(kernels.routing.shape, dtype=torch.int64, pin_memory=pinned)
         self._tokens = torch.zeros(kernels.tokens.shape, dtype=torch.int64, pin_memory=pinned)
-        self._routing_words = memoryview(self._routing.view(-1).numpy())
-        self._token_words = memoryview(self._tokens.numpy())
+        self._routing_words, self._token_words = words_of(self._routing), words_of(self._tokens)
         self._top_k = kernels.routing.shape[1]
         self.programs = Programs(device, kernels, self._routing, self._tokens, layer_pad_ns, head_pad_ns, kv_grid,
                                  stamps)  # fmt: skip
@@ -199,6 +200,9 @@ class RealMachine:
         if start_ns < self._compute_end_ns:
             start_ns = self._compute_end_ns
         end_ns = time_ns(program.end)
+        if end_ns + _ROUNDED_NS < self._compute_end_ns:
+            raise AssertionError(f"mark {mark} ended at {end_ns} ns, the one before it at {self._compute_end_ns}: the "
+                                 "time of an earlier launch was read")  # fmt: skip
         if end_ns < start_ns:
             end_ns = start_ns
         self._compute_end_ns = end_ns

@@ -149,8 +149,9 @@ def copy_beside(device: Device, programs: Sequence[Program], num_bytes: int) -> 
         device.synchronize()
     found = {"bytes": num_bytes, "idle_ns": idle_ns, "busy_ns": statistics.median(busy)}
     if found["busy_ns"] > MOST_SLOWDOWN * idle_ns:
-        raise MeasurementError(f"a copy of {num_bytes} bytes took {idle_ns:.0f} ns alone and {found['busy_ns']:.0f} beside "
-                               "kernels: something else uses this machine; calibrate again when it is idle")  # fmt: skip
+        raise MeasurementError(f"a copy of {num_bytes} bytes took {idle_ns:.0f} ns alone and {found['busy_ns']:.0f} "
+                               "beside kernels: something else uses this machine; calibrate again when it is "
+                               "idle")  # fmt: skip
     return found
 
 
@@ -231,14 +232,3 @@ def pad_share(device: Device) -> float:
         device.wait(0, second.end)
         lasting.append(device.time_ns(second.start) - device.time_ns(first.end))
     return statistics.median(lasting[2:]) / 1e6
-
-
-def python_ns(rounds: int = 100_000) -> float:
-    """What one turn of a fixed loop takes the interpreter: compared before, between and after, it shows a host that
-    changes its speed."""
-    started, total = time.perf_counter_ns(), 0
-    for number in range(rounds):
-        total += number & 3
-    return (time.perf_counter_ns() - started) / rounds
-
-

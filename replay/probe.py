@@ -31,8 +31,8 @@ class HostProbe:
     from the launch before the decision to its end. forward: from the forward's begin to its first launch. gate_sync,
     token_sync: from the device's end of the kernel to the host's knowing. first_kernel: from the call of a launch on an
     idle stream to the kernel's start. run attention, run head, run experts[n], run experts_shared[n]: how long the
-    kernels of such a launch ran. lone_copy: from the issue of a copy on an idle link to its end. load_sync: from the end
-    of a chunk that was waited for to the host's knowing.
+    kernels of such a launch ran. lone_copy: from the issue of a copy on an idle link to its end. load_sync: from the
+    end of a chunk that was waited for to the host's knowing.
     """
 
     def __init__(self, machine: RealMachine) -> None:

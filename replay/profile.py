@@ -46,8 +46,8 @@ def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> 
         raise MeasurementError("copies seem to take no longer for more bytes: they were not timed back to back; "
                                "calibrate again when the machine is idle")  # fmt: skip
     if peak_gb_per_s is not None and rate > peak_gb_per_s:
-        raise MeasurementError(f"copies seem to run at {rate:.4g} GB/s on a link of {peak_gb_per_s:.4g} at most: they were "
-                               "not timed back to back; calibrate again when the machine is idle")  # fmt: skip
+        raise MeasurementError(f"copies seem to run at {rate:.4g} GB/s on a link of {peak_gb_per_s:.4g} at most: they "
+                               "were not timed back to back; calibrate again when the machine is idle")  # fmt: skip
     return round(latency), curve
 
 

@@ -8,13 +8,15 @@ to its last launch: of those for experts there are several of each size, taken i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import torch
 
 from expertflow.forward import PREFILL, Forward
 from replay.device import Device, Program
 from replay.kernels import Kernels, Row, Shape
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.measure import works_ns
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 from replay.stamps import Stamps
 
 REPLICAS = 8
@@ -25,9 +27,12 @@ DEFAULT_KV_GRID = 256
 """KV tokens: where shapes are captured and the stack names no grid."""
 
 
-def size_class(count: int, least: int = 1) -> int:
-    """The power of two, at least `least`, that `count` is rounded up to."""
-    return max(least, 1 << (count - 1).bit_length()) if count > 0 else least
+def _doublings(first: int, last: int) -> list[int]:
+    """first, twice that, and so on, as far as `last`."""
+    found = [first]
+    while found[-1] < last:
+        found.append(2 * found[-1])
+    return found
 
 
 class Ring:
@@ -69,7 +74,7 @@ class Programs:
         windowed = [kernels.model.is_windowed(layer) for layer in range(kernels.model.num_layers)]
         self._is_windowed = windowed
         # A layer of each kind tells the shapes of all.
-        self._probes = (windowed.index(False) if False in windowed else 0, windowed.index(True) if True in windowed else 0)
+        self._probes = [windowed.index(kind) if kind in windowed else 0 for kind in (False, True)]
         self.num_unprepared = 0
         """Shapes that came up in the run without having been prepared; each of their launches is one kernel by one."""
 
@@ -105,10 +110,11 @@ class Programs:
         device = self._device
         for program in [*self._by_shape.values(), *self._heads.values(), *more]:
             device.launch(program)
-        for (capacity, rows, shared), ring in self._rings.items():
+        for (capacity, _rows, shared), ring in self._rings.items():
             for program in ring.programs if device.captures else ring.programs[:1]:
                 words, layout = program.row.words, program.row.layout
-                words[NUM_EXPERTS], words[SHARED_BLOCK], words[SHARED_ROWS] = capacity, 0 if shared else -1, rows
+                words[NUM_EXPERTS], words[SHARED_BLOCK] = capacity, 0 if shared else -1
+                words[SHARED_ROWS] = self._kernels.shared_rows(1)
                 for place in range(capacity):
                     words[layout.slots + place] = place % num_slots
                     words[layout.counts + place] = self._kernels.rows(1)
@@ -117,15 +123,13 @@ class Programs:
         device.synchronize()
 
     def _prepare_experts(self, num_experts: int, count: int, captured: bool) -> None:
-        capacity = 1
-        while capacity <= size_class(num_experts):
-            rows = LEAST_ROWS
-            while rows <= size_class(self._kernels.rows(count), LEAST_ROWS):
-                for shared in {False, self._has_shared}:
-                    if (capacity, rows, shared) not in self._rings:
-                        self._rings[capacity, rows, shared] = self._make_ring(capacity, rows, shared, captured)
-                rows *= 2
-            capacity *= 2
+        most = size_class(self._kernels.rows(count), LEAST_ROWS)
+        buckets = list(product(_doublings(1, size_class(num_experts)), _doublings(LEAST_ROWS, most)))
+        if captured:
+            self._kernels.tune(lambda work: works_ns(self._device, [work], 5), buckets)
+        for (capacity, rows), shared in product(buckets, sorted({False, self._has_shared})):
+            if (capacity, rows, shared) not in self._rings:
+                self._rings[capacity, rows, shared] = self._make_ring(capacity, rows, shared, captured)
 
     def _make_ring(self, capacity: int, rows: int, shared: bool, captured: bool) -> Ring:
         stamps = self._stamps

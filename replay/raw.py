@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,29 +20,28 @@ Copy = Callable[[int, int, int, Any], None]
 
 
 def runtime() -> Any:
-    """The CUDA runtime of cuda-bindings, or None where it is missing."""
-    for name in ("cuda.bindings.runtime", "cuda.cudart"):
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            continue
-    return None
+    """The CUDA runtime of cuda-bindings, or None where it is missing or does not get on with the driver."""
+    try:
+        found = importlib.import_module("cuda.bindings.runtime")
+        # One that is newer than the driver answers every call with the same error.
+        return None if found.cudaGetDeviceCount()[0] else found
+    except (ImportError, RuntimeError):
+        return None
 
 
 def raw_copy() -> tuple[Copy, str]:
     """The copy to use, and by whose call it is, for provenance."""
     found = runtime()
     if found is None:
-        return torch_copy, "torch (cuda-bindings is not installed: each copy takes the host four times as long)"
+        return torch_copy, "torch (no cuda-bindings for this driver: each copy takes the host four times as long)"
     copy_async, kind = found.cudaMemcpyAsync, found.cudaMemcpyKind.cudaMemcpyHostToDevice
-    version = getattr(importlib.import_module(found.__name__.split(".")[0]), "__version__", "")
 
     def copy(target: int, source: int, num_bytes: int, stream: Any) -> None:
         error = copy_async(target, source, num_bytes, kind, stream.cuda_stream)[0]
         if error:
             raise RuntimeError(f"CUDA error: {found.cudaGetErrorString(error)[1].decode()}")
 
-    return copy, f"cuda-bindings {version}".strip()
+    return copy, f"cuda-bindings {importlib.metadata.version('cuda-bindings')}"
 
 
 def torch_copy(target: int, source: int, num_bytes: int, stream: Any) -> None:
@@ -59,12 +59,12 @@ class _Memory:
         }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device_view(address: int, num_bytes: int) -> torch.Tensor:
     return torch.as_tensor(_Memory(address, num_bytes), device="cuda")
 
 
-@lru_cache(maxsize=None)
+@cache
 def host_view(address: int, num_bytes: int) -> torch.Tensor:
     """Bytes [num_bytes] of host memory at `address`, which must stay there. Chunks and slots are few: all are kept."""
     return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)

@@ -53,3 +53,8 @@ class RowLayout:
     def num_words(self) -> int:
         """Words of the whole row."""
         return self.expected + self.capacity * self.words_per_expert
+
+
+def size_class(count: int, least: int = 1) -> int:
+    """The power of two, at least `least`, that `count` is rounded up to."""
+    return max(least, 1 << (count - 1).bit_length()) if count > 0 else least

@@ -102,7 +102,7 @@ class Stamps:
         def work() -> None:
             found, layout = row.host.tolist(), row.layout
             num, size = found[NUM_EXPERTS], self.words_per_expert
-            places = torch.tensor(found[layout.slots : layout.slots + num]) * self._words_per_slot
+            places = torch.tensor(found[layout.slots : layout.slots + num], dtype=torch.int64) * self._words_per_slot
             wanted = row.host[layout.expected : layout.expected + num * size].view(num, size)
             wrong = int((self._words[places[:, None] + self._within[None, :]] != wanted).sum())
             if wrong:

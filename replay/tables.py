@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expertflow.forward import DECODE, Forward
-from replay.device import Program, Work
+from replay.device import Program
 from replay.kernels import Row
 from replay.measure import beside_copies_ns, programs_ns, works_ns
-from replay.programs import LEAST_ROWS, size_class
+from replay.programs import LEAST_ROWS
 from replay.rig import Rig
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Experts launched at once; as many as the model can choose in one layer."""
@@ -36,7 +36,8 @@ class KernelBench:
         """Programs of routed experts in other slots each, over `tokens` each, and of shared ones over theirs."""
         num_slots, programs = self.rig.slots.num_slots, []
         rows, shared_rows = self.kernels.rows(tokens), self.kernels.shared_rows(shared_tokens) if shared_tokens else 0
-        layout = RowLayout(size_class(num_experts))
+        layout, most = RowLayout(size_class(num_experts)), size_class(rows, LEAST_ROWS)
+        self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(layout.capacity, most)])
         for number in range(max(2, min(_LAYERS, num_slots // max(num_experts, 1)))):
             row = Row(layout, self.device.torch_device)
             row.words[NUM_EXPERTS] = num_experts
@@ -46,7 +47,7 @@ class KernelBench:
                 row.words[layout.slots + place] = (number * num_experts + place) % num_slots
                 row.words[layout.first + place] = place * rows
                 row.words[layout.counts + place] = rows
-            work = self.kernels.experts(row, size_class(rows, LEAST_ROWS), shared_tokens > 0)
+            work = self.kernels.experts(row, most, shared_tokens > 0)
             program = self.device.program(work)
             program.row = row
             programs.append(program)
@@ -64,10 +65,6 @@ class KernelBench:
     def ns(self, programs: Sequence[Program]) -> float:
         """Median time of one of `programs`."""
         return programs_ns(self.device, programs, self.repeat)
-
-    def works_ns(self, works: Sequence[Work]) -> float:
-        """Median time of one of `works`."""
-        return works_ns(self.device, works, self.repeat)
 
     def beside_ns(self, programs: Sequence[Program], chunk_bytes: int) -> float:
         """Median time of one of `programs` beside a busy link."""
@@ -87,15 +84,11 @@ def expert_ns(bench: KernelBench, tokens: int) -> tuple[float, float]:
 
 
 def group_table(bench: KernelBench, tokens: Sequence[int]) -> list[list[int]]:
-    """Points [experts, tokens each, ns] of experts launched at once, as many as the buffers hold."""
-    model, points = bench.kernels.model, []
-    most_tokens = bench.rig.needs.max_tokens * model.top_k
-    for num_experts in [count for count in GROUPS if count <= model.num_experts]:
-        for count in tokens:
-            # Of a batch of n no expert gets more than n tokens, and all together no more than n * top_k.
-            if num_experts * count <= most_tokens and count <= bench.rig.needs.max_tokens:
-                points.append([num_experts, count, round(bench.ns(bench.experts(num_experts, count)))])
-    return points
+    """Points [experts, tokens each, ns] of experts launched at once: a full grid, as far as the buffers hold it."""
+    model, needs = bench.kernels.model, bench.rig.needs
+    sizes = [count for count in GROUPS if count <= min(model.num_experts, bench.rig.slots.num_slots)]
+    each = [count for count in tokens if count * sizes[-1] <= needs.max_tokens * model.top_k] or [1]
+    return [[num, count, round(bench.ns(bench.experts(num, count)))] for num in sizes for count in each]
 
 
 def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int,
@@ -140,7 +133,7 @@ def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int,
 
 
 def _shared(bench: KernelBench, tokens: Sequence[int], launch: float) -> list[list[int]]:
-    """What the shared experts add to a launch of routed ones; on devices that run one after the other, by themselves."""
+    """What the shared experts add to a launch of routed ones; on devices that compute in turn, by themselves."""
     if not bench.rig.device.captures:
         return [[count, max(1, round(bench.ns(bench.experts(0, 1, count)) - launch))] for count in tokens]
     beside = min(bench.kernels.model.top_k, bench.rig.slots.num_slots)

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import replay.rig
-from replay.app import LOST, WRONG
+from replay.app import WRONG
 from replay.device import Work
 from replay.faults import FAULTS, FaultyDevice
 from replay.kernels import Row
 from replay.lockstep import check
 from replay.log_format import LOG_NAME
+from replay.lost import LOST
 from replay.machine import RealMachine
 from replay.memory import HostPlan, align
 from replay.pools import HostPool, SlotPool, chunk_offsets
