@@ -85,7 +85,8 @@ class ScriptedDevice:
         self.captures = captures
         self.auto = True
         self.late_numbers = False
-        self.numbers = [0]
+        self._numbers = [0]
+        self.numbers: Sequence[int] = self._numbers
         self.clock_ns = 0
         self.made: list[Made] = []
         self.launches: list[Launched] = []
@@ -109,7 +110,7 @@ class ScriptedDevice:
 
     def raise_number(self) -> None:
         """The host can see one gate more."""
-        self.numbers[0] += 1
+        self._numbers[0] += 1
 
     def end_copy(self, end_ns: int) -> None:
         """The first copy under way has ended."""

@@ -58,8 +58,8 @@ def read(device: ScriptedDevice) -> tuple[list[int], list[int], list[int], list[
 
 def plain(slots: Sequence[int], rows: int, block: int = -1, shared_rows: int = 0) -> tuple[list[int], ...]:
     """The same for `slots` with one token each, of so many rows."""
-    first = [rows * place for place in range(len(slots))]
-    return [len(slots), block, shared_rows], [*slots], first, [rows] * len(slots)
+    num = len(slots)
+    return [num, block, shared_rows], [*slots], [rows * place for place in range(num)], [rows] * num
 
 
 # -- the layout ----------------------------------------------------------------------------------------------

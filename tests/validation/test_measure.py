@@ -113,8 +113,8 @@ def test_a_single_size_is_refused(size: int) -> None:
 
 
 @pytest.mark.parametrize(("generation", "lanes", "gb_per_s"), [
-    (1, 16, 4.0), (2, 8, 4.0), (3, 16, 15.754), (4, 16, 31.508), (5, 16, 63.015), (5, 8, 31.508),
-    (6, 16, 121.0)])  # fmt: skip
+    (1, 16, 4.0), (2, 8, 4.0), (3, 16, 15.754), (4, 16, 31.508), (5, 16, 63.015), (5, 8, 31.508), (6, 16, 121.0),
+])  # fmt: skip
 def test_pcie_by_generation_and_lanes(generation: int, lanes: int, gb_per_s: float) -> None:
     assert pcie_gb_per_s(generation, lanes) == pytest.approx(gb_per_s, abs=0.001)
 
@@ -295,15 +295,16 @@ def test_a_copy_that_kernels_cannot_have_slowed_so_is_refused() -> None:
         copy_beside(device, [device.program(nothing)], 950)
 
 
-def test_kernels_beside_copies_are_those_with_copies_before_and_behind() -> None:
+@pytest.mark.parametrize(("num_programs", "chunk_bytes"), [(1, 500), (2, 500), (6, 500), (1, 40_000), (3, 40_000)])
+def test_kernels_beside_copies_are_those_with_copies_before_and_behind(num_programs: int, chunk_bytes: int) -> None:
+    """Also a single one, and one that is over sooner than a copy."""
     device = PacedDevice(line, kernels_slower=1.3)
-    programs = [device.program(nothing) for _ in range(2)]
+    programs = [device.program(nothing) for _ in range(num_programs)]
     assert programs_ns(device, programs, 1) == 1000
-    assert beside_copies_ns(device, programs, 500, 3) == 1300
+    assert beside_copies_ns(device, programs, chunk_bytes, 3) == 1300
 
 
-def test_kernels_that_never_ran_beside_copies_are_refused() -> None:
-    """The only one starts with the first copy, not behind it."""
-    device = PacedDevice(line)
+def test_kernels_that_outlast_the_copies_are_refused() -> None:
+    device = PacedDevice(line, kernels_slower=20.0)
     with pytest.raises(MeasurementError, match="no kernel ran wholly beside copies"):
         beside_copies_ns(device, [device.program(nothing)], 500, 3)
