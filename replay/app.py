@@ -183,11 +183,15 @@ def notes(metrics: dict[str, Any]) -> list[str]:
              f"{machine['dtype']}, experts in {machine['host_memory']} host memory"]  # fmt: skip
     if metrics["scale"] > 1:
         lines.append(f"the model's widths are divided by {metrics['scale']}: times are this machine's, not the model's")
-    if stack == "graph":
-        lines.append("stack=graph is not confirmed on hardware: launching kernels one by one takes longer than this "
-                     "stack leaves")  # fmt: skip
-    elif stack == "eager":
-        lines.append("stack=eager: the overhead of an eager stack is spent doing nothing on the compute stream")
+    launches = metrics["launches"]
+    if launches["layer_pad_ns"]:
+        lines.append(f"stack={stack}: its overhead, {launches['layer_pad_ns'] / 1e6:g} ms a layer, is spent doing nothing "
+                     "on the compute stream")  # fmt: skip
+    if launches["kv_grid"]:
+        lines.append(f"decode reads KV lengths rounded up to multiples of {launches['kv_grid']} tokens, for which its "
+                     "kernels are captured")  # fmt: skip
+    if launches["kv_grid"] and launches["num_unprepared"]:
+        lines.append(f"{launches['num_unprepared']} forwards, those of prompts, launched attention kernel by kernel")
     lines.extend(machine["warnings"])
     if integrity is not None:
         lines.append(

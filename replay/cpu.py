@@ -174,6 +174,8 @@ class CpuDevice:
         # The streams are threads of this interpreter: to poll would be to take it from them.
         numbers = self.numbers
         while not ((number > 0 and numbers[0] >= number) or (event is not None and event.happened)):
+            if idle is not None:
+                idle()
             self.news.get()
 
     def time_ns(self, event: _CpuEvent) -> int:

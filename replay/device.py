@@ -72,7 +72,7 @@ class Device(Protocol):
         """
 
     def launch(self, program: Program) -> None:
-        """Enqueue `program`, whose last launch has been read, on the compute stream."""
+        """Enqueue `program` on the compute stream. Of its last launch nobody will ask for a time any more."""
 
     def copy(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
         """Enqueue a host-to-device copy between two addresses on the copy stream; the event at its end.

@@ -17,6 +17,7 @@ from replay.device import Device, DeviceLostError
 from replay.drive import drive
 from replay.faults import FaultyDevice
 from replay.log import LogWriter
+from replay.machine import RealMachine
 from replay.programs import DEFAULT_KV_GRID
 from replay.rig import Needs, Rig
 from replay.scale import scaled_model
@@ -108,10 +109,22 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     if work.warmup_forwards >= runtime.counters.num_forwards:
         raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
                          f"{runtime.counters.num_forwards} forwards")  # fmt: skip
-    metrics = collect_metrics(runtime)
+    metrics = collect_metrics(runtime) | {"launches": _launches(machine)}
     if stamps is None:
         return metrics, None
     return metrics, Integrity(stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
+
+
+def _launches(machine: RealMachine) -> dict[str, int]:
+    """How a run launched its kernels: programs prepared, forwards that found none, launches that had to wait for one."""
+    programs = machine.programs
+    return {
+        "layer_pad_ns": machine.layer_pad_ns,
+        "kv_grid": programs.kv_grid,
+        "num_prepared": programs.num_prepared,
+        "num_unprepared": programs.num_unprepared,
+        "num_read_first": machine.num_read_first,
+    }
 
 
 def _so_far(runtime: Runtime) -> dict[str, Any]:
