@@ -185,8 +185,8 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         lines.append(f"the model's widths are divided by {metrics['scale']}: times are this machine's, not the model's")
     launches = metrics["launches"]
     if launches["layer_pad_ns"]:
-        lines.append(f"stack={stack}: its overhead, {launches['layer_pad_ns'] / 1e6:g} ms a layer, is spent doing nothing "
-                     "on the compute stream")  # fmt: skip
+        lines.append(f"stack={stack}: its overhead, {launches['layer_pad_ns'] / 1e6:g} ms a layer, is spent doing "
+                     "nothing on the compute stream")  # fmt: skip
     if launches["kv_grid"]:
         lines.append(f"decode reads KV lengths rounded up to multiples of {launches['kv_grid']} tokens, for which its "
                      "kernels are captured")  # fmt: skip

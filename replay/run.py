@@ -116,7 +116,7 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
 
 
 def _launches(machine: RealMachine) -> dict[str, int]:
-    """How a run launched its kernels: programs prepared, forwards that found none, launches that had to wait for one."""
+    """How a run launched its kernels: programs prepared, forwards without them, launches that waited for an earlier."""
     programs = machine.programs
     return {
         "layer_pad_ns": machine.layer_pad_ns,
