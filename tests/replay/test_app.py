@@ -68,6 +68,7 @@ def test_a_reader_is_told_what_the_numbers_are(trace: str, tmp_path: Path) -> No
     assert (machine["host_buffers"], machine["host_buffers_shared"]) == (12, True)
 
 
+@pytest.mark.parametrize(("stack", "pad"), [("graph", "0.02 ms"), ("eager", "1 ms")])
 def test_a_stack_is_named_for_what_it_is(stack: str, pad: str, trace: str, tmp_path: Path) -> None:
     words = [word for word in ADAPTIVE if not word.startswith("stack")]
     out = replay_here([*words, f"stack={stack}", "max_tokens=2", trace], tmp_path / "run").out
