@@ -36,7 +36,7 @@ class Policy:
         # Without prediction the horizon has nothing to look at: a model of one layer is then no error.
         self.active = self.parts if self.prefetches else [predictor, selection, eviction, order]
         self.reach_counts: list[int] = []
-        """How many decisions looked this many layers ahead, by reach."""
+        """How many layer-steps looked this many layers ahead, by reach; 0: nothing was decided."""
         self.num_predicted = 0
         """How many layers the last decision predicted anew."""
         self.total_predicted = self.num_decisions = 0
@@ -119,6 +119,14 @@ class Policy:
     def mean_effort(self) -> float:
         """Of the decisions so far."""
         return self.effort.of(self.total_predicted / max(self.num_decisions, 1))
+
+    def decides(self) -> bool:
+        """Whether there is anything to decide at this layer: whether the horizon looks at any. If not, `decide` is not
+        called and nothing is charged; what was wanted before stays wanted."""
+        if self._distances():
+            return True
+        self.reach_counts[0] += 1
+        return False
 
     def decide(self, forward: Forward, layer: int) -> list[int]:
         """Experts wanted for the layers ahead, best first, without what is resident or on its way."""

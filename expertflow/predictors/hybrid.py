@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -209,8 +209,9 @@ class HybridPredictor(Predictor):
         quick, net, last = self.quick, self.net, self.L - 1
         if quick is None or self.block_row >= 0:
             return None
-        keys: list[int] | None = forward.demands[layer]
-        if layer == last or self.num_known != layer or len(keys) != self.top_k:
+        routed = forward.demands[layer]
+        keys: list[int] | None = routed
+        if layer == last or self.num_known != layer or len(routed) != self.top_k:
             self._know(forward, layer)
             keys = None
             if layer == last:
