@@ -150,7 +150,8 @@ class Horizon(Part):
     """N_e of the last forward, set by the policy before each forward; 0 = not known yet."""
 
     def distances(self) -> Sequence[int]:
-        """Distances in layers, ascending, each in 1 … num_layers - 1."""
+        """Distances in layers, ascending, each in 1 … num_layers - 1; none: at this layer nothing is decided, and the
+        host spends no time on it."""
         raise NotImplementedError
 
     def overfetched(self) -> None:

@@ -74,9 +74,9 @@ class AdaptiveHorizon(Horizon):
         self.num_stalls = self.num_overfetched = 0.0
         self.changed_at = -1 - self.cooldown_forwards
         self._seen = (0, 0, 0, 0)
-        self.worths: Worth | None = None
+        self.guard: Worth | None = None
         if self.worth:
-            self.worths = Worth(view, self.limit, self.worth, self.retry_forwards, self.memory)
+            self.guard = Worth(view, self.limit, self.worth, self.retry_forwards, self.memory)
         self._windows = [list(range(1, size + 1)) for size in range(self.limit + 1)]
         self._set(1 if view.num_layers > 1 else 0)
 
@@ -87,10 +87,10 @@ class AdaptiveHorizon(Horizon):
     @property
     def cap(self) -> int:
         """How far decisions may look."""
-        return self.limit if self.worths is None else self.worths.cap
+        return self.limit if self.guard is None else self.guard.cap
 
     def distances(self) -> Sequence[int]:
-        if self.worths is not None and self.worths.spent():
+        if self.guard is not None and self.guard.spent():
             return ()
         return self._windows[self.size]
 
@@ -102,7 +102,7 @@ class AdaptiveHorizon(Horizon):
         if self.view.num_layers == 1:
             return
         copy_ns = self.view.expert_bytes / self.bytes_per_ns if self.bytes_per_ns > 0 else 0.0
-        raised = self.worths is not None and self.worths.judge(forward.index, copy_ns)
+        raised = self.guard is not None and self.guard.judge(forward.index, copy_ns)
         formula = min(max(ceil(expected * copy_ns / self.layer_ns), 1), self.limit) if self.layer_ns > 0 else 0
         if copy_ns > 0 and formula and (self.formula == 0 or abs(formula - self.formula) >= self.formula_jump):
             self.formula = formula
@@ -111,8 +111,8 @@ class AdaptiveHorizon(Horizon):
             self._set(min(max(self.size, self.formula, 1), self.cap))
         elif self.size > self.cap:
             self._set(self.cap)
-        if self.worths is not None:
-            self.worths.begin(forward.index, self.size)
+        if self.guard is not None:
+            self.guard.begin(forward.index, self.size)
 
     def _diversity(self, forward: Forward) -> float:
         """The correction of N_e for the tokens of this forward; 1 where it is off or nothing is known."""
@@ -140,8 +140,8 @@ class AdaptiveHorizon(Horizon):
         return value if mean == 0 else self.memory * mean + (1 - self.memory) * value
 
     def feedback(self, feedback: Feedback) -> None:
-        if self.worths is not None:
-            self.worths.heard(feedback)
+        if self.guard is not None:
+            self.guard.heard(feedback)
         if feedback.stall_ns > 0 and (self.count == "any" or feedback.num_late > 0):
             self.num_stalls += 1
             if self.num_stalls >= self.stall_threshold:

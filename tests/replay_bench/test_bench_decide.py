@@ -222,8 +222,9 @@ def test_every_hook_that_the_runtime_calls_is_timed(monkeypatch: pytest.MonkeyPa
         work = drawn_workload(seed)
         measure_steps(work, *policy_for(work, "adaptive"))
     assert heard >= {
-        "policy.begin_forward", "policy.decides", "policy.decide", "policy.feedback", "policy.end_forward", "predictor.begin_forward",
-        "predictor.predict", "predictor.end_forward", "horizon.distances", "horizon.feedback", "horizon.evicted",
+        "policy.begin_forward", "policy.decides", "policy.decide", "policy.feedback", "policy.end_forward",
+        "predictor.begin_forward", "predictor.predict", "predictor.end_forward", "horizon.distances",
+        "horizon.feedback", "horizon.evicted",
         "selection.select", "selection.mean_selected", "eviction.touched", "eviction.admitted", "eviction.victim",
         "eviction.predicted", "eviction.layer_end", "eviction.evicted",
     }  # fmt: skip
