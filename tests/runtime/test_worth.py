@@ -136,6 +136,18 @@ def test_prefetch_that_hurts_ends_though_it_costs_no_host_time() -> None:
     assert found == [0, 1, 1, 0, 0]
 
 
+def test_what_was_saved_is_forgotten_where_nothing_is_decided_any_more() -> None:
+    """Two forwards in which prefetch hurts, then one long after in which it pays: that one counts for itself."""
+    account = Account(retry_forwards=50, memory=0.9)
+    for _ in range(3):
+        account.forward(0, 0, 3, 60_000)
+    assert (account.guard.cap, account.guard.gain_ns) == (0, 0)
+    while not account.guard.size:
+        account.forward()
+    assert account.forward(20_000, used=4) == 1
+    assert (account.guard.num_dear, account.guard.gain_ns) == (0, 40_000)
+
+
 def test_within_a_forward_decisions_end_once_they_cost_more_than_it_has_gained() -> None:
     account = Account()
     assert account.guard.spent()
