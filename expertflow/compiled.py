@@ -151,6 +151,23 @@ def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_we
     return reach
 
 
+@_compile("i8(i8[::1], i8, i8[::1])")
+def _select(chance, limit, order):
+    """How many of the chances [E] are at least `limit`; order [E] begins with these experts, best first, the lower on a
+    tie."""
+    count = 0
+    for expert in range(len(chance)):
+        likely = chance[expert]
+        if likely >= limit:
+            place = count
+            while place > 0 and chance[order[place - 1]] < likely:
+                order[place] = order[place - 1]
+                place -= 1
+            order[place] = expert
+            count += 1
+    return count
+
+
 @_compile(f"UniTuple(i8, 4)(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, {_NETWORK}, i8, i8, b1, i8, "
           f"i8[::1], {_STATES}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])")  # fmt: skip
 def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mix, mix_scale, mix_bias, out, out_scale,
@@ -159,7 +176,7 @@ def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mi
     """One decision: `learn` of keys [K] (none: known already), `look` at the layers first … first + reach - 1, what a
     selection by thresholds [any, by distance] wants of the num_kept best, and what `Outlook.predicted` makes of it.
 
-    residency, soon, chance, worth, bar, held [N], by key; the middle one and the two that follow from it are written.
+    residency, soon, chance, worth, bar, held [N], by key: chance, worth and held are written for the layers answered.
     wants [at least reach · E] becomes the keys wanted and absent, nearer layers first, best first, the lower on a tie.
     Returns how many those are, how many layers were answered, how many keys were selected, and whether all that was
     selected two layers ahead is resident, and something was.
@@ -172,35 +189,23 @@ def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mi
     order = np.empty(num_experts, np.int64)
     num_wants = num_selected = overfetched = 0
     for ahead in range(reach):
-        target = first + ahead
-        begin = target * num_experts
+        begin = (first + ahead) * num_experts
         found = chance[begin : begin + num_experts]
         if not _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate,
-                     pregate_odds, chances, target, ahead, gated, active, mixed, odds, found):  # fmt: skip
+                     pregate_odds, chances, first + ahead, ahead, gated, active, mixed, odds, found):  # fmt: skip
             return num_wants, ahead, num_selected, overfetched
-        count, limit = 0, thresholds[ahead + 1]
-        for expert in range(num_experts):
-            key, likely = begin + expert, found[expert]
-            worth[key] = max(soon[key], likely)
+        for key in range(begin, begin + num_experts):
+            worth[key] = max(soon[key], chance[key])
             held[key] = worth[key] | bar[key]
-            if likely >= limit:
-                at = count
-                while at > 0 and found[order[at - 1]] < likely:
-                    order[at] = order[at - 1]
-                    at -= 1
-                order[at] = expert
-                count += 1
-        count = min(count, num_kept)
+        count = min(_select(found, thresholds[ahead + 1], order), num_kept)
         num_selected += count
         num_there = 0
-        for rank in range(count):
-            key = begin + order[rank]
+        for key in begin + order[:count]:
             if residency[key] == _ABSENT:
                 wants[num_wants] = key
                 num_wants += 1
             num_there += residency[key] == _RESIDENT
-        if ahead == 1 and count > 0 and num_there == count:
-            overfetched = 1
+        overfetched |= ahead == 1 and count > 0 and num_there == count
     return num_wants, reach, num_selected, overfetched
 
 
