@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from expertflow.view import Feedback, View
 
-_NEVER = 1 << 62
-
 
 class Worth:
     """The account of an adaptive step: `cap` is how far it may look ahead, 0 = nothing is decided.
@@ -65,7 +63,7 @@ class Worth:
             self.usual_ns = self._mean(self.usual_ns, late_ns)
             return self.cap == 0 and self._raise(index)
         self.gain_ns = self._mean(self.gain_ns, gain_ns)
-        share = self.SHARE_OF_ONE if self.size == 1 else self.share
+        share = max(self.SHARE_OF_ONE, self.share) if self.size == 1 else self.share
         if late_ns - self.usual_ns <= self.FREE * self.whole_ns + share * self.gain_ns:
             self.num_dear = 0
             return self.size >= self.cap and self._raise(index)
