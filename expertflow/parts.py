@@ -126,6 +126,8 @@ class Predictor(Part):
     """True: nearer predictions replace those made farther away for the same layer."""
     effort: Effort = Effort()
     """Of a policy's decision with this predictor, unless the policy says otherwise."""
+    effort_at_once: Effort | None = None
+    """The same where the parts say that the predictor decides at once (see `step`); None: no less."""
 
     def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
         """Scores for layer `layer + distance`, past the last layer the next forward's first; None = no idea."""

@@ -24,7 +24,8 @@ class Policy:
 
     def __init__(self, predictor: Predictor, horizon: Horizon, selection: Selection, eviction: Eviction,
                  order: Order, future: Future | None = None, effort: Effort | None = None) -> None:  # fmt: skip
-        self.effort = effort or predictor.effort
+        at_once = self._may_fuse(predictor, selection, eviction)
+        self.effort = effort or (at_once and predictor.effort_at_once) or predictor.effort
         self.predictor = predictor
         self.horizon = horizon
         self.selection = selection
@@ -79,13 +80,18 @@ class Policy:
         self._fused = self.prefetches and self._fuse()
         self._step, self._selected = self.predictor.step, self.selection.selected
 
-    def _fuse(self) -> bool:
-        """Whether the predictor decides at once: all three parts declare how, in their very class."""
-        predictor, selection, eviction = self.predictor, self.selection, self.eviction
+    @staticmethod
+    def _may_fuse(predictor: Predictor, selection: Selection, eviction: Eviction) -> bool:
+        """Whether all three parts declare, in their very class, how the predictor decides at once."""
         declared: tuple[tuple[Part, str], ...] = (
             (predictor, "fuse"), (predictor, "step"), (selection, "thresholds"), (eviction, "worths")
         )  # fmt: skip
-        if not predictor.refreshes or any(hook not in vars(type(part)) for part, hook in declared):
+        return predictor.refreshes and all(hook in vars(type(part)) for part, hook in declared)
+
+    def _fuse(self) -> bool:
+        """Whether the predictor decides at once, now that all parts have started."""
+        predictor, selection, eviction = self.predictor, self.selection, self.eviction
+        if not self._may_fuse(predictor, selection, eviction):
             return False
         thresholds, worths = selection.thresholds(), eviction.worths()
         return thresholds is not None and worths is not None and predictor.fuse(thresholds, worths)

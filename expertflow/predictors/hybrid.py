@@ -49,7 +49,9 @@ class HybridPredictor(Predictor):
     """
 
     fitted_kind: ClassVar[str] = "hybrid"
-    effort: Effort = Effort(1.2, 0.4)
+    # Measured, in units of the 20 us that the shipped profiles assume (results/LOG.md, 2026-11-27).
+    effort: Effort = Effort(0.5, 0.25)
+    effort_at_once: Effort | None = Effort(0.4, 0.08)
 
     def __init__(self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, keep: int = 0,
                  refreshes: bool = True) -> None:  # fmt: skip
