@@ -52,7 +52,7 @@ class HostProbe:
             self.samples["classify" if what == "gate" else "observe"].append(now - at)
         elif what == "copy":
             self.samples["issue_gap"].append(now - at)
-        elif name == "decided" and what == "experts":
+        elif name == "decided" and what in ("experts", "attention", "head"):
             self.samples["decide"].append(now - at)
         elif what == "begin_forward":
             self.samples["forward"].append(now - at)

@@ -5,6 +5,7 @@ Apart from `sim.machine`, whose hot path stays free of it. Where all these costs
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from expertflow.forward import Forward
@@ -25,6 +26,8 @@ class HostBoundMachine(SlowedMachine):
     def __init__(self, kernels: KernelTimes, link: Link, costs: HostCosts, chunk_bytes: Sequence[int]) -> None:
         super().__init__(kernels, link, costs, chunk_bytes)
         self._after_wake_ns = 0
+        self._counted_from: deque[int] = deque()
+        """Of the chunks under way, from when they count; an idle link begins later, and slows kernels from then."""
 
     def begin_forward(self, forward: Forward) -> None:
         super().begin_forward(forward)
@@ -40,10 +43,8 @@ class HostBoundMachine(SlowedMachine):
         if begun > free:
             self._link_free_ns = begun
         super().copy(load, chunk, key, slot, num_bytes, after)
-        _, _, start, end = self._chunks[-1]
-        if start == begun > free:
-            # Counted from its issue, as a real machine counts it: that knows no event at which a link begins.
-            self._chunks[-1] = (load, chunk, max(free, issued, self._end_of(after)), end)
+        start = self._chunks[-1][2]
+        self._counted_from.append(max(free, issued, self._end_of(after)) if start == begun > free else start)
 
     def wake_ns(self, wait: Wait) -> int:
         at = super().wake_ns(wait)
@@ -53,9 +54,13 @@ class HostBoundMachine(SlowedMachine):
         return at
 
     def record(self, now_ns: int) -> Record:
-        record = super().record(now_ns)
+        at, chunks, marks = super().record(now_ns)
         self.now_ns = now_ns + self._after_wake_ns
-        return record
+        if chunks:
+            # Counted from its issue, as a real machine counts it: that knows no event at which a link begins.
+            start = self._counted_from.popleft
+            chunks = [(load, chunk, start(), end) for load, chunk, _, end in chunks]
+        return at, chunks, marks
 
 
 def machine_for(kernels: KernelTimes, link: Link, costs: HostCosts, chunk_bytes: Sequence[int]) -> SimMachine:

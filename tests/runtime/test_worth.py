@@ -221,7 +221,7 @@ def test_nonsense_is_refused(settings: dict[str, float]) -> None:
 
 
 def test_a_host_for_which_every_decision_is_too_dear_stops_deciding() -> None:
-    """All experts resident, layers of some 80 us, decisions of 640 and more."""
+    """All experts resident, layers of some 80 us, decisions of 190 and more."""
     words = ["+hardware=h20", "stack=graph", "residency=1.0", "start=resident", "hardware.decide_ns=400000",
              "compare=none", "max_tokens=150", "warmup_forwards=0"]  # fmt: skip
     elapsed = {}
@@ -233,4 +233,4 @@ def test_a_host_for_which_every_decision_is_too_dear_stops_deciding() -> None:
         if name == "adaptive":
             assert policy.num_decisions <= 48
     assert elapsed["adaptive"] < 1.01 * elapsed["lru"]
-    assert elapsed["unguarded"] > 5 * elapsed["lru"]
+    assert elapsed["unguarded"] > 2 * elapsed["lru"]

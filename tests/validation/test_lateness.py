@@ -146,7 +146,7 @@ def test_decisions_that_the_device_hides_bind_no_simulated_run(stack: str) -> No
         assert simulated(policy, stack, decide_ns)[0] < 0.005
 
 
-SLOW = [("graph", 60_000), ("graph", 400_000), ("eager", 400_000)]
+SLOW = [("graph", 100_000), ("graph", 400_000), ("eager", 400_000)]
 
 
 @pytest.mark.parametrize(("stack", "decide_ns"), SLOW)
