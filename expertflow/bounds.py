@@ -5,7 +5,8 @@ i+1…end), and the serial time of everything. An event is one (forward, layer);
 bypass (Belady 1966, with a cache that may refuse): no schedule with the same slots loads less often, prefetch
 or not. The last of them ends no sooner than their number times the fastest load; the kernel that waits for it
 and all later events follow one after the other on the compute stream. Nothing else in event i need follow, so
-its attention is left out.
+its attention is left out. Serial time is the least of any schedule: where it depends on how experts are grouped into
+launches, that of the cheapest grouping. One expert kernel is likewise the shortest launch that holds an expert.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def min_loads(forwards: Iterable[Forward], future: Future, num_slots: int, initi
 def floor(totals: Sequence[int], serial_ns: Sequence[int], head_ns: Sequence[int], fastest_load_ns: int,
           kernel_ns: int, num_layers: int) -> Floor:  # fmt: skip
     """totals: `min_loads`. serial_ns [events]: attention, routed experts, shared expert and unavoidable overhead
-    of each event. head_ns [forwards]: head with its overhead. kernel_ns: the shortest routed expert kernel."""
+    of each event, however its experts are grouped. head_ns [forwards]: head with its overhead. kernel_ns: the shortest
+    launch of a routed expert."""
     after = 0
     best, binding = 0, -1
     for event in range(len(totals) - 1, -1, -1):

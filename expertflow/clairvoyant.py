@@ -57,6 +57,9 @@ class Clairvoyant(Policy):
         self._clean = -1
         """Every event up to here lacks nothing, so that a look ahead need not begin anew at each layer."""
 
+    def decides(self) -> bool:
+        return True
+
     def decide(self, forward: Forward, layer: int) -> list[int]:
         view, future, eviction = self.view, self.future, self.eviction
         assert future is not None

@@ -29,6 +29,13 @@ def _compile(types: str) -> Callable[[Callable[..., Any]], Any]:
 
 # Constants of `network`, as the compiler must see them: RECENT, UNIT, TOP, LOG_UNIT, STATE_BITS, UNIT / LOG_STEPS.
 _RECENT_KEPT, _RECENT_BITS, _UNIT_BITS, _TOP, _LOG_BITS, _STATE_BITS, _STEP_BITS = 11, 4, 16, 127, 6, 8, 6
+# States of an expert, of `view`.
+_ABSENT, _RESIDENT = 0, 2
+# Types of what `_find` takes first: activations, a network, its features, a pre-gate, two tables.
+_NETWORK = ("i4[::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], "
+            "i4[:,:,::1], f8[:,:,::1], f4[:,:], i4[::1], i4[::1]")  # fmt: skip
+# What a view lets nobody write.
+_STATES = "Array(u1, 1, 'C', True)"
 
 
 @_compile("void(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, i4[::1])")
@@ -79,8 +86,39 @@ def _multiply(values, weights, active, total):
             total[column] += values[a] * np.int32(weights[a, column])
 
 
-@_compile("i8(i4[::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], "
-            "i4[:,:,::1], f8[:,:,::1], f4[:,:], i4[::1], i4[::1], i8, i8, b1, i8[:,::1], i8[:,:,::1])")  # fmt: skip
+@_compile(f"b1({_NETWORK}, i8, i8, b1, i8[::1], i4[::1], i4[::1], i8[::1])")
+def _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate, pregate_odds,
+          chances, target, ahead, gated, active, mixed, odds, chance):  # fmt: skip
+    """chance [E] becomes the chances in 2^-16 of the experts of layer `target`, seen from distance ahead + 1; False:
+    there is no pre-gate for it. Arguments as in `look`; active [max(H, M) + 1], mixed [M], odds [E]: room."""
+    num_experts = len(chance)
+    log_steps, span = len(pregate_odds) - 1, len(chances) // 2
+    if gated:
+        if ahead >= len(pregate):
+            return False
+        for expert in range(num_experts):
+            if np.isnan(pregate[ahead, expert]):
+                return False
+    _multiply(hidden, mix[target], active, mixed)
+    for row in range(len(mixed)):
+        scaled = (np.int64(mixed[row] + mix_bias[ahead, target, row]) * mix_scale[target, row]) >> _UNIT_BITS
+        mixed[row] = min(max(scaled, 0), _TOP)
+    _multiply(mixed, out[target], active, odds)
+    for expert in range(num_experts):
+        remembered = np.int64(0)
+        for feature in range(own.shape[1]):
+            remembered += np.int64(features[feature, target, expert]) * own[ahead, feature, target, expert]
+        total = ((np.int64(odds[expert]) * out_scale[target, expert]) >> _UNIT_BITS) + (remembered >> _LOG_BITS)
+        total += bias[ahead, target, expert]
+        if gated:
+            level = min(max(np.int64(np.floor(np.float64(pregate[ahead, expert]) * log_steps)), 0), log_steps)
+            weighed = np.int64(pregate_odds[level]) * pregate_weights[ahead, target, 0]
+            total += (weighed + level * pregate_weights[ahead, target, 1]) >> _LOG_BITS
+        chance[expert] = chances[min(max(total, -span), span) + span]
+    return True
+
+
+@_compile(f"i8({_NETWORK}, i8, i8, b1, i8[:,::1], i8[:,:,::1])")
 def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate, pregate_odds,
          chances, first, seen, gated, chance, ranked):  # fmt: skip
     """Chances of the experts of layers first + seen, first + seen + 1, … at distances seen + 1, …, and their order.
@@ -92,37 +130,17 @@ def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_we
     first, the lower on a tie, and their chances. Returns how many distances were answered.
     """
     reach, num_experts = chance.shape
-    log_steps = len(pregate_odds) - 1
-    span = len(chances) // 2
     num_mixed = mix.shape[2]
     active = np.empty(max(len(hidden), num_mixed) + 1, np.int64)
     mixed, odds = np.empty(num_mixed, np.int32), np.empty(num_experts, np.int32)
     for step in range(reach):
-        ahead = seen + step
-        target = first + ahead
-        if gated:
-            if ahead >= len(pregate):
-                return step
-            for expert in range(num_experts):
-                if np.isnan(pregate[ahead, expert]):
-                    return step
-        _multiply(hidden, mix[target], active, mixed)
-        for row in range(num_mixed):
-            scaled = (np.int64(mixed[row] + mix_bias[ahead, target, row]) * mix_scale[target, row]) >> _UNIT_BITS
-            mixed[row] = min(max(scaled, 0), _TOP)
-        _multiply(mixed, out[target], active, odds)
+        target = first + seen + step
+        if not _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate,
+                     pregate_odds, chances, target, seen + step, gated, active, mixed, odds,
+                     chance[step]):  # fmt: skip
+            return step
         for expert in range(num_experts):
-            remembered = np.int64(0)
-            for feature in range(own.shape[1]):
-                remembered += np.int64(features[feature, target, expert]) * own[ahead, feature, target, expert]
-            total = ((np.int64(odds[expert]) * out_scale[target, expert]) >> _UNIT_BITS) + (remembered >> _LOG_BITS)
-            total += bias[ahead, target, expert]
-            if gated:
-                level = min(max(np.int64(np.floor(np.float64(pregate[ahead, expert]) * log_steps)), 0), log_steps)
-                weighed = np.int64(pregate_odds[level]) * pregate_weights[ahead, target, 0]
-                total += (weighed + level * pregate_weights[ahead, target, 1]) >> _LOG_BITS
-            found = chances[min(max(total, -span), span) + span]
-            chance[step, expert] = found
+            found = chance[step, expert]
             # Insertion from the end, in the order of the experts: a later one does not pass its equal.
             place = expert
             while place > 0 and ranked[step, 1, place - 1] < found:
@@ -131,6 +149,77 @@ def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_we
                 place -= 1
             ranked[step, 0, place], ranked[step, 1, place] = target * num_experts + expert, found
     return reach
+
+
+@_compile("i8(i8[::1], i8, i8[::1])")
+def _select(chance, limit, order):
+    """How many of the chances [E] are at least `limit`; order [E] begins with these experts, best first, the lower on a
+    tie."""
+    count = 0
+    for expert in range(len(chance)):
+        likely = chance[expert]
+        if likely >= limit:
+            place = count
+            while place > 0 and chance[order[place - 1]] < likely:
+                order[place] = order[place - 1]
+                place -= 1
+            order[place] = expert
+            count += 1
+    return count
+
+
+@_compile(f"UniTuple(i8, 4)(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, {_NETWORK}, i8, i8, b1, i8, "
+          f"i8[::1], {_STATES}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])")  # fmt: skip
+def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mix, mix_scale, mix_bias, out, out_scale,
+           bias, own, pregate_weights, features, pregate, pregate_odds, chances, first, reach, gated, num_kept,
+           thresholds, residency, soon, chance, worth, bar, held, wants):  # fmt: skip
+    """One decision: `learn` of keys [K] (none: known already), `look` at the layers first … first + reach - 1, what a
+    selection by thresholds [any, by distance] wants of the num_kept best, and what `Outlook.predicted` makes of it.
+
+    residency, soon, chance, worth, bar, held [N], by key: chance, worth and held are written for the layers answered.
+    wants [at least reach · E] becomes the keys wanted and absent, nearer layers first, best first, the lower on a tie.
+    Returns how many those are, how many layers were answered, how many keys were selected, and whether all that was
+    selected two layers ahead is resident, and something was.
+    """
+    if len(keys):
+        learn(tables, rank_weights, keys, place, sums, used, table_bits, hidden)
+    num_experts, num_mixed = out.shape[2], mix.shape[2]
+    active = np.empty(max(len(hidden), num_mixed) + 1, np.int64)
+    mixed, odds = np.empty(num_mixed, np.int32), np.empty(num_experts, np.int32)
+    order = np.empty(num_experts, np.int64)
+    num_wants = num_selected = overfetched = 0
+    for ahead in range(reach):
+        begin = (first + ahead) * num_experts
+        found = chance[begin : begin + num_experts]
+        if not _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate,
+                     pregate_odds, chances, first + ahead, ahead, gated, active, mixed, odds, found):  # fmt: skip
+            return num_wants, ahead, num_selected, overfetched
+        for key in range(begin, begin + num_experts):
+            worth[key] = max(soon[key], chance[key])
+            held[key] = worth[key] | bar[key]
+        count = min(_select(found, thresholds[ahead + 1], order), num_kept)
+        num_selected += count
+        num_there = 0
+        for key in begin + order[:count]:
+            if residency[key] == _ABSENT:
+                wants[num_wants] = key
+                num_wants += 1
+            num_there += residency[key] == _RESIDENT
+        overfetched |= ahead == 1 and count > 0 and num_there == count
+    return num_wants, reach, num_selected, overfetched
+
+
+@_compile(f"void(i8[::1], i8[::1], i8[::1], i8[::1], {_STATES}, i8[::1], i8, i8, i8)")
+def settle(soon, worth, bar, held, residency, keys, first, num_experts, used):
+    """A layer has run: `Outlook.layer_end` of its keys, where soon [N] is up to date."""
+    for key in range(first, first + num_experts):
+        worth[key] = soon[key]
+    for key in keys:
+        worth[key] = max(worth[key], used)
+        if residency[key] == _RESIDENT:
+            bar[key] = 0
+    for key in range(first, first + num_experts):
+        held[key] = worth[key] | bar[key]
 
 
 @_compile("void(f8[:,::1], f8[:,::1], f8[::1], i8[::1], f8[::1], f8[::1], f8[::1], i8[::1], i8, f8[:,::1], i4[::1])")

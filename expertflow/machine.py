@@ -50,4 +50,7 @@ class Machine(Protocol):
         """Enqueue one host-to-device chunk; it starts no earlier than the end of mark `after`."""
 
     def decided(self, wants: Sequence[int]) -> None:
-        """The policy has just decided on `wants`: a simulated host is charged for it, a real one has spent it."""
+        """The policy has just decided on `wants`: a simulated host is charged for it, a real one has spent it.
+
+        Not called where the policy had nothing to decide.
+        """

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from expertflow.forward import Forward
 from expertflow.view import Feedback, View
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from expertflow.future import Future
+
+    Ints = npt.NDArray[np.int64]
 
 DEMAND = 0
 PREFETCH = 1
@@ -25,6 +30,23 @@ SCORE_ONE = 1 << 16
 
 Scores = tuple[Sequence[int], Sequence[int]]
 """(expert keys best first, their scores in 2^-16; ties by key)."""
+
+
+Step = tuple[list[int], int, int, bool]
+"""A decision made at once: the wants; how many keys were selected, in how many layers; `Horizon.overfetched`."""
+
+
+class Worths(NamedTuple):
+    """What a prediction changes in an eviction that keeps arrays [num_layers * num_experts], by key.
+
+    For each expert of a predicted layer: worth = max(soon, chance), held = worth | bar. chance: as `view.chances`.
+    """
+
+    soon: Ints
+    chance: Ints
+    worth: Ints
+    bar: Ints
+    held: Ints
 
 
 @dataclass(frozen=True)
@@ -104,10 +126,23 @@ class Predictor(Part):
     """True: nearer predictions replace those made farther away for the same layer."""
     effort: Effort = Effort()
     """Of a policy's decision with this predictor, unless the policy says otherwise."""
+    effort_at_once: Effort | None = None
+    """The same where the parts say that the predictor decides at once (see `step`); None: no less."""
 
     def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
         """Scores for layer `layer + distance`, past the last layer the next forward's first; None = no idea."""
         raise NotImplementedError
+
+    # A decision at once, in place of predict, select and predicted for each distance. It is taken only where the three
+    # parts say so in their very class: one that inherits may do something else, and is asked in the ordinary way.
+
+    def fuse(self, thresholds: Ints, worths: Worths) -> bool:
+        """Whether `step` can decide by `Selection.thresholds` and `Eviction.worths`; once, when all parts started."""
+        return False
+
+    def step(self, forward: Forward, layer: int, reach: int) -> Step | None:
+        """The decision for distances 1 … reach, to the same integers as by asking the parts; None = ask them."""
+        return None
 
 
 class Horizon(Part):
@@ -117,7 +152,8 @@ class Horizon(Part):
     """N_e of the last forward, set by the policy before each forward; 0 = not known yet."""
 
     def distances(self) -> Sequence[int]:
-        """Distances in layers, ascending, each in 1 … num_layers - 1."""
+        """Distances in layers, ascending, each in 1 … num_layers - 1; none: at this layer nothing is decided, and the
+        host spends no time on it."""
         raise NotImplementedError
 
     def overfetched(self) -> None:
@@ -134,6 +170,14 @@ class Selection(Part):
     def mean_selected(self) -> float:
         """Mean number of experts selected per predicted layer in the last forward (N_e); 0 = not known."""
         raise NotImplementedError
+
+    def thresholds(self) -> Ints | None:
+        """Least score that is wanted, by distance [num_layers + 1], always up to date, where `select` does nothing but
+        compare with it; None = ask `select`. See `Predictor.step`."""
+        return None
+
+    def selected(self, num_keys: int, num_layers: int) -> None:
+        """`Predictor.step` has selected so many keys in so many layers by `thresholds`."""
 
 
 class Eviction(Part):
@@ -159,6 +203,11 @@ class Eviction(Part):
 
     def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
         """`keys` of `layer` were selected for the window (resident ones included); `scores` is what was predicted."""
+
+    def worths(self) -> Worths | None:
+        """The arrays that `predicted` changes, if it does nothing but what `Worths` says; None = tell `predicted`. See
+        `Predictor.step`."""
+        return None
 
     def release(self, layer: int, keys: Sequence[int]) -> Iterable[int]:
         """Resident keys to give up, now that the layer has run; empty for a cache that keeps what fits."""

@@ -24,7 +24,8 @@ class Policy:
 
     def __init__(self, predictor: Predictor, horizon: Horizon, selection: Selection, eviction: Eviction,
                  order: Order, future: Future | None = None, effort: Effort | None = None) -> None:  # fmt: skip
-        self.effort = effort or predictor.effort
+        at_once = self._may_fuse(predictor, selection, eviction)
+        self.effort = effort or (at_once and predictor.effort_at_once) or predictor.effort
         self.predictor = predictor
         self.horizon = horizon
         self.selection = selection
@@ -36,7 +37,7 @@ class Policy:
         # Without prediction the horizon has nothing to look at: a model of one layer is then no error.
         self.active = self.parts if self.prefetches else [predictor, selection, eviction, order]
         self.reach_counts: list[int] = []
-        """How many decisions looked this many layers ahead, by reach."""
+        """How many layer-steps looked this many layers ahead, by reach; 0: nothing was decided."""
         self.num_predicted = 0
         """How many layers the last decision predicted anew."""
         self.total_predicted = self.num_decisions = 0
@@ -76,6 +77,24 @@ class Policy:
         self._feedback_listeners = self.listeners("feedback")
         for part in self.active:
             part.start(view, self.future if part.uses_future else None)
+        self._fused = self.prefetches and self._fuse()
+        self._step, self._selected = self.predictor.step, self.selection.selected
+
+    @staticmethod
+    def _may_fuse(predictor: Predictor, selection: Selection, eviction: Eviction) -> bool:
+        """Whether all three parts declare, in their very class, how the predictor decides at once."""
+        declared: tuple[tuple[Part, str], ...] = (
+            (predictor, "fuse"), (predictor, "step"), (selection, "thresholds"), (eviction, "worths")
+        )  # fmt: skip
+        return predictor.refreshes and all(hook in vars(type(part)) for part, hook in declared)
+
+    def _fuse(self) -> bool:
+        """Whether the predictor decides at once, now that all parts have started."""
+        predictor, selection, eviction = self.predictor, self.selection, self.eviction
+        if not self._may_fuse(predictor, selection, eviction):
+            return False
+        thresholds, worths = selection.thresholds(), eviction.worths()
+        return thresholds is not None and worths is not None and predictor.fuse(thresholds, worths)
 
     def prepare(self, forwards: Sequence[Forward]) -> None:
         """Let the parts compute ahead what does not depend on timing."""
@@ -107,14 +126,38 @@ class Policy:
         """Of the decisions so far."""
         return self.effort.of(self.total_predicted / max(self.num_decisions, 1))
 
+    def decides(self) -> bool:
+        """Whether there is anything to decide at this layer: whether the horizon looks at any. If not, `decide` is not
+        called and nothing is charged; what was wanted before stays wanted."""
+        if self._distances():
+            return True
+        self.reach_counts[0] += 1
+        return False
+
     def decide(self, forward: Forward, layer: int) -> list[int]:
         """Experts wanted for the layers ahead, best first, without what is resident or on its way."""
+        distances = self._distances()
+        reach = distances[-1] if distances else 0
+        self.reach_counts[reach] += 1
+        self.num_decisions += 1
+        if self._fused and reach == len(distances) and reach:
+            told = self._step(forward, layer, reach)
+            if told is not None:
+                wants, num_selected, num_layers, overfetched = told
+                self._selected(num_selected, num_layers)
+                self.num_predicted = reach
+                self.total_predicted += reach
+                if overfetched and self._hears_overfetch:
+                    self.horizon.overfetched()
+                return wants
+        return self._ask(forward, layer, distances)
+
+    def _ask(self, forward: Forward, layer: int, distances: Sequence[int]) -> list[int]:
+        """`decide` by asking the parts, distance by distance."""
         residency, num_layers, event = self._residency, self._num_layers, self.view.event
         window_event, window_keys = self._window_event, self._window_keys
         wants: list[int] = []
         num_predicted = 0
-        distances = self._distances()
-        self.reach_counts[distances[-1] if distances else 0] += 1
         for distance in distances:
             target = (layer + distance) % num_layers
             if window_event[target] == event + distance and not self._refreshes:
@@ -147,5 +190,4 @@ class Policy:
                 self.horizon.overfetched()
         self.num_predicted = num_predicted
         self.total_predicted += num_predicted
-        self.num_decisions += 1
         return wants

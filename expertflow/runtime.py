@@ -108,6 +108,7 @@ class Runtime:
                     if self._last_mark >= mark:
                         break
                     queue.pump()
+                view.late_ns += view.now_ns - self._cursor_ns
                 view.layer = layer
                 view.event += 1
                 if layer == 0 or layer == last_layer:
@@ -127,18 +128,20 @@ class Runtime:
                 else:
                     waiting = []
                     self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
-                # 5. Decide, while the device works: on the next attention too, if nothing holds that up.
+                # 5. Decide, while the device works: on the next attention too, if nothing holds that up. Where there is
+                # nothing to decide the host spends no time on it, and what was wanted before stays wanted.
                 launched = not waiting
                 if launched:
                     mark = self._launch_next(layer)
                 if policy.prefetches:
-                    wants = policy.decide(forward, layer)
+                    if policy.decides():
+                        wants = policy.decide(forward, layer)
+                        machine.decided(wants)
+                        if wants or queue.wanted:
+                            queue.want(wants)
+                            queue.pump()
                     if watch is not None:
                         watch.horizon(view.now_ns, policy.horizon.distances())
-                    machine.decided(wants)
-                    if wants or queue.wanted:
-                        queue.want(wants)
-                        queue.pump()
                 # 6. Wait for the experts still missing; launch each when its last chunk has landed.
                 while waiting:
                     if not queue.flight:
@@ -163,6 +166,7 @@ class Runtime:
                     queue.pump()
                 if self._last_mark >= mark:
                     break
+            view.late_ns += view.now_ns - self._cursor_ns
             self._end_forward(forward)
 
     def _launch_next(self, layer: int) -> int:
@@ -224,6 +228,7 @@ class Runtime:
             if queue.fresh[key]:
                 queue.fresh[key] = 0
                 queue.num_fresh -= 1
+                self.view.num_used += 1
                 if state[key] == RESIDENT:
                     counters.prefetch_useful += 1
                 else:
@@ -298,6 +303,7 @@ class Runtime:
         landed_ns = self.queue.landed_ns
         key = landed[0] if len(landed) == 1 else max(landed, key=landed_ns.__getitem__)
         self._blame[mark] = (landed_ns[key], key, key in missing)
+        self.view.late_ns += self.view.now_ns - landed_ns[key]
         if self._pending_serial:
             self._load_next(mark)
         elif self.queue.demand:

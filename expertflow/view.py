@@ -23,14 +23,16 @@ class View:
     weighing more, as the predictor saw it at the end of the last forward; None where it says nothing of the kind.
     chances: chances [num_layers * num_experts] in 2^-16 that each expert is used when its layer runs next, as last
     predicted; None where the predictor gives scores alone. Both are written by the predictor.
-    link_bytes, link_busy_ns, layer_time_ns, num_layers_timed: running sums over the run; a part takes
-    differences. Layer time excludes stall, head and sampling.
+    link_bytes, link_busy_ns, layer_time_ns, num_layers_timed, late_ns, num_used: running sums over the run; a part
+    takes differences. Layer time excludes stall, head and sampling. late_ns: how much later than its device end the
+    host knew of what it waited for: each routing, each forward's tokens, and the last expert of each group that was
+    launched behind its copy. num_used: prefetched experts that were demanded before they were evicted, in time or not.
     """
 
     __slots__ = (
-        "chances", "event", "expert_bytes", "forward", "layer", "layer_time_ns", "link_busy_ns", "link_bytes", "now_ns",
-        "num_experts", "num_layers", "num_layers_timed", "num_slots", "outlook", "pinned", "residency",
-        "slots_by_layer", "top_k",
+        "chances", "event", "expert_bytes", "forward", "late_ns", "layer", "layer_time_ns", "link_busy_ns",
+        "link_bytes", "now_ns", "num_experts", "num_layers", "num_layers_timed", "num_slots", "num_used", "outlook",
+        "pinned", "residency", "slots_by_layer", "top_k",
     )  # fmt: skip
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int, expert_bytes: int, num_slots: int,
@@ -53,6 +55,8 @@ class View:
         self.link_busy_ns = 0
         self.layer_time_ns = 0
         self.num_layers_timed = 0
+        self.late_ns = 0
+        self.num_used = 0
 
 
 class Feedback:

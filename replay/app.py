@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from expertflow.observer import Observer
 from replay.device import DeviceLostError
 from replay.log import LogWriter
 from replay.log_format import LOG_NAME, LogHeader
+from replay.lost import end
 from replay.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import KEYS, Settings, as_found
@@ -34,8 +34,8 @@ from sim.run import baselines, describe
 from sim.setup import Workload, load_chunks, make_policy, make_workload, run_config
 from sim.twin import HitRecord, RedundancyCounter, without_prefetch
 
-LOST, WRONG = 3, 1
-"""Exit codes of a run whose device was lost, and of one whose stamps were wrong."""
+WRONG = 1
+"""Exit code of a run whose stamps were wrong."""
 
 
 @hydra.main(config_path=str(CONF), config_name="replay", version_base="1.3")
@@ -71,8 +71,8 @@ def replay_configured(cfg: DictConfig) -> float | None:
         try:
             metrics = job.run(device)
         except (PartialRunError, DeviceLostError) as error:
-            _lost(job, folder, error)
-            raise SystemExit(LOST) from error
+            _write_partial(job, folder, error)
+            raise SystemExit(end(error)) from error
     write_text(folder / "metrics.json", to_json(metrics))
     wall_s = time.perf_counter() - started
     found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
@@ -86,17 +86,12 @@ def replay_configured(cfg: DictConfig) -> float | None:
     return None if mean is None else float(mean)
 
 
-def _lost(job: Job, folder: Path, error: PartialRunError | DeviceLostError) -> None:
+def _write_partial(job: Job, folder: Path, error: PartialRunError | DeviceLostError) -> None:
     """Keep what was measured until the device was lost, and say where it is."""
     so_far = error.metrics if isinstance(error, PartialRunError) else {"partial": True, "num_forwards": 0}
     write_text(folder / "partial.json", to_json({**job.head, "reason": str(error), **so_far}))
     print(f"error: the device was lost: {error}; what was measured until then is in "
           f"{relative(folder / 'partial.json')}", file=sys.stderr)  # fmt: skip
-    if job.settings.machine == "cuda" and job.settings.fault is None:
-        # Nothing on a dead CUDA context can be given back: its destructors would abort the process.
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(LOST)
 
 
 def _check(cfg: dict[str, Any]) -> None:
@@ -188,11 +183,15 @@ def notes(metrics: dict[str, Any]) -> list[str]:
              f"{machine['dtype']}, experts in {machine['host_memory']} host memory"]  # fmt: skip
     if metrics["scale"] > 1:
         lines.append(f"the model's widths are divided by {metrics['scale']}: times are this machine's, not the model's")
-    if stack == "graph":
-        lines.append("stack=graph is not confirmed on hardware: launching kernels one by one takes longer than this "
-                     "stack leaves")  # fmt: skip
-    elif stack == "eager":
-        lines.append("stack=eager: the overhead of an eager stack is spent doing nothing on the compute stream")
+    launches = metrics["launches"]
+    if launches["layer_pad_ns"]:
+        lines.append(f"stack={stack}: its overhead, {launches['layer_pad_ns'] / 1e6:g} ms a layer, is spent doing "
+                     "nothing on the compute stream")  # fmt: skip
+    if launches["kv_grid"]:
+        lines.append(f"decode reads KV lengths rounded up to multiples of {launches['kv_grid']} tokens, for which its "
+                     "kernels are captured")  # fmt: skip
+    if launches["kv_grid"] and launches["num_unprepared"]:
+        lines.append(f"{launches['num_unprepared']} forwards, those of prompts, launched attention kernel by kernel")
     lines.extend(machine["warnings"])
     if integrity is not None:
         lines.append(

@@ -1,9 +1,11 @@
 """`python -m replay.calibrate NAME`: measure this machine, for `+hardware=NAME stack=NAME` in simulations.
 
-Copies by size, pinned and pageable, in one and several chunks, beside idle and busy compute, and back; launches and
-waits; memory bandwidth and matrix rate; every kernel of the models' shapes by number of tokens; and, in short replays
-in place, what the host spends on each policy. Writes NAME.yaml into conf/hardware and conf/stack and the raw record
-beside the former, and prints each figure beside the datasheet's.
+Device times are taken with the host far ahead of the device: copies by size, pinned and pageable, in one and several
+chunks, beside idle and busy compute; memory bandwidth and matrix rate; every kernel of the models' shapes as a run
+launches it, by number of experts and tokens, beside an idle and a busy link. Host times are taken in place, in short
+replays of each policy, with their spread, and a fixed loop is timed before, between and after: a host that changes its
+speed shows. A figure that cannot be is refused. Writes NAME.yaml into conf/hardware and conf/stack and the raw record
+beside the former, and prints each figure beside the datasheet's and the last calibration's.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from expertflow.runtime import Runtime
 from replay.bench_decide import measure_decisions
 from replay.device import Device
 from replay.drive import drive
+from replay.hostspeed import drift, python_loop_ns
 from replay.measure import (
+    Copier,
     chunked,
     copy_beside,
-    kernel_ns,
-    kernel_tables,
     launch_costs,
     link_curves,
     matrix_tflops,
@@ -38,16 +40,21 @@ from replay.measure import (
     pad_share,
 )
 from replay.memory import available_bytes
+from replay.peak import link_peak_gb_per_s
 from replay.probe import HostProbe
-from replay.profile import profiles, summary
+from replay.profile import link_fit, profiles, summary
+from replay.programs import DEFAULT_KV_GRID
 from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
 from replay.run import needs_of, scaled_workload
 from replay.scale import scaled_model
 from replay.settings import CPU_SCALE
+from replay.slot_kernels import tuned_tiles
 from replay.standin import standin_trace
 from replay.steady import steady
+from replay.tables import KernelBench, kernel_tables
 from sim.configure import configure
 from sim.entry import as_command
+from sim.link import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
@@ -100,7 +107,7 @@ class InPlace:
         machine = self._rig.machine(chunk_bytes, work.stack, transfer.memory)
         probe = HostProbe(machine)
         runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
-        machine.warm_up([next(iter(work.batches))])
+        machine.prepare(work.batches)
         with steady():
             self.device.restart_clock()
             drive(runtime, probe)
@@ -140,6 +147,9 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         "device": dict(device.describe()),
         "scale": scale,
         "threads_share_interpreter": device.world == "cpu",
+        "kv_grid": DEFAULT_KV_GRID if device.captures else 0,
+        "link_peak_gb_per_s": link_peak_gb_per_s(device.world),
+        "python_loop_ns": [python_loop_ns()],
         "memory_gb": (device.describe()["memory_bytes"] or available_bytes()) / 1e9,
     }
     step("launches and waits")
@@ -150,20 +160,25 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
     step("memory and matrices")
     raw["memory_gb_per_s"] = memory_gb_per_s(device)
     raw["matrix_tflops"] = matrix_tflops(device)
-    raw |= {"chunked": {}, "beside": {}, "kernels": {}, "kernel_launch_ns": {}, "host": {}}
+    # What cannot be shows before minutes are spent on the rest.
+    link_fit(raw["link"], raw["link_peak_gb_per_s"])
+    raw |= {"chunked": {}, "chunk_ns": {}, "beside": {}, "kernels": {}, "kernel_launch_ns": {}, "host": {}}
     for name in models:
         model = scaled_model(named_model(name), scale)
         step(f"{name}: kernels")
         tokens = TOKENS[:4] if quick else TOKENS
         needs = Needs(min(64, model.num_layers * model.num_experts), tokens[-1], 4096)
         rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
-        tables, launch_ns = kernel_tables(rig, tokens, 2048, 7 if quick else 25)
+        sizes = chunk_sizes(model.expert_bytes, int(DEFAULT_CHUNK_BYTES / scale**2))
+        tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
         raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
         raw["chunked"][model.name] = chunked(device, model.expert_bytes)
-        work = rig.kernels.experts(0, list(range(8)), [1] * 8, False, 1)
-        raw["beside"][model.name] = copy_beside(device, work, model.expert_bytes, kernel_ns(device, [work], 5))
+        raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
+        busy = KernelBench(rig, 1).experts(min(model.top_k, needs.num_slots), 1)
+        raw["beside"][model.name] = copy_beside(device, busy, sizes[0])
+        del busy
         rig.release()
-        del work
+        raw["python_loop_ns"].append(python_loop_ns())
         step(f"{name}: the host, in place")
         length, repeat = (24, 1) if quick else (64, 3)
         in_place = InPlace(device, named_model(name), scale, length)
@@ -174,6 +189,7 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
                 [in_place.run(policy_name, stack) for _ in range(repeat)])  # fmt: skip
             step(f"  {policy_name}, stack {stack}: {per_forward:.2f} ms a forward in place")
         in_place.release()
+        raw["python_loop_ns"].append(python_loop_ns())
     step("decisions by themselves")
     raw["decisions"] = {}
     for name in policies:
@@ -182,6 +198,8 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         times = measure_decisions(full, policy, transfer)
         raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns,
                                   "effort": policy.mean_effort()}  # fmt: skip
+    raw["python_loop_ns"].append(python_loop_ns())
+    raw["tiles"] = tuned_tiles()
     step("done")
     return raw
 
@@ -196,12 +214,13 @@ def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any]) -> None:
-    """Each measured figure beside what the datasheet, or the assumption in its place, says."""
+def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any],
+                 last: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """Each measured figure beside the last calibration's, and the datasheet's or the assumption in its place."""
     sheet = datasheet(raw["device"]["name"])
     title = "no profile to compare with" if sheet is None else f"conf/hardware/{sheet[0]}.yaml"
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column, justify in (("figure", "left"), ("measured", "right"), (title, "right")):
+    for column, justify in (("figure", "left"), ("measured", "right"), ("last time", "right"), (title, "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for key, value in hardware.items():
         if key in ("name", "sources", "kernel_ns", "memory_efficiency", "compute_efficiency"):
@@ -210,11 +229,13 @@ def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any]
         if key in ("memory_gb_per_s", "tflops") and sheet is not None:
             share = "memory_efficiency" if key == "memory_gb_per_s" else "compute_efficiency"
             said = f"{said} x {sheet[1][share]}"
-        table.add_row(key, _figure(key, value), said if isinstance(said, str) else _figure(key, said))
+        before = "–" if last is None else _figure(key, last.get(key))
+        table.add_row(key, _figure(key, value), before, said if isinstance(said, str) else _figure(key, said))
     for name, times in raw["decisions"].items():
         table.add_row(f"decisions of {name}, a layer", f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 "
-                      f"{times['p99_ns'] / 1e3:.1f} us", "")  # fmt: skip
-    table.add_row("pads last", f"{100 * raw['pad_share']:.1f} %", "")
+                      f"{times['p99_ns'] / 1e3:.1f} us", "", "")  # fmt: skip
+    table.add_row("pads last", f"{100 * raw['pad_share']:.1f} %", "", "")
+    table.add_row("the host's speed varied by", f"{100 * drift(raw['python_loop_ns'])['drift']:.0f} %", "", "")
     console.print(table)
 
 
@@ -285,8 +306,11 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     finally:
         device.close()
     raw["provenance"] = provenance(words, "", 0.0, "replay")
+    there = args.out / "hardware" / f"{name}.yaml"
+    last = yaml.safe_load(there.read_text(encoding="utf-8")) if there.exists() else None
     paths = write_profile(raw, name, args.out)
-    print_beside(Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120), profiles(raw, name)[0], raw)
+    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    print_beside(console, profiles(raw, name)[0], raw, last)
     for path in paths:
         print(f"written {path}")
     if scale > 1:

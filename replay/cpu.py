@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from replay.device import DeviceLostError, Span
+from replay.device import DeviceLostError, Program, Words, Work
 
 _SLACK_NS = 1000
 _LATE_NS = 2_000_000
@@ -35,8 +36,8 @@ class _CpuEvent:
         self.ns = 0
 
 
-_Task = tuple[int, _CpuEvent | None, int, _CpuEvent, Callable[[], object], int, _CpuEvent]
-"""(enqueued at, wait for, pad ns, start, work, least ns, end)."""
+_Task = tuple[int, _CpuEvent | None, int, _CpuEvent, Callable[[], object], int, _CpuEvent, Callable[[], object] | None]
+"""(enqueued at, wait for, pad ns, start, work, least ns, end, what follows the end)."""
 
 
 class _Stream(threading.Thread):
@@ -59,7 +60,7 @@ class _Stream(threading.Thread):
     def _serve(self) -> None:
         clock, news, due = time.perf_counter_ns, self.device.news, 0
         while (task := self.tasks.get()) is not None:
-            put_ns, after, pad_ns, start, work, least_ns, end = task
+            put_ns, after, pad_ns, start, work, least_ns, end, then = task
             try:
                 if after is not None:
                     while not after.happened:
@@ -76,8 +77,9 @@ class _Stream(threading.Thread):
                 self.device.failure = error
             end.ns = due if least_ns and due > start.ns else clock()
             end.happened = True
+            if then is not None:
+                then()
             news.put(None)
-
 
     def _pace(self, put_ns: int, after: _CpuEvent | None, start: _CpuEvent, least_ns: int, due: int) -> int:
         """Let a copy last as long as the link would take; when it ends, on the link's clock.
@@ -98,6 +100,7 @@ class CpuDevice:
 
     world = "cpu"
     dtype = torch.float32
+    captures = False
 
     def __init__(self, throttle_gb_per_s: float | None = None, latency_ns: int = 0) -> None:
         self.torch_device = torch.device("cpu")
@@ -105,6 +108,8 @@ class CpuDevice:
         self.latency_ns = latency_ns
         self.news: SimpleQueue[None] = SimpleQueue()
         self.failure: BaseException | None = None
+        self._number = [0]
+        self.numbers: Sequence[int] = self._number
         self._switch_s = sys.getswitchinterval()
         self._num_threads = torch.get_num_threads()
         sys.setswitchinterval(_SWITCH_S)
@@ -122,32 +127,55 @@ class CpuDevice:
             "dtype": "float32",
         }
 
-    def launch(self, work: Callable[[], None], pad_ns: int) -> Span:
-        start, end = _CpuEvent(), _CpuEvent()
-        self._compute.tasks.put((0, None, pad_ns, start, work, 0, end))
-        return start, end
+    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+        then = None if words is None else self._gate(*words)
 
-    def read_back(self, target: torch.Tensor, source: torch.Tensor) -> _CpuEvent:
-        start, end = _CpuEvent(), _CpuEvent()
-        self._compute.tasks.put((0, None, 0, start, lambda: target.copy_(source), 0, end))
-        return end
+        def run() -> None:
+            # New ones: a copy that waits for the last launch is not to wait for this one.
+            program.start, program.end = start, end = _CpuEvent(), _CpuEvent()
+            self._compute.tasks.put((0, None, pad_ns, start, work, 0, end, then))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: _CpuEvent | None) -> Span:
+        program = Program(_CpuEvent(), _CpuEvent(), run)
+        return program
+
+    def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+        """Copies the words, then raises the number: both by the stream's thread alone."""
+        numbers = self._number
+
+        def gate() -> None:
+            target.copy_(source)
+            numbers[0] += 1
+
+        return gate
+
+    def launch(self, program: Program) -> None:
+        program.run()
+
+    def copy(self, target: int, source: int, num_bytes: int, after: _CpuEvent | None) -> _CpuEvent:
         start, end = _CpuEvent(), _CpuEvent()
         least_ns = 0
         if self.throttle_gb_per_s is not None:
-            least_ns = self.latency_ns + round(target.numel() * target.element_size() / self.throttle_gb_per_s)
+            least_ns = self.latency_ns + round(num_bytes / self.throttle_gb_per_s)
         now_ns = time.perf_counter_ns()
-        self._link.tasks.put((now_ns, after, 0, start, lambda: target.copy_(source), least_ns, end))
-        return start, end
+        self._link.tasks.put((now_ns, after, 0, start, partial(ctypes.memmove, target, source, num_bytes), least_ns,
+                              end, None))  # fmt: skip
+        return end
+
+    def disturb(self, target: int, source: int, num_bytes: int) -> None:
+        moved = partial(ctypes.memmove, target, source, num_bytes)
+        self._compute.tasks.put((0, None, 0, _CpuEvent(), moved, 0, _CpuEvent(), None))
 
     def happened(self, event: _CpuEvent) -> bool:
         if self.failure is not None:
             raise DeviceLostError(f"a stream of the CPU machine failed: {self.failure}") from self.failure
         return event.happened
 
-    def wait(self, events: Sequence[_CpuEvent]) -> None:
-        while not any(event.happened for event in events):
+    def wait(self, number: int, event: _CpuEvent | None = None, idle: Callable[[], object] | None = None) -> None:
+        # The streams are threads of this interpreter: to poll would be to take it from them.
+        numbers = self.numbers
+        while not ((number > 0 and numbers[0] >= number) or (event is not None and event.happened)):
+            if idle is not None:
+                idle()
             self.news.get()
 
     def time_ns(self, event: _CpuEvent) -> int:
@@ -171,8 +199,8 @@ class CpuDevice:
     def synchronize(self) -> None:
         for stream in (self._compute, self._link):
             done = _CpuEvent()
-            stream.tasks.put((0, None, 0, _CpuEvent(), _nothing, 0, done))
-            self.wait([done])
+            stream.tasks.put((0, None, 0, _CpuEvent(), _nothing, 0, done, None))
+            self.wait(0, done)
         if self.failure is not None:
             raise DeviceLostError(f"a stream of the CPU machine failed: {self.failure}") from self.failure
 

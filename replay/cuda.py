@@ -1,4 +1,8 @@
-"""An NVIDIA GPU through torch: one compute and one copy stream, pooled events, a clock that both sides share.
+"""An NVIDIA GPU through torch: programs as CUDA graphs, raw copies, and a clock that both sides share.
+
+A program is one graph: a pad, an event, the kernels, an event, and where the host waits for it a kernel that raises a
+number in pinned memory, which the host polls. Launching it costs the host some 3 us whatever it holds (results of an
+H200 in `results/`). Events inside graphs need torch 2.8, the first with external events.
 
 Times are CUDA's own, from events. `elapsed_time` is a float32 of milliseconds, exact to a few ns only while its base
 is young, so the base is renewed at every forward and whenever it has grown old. The host's clock is tied to them by
@@ -11,19 +15,24 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch
 
-from replay.device import DeviceLostError, Span
+from replay.device import DeviceLostError, Program, Words, Work, words_of
+from replay.lost import found_lost
+from replay.raw import raw_copy
+from replay.slot_kernels import gate
 
 _BASE_LIFE_NS = 10_000_000
 """A float32 of milliseconds resolves 1 ns up to 16 ms; at a minute it would be 4 us."""
 _FORGET_NS = 5_000
 """Host and device clocks drift apart, by less than 200 ppm: the least delay seen is forgotten by 1 ns in so many."""
 _PATIENCE_NS = 60_000_000_000
-_POLLS = 4096
+_POLLS = 64
+"""Between two looks at the clock, and at what else there is to do."""
+_ASK_NS = 1_000_000
 _SPIN_CYCLES = (50_000, 2_000_000)
 _SETTLE_NS = 50_000_000
 """An idle GPU runs at a fraction of its clock; after this much work it has come up."""
@@ -46,6 +55,8 @@ def explained(error: RuntimeError) -> Exception:
         # Its first line is a paragraph: what was tried, what is free, who has the rest.
         return ValueError(f"GPU memory: {'. '.join(line.split('. ')[:2]).rstrip('.')}; lower residency, batch_size or "
                           "prefill_chunk, or close what else uses the GPU")  # fmt: skip
+    # Triton speaks of the same errors in its own words.
+    line = line.replace("Triton Error [CUDA]", "CUDA error")
     if not line.startswith("CUDA error") or any(mistake in line for mistake in _OUR_MISTAKES):
         return error
     if any(memory in line for memory in _MEMORY):
@@ -57,6 +68,12 @@ def explained(error: RuntimeError) -> Exception:
     return DeviceLostError(line)
 
 
+def _told_if_lost(meaning: Exception) -> None:
+    """A GPU that is gone, told before anything is taken down. Without a context there is nothing to take down."""
+    if isinstance(meaning, DeviceLostError) and torch.cuda.is_initialized():
+        found_lost(meaning)
+
+
 @contextmanager
 def explaining() -> Iterator[None]:
     """Around what allocates or computes on the device beside `CudaDevice`: its errors as `explained`."""
@@ -64,6 +81,7 @@ def explaining() -> Iterator[None]:
         yield
     except RuntimeError as error:
         meaning = explained(error)
+        _told_if_lost(meaning)
         if meaning is error:
             raise
         raise meaning from error
@@ -78,10 +96,17 @@ class CudaDevice:
     world = "cuda"
     dtype = torch.bfloat16
 
+    captures = True
+
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise ValueError("machine=cuda: torch sees no CUDA device here; choose machine=cpu, or install a CUDA "
                              "build of torch")  # fmt: skip
+        try:
+            torch.cuda.Event(enable_timing=True, external=True)
+        except TypeError as error:
+            raise ValueError(f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; "
+                             "install torch 2.8 or later") from error  # fmt: skip
         self._lost = False
         self._pool: list[Any] = []
         self._next_base: Any = None
@@ -96,6 +121,17 @@ class CudaDevice:
         # Neither stream waits for the default one, nor it for them: whoever fills memory there must synchronise.
         self._compute = torch.cuda.Stream(device=self.torch_device)
         self._link = torch.cuda.Stream(device=self.torch_device)
+        # A graph is launched on torch's current stream; entering a context costs four times what a launch does.
+        self._before = torch.cuda.current_stream(self.torch_device)
+        torch.cuda.set_stream(self._compute)
+        self._memory = torch.cuda.graph_pool_handle()
+        self._counter = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
+        self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self.numbers: Sequence[int] = words_of(self._flag)
+        self._raw_copy, self.copies_by = raw_copy()
+        # Graphs share the memory of what they compute in between; a pool that no graph holds may not be used again.
+        self._counter.add_(0)
+        self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
         self._base = self._event()
         self._restart_clock()
 
@@ -108,21 +144,18 @@ class CudaDevice:
             "cuda": torch.version.cuda,
             "platform": platform.system(),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "copies_by": self.copies_by,
         }
 
     def _event(self) -> Any:
         return self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
 
     def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Most CUDA errors are sticky: nothing that follows on this device would work."""
+        """`call` with its errors as `explained`."""
         try:
             return call(*arguments)
         except RuntimeError as error:
-            meaning = explained(error)
-            self._lost = self._lost or isinstance(meaning, DeviceLostError)
-            if meaning is error:
-                raise
-            raise meaning from error
+            self._explain(error)
 
     # -- the clock -------------------------------------------------------------------------------------------
 
@@ -141,11 +174,11 @@ class CudaDevice:
         self._lag_at_ns = time.perf_counter_ns()
         self._base.record(self._compute)
         self._based_at_ns = self._lag_at_ns
-        self._wait([self._base])
+        self._wait(0, self._base)
         for _ in range(50):
             probe = self._event()
             probe.record(self._compute)
-            self._wait([probe])
+            self._wait(0, probe)
             self._time_ns(probe)
             self._pool.append(probe)
 
@@ -167,13 +200,12 @@ class CudaDevice:
 
     def _spin_ns(self, cycles: int) -> float:
         start, end = self._event(), self._event()
-        with torch.cuda.stream(self._compute):
-            # The host must be ahead: else its own time between two calls would count.
-            torch.cuda._sleep(_SPIN_CYCLES[0])
-            start.record(self._compute)
-            torch.cuda._sleep(cycles)
-            end.record(self._compute)
-        self._wait([end])
+        # The host must be ahead: else its own time between two calls would count.
+        torch.cuda._sleep(_SPIN_CYCLES[0])
+        start.record(self._compute)
+        torch.cuda._sleep(cycles)
+        end.record(self._compute)
+        self._wait(0, end)
         self._pool += (start, end)
         return float(start.elapsed_time(end)) * 1e6
 
@@ -182,94 +214,151 @@ class CudaDevice:
         self._next_base.record(self._compute)
         self._based_at_ns = time.perf_counter_ns()
 
-    def _keep_base_young(self) -> None:
-        """Forwards may last seconds, and calibrations have none."""
-        if self._next_base is None and time.perf_counter_ns() - self._based_at_ns > _BASE_LIFE_NS:
-            self._renew_base()
-
     def begin_forward(self) -> None:
+        # Forgetting is slower than time: `now_ns` never steps back, nor before an event that it was told of.
+        forgotten_ns = (time.perf_counter_ns() - self._lag_at_ns) // _FORGET_NS
+        self._lag_at_ns += forgotten_ns * _FORGET_NS
+        self._least_lag_ns += forgotten_ns
         if self._next_base is None:
             self._guarded(self._renew_base)
 
     def time_ns(self, event: Any) -> int:
-        return int(self._guarded(self._time_ns, event))
+        try:
+            return self._time_ns(event)
+        except RuntimeError as error:
+            self._explain(error)
 
     def _time_ns(self, event: Any) -> int:
         # It has happened, so the host's present bounds it from above; asking CUDA takes microseconds.
         found_ns = time.perf_counter_ns()
         coming = self._next_base
-        if coming is not None and coming.query():
-            self._base_ns += round(self._base.elapsed_time(coming) * 1e6)
-            self._pool.append(self._base)
-            self._base, self._next_base = coming, None
+        if coming is not None:
+            if coming.query():
+                self._base_ns += round(self._base.elapsed_time(coming) * 1e6)
+                self._pool.append(self._base)
+                self._base, self._next_base = coming, None
+        elif found_ns - self._based_at_ns > _BASE_LIFE_NS:
+            # Forwards may last seconds, and calibrations have none.
+            self._renew_base()
         # Negative for what happened before the base did.
         at_ns: int = self._base_ns + round(self._base.elapsed_time(event) * 1e6)
-        # Forgetting is slower than time: `now_ns` never steps back, nor before an event that it was told of.
-        forgotten_ns = (found_ns - self._lag_at_ns) // _FORGET_NS
-        self._lag_at_ns += forgotten_ns * _FORGET_NS
-        self._least_lag_ns = min(self._least_lag_ns + forgotten_ns, found_ns - at_ns)
+        if found_ns - at_ns < self._least_lag_ns:
+            self._least_lag_ns = found_ns - at_ns
         return at_ns
 
     def now_ns(self) -> int:
         return time.perf_counter_ns() - self._least_lag_ns
 
-    # -- the streams -----------------------------------------------------------------------------------------
+    # -- programs --------------------------------------------------------------------------------------------
 
-    def launch(self, work: Callable[[], None], pad_ns: int) -> Span:
-        return self._guarded(self._launch, work, pad_ns)  # type: ignore[no-any-return]
+    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+        made: Program = self._guarded(self._program, work, pad_ns, words, captured)
+        return made
 
-    def _launch(self, work: Callable[[], None], pad_ns: int) -> Span:
-        self._keep_base_young()
-        start, end, stream = self._event(), self._event(), self._compute
-        with torch.cuda.stream(stream):
-            cycles = round((pad_ns - self._overhead_ns) * self._cycles_per_ns)
+    def _program(self, work: Work, pad_ns: int, words: Words | None, captured: bool) -> Program:
+        start, end = (torch.cuda.Event(enable_timing=True, external=captured) for _ in range(2))
+        cycles, stream = round((pad_ns - self._overhead_ns) * self._cycles_per_ns), self._compute
+        gate = None if words is None else self._gate(*words)
+
+        def launch() -> None:
             if cycles > 0:
                 torch.cuda._sleep(cycles)
             start.record(stream)
             work()
             end.record(stream)
-        return start, end
+            if gate is not None:
+                gate()
 
-    def read_back(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        return self._guarded(self._read_back, target, source)
+        if not captured:
+            return Program(start, end, launch)
+        # Libraries load, and kernels are compiled, on first use, which must not fall into a capture.
+        work()
+        if gate is not None:
+            gate()
+        torch.cuda.synchronize(self.torch_device)
+        return Program(start, end, self._capture(launch).replay)
 
-    def _read_back(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        end = self._event()
-        with torch.cuda.stream(self._compute):
-            target.copy_(source, non_blocking=True)
-            end.record(self._compute)
+    def _capture(self, launch: Work) -> Any:
+        """A graph of what `launch` enqueues. torch.cuda.graph would collect garbage and empty caches at every one."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        try:
+            launch()
+        except BaseException:
+            # The capture has to end, which may fail for what went wrong in it: that is what deserves to be told.
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return graph
+
+    def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:
+        """Copies the words and raises the number, in this order as the host sees it."""
+        return gate(source, target, self._counter, self._flag)
+
+    def _explain(self, error: RuntimeError) -> NoReturn:
+        """Raise what `error` means. Most CUDA errors are sticky: nothing that follows on this device would work."""
+        meaning = explained(error)
+        self._lost = self._lost or isinstance(meaning, DeviceLostError)
+        _told_if_lost(meaning)
+        if meaning is error:
+            raise error
+        raise meaning from error
+
+    # -- the streams -----------------------------------------------------------------------------------------
+
+    def launch(self, program: Program) -> None:
+        try:
+            program.run()
+        except RuntimeError as error:
+            self._explain(error)
+
+    def copy(self, target: int, source: int, num_bytes: int, after: Any) -> Any:
+        stream = self._link
+        try:
+            if after is not None:
+                # Of `after` as it was last recorded: it may be recorded again while this stream waits.
+                stream.wait_event(after)
+            self._raw_copy(target, source, num_bytes, stream)
+            end = self._pool.pop() if self._pool else self._event()
+            end.record(stream)
+        except RuntimeError as error:
+            self._explain(error)
         return end
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Span:
-        return self._guarded(self._copy, target, source, after)  # type: ignore[no-any-return]
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Span:
-        self._keep_base_young()
-        start, end, stream = self._event(), self._event(), self._link
-        if after is not None:
-            # Of `after` as it was last recorded: it may be recycled and recorded again while this stream waits.
-            stream.wait_event(after)
-        with torch.cuda.stream(stream):
-            start.record(stream)
-            target.copy_(source, non_blocking=True)
-            end.record(stream)
-        return start, end
+    def disturb(self, target: int, source: int, num_bytes: int) -> None:
+        self._guarded(self._raw_copy, target, source, num_bytes, self._compute)
 
     def happened(self, event: Any) -> bool:
-        return bool(self._guarded(event.query))
+        try:
+            return bool(event.query())
+        except RuntimeError as error:
+            self._explain(error)
 
-    def wait(self, events: Sequence[Any]) -> None:
-        self._guarded(self._wait, events)
+    def wait(self, number: int, event: Any = None, idle: Callable[[], object] | None = None) -> None:
+        try:
+            self._wait(number, event, idle)
+        except RuntimeError as error:
+            self._explain(error)
 
-    def _wait(self, events: Sequence[Any]) -> None:
+    def _wait(self, number: int, event: Any, idle: Callable[[], object] | None = None) -> None:
         # Polled: a blocking synchronisation sleeps for longer than a chunk takes, and knows only one event.
-        began_ns = time.perf_counter_ns()
-        queries = [event.query for event in events]
-        while time.perf_counter_ns() - began_ns < _PATIENCE_NS:
+        numbers: Sequence[int] = self.numbers
+        if number <= 0:
+            number, numbers = 1, (0,)
+        query = _never if event is None else event.query
+        began_ns = asked_ns = now_ns = time.perf_counter_ns()
+        while now_ns - began_ns < _PATIENCE_NS:
+            if idle is not None:
+                idle()
             for _ in range(_POLLS):
-                for query in queries:
-                    if query():
-                        return
+                if numbers[0] >= number or query():
+                    return
+            now_ns = time.perf_counter_ns()
+            if now_ns - asked_ns > _ASK_NS:
+                # A lost device raises no number; whatever it is asked, it answers with its error.
+                asked_ns = now_ns
+                self._base.query()
         raise DeviceLostError(f"the GPU has not answered for {_PATIENCE_NS // 10**9} s")
 
     def recycle(self, event: Any) -> None:
@@ -292,5 +381,15 @@ class CudaDevice:
     def close(self) -> None:
         self._pool.clear()
         if not self._lost:
-            # On a lost device this would raise in its turn.
+            # On a lost device these would raise in their turn.
+            torch.cuda.set_stream(self._before)
             torch.cuda.empty_cache()
+
+
+def _ignore(value: object) -> None:
+    """A work returns nothing."""
+
+
+def _never() -> bool:
+    """The query of no event."""
+    return False

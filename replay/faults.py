@@ -5,12 +5,9 @@ Wraps a device. Each fault strikes once, at the `at`-th copy (or the first occas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
-from replay.device import Device, DeviceLostError, Event, Span
+from replay.device import Device, DeviceLostError, Event, Program
 
 FAULTS = ("delayed", "failed", "reordered", "duplicated", "early_reuse", "lost")
 
@@ -33,91 +30,78 @@ class FaultyDevice:
         self.at = at
         self.struck = False
         self._count = 0
-        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._held: tuple[int, int, int] | None = None
         self._due = 0
-        self._before: torch.Tensor | None = None
-        self._sources: dict[int, torch.Tensor] = {}
-        self._overwrite: Callable[[], object] | None = None
+        self._before: tuple[int, int] | None = None
+        self._sources: dict[int, int] = {}
+        self._overwrite: tuple[int, int, int] | None = None
         self._landed: Event = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Span:
+    def copy(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
         """As the device's, but for the fault."""
         self._count += 1
-        span = self._faulty(target, source, after)
-        self._before = source
-        self._sources[target.data_ptr()] = source
-        return span
+        end = self._faulty(target, source, num_bytes, after)
+        self._before = source, num_bytes
+        self._sources[target] = source
+        return end
 
-    def _faulty(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Span:
+    def _faulty(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
         device, due = self._device, self._count >= self.at
         if self._held is not None:
-            return self._release(target, source, after)
+            return self._release(target, source, num_bytes, after)
         if not due or self.struck:
-            return device.copy(target, source, after)
+            return device.copy(target, source, num_bytes, after)
         if self.fault == "lost":
             self.struck = True
             raise DeviceLostError("fault=lost: the device stopped answering, as asked")
         if self.fault in ("delayed", "failed", "reordered"):
             self.struck = True
             if self.fault != "failed":
-                self._held, self._due = (target, source), self._count + (16 if self.fault == "delayed" else 1)
-            return device.copy(target[:0], source[:0], after)
+                self._held = target, source, num_bytes
+                self._due = self._count + (16 if self.fault == "delayed" else 1)
+            return device.copy(target, source, 0, after)
         if self.fault == "duplicated":
-            return self._duplicate(target, source, after)
-        span = device.copy(target, source, after)
+            return self._duplicate(target, source, num_bytes, after)
+        end = device.copy(target, source, num_bytes, after)
         if self._overwrite is None and self._before is not None:
-            self._landed, self._overwrite = span[1], _overwriter(target, self._before)
-        return span
+            other, size = self._before
+            self._landed, self._overwrite = end, (target, other, min(num_bytes, size))
+        return end
 
-    def _release(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Span:
+    def _release(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
         assert self._held is not None
         if self._count < self._due:
-            return self._device.copy(target, source, after)
-        held_target, held_source = self._held
+            return self._device.copy(target, source, num_bytes, after)
+        held_target, held_source, held_bytes = self._held
         self._held = None
-        if self.fault == "reordered" and held_target.numel() == target.numel():
-            self._device.copy(target, held_source, after)
-            return self._device.copy(held_target, source, None)
+        if self.fault == "reordered" and held_bytes == num_bytes:
+            self._device.copy(target, held_source, num_bytes, after)
+            return self._device.copy(held_target, source, num_bytes, None)
         # Chunks of different sizes cannot change places: try the next pair.
         self.struck = self.fault != "reordered"
-        self._device.copy(held_target, held_source, after)
-        return self._device.copy(target, source, None)
+        self._device.copy(held_target, held_source, held_bytes, after)
+        return self._device.copy(target, source, num_bytes, None)
 
-    def _duplicate(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Span:
-        earlier = self._sources.get(target.data_ptr())
-        span = self._device.copy(target, source, after)
-        if earlier is not None and earlier.data_ptr() != source.data_ptr():
+    def _duplicate(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
+        earlier = self._sources.get(target)
+        end = self._device.copy(target, source, num_bytes, after)
+        if earlier is not None and earlier != source:
             self.struck = True
-            self._device.copy(target, earlier, None)
-        return span
+            self._device.copy(target, earlier, num_bytes, None)
+        return end
 
-    def launch(self, work: Callable[[], None], pad_ns: int) -> Span:
-        """As the device's; with early_reuse a slot is overwritten while its kernels are under way."""
-        overwrite = self._overwrite
-        if overwrite is None or self.struck or self._landed is not None:
-            return self._device.launch(work, pad_ns)
-        self.struck = True
-
-        def raced() -> None:
-            overwrite()
-            work()
-
-        return self._device.launch(raced, pad_ns)
+    def launch(self, program: Program) -> None:
+        """As the device's; with early_reuse a slot is overwritten just before its kernels are under way."""
+        if self._overwrite is not None and not self.struck and self._landed is None:
+            self.struck = True
+            self._device.disturb(*self._overwrite)
+        self._device.launch(program)
 
     def recycle(self, event: Event) -> None:
         """As the device's; what is given back has been reported as done."""
         if event is self._landed:
             self._landed = None
         self._device.recycle(event)
-
-    def wait(self, events: Sequence[Event]) -> None:
-        """As the device's."""
-        self._device.wait(events)
-
-
-def _overwriter(target: torch.Tensor, source: torch.Tensor) -> Callable[[], object]:
-    size = min(target.numel(), source.numel())
-    return lambda: target[:size].copy_(source[:size])

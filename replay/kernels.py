@@ -1,28 +1,61 @@
 """Kernels of a model's true shapes without its weights: the bytes read and the operations done are the model's.
 
-Every kernel is a real matrix product (or several). A product over weights stored in fewer bits than the machine
-computes in (mxfp4 and int4 experts in bf16, anything in the CPU's float32) reads the true bytes as a narrower
-matrix and multiplies it with proportionally more rows, so that bytes and operations are both true; what is left
-out is the unpacking. Attention is one product of its weights' size, then two over the KV cache that read each
-cached value once. The router alone keeps its shape, since its result is read: its bytes are those of the machine's
-numbers. Softmax, norms and rotary embeddings are left out: they move little and belong to a stack.
+Every kernel is a real matrix product (or several). On a GPU the routed and the shared experts of a launch are one
+pair of kernels that read slots and counts from device memory (`replay.slot_kernels`), elsewhere they are products one
+by one. A product over weights stored in fewer bits than the machine computes in (mxfp4 and int4 experts in bf16,
+anything in the CPU's float32) reads the true bytes as a narrower matrix and multiplies it with proportionally more
+rows, so that bytes and operations are both true; what is left out is the unpacking. Attention is one product of its
+weights' size, then two over the KV cache that read each cached value once. The router alone keeps its shape, since
+its result is read: its bytes are those of the machine's numbers. Softmax, norms and rotary embeddings are left out:
+they move little and belong to a stack.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.model import GQA, ModelSpec
+from replay.device import Work, words_of
 from replay.pools import SlotPool
 from replay.products import products
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
+from sim.kernels import kv_on_grid
 
-Work = Callable[[], None]
 _SEED = 2_510_26730
+
+
+class Shape(NamedTuple):
+    """Of one layer's attention: token rows, cached rows read, and queries that bring the operations to the model's."""
+
+    num_tokens: int
+    rows: int
+    columns: int
+
+
+class Row:
+    """The words that describe one launch of experts: `host` [num_words] int64, where the device reads them.
+
+    device: where its first kernel copies them to; None where kernels read the host's memory. words: the same memory as
+    `host`, cheap to write one by one.
+    """
+
+    __slots__ = ("device", "host", "layout", "plain", "words")
+
+    def __init__(self, layout: RowLayout, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.layout = layout
+        self.host = torch.zeros(layout.num_words, dtype=torch.int64, pin_memory=on_gpu)
+        self.device = torch.zeros_like(self.host, device=device) if on_gpu else None
+        self.words = words_of(self.host)
+        self.plain = False
+        """Whether its counts and first rows are those of one token for each expert."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +102,14 @@ class _Block:
                 values[cut : cut + feed.middle * feed.hidden].view(feed.middle, feed.hidden))  # fmt: skip
 
 
+class _Own(NamedTuple):
+    """Blocks of which each layer has its own: values [count, num_values], and each one's two matrices."""
+
+    block: _Block
+    values: torch.Tensor
+    pairs: list[tuple[torch.Tensor, torch.Tensor]]
+
+
 class Kernels:
     """All kernels of one model on one device. Work returned is launched later, by the device, in its own stream.
 
@@ -98,6 +139,9 @@ class Kernels:
         ]
         self._shared = self._own_blocks(model.shared_params, model.num_layers)
         self._dense = self._own_blocks(model.dense_params, model.num_dense_layers)
+        self._on_slots: Any = None
+        if self._device.type == "cuda":
+            self._on_slots = self._slot_kernels(slots, max_tokens)
         self._make_attention(max_context)
         self._head_values = self._random(hidden, self._columns(model.head_params, model.embedding_bits))
         self._head_out = self._outputs(model.head_params, self._head_values)
@@ -117,7 +161,7 @@ class Kernels:
             self._inputs = self._random(rows, self.model.hidden_size)
         return self._inputs.new_empty((rows, values.shape[1]))
 
-    def _own_blocks(self, params: int, count: int) -> tuple[_Block, list[tuple[torch.Tensor, torch.Tensor]]] | None:
+    def _own_blocks(self, params: int, count: int) -> _Own | None:
         """Blocks that stay in GPU memory, one a layer: none would fit into a cache with the others."""
         if not params or not count:
             return None
@@ -126,7 +170,17 @@ class Kernels:
         block = _Block(feed, self._max_tokens, self._inputs)
         if block.max_rows > self._inputs.shape[0]:
             self._inputs = self._random(block.max_rows, model.hidden_size)
-        return block, [block.split(self._random(feed.num_values)) for _ in range(count)]
+        values = self._random(count, feed.num_values)
+        return _Own(block, values, [block.split(one) for one in values])
+
+    def _slot_kernels(self, slots: SlotPool, max_tokens: int) -> Any:
+        from replay.slot_kernels import SlotKernels
+
+        shared = None if self._shared is None else (self._shared.block.feed, self._shared.values)
+        # Rows are rounded up for each expert, and the padded places of a launch are filled once before a run.
+        most = max_tokens * self.model.top_k
+        rows = self.rows(most) + 2 * size_class(min(self.model.num_experts, most)) * self.rows(1)
+        return SlotKernels(self._expert.feed, slots, self._inputs, rows, self._dtype, shared)
 
     def _make_attention(self, max_context: int) -> None:
         model = self.model
@@ -166,8 +220,8 @@ class Kernels:
         """Rows of this machine's numbers that are as many bytes as the keys (or the latents) of `tokens`."""
         return max(1, math.ceil(tokens * self.model.kv_bits / torch.finfo(self._dtype).bits))
 
-    def attention(self, layer: int, forward: Forward) -> Work:
-        """Attention and router of MoE layer `layer`; leading dense layers run before layer 0."""
+    def shape(self, layer: int, forward: Forward, kv_grid: int = 0) -> Shape:
+        """Of the attention of MoE layer `layer` in `forward`. kv_grid: see `sim.kernels.kv_on_grid`."""
         num_tokens = len(forward.rows)
         window = self.model.window if self.model.is_windowed(layer) else None
         lens = forward.kv_lens if window is None else [min(kv_len, window) for kv_len in forward.kv_lens]
@@ -175,17 +229,24 @@ class Kernels:
         pairs = cached = sum(lens)
         if prefill:
             cached = max(forward.kv_lens[-1] if window is None else len(lens) + lens[0] - 1, 1)
+        else:
+            most = sys.maxsize if window is None else window * num_tokens
+            pairs = cached = kv_on_grid(cached, kv_grid, most)
         rows = self._cached_rows(cached)
         columns = max(1, round(self._context_flops(pairs, cached - num_tokens, prefill) / (self._column_flops * rows)))
+        return Shape(num_tokens, rows, columns)
+
+    def attention(self, layer: int, shape: Shape) -> Work:
+        """Attention and router of MoE layer `layer`; leading dense layers run before layer 0."""
+        num_tokens, rows, columns = shape
         dense, route = (self._dense if layer == 0 else None), self._products.route
         index = layer + self.model.num_dense_layers
 
         def work() -> None:
             if dense is not None:
-                block, weights = dense
-                for place, pair in enumerate(weights):
+                for place, pair in enumerate(dense.pairs):
                     self._attend(place, layer, num_tokens, rows, columns)
-                    self._feed(block, [pair], [num_tokens])
+                    self._feed(dense.block, [pair], [dense.block.feed.rows(num_tokens)])
             self._attend(index, layer, num_tokens, rows, columns)
             route(self._inputs[:num_tokens], self._router[layer], self._logits[:num_tokens],
                   self._values[:num_tokens], self.routing[:num_tokens])  # fmt: skip
@@ -209,22 +270,49 @@ class Kernels:
         self._products.attend(self._inputs[:above], weights, self._attention_out[:above], cache[:rows], values,
                               self._queries, columns, self._scores, self._attended)  # fmt: skip
 
-    def _feed(self, block: _Block, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: Sequence[int]) -> None:
-        rows = [block.feed.rows(count) for count in tokens]
+    def _feed(self, block: _Block, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: Sequence[int]) -> None:
         first, second = [pair[0] for pair in weights], [pair[1] for pair in weights]
         self._products.feed_forward(self._inputs, first, second, rows, block.up, block.middle, block.out)
 
-    def experts(self, layer: int, slots: Sequence[int], tokens: Sequence[int], shared: bool, num_tokens: int) -> Work:
-        """Routed experts in `slots`, each over its number of `tokens`, after the shared ones over `num_tokens`."""
-        expert, weights = self._expert, [self._slot_weights[slot] for slot in slots]
-        resident = self._shared if shared else None
+    def rows(self, num_tokens: int) -> int:
+        """Rows that an expert computes over for so many tokens: more where a weight has fewer bits than here."""
+        return self._expert.feed.rows(num_tokens)
+
+    def shared_rows(self, num_tokens: int) -> int:
+        """The same of the shared experts; 0 if the model has none."""
+        return 0 if self._shared is None else self._shared.block.feed.rows(num_tokens)
+
+    def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:
+        """Choose how experts are computed by measured time, where there is a choice; before anything is captured."""
+        if self._on_slots is not None:
+            self._on_slots.tune(device_ns, buckets)
+
+    def experts(self, row: Row, max_rows: int, shared: bool, check: Work | None = None) -> Work:
+        """What `row` describes when the kernels run: routed experts in slots, each over its number of rows.
+
+        max_rows: the most that any of them has. shared: whether a block of shared experts may stand in the row.
+        check: runs before and after, on the same row.
+        """
+        if self._on_slots is not None:
+            work: Work = self._on_slots.experts(row, max_rows, shared, check)
+            return work
+        return self._one_by_one(row, check)
+
+    def _one_by_one(self, row: Row, check: Work | None) -> Work:
+        layout, words, shared = row.layout, row.host, self._shared
 
         def work() -> None:
-            if resident is not None:
-                block, pairs = resident
-                self._feed(block, [pairs[layer]], [num_tokens])
-            if weights:
-                self._feed(expert, weights, tokens)
+            found = words.tolist()
+            num, block, shared_rows = found[NUM_EXPERTS], found[SHARED_BLOCK], found[SHARED_ROWS]
+            if check is not None:
+                check()
+            if shared is not None and block >= 0:
+                self._feed(shared.block, [shared.pairs[block]], [shared_rows])
+            if num:
+                weights = [self._slot_weights[slot] for slot in found[layout.slots : layout.slots + num]]
+                self._feed(self._expert, weights, found[layout.counts : layout.counts + num])
+            if check is not None:
+                check()
 
         return work
 
@@ -238,6 +326,12 @@ class Kernels:
                 torch.argmax(self._head_out[:num_rows], dim=1, out=self._tokens[:num_rows])
 
         return work
+
+    @property
+    def experts_out(self) -> torch.Tensor:
+        """Outputs of routed experts launched by slot id [rows, hidden], each expert's from its first row."""
+        found: torch.Tensor = self._on_slots.out
+        return found
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -32,6 +32,7 @@ from replay.log_format import (
     decode,
     running_crc,
 )
+from replay.lost import close_at_end, loss
 
 
 class _Buffer:
@@ -90,6 +91,7 @@ class LogWriter:
         self._writer: pq.ParquetWriter | None = pq.ParquetWriter(
             self._partial, schema, compression="zstd", use_dictionary=["op.list.element"], write_statistics=False,
             column_encoding=differenced | plain)  # fmt: skip
+        close_at_end(self)
 
     def write(self, buffer: _Buffer) -> None:
         """One row group of the forwards in `buffer`, which is emptied."""
@@ -130,8 +132,9 @@ class LogWriter:
     def __enter__(self) -> LogWriter:
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # What a lost device has told until then is worth reading.
+        if kind is not None and loss(error) is None:
             self.abort()
         elif self._writer is not None:
             self.close()

@@ -1,126 +1,185 @@
-"""What a device can do: copies, kernels, memory, matrices. Device times by events, medians of repeated runs.
+"""What a device can do: copies, kernels, memory, matrices. Device times by events, the host far ahead of the device.
 
-Each function returns plain lists and numbers, as they go into the raw record of a calibration. Times in ns.
+Each function returns plain lists and numbers, as they go into the raw record of a calibration. Times in ns, medians of
+repeated runs. What cannot be is refused here, where it was measured, and not written into a profile.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from expertflow.forward import DECODE, Forward
-from replay.device import Device, Span
-from replay.kernels import Work
-from replay.rig import Rig
+from replay.device import Device, Program, Work
 
-_HIDE_NS = 600_000
-"""Nothing runs on the stream for this long while the host enqueues: kernel times without the host's."""
-
-
-def span_ns(device: Device, span: Span) -> int:
-    """Wait for `span` and say how long it took."""
-    device.wait([span[1]])
-    start, end = span
-    return device.time_ns(end) - device.time_ns(start)
+_HOLD_NS = 20_000_000
+"""How long the first of a series of copies is held back: the host enqueues the others meanwhile."""
+_SERIES = 16
+MOST_SLOWDOWN = 10.0
+"""A copy beside kernels that takes longer than this many times its own time was disturbed by something else."""
 
 
-def kernel_ns(device: Device, works: Sequence[Work], repeat: int) -> float:
-    """Median device time of one work; `works` are rotated, so that no cache holds the next one's weights."""
-    times = []
-    for number in range(repeat + 2):
-        taken = span_ns(device, device.launch(works[number % len(works)], _HIDE_NS))
-        if number >= 2:
-            times.append(taken)
+class MeasurementError(ValueError):
+    """What was measured is impossible: something else disturbed it. Nothing is written."""
+
+
+def span_ns(device: Device, program: Program) -> int:
+    """Launch `program`, wait for it and say how long its kernels ran."""
+    device.launch(program)
+    device.wait(0, program.end)
+    return device.time_ns(program.end) - device.time_ns(program.start)
+
+
+def programs_ns(device: Device, programs: Sequence[Program], repeat: int) -> float:
+    """Median device time of one of `programs`, launched in a row: no cache holds the next one's weights."""
+    times: list[int] = []
+    for round_number in range(repeat + 1):
+        for program in programs:
+            device.launch(program)
+        device.wait(0, programs[-1].end)
+        if round_number:
+            times += [device.time_ns(program.end) - device.time_ns(program.start) for program in programs]
     return statistics.median(times)
 
 
-def copy_ns(device: Device, target: torch.Tensor, source: torch.Tensor, in_a_row: int, repeat: int) -> float:
-    """Median time of one copy of a series: what a chunk takes when the next one waits behind it."""
-    times = []
-    for _ in range(repeat + 1):
-        spans = [device.copy(target, source, None) for _ in range(in_a_row)]
-        device.wait([spans[-1][1]])
-        times.append((device.time_ns(spans[-1][1]) - device.time_ns(spans[0][0])) / in_a_row)
-    return statistics.median(times[1:])
+def works_ns(device: Device, works: Sequence[Work], repeat: int) -> float:
+    """`programs_ns` of works that are prepared here."""
+    return programs_ns(device, [device.program(work) for work in works], repeat)
+
+
+def nothing() -> None:
+    """The work of a program that only passes time, or marks a point."""
+
+
+class Copier:
+    """Copies of one size from host to device memory, in a row. pinned: False = from pageable memory."""
+
+    def __init__(self, device: Device, num_bytes: int, pinned: bool = True) -> None:
+        self._device, self.num_bytes = device, num_bytes
+        self._slot = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
+        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned and device.world == "cuda")
+
+    def enqueue(self, count: int, after: Any = None, size: int | None = None) -> list[Any]:
+        """`count` copies of the first `size` bytes; the events at their ends."""
+        copy, target, source = self._device.copy, self._slot.data_ptr(), self._host.data_ptr()
+        return [copy(target, source, size or self.num_bytes, None if number else after) for number in range(count)]
+
+    def in_a_row_ns(self, size: int, count: int, repeat: int) -> float:
+        """Time of one copy that follows another: the host has enqueued them all before the first begins."""
+        device, held = self._device, self._device.program(nothing, _HOLD_NS)
+        times = []
+        for _ in range(repeat):
+            device.launch(held)
+            ends = self.enqueue(count + 1, held.end, size)
+            device.wait(0, ends[-1])
+            times.append((device.time_ns(ends[-1]) - device.time_ns(ends[0])) / count)
+            for end in ends:
+                device.recycle(end)
+        return statistics.median(times)
+
+    def alone_ns(self, size: int, repeat: int) -> float:
+        """From the moment at which the host has issued a copy on an idle link to its end."""
+        device, times = self._device, []
+        for _ in range(repeat):
+            (end,) = self.enqueue(1, None, size)
+            issued_ns = device.now_ns()
+            device.wait(0, end)
+            times.append(device.time_ns(end) - issued_ns)
+            device.recycle(end)
+        return statistics.median(times)
 
 
 def sizes_of(scale: int) -> list[int]:
-    """64 KiB to 512 MiB, at the scale of the experts."""
-    return [max(256, (1 << power) // scale**2) for power in range(16, 30)]
+    """64 KiB to 64 MiB, at the scale of the experts."""
+    return [max(256, (1 << power) // scale**2) for power in range(16, 27)]
 
 
 def link_curves(device: Device, scale: int, budget_s: float) -> list[dict[str, Any]]:
-    """Copies by size: pinned (on a CPU: plain) in a row and alone, pageable, and back. Large sizes are left out when
-    the time that they would take is above the budget."""
+    """Copies by size: pinned (on a CPU: plain) in a row and alone, and pageable. Large sizes are left out when the time
+    that they would take is above the budget."""
     sizes = sizes_of(scale)
-    pin = device.world == "cuda"
-    slot = torch.empty(sizes[-1], dtype=torch.uint8, device=device.torch_device)
-    host = torch.empty(sizes[-1], dtype=torch.uint8, pin_memory=pin)
-    plain = torch.empty(sizes[-1], dtype=torch.uint8).random_(0, 255)
-    host.copy_(plain)
+    pinned, pageable = Copier(device, sizes[-1]), Copier(device, sizes[-1], pinned=False)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     for size in sizes:
-        in_a_row = 8 if size * scale**2 <= 64 << 20 else 1
-        if rows and (time.perf_counter() - started) + rows[-1]["in_a_row_ns"] * 2e-9 * 60 > budget_s:
+        if rows and (time.perf_counter() - started) + rows[-1]["in_a_row_ns"] * 2e-9 * 9 * _SERIES > budget_s:
             break
         rows.append({
             "bytes": size,
-            "in_a_row_ns": copy_ns(device, slot[:size], host[:size], in_a_row, 7),
-            "alone_ns": copy_ns(device, slot[:size], host[:size], 1, 7),
-            "pageable_ns": copy_ns(device, slot[:size], plain[:size], 1, 3),
-            "to_host_ns": copy_ns(device, host[:size], slot[:size], 1, 5),
+            "in_a_row_ns": pinned.in_a_row_ns(size, _SERIES, 5),
+            "alone_ns": pinned.alone_ns(size, 7),
+            "pageable_ns": pageable.alone_ns(size, 3),
         })  # fmt: skip
     return rows
 
 
 def chunked(device: Device, expert_bytes: int, counts: Sequence[int] = (1, 2, 4, 8, 16)) -> list[dict[str, Any]]:
-    """One expert in one and in several chunks, from the first chunk's start to the last one's end."""
-    pin = device.world == "cuda"
-    slot = torch.empty(expert_bytes, dtype=torch.uint8, device=device.torch_device)
-    host = torch.zeros(expert_bytes, dtype=torch.uint8, pin_memory=pin)
-    rows = []
+    """One expert in one and in several chunks, each series behind another copy."""
+    copier, rows = Copier(device, expert_bytes), []
     for count in counts:
         step = expert_bytes // count
         if step < 64:
             break
-        times = []
-        for _ in range(9):
-            spans = [
-                device.copy(slot[at * step : (at + 1) * step], host[at * step : (at + 1) * step], None)
-                for at in range(count)
-            ]
-            device.wait([spans[-1][1]])
-            times.append(device.time_ns(spans[-1][1]) - device.time_ns(spans[0][0]))
-        rows.append({"bytes": expert_bytes, "chunks": count, "ns": statistics.median(times[1:])})
+        rows.append({"bytes": expert_bytes, "chunks": count, "ns": count * copier.in_a_row_ns(step, count, 5)})
     return rows
 
 
-def copy_beside(device: Device, work: Work, num_bytes: int, work_ns: float) -> dict[str, float]:
-    """One copy on an idle device, and while the compute stream runs `work` again and again."""
-    pin = device.world == "cuda"
-    slot = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
-    host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pin)
-    idle = copy_ns(device, slot, host, 1, 9)
-    rounds = max(4, int(3 * idle / max(work_ns, 1.0)) + 1)
+def copy_beside(device: Device, programs: Sequence[Program], num_bytes: int) -> dict[str, float]:
+    """A copy that follows another, on an idle device and while the compute stream is kept busy with `programs`."""
+    copier, count = Copier(device, num_bytes), 8
+    idle_ns = copier.in_a_row_ns(num_bytes, count, 5)
+    taken_ns = programs_ns(device, programs, 3)
+    # They must outlast the copies, however much these are slowed: else the last ones run alone.
+    rounds = int(MOST_SLOWDOWN * (count + 2) * idle_ns / (taken_ns * len(programs))) + 2
     busy = []
-    for _ in range(9):
-        device.launch(_repeated(work, rounds), 0)
-        busy.append(span_ns(device, device.copy(slot, host, None)))
+    for _ in range(5):
+        ends: list[Any] = []
+        for number in range(rounds):
+            if number == 1:
+                ends = copier.enqueue(count + 1)
+            # Their times are not read: they may be launched again while they run.
+            for program in programs:
+                device.launch(program)
+        device.wait(0, ends[-1])
+        busy.append((device.time_ns(ends[-1]) - device.time_ns(ends[0])) / count)
         device.synchronize()
-    return {"bytes": num_bytes, "idle_ns": idle, "busy_ns": statistics.median(busy[1:])}
+    found = {"bytes": num_bytes, "idle_ns": idle_ns, "busy_ns": statistics.median(busy)}
+    if found["busy_ns"] > MOST_SLOWDOWN * idle_ns:
+        raise MeasurementError(f"a copy of {num_bytes} bytes took {idle_ns:.0f} ns alone and {found['busy_ns']:.0f} "
+                               "beside kernels: something else uses this machine; calibrate again when it is "
+                               "idle")  # fmt: skip
+    return found
 
 
-def _repeated(work: Work, rounds: int) -> Work:
-    def again() -> None:
-        for _ in range(rounds):
-            work()
-
-    return again
+def beside_copies_ns(device: Device, programs: Sequence[Program], chunk_bytes: int, repeat: int) -> float:
+    """Median device time of one of `programs` while copies of `chunk_bytes` follow one another on the link."""
+    copier = Copier(device, chunk_bytes)
+    chunk_ns = copier.in_a_row_ns(chunk_bytes, 4, 3)
+    alone_ns = programs_ns(device, programs, 1) * len(programs)
+    # Of the link the end of its first copy is the first thing known: what counts begins later, in the last round.
+    rounds = 1 + math.ceil(2 * chunk_ns / alone_ns)
+    count = int(3 * rounds * alone_ns / chunk_ns) + 8
+    times: list[int] = []
+    for _ in range(repeat + 1):
+        ends = copier.enqueue(count)
+        for program in [*programs] * rounds:
+            device.launch(program)
+        device.wait(0, ends[-1])
+        device.wait(0, programs[-1].end)
+        first_ns, last_ns = device.time_ns(ends[0]), device.time_ns(ends[-1])
+        for program in programs:
+            start_ns, end_ns = device.time_ns(program.start), device.time_ns(program.end)
+            if first_ns <= start_ns and end_ns <= last_ns:
+                times.append(end_ns - start_ns)
+        for end in ends:
+            device.recycle(end)
+    if not times:
+        raise MeasurementError("no kernel ran wholly beside copies: something else uses this machine")
+    return statistics.median(times)
 
 
 def memory_gb_per_s(device: Device) -> float:
@@ -128,7 +187,7 @@ def memory_gb_per_s(device: Device) -> float:
     num_bytes = 1 << 29 if device.world == "cuda" else 1 << 26
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device).random_(0, 255)
     target = torch.empty_like(source)
-    return 2 * num_bytes / kernel_ns(device, [lambda: _ignore(target.copy_(source))], 9)
+    return 2 * num_bytes / works_ns(device, [lambda: _ignore(target.copy_(source))], 9)
 
 
 def matrix_tflops(device: Device) -> float:
@@ -137,7 +196,7 @@ def matrix_tflops(device: Device) -> float:
     left = torch.randn(size, size, device=device.torch_device).to(device.dtype)
     right = torch.randn(size, size, device=device.torch_device).to(device.dtype)
     out = torch.empty_like(left)
-    return 2 * size**3 / kernel_ns(device, [lambda: _ignore(torch.mm(left, right, out=out))], 9) / 1e3
+    return 2 * size**3 / works_ns(device, [lambda: _ignore(torch.mm(left, right, out=out))], 9) / 1e3
 
 
 def _ignore(value: object) -> None:
@@ -146,16 +205,16 @@ def _ignore(value: object) -> None:
 
 def launch_costs(device: Device) -> dict[str, float]:
     """Host time of a launch and of a wait, and how long an idle stream takes to start a kernel. ns."""
-    tiny = torch.zeros(1, device=device.torch_device)
+    program = device.program(nothing)
     launch, sync, start_after = [], [], []
     for _ in range(400):
         before, at = time.perf_counter_ns(), device.now_ns()
-        span = device.launch(lambda: _ignore(tiny.add_(1)), 0)
+        device.launch(program)
         launched = time.perf_counter_ns()
-        device.wait([span[1]])
+        device.wait(0, program.end)
         launch.append(launched - before)
         sync.append(time.perf_counter_ns() - launched)
-        start_after.append(device.time_ns(span[0]) - at)
+        start_after.append(device.time_ns(program.start) - at)
     return {
         "launch_host_ns": statistics.median(launch),
         "sync_ns": statistics.median(sync),
@@ -165,69 +224,11 @@ def launch_costs(device: Device) -> dict[str, float]:
 
 def pad_share(device: Device) -> float:
     """How long a pad of 1 ms really lasts, as a share of 1 ms: by the start of the kernel behind it."""
-    tiny = torch.zeros(1, device=device.torch_device)
+    first, second = device.program(nothing, 500_000), device.program(nothing, 1_000_000)
     lasting = []
     for _ in range(15):
-        first = device.launch(lambda: _ignore(tiny.add_(1)), 500_000)
-        second = device.launch(lambda: _ignore(tiny.add_(1)), 1_000_000)
-        device.wait([second[1]])
-        lasting.append(device.time_ns(second[0]) - device.time_ns(first[1]))
+        device.launch(first)
+        device.launch(second)
+        device.wait(0, second.end)
+        lasting.append(device.time_ns(second.start) - device.time_ns(first.end))
     return statistics.median(lasting[2:]) / 1e6
-
-
-def decode_forward(num_tokens: int, kv_len: int) -> Forward:
-    """A forward of the shape asked for; its routing is not read by the kernels measured with it."""
-    return Forward(0, DECODE, range(num_tokens), tuple(range(num_tokens)), (kv_len,) * num_tokens, [], [], None)
-
-
-def expert_times(rig: Rig, num_tokens: int, repeat: int) -> tuple[float, float]:
-    """(what one more expert takes, what its launch takes by itself): from groups of one and of several."""
-    slots, kernels = rig.slots.num_slots, rig.kernels
-    size = min(8, slots)
-
-    def group(first: int, count: int) -> Work:
-        chosen = [(first + place) % slots for place in range(count)]
-        return kernels.experts(0, chosen, [num_tokens] * count, False, 1)
-
-    starts = range(0, slots, size)
-    one = kernel_ns(rig.device, [group(first, 1) for first in starts], repeat)
-    if size == 1:
-        return one, 0.0
-    several = kernel_ns(rig.device, [group(first, size) for first in starts], repeat)
-    more = max((several - one) / (size - 1), 1.0)
-    return more, max(one - more, 0.0)
-
-
-def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int) -> tuple[dict[str, Any], float]:
-    """Kernel times of the rig's model by number of tokens, in the form of `hardware.kernel_ns`, and what a launch takes
-    by itself on the stream: the tables are without it."""
-    device, kernels, model = rig.device, rig.kernels, rig.model
-    layers = range(model.num_layers)
-    experts = [expert_times(rig, count, repeat) for count in tokens]
-    launch = statistics.median([alone for _, alone in experts[:4]])
-
-    def table(make: Callable[[int], list[Work]]) -> list[list[int]]:
-        return [[count, max(1, round(kernel_ns(device, make(count), repeat) - launch))] for count in tokens]
-
-    one = decode_forward(1, 1)
-    # Layer 0 would count leading dense layers in.
-    later = [at for at in layers if at] or [0]
-    found: dict[str, Any] = {
-        "expert": [[count, round(more)] for count, (more, _) in zip(tokens, experts, strict=True)],
-        "head": table(lambda n: [kernels.head(n)]),
-        "attention": table(lambda n: [kernels.attention(at, decode_forward(n, 1)) for at in later]),
-    }  # fmt: skip
-    if model.shared_params:
-        found["shared"] = table(lambda n: [kernels.experts(at, [], [], True, n) for at in layers])
-    if model.num_dense_layers:
-        with_dense = table(lambda n: [kernels.attention(0, decode_forward(n, 1))])
-        dense = [
-            [count, max(1, (taken - plain) // model.num_dense_layers)]
-            for (count, taken), (_, plain) in zip(with_dense, found["attention"], strict=True)
-        ]
-        found["dense"] = dense
-    full = [at for at in later if not model.is_windowed(at)] or later
-    short = kernel_ns(device, [kernels.attention(at, one) for at in full], 2 * repeat)
-    long = kernel_ns(device, [kernels.attention(at, decode_forward(1, kv_len)) for at in full], 2 * repeat)
-    found["kv"] = max(0.0, (long - short) / max(kv_len - 1, 1))
-    return found, launch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from expertflow.forward import Forward
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
@@ -26,13 +26,13 @@ def steady_mean(values: Sequence[float]) -> float:
 class HostProbe:
     """A machine like the one inside it. `samples`: host times in ns by what they were spent on.
 
-    attention, head: one launch. experts[n]: one launch of n experts without, experts_shared[n] with the shared one.
-    issue, issue_gap: one copy, and what passes from it to the next call or wait. classify: from the routing known to
-    the next call. observe: from any other wake to the next call or wait. decide: from the launch before the decision to
-    its end. forward: from the forward's begin to its first launch. gate_sync, token_sync: from the device's end of
-    the kernel to the host's knowing. first_kernel: from the call of a launch on an idle stream to the kernel's start.
-    run attention, run head, run experts[n]: how long the kernels of such a launch ran. copy_start: from the issue of a
-    copy to its start on an idle link. load_sync: from the end of a chunk that was waited for to the host's knowing.
+    attention, head, experts: one launch. issue, issue_gap: one copy, and what passes from it to the next call or wait.
+    classify: from the routing known to the next call. observe: from any other wake to the next call or wait. decide:
+    from the launch before the decision to its end. forward: from the forward's begin to its first launch. gate_sync,
+    token_sync: from the device's end of the kernel to the host's knowing. first_kernel: from the call of a launch on an
+    idle stream to the kernel's start. run attention, run head, run experts[n], run experts_shared[n]: how long the
+    kernels of such a launch ran. lone_copy: from the issue of a copy on an idle link to its end. load_sync: from the
+    end of a chunk that was waited for to the host's knowing.
     """
 
     def __init__(self, machine: RealMachine) -> None:
@@ -52,7 +52,7 @@ class HostProbe:
             self.samples["classify" if what == "gate" else "observe"].append(now - at)
         elif what == "copy":
             self.samples["issue_gap"].append(now - at)
-        elif name == "decided" and what == "experts":
+        elif name == "decided" and what in ("experts", "attention", "head"):
             self.samples["decide"].append(now - at)
         elif what == "begin_forward":
             self.samples["forward"].append(now - at)
@@ -72,39 +72,34 @@ class HostProbe:
         self._machine.begin_forward(forward)
         self._leave("begin_forward", entered)
 
+    def _launched(self, name: str, kind: str, launch: Callable[[], int]) -> int:
+        entered, at = self._enter(name), self.device.now_ns()
+        mark = launch()
+        self._launched_at[mark] = at
+        self._kinds[mark] = f"run {kind}"
+        self._leave(name, entered, name)
+        return mark
+
     def attention(self, layer: int) -> int:
         """As the machine's."""
-        entered, at = self._enter("attention"), self.device.now_ns()
-        mark = self._machine.attention(layer)
-        self._launched_at[mark] = at
-        self._kinds[mark] = "run attention"
-        self._leave("attention", entered, "attention")
-        return mark
+        return self._launched("attention", "attention", lambda: self._machine.attention(layer))
 
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
         """As the machine's."""
-        entered, at = self._enter("experts"), self.device.now_ns()
-        mark = self._machine.experts(layer, keys, counts, shared)
-        self._launched_at[mark] = at
-        self._kinds[mark] = f"run experts{'_shared' if shared else ''}[{len(keys)}]"
-        self._leave("experts", entered, f"experts{'_shared' if shared else ''}[{len(keys)}]")
-        return mark
+        kind = f"experts{'_shared' if shared else ''}[{len(keys)}]"
+        return self._launched("experts", kind, lambda: self._machine.experts(layer, keys, counts, shared))
 
     def head(self) -> int:
         """As the machine's."""
-        entered = self._enter("head")
-        mark = self._machine.head()
-        self._kinds[mark] = "run head"
-        self._leave("head", entered, "head")
-        return mark
+        return self._launched("head", "head", self._machine.head)
 
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         """As the machine's."""
-        entered, at = self._enter("copy"), self.device.now_ns()
+        entered = self._enter("copy")
         self._machine.copy(load, chunk, key, slot, num_bytes, after)
         self._leave("copy", entered, "issue")
         # One that waits for a kernel says nothing of the link.
-        self._issued_at.append(1 << 62 if after else at + time.perf_counter_ns() - entered)
+        self._issued_at.append(1 << 62 if after else self.device.now_ns())
 
     def decided(self, wants: Sequence[int]) -> None:
         """As the machine's."""
@@ -117,10 +112,10 @@ class HostProbe:
         self._enter("wait")
         record = self._machine.wait(wait)
         marks = record[2]
-        for _, _, start_ns, end_ns in record[1]:
+        for _, _, _, end_ns in record[1]:
             issued = self._issued_at.popleft()
             if issued < 1 << 62 and issued >= self._link_end_ns:
-                self.samples["copy_start"].append(start_ns - issued)
+                self.samples["lone_copy"].append(end_ns - issued)
             self._link_end_ns = end_ns
         if record[1] and not marks:
             self.samples["load_sync"].append(self.device.now_ns() - record[1][-1][3])

@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from replay.measure import MOST_SLOWDOWN, MeasurementError
 from replay.probe import steady_mean
 from sim.hardware import HOST_COSTS, Hardware, Stack, hardware_from_dict, stack_from_dict
 
 DEFAULT_POLICY = "adaptive"
 """Whose costs stand in the profile; a validation takes each policy's own."""
+_FITS = 0.03
+"""How far a size may be from latency + bytes / rate for the link to be just that."""
 
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
 
 
-def link_curve(rows: list[dict[str, Any]]) -> tuple[int, list[list[float]]]:
-    """(latency ns, points [bytes, GB/s] without it) of copies in a row: the first two sizes give the latency."""
-    first, second = rows[0], rows[1]
-    slope = (second["in_a_row_ns"] - first["in_a_row_ns"]) / (second["bytes"] - first["bytes"])
-    latency = max(0, min(round(first["in_a_row_ns"] - slope * first["bytes"]), round(0.9 * first["in_a_row_ns"])))
-    least = min(row["in_a_row_ns"] for row in rows)
-    latency = min(latency, round(0.9 * least))
-    return latency, [[row["bytes"], row["bytes"] / (row["in_a_row_ns"] - latency)] for row in rows]
+def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> tuple[int, float | list[list[float]]]:
+    """(latency ns, GB/s without it) of copies in a row: time = latency + bytes / rate by least squares of the shares.
+
+    Where the line misses a size by more than `_FITS`, the rate is a curve: points [bytes, GB/s]. A rate above
+    `peak_gb_per_s` (None: not known), or none at all, is a mistake of measuring: MeasurementError.
+    """
+    weights = [1.0 / row["in_a_row_ns"] for row in rows]
+    # Of (latency + bytes / rate) * weight = 1.
+    columns = [(weight, row["bytes"] * weight) for weight, row in zip(weights, rows, strict=True)]
+    ones, both, sizes = (sum(one[i] * one[j] for one in columns) for i, j in ((0, 0), (0, 1), (1, 1)))
+    right = sum(one[0] for one in columns), sum(one[1] for one in columns)
+    det = ones * sizes - both * both
+    if det <= 0 or len({row["bytes"] for row in rows}) < 2:
+        raise MeasurementError("copies of a single size tell no latency from rate; measure more sizes")
+    latency = max((right[0] * sizes - right[1] * both) / det, 0.0)
+    per_byte = (right[1] - latency * both) / sizes
+    misses = [abs((latency + row["bytes"] * per_byte) / row["in_a_row_ns"] - 1) for row in rows]
+    rate = 1 / per_byte if per_byte > 0 else math.inf
+    curve: float | list[list[float]] = round(rate, 6)
+    if max(misses) > _FITS:
+        latency = min(latency, 0.9 * min(row["in_a_row_ns"] for row in rows))
+        curve = [[row["bytes"], round(row["bytes"] / (row["in_a_row_ns"] - latency), 6)] for row in rows]
+        rate = max(gb_per_s for _, gb_per_s in curve)
+    if math.isinf(rate):
+        raise MeasurementError("copies seem to take no longer for more bytes: they were not timed back to back; "
+                               "calibrate again when the machine is idle")  # fmt: skip
+    if peak_gb_per_s is not None and rate > peak_gb_per_s:
+        raise MeasurementError(f"copies seem to run at {rate:.4g} GB/s on a link of {peak_gb_per_s:.4g} at most: they "
+                               "were not timed back to back; calibrate again when the machine is idle")  # fmt: skip
+    return round(latency), curve
 
 
-def host_costs(samples: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
-    """Hardware and stack costs in ns of one policy's run in place. samples: {kind: {mean, count}} of a `HostProbe`."""
+def host_costs(samples: Mapping[str, Mapping[str, float]], lone_copy_ns: float) -> dict[str, int]:
+    """Hardware and stack costs in ns of one policy's run in place. samples: {kind: {mean, count}} of a `HostProbe`.
+
+    lone_copy_ns: what a chunk takes in a row; what it takes longer on an idle link is how late the link begins.
+    """
 
     def mean(name: str) -> float:
         return samples[name]["mean"] if name in samples else 0.0
 
-    rows = {name: row for name, row in samples.items() if name.startswith("experts") and row["count"] >= 8}
-    # How much of a launch passes before its first kernel is on its way cannot be seen: at most the cheapest launch.
-    launch = min(mean("first_kernel"), mean("head"), mean("attention"), *(row["mean"] for row in rows.values()))
-    plain = _per_expert({name: row for name, row in rows.items() if "_shared" not in name}, launch)
-    shared = _per_expert({name: row for name, row in rows.items() if "_shared" in name}, launch)
+    # A launch of experts also writes down which: that much longer it takes than one of attention.
+    launch = min(mean("attention"), mean("experts"), mean("first_kernel") or math.inf)
+    describe = max(mean("experts") - launch, 0.0)
     issues = samples.get("issue", {"count": 0})["count"]
     gaps = samples.get("issue_gap", {"count": 0})["count"]
     found = {
@@ -45,21 +72,12 @@ def host_costs(samples: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
         "gate_sync_ns": mean("gate_sync"),
         "token_sync_ns": mean("token_sync"),
         "decide_ns": mean("decide"),
-        "attention_launch_ns": max(mean("attention") - launch, 0.0),
-        "expert_launch_ns": plain or shared,
-        "shared_launch_ns": 0.0,
-        "head_launch_ns": max(mean("head") - launch, 0.0),
-        "classify_ns": mean("classify"),
-        "observe_ns": mean("observe") + max(mean("load_sync"), 0.0),
+        "classify_ns": mean("classify") + describe,
+        "observe_ns": mean("observe") + max(mean("load_sync"), 0.0) + describe,
         "forward_ns": mean("forward"),
         "group_ns": 0.0,
-        "copy_start_ns": max(mean("copy_start"), 0.0),
+        "copy_start_ns": max(mean("lone_copy") - lone_copy_ns, 0.0) if "lone_copy" in samples else 0.0,
     }
-    if plain and shared:
-        # What the launches with the shared experts cost beyond their routed ones.
-        extra = [(row["mean"] - launch - plain * _count(name), row["count"]) for name, row in rows.items()
-                 if "_shared" in name]  # fmt: skip
-        found["shared_launch_ns"] = max(sum(cost * n for cost, n in extra) / sum(n for _, n in extra), 0.0)
     return {name: round(cost) for name, cost in found.items()}
 
 
@@ -67,16 +85,16 @@ def _count(name: str) -> int:
     return int(name[name.index("[") + 1 : -1])
 
 
-def _per_expert(rows: Mapping[str, Mapping[str, float]], launch: float) -> float:
-    """Least squares through `launch` at no expert."""
-    weights = [(row["count"], _count(name), row["mean"] - launch) for name, row in rows.items() if _count(name)]
-    square = sum(n * count**2 for n, count, _ in weights)
-    return max(sum(n * count * cost for n, count, cost in weights) / square, 0.0) if square else 0.0
-
-
 def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Mean and count of each kind of sample, as it goes into the record."""
-    return {name: {"mean": steady_mean(values), "count": len(values)} for name, values in sorted(samples.items())}
+    """Mean, count and spread of each kind of sample, as it goes into the record."""
+    return {name: {"mean": steady_mean(values), "count": len(values), **_spread(values)}
+            for name, values in sorted(samples.items())}  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """The tenth, the middle and the ninetieth of a hundred."""
+    ordered = sorted(values)
+    return {f"p{percent}": ordered[min(len(ordered) * percent // 100, len(ordered) - 1)] for percent in (10, 50, 90)}
 
 
 def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,13 +104,16 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     # A profile's decide_ns is that of a decision of effort 1.
     effort = raw["decisions"].get(DEFAULT_POLICY, {}).get("effort", 1.0)
     costs = {**costs, "decide_ns": round(costs["decide_ns"] / effort)}
-    latency, curve = link_curve(raw["link"])
+    latency, curve = link_fit(raw["link"], raw.get("link_peak_gb_per_s"))
     expert = next(iter(raw["beside"].values()))
     # One rate for every size: that of a chunk as the runs cut them by default.
     chunk = (4 << 20) / raw["scale"] ** 2
     row = min(raw["link"], key=lambda row: abs(row["bytes"] - chunk))
     pageable = row["bytes"] / row["pageable_ns"]
     slowdown = max(1.0, (expert["busy_ns"] - latency) / max(expert["idle_ns"] - latency, 1.0))
+    if slowdown > MOST_SLOWDOWN:
+        raise MeasurementError(f"link_slowdown={slowdown:.4g}: no kernel slows a copy so; calibrate again when the "
+                               "machine is idle")  # fmt: skip
     device = raw["device"]
     how = f"measured {raw['date']} by python -m replay.calibrate on {device['name']}, torch {device['torch']}"
     hardware: dict[str, Any] = {
@@ -102,7 +123,7 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
         "tflops": round(raw["matrix_tflops"], 6),
         "memory_efficiency": 1.0,
         "compute_efficiency": 1.0,
-        "link_gb_per_s": [[size, round(rate, 6)] for size, rate in curve],
+        "link_gb_per_s": curve,
         "link_latency_ns": latency,
         "pageable_gb_per_s": round(pageable, 6),
         "link_slowdown": round(slowdown, 4),
@@ -115,26 +136,31 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
         "tflops": "one large matrix product",
         "memory_efficiency": "definition: the figure it belongs to is measured, not a peak",
         "compute_efficiency": "definition: the figure it belongs to is measured, not a peak",
-        "link_gb_per_s": "copies of each size in a row",
-        "link_latency_ns": "the part of the smallest copies' time that does not grow with size",
+        "link_gb_per_s": "copies of each size in a row, the host far ahead; latency + bytes / rate by least squares",
+        "link_latency_ns": "the same fit: the part of a copy's time that does not grow with size",
         "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
         "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
-        "kernel_ns": "each kernel of the model's shapes, the host's time and the launch itself left out",
+        "kernel_ns": "each kernel of the model's shapes, as a run launches it",
         "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
     }
     hardware["sources"] = {key: f"{how}: {texts.get(key, 'mean of a replay in place')}"
                            for key in hardware if key != "name"}  # fmt: skip
     stack: dict[str, Any] = {"name": name, "layer_overhead_ns": 0, "head_overhead_ns": 0}
+    if raw.get("kv_grid"):
+        stack["kv_grid"] = raw["kv_grid"]
     stack |= {key: costs[key] for key in HOST_COSTS}
     stack["sources"] = {key: f"{how}: mean of a replay in place" for key in stack if key != "name"}
     stack["sources"] |= dict.fromkeys(("layer_overhead_ns", "head_overhead_ns"), "definition: a replay adds none")
+    if raw.get("kv_grid"):
+        stack["sources"]["kv_grid"] = "definition: the lengths that a replay captures its kernels for"
     return hardware, stack
 
 
 def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple[dict[str, int], dict[str, Any]]:
     """(host costs in place, kernel table of the model)."""
     samples = _host(raw, model, stack, policy)
-    costs, table, launch = host_costs(samples), raw["kernels"][model], raw["kernel_launch_ns"][model]
+    costs = host_costs(samples, raw["chunk_ns"][model])
+    table, launch = raw["kernels"][model], raw["kernel_launch_ns"][model]
     if raw["threads_share_interpreter"]:
         table, launch = slowed(table, samples)
     costs["group_ns"] = round(launch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ from replay.stamps import Stamps
 from sim.hardware import Stack
 
 MACHINES = ("auto", "cuda", "cpu")
+
+
+_GRAPH_BYTES = 1 << 30
+"""GPU memory that the captured programs of a run take: some 2 MiB each on an H200, of which there are hundreds."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Rig:
         plan = self._plan(pinned)
         free = device.free_bytes()
         stride = align(model.expert_bytes)
-        parts = kernel_bytes(model, device.dtype, needs.max_tokens, needs.max_context)
+        parts = dict(kernel_bytes(model, device.dtype, needs.max_tokens, needs.max_context))
+        if device.captures:
+            parts["graphs"] = _GRAPH_BYTES
         if free is not None:
             check_gpu([("slots", stride * needs.num_slots), *parts.items()], free, stride, needs.num_slots)
         else:
@@ -107,7 +114,7 @@ class Rig:
         host = self.host(memory == "pinned")
         stamps = Stamps(host, self.slots, chunk_offsets(chunk_bytes)) if verify else None
         return RealMachine(device or self.device, self.kernels, host, self.slots, chunk_bytes,
-                           stack.layer_overhead_ns, stack.head_overhead_ns, stamps)  # fmt: skip
+                           stack.layer_overhead_ns, stack.head_overhead_ns, stack.kv_grid, stamps)  # fmt: skip
 
     def describe(self, memory: str = "pinned") -> dict[str, Any]:
         """What was measured, for a result: the device, and how the experts were held."""
@@ -126,6 +133,8 @@ class Rig:
         """Give the memory back; the device stays open."""
         self._hosts.clear()
         del self.kernels, self.slots
+        # Runs leave circles behind, which hold programs, which hold what their kernels read.
+        gc.collect()
         if self.device.world == "cuda":
             torch.cuda.empty_cache()
             # Pinned memory stays in torch's own cache, and would count as taken; older versions cannot empty it.

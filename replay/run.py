@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -17,6 +17,8 @@ from replay.device import Device, DeviceLostError
 from replay.drive import drive
 from replay.faults import FaultyDevice
 from replay.log import LogWriter
+from replay.machine import RealMachine
+from replay.programs import DEFAULT_KV_GRID
 from replay.rig import Needs, Rig
 from replay.scale import scaled_model
 from replay.stamps import WrongStamp
@@ -64,6 +66,9 @@ def needs_of(work: Workload, policy: Policy, transfer: Transfer) -> Needs:
         max_tokens = max(max_tokens, len(forward.rows))
         context = forward.kv_lens[-1] if forward.phase == "prefill" else sum(forward.kv_lens)
         max_context = max(max_context, context)
+    # Shapes that are captured are rounded up.
+    grid = work.stack.kv_grid or DEFAULT_KV_GRID
+    max_context = -(-max_context // grid) * grid
     return Needs(work.num_slots + transfer.staging_slots * pools, max_tokens, max_context)
 
 
@@ -86,8 +91,8 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     stamps = machine.stamps
     try:
         with explaining():
+            machine.prepare(work.batches)
             machine.preload(runtime.slots.slot_of)
-            machine.warm_up(_shapes(work.batches))
             with steady():
                 device.restart_clock()
                 drive(runtime, machine, log)
@@ -104,10 +109,22 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     if work.warmup_forwards >= runtime.counters.num_forwards:
         raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
                          f"{runtime.counters.num_forwards} forwards")  # fmt: skip
-    metrics = collect_metrics(runtime)
+    metrics = collect_metrics(runtime) | {"launches": _launches(machine)}
     if stamps is None:
         return metrics, None
     return metrics, Integrity(stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
+
+
+def _launches(machine: RealMachine) -> dict[str, int]:
+    """How a run launched its kernels: programs prepared, forwards without them, launches that waited for an earlier."""
+    programs = machine.programs
+    return {
+        "layer_pad_ns": machine.layer_pad_ns,
+        "kv_grid": programs.kv_grid,
+        "num_prepared": programs.num_prepared,
+        "num_unprepared": programs.num_unprepared,
+        "num_read_first": machine.num_read_first,
+    }
 
 
 def _so_far(runtime: Runtime) -> dict[str, Any]:
@@ -123,16 +140,6 @@ def _so_far(runtime: Runtime) -> dict[str, Any]:
         "num_accesses": counters.num_accesses,
         "num_hits": counters.num_hits,
     }
-
-
-def _shapes(forwards: Iterable[Forward]) -> list[Forward]:
-    """One forward of each phase and number of rows, the longest of its kind: libraries choose kernels by shape."""
-    longest: dict[tuple[str, int], Forward] = {}
-    for forward in forwards:
-        kind = (forward.phase, len(forward.rows))
-        if kind not in longest or sum(forward.kv_lens) > sum(longest[kind].kv_lens):
-            longest[kind] = forward
-    return list(longest.values())
 
 
 def _ahead(forwards: Iterator[Forward]) -> Iterator[Forward]:

@@ -2,19 +2,23 @@
 
 The first 16 bytes of every chunk (at an 8-byte boundary) hold a tag, which names the host buffer and the chunk, and
 the number of the load that copied it. A host buffer that several experts share carries the buffer's number and
-no load. Checked on the device, in the compute stream, before and after each kernel that reads a slot: a copy that
-is late, lost, misplaced, or that overwrites a slot too early, shows. Checking costs time: such a run is no measurement.
+no load. Checked on the device, within the program of each launch of experts, before and after the kernels that read
+a slot: a copy that is late, lost, misplaced, or that overwrites a slot too early, shows. The host waits for no check,
+and looks at what they found at the end. Checking takes device time: such a run is no measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
+from replay.device import Work
+from replay.kernels import Row
 from replay.pools import HostPool, SlotPool
+from replay.rows import NUM_EXPERTS, NUMBER
 
 _TAG_STEP = 1 << 20
 LEAST_CHUNK = 32
@@ -43,12 +47,12 @@ class Stamps:
         self._words_per_slot = slots.stride // 8
         device = slots.bytes.device
         within = [word for first in self._first_word for word in (first, first + 1)]
+        self.words_per_expert = len(within)
         self._within = torch.tensor(within, dtype=torch.int64, device=device)
         self._expected = [[0] * len(within) for _ in range(slots.num_slots)]
         self._wrong = torch.zeros(1, dtype=torch.int64, device=device)
         self._first_bad = torch.full((1,), 1 << 62, dtype=torch.int64, device=device)
         self._launches: list[tuple[int, int, tuple[int, ...]]] = []
-        self._base = 0
         self._shared = host.plan.shared
         self._host_words = [host.buffer(number)[: offsets[-1] // 8 * 8].view(torch.int64).numpy()
                             for number in range(host.plan.num_buffers)]  # fmt: skip
@@ -76,36 +80,45 @@ class Stamps:
         expected[2 * chunk] = self._tag(number, chunk)
         expected[2 * chunk + 1] = sequence
 
-    def guard(self, forward: int, layer: int, keys: Sequence[int], slots: Sequence[int],
-              work: Callable[[], None]) -> Callable[[], None]:  # fmt: skip
-        """`work` with a check of all stamps in `slots` before and after it."""
-        device = self._words.device
-        expected = torch.tensor([self._expected[slot] for slot in slots], dtype=torch.int64)
-        starts = torch.tensor([slot * self._words_per_slot for slot in slots], dtype=torch.int64)
-        number = self._base + len(self._launches)
+    def expect(self, row: Row, forward: int, layer: int, keys: Sequence[int], slots: Sequence[int]) -> None:
+        """Write into `row`, which is about to be launched, what the slots of `keys` must hold then."""
+        words, at = row.words, row.layout.expected
+        words[NUMBER] = len(self._launches)
+        for slot in slots:
+            for word in self._expected[slot]:
+                words[at] = word
+                at += 1
         self._launches.append((forward, layer, tuple(keys)))
         self.num_executions += len(slots)
-        self.num_checks += expected.numel()
+        self.num_checks += len(slots) * self.words_per_expert
 
-        def guarded() -> None:
-            places = starts.to(device)[:, None] + self._within[None, :]
-            wanted = expected.to(device)
-            self._check(places, wanted, number)
-            work()
-            self._check(places, wanted, number)
+    def check(self, row: Row) -> Work:
+        """Compares the slots named in `row` with the words expected there, on the device."""
+        if row.device is not None:
+            from replay.slot_kernels import check_work
 
-        return guarded
+            return check_work(row, self._words, self._words_per_slot, self._within, self._wrong, self._first_bad)
 
-    def _check(self, places: torch.Tensor, wanted: torch.Tensor, number: int) -> None:
-        wrong = (self._words[places] != wanted).sum()
-        self._wrong.add_(wrong)
-        self._first_bad.copy_(torch.where(wrong > 0, torch.clamp(self._first_bad, max=number), self._first_bad))
+        def work() -> None:
+            found, layout = row.host.tolist(), row.layout
+            num, size = found[NUM_EXPERTS], self.words_per_expert
+            places = torch.tensor(found[layout.slots : layout.slots + num], dtype=torch.int64) * self._words_per_slot
+            wanted = row.host[layout.expected : layout.expected + num * size].view(num, size)
+            wrong = int((self._words[places[:, None] + self._within[None, :]] != wanted).sum())
+            if wrong:
+                self._wrong += wrong
+                self._first_bad.clamp_(max=found[NUMBER])
+
+        return work
+
+    def restart(self) -> None:
+        """What was launched so far was no part of the run."""
+        self._wrong.zero_()
+        self._first_bad.fill_(1 << 62)
 
     def collect(self) -> None:
-        """Between forwards, the device idle: take over what it has found."""
+        """The run is over, the device idle: take over what it has found."""
         self.num_wrong = int(self._wrong.item())
-        if self.num_wrong and self.first is None:
-            forward, layer, keys = self._launches[int(self._first_bad.item()) - self._base]
+        if self.num_wrong:
+            forward, layer, keys = self._launches[int(self._first_bad.item())]
             self.first = WrongStamp(forward, layer, keys, self.num_wrong)
-        self._base += len(self._launches)
-        self._launches.clear()

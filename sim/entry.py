@@ -12,6 +12,16 @@ from omegaconf import DictConfig
 
 from sim.errors import one_line
 
+Ending = Callable[[Exception], int | None]
+"""The exit code after an error that it knows, which it has told; None for any other."""
+
+_endings: list[Ending] = []
+
+
+def on_error(ending: Ending) -> None:
+    """Ask `ending` first how a command ends after an error: what `sim` must not know of may need an end of its own."""
+    _endings.append(ending)
+
 
 def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
     """Run one Hydra job. In a sweep Hydra must see a failure: it names the job and lets the others finish."""
@@ -36,6 +46,10 @@ def as_command(main: Callable[[], int | None],
         print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
+        # Here, while the error keeps alive what it has passed.
+        for code in (ending(error) for ending in _endings):
+            if code is not None:
+                return code
         line = one_line(error)
         if line is None:
             raise

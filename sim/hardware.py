@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 from expertflow.model import check_range, from_mapping
+from sim.kernel_table import KernelTable, kernel_table
 
 Curve = tuple[tuple[int, float], ...]
 """Points (copy size in bytes, GB/s), sizes rising."""
 
-Points = tuple[tuple[int, float], ...]
-"""Points (tokens or rows, ns) of a measured kernel, tokens rising."""
-
 _SECOND_NS = 1_000_000_000
+_KV_GRID = 1_000_000
 _NS_REMEDY = "give whole nanoseconds, at most a second"
-_TABLES = ("expert", "shared", "head", "attention", "dense")
-_TABLE_NS = 1e12
-_TABLE_REMEDY = "give nanoseconds as measured, 1 at least"
 _LINK_REMEDY = "give GB/s in one direction, as measured with pinned memory"
 _POSITIVE = {
     "memory_gb": (1e5, "give GB of GPU memory"),
@@ -43,48 +39,6 @@ def _check_sources(group: str, spec: Hardware | Stack) -> None:
             raise ValueError(f"{group}.sources.{key} is no figure; valid keys: {', '.join(sorted(known))}")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{group}.sources.{key}={text!r} must be text: a reference, or 'assumption: …'")
-
-
-@dataclass(frozen=True)
-class KernelTable:
-    """Kernel times of one model as measured on one GPU, by number of tokens; `sim.kernels` reads between them.
-
-    expert: one routed expert. shared: all shared experts of a layer; empty if the model has none. head: by
-    rows. attention: attention and router of one MoE layer, every row with a KV length of 1. dense: one leading
-    dense layer, its attention (KV length 1) included; empty if the model has none.
-    kv: ns for each token of KV that a layer reads beyond that one a row, on top of attention or dense layer.
-    prefill_kv: ns for each (query, key) pair of a prefill beyond one a row, on top too; None takes what the
-    roofline gives a pair.
-    """
-
-    expert: Points
-    head: Points
-    attention: Points
-    kv: float
-    shared: Points = ()
-    dense: Points = ()
-    prefill_kv: float | None = None
-
-    def check(self, key: str) -> None:
-        """ValueError naming `key`.field where a value is out of range or a needed table has no point."""
-        for name in _TABLES:
-            self._check_points(f"{key}.{name}", getattr(self, name), needed=name not in ("shared", "dense"))
-        check_range(f"{key}.kv", self.kv, 0, _TABLE_NS, remedy="give ns per token of KV in a layer")
-        if self.prefill_kv is not None:
-            remedy = "give ns per (query, key) pair, or leave it out for the roofline's share"
-            check_range(f"{key}.prefill_kv", self.prefill_kv, 0, _TABLE_NS, remedy=remedy)
-
-    @staticmethod
-    def _check_points(key: str, points: Points, needed: bool) -> None:
-        if needed and not points:
-            raise ValueError(f"{key}=() has no points; give at least one [tokens, ns]")
-        last = 0
-        for num_tokens, ns in points:
-            at = f"{key}[{num_tokens} tokens]"
-            check_range(at, ns, 1, _TABLE_NS, remedy=_TABLE_REMEDY)
-            if num_tokens <= last:
-                raise ValueError(f"{at} follows {last} tokens; tokens must rise and be at least 1")
-            last = num_tokens
 
 
 @dataclass(frozen=True)
@@ -139,6 +93,9 @@ class Hardware:
         link = self.link_gb_per_s
         if not isinstance(link, tuple):
             check_range("hardware.link_gb_per_s", link, 0, math.inf, above=True, remedy=_LINK_REMEDY)
+            if self.memory_gb_per_s < link < math.inf:
+                raise ValueError(f"hardware.link_gb_per_s={link} is above memory_gb_per_s={self.memory_gb_per_s}, into "
+                                 f"which it copies; {_LINK_REMEDY}")  # fmt: skip
             return
         if not link:
             raise ValueError(f"hardware.link_gb_per_s=() has no points; {_LINK_REMEDY}")
@@ -168,10 +125,9 @@ class Stack:
 
     layer_overhead_ns: per MoE layer, before its attention (Python, small kernels, gaps between kernels).
     head_overhead_ns: per forward, before the head (sampling, bookkeeping between tokens).
+    kv_grid: the KV tokens that a layer reads in a decode forward are rounded up to a multiple of it, since kernels
+    are captured for certain lengths (`sim.kernels.kv_on_grid`); 0 = they are read as they are.
     The rest is the host's own time, 0 unless measured (`sim.host_bound`).
-    attention_launch_ns, head_launch_ns: from the first kernel of that launch to its last, enqueued one by one;
-    expert_launch_ns the same for each routed expert of a launch, shared_launch_ns for the shared experts in it.
-    The first kernel itself is `Hardware.launch_host_ns`.
     classify_ns: once a layer, from the routing being known to the first action. observe_ns: after every other
     wake (a load has landed, a chunk has ended, the tokens are read back). forward_ns: once a forward, before
     anything of it is launched or copied. group_ns: on the stream, by each launch itself before its kernels run; it
@@ -181,10 +137,7 @@ class Stack:
     name: str
     layer_overhead_ns: int
     head_overhead_ns: int
-    attention_launch_ns: int = 0
-    expert_launch_ns: int = 0
-    shared_launch_ns: int = 0
-    head_launch_ns: int = 0
+    kv_grid: int = 0
     classify_ns: int = 0
     observe_ns: int = 0
     forward_ns: int = 0
@@ -197,12 +150,13 @@ class Stack:
             raise ValueError("stack.name is empty; give the name of the conf/stack file")
         for key in (item.name for item in fields(self) if item.name.endswith("_ns")):
             check_range(f"stack.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
+        check_range("stack.kv_grid", self.kv_grid, 0, _KV_GRID, remedy="give whole tokens of KV; 0: no grid")
         _check_sources("stack", self)
 
 
-HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0)
+HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))
 """The figures of a stack that `sim.host_bound` charges, 0 unless measured."""
-_OPTIONAL = {"kernel_ns", *HOST_COSTS}
+_OPTIONAL = {"kernel_ns", "kv_grid", *HOST_COSTS}
 
 
 def unsourced(spec: Hardware | Stack) -> list[str]:
@@ -220,38 +174,9 @@ def hardware_from_dict(values: Mapping[str, object]) -> Hardware:
         raise ValueError(f"hardware.link_gb_per_s={link!r} must be a number or a list of [bytes, GB/s]")
     kernels = values.get("kernel_ns")
     if isinstance(kernels, Mapping):
-        tables = {model: _kernel_table(f"hardware.kernel_ns.{model}", table) for model, table in kernels.items()}
+        tables = {model: kernel_table(f"hardware.kernel_ns.{model}", table) for model, table in kernels.items()}
         values = {**values, "kernel_ns": tables}
     return from_mapping(Hardware, values, "hardware")
-
-
-def _kernel_table(key: str, values: object) -> KernelTable:
-    """A table from the keys of one model; ranges are checked by the hardware that takes it."""
-    if isinstance(values, KernelTable):
-        return values
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{key}={values!r} must map expert, head, attention and so on to points [tokens, ns]")
-    missing = [item.name for item in fields(KernelTable) if item.default is MISSING and item.name not in values]
-    if missing:
-        raise ValueError(f"{key} lacks {', '.join(missing)}; measure all, or leave the model out for the roofline")
-    tables = {name: _table(f"{key}.{name}", values[name]) for name in _TABLES if name in values}
-    prefill = values.get("prefill_kv")
-    if isinstance(prefill, bool) or not isinstance(prefill, int | float | None):
-        raise ValueError(f"{key}.prefill_kv={prefill!r} must be ns per (query, key) pair, or be left out")
-    return from_mapping(KernelTable, {**values, **tables}, key)
-
-
-def _table(key: str, points: object) -> Points:
-    if not isinstance(points, list | tuple):
-        raise ValueError(f"{key}={points!r} must be a list of points [tokens, ns]")
-    return tuple(_tokens_point(key, point) for point in points)
-
-
-def _tokens_point(key: str, point: object) -> tuple[int, float]:
-    match point:
-        case [int(num_tokens), int() | float() as ns] if not isinstance(num_tokens, bool) and not isinstance(ns, bool):
-            return num_tokens, float(ns)
-    raise ValueError(f"{key}: {point!r} must be a point [tokens, ns] with whole tokens")
 
 
 def _point(point: object) -> tuple[int, float]:

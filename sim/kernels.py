@@ -14,7 +14,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from expertflow.model import GQA, ModelSpec
-from sim.hardware import Hardware, KernelTable, Points, Stack
+from sim.groups import GroupTimes
+from sim.hardware import Hardware, Stack
+from sim.kernel_table import KernelTable, Points
 
 
 class _Reads(NamedTuple):
@@ -62,7 +64,9 @@ class _Roofline:
         self.expert = _Matrices(rates, model.expert_params, model.expert_bytes)
         self.shared = _Matrices(rates, model.shared_params, model.shared_params * model.weight_bits / 8)
         self.head = _Matrices(rates, model.head_params, model.head_params * model.embedding_bits / 8)
+        self.groups: GroupTimes | None = None
         self.shortest_expert_ns = self.expert[1]
+        self.slowdowns = (1.0, 1.0, 1.0)
         self._dense = _Matrices(rates, model.dense_params, model.dense_params * model.weight_bits / 8)
         # (weights, bytes) that attention reads in a dense layer, and with the router in an MoE layer.
         attention = (model.attention_params, model.attention_params * model.weight_bits / 8)
@@ -127,8 +131,11 @@ class _Measured:
         self.expert = _Interpolated(table.expert)
         self.shared = _Interpolated(table.shared)
         self.head = _Interpolated(table.head)
+        self.groups = GroupTimes(table.groups) if table.groups else None
         # Between points no time is below both of them, beyond the last none is below it.
-        self.shortest_expert_ns = round(min(ns for _, ns in table.expert))
+        shortest = round(min(ns for _, ns in table.expert))
+        self.shortest_expert_ns = shortest if self.groups is None else self.groups.shortest_ns
+        self.slowdowns = (table.attention_slowdown, table.experts_slowdown, table.head_slowdown)
         self._table = table
         prefill_flops = _pair_flops(model)[1]
         self._pair_ns = prefill_flops / rates.flops_per_ns if table.prefill_kv is None else table.prefill_kv
@@ -151,8 +158,21 @@ class _Measured:
         return context_ns
 
 
+def kv_on_grid(kv_tokens: int, grid: int, most: int = sys.maxsize) -> int:
+    """KV tokens that one layer reads in a decode forward of a stack with that `kv_grid`, all rows together.
+
+    kv_tokens: those that it needs; of a windowed layer at most a window of each row. most: its bound, window * rows
+    for a windowed layer. The simulation takes its times from this number, a replay captures its kernels for it.
+    """
+    return min(-(-kv_tokens // grid) * grid, most) if grid else kv_tokens
+
+
 class KernelTimes:
-    """Durations of one model's kernels on one GPU. Lists returned are shared: do not change them."""
+    """Durations of one model's kernels on one GPU. Lists returned are shared: do not change them.
+
+    groups: times of experts launched at once, None if they take as long as one by one. slowdowns: factors on
+    attention, experts and head beside a busy link.
+    """
 
     def __init__(self, model: ModelSpec, hardware: Hardware, stack: Stack) -> None:
         self.model = model
@@ -163,14 +183,24 @@ class KernelTimes:
         self._expert: dict[int, int] = times.expert
         self._shared: dict[int, int] = times.shared
         self._head: dict[int, int] = times.head
+        self.groups = times.groups
+        self.slowdowns = times.slowdowns
         self.shortest_expert_ns = times.shortest_expert_ns
+        self._kv_grid = stack.kv_grid
         self._window = model.window or sys.maxsize
         # Bounded, so that memory does not grow with the trace.
         self._decode = lru_cache(maxsize=4096)(self._decode_list)
 
     def expert_ns(self, num_tokens: int) -> int:
-        """One routed expert over the tokens routed to it."""
+        """One routed expert by itself, over the tokens routed to it."""
         return self._expert[num_tokens]
+
+    def experts_ns(self, tokens: Sequence[int]) -> int:
+        """One launch of routed experts over so many tokens each: a group, or one by one where none was measured."""
+        if self.groups is not None:
+            return self.groups.ns(len(tokens), sum(tokens))
+        expert_ns = self._expert
+        return sum([expert_ns[count] for count in tokens])
 
     def shared_ns(self, num_tokens: int) -> int:
         """One layer's shared experts over all tokens of the forward; 0 if the model has none."""
@@ -187,7 +217,7 @@ class KernelTimes:
         exact if all requests or none exceed it; `attention_list_ns` is exact always.
         """
         windowed = min(kv_tokens, self._window * num_tokens)
-        return self._decode(num_tokens, kv_tokens, windowed)[layer]
+        return self._decode_at(num_tokens, kv_tokens, windowed)[layer]
 
     def attention_list_ns(self, num_tokens: int, kv_lens: Sequence[int], prefill: bool) -> list[int]:
         """The same for every MoE layer [L]; leading dense layers count into the first.
@@ -202,13 +232,21 @@ class KernelTimes:
         window = self._window
         if num_tokens == 1:
             kv_len = kv_lens[0]
-            return self._decode(1, kv_len, kv_len if kv_len < window else window)
-        return self._decode(num_tokens, sum(kv_lens), sum(min(kv_len, window) for kv_len in kv_lens))
+            return self._decode_at(1, kv_len, kv_len if kv_len < window else window)
+        return self._decode_at(num_tokens, sum(kv_lens), sum(min(kv_len, window) for kv_len in kv_lens))
 
     def resident_layer_ns(self, layer: int, kv_tokens: int) -> int:
         """A whole MoE layer for one decoded token, all experts resident, the stack's overhead included."""
-        experts_ns = self.model.top_k * self.expert_ns(1) + self.shared_ns(1)
+        experts_ns = self.experts_ns([1] * self.model.top_k) + self.shared_ns(1)
         return self.stack.layer_overhead_ns + self.attention_ns(layer, 1, kv_tokens) + experts_ns
+
+    def _decode_at(self, num_tokens: int, full: int, windowed: int) -> list[int]:
+        """Times of all layers, given the KV tokens that a full and a windowed layer need."""
+        grid = self._kv_grid
+        if grid:
+            full = kv_on_grid(full, grid)
+            windowed = kv_on_grid(windowed, grid, self._window * num_tokens)
+        return self._decode(num_tokens, full, windowed)
 
     def _decode_list(self, num_tokens: int, full: int, windowed: int) -> list[int]:
         """Every row reads its own request's keys: as many tokens as there are (query, key) pairs."""

@@ -37,10 +37,6 @@ class HostCosts:
     layer_overhead_ns: int = 0
     head_overhead_ns: int = 0
     # Charged by `sim.host_bound` alone.
-    attention_launch_ns: int = 0
-    expert_launch_ns: int = 0
-    shared_launch_ns: int = 0
-    head_launch_ns: int = 0
     classify_ns: int = 0
     observe_ns: int = 0
     forward_ns: int = 0
@@ -70,10 +66,21 @@ class HostCosts:
     @property
     def layer_serial_ns(self) -> int:
         """What no schedule of a layer avoids on the compute stream beside its kernels: stack, attention's launch on
-        the stream, routing read back, classified, launch. Not attention_launch_ns: the host may spend it while the
-        experts of the layer before still run."""
+        the stream, routing read back, classified, launch."""
         serial_ns = self.layer_overhead_ns + self.gate_sync_ns + self.classify_ns + self.group_ns
         return serial_ns + self.launch_ns + self.launch_latency_ns
+
+
+class _OneEach(dict[int, int]):
+    """ns of a launch by number of experts, one token each; filled on first use."""
+
+    def __init__(self, kernels: KernelTimes) -> None:
+        super().__init__()
+        self.kernels = kernels
+
+    def __missing__(self, num_experts: int) -> int:
+        duration_ns = self[num_experts] = self.kernels.experts_ns([1] * num_experts)
+        return duration_ns
 
 
 class SimMachine:
@@ -92,7 +99,8 @@ class SimMachine:
         self._attention_ns: Sequence[int] = ()
         self._num_tokens = 0
         self._head_ns = 0
-        self._expert_ns = kernels.expert_ns(1)
+        self._one_each_ns = _OneEach(kernels)
+        self._experts_ns = kernels.experts_ns
         self._has_shared = kernels.shared_ns(1) > 0
         self._launch_ns = costs.launch_ns
         self._latency_ns = costs.launch_latency_ns
@@ -133,11 +141,7 @@ class SimMachine:
         return self._enqueue(self._attention_ns[layer], self._layer_overhead_ns)
 
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
-        if counts is None:
-            duration = self._expert_ns * len(keys)
-        else:
-            expert_ns = self.kernels.expert_ns
-            duration = sum(expert_ns(counts[key]) for key in keys)
+        duration = self._one_each_ns[len(keys)] if counts is None else self._experts_ns([counts[key] for key in keys])
         if shared and self._has_shared:
             duration += self.kernels.shared_ns(self._num_tokens)
         return self._enqueue(duration, 0)

@@ -17,6 +17,7 @@ from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.runtime import Runtime
 from expertflow.selections.top_k import TopK
+from sim.groups import CheapestGroups
 from sim.host_bound import machine_for
 from sim.kernels import KernelTimes
 from sim.link import Link
@@ -84,33 +85,32 @@ def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:
 
 
 def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
-    """The floor for schedules with the slots of `work` (and staging buffers), over the whole run."""
+    """The floor for schedules with the slots of `work` (and staging buffers), over the whole run.
+
+    Where experts launched at once have times of their own, a layer's take the cheapest partition into groups: a
+    schedule launches every expert of a layer once, so that its launches are one of the partitions tried. The shared
+    experts add their own time to one of the launches whichever it is, and so to the least of them all. What a busy
+    link adds to a kernel only lengthens it, and is left out.
+    """
     model = work.model
     kernels = KernelTimes(model, work.hardware, work.stack)
     costs = HostCosts.of(work.hardware, work.stack)
+    cheapest = None if kernels.groups is None else CheapestGroups(kernels.groups, model.num_experts, costs.group_ns)
     serial: list[int] = []
     heads: list[int] = []
     for forward in work.batches:
         attention = kernels.attention_list_ns(forward.num_tokens, forward.kv_lens, forward.phase == "prefill")
         shared = kernels.shared_ns(forward.num_tokens)
-        shared_launch = costs.shared_launch_ns if shared else 0
         for layer, keys in enumerate(forward.demands):
-            if forward.counts is None:
-                experts = len(keys) * kernels.expert_ns(1)
-            else:
-                experts = sum(kernels.expert_ns(forward.counts[layer][key]) for key in keys)
-            # However the experts are grouped, the last one's group ends after the host has enqueued them all.
-            experts = max(shared + experts + costs.group_ns, shared_launch + len(keys) * costs.expert_launch_ns)
-            serial.append(attention[layer] + experts + costs.layer_serial_ns)
+            tokens = [1] * len(keys) if forward.counts is None else [forward.counts[layer][key] for key in keys]
+            experts = kernels.experts_ns(tokens) + costs.group_ns if cheapest is None else cheapest.ns(tokens)
+            serial.append(attention[layer] + shared + experts + costs.layer_serial_ns)
             if layer == 0:
                 # After the tokens are read back the first launch of a forward has nothing to hide behind.
                 serial[-1] += costs.launch_ns + costs.launch_latency_ns + costs.forward_ns
-                hidden = costs.layer_overhead_ns + attention[0] + costs.group_ns
-                serial[-1] += max(0, costs.attention_launch_ns - hidden)
                 # The first forward follows no tokens.
                 serial[-1] += costs.observe_ns if heads else 0
         head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
-        # Not head_launch_ns: the host may spend it while the last experts still run.
         heads.append(head + costs.group_ns + costs.head_overhead_ns + costs.token_sync_ns)
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
     totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())

@@ -24,7 +24,13 @@ from tests.reference_cache import (
     ties_reversed,
     trace_events,
 )
-from tests.reference_exhaustive import brute_force_optimum, fewest_misses, floor_bound, min_loads
+from tests.reference_exhaustive import (
+    brute_force_optimum,
+    cheapest_partition,
+    fewest_misses,
+    floor_bound,
+    min_loads,
+)
 
 __all__ = [
     "POLICIES",
@@ -34,6 +40,7 @@ __all__ = [
     "Scope",
     "batched_events",
     "brute_force_optimum",
+    "cheapest_partition",
     "count_hits",
     "count_hits_fast",
     "count_hits_per_access",

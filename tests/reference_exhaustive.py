@@ -5,14 +5,14 @@ policies they judge: no next use, no priority, no queue. Time is an integer with
 
 The timing problem: one serial compute stream and one link, with the whole future known. Event i is an
 attention of `attention[i]`, then one kernel of `kernel[i]` for each of its experts, in any order, each of
-which needs its expert resident; the attention of event i+1 follows the last kernel of event i. The link
-loads one expert at a time in `load`, is never interrupted, and may load any expert at any time. A load
-holds one of `slots` slots from its start, and may take it from any resident but the one whose kernel is
-running. The cache starts cold.
+which needs its expert resident (with `group` one kernel may compute several of them); the attention of
+event i+1 follows the last kernel of event i. The link loads one expert at a time in `load`, is never
+interrupted, and may load any expert at any time. A load holds one of `slots` slots from its start, and may
+take it from any resident but those whose kernel is running. The cache starts cold.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -53,9 +53,9 @@ def fewest_misses(events: Iterable[Event], *, capacity: int, bypass: bool) -> in
 
 
 class Work(NamedTuple):
-    """Something under way; `expert` is None for an attention."""
+    """Something under way; an attention has no `experts`, a load one."""
 
-    expert: Expert | None
+    experts: frozenset[Expert]
     remaining: int
 
 
@@ -78,18 +78,30 @@ class Problem(NamedTuple):
     kernel: tuple[int, ...]
     load: int
     slots: int
+    group: tuple[int, ...] = ()
 
     def waiting(self, event: int) -> frozenset[Expert]:
         """Kernels of an event before any has started; none past the last event."""
         return self.demand[event] if event < len(self.demand) else frozenset()
 
+    def launches(self, event: int, ready: frozenset[Expert]) -> Iterator[Work]:
+        """Every kernel that may start over experts of `ready`: of one, or of any of them with `group`."""
+        if not self.group:
+            for expert in ready:
+                yield Work(frozenset([expert]), self.kernel[event])
+            return
+        for experts in _subsets(ready, len(ready), frozenset()):
+            if experts:
+                yield Work(experts, self.group[len(experts) - 1])
+
 
 def _problem(
-    events: Iterable[Event], attention: Sequence[int], kernel: Sequence[int], load: int, slots: int
+    events: Iterable[Event], attention: Sequence[int], kernel: Sequence[int], load: int, slots: int,
+    group: Sequence[int],
 ) -> Problem:
     """The instance with its values checked."""
     demand = tuple(frozenset((layer, expert) for expert in experts) for layer, experts in events)
-    problem = Problem(demand, tuple(attention), tuple(kernel), load, slots)
+    problem = Problem(demand, tuple(attention), tuple(kernel), load, slots, tuple(group))
     if not len(demand) == len(problem.attention) == len(problem.kernel):
         raise ValueError(f"one attention and one kernel time per event, got {problem}")
     if not demand or not all(demand) or min(*problem.attention, *problem.kernel, load, slots) < 1:
@@ -103,11 +115,10 @@ def _compute_choices(problem: Problem, state: State) -> Iterator[State]:
     if state.computing is not None or state.event == len(problem.demand):
         return
     if not state.attended:
-        yield state._replace(attended=True, computing=Work(None, problem.attention[state.event]))
+        yield state._replace(attended=True, computing=Work(frozenset(), problem.attention[state.event]))
         return
-    for expert in state.waiting & state.resident:
-        work = Work(expert, problem.kernel[state.event])
-        yield state._replace(waiting=state.waiting - {expert}, computing=work)
+    for work in problem.launches(state.event, state.waiting & state.resident):
+        yield state._replace(waiting=state.waiting - work.experts, computing=work)
 
 
 def _link_choices(problem: Problem, state: State) -> Iterator[State]:
@@ -116,9 +127,9 @@ def _link_choices(problem: Problem, state: State) -> Iterator[State]:
     if state.loading is not None:
         return
     useful = state.waiting.union(*problem.demand[state.event + 1 :])
-    in_use = {state.computing.expert} if state.computing else set()
+    in_use = state.computing.experts if state.computing else frozenset()
     for expert in useful - state.resident:
-        work = Work(expert, problem.load)
+        work = Work(frozenset([expert]), problem.load)
         if len(state.resident) < problem.slots:
             yield state._replace(loading=work)
             continue
@@ -132,13 +143,12 @@ def _advance(problem: Problem, state: State, elapsed: int) -> State:
     if loading is not None:
         loading = loading._replace(remaining=loading.remaining - elapsed)
         if loading.remaining == 0:
-            assert loading.expert is not None
-            resident = resident | {loading.expert}
+            resident = resident | loading.experts
             loading = None
     if computing is not None:
         computing = computing._replace(remaining=computing.remaining - elapsed)
         if computing.remaining == 0:
-            if computing.expert is not None and not waiting:
+            if computing.experts and not waiting:
                 event, attended, waiting = event + 1, False, problem.waiting(event + 1)
             computing = None
     return State(event, attended, waiting, computing, loading, resident)
@@ -152,6 +162,7 @@ def brute_force_optimum(
     slots: int,
     *,
     every_tick: bool = False,
+    group: Sequence[int] = (),
 ) -> int:
     """The least time in which any schedule can finish the events: Dijkstra over all states.
 
@@ -159,8 +170,10 @@ def brute_force_optimum(
     to the end it waits for changes no order and delays nothing. `every_tick` drops that argument and tries
     a start at each unit of time. Loads without a later use, and evictions while a slot is free, are left
     out: neither helps.
+    group: time of one kernel over 1, 2, 3 … experts, in place of `kernel`; then any of an event's experts that are
+    resident may run at once. A load takes no slot whose expert runs.
     """
-    problem = _problem(events, attention, kernel, load, slots)
+    problem = _problem(events, attention, kernel, load, slots, group)
     first = State(0, False, problem.waiting(0), None, None, frozenset())
     reached = {first: 0}
     tie = count()
@@ -184,6 +197,26 @@ def brute_force_optimum(
     raise AssertionError(f"no schedule finishes {problem}")
 
 
+# -- partitions ----------------------------------------------------------------------------------------------
+
+
+def cheapest_partition(members: Sequence[int], cost: Callable[[Sequence[int]], int]) -> int:
+    """The least sum of `cost` over the parts, of all partitions of `members`."""
+    return min(sum(cost(part) for part in parts) for parts in _partitions(list(members)))
+
+
+def _partitions(members: list[int]) -> Iterator[list[list[int]]]:
+    """Every way to put `members` into parts, none of them empty."""
+    if not members:
+        yield []
+        return
+    first, rest = members[0], members[1:]
+    for parts in _partitions(rest):
+        yield [[first], *parts]
+        for place, part in enumerate(parts):
+            yield [*parts[:place], [first, *part], *parts[place + 1 :]]
+
+
 # -- its bound -----------------------------------------------------------------------------------------------
 
 
@@ -203,22 +236,24 @@ def min_loads(events: Iterable[Event], slots: int) -> int:
 
 
 def floor_bound(
-    events: Iterable[Event], attention: Sequence[int], kernel: Sequence[int], load: int, slots: int
+    events: Iterable[Event], attention: Sequence[int], kernel: Sequence[int], load: int, slots: int,
+    group: Sequence[int] = (),
 ) -> int:
     """A time no schedule can beat: the largest over prefixes 1..i of loads + one kernel + compute after i.
 
     The last of the loads that events 1..i cannot do without ends no sooner than their number x `load`; a
     kernel of some event up to i waits for it, and the events after i wait for that kernel. At least all
-    compute.
+    compute. With `group` the kernels of an event take the cheapest of all partitions, one kernel the shortest group.
     """
     demand = list(events)
     serial = [
-        start + each * len(experts)
+        start + (cheapest_partition(experts, lambda part: group[len(part) - 1]) if group else each * len(experts))
         for (_, experts), start, each in zip(demand, attention, kernel, strict=True)
     ]
+    shortest = min(group) if group else min(kernel)
     bounds = [sum(serial)]
     for last in range(len(demand)):
         loads = min_loads(demand[: last + 1], slots)
         if loads >= 1:
-            bounds.append(loads * load + min(kernel) + sum(serial[last + 1 :]))
+            bounds.append(loads * load + shortest + sum(serial[last + 1 :]))
     return max(bounds)

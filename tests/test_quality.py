@@ -69,7 +69,7 @@ def test_readme_gives_two_commands_and_the_second_is_what_ci_runs() -> None:
     assert steps(test) == [
         "python3 -m venv .venv-test",
         ".venv-test/bin/pip install -q -c constraints.txt -e '.[test]'",
-        ".venv-test/bin/python -m pytest",
+        ".venv-test/bin/python -m pytest -n auto --dist loadfile",
     ]
     assert steps(run) == [
         "python3 -m venv .venv",

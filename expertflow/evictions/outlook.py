@@ -8,12 +8,14 @@ out what is worth less than itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from expertflow.forward import Forward
 from expertflow.future import Future
-from expertflow.parts import DEMAND, SCORE_ONE, Eviction, Scores
+from expertflow.network import compiled_functions
+from expertflow.parts import DEMAND, SCORE_ONE, Eviction, Scores, Worths
 from expertflow.view import RESIDENT, View
 
 _TAKEN = 1 << 40
@@ -64,6 +66,10 @@ class Outlook(Eviction):
         ]
         self.one_worth, self.one_bar, self.one_held = self.worth.data, self.bar.data, self.held.data
         self.demanded: Sequence[int] = ()
+        functions = compiled_functions()
+        self.settle: Any = None if functions is None else functions.settle
+        """`layer_end`, compiled; None: numpy does it."""
+        self.states = np.frombuffer(view.residency, np.uint8)
 
     def touched(self, keys: Sequence[int]) -> None:
         self.demanded = keys
@@ -94,7 +100,17 @@ class Outlook(Eviction):
         np.maximum(soon, chance, out=worth)
         np.bitwise_or(worth, bar, out=held)
 
+    def worths(self) -> Worths | None:
+        if self.ranks_itself:
+            return None
+        return Worths(self.soon, self.chance, self.worth, self.bar, self.held)
+
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:
+        self.demanded = ()
+        if self.settle is not None and self.view.outlook is not None:
+            self.settle(self.soon, self.worth, self.bar, self.held, self.states, np.array(keys, np.int64),
+                        layer * self.num_experts, self.num_experts, self.used)  # fmt: skip
+            return
         soon, _, worth, bar, held = self.by_layer[layer]
         if self.view.outlook is None:
             first = layer * self.num_experts
@@ -111,7 +127,6 @@ class Outlook(Eviction):
             if residency[key] == RESIDENT:
                 one_bar[key] = 0
         np.bitwise_or(worth, bar, out=held)
-        self.demanded = ()
 
     def end_forward(self, forward: Forward) -> None:
         outlook = self.view.outlook

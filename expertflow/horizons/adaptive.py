@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import ClassVar
 
 from expertflow.diversity import embedding_distance
 from expertflow.forward import Forward
 from expertflow.future import Future
+from expertflow.horizons.worth import Worth
 from expertflow.parts import Horizon
 from expertflow.view import Feedback, View
 
@@ -28,13 +28,10 @@ class AdaptiveHorizon(Horizon):
     start, but a miss was not foreseen, and looking farther does not help it (results/LOG.md). `dist_exponent`
     corrects N_e by how diverse the batch is: times (Dist per pair of tokens / its running mean) to this power,
     where the trace holds embeddings; 0, the default, is off, since how Dist enters is not published.
-    `worth`, our own, guards against a step that costs more host time than the device hides. Every `retry_forwards` half
-    the step is tried for `TRIAL` forwards of one token; where that makes layers, stall excluded, faster by more than
-    this share of their whole time, half it is, until the same time has passed. 0, the default, is off.
+    `worth`, our own, guards against decisions that cost more host time than they are worth: `Worth` caps the step, down
+    to nothing, so that no more than about this share of what prefetch saves is spent on them, and tries again every
+    `retry_forwards`. 0, the default, is off.
     """
-
-    TRIAL: ClassVar[int] = 4
-    FIRST_TRIAL: ClassVar[int] = 16
 
     def __init__(self, max_distance: int = 8, memory: float = 0.9, stall_threshold: int = 3,
                  overfetch_threshold: int = 8, formula_jump: int = 2, cooldown_forwards: int = 1,
@@ -76,25 +73,25 @@ class AdaptiveHorizon(Horizon):
         self.pair_distance = 0.0
         self.num_stalls = self.num_overfetched = 0.0
         self.changed_at = -1 - self.cooldown_forwards
-        self._seen = (0, 0, 0, 0, 0)
-        self.last_layer_ns = self.whole_ns = 0.0
-        """Mean time of a layer in the last forward, stall excluded; a running mean of all of it, stall included."""
-        self.samples, self.step_ns, self.size_begun = 0, 0.0, 0
-        """Over how many forwards the present step was seen, running mean of its layers' time; the step with which this
-        forward began."""
-        self.on_trial: tuple[int, float] | None = None
-        """The step that half of it is held against, and its layers' time."""
-        self.trial_at, self.cap, self.cap_until = self.FIRST_TRIAL, self.limit, 0
-        self.last_single = False
+        self._seen = (0, 0, 0, 0)
+        self.guard: Worth | None = None
+        if self.worth:
+            self.guard = Worth(view, self.limit, self.worth, self.retry_forwards, self.memory)
         self._windows = [list(range(1, size + 1)) for size in range(self.limit + 1)]
         self._set(1 if view.num_layers > 1 else 0)
 
     def _set(self, size: int) -> None:
         self.size = size
-        self.samples, self.step_ns = 0, 0.0
         self.num_stalls = self.num_overfetched = 0.0
 
+    @property
+    def cap(self) -> int:
+        """How far decisions may look."""
+        return self.limit if self.guard is None else self.guard.cap
+
     def distances(self) -> Sequence[int]:
+        if self.guard is not None and self.guard.spent():
+            return ()
         return self._windows[self.size]
 
     def begin_forward(self, forward: Forward) -> None:
@@ -102,42 +99,20 @@ class AdaptiveHorizon(Horizon):
         self.num_overfetched /= 2
         self._observe()
         expected = (self.num_expected or self.view.top_k) * self._diversity(forward)
-        if self.bytes_per_ns <= 0 or self.layer_ns <= 0 or self.size == 0:
+        if self.view.num_layers == 1:
             return
-        if self.worth:
-            self._weigh(forward)
-        needed = ceil(expected * self.view.expert_bytes / (self.bytes_per_ns * self.layer_ns))
-        formula = min(max(needed, 1), self.limit)
-        if self.on_trial is None and (self.formula == 0 or abs(formula - self.formula) >= self.formula_jump):
+        copy_ns = self.view.expert_bytes / self.bytes_per_ns if self.bytes_per_ns > 0 else 0.0
+        raised = self.guard is not None and self.guard.judge(forward.index, copy_ns)
+        formula = min(max(ceil(expected * copy_ns / self.layer_ns), 1), self.limit) if self.layer_ns > 0 else 0
+        if copy_ns > 0 and formula and (self.formula == 0 or abs(formula - self.formula) >= self.formula_jump):
             self.formula = formula
             self._set(min(formula, self.cap))
-
-    def _weigh(self, forward: Forward) -> None:
-        """Judge the present step by what its layers take, beside half of it."""
-        whole, self.size_begun = self.size == self.size_begun, self.size
-        if whole and self.last_single:
-            self.samples += 1
-            self.step_ns = self._mean(self.step_ns, self.last_layer_ns)
-        self.last_single = forward.num_tokens == 1
-        if self.samples < self.TRIAL:
-            return
-        index = forward.index
-        if self.on_trial is not None:
-            size, size_ns = self.on_trial
-            self.on_trial = None
-            if size_ns - self.step_ns > self.worth * self.whole_ns:
-                # Half of it may still be too long.
-                self.cap, self.cap_until, self.trial_at = size - 1, index + self.retry_forwards, index
-            else:
-                self._set(size)
-                self.trial_at = index + self.retry_forwards
-        elif self.cap < self.limit and index >= self.cap_until:
-            self.cap, self.trial_at = self.limit, index
-            self._set(max(self.size, self.formula))
-        elif index >= self.trial_at and self.size > 1:
-            self.on_trial = (self.size, self.step_ns)
-            self._set(self.size // 2)
-        self.size_begun = self.size
+        elif raised:
+            self._set(min(max(self.size, self.formula, 1), self.cap))
+        elif self.size > self.cap:
+            self._set(self.cap)
+        if self.guard is not None:
+            self.guard.begin(forward.index, self.size)
 
     def _diversity(self, forward: Forward) -> float:
         """The correction of N_e for the tokens of this forward; 1 where it is off or nothing is known."""
@@ -153,20 +128,20 @@ class AdaptiveHorizon(Horizon):
 
     def _observe(self) -> None:
         view = self.view
-        now = (view.link_bytes, view.link_busy_ns, view.layer_time_ns, view.num_layers_timed, view.now_ns)
-        num_bytes, busy_ns, layer_ns, layers, elapsed_ns = (new - old for new, old in zip(now, self._seen, strict=True))
+        now = (view.link_bytes, view.link_busy_ns, view.layer_time_ns, view.num_layers_timed)
+        num_bytes, busy_ns, layer_ns, layers = (new - old for new, old in zip(now, self._seen, strict=True))
         self._seen = now
         if busy_ns > 0:
             self.bytes_per_ns = self._mean(self.bytes_per_ns, num_bytes / busy_ns)
         if layers > 0:
-            self.last_layer_ns = layer_ns / layers
-            self.whole_ns = self._mean(self.whole_ns, elapsed_ns / view.num_layers)
-            self.layer_ns = self._mean(self.layer_ns, self.last_layer_ns)
+            self.layer_ns = self._mean(self.layer_ns, layer_ns / layers)
 
     def _mean(self, mean: float, value: float) -> float:
         return value if mean == 0 else self.memory * mean + (1 - self.memory) * value
 
     def feedback(self, feedback: Feedback) -> None:
+        if self.guard is not None:
+            self.guard.heard(feedback)
         if feedback.stall_ns > 0 and (self.count == "any" or feedback.num_late > 0):
             self.num_stalls += 1
             if self.num_stalls >= self.stall_threshold:
@@ -188,12 +163,9 @@ class AdaptiveHorizon(Horizon):
             self._step(-1)
 
     def _step(self, change: int) -> None:
-        if self.on_trial is not None or self.view.forward - self.changed_at <= self.cooldown_forwards:
+        if self.view.forward - self.changed_at <= self.cooldown_forwards:
             return
         size = min(max(self.size + change, 1), self.cap)
         if size != self.size:
             self.changed_at = self.view.forward
-            if size > self.size:
-                # What has grown is soon looked at.
-                self.trial_at = min(self.trial_at, self.view.forward + self.FIRST_TRIAL)
             self._set(size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,6 @@ import numpy.typing as npt
 from expertflow.forward import PREFILL, Forward
 from expertflow.future import Future
 from expertflow.network import (
-    CHANCES,
-    LOGS,
-    NUM_OWN,
-    OWN_SHIFTS,
-    PREGATE_ODDS,
     SHIFTS,
     UNIT,
     Floats,
@@ -31,9 +26,9 @@ from expertflow.network import (
     Singles,
     chance_of,
     compiled_functions,
-    rates_of,
 )  # fmt: skip
-from expertflow.parts import Effort, Predictor, Scores
+from expertflow.parts import Effort, Predictor, Scores, Step, Worths
+from expertflow.predictors.hybrid_compiled import CompiledNetwork
 from expertflow.predictors.ranking import rank_scores
 from expertflow.view import View
 
@@ -54,7 +49,9 @@ class HybridPredictor(Predictor):
     """
 
     fitted_kind: ClassVar[str] = "hybrid"
-    effort: Effort = Effort(1.2, 0.4)
+    # Measured, in units of the 20 us that the shipped profiles assume (results/LOG.md, 2026-11-27).
+    effort: Effort = Effort(0.5, 0.25)
+    effort_at_once: Effort | None = Effort(0.4, 0.08)
 
     def __init__(self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, keep: int = 0,
                  refreshes: bool = True) -> None:  # fmt: skip
@@ -81,35 +78,13 @@ class HybridPredictor(Predictor):
         self.block_row = -1
         self.block_rows: dict[int, tuple[list[list[list[int]]], list[list[list[int]]], list[Ints]]] = {}
         self.block_outlook: list[Ints] = []
-        self.compiled: Any = compiled_functions() if len(self.net.rank_weights) == self.top_k else None
+        functions = compiled_functions() if len(self.net.rank_weights) == self.top_k else None
+        self.compiled = None if functions is None else CompiledNetwork(self.net, functions)
         """What runs compiled, for one token; None: numpy does it all."""
-        if self.compiled is not None:
-            self._lay_out()
         self._forget()
         self._begin(1)
         view.outlook = self.net.frequency.reshape(-1).astype(np.int64)
         view.chances = np.zeros(self.L * self.E, np.int64)
-
-    def _lay_out(self) -> None:
-        """The network in the types of the compiled functions, and room for what they write."""
-        net = self.net
-        self.tables, self.rank_weights = net.tables.astype(np.int16), net.rank_weights.astype(np.int32)
-        self.place, self.table_bits = net.place.astype(np.int64), int(net.unit).bit_length() - 1
-        self.weights = (
-            net.mix.astype(np.int8), net.mix_scale.astype(np.int32), net.mix_bias.astype(np.int32),
-            net.out.astype(np.int8), net.out_scale.astype(np.int32), net.bias.astype(np.int32),
-            net.own_by_feature.astype(np.int32),
-            np.zeros((1, 1, 1), np.int32) if net.pregate is None else net.pregate.astype(np.int32),
-        )  # fmt: skip
-        self.forecast = (
-            net.forecast.astype(np.int8), net.forecast_scale.astype(np.int64), net.forecast_bias.astype(np.int64),
-            net.forecast_own.astype(np.int64),
-        )  # fmt: skip
-        self.rates = (rates_of(SHIFTS, 1), rates_of(OWN_SHIFTS, 1))
-        self.scales = PREGATE_ODDS.astype(np.int32), CHANCES.astype(np.int32)
-        self.no_pregate = np.zeros((0, self.E), np.float32)
-        self.hidden = np.zeros(net.H, np.int32)
-        self.ranked = np.zeros((net.D, 2, self.E), np.int64)
 
     def _forget(self) -> None:
         """A request begins."""
@@ -119,7 +94,7 @@ class HybridPredictor(Predictor):
     def _begin(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
         self.num_steps = 1
-        self.quick = self.compiled is not None and num_tokens == 1
+        self.quick = self.compiled if num_tokens == 1 else None
         self.num_known = 0
         self.closed = False
         self.base = self.net.base(self.memory.states)
@@ -149,17 +124,16 @@ class HybridPredictor(Predictor):
             known = self.num_known
             keys = forward.demands[known]
             self.num_known += 1
-            if self.quick and len(keys) == self.top_k:
-                self.compiled.learn(self.tables, self.rank_weights, np.array(keys, np.int64), self.place[known + 1],
-                                    self.sums, self.used, self.table_bits, self.hidden)  # fmt: skip
+            if self.quick is not None and len(keys) == self.top_k:
+                self.quick.learn(keys, known, self.sums, self.used)
                 continue
             made = net.embed(keys, None if counts is None else [counts[known][key] for key in keys], self.num_tokens)
             self.sums[H : 2 * H] = net.forget_recent(self.sums[H : 2 * H].astype(np.float64))
             self.sums += made.astype(np.int64)
             for key in keys:
                 self.used[key] = 1.0 if counts is None else counts[known][key] / self.num_tokens
-            if self.quick:
-                self.hidden[:] = self._activate(known)
+            if self.quick is not None:
+                self.quick.hidden[:] = self._activate(known)
 
     def _activate(self, layer: int) -> Singles:
         H = self.net.H
@@ -172,12 +146,8 @@ class HybridPredictor(Predictor):
         self.closed = True
         net, memory = self.net, self.memory
         assert self.features is not None
-        if self.quick:
-            # In place: nobody else holds these.
-            self.compiled.close(memory.states, memory.use.reshape(NUM_OWN - 1, -1), self.used, self.sums, *self.rates,
-                                LOGS, self.place[0], self.table_bits, self.features.reshape(NUM_OWN, -1),
-                                self.hidden)  # fmt: skip
-            memory.shares = self.used.reshape(self.L, self.E)
+        if self.quick is not None:
+            self.quick.close(memory, self.used, self.sums, self.features)
             return
         total = self.sums[2 * net.H :].astype(np.float64)
         self.memory = net.after(memory, total, self.used.reshape(self.L, self.E), self.num_steps)
@@ -202,7 +172,10 @@ class HybridPredictor(Predictor):
             self.asked = distance
         if distance > len(self.seen):
             reach = min(max(self.expected, distance), net.D, self.L - (layer + 1) % self.L)
-            (self._look if self.quick else self._look_ahead)(forward, layer, reach)
+            if self.quick is not None:
+                self._look(self.quick, forward, layer, reach)
+            else:
+                self._look_ahead(forward, layer, reach)
         scores = self.seen[distance - 1]
         if scores is not None:
             first = (layer + distance) % self.L * self.E
@@ -210,20 +183,51 @@ class HybridPredictor(Predictor):
             self.view.chances[first : first + self.E] = self.chance[distance - 1]
         return scores
 
-    def _look(self, forward: Forward, layer: int, reach: int) -> None:
+    def _look(self, quick: CompiledNetwork, forward: Forward, layer: int, reach: int) -> None:
         """`_look_ahead` of one token, compiled: what was not seen before."""
-        first, seen = (layer + 1) % self.L, len(self.seen)
-        pregate = self.no_pregate
-        gated = self.net.pregate is not None and first > 0
-        if gated and forward.recorded is not None:
-            recorded = forward.recorded.lookahead(forward.rows, layer)
-            if recorded is not None:
-                pregate = recorded[0]
-        ranked = self.ranked[seen:reach]
-        found = self.compiled.look(self.hidden, *self.weights, self.features, pregate, *self.scales, first, seen, gated,
-                                   self.chance[seen:reach], ranked)  # fmt: skip
-        self.seen += [(keys, scores) for keys, scores in ranked[:found, :, : self.num_kept].tolist()]
-        self.seen += [None] * (reach - len(self.seen))
+        assert self.features is not None
+        seen = len(self.seen)
+        self.seen += quick.look(self.features, self._pregate_of_one(quick, forward, layer), (layer + 1) % self.L, seen,
+                                self.chance[seen:reach], self.num_kept)  # fmt: skip
+
+    def _pregate_of_one(
+        self, quick: CompiledNetwork, forward: Forward, layer: int
+    ) -> npt.NDArray[np.float32] | None:
+        """Chances [any, E] by distance that are to be added, empty where none are recorded; None: none are added."""
+        if self.net.pregate is None or layer == self.L - 1:
+            return None
+        recorded = None if forward.recorded is None else forward.recorded.lookahead(forward.rows, layer)
+        return quick.no_pregate if recorded is None else recorded[0]
+
+    # -- a whole decision at once ------------------------------------------------------------------------------------
+
+    def fuse(self, thresholds: Ints, worths: Worths) -> bool:
+        if self.compiled is None or worths.chance is not self.view.chances:
+            return False
+        self.compiled.decide_by(thresholds, self.view.residency, worths)
+        return True
+
+    def step(self, forward: Forward, layer: int, reach: int) -> Step | None:
+        quick, net, last = self.quick, self.net, self.L - 1
+        if quick is None or self.block_row >= 0:
+            return None
+        routed = forward.demands[layer]
+        keys: list[int] | None = routed
+        if layer == last or self.num_known != layer or len(routed) != self.top_k:
+            self._know(forward, layer)
+            keys = None
+            if layer == last:
+                self._close()
+        else:
+            self.num_known += 1
+        # What `predict` has looked at is not kept up.
+        self.seen_layer = -1
+        if layer < last and reach > last - layer:
+            reach = last - layer
+        pregate = None if net.pregate is None else self._pregate_of_one(quick, forward, layer)
+        assert self.features is not None
+        return quick.decide(keys, layer, self.sums, self.used, self.features, pregate, min(reach, net.D),
+                            self.num_kept)  # fmt: skip
 
     def _look_ahead(self, forward: Forward, layer: int, reach: int) -> None:
         """What is predicted at distances 1 … reach, at once: on one row numpy costs by the call, not by the size."""
@@ -266,11 +270,8 @@ class HybridPredictor(Predictor):
         self._know(forward, self.L - 1)
         self._close()
         assert self.features is not None
-        if self.quick:
-            found = np.empty(self.L * self.E, np.int64)
-            self.compiled.outlook(self.hidden, *self.forecast, self.features.reshape(NUM_OWN, -1), self.scales[1],
-                                  found)  # fmt: skip
-            self.view.outlook = found
+        if self.quick is not None:
+            self.view.outlook = self.quick.outlook(self.features)
         else:
             self.view.outlook = self.net.outlook(self.after, self.features)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
+import numpy.typing as npt
+
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.parts import SCORE_ONE, Scores
@@ -43,6 +46,8 @@ class StallSaved(CountingSelection):
         self._seen = (0, 0, 0, 0, 0)
         self.limits = [int(self.most * SCORE_ONE)] * (view.num_layers + 1)
         """Threshold by distance."""
+        self.least_scores: npt.NDArray[np.int64] = np.array(self.limits, np.int64)
+        """The same, for those who decide at once."""
 
     def end_forward(self, forward: Forward) -> None:
         view = self.view
@@ -58,6 +63,10 @@ class StallSaved(CountingSelection):
         # Products, not a power: these are the same on every machine.
         cost = self.price * prod([self.busy] * self.queue) * self.copy_ns
         self.limits = [self._limit(cost, distance) for distance in range(view.num_layers + 1)]
+        self.least_scores[:] = self.limits
+
+    def thresholds(self) -> npt.NDArray[np.int64]:
+        return self.least_scores
 
     def _limit(self, cost: float, distance: int) -> int:
         saved = min(self.layer_ns * distance, self.copy_ns)

@@ -28,6 +28,10 @@ class CountingSelection(Selection):
             self.num_selected = self.num_layers = 0
         return self.mean
 
+    def selected(self, num_keys: int, num_layers: int) -> None:
+        self.num_selected += num_keys
+        self.num_layers += num_layers
+
 
 class TopK(CountingSelection):
     """The `top_k + extra` best at one token; at n tokens the expected union E(1 - (1 - k/E)^n), plus `extra`."""

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replay.device import DeviceLostError
 from replay.lockstep import cli
 from replay.log import LoggingMachine, LogWriter
 from replay.log_format import (
@@ -34,6 +35,7 @@ from replay.log_format import (
     Waited,
 )
 from replay.log_reader import LogReader
+from replay.run import PartialRunError
 from tests.lockstep.support import SMALL_RUN, edited, read_events, small_header, some_forwards, write_events
 
 BIG = 2**62
@@ -137,6 +139,12 @@ def test_abort_leaves_nothing_and_an_older_log_alone(tmp_path: Path) -> None:
         raise KeyError
     assert [one.name for one in tmp_path.iterdir()] == ["log.parquet"]
     assert path.read_bytes() == before
+
+
+def test_the_log_of_a_lost_device_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(PartialRunError), LogWriter(tmp_path / "log.parquet", small_header()):
+        raise PartialRunError("gone", {}) from DeviceLostError("gone")
+    assert read_events(tmp_path / "log.parquet") == []
 
 
 def test_a_call_interrupted_while_it_is_written_down_is_left_out(tmp_path: Path) -> None:

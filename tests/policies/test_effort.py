@@ -34,13 +34,16 @@ def test_layers_that_are_predicted_cost_extra() -> None:
     assert both - free[1] > once - free[0] > 0
 
 
-def test_a_network_is_dearer_than_a_table_and_the_policy_may_say_otherwise() -> None:
+def test_a_network_that_decides_at_once_is_cheaper_and_the_policy_may_say_otherwise() -> None:
     cfg = configure(["+hardware=a100", "+policy=adaptive", "compare=none"])
     work = make_workload(cfg)
     told = make_policy({**cfg["policy"], "effort": {"once": 7}}, work, 0)[0]
     assert told.effort == Effort(7, 0.0)
-    assert make_policy(cfg["policy"], work, 0)[0].effort == HybridPredictor.effort
-    assert HybridPredictor.effort.of(2) > Effort().of(2) == 1.0
+    assert make_policy(cfg["policy"], work, 0)[0].effort == HybridPredictor.effort_at_once == Effort(0.4, 0.08)
+    # Asked part by part it costs what a table does, at two layers.
+    asked = make_policy(configure(["+hardware=a100", "+policy=fixed_2", "compare=none"])["policy"], work, 0)[0]
+    assert asked.effort == HybridPredictor.effort
+    assert asked.effort.of(2) == Effort().of(2) == 1.0
 
 
 def test_the_mean_over_decisions_counts_what_was_predicted() -> None:

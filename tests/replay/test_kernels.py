@@ -17,9 +17,10 @@ import replay.kernels
 import sim.kernels
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import MLA, ModelSpec
-from replay.kernels import Kernels
+from replay.kernels import Kernels, Row
 from replay.pools import SlotPool
 from replay.products import Products, attend, feed_forward, products, route
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
 from replay.scale import scaled_model
 from sim.configure import configure
 from sim.hardware import hardware_from_dict, stack_from_dict
@@ -115,7 +116,7 @@ def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Be
 def attention(bench: Bench, phase: str, kv_lens: Sequence[int], rounded: float = ROUNDED) -> None:
     given = forward(phase, kv_lens)
     for layer in range(bench.model.num_layers):
-        bench.agree(bench.kernels.attention(layer, given),
+        bench.agree(bench.kernels.attention(layer, bench.kernels.shape(layer, given)),
                     lambda times, layer=layer: times.attention_list_ns(len(kv_lens), kv_lens, phase == PREFILL)[layer],
                     bench.router_excess, rounded)  # fmt: skip
 
@@ -136,15 +137,32 @@ def test_attention_of_a_prompt(bench: Bench) -> None:
     attention(bench, PREFILL, range(301, 341), 0.1)
 
 
+def described(kernels: Kernels, slots: Sequence[int], tokens: Sequence[int], shared_block: int = -1,
+              shared_tokens: int = 0) -> Row:  # fmt: skip
+    """The row of one launch of experts in `slots`, over so many tokens each."""
+    row = Row(RowLayout(len(slots)), torch.device("cpu"))
+    words, layout, first = row.words, row.layout, 0
+    words[NUM_EXPERTS], words[SHARED_BLOCK] = len(slots), shared_block
+    words[SHARED_ROWS] = kernels.shared_rows(shared_tokens) if shared_tokens else 0
+    for place, (slot, count) in enumerate(zip(slots, tokens, strict=True)):
+        words[layout.slots + place] = slot
+        words[layout.first + place] = first
+        words[layout.counts + place] = kernels.rows(count)
+        first += kernels.rows(count)
+    return row
+
+
 def test_experts(bench: Bench) -> None:
     for tokens in ([1, 1], [7, 40], [2, 1]):
-        bench.agree(bench.kernels.experts(0, [0, 1], tokens, False, 40),
+        row = described(bench.kernels, [0, 1], tokens)
+        bench.agree(bench.kernels.experts(row, bench.kernels.rows(40), False),
                     lambda times, tokens=tokens: sum(map(times.expert_ns, tokens)), rounded=0.1)  # fmt: skip
 
 
 def test_shared_experts(bench: Bench) -> None:
     for num_tokens in (1, 33):
-        work = bench.kernels.experts(1, [], [], True, num_tokens)
+        row = described(bench.kernels, [], [], 1, num_tokens)
+        work = bench.kernels.experts(row, 1, True)
         if bench.model.shared_intermediate:
             bench.agree(work, lambda times, rows=num_tokens: times.shared_ns(rows))
         else:
@@ -174,7 +192,7 @@ def test_routing_and_tokens_are_numbers_that_a_host_can_use(name: str) -> None:
     """top_k different experts for each row; a token of the head's width for each row that emits one."""
     model = small(name)
     kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), torch.float32, 8, 100)
-    kernels.attention(1, forward(DECODE, [5, 6, 7]))()
+    kernels.attention(1, kernels.shape(1, forward(DECODE, [5, 6, 7])))()
     chosen = kernels.routing[:3].tolist()
     assert all(len(set(row)) == model.top_k and 0 <= min(row) <= max(row) < model.num_experts for row in chosen)
     kernels.head(2)()
@@ -189,9 +207,13 @@ def test_an_expert_reads_its_own_slot() -> None:
     out = kernels._expert.out
     for slot in range(3):
         slots.slot(slot).view(torch.uint8)[: model.expert_bytes // 4 * 4].view(torch.float32).fill_(0.01 * slot)
-    kernels.experts(0, [0], [1], False, 1)()
+    # Made once; what its row says when it runs is what it reads.
+    row = described(kernels, [0], [1])
+    work = kernels.experts(row, 1, False)
+    work()
     assert out[0].abs().max() == 0
-    kernels.experts(0, [0, 2], [1, 1], False, 1)()
+    row.words[row.layout.slots] = 2
+    work()
     assert out[0].abs().max() > 0
 
 

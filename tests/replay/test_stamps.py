@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from replay.app import LOST, WRONG
+import replay.rig
+from replay.app import WRONG
+from replay.device import Work
 from replay.faults import FAULTS, FaultyDevice
+from replay.kernels import Row
 from replay.lockstep import check
 from replay.log_format import LOG_NAME
+from replay.lost import LOST
+from replay.machine import RealMachine
 from replay.memory import HostPlan, align
 from replay.pools import HostPool, SlotPool, chunk_offsets
 from replay.rig import Rig
-from replay.run import PartialRunError
-from replay.stamps import Stamps
+from replay.rows import NUM_EXPERTS, RowLayout
+from replay.run import PartialRunError, needs_of
+from replay.stamps import Stamps, WrongStamp
 from sim.setup import load_chunks
 from tests.cli.support import tiny_trace
+from tests.replay.scripted import ScriptedDevice
 from tests.replay.support import SMALL, TINY, Case, on_cpu, replay_here
 
 
@@ -112,6 +120,73 @@ def test_every_fault_is_caught(bed: tuple[Case, Rig], fault: str, at: int) -> No
     assert 0 <= found.first.layer < 4
     assert 0 <= found.first.forward < 24
     assert found.first.keys
+
+
+class Noted(RealMachine):
+    """Notes the key of each copy, and what was launched after how many of them."""
+
+    made: list[Noted]
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.made.append(self)
+        self.copied: list[tuple[int, int]] = []
+        self.launched: list[tuple[int, int, int, tuple[int, ...]]] = []
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        super().copy(load, chunk, key, slot, num_bytes, after)
+        self.copied.append((key, slot))
+
+    def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        self.launched.append((len(self.copied), self._forward, layer, tuple(keys)))
+        return super().experts(layer, keys, counts, shared)
+
+    def first_reading(self, at: int) -> tuple[int, int, tuple[int, ...]]:
+        """(forward, layer, keys) of the first launch that reads what the `at`-th copy, from 1, was to bring."""
+        key = self.copied[at - 1][0]
+        return next(launch[1:] for launch in self.launched if launch[0] >= at and key in launch[3])
+
+    def reads_of(self, at: int) -> int:
+        """Launches that read the slot until it is given away."""
+        key, slot = self.copied[at - 1]
+        later = [number for number, copy in enumerate(self.copied[at:], at + 1) if copy[1] == slot]
+        end = later[0] if later else len(self.copied) + 1
+        return sum(key in keys for number, _, _, keys in self.launched if at <= number < end)
+
+
+@pytest.mark.parametrize("at", [1, 2, 17, 40])
+@pytest.mark.parametrize("residency", ["0.1", "0.4"])
+def test_the_first_wrong_launch_and_the_number_of_wrong_stamps_are_right(
+    residency: str, at: int, trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a copy whose bytes never come: each launch that reads them finds two words wrong, before and after."""
+    monkeypatch.setattr(Noted, "made", [], raising=False)
+    monkeypatch.setattr(replay.rig, "RealMachine", Noted)
+    found = Case.of(*TINY, "+policy=lru", f"residency={residency}", f"trace.path={trace}").stamps(("failed", at))
+    (machine,) = Noted.made
+    assert found.first is not None
+    assert (found.first.forward, found.first.layer, found.first.keys) == machine.first_reading(at)
+    reads = machine.reads_of(at)
+    # Of an expert that was in this very slot before only the load's number is another.
+    assert found.num_wrong == found.first.num_wrong
+    assert found.num_wrong in (4 * reads, 2 * reads)
+    assert reads > 0
+
+
+@pytest.mark.parametrize("fault", SEEN)
+@pytest.mark.parametrize("captures", [True, False])
+def test_every_fault_is_caught_in_the_same_launch_each_time(captures: bool, fault: str, trace: Path) -> None:
+    """On a device that does at once what it is told, as a GPU and as a CPU machine would: nothing is left to chance."""
+    case = Case.of(*TINY, "+policy=lru", "residency=0.1", f"trace.path={trace}")
+    needs = needs_of(case.work, *case.policy())
+    found = [case.replay(Rig(ScriptedDevice(captures), case.work.model, needs), verify=True, fault=(fault, 17))[1]
+             for _ in range(2)]  # fmt: skip
+    assert found[0] is not None
+    assert found[0].num_wrong > 0
+    assert found[0] == found[1]
+    _, clean = case.replay(Rig(ScriptedDevice(captures), case.work.model, needs), verify=True)
+    assert clean is not None
+    assert (clean.num_wrong, clean.first, clean.num_executions) == (0, None, found[0].num_executions)
 
 
 def test_the_default_trace_shows_every_fault_as_well() -> None:
@@ -217,10 +292,22 @@ class Bench:
         span = slice(self.offsets[chunk], self.offsets[chunk + 1])
         self.slots.slot(slot)[span] = self.host.buffer(key)[span]
 
+    def launch(self, forward: int, layer: int, keys: Sequence[int], slots: Sequence[int]) -> Work:
+        """What the program of this launch checks, once before and once after its kernels."""
+        row = Row(RowLayout(4, self.stamps.words_per_expert), torch.device("cpu"))
+        row.words[NUM_EXPERTS] = len(keys)
+        for place, slot in enumerate(slots):
+            row.words[row.layout.slots + place] = slot
+        self.stamps.expect(row, forward, layer, keys, slots)
+        return self.stamps.check(row)
+
     def run(self, key: int, slot: int, work: Callable[[], None] = lambda: None) -> int:
-        """Wrong stamps of one kernel."""
+        """Wrong stamps of one launch."""
         before = self.stamps.num_wrong
-        self.stamps.guard(7, 2, [key], [slot], work)()
+        check = self.launch(7, 2, [key], [slot])
+        check()
+        work()
+        check()
         self.stamps.collect()
         return self.stamps.num_wrong - before
 
@@ -270,10 +357,10 @@ def test_what_was_expected_at_the_launch_counts() -> None:
     """The host sends the next load while the kernel is still queued: on the device it comes later."""
     bench = Bench()
     bench.copy(1, 0)
-    guarded = bench.stamps.guard(0, 0, [1], [0], lambda: None)
+    check = bench.launch(0, 0, [1], [0])
     for chunk in range(3):
         bench.stamps.sent(2, 0, chunk, 9)
-    guarded()
+    check()
     bench.stamps.collect()
     assert bench.stamps.num_wrong == 0
 
@@ -283,12 +370,40 @@ def test_the_first_of_several_wrong_launches_is_named() -> None:
     bench.copy(1, 0)
     bench.copy(2, 1, [])
     for forward, (key, slot) in enumerate([(1, 0), (2, 1), (2, 1)]):
-        bench.stamps.guard(forward, forward, [key], [slot], lambda: None)()
-        bench.stamps.collect()
+        bench.launch(forward, forward + 1, [key], [slot])()
+    # Looked at once, at the end.
+    assert (bench.stamps.num_wrong, bench.stamps.first) == (0, None)
+    bench.stamps.collect()
     first = bench.stamps.first
     assert first is not None
-    assert (first.forward, first.layer, first.keys, first.num_wrong) == (1, 1, (2,), 12)
-    assert bench.stamps.num_wrong == 24
+    # Three chunks of two words each, in two launches.
+    assert (first.forward, first.layer, first.keys, first.num_wrong) == (1, 2, (2,), 12)
+    assert bench.stamps.num_wrong == 12
+
+
+def test_of_several_experts_each_slot_is_held_against_its_own_words() -> None:
+    bench = Bench()
+    for key, slot in ((1, 2), (3, 0)):
+        bench.copy(key, slot)
+    bench.copy(2, 1, [0, 1])
+    bench.launch(4, 0, [1, 3], [2, 0])()
+    bench.stamps.collect()
+    assert bench.stamps.num_wrong == 0
+    bench.launch(5, 1, [3, 2, 1], [0, 1, 2])()
+    bench.stamps.collect()
+    assert bench.stamps.first == WrongStamp(5, 1, (3, 2, 1), 2)
+
+
+def test_what_ran_before_the_run_does_not_count() -> None:
+    bench = Bench()
+    bench.copy(2, 1, [])
+    bench.launch(0, 0, [2], [1])()
+    bench.stamps.restart()
+    bench.stamps.collect()
+    assert (bench.stamps.num_wrong, bench.stamps.first) == (0, None)
+    bench.launch(3, 1, [2], [1])()
+    bench.stamps.collect()
+    assert bench.stamps.first == WrongStamp(3, 1, (2,), 6)
 
 
 def test_shared_buffers_tell_one_buffer_from_another() -> None:

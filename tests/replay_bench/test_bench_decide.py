@@ -56,8 +56,8 @@ def watched(**changes: Overhead) -> tuple[Clock, Stopwatch]:
     return clock, watch
 
 
-def step_of(total: int, reach: int = 1) -> Step:
-    step = Step()
+def step_of(total: int, reach: int = 1, is_prompt: bool = False) -> Step:
+    step = Step(is_prompt)
     step.parts_ns["predictor"] = total
     step.reach = reach
     return step
@@ -163,22 +163,26 @@ def test_quantiles_are_values_that_occurred() -> None:
     assert summarise(watch).p50_ns == summarise(watch).p99_ns == 7
 
 
-def test_layers_that_looked_farther_can_be_left_out() -> None:
+def test_layers_that_looked_farther_or_decided_nothing_or_belong_to_a_prompt_can_be_left_out() -> None:
     watch = Stopwatch()
-    watch.steps = [step_of(1, reach=0), step_of(2, reach=2), step_of(900, reach=3)]
-    assert (summarise(watch).num_layers, summarise(watch).num_beyond) == (3, 0)
+    watch.steps = [step_of(1, reach=0), step_of(2, reach=2), step_of(3, reach=1), step_of(900, reach=3)]
+    watch.steps += [step_of(800, reach=1, is_prompt=True), step_of(800, reach=0, is_prompt=True)]
+    every = summarise(watch)
+    assert (every.num_layers, every.num_prompt, every.num_idle, every.num_beyond) == (6, 0, 0, 0)
     near = summarise(watch, max_reach=2)
-    assert (near.max_ns, near.num_layers, near.num_beyond) == (2, 2, 1)
+    assert (near.p50_ns, near.max_ns, near.num_layers) == (2, 3, 2)
+    assert (near.num_prompt, near.num_idle, near.num_beyond) == (2, 1, 1)
     watch.steps = [step_of(900, reach=3)]
     with pytest.raises(ValueError, match="none of 1 layer-steps"):
         summarise(watch, max_reach=2)
 
 
 def times_of(p50_ns: float, p99_ns: float) -> DecisionTimes:
-    return DecisionTimes(p50_ns, p50_ns, p99_ns, p50_ns, p99_ns, 0.0, 100, 0, dict.fromkeys((*PARTS, GLUE), 0.0), 0, 0)
+    return DecisionTimes(p50_ns, p50_ns, p99_ns, p50_ns, p99_ns, 0.0, 100, 0, 0, 0,
+                         dict.fromkeys((*PARTS, GLUE), 0.0), 0, 0)  # fmt: skip
 
 
-@pytest.mark.parametrize(("p50", "p99", "kept"), [(50e3, 200e3, True), (50_001, 60e3, False), (1e3, 200_001, False)])
+@pytest.mark.parametrize(("p50", "p99", "kept"), [(25e3, 100e3, True), (25_001, 60e3, False), (1e3, 100_001, False)])
 def test_both_sides_of_the_budget(p50: float, p99: float, kept: bool) -> None:
     assert holds(times_of(p50, p99)) is kept
 
@@ -218,12 +222,22 @@ def test_every_hook_that_the_runtime_calls_is_timed(monkeypatch: pytest.MonkeyPa
         work = drawn_workload(seed)
         measure_steps(work, *policy_for(work, "adaptive"))
     assert heard >= {
-        "policy.begin_forward", "policy.decide", "policy.feedback", "policy.end_forward", "predictor.begin_forward",
-        "predictor.predict", "predictor.end_forward", "horizon.distances", "horizon.feedback", "horizon.evicted",
+        "policy.begin_forward", "policy.decides", "policy.decide", "policy.feedback", "policy.end_forward",
+        "predictor.begin_forward", "predictor.predict", "predictor.end_forward", "horizon.distances",
+        "horizon.feedback", "horizon.evicted",
         "selection.select", "selection.mean_selected", "eviction.touched", "eviction.admitted", "eviction.victim",
         "eviction.predicted", "eviction.layer_end", "eviction.evicted",
     }  # fmt: skip
     assert "predictor.prepare" not in heard
+
+
+def test_layers_of_prompts_are_told_apart() -> None:
+    for seed in range(4):
+        work = drawn_workload(seed)
+        watch = measure_steps(work, *policy_for(work, "lru"))
+        told = [step.is_prompt for step in watch.steps]
+        assert told == [forward.phase == "prefill" for forward in work.batches for _ in range(work.model.num_layers)]
+    assert any(told)
 
 
 def test_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,9 +267,10 @@ def test_the_table_has_a_row_for_each_policy_and_the_verdict(capsys: pytest.Capt
     assert adaptive.split()[0] == "adaptive"
     assert lru.split()[0] == "lru"
     assert len(adaptive.split()) == len(lru.split()) == 1 + 6 + len(PARTS) + 1 + 1 + 2
-    assert "p50 <= 50 us and p99 <= 200 us" in verdict
-    counted = re.findall(r"(\d+) (?:layer-steps|beyond)", verdict)
-    assert sum(map(int, counted)) == 96
+    assert "p50 <= 25 us and p99 <= 100 us" in verdict
+    near, beyond, idle, prompt = re.findall(r"(\d+) (?:layer-steps|beyond|without|of prompts)", verdict)
+    # Nothing is decided in the first of four forwards.
+    assert (int(near) + int(beyond), idle, prompt) == (72, "24", "0")
     assert "bare Python function call" in legend
 
 

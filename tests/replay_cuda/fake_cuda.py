@@ -1,13 +1,16 @@
-"""A torch.cuda without a GPU: streams and events on a simulated time line, bytes that move when the device says so.
+"""A torch.cuda without a GPU: streams, events and graphs on a simulated time line, bytes that move when the device says
+so.
 
 Time passes only by what the host calls, so every run is the same. A stream is first in, first out; an event gets its
-time when it is recorded, since all that precedes it in its stream is known by then. What a copy or a kernel does to
-memory is done when the simulated device gets there: a copy spoils its target at its start and fills it at its end, a
-kernel reads and writes at its end, so that what is not ordered on the device is not in order here either.
+time when it is recorded, since all that precedes it in its stream is known by then. A graph holds what was captured and
+does it at every replay, for one call of the host. What a copy or a kernel does to memory is done when the simulated
+device gets there: a copy spoils its target at its start and fills it at its end, a kernel reads and writes at its end,
+so that what is not ordered on the device is not in order here either.
 """
 
 from __future__ import annotations
 
+import ctypes
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,9 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from replay.cuda import CudaDevice
+from replay.device import Program, Words, Work
 
 HOST_EPOCH_NS = 7_000_000_000_000
 DEVICE_EPOCH_NS = 31_000_000_000
@@ -36,6 +39,9 @@ RAMP_NS = 30_000_000
 """Work after which the device has left its idle clock."""
 GB_PER_S = 1.0
 COPY_NS = 4_000
+GATE_NS = 1_300
+POLL_NS = 40
+"""A look at a number in memory, which is no call."""
 FREE_BYTES = 8 << 30
 _SPOILT = 0x7F
 
@@ -57,19 +63,32 @@ class FakeStream:
 class FakeEvent:
     """`torch.cuda.Event(enable_timing=True)`. at_ns: when the device passes it; None = never recorded."""
 
-    def __init__(self, cuda: FakeCuda, enable_timing: bool = False) -> None:
+    def __init__(self, cuda: FakeCuda, enable_timing: bool = False, external: bool = False) -> None:
         self._cuda = cuda
         self._timed = enable_timing
+        self._external = external
         self.at_ns: int | None = None
-        self.num_records = 0
+        self.is_read = True
         cuda.num_events += 1
+        if external:
+            cuda.external.append(self)
 
     def record(self, stream: FakeStream) -> None:
         """At the end of what `stream` holds; a second record makes the first one unreadable."""
+        if self._cuda.capturing is not None:
+            # Another kind would become a dependency inside the graph, and never have a time.
+            assert self._external, "a captured event must be external"
+            self._cuda.capturing.nodes.append(lambda: self.pass_by(stream))
+            return
+        self._cuda.call("record")
+        self.pass_by(stream)
+
+    def pass_by(self, stream: FakeStream) -> None:
+        """As the device comes to it."""
         cuda = self._cuda
-        cuda.call("record")
         cuda.num_spoiled += self.at_ns is not None and self.at_ns > cuda.true_ns
-        self.num_records += 1
+        cuda.num_unread += not self.is_read
+        self.is_read = not self._external
         self.at_ns = stream.free_ns = max(stream.free_ns, cuda.true_ns + LATENCY_NS)
 
     def query(self) -> bool:
@@ -92,7 +111,45 @@ class FakeEvent:
             raise ValueError("Both events must be recorded before calculating elapsed time.")
         if max(self.at_ns, end.at_ns) > cuda.true_ns:
             raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        end.is_read = True
         return float(np.float32((cuda.device_ns(end.at_ns) - cuda.device_ns(self.at_ns)) / 1e6))
+
+
+class FakeGraph:
+    """`torch.cuda.CUDAGraph`: what is enqueued while it captures is done at each replay, on the current stream."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self.nodes: list[Callable[[], object]] = []
+
+    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
+        """From here on nothing runs."""
+        assert self._cuda.capturing is None
+        self._cuda.call("capture_begin")
+        self._cuda.capturing = self
+
+    def capture_end(self) -> None:
+        """The graph is complete."""
+        assert self._cuda.capturing is self
+        self._cuda.capturing = None
+        self._cuda.num_graphs += 1
+
+    def replay(self) -> None:
+        """One call, whatever the graph holds."""
+        self._cuda.call("replay")
+        for node in self.nodes:
+            node()
+
+
+class Numbers:
+    """The number in pinned memory: looking at it is no call, but takes time."""
+
+    def __init__(self, cuda: FakeCuda, flag: torch.Tensor) -> None:
+        self._cuda, self._flag = cuda, flag
+
+    def __getitem__(self, place: int) -> int:
+        self._cuda.advance_to(self._cuda.true_ns + POLL_NS)
+        return int(self._flag[place])
 
 
 class FakeCuda:
@@ -106,10 +163,15 @@ class FakeCuda:
         self.num_events = 0
         self.num_spoiled = 0
         """Events recorded anew before they had happened."""
+        self.num_unread = 0
+        """Events of graphs recorded anew before anyone had asked for their time."""
+        self.external: list[FakeEvent] = []
+        self.num_graphs = 0
+        self.capturing: FakeGraph | None = None
         self.default = FakeStream(self)
         self.streams = [self.default]
         self.current = self.default
-        self.pinned: set[int] = set()
+        self.pinned: list[range] = []
         self.num_pageable = 0
         self._spun_ns = 0
         self._due: list[tuple[int, int, Callable[[], object]]] = []
@@ -131,10 +193,8 @@ class FakeCuda:
         """Let the device do what falls due until then, in its order."""
         self.true_ns = max(self.true_ns, true_ns)
         if self._due and self._due[0][0] <= self.true_ns:
-            # The host may be inside a stream's context, where nothing is computed at once; the device is not.
-            with _disable_current_modes():
-                while self._due and self._due[0][0] <= self.true_ns:
-                    heapq.heappop(self._due)[2]()
+            while self._due and self._due[0][0] <= self.true_ns:
+                heapq.heappop(self._due)[2]()
 
     def call(self, name: str) -> None:
         """One call of the host: takes time, and fails if it is to."""
@@ -168,19 +228,36 @@ class FakeCuda:
 
     def sleep(self, cycles: int) -> None:
         """`torch.cuda._sleep`."""
+        if self.capturing is not None:
+            self.capturing.nodes.append(lambda: self._spin(cycles))
+            return
         self.call("_sleep")
+        self._spin(cycles)
+
+    def _spin(self, cycles: int) -> None:
         ghz = BUSY_GHZ if self._spun_ns > RAMP_NS else IDLE_GHZ
         taken_ns = SPIN_NS + round(cycles / ghz)
         self._spun_ns += taken_ns
         self.enqueue(taken_ns)
 
-    def move(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """`target.copy_(source, non_blocking=True)`; from or to memory that is not pinned it blocks the host."""
-        self.call("copy_")
-        num_bytes = target.numel() * target.element_size()
-        end_ns = self.enqueue(COPY_NS + round(num_bytes / GB_PER_S), lambda: target.fill_(_SPOILT),
-                              lambda: target.copy_(source))  # fmt: skip
-        if not {tensor.untyped_storage().data_ptr() for tensor in (target, source)} & self.pinned:
+    def kernel(self, duration_ns: int, work: Callable[[], object]) -> None:
+        """A kernel on the current stream, or in the graph that is being captured."""
+        if self.capturing is not None:
+            self.capturing.nodes.append(lambda: self.enqueue(duration_ns, at_end=work))
+            return
+        self.call("kernel")
+        self.enqueue(duration_ns, at_end=work)
+
+    def memcpy(self, target: int, source: int, num_bytes: int, stream: FakeStream) -> None:
+        """`cudaMemcpyAsync` to the device; from memory that is not pinned it blocks the host."""
+        assert self.capturing is None
+        self.call("memcpy")
+        before, self.current = self.current, stream
+        end_ns = self.enqueue(COPY_NS + round(num_bytes / GB_PER_S),
+                              lambda: ctypes.memset(target, _SPOILT, num_bytes),
+                              lambda: ctypes.memmove(target, source, num_bytes))  # fmt: skip
+        self.current = before
+        if not any(source in pinned for pinned in self.pinned):
             self.num_pageable += 1
             self.advance_to(end_ns)
 
@@ -194,15 +271,15 @@ class FakeCuda:
         self.call("mem_get_info")
         return FREE_BYTES, 2 * FREE_BYTES
 
-    @contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
-        """`torch.cuda.stream`."""
-        before, self.current = self.current, stream
-        try:
-            with _Enqueuing(self):
-                yield
-        finally:
-            self.current = before
+    def set_stream(self, stream: FakeStream) -> None:
+        """`torch.cuda.set_stream`."""
+        self.current = stream
+
+    def forget_unread(self) -> None:
+        """What was launched so far was launched for its own sake."""
+        self.num_unread = 0
+        for event in self.external:
+            event.is_read = True
 
     def new_stream(self, device: object = None, priority: int = 0) -> FakeStream:
         """`torch.cuda.Stream`."""
@@ -221,109 +298,64 @@ class FakeCuda:
             "synchronize": self.synchronize,
             "empty_cache": lambda: self.call("empty_cache"),
             "Stream": self.new_stream,
-            "Event": lambda enable_timing=False: FakeEvent(self, enable_timing),
-            "stream": self.stream,
+            "Event": lambda enable_timing=False, external=False: FakeEvent(self, enable_timing, external),
+            "CUDAGraph": lambda: FakeGraph(self),
+            "graph_pool_handle": lambda: (0, 0),
+            "set_stream": self.set_stream,
+            "current_stream": lambda device: self.current,
             "_sleep": self.sleep,
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(torch, name, self._pinning(getattr(torch, name)))
         monkeypatch.setattr("replay.cuda.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
+        monkeypatch.setattr("replay.cuda.raw_copy", lambda: (self.memcpy, "a stand-in"))
         return self
 
     def _pinning(self, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def made(*shape: Any, pin_memory: bool = False, **kinds: Any) -> torch.Tensor:
+        def made(*shape: Any, pin_memory: bool = False, device: Any = None, **kinds: Any) -> torch.Tensor:
             tensor = make(*shape, **kinds)
             if pin_memory:
-                self.pinned.add(tensor.untyped_storage().data_ptr())
+                assert device is None, "only host memory is pinned"
+                start = tensor.untyped_storage().data_ptr()
+                self.pinned.append(range(start, start + tensor.untyped_storage().nbytes()))
             return tensor
 
         return made
 
 
-class _Enqueuing(TorchDispatchMode):
-    """Inside a stream's context: non-blocking copies go onto the stream, nothing else may be computed at once."""
-
-    def __init__(self, cuda: FakeCuda) -> None:
-        super().__init__()
-        self._cuda = cuda
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default:
-            target, source, *non_blocking = args
-            assert (kwargs or {}).get("non_blocking", bool(non_blocking and non_blocking[0])), "a blocking copy"
-            self._cuda.move(target, source)
-            return target
-        raise AssertionError(f"{func} would run before its turn")
-
-
 class DeviceOnFake(CudaDevice):
-    """`CudaDevice` whose GPU memory is the host's. Kernels run when the fake reaches them.
-
-    Every event that was handed out is followed: whoever asks for one that was recorded for something else since, or
-    that was given back, is told.
-    """
+    """`CudaDevice` whose GPU memory is the host's. Kernels run when the fake reaches them."""
 
     dtype = torch.float32
 
     def __init__(self, cuda: FakeCuda) -> None:
-        super().__init__()
         self.cuda = cuda
+        super().__init__()
+        self.numbers = Numbers(cuda, self._flag)  # type: ignore[assignment]
         self.torch_device = torch.device("cpu")
-        # With the event itself: an id is given anew when its object is gone.
-        self._out: dict[int, tuple[Any, int]] = {}
 
-    def launch(self, work: Callable[[], None], pad_ns: int) -> tuple[Any, Any]:
-        """As CudaDevice's; `work` is done by the time the stream has passed it."""
-        return self._follow(super().launch(lambda: self.cuda.enqueue(WORK_NS, at_end=work), pad_ns))
+    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+        """As CudaDevice's; `work` is one kernel, done by the time the stream has passed it."""
+        return super().program(lambda: self.cuda.kernel(WORK_NS, work), pad_ns, words, captured)
 
-    def read_back(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """As CudaDevice's."""
-        (event,) = self._follow((super().read_back(target, source),))
-        return event
+    def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:
+        def raise_number() -> None:
+            target.copy_(source)
+            self._flag += 1
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
-        """As CudaDevice's."""
-        if after is not None:
-            self._check(after)
-        return self._follow(super().copy(target, source, after))
-
-    def happened(self, event: Any) -> bool:
-        """As CudaDevice's."""
-        self._check(event)
-        return super().happened(event)
-
-    def wait(self, events: Any) -> None:
-        """As CudaDevice's."""
-        for event in events:
-            self._check(event)
-        super().wait(events)
-
-    def time_ns(self, event: Any) -> int:
-        """As CudaDevice's."""
-        self._check(event)
-        return super().time_ns(event)
-
-    def recycle(self, event: Any) -> None:
-        """As CudaDevice's."""
-        self._check(event)
-        del self._out[id(event)]
-        super().recycle(event)
-
-    def _follow(self, events: Any) -> Any:
-        for event in events:
-            assert id(event) not in self._out, "an event was handed out twice"
-            self._out[id(event)] = (event, event.num_records)
-        return events
-
-    def _check(self, event: Any) -> None:
-        followed = self._out.get(id(event))
-        assert followed == (event, event.num_records), "an event was asked for after it had been given back"
+        return lambda: self.cuda.kernel(GATE_NS, raise_number)
 
 
 @contextmanager
 def on_fake(drift_ppm: int = 0) -> Iterator[tuple[FakeCuda, DeviceOnFake]]:
     """A fake GPU and the device on it; torch is itself again afterwards."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        cuda = FakeCuda(drift_ppm).install(monkeypatch)
-        yield cuda, DeviceOnFake(cuda)
+    # What the CPU computes in place of a GPU is small, and compiled for no shape: each comes a few times only.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch, torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            cuda = FakeCuda(drift_ppm).install(monkeypatch)
+            yield cuda, DeviceOnFake(cuda)
+    finally:
+        torch.set_num_threads(threads)

@@ -15,15 +15,20 @@ SELDOM_NS = 40_000
 """How long a poll takes where it does not matter: thousands of forwards pass in seconds of ours."""
 
 
+def nothing() -> None:
+    """A program of no work."""
+
+
 class Truth:
     """What the device's clock says of an event, counted from where a device started to count."""
 
     def __init__(self, cuda: FakeCuda, device: DeviceOnFake) -> None:
         self._cuda = cuda
         self._zero_ns = 0
-        span = device.launch(lambda: None, 0)
-        device.wait([span[1]])
-        self._zero_ns = self.of(span[1]) - device.time_ns(span[1])
+        program = device.program(nothing)
+        device.launch(program)
+        device.wait(0, program.end)
+        self._zero_ns = self.of(program.end) - device.time_ns(program.end)
 
     def of(self, event: object) -> int:
         """When it happened."""
@@ -37,19 +42,21 @@ class Truth:
 def forwards(cuda: FakeCuda, device: DeviceOnFake, num_forwards: int, work_ns: int) -> Iterator[list[object]]:
     """The events of each forward, in the order in which the host finds them: kernels, copies beside them."""
     source, target = torch.zeros(2000, dtype=torch.uint8, pin_memory=True), torch.zeros(2000, dtype=torch.uint8)
+    kernels = [device.program(nothing, work_ns // 2) for _ in range(2)]
     for _ in range(num_forwards):
         device.begin_forward()
         found: list[object] = []
-        for _ in range(2):
-            kernel = device.launch(lambda: None, work_ns // 2)
-            copy = device.copy(target, source, None)
-            device.wait([copy[1]])
-            found += copy
-            device.wait([kernel[1]])
-            found += kernel
+        copies = []
+        for kernel in kernels:
+            device.launch(kernel)
+            copies.append(device.copy(target.data_ptr(), source.data_ptr(), 2000, None))
+            device.wait(0, copies[-1])
+            found.append(copies[-1])
+            device.wait(0, kernel.end)
+            found += (kernel.start, kernel.end)
         yield found
-        for event in found:
-            device.recycle(event)
+        for copy in copies:
+            device.recycle(copy)
 
 
 @pytest.mark.parametrize("ppm", PPM)
@@ -62,7 +69,7 @@ def test_times_are_true_over_thousands_of_forwards(ppm: int) -> None:
         for events in forwards(cuda, device, 3000, 4_000_000):
             times = [device.time_ns(event) for event in events]
             worst = max([worst, *(abs(at - truth.of(event)) for at, event in zip(times, events, strict=True))])
-            for stream, of_stream in enumerate((times[0:2] + times[4:6], times[2:4] + times[6:8])):
+            for stream, of_stream in enumerate(([times[0], times[3]], times[1:3] + times[4:6])):
                 assert [ends[stream], *of_stream] == sorted([ends[stream], *of_stream])
                 ends[stream] = of_stream[-1]
         assert truth.now() > 12e9
@@ -84,17 +91,20 @@ def test_without_renewal_rounding_would_show(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("renewed", [True, False])
 def test_spans_stay_true_without_forwards(monkeypatch: pytest.MonkeyPatch, renewed: bool) -> None:
-    """A calibration lasts minutes and begins no forward; single copies and kernels are timed all along."""
+    """A calibration lasts minutes and begins no forward; kernels are timed all along."""
     if not renewed:
         monkeypatch.setattr("replay.cuda._BASE_LIFE_NS", 1 << 62)
     with on_fake() as (cuda, device):
-        source, target = torch.zeros(5000, dtype=torch.uint8, pin_memory=True), torch.zeros(5000, dtype=torch.uint8)
-        worst = 0
-        for number in range(200):
+        program, worst = device.program(nothing), 0
+        for _ in range(200):
             cuda.advance_to(cuda.true_ns + 500_000_123)
-            start, end = device.launch(lambda: None, 0) if number % 2 else device.copy(target, source, None)
-            device.wait([end])
-            worst = max(worst, abs(device.time_ns(end) - device.time_ns(start) - (end.at_ns - start.at_ns)))
+            device.launch(program)
+            device.wait(0, program.end)
+            true_ns = program.end.at_ns - program.start.at_ns
+            # The first question of an old base renews it, for the next one.
+            device.time_ns(program.start)
+            device.wait(0, device._next_base or program.end)
+            worst = max(worst, abs(device.time_ns(program.end) - device.time_ns(program.start) - true_ns))
         assert worst <= 2 if renewed else worst > 2000
 
 
@@ -147,35 +157,36 @@ def test_without_forgetting_now_would_run_ahead(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_began_before_the_base_keeps_its_time() -> None:
-    """A copy runs on while the next forward renews the base."""
+    """A kernel runs on while the base is renewed behind it."""
     with on_fake() as (cuda, device):
         truth = Truth(cuda, device)
-        source = torch.zeros(900_000, dtype=torch.uint8, pin_memory=True)
-        target = torch.zeros(900_000, dtype=torch.uint8)
-        start, end = device.copy(target, source, None)
-        cuda.advance_to(cuda.true_ns + 400_000)
+        long, short = device.program(nothing, 900_000), device.program(nothing)
+        device.launch(long)
         device.begin_forward()
         base = device._next_base
-        kernel = device.launch(lambda: None, 0)
-        device.wait([kernel[1]])
-        device.time_ns(kernel[1])
+        device.launch(short)
+        device.wait(0, short.end)
+        device.time_ns(short.end)
         assert device._base is base
-        device.wait([end])
-        assert start.at_ns < base.at_ns < end.at_ns
-        assert device.time_ns(start) == pytest.approx(truth.of(start), abs=2)
-        assert device.time_ns(end) == pytest.approx(truth.of(end), abs=2)
+        assert long.start.at_ns < long.end.at_ns <= base.at_ns
+        for event in (long.start, long.end):
+            assert device.time_ns(event) == pytest.approx(truth.of(event), abs=2)
 
 
 def test_a_restarted_clock_counts_from_there() -> None:
     with on_fake() as (cuda, device):
+        program = device.program(nothing, 50_000_000)
         for _ in range(3):
             device.begin_forward()
-            device.wait([device.launch(lambda: None, 50_000_000)[1]])
+            device.launch(program)
+            device.wait(0, program.end)
         events = cuda.num_events
         device.restart_clock()
-        # Events come from the pool again, the base that was coming among them; three spans were never given back.
+        # Events come from the pool again, the base that was coming among them.
         assert cuda.num_events <= events + 2
         assert 0 <= device.now_ns() < 1_000_000
-        span = device.launch(lambda: None, 0)
-        device.wait([span[1]])
-        assert LATENCY_NS < device.time_ns(span[0]) < device.time_ns(span[1]) <= device.now_ns() < 1_000_000
+        program = device.program(nothing)
+        device.launch(program)
+        device.wait(0, program.end)
+        times = device.time_ns(program.start), device.time_ns(program.end)
+        assert LATENCY_NS < times[0] < times[1] <= device.now_ns() < 1_000_000

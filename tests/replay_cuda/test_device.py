@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 
 from replay.cuda import CudaDevice, explaining
-from replay.device import Device, DeviceLostError
+from replay.device import Device, DeviceLostError, Program
 from tests.replay_cuda.fake_cuda import (
     BUSY_GHZ,
     CALL_NS,
     COPY_NS,
     FREE_BYTES,
+    GATE_NS,
     IDLE_GHZ,
     WORK_NS,
     DeviceOnFake,
@@ -37,60 +39,133 @@ def test_is_a_device() -> None:
             assert inspect.signature(getattr(CudaDevice, name)).parameters.keys() == inspect.signature(
                 wanted).parameters.keys(), name  # fmt: skip
     with on_fake() as (_, device):
-        assert set(Device.__annotations__) == {"world", "torch_device", "dtype"}
+        assert set(Device.__annotations__) == {"world", "torch_device", "dtype", "captures", "numbers"}
         assert device.world == "cuda"
         assert dict(device.describe())["name"] == "Fake GPU"
         assert CudaDevice.dtype == torch.bfloat16
+
+
+HERE, THERE = torch.zeros(64, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8)
+"""Copies by address need memory that stays."""
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def lasted(device: DeviceOnFake, program: Program) -> int:
+    """How long the kernels of the last launch ran."""
+    return device.time_ns(program.end) - device.time_ns(program.start)
 
 
 def test_copies_run_beside_kernels() -> None:
     with on_fake() as (cuda, device):
         source = torch.zeros(100_000, dtype=torch.uint8, pin_memory=True)
         target = torch.zeros(100_000, dtype=torch.uint8)
-        kernel = device.launch(nothing, 400_000)
-        copy = device.copy(target, source, None)
-        device.wait([kernel[1]])
-        assert device.time_ns(copy[1]) < device.time_ns(kernel[0])
-        assert device.time_ns(copy[1]) - device.time_ns(copy[0]) == pytest.approx(COPY_NS + 100_000, abs=CALL_NS + 2)
+        kernel = device.program(nothing, 400_000)
+        device.launch(kernel)
+        copies = [device.copy(address(target), address(source), 100_000, None) for _ in range(2)]
+        device.wait(0, kernel.end)
+        ends = [device.time_ns(end) for end in copies]
+        assert ends[1] < device.time_ns(kernel.start)
+        assert ends[1] - ends[0] == pytest.approx(COPY_NS + 100_000, abs=CALL_NS + 2)
         assert cuda.num_pageable == 0
 
 
-@pytest.mark.parametrize("recycled", [False, True])
-def test_a_copy_waits_for_the_kernel_that_it_names(recycled: bool) -> None:
-    """Also if the event is recorded for something else while the copy waits."""
+@pytest.mark.parametrize("again", [False, True])
+def test_a_copy_waits_for_the_launch_that_it_names(again: bool) -> None:
+    """Also if the program is launched once more while the copy waits."""
     with on_fake() as (cuda, device):
         source, target = torch.zeros(1000, dtype=torch.uint8, pin_memory=True), torch.zeros(1000, dtype=torch.uint8)
-        spans = [device.launch(nothing, 300_000) for _ in range(3)]
-        ends = [span[1].at_ns for span in spans]
-        free = device.copy(target, source, None)
-        copy = device.copy(target, source, spans[1][1])
-        if recycled:
-            spans[1][1].record(cuda.default)
-            assert cuda.num_spoiled == 1
+        programs = [device.program(nothing, 300_000) for _ in range(3)]
+        for program in programs:
+            device.launch(program)
+        ends = [program.end.at_ns for program in programs]
+        free = device.copy(address(target), address(source), 1000, None)
+        copy = device.copy(address(target), address(source), 1000, programs[1].end)
+        if again:
+            device.launch(programs[1])
+            assert cuda.num_spoiled == 2
         device.synchronize()
-        assert free[0].at_ns < ends[0]
-        assert ends[1] <= copy[0].at_ns < ends[2]
+        assert free.at_ns < ends[0]
+        assert ends[1] < copy.at_ns < ends[2]
 
 
 def test_wait_sees_the_first_of_two() -> None:
     with on_fake() as (_, device):
-        source = torch.zeros(10, dtype=torch.uint8, pin_memory=True)
-        late = device.launch(nothing, 3_000_000)[1]
-        copied = device.copy(torch.zeros(10, dtype=torch.uint8), source, None)[1]
-        device.wait([late, copied])
-        assert (device.happened(late), device.happened(copied)) == (False, True)
+        source, words = torch.zeros(10, dtype=torch.uint8, pin_memory=True), torch.zeros(0, dtype=torch.int64)
+        late = device.program(nothing, 3_000_000, (words, words))
+        number = device.numbers[0] + 1
+        device.launch(late)
+        copied = device.copy(address(THERE), address(source), 10, None)
+        device.wait(number, copied)
+        assert (device.happened(late.end), device.happened(copied)) == (False, True)
+        assert device.numbers[0] == number - 1
+        device.wait(number, None)
+        assert device.happened(late.end)
+
+
+def test_the_words_are_there_when_the_number_is_seen() -> None:
+    with on_fake() as (cuda, device):
+        source, target = torch.tensor([5, 6], dtype=torch.int64), torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        program = device.program(nothing, 20_000, (source, target))
+        before = device.numbers[0]
+        for number in (1, 2, 3):
+            source.fill_(number)
+            device.launch(program)
+            assert target.tolist() != [number] * 2
+            device.wait(before + number)
+            assert target.tolist() == [number] * 2
+            # The number comes behind the end: whoever has seen it may still have to ask for that once more.
+            assert cuda.true_ns >= program.end.at_ns + GATE_NS
+
+
+def test_while_the_host_waits_it_may_do_something() -> None:
+    with on_fake() as (_, device):
+        program, done = device.program(nothing, 500_000), []
+        device.launch(program)
+        device.wait(0, program.end, lambda: done.append(device.happened(program.end)))
+        assert len(done) > 3
+        assert not any(done)
+
+
+def test_a_launch_is_one_call_whatever_it_holds() -> None:
+    with on_fake() as (cuda, device):
+        words = torch.zeros(0, dtype=torch.int64)
+        program = device.program(nothing, 100_000, (words, words))
+        calls = cuda.calls.total()
+        device.launch(program)
+        assert cuda.calls.total() == calls + 1
+        eager = device.program(nothing, 100_000, (words, words), captured=False)
+        calls = cuda.calls.total()
+        device.launch(eager)
+        # Pad, two events, the kernel and the gate.
+        assert cuda.calls.total() == calls + 5
+
+
+def test_times_of_a_launch_are_those_of_the_last() -> None:
+    with on_fake() as (_, device):
+        program = device.program(nothing, 40_000)
+        found = []
+        for _ in range(3):
+            device.launch(program)
+            device.wait(0, program.end)
+            found.append((device.time_ns(program.start), device.time_ns(program.end)))
+        assert [end - start for start, end in found] == pytest.approx([WORK_NS] * 3, abs=2)
+        assert all(end < start for (_, end), (start, _) in pairwise(found))
 
 
 @pytest.mark.parametrize("pad_ns", [5_000, 20_000, 1_000_000, 30_000_000])
 def test_pads_last_what_was_asked(pad_ns: int) -> None:
     """From the end of what ran before to the start of what comes behind."""
     with on_fake() as (_, device):
-        before = device.launch(nothing, 500_000)
-        behind = device.launch(nothing, pad_ns)
-        device.wait([behind[1]])
-        lasted = device.time_ns(behind[0]) - device.time_ns(before[1])
-        assert lasted == pytest.approx(pad_ns, rel=1e-3, abs=30)
-        assert device.time_ns(behind[1]) - device.time_ns(behind[0]) == pytest.approx(WORK_NS, abs=2)
+        before, behind = device.program(nothing, 500_000), device.program(nothing, pad_ns)
+        device.launch(before)
+        device.launch(behind)
+        device.wait(0, behind.end)
+        pad = device.time_ns(behind.start) - device.time_ns(before.end)
+        assert pad == pytest.approx(pad_ns, rel=1e-3, abs=30)
+        assert lasted(device, behind) == pytest.approx(WORK_NS, abs=2)
 
 
 def test_pads_follow_the_clock_of_a_gpu_that_has_come_up() -> None:
@@ -101,28 +176,28 @@ def test_pads_follow_the_clock_of_a_gpu_that_has_come_up() -> None:
         device.restart_clock()
         assert device._cycles_per_ns == pytest.approx(BUSY_GHZ, rel=1e-3)
         spins = cuda.calls["_sleep"]
-        device.launch(nothing, 0)
-        device.launch(nothing, 1)
+        for pad_ns in (0, 1):
+            device.launch(device.program(nothing, pad_ns, captured=False))
         assert cuda.calls["_sleep"] == spins
 
 
 def test_few_events_are_made() -> None:
     with on_fake() as (cuda, device):
         source, target = torch.zeros(10, dtype=torch.uint8, pin_memory=True), torch.zeros(10, dtype=torch.uint8)
-        made = []
+        program, made = device.program(nothing), []
         for _ in range(300):
             device.begin_forward()
-            spans = [device.launch(nothing, 0), device.copy(target, source, None)]
-            device.wait([spans[0][1]])
-            device.wait([spans[1][1]])
-            for start, end in spans:
-                assert device.time_ns(start) <= device.time_ns(end)
-                device.recycle(start)
-                device.recycle(end)
+            device.launch(program)
+            end = device.copy(address(target), address(source), 10, None)
+            device.wait(0, program.end)
+            device.wait(0, end)
+            assert device.time_ns(program.start) <= device.time_ns(program.end)
+            assert device.time_ns(end) > 0
+            device.recycle(end)
             made.append(cuda.num_events)
         assert made[10] == made[-1] < 20
         assert len({id(event) for event in device._pool}) == len(device._pool)
-        assert cuda.num_spoiled == 0
+        assert (cuda.num_spoiled, cuda.num_unread) == (0, 0)
 
 
 def test_free_memory_counts_what_torch_keeps() -> None:
@@ -139,36 +214,60 @@ def restart(device: DeviceOnFake) -> None:
     device.restart_clock()
 
 
+def prepared(device: DeviceOnFake, captured: bool = True) -> Program:
+    """A program made while nothing fails yet."""
+    failing, device.cuda._failure = device.cuda._failure, None
+    made = device.program(nothing, 500_000, captured=captured)
+    device.cuda._failure = failing
+    return made
+
+
 def launch(device: DeviceOnFake) -> None:
-    device.launch(nothing, 500_000)
+    device.launch(prepared(device))
+
+
+def launch_one_by_one(device: DeviceOnFake) -> None:
+    device.launch(prepared(device, captured=False))
 
 
 def launch_and_wait(device: DeviceOnFake) -> None:
-    device.wait([device.launch(nothing, 0)[1]])
+    program = prepared(device)
+    device.launch(program)
+    device.wait(0, program.end)
 
 
 def launch_and_time(device: DeviceOnFake) -> None:
-    span = device.launch(nothing, 0)
-    device.wait([span[1]])
-    device.time_ns(span[1])
+    program = prepared(device)
+    device.launch(program)
+    device.wait(0, program.end)
+    device.time_ns(program.end)
 
 
 def launch_and_ask(device: DeviceOnFake) -> None:
-    device.happened(device.launch(nothing, 0)[1])
+    program = prepared(device)
+    device.launch(program)
+    device.happened(program.end)
 
 
 def launch_and_copy(device: DeviceOnFake) -> None:
-    device.copy(torch.zeros(4), torch.zeros(4), device.launch(nothing, 0)[1])
+    program = prepared(device)
+    device.launch(program)
+    device.copy(address(THERE), address(HERE), 16, program.end)
 
 
-def read_back(device: DeviceOnFake) -> None:
-    device.read_back(torch.zeros(4), torch.zeros(4))
+def disturb(device: DeviceOnFake) -> None:
+    device.disturb(address(THERE), address(HERE), 16)
+
+
+def prepare(device: DeviceOnFake) -> None:
+    device.program(nothing)
 
 
 CALLS: list[tuple[str, Callable[[DeviceOnFake], object]]] = [
-    ("record", launch), ("_sleep", launch), ("query", launch_and_wait), ("query", launch_and_ask),
-    ("elapsed_time", launch_and_time), ("wait_event", launch_and_copy), ("copy_", launch_and_copy),
-    ("copy_", read_back), ("synchronize", DeviceOnFake.synchronize), ("synchronize", restart),
+    ("record", launch_one_by_one), ("_sleep", launch_one_by_one), ("replay", launch), ("capture_begin", prepare),
+    ("query", launch_and_wait), ("query", launch_and_ask), ("elapsed_time", launch_and_time),
+    ("wait_event", launch_and_copy), ("memcpy", launch_and_copy), ("record", launch_and_copy), ("memcpy", disturb),
+    ("synchronize", DeviceOnFake.synchronize), ("synchronize", restart), ("synchronize", prepare),
     ("elapsed_time", restart), ("mem_get_info", DeviceOnFake.free_bytes), ("record", DeviceOnFake.begin_forward),
 ]  # fmt: skip
 
@@ -214,7 +313,7 @@ def test_too_little_memory_is_no_lost_device(error: RuntimeError, remedy: str) -
             raise error
 
         with pytest.raises(ValueError, match=remedy) as caught:
-            CudaDevice.launch(device, fails, 0)
+            CudaDevice.program(device, fails)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 240
         with pytest.raises(ValueError, match=remedy), explaining():
@@ -230,13 +329,39 @@ def test_errors_beside_the_device_are_explained() -> None:
     assert not isinstance(caught.value, DeviceLostError)
 
 
+@pytest.mark.parametrize("initialized", [False, True])
+def test_a_lost_device_is_told_where_there_is_a_context(
+    initialized: bool, told: list[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_fake() as (cuda, device):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+        cuda.fail("replay", RuntimeError(ILLEGAL))
+        with pytest.raises(DeviceLostError) as first:
+            launch(device)
+        with pytest.raises(DeviceLostError) as second, explaining():
+            raise RuntimeError(ILLEGAL)
+        with pytest.raises(RuntimeError), explaining():
+            raise RuntimeError("shapes")
+    assert told == ([first.value, second.value] if initialized else [])
+
+
 def test_a_device_that_hangs_is_lost() -> None:
     with on_fake() as (cuda, device):
-        end = device.launch(nothing, 0)[1]
-        end.at_ns = 1 << 62
+        program = device.program(nothing)
+        device.launch(program)
+        program.end.at_ns = 1 << 62
         cuda.call_ns["query"] = 10_000_000
         with pytest.raises(DeviceLostError, match="has not answered for 60 s"):
-            device.wait([end])
+            device.wait(0, program.end)
+
+
+def test_a_device_that_is_lost_raises_no_number_and_is_asked_for_its_error() -> None:
+    """Well before patience ends."""
+    with on_fake() as (cuda, device):
+        cuda.fail("query", RuntimeError(ILLEGAL))
+        with pytest.raises(DeviceLostError, match="an illegal memory access"):
+            device.wait(device.numbers[0] + 1)
+        assert cuda.true_ns < 1_000_000_000
 
 
 @pytest.mark.parametrize(("name", "text"), [

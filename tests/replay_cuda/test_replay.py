@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from expertflow.forward import Forward
 from replay.faults import FAULTS
+from replay.machine import RealMachine
+from replay.rig import Rig
 from replay.run import PartialRunError
 from tests.cli.support import TINY_MODEL_WORDS, small_trace, tiny_trace
 from tests.replay_cuda.fake_cuda import DeviceOnFake, FakeStream, on_fake
@@ -17,8 +23,8 @@ POLICIES = ["lru", "adaptive"]
 BASE = ("+hardware=a100", "residency=0.4")
 SCALE = 40
 """Experts of 8 KB: what is tested is order, not speed."""
-WARM_UP = 3 * (24 + 2) * 2
-"""Events of a warm-up, which nobody asks for and nobody gives back."""
+FEW = 40
+"""Events of a run beside the two of each program: ends of copies, bases of the clock."""
 
 
 def gpt_oss(tmp_path: Path, policy: str, *words: str) -> Case:
@@ -27,9 +33,32 @@ def gpt_oss(tmp_path: Path, policy: str, *words: str) -> Case:
     return Case.of(*BASE, f"+policy={policy}", f"trace.path={trace}", *words, scale=SCALE)
 
 
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> list[RealMachine]:
+    """Every machine that a rig makes in this test."""
+    made: list[RealMachine] = []
+    make = Rig.machine
+
+    def noted(self: Rig, *given: Any, **more: Any) -> RealMachine:
+        made.append(make(self, *given, **more))
+        return made[-1]
+
+    prepare = RealMachine.prepare
+
+    def prepared(self: RealMachine, forwards: Iterable[Forward]) -> None:
+        prepare(self, forwards)
+        # Each program is launched once before the run, and not read.
+        self.device.cuda.forget_unread()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Rig, "machine", noted)
+    monkeypatch.setattr(RealMachine, "prepare", prepared)
+    return made
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("words", [(), ("batch_size=2", "stack=eager"), ("chunk_mib=64", "channel_depth=1")])
-def test_a_replay_is_whole_and_its_decisions_repeat(tmp_path: Path, policy: str, words: tuple[str, ...]) -> None:
+def test_a_replay_is_whole_and_its_decisions_repeat(tmp_path: Path, policy: str, words: tuple[str, ...],
+                                                    machines: list[RealMachine]) -> None:  # fmt: skip
     """Identities are asserted inside; here: all stamps right, the log in lockstep, few events, none misused."""
     case = gpt_oss(tmp_path, policy, *words)
     with on_fake() as (cuda, device):
@@ -43,9 +72,10 @@ def test_a_replay_is_whole_and_its_decisions_repeat(tmp_path: Path, policy: str,
         assert metrics["num_misses"] > 0
         assert metrics["elapsed_ns"] == metrics["compute_ns"] + metrics["stall_ns"] + metrics["overhead_ns"]
         assert (metrics["prefetch"]["issued"] > 0) == (policy == "adaptive")
-        assert cuda.num_events < WARM_UP + 20
-        assert cuda.num_spoiled == 0
-        assert cuda.num_pageable == 0
+        machine = machines[0]
+        assert cuda.num_events < 2 * machine.programs.num_prepared + FEW
+        assert (cuda.num_spoiled, cuda.num_pageable, cuda.num_unread) == (0, 0, 0)
+        assert machine.programs.num_unprepared == 0
         device.close()
     result = case.lockstep(tmp_path / "log.parquet")
     assert (result.difference, result.partial) == (None, None)
@@ -87,15 +117,73 @@ def test_a_clock_that_drifts_changes_nothing_but_times(tmp_path: Path) -> None:
 
 def test_two_runs_share_a_rig(tmp_path: Path) -> None:
     case = gpt_oss(tmp_path, "adaptive")
-    with on_fake() as (cuda, device):
+    with on_fake() as (_, device):
         rig = case.rig(device)
         first, _ = case.replay(rig)
-        events = cuda.num_events
         second, integrity = case.replay(rig, verify=True)
     assert integrity is not None
     assert integrity.num_wrong == 0
-    assert cuda.num_events <= events + WARM_UP
     assert second["num_accesses"] == first["num_accesses"]
+
+
+def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       machines: list[RealMachine]) -> None:  # fmt: skip
+    """With as few programs as can be, of which many launches would be unread: nothing is lost, only time."""
+    monkeypatch.setattr("replay.programs.REPLICAS", 1)
+    case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
+    with on_fake() as (cuda, device):
+        metrics, integrity = case.replay(case.rig(device), verify=True, log=tmp_path / "log.parquet")
+        assert machines[0].num_read_first > 0
+        assert (cuda.num_unread, cuda.num_spoiled) == (0, 0)
+    assert integrity is not None
+    assert integrity.num_wrong == 0
+    assert metrics["elapsed_ns"] == metrics["compute_ns"] + metrics["stall_ns"] + metrics["overhead_ns"]
+    assert case.lockstep(tmp_path / "log.parquet").difference is None
+
+
+def test_numbers_that_come_late_change_nothing_but_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that takes longer than the kernels: the host learns late, the marks keep their times."""
+    case = gpt_oss(tmp_path, "lru")
+    found = []
+    for gate_ns in (1_300, 90_000):
+        monkeypatch.setattr("tests.replay_cuda.fake_cuda.GATE_NS", gate_ns)
+        with on_fake() as (_, device):
+            found.append(case.replay(case.rig(device))[0])
+    soon, late = found
+    assert (soon["num_hits"], soon["num_misses"]) == (late["num_hits"], late["num_misses"])
+    assert late["compute_ns"] == pytest.approx(soon["compute_ns"], rel=1e-3)
+    # Each of 24 layers and the head of 8 tokens.
+    assert late["elapsed_ns"] - soon["elapsed_ns"] > 8 * 25 * 80_000
+
+
+def test_kv_lengths_are_captured_on_a_grid(tmp_path: Path, machines: list[RealMachine]) -> None:
+    """Eight tokens, one length: all attention graphs are those of the layers."""
+    case = gpt_oss(tmp_path, "lru")
+    with on_fake() as (_, device):
+        case.replay(case.rig(device))
+    programs = machines[0].programs
+    assert programs.kv_grid == 256
+    assert len(programs._by_shape) == 24
+
+
+def test_a_launch_of_experts_is_one_call_and_its_reading_no_more_than_five(tmp_path: Path) -> None:
+    """Driver calls of a run without copies: what a layer costs the host, copies apart."""
+    case = gpt_oss(tmp_path, "lru", "residency=1.0", "start=resident")
+    with on_fake() as (cuda, device):
+        rig = case.rig(device)
+        case.replay(rig)
+        before = Counter(cuda.calls)
+        device.restart_clock()
+        restart = Counter(cuda.calls) - before
+        cuda.calls.clear()
+        metrics, _ = case.replay(rig)
+        calls = Counter(cuda.calls) - restart
+        layers = 24 * metrics["num_forwards"]
+        prepared = cuda.calls["capture_begin"]
+        # One for attention, one for the experts; the head; each program once before the run.
+        assert calls["replay"] == 2 * layers + metrics["num_forwards"] + prepared
+        # Start and end of each.
+        assert calls["elapsed_time"] <= 2 * (2 * layers + metrics["num_forwards"]) + 3 * metrics["num_forwards"]
 
 
 def tiny(tmp_path: Path) -> Case:
@@ -125,11 +213,10 @@ def test_a_copy_said_to_have_landed_too_early_is_seen(tmp_path: Path, monkeypatc
     case = tiny(tmp_path)
     copy = DeviceOnFake.copy
 
-    def early(self: DeviceOnFake, target: torch.Tensor, source: torch.Tensor, after: object) -> object:
-        span = copy(self, target, source, after)
-        self.cuda.enqueue(0)
-        span[1].at_ns = span[0].at_ns
-        return span
+    def early(self: DeviceOnFake, target: int, source: int, num_bytes: int, after: object) -> Any:
+        end = copy(self, target, source, num_bytes, after)
+        end.at_ns = self.cuda.true_ns
+        return end
 
     monkeypatch.setattr(DeviceOnFake, "copy", early)
     with on_fake() as (_, device):
@@ -153,7 +240,7 @@ def test_a_device_lost_midway_leaves_what_was_measured(tmp_path: Path) -> None:
     case = gpt_oss(tmp_path, "lru")
     with on_fake() as (cuda, device):
         rig = case.rig(device)
-        cuda.fail("copy_", RuntimeError("CUDA error: unspecified launch failure\nmore"), after=500)
+        cuda.fail("memcpy", RuntimeError("CUDA error: unspecified launch failure\nmore"), after=500)
         with pytest.raises(PartialRunError) as caught:
             case.replay(rig)
     assert str(caught.value) == "CUDA error: unspecified launch failure"
@@ -165,6 +252,6 @@ def test_running_out_of_memory_midway_is_a_users_error(tmp_path: Path) -> None:
     with on_fake() as (cuda, device):
         rig = case.rig(device)
         error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
-        cuda.fail("copy_", error, after=50)
+        cuda.fail("memcpy", error, after=50)
         with pytest.raises(ValueError, match=r"GPU memory: CUDA out of memory\. Tried to allocate 2\.00 GiB; lower"):
             case.replay(rig)

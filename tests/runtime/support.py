@@ -85,12 +85,16 @@ def events_of(forwards: Iterable[Forward], num_experts: int) -> list[Event]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernel times that do not depend on the model; expert and shared are per token."""
+    """Kernel times that do not depend on the model; expert and shared are per token.
+
+    slowdowns: factors on attention, experts and head beside a busy link.
+    """
 
     attention: int = 100
     expert: int = 10
     shared: int = 0
     head: int = 50
+    slowdowns: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def attention_list_ns(self, num_tokens: int, kv_lens: Sequence[int], prefill: bool) -> list[int]:
         """[L], the same for every layer."""
@@ -99,6 +103,10 @@ class Kernels:
     def expert_ns(self, num_tokens: int) -> int:
         """Linear in the tokens routed to the expert."""
         return self.expert * num_tokens
+
+    def experts_ns(self, tokens: Sequence[int]) -> int:
+        """One after the other."""
+        return self.expert * sum(tokens)
 
     def shared_ns(self, num_tokens: int) -> int:
         """Linear in the tokens of the forward; 0 = no shared expert."""

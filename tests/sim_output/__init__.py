@@ -38,6 +38,9 @@ class ConstantKernels:
     def expert_ns(self, num_tokens: int) -> int:
         return 50 * num_tokens
 
+    def experts_ns(self, tokens: Sequence[int]) -> int:
+        return 50 * sum(tokens)
+
     def shared_ns(self, num_tokens: int) -> int:
         return 20 * self.shared
 

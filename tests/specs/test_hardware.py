@@ -10,6 +10,7 @@ import yaml
 
 import conf
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, unsourced
+from sim.link import Link
 
 ROOT = Path(conf.__file__).parent
 HARDWARE = [
@@ -94,6 +95,28 @@ def test_the_ideal_link_is_the_a100_with_copies_in_no_time() -> None:
     assert ideal.link_latency_ns == ideal.issue_copy_ns == ideal.decide_ns == 0
 
 
+def test_copies_on_the_h200_take_as_long_as_was_measured() -> None:
+    # us a copy, eight to 64 in a row enqueued behind a spinning kernel, by KiB.
+    measured = {64: 3.78, 256: 7.55, 1024: 21.94, 2048: 40.94, 4096: 78.37, 8192: 154.93, 16384: 305.39, 65536: 1214.06}
+    link = Link(hardware("h200"))
+    errors = {size: link.chunk_ns(size << 10, False) / 1000 / us - 1 for size, us in measured.items()}
+    assert max(map(abs, errors.values())) < 0.05, errors
+    assert max(abs(error) for size, error in errors.items() if size >= 1024) < 0.025, errors
+
+
+def test_the_h200_says_of_every_figure_whether_it_was_measured() -> None:
+    sources = hardware("h200").sources
+    origins = {key: text.split()[0] for key, text in sources.items()}
+    assert {key for key, word in origins.items() if word == "measured"} == {
+        "link_gb_per_s", "pageable_gb_per_s", "memory_efficiency", "compute_efficiency", "link_latency_ns",
+        "launch_host_ns", "issue_copy_ns", "decide_ns",
+    }  # fmt: skip
+    assert {key for key, word in origins.items() if word == "assumption:"} == {
+        "launch_latency_ns", "gate_sync_ns", "token_sync_ns", "link_slowdown"
+    }
+    assert all("2026-11-27" in text for key, text in sources.items() if origins[key] == "measured")
+
+
 def test_eager_costs_a_millisecond_a_layer_and_graph_a_fiftieth() -> None:
     assert stack("eager").layer_overhead_ns == 1_000_000
     assert stack("graph").layer_overhead_ns == 20_000
@@ -106,6 +129,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("link_gb_per_s", 0.0, r"hardware\.link_gb_per_s=0\.0 is outside \(0, inf\]; give GB/s in one direction"),
     ("link_gb_per_s", -25.0, r"link_gb_per_s=-25\.0 is outside"),
     ("link_gb_per_s", NAN, r"link_gb_per_s=nan is outside"),
+    ("link_gb_per_s", 2039.1, r"link_gb_per_s=2039\.1 is above memory_gb_per_s=2039\.0, into which it copies; give"),
     ("link_gb_per_s", (), r"link_gb_per_s=\(\) has no points"),
     ("link_gb_per_s", ((1024, 0.0),), r"link_gb_per_s\[1024 bytes\]=0\.0 is outside"),
     ("link_gb_per_s", ((1024, INF),), r"link_gb_per_s\[1024 bytes\]=inf is outside"),
@@ -138,7 +162,8 @@ def test_a_value_out_of_range_is_refused_with_its_range(key: str, value: Any, me
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("memory_efficiency", 1.0), ("link_slowdown", 1.0), ("link_latency_ns", 0), ("decide_ns", 10**9)],
+    [("memory_efficiency", 1.0), ("link_slowdown", 1.0), ("link_latency_ns", 0), ("decide_ns", 10**9),
+     ("link_gb_per_s", 2039.0)],
 )
 def test_the_ends_of_the_ranges_are_allowed(key: str, value: Any) -> None:
     assert getattr(replace(hardware("a100"), **{key: value}), key) == value

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from expertflow.model import ModelSpec
-from sim.hardware import Hardware, KernelTable, Stack, hardware_from_dict, stack_from_dict, unsourced
+from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, unsourced
+from sim.kernel_table import KernelTable
 from sim.kernels import KernelTimes, ns_at
 from tests.specs.test_hardware import raw
 from tests.specs.test_kernels import BARE, SLOW
@@ -152,6 +153,12 @@ def test_a_whole_resident_layer_is_made_of_measured_times() -> None:
     assert kernels.resident_layer_ns(1, 21) == 100 + 3010 + 2 * 1000 + 80
 
 
+def test_kernels_know_how_much_a_busy_link_slows_them() -> None:
+    slowed = times(attention_slowdown=1.2, experts_slowdown=1.5, head_slowdown=100)
+    assert slowed.slowdowns == (1.2, 1.5, 100)
+    assert times().slowdowns == KernelTimes(TINY, SLOW, BARE).slowdowns == (1.0, 1.0, 1.0)
+
+
 def test_without_shared_experts_they_take_no_time() -> None:
     assert times().shared_ns(1) == times().shared_ns(50) == 0
 
@@ -227,6 +234,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prefill_kv": NAN}, r"tiny\.prefill_kv=nan is outside"),
     ({"prefill_kv": "1"}, r"tiny\.prefill_kv='1' must be ns per \(query, key\) pair, or be left out"),
     ({"prefill_kv": True}, r"tiny\.prefill_kv=True must be ns"),
+    ({"attention_slowdown": 0.9}, r"tiny\.attention_slowdown=0\.9 is outside \[1, 100\]; measure both with the host"),
+    ({"experts_slowdown": 100.1}, r"tiny\.experts_slowdown=100\.1 is outside \[1, 100\]"),
+    ({"head_slowdown": NAN}, r"tiny\.head_slowdown=nan is outside"),
+    ({"head_slowdown": "2"}, r"tiny\.head_slowdown='2' is a str; it must be a number"),
     ({"experts": [[1, 5]]}, r"tiny\.experts is not a key; did you mean hardware\.kernel_ns\.tiny\.expert"),
 ]
 
@@ -268,11 +279,7 @@ def test_a_machine_made_in_code_takes_tables_and_no_plain_mapping() -> None:
         replace(SLOW, kernel_ns={"tiny": TABLE})
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["attention_launch_ns", "expert_launch_ns", "shared_launch_ns", "head_launch_ns", "classify_ns", "observe_ns",
-     "forward_ns"],
-)  # fmt: skip
+@pytest.mark.parametrize("key", ["classify_ns", "observe_ns", "forward_ns", "group_ns", "copy_start_ns"])
 def test_host_costs_of_a_stack_are_whole_and_bounded(key: str) -> None:
     bare = {"name": "bare", "layer_overhead_ns": 0, "head_overhead_ns": 0}
     assert getattr(stack_from_dict(bare), key) == 0

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from replay.calibrate import check_name, datasheet, named_model, write_profile
+from replay.measure import MeasurementError
 from replay.probe import steady_mean
-from replay.profile import host_costs, link_curve, profiles, simulated_as, slowed
+from replay.profile import host_costs, profiles, simulated_as, slowed, summary
 from sim.configure import configure
 from sim.hardware import Stack, hardware_from_dict, stack_from_dict, unsourced
 
@@ -21,13 +22,13 @@ def sample(mean: float, count: int = 100) -> dict[str, float]:
     return {"mean": mean, "count": count}
 
 
+CHUNK_NS = 170_000
+"""What a chunk takes behind another."""
 SAMPLES = {
     "attention": sample(30_000.0),
     "head": sample(12_000.0),
-    "experts[1]": sample(14_000.0, 200),
-    "experts[3]": sample(34_000.0, 100),
-    "experts_shared[4]": sample(49_000.0, 300),
-    "first_kernel": sample(9_000.0),
+    "experts": sample(34_000.0, 600),
+    "first_kernel": sample(32_000.0),
     "issue": sample(5_000.0, 100),
     "issue_gap": sample(1_000.0, 50),
     "gate_sync": sample(11_000.0),
@@ -36,7 +37,7 @@ SAMPLES = {
     "classify": sample(8_000.0),
     "observe": sample(3_000.0),
     "load_sync": sample(2_500.0),
-    "copy_start": sample(7_000.0),
+    "lone_copy": sample(177_000.0),
     "forward": sample(40_000.0),
 }
 
@@ -45,7 +46,7 @@ def record() -> dict[str, Any]:
     """A calibration that never was, with round figures."""
     sizes = [1 << power for power in range(16, 30)]
     rows = [{"bytes": size, "in_a_row_ns": 5_000 + size / 25.0, "alone_ns": 6_000 + size / 25.0,
-             "pageable_ns": size / 6.0, "to_host_ns": size / 20.0} for size in sizes]  # fmt: skip
+             "pageable_ns": size / 6.0} for size in sizes]  # fmt: skip
     tables = {"expert": [[1, 10_000], [8, 12_000]], "head": [[1, 300_000]], "attention": [[1, 20_000]], "kv": 0.5}
     return {
         "format": "expertflow-calibration",
@@ -55,6 +56,9 @@ def record() -> dict[str, Any]:
         "memory_gb": 141.0,
         "launches": {"launch_host_ns": 9_000.0, "sync_ns": 4_000.0, "start_after_ns": 8_000.0},
         "pad_share": 1.02,
+        "kv_grid": 0,
+        "link_peak_gb_per_s": 63.0,
+        "chunk_ns": {"gpt-oss-20b": CHUNK_NS},
         "link": rows,
         "memory_gb_per_s": 4_300.0,
         "matrix_tflops": 780.0,
@@ -76,55 +80,36 @@ def test_the_slowest_thousandth_is_left_out_of_a_mean() -> None:
 
 
 def test_costs_are_what_the_samples_say() -> None:
-    costs = host_costs(SAMPLES)
-    # The kernel's start comes before the cheapest launch has returned: nothing is left for a latency.
-    assert (costs["launch_host_ns"], costs["launch_latency_ns"]) == (9_000, 0)
-    assert costs["attention_launch_ns"] == 30_000 - 9_000
-    assert costs["head_launch_ns"] == 3_000
-    # Least squares through (0, 9000): (200*1*5000 + 100*3*25000) / (200*1 + 100*9)
-    assert costs["expert_launch_ns"] == round((200 * 5_000 + 300 * 25_000) / 1_100)
-    assert costs["shared_launch_ns"] == round(40_000 - 4 * 8_500_000 / 1_100)
+    costs = host_costs(SAMPLES, CHUNK_NS)
+    assert (costs["launch_host_ns"], costs["launch_latency_ns"]) == (30_000, 2_000)
     assert costs["issue_copy_ns"] == 5_500
+    # To say which experts takes 4 us more than a launch that says nothing; a chunk on an idle link, 7 more.
     names = ("gate_sync_ns", "token_sync_ns", "decide_ns", "classify_ns", "observe_ns", "forward_ns", "copy_start_ns")
-    assert [costs[name] for name in names] == [11_000, 15_000, 20_000, 8_000, 5_500, 40_000, 7_000]
+    assert [costs[name] for name in names] == [11_000, 15_000, 20_000, 12_000, 9_500, 40_000, 7_000]
 
 
-def test_a_slow_stream_start_becomes_latency() -> None:
-    costs = host_costs(SAMPLES | {"first_kernel": sample(50_000.0)})
-    assert (costs["launch_host_ns"], costs["launch_latency_ns"]) == (12_000, 38_000)
-
-
-def test_rare_kinds_of_launch_decide_nothing() -> None:
-    costs = host_costs(SAMPLES | {"experts[2]": sample(1.0, 3)})
-    assert costs["launch_host_ns"] == 9_000
+def test_a_kernel_that_starts_before_its_launch_returns_leaves_no_latency() -> None:
+    costs = host_costs(SAMPLES | {"first_kernel": sample(9_000.0)}, CHUNK_NS)
+    assert (costs["launch_host_ns"], costs["launch_latency_ns"], costs["classify_ns"]) == (9_000, 0, 8_000 + 25_000)
 
 
 def test_a_policy_without_copies_or_decisions_costs_nothing_for_them() -> None:
-    kept = {name: row for name, row in SAMPLES.items() if not name.startswith(("issue", "decide", "experts["))}
-    costs = host_costs(kept)
-    assert (costs["issue_copy_ns"], costs["decide_ns"], costs["shared_launch_ns"]) == (0, 0, 0)
-    assert costs["expert_launch_ns"] == 10_000
+    kept = {name: row for name, row in SAMPLES.items() if not name.startswith(("issue", "decide", "lone"))}
+    costs = host_costs(kept, CHUNK_NS)
+    assert (costs["issue_copy_ns"], costs["decide_ns"], costs["copy_start_ns"]) == (0, 0, 0)
 
 
-def test_a_link_is_split_into_latency_and_bandwidth() -> None:
-    latency, curve = link_curve(record()["link"])
-    assert latency == 5_000
-    assert [rate for _, rate in curve] == pytest.approx([25.0] * len(curve))
-    assert [size for size, _ in curve] == [1 << power for power in range(16, 30)]
-
-
-def test_a_latency_never_eats_a_whole_copy() -> None:
-    flat = [{"bytes": size, "in_a_row_ns": 10_000} for size in (1 << 16, 1 << 17, 1 << 18)]
-    latency, curve = link_curve(flat)
-    assert latency == 9_000
-    assert all(rate > 0 for _, rate in curve)
+def test_samples_are_kept_with_their_spread() -> None:
+    found = summary({"issue": [float(number) for number in range(100)]})["issue"]
+    assert found == {"mean": 49.5, "count": 100, "p10": 10.0, "p50": 50.0, "p90": 90.0}
 
 
 def test_the_profile_is_one_that_simulations_take(tmp_path: Path) -> None:
     paths = write_profile(record(), "mine", tmp_path)
     hardware = hardware_from_dict(yaml.safe_load(paths[0].read_text()))
     stack = stack_from_dict(yaml.safe_load(paths[1].read_text()))
-    assert (hardware.launch_latency_ns, stack.group_ns) == (0, 1_500)
+    assert (hardware.launch_latency_ns, stack.group_ns, stack.kv_grid) == (2_000, 1_500, 0)
+    assert (hardware.link_gb_per_s, hardware.link_latency_ns) == (pytest.approx(25.0), 5_000)
     assert (unsourced(hardware), unsourced(stack)) == ([], [])
     assert (hardware.name, stack.name, stack.layer_overhead_ns) == ("mine", "mine", 0)
     assert hardware.link_slowdown == pytest.approx((586_144.8 - 5_000) / (533_768 - 5_000), abs=1e-4)
@@ -132,6 +117,31 @@ def test_the_profile_is_one_that_simulations_take(tmp_path: Path) -> None:
     assert hardware.kernel_ns["gpt-oss-20b"].expert[1] == (8, 12_000)
     assert json.loads(paths[2].read_text())["format"] == "expertflow-calibration"
     assert "replay.calibrate" in paths[0].read_text().splitlines()[0]
+
+
+def test_kernels_that_were_captured_tell_the_lengths_they_were_captured_for() -> None:
+    raw = record() | {"kv_grid": 256}
+    stack = profiles(raw, "mine")[1]
+    assert stack["kv_grid"] == 256
+    assert stack["sources"]["kv_grid"].startswith("definition")
+    eager = stack_from_dict(configure(["+hardware=a100", "+policy=lru"])["stack"])
+    assert simulated_as(raw, "mine", "gpt-oss-20b", "lru", eager)[1].kv_grid == 256
+
+
+@pytest.mark.parametrize("busy_ns", [5_000_000_000.0, 6_000_000.0])
+def test_a_slowdown_that_no_kernel_causes_is_never_written(busy_ns: float, tmp_path: Path) -> None:
+    raw = record()
+    raw["beside"]["gpt-oss-20b"]["busy_ns"] = busy_ns
+    with pytest.raises(MeasurementError, match=r"link_slowdown=.*calibrate again"):
+        write_profile(raw, "mine", tmp_path)
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_a_link_that_is_faster_than_it_can_be_is_never_written(tmp_path: Path) -> None:
+    raw = record() | {"link_peak_gb_per_s": 24.0}
+    with pytest.raises(MeasurementError, match=r"25 GB/s on a link of 24"):
+        write_profile(raw, "mine", tmp_path)
+    assert not list(tmp_path.rglob("*.yaml"))
 
 
 def test_a_profile_tells_the_decision_of_effort_one() -> None:
@@ -146,7 +156,7 @@ def test_a_profile_tells_the_decision_of_effort_one() -> None:
 def test_each_policy_is_simulated_with_its_own_costs_and_pads_as_they_last() -> None:
     eager = stack_from_dict(configure(["+hardware=a100", "+policy=lru"])["stack"])
     hardware, stack = simulated_as(record(), "mine", "gpt-oss-20b", "lru", eager)
-    assert (hardware.decide_ns, stack.layer_overhead_ns, stack.classify_ns) == (0, 1_020_000, 8_000)
+    assert (hardware.decide_ns, stack.layer_overhead_ns, stack.classify_ns) == (0, 1_020_000, 12_000)
     assert simulated_as(record(), "mine", "gpt-oss-20b", "adaptive", eager)[0].decide_ns == 20_000
     # Of what was not measured the nearest is taken: another stack, another policy. A model has to be measured.
     other = simulated_as(record(), "mine", "gpt-oss-20b", "oracle", Stack("none", 0, 0))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
 
-from replay import calibrate, validate
+from replay import calibrate, validate, validation
+from replay.device import DeviceLostError
+from replay.fidelity import Ran
 from replay.lockstep import cli as lockstep
+from replay.rig import Rig
+from replay.run import PartialRunError
 from sim.hardware import hardware_from_dict, stack_from_dict
 
 SMALL = ["--machine", "cpu", "--quick"]
@@ -22,7 +27,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("validation")
     words = ["mine", *SMALL, "--policies", "lru,adaptive", "--residency", "0.5", "--stacks", "found", "--tokens", "12",
              "--log-tokens", "4", "--batch-sizes", "1,4", "--verify-executions", "3000", "--verify-tokens", "64",
-             "--out", str(out)]  # fmt: skip
+             "--repeat", "2", "--out", str(out)]  # fmt: skip
     assert validate.main(words) in (0, 1)
     return out
 
@@ -31,7 +36,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_validation_writes_its_table_page_plot_timeline_and_profile(validated: Path) -> None:
     names = {path.relative_to(validated).as_posix() for path in validated.rglob("*") if path.is_file()}
     assert names == {
-        "README.md", "fidelity.png", "summary.json", "provenance.json", "table.csv", "timeline.json",
+        "README.md", "fidelity.png", "summary.json", "provenance.json", "table.csv", "runs.csv", "timeline.json",
         "profile/hardware/mine.yaml", "profile/hardware/mine.calibration.json", "profile/stack/mine.yaml",
         "logs/cpu-lru.parquet", "logs/cpu-adaptive.parquet",
     }  # fmt: skip
@@ -45,6 +50,16 @@ def test_a_validation_writes_its_table_page_plot_timeline_and_profile(validated:
     lru = table[table["policy"] == "lru"]
     assert (lru["num_hits_measured"] == lru["num_hits_predicted"]).all()
     assert (lru["num_misses_measured"] == lru["num_misses_predicted"]).all()
+    runs = pd.read_csv(validated / "runs.csv")
+    one, other = "gpt-oss-20b found 50 % batch 1", "gpt-oss-20b found 50 % batch 4"
+    assert list(runs["case"]) == [f"{where} {policy}" for where in (one, one, other, other)
+                                  for policy in ("lru", "adaptive")]  # fmt: skip
+    assert list(runs["repeat"]) == [1, 1, 2, 2] * 2
+    assert (runs["python_loop_ns"] > 0).all()
+    for case, policy in ((one, "lru"), (other, "adaptive")):
+        mine = runs.loc[runs["case"] == f"{case} {policy}", "tpot_ms"]
+        mean = table.loc[(table["policy"] == policy) & (table["batch_size"] == int(case[-1])), "tpot_ms_measured"]
+        assert mean.item() == pytest.approx(mine.mean())
 
 
 @pytest.mark.slow
@@ -56,6 +71,9 @@ def test_a_validation_finds_no_wrong_stamp_and_every_decision_again(validated: P
     assert all(one["decisions"] > 100 for one in summary["lockstep"])
     assert (summary["world"], summary["scale"], summary["left_out"]) == ("cpu", 16, [])
     assert summary["judged"]["num_rows"] == 4
+    assert len(summary["host_loop"]["times_ns"]) == 9
+    assert 0 < summary["breadth_s"] < summary["wall_s"]
+    assert (validated / "README.md").read_text().splitlines()[2].removesuffix(".**").endswith(summary["quote"])
     assert lockstep([str(validated / "logs" / "cpu-adaptive.parquet")]) == 0
 
 
@@ -65,7 +83,7 @@ def test_the_two_timelines_are_of_the_same_forwards(validated: Path) -> None:
     attention = {pid: [event["name"] for event in events if event.get("cat") == "attention" and event["pid"] == pid]
                  for pid in (1, 2)}  # fmt: skip
     assert attention[1] == attention[2]
-    assert len(attention[1]) == 24 * validate.TIMELINE_FORWARDS
+    assert len(attention[1]) == 24 * validation.TIMELINE_FORWARDS
 
 
 @pytest.mark.slow
@@ -88,15 +106,48 @@ def test_a_record_that_is_there_is_taken_and_another_scale_refused(
 
 
 @pytest.mark.slow
-def test_time_that_is_up_leaves_rows_out_and_says_so(validated: Path, tmp_path: Path) -> None:
+def test_time_that_is_up_leaves_rows_out_and_says_so(
+    validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = validated / "profile" / "hardware" / "mine.calibration.json"
     words = ["short", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
              "--stacks", "found", "--tokens", "2", "--log-tokens", "2", "--batch-sizes", "1,8", "--minutes", "0",
              "--out", str(tmp_path)]  # fmt: skip
-    assert validate.main(words) in (0, 1)
+    assert validate.main(words) == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["left_out"]) == 2
     assert summary["judged"]["num_rows"] == 0
+    assert summary["not_shown"] == ["nothing was compared"]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["NOT shown: nothing was compared",
+                                                         "not shown: nothing was compared"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_lost_device_leaves_what_was_finished(
+    validated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the second replay of a comparison: the first is kept, exit code 3, a log of each policy, no DONE."""
+    measure, begun = validation.measure, []
+
+    def second_is_lost(rig: Rig, *args: Any) -> Ran:
+        begun.append(rig)
+        if len(begun) == 2:
+            raise PartialRunError("gone", {}) from DeviceLostError("gone")
+        return measure(rig, *args)
+
+    monkeypatch.setattr(validation, "measure", second_is_lost)
+    record = validated / "profile" / "hardware" / "mine.calibration.json"
+    words = ["lost", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
+             "--stacks", "found", "--tokens", "2", "--log-tokens", "2", "--batch-sizes", "1", "--out",
+             str(tmp_path)]  # fmt: skip
+    assert validate.main(words) == 3
+    assert capsys.readouterr().err == "error: the device was lost: gone; what was finished by then is kept\n"
+    assert len(pd.read_csv(tmp_path / "table.csv")) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["not_shown"] == ["it broke off: gone", "no row could be judged"]
+    assert "- Not shown: it broke off: gone." in (tmp_path / "README.md").read_text()
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"cpu-lru.parquet"}
+    assert not (tmp_path / "DONE").exists()
 
 
 @pytest.mark.slow
@@ -157,4 +208,4 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
     for content in ("{", "[]", "{}", '{"format": "other"}'):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"replay\.calibrate"):
-            validate.load_record(path, 16)
+            validation.load_record(path, 16)

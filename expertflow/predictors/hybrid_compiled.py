@@ -1,0 +1,111 @@
+"""The fitted network laid out for the compiled functions, for forwards of one token: the same integers as numpy's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.network import (
+    CHANCES,
+    LOGS,
+    NUM_OWN,
+    OWN_SHIFTS,
+    PREGATE_ODDS,
+    SHIFTS,
+    Floats,
+    HistoryNetwork,
+    Ints,
+    Memory,
+    rates_of,
+)  # fmt: skip
+from expertflow.parts import Scores, Worths
+
+NOTHING: Ints = np.zeros(0, np.int64)
+
+
+class CompiledNetwork:
+    """Weights in the types of `expertflow.compiled`, and room for what its functions write.
+
+    hidden [H]: activations after the last layer that was learned, or after the forward. All arrays of `learn` and
+    `decide` that belong to a forward (sums, used, features) stay the predictor's.
+    """
+
+    def __init__(self, net: HistoryNetwork, functions: Any) -> None:
+        self.functions = functions
+        self.net = net
+        self.tables, self.rank_weights = net.tables.astype(np.int16), net.rank_weights.astype(np.int32)
+        self.place, self.table_bits = net.place.astype(np.int64), int(net.unit).bit_length() - 1
+        self.places = list(self.place)
+        self.weights = (
+            net.mix.astype(np.int8), net.mix_scale.astype(np.int32), net.mix_bias.astype(np.int32),
+            net.out.astype(np.int8), net.out_scale.astype(np.int32), net.bias.astype(np.int32),
+            net.own_by_feature.astype(np.int32),
+            np.zeros((1, 1, 1), np.int32) if net.pregate is None else net.pregate.astype(np.int32),
+        )  # fmt: skip
+        self.forecast = (
+            net.forecast.astype(np.int8), net.forecast_scale.astype(np.int64), net.forecast_bias.astype(np.int64),
+            net.forecast_own.astype(np.int64),
+        )  # fmt: skip
+        self.rates = (rates_of(SHIFTS, 1), rates_of(OWN_SHIFTS, 1))
+        self.scales = PREGATE_ODDS.astype(np.int32), CHANCES.astype(np.int32)
+        self.no_pregate = np.zeros((0, net.E), np.float32)
+        self.hidden = np.zeros(net.H, np.int32)
+        self.ranked = np.zeros((net.D, 2, net.E), np.int64)
+        self.keys: Ints = np.zeros(len(self.rank_weights), np.int64)
+        self.wants: Ints = np.zeros(net.D * net.E, np.int64)
+        self.decided_by: tuple[npt.NDArray[Any], ...] = ()
+
+    def learn(self, keys: list[int], layer: int, sums: Ints, used: Floats) -> None:
+        """The experts of one token at one layer, best first, have become known."""
+        self.keys[:] = keys
+        self.functions.learn(self.tables, self.rank_weights, self.keys, self.places[layer + 1], sums, used,
+                             self.table_bits, self.hidden)  # fmt: skip
+
+    def close(self, memory: Memory, used: Floats, sums: Ints, features: Floats) -> None:
+        """A forward has ended; memory and features are brought up to date in place, which nobody else holds."""
+        self.functions.close(memory.states, memory.use.reshape(NUM_OWN - 1, -1), used, sums, *self.rates, LOGS,
+                             self.place[0], self.table_bits, features.reshape(NUM_OWN, -1), self.hidden)  # fmt: skip
+        memory.shares = used.reshape(self.net.L, self.net.E)
+
+    def outlook(self, features: Floats) -> Ints:
+        """Chances [N] of use in the next forwards, as `HistoryNetwork.outlook`."""
+        found: Ints = np.empty(self.net.L * self.net.E, np.int64)
+        self.functions.outlook(self.hidden, *self.forecast, features.reshape(NUM_OWN, -1), self.scales[1], found)
+        return found
+
+    def look(self, features: Floats, pregate: npt.NDArray[np.float32] | None, first: int, seen: int, chance: Ints,
+             num_kept: int) -> list[Scores | None]:  # fmt: skip
+        """Scores at distances seen + 1 … seen + len(chance), from layer `first` on; chance [any, E] is written.
+
+        pregate: chances [any, E] by distance; None where the network needs none.
+        """
+        ranked = self.ranked[: len(chance)]
+        told = pregate if pregate is not None else self.no_pregate
+        found = self.functions.look(self.hidden, *self.weights, features, told, *self.scales, first, seen,
+                                    pregate is not None, chance, ranked)  # fmt: skip
+        scores: list[Scores | None] = [(keys, values) for keys, values in ranked[:found, :, :num_kept].tolist()]
+        return scores + [None] * (len(chance) - found)
+
+    def decide_by(self, thresholds: Ints, residency: memoryview, worths: Worths) -> None:
+        """Bind what `decide` reads and writes beside the network."""
+        states = np.frombuffer(residency, np.uint8)
+        self.decided_by = (thresholds, states, worths.soon, worths.chance, worths.worth, worths.bar, worths.held)
+
+    def decide(self, keys: list[int] | None, layer: int, sums: Ints, used: Floats, features: Floats,
+               pregate: npt.NDArray[np.float32] | None, reach: int,
+               num_kept: int) -> tuple[list[int], int, int, bool]:  # fmt: skip
+        """`learn` of keys (None: known already), then one decision for distances 1 … reach: wants, how many keys were
+        selected, in how many layers, and whether those of distance 2 were all there."""
+        if keys is None:
+            new = NOTHING
+        else:
+            new = self.keys
+            new[:] = keys
+        told = pregate if pregate is not None else self.no_pregate
+        num_wants, num_found, num_selected, overfetched = self.functions.decide(
+            self.tables, self.rank_weights, new, self.places[layer + 1], sums, used, self.table_bits, self.hidden,
+            *self.weights, features, told, *self.scales, (layer + 1) % self.net.L, reach, pregate is not None,
+            num_kept, *self.decided_by, self.wants)  # fmt: skip
+        return self.wants[:num_wants].tolist() if num_wants else [], num_selected, num_found, bool(overfetched)

@@ -1,0 +1,251 @@
+"""`python -m replay.bench_host [TRACE]`: what a layer costs the host of a replay, the policy's own code apart.
+
+The runtime, the machine and `replay.cuda` run as on a GPU, but every call of the driver is one of an empty function:
+what remains is Python, and how many calls a driver would get is counted beside it. All that was launched or copied has
+ended at once, so the host never waits. Measured are, for each layer-step (one MoE layer of one forward): from the
+moment at which the number of the gate is seen to the return of the experts' launch, which the device waits for; all
+else of it, which the device can hide; and in a run with copies what each chunk adds.
+
+Bars, in us of Python: 15, 25, and 8 a chunk. Exit code: 0 they hold, 1 one does not, 2 a user's error in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertflow.runtime import Runtime
+from replay.bench_decide import Stopwatch, measure_overhead
+from replay.cuda import CudaDevice
+from replay.device import Program, Words, Work, words_of
+from replay.drive import drive
+from replay.rig import Rig
+from replay.run import needs_of, scaled_workload
+from replay.steady import steady
+from sim.configure import configure
+from sim.entry import as_command
+from sim.setup import load_chunks, make_policy, make_workload, run_config
+
+BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
+SCALE = 64
+"""Of the model's widths: no byte of it is computed or copied here."""
+
+
+class _Event:
+    """An event of a device on which all has happened. at_ns: when it was recorded."""
+
+    __slots__ = ("at_ns",)
+
+    def __init__(self) -> None:
+        self.at_ns = 0
+
+    def record(self, stream: object) -> None:
+        self.at_ns = time.perf_counter_ns()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return (other.at_ns - self.at_ns) / 1e6
+
+
+class _Stream:
+    """Takes what is enqueued."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing is left to wait for."""
+
+
+class EmptyDriver(CudaDevice):
+    """`CudaDevice` on a driver that does nothing. calls: how often it was called, by name, where they are counted."""
+
+    world = "cpu"
+
+    def __init__(self, counting: bool = False) -> None:
+        self._lost = False
+        self._pool: list[Any] = []
+        self._next_base: Any = None
+        self.torch_device = torch.device("cpu")
+        self._compute: Any = _Stream()
+        self._link: Any = self._compute
+        self._flag = torch.zeros(1, dtype=torch.int64)
+        self._number = words_of(self._flag)
+        self.numbers: Sequence[int] = self._number
+        self._raw_copy = _nothing
+        self._base, self._base_ns = self._event(), 0
+        self._base.record(None)
+        self._based_at_ns = self._lag_at_ns = time.perf_counter_ns()
+        self._least_lag_ns = self._base.at_ns
+        self.seen_ns: list[int] = []
+        self.launched_ns: list[int] = []
+        self.calls: Counter[str] = Counter()
+        if counting:
+            self._count()
+
+    def _event(self) -> Any:
+        return self._pool.pop() if self._pool else _Event()
+
+    def _count(self) -> None:
+        counted = type("_Counted", (_Event,), {
+            name: self._counted(name, getattr(_Event, name)) for name in ("record", "query", "elapsed_time")
+        })  # fmt: skip
+        self._event = lambda: self._pool.pop() if self._pool else counted()  # type: ignore[method-assign]
+        self._raw_copy = self._counted("copy", _nothing)
+        self._base = self._event()
+        self._base.record(None)
+
+    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        calls = self.calls
+
+        def counting(*given: Any) -> Any:
+            calls[name] += 1
+            return call(*given)
+
+        return counting
+
+    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+        start, end, number, gated = self._event(), self._event(), self._number, words is not None
+        clock, calls = time.perf_counter_ns, self.calls
+
+        def run() -> None:
+            calls["launch"] += 1
+            start.at_ns = end.at_ns = clock()
+            if gated:
+                number[0] += 1
+
+        return Program(start, end, run)
+
+    def restart_clock(self) -> None:
+        """Nothing has run."""
+
+    def synchronize(self) -> None:
+        """Nothing runs."""
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def wait(self, number: int, event: Any = None, idle: Callable[[], object] | None = None) -> None:
+        super().wait(number, event, idle)
+        self.seen_ns.append(time.perf_counter_ns())
+
+    def launch(self, program: Program) -> None:
+        super().launch(program)
+        if program.row is not None:
+            self.launched_ns.append(time.perf_counter_ns())
+
+
+def _nothing(*given: Any) -> None:
+    """A call of the driver."""
+
+
+class HostTimes:
+    """Of one run: Python time in ns of its layer-steps, and the calls of the driver.
+
+    launched_ns: by layer-step, from the number seen to the first launch of experts. total_ns: of the whole run.
+    policy_ns: of it, the policy's own code.
+    """
+
+    def __init__(self, words: Sequence[str], counting: bool = False, timed_policy: bool = False) -> None:
+        cfg = configure(["+hardware=a100", "stack=found", "compare=none", *words])
+        full = make_workload(cfg)
+        work = scaled_workload(full, SCALE)
+        policy, transfer = make_policy(cfg["policy"], full, 0)
+        watch = Stopwatch(overhead=measure_overhead())
+        if timed_policy:
+            watch.attach(policy)
+        device = EmptyDriver(counting)
+        rig = Rig(device, work.model, needs_of(work, policy, transfer))
+        chunk_bytes = load_chunks(work)
+        machine = rig.machine(chunk_bytes, work.stack)
+        runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, list(work.batches))
+        watch.event_of = lambda: runtime.view.event
+        machine.prepare(work.batches)
+        machine.preload(runtime.slots.slot_of)
+        for list_of in (device.seen_ns, device.launched_ns):
+            list_of.clear()
+        device.calls.clear()
+        with steady():
+            started = time.perf_counter_ns()
+            drive(runtime, machine)
+            self.total_ns = time.perf_counter_ns() - started
+        self.num_layers = work.model.num_layers * runtime.counters.num_forwards
+        self.num_chunks = runtime.counters.num_misses * len(chunk_bytes)
+        self.calls = device.calls
+        self.policy_ns = sum(step.total_ns for step in watch.steps)
+        self.launched_ns = _first_after(device.seen_ns, device.launched_ns)
+
+
+def _first_after(seen: Sequence[int], launched: Sequence[int]) -> list[int]:
+    """For each launch that follows a wait at once: the time between."""
+    found, place = [], 0
+    for at in launched:
+        while place + 1 < len(seen) and seen[place + 1] <= at:
+            place += 1
+        found.append(at - seen[place])
+    return found
+
+
+def measure(words: Sequence[str], repeat: int) -> dict[str, dict[str, float]]:
+    """us of Python and calls of the driver by what they are for: medians of `repeat` runs."""
+    resident = ["residency=1.0", "start=resident", "+policy=lru", *words]
+    copying = ["residency=0.5", "+policy=lru", *words]
+    seen, rest, chunk = [], [], []
+    for _ in range(repeat):
+        without, timed, with_copies = HostTimes(resident), HostTimes(resident, timed_policy=True), HostTimes(copying)
+        policy_ns = timed.policy_ns / timed.num_layers
+        launched = statistics.median(without.launched_ns) - policy_ns
+        seen.append(launched)
+        rest.append(without.total_ns / without.num_layers - statistics.mean(without.launched_ns))
+        timed = HostTimes(copying, timed_policy=True)
+        more = with_copies.total_ns / with_copies.num_layers - without.total_ns / without.num_layers
+        more -= timed.policy_ns / timed.num_layers - policy_ns
+        chunk.append(more * with_copies.num_layers / with_copies.num_chunks)
+    calls = [HostTimes(given, counting=True) for given in (resident, copying)]
+    per_layer = {name: count / calls[0].num_layers for name, count in calls[0].calls.items()}
+    added = {name: (count / calls[1].num_layers - per_layer.get(name, 0)) * calls[1].num_layers / calls[1].num_chunks
+             for name, count in calls[1].calls.items()}  # fmt: skip
+    return {
+        "seen to launched": {"us": statistics.median(seen) / 1e3},
+        "all else": {"us": statistics.median(rest) / 1e3},
+        "a chunk": {"us": statistics.median(chunk) / 1e3},
+        "calls a layer-step": per_layer,
+        "calls a chunk": added,
+    }
+
+
+def _print(found: dict[str, dict[str, float]]) -> bool:
+    good = True
+    print("Python time of runtime and machine, the policy apart, in us")
+    for name, bar in BARS_US.items():
+        holds = found[name]["us"] <= bar
+        good &= holds
+        print(f"  {name:18} {found[name]['us']:6.1f}   bar {bar:4.0f}: {'holds' if holds else 'missed'}")
+    for name in ("calls a layer-step", "calls a chunk"):
+        calls = ", ".join(f"{kind} {count:.2f}" for kind, count in sorted(found[name].items()))
+        print(f"  driver {name}: {calls}")
+    return good
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m replay.bench_host", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("trace", nargs="?", type=Path, help="a recorded trace (default: the generated one)")
+    parser.add_argument("--tokens", type=int, default=48, help="of the trace to run (default: 48)")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each kind; medians count (default: 5)")
+    args = parser.parse_args(words)
+    given = [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"] if args.trace else [
+        f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]  # fmt: skip
+    return as_command(lambda: 0 if _print(measure(given, args.repeat)) else 1, "nothing was measured")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

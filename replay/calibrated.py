@@ -1,0 +1,105 @@
+"""What a validation takes of calibration, rig and replay: the one place to change when those do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from expertflow.machine import Record, Wait
+from expertflow.observer import Observer
+from expertflow.policy import Policy
+from replay.calibrate import InPlace, median_run, named_model
+from replay.device import Device
+from replay.lateness import Tape
+from replay.machine import RealMachine
+from replay.plan import Case
+from replay.rig import Rig
+from replay.run import replay_policy
+from replay.scale import scaled_model
+from sim.hardware import Stack
+from sim.setup import Transfer, Workload
+
+IN_PLACE_TOKENS = 24
+_CALLS = ("begin_forward", "attention", "experts", "head", "copy", "decided")
+
+
+class TapedMachine:
+    """A machine that keeps what it was asked to wait for and what it answered; nothing else costs time."""
+
+    def __init__(self, machine: RealMachine) -> None:
+        self._machine, self._block = machine, machine.wait
+        self.tape: list[tuple[Wait, Record]] = []
+        for name in _CALLS:
+            # Straight through, without a call of our own.
+            setattr(self, name, getattr(machine, name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._machine, name)
+
+    def wait(self, wait: Wait) -> Record:
+        """As the machine's."""
+        record = self._block(wait)
+        self.tape.append((wait, record))
+        return record
+
+
+class _TapedRig:
+    """A rig whose machines keep a tape."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self.tape: list[tuple[Wait, Record]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rig, name)
+
+    def machine(self, *args: Any, **kwargs: Any) -> TapedMachine:
+        made = TapedMachine(self._rig.machine(*args, **kwargs))
+        self.tape = made.tape
+        return made
+
+
+def replay_on_tape(rig: Rig, work: Workload, policy: Policy, transfer: Transfer,
+                   observers: Sequence[Observer]) -> tuple[dict[str, Any], Tape]:  # fmt: skip
+    """As `replay_policy`: the metrics, and all waits with their records."""
+    taped = _TapedRig(rig)
+    return replay_policy(cast(Rig, taped), work, policy, transfer, observers)[0], taped.tape
+
+
+def stack_pads_ns(raw: Mapping[str, Any], stack: Stack) -> tuple[float, float]:
+    """How long the pads of a layer and of the head really last."""
+    share = float(raw["pad_share"])
+    return stack.layer_overhead_ns * share, stack.head_overhead_ns * share
+
+
+def link_peak_gb_per_s(raw: Mapping[str, Any]) -> float | None:
+    """The fastest copies that were calibrated."""
+    return max((row["bytes"] / row["in_a_row_ns"] for row in raw.get("link", [])), default=None)
+
+
+class Beside:
+    """The host's costs, measured anew beside each run, on the calibration's trace; `raw` is kept up to date."""
+
+    def __init__(self, device: Device, raw: Mapping[str, Any], scale: int) -> None:
+        self._device, self._raw, self._scale = device, raw, scale
+        self._in_place: InPlace | None = None
+        self._runs: dict[Case, list[tuple[float, dict[str, Any]]]] = {}
+        self.samples: dict[str, Any] = {}
+        """By case: the samples that it was predicted with, those of the run of median length."""
+
+    def measure(self, case: Case) -> None:
+        """One short replay in place; from here on `raw` says of the host what the median of this case's said."""
+        model = named_model(case.model)
+        if self._in_place is None or self._in_place.model.name != case.model:
+            self.release()
+            self._in_place = InPlace(self._device, model, self._scale, IN_PLACE_TOKENS)
+        runs = self._runs.setdefault(case, [])
+        runs.append(self._in_place.run(case.policy, case.stack, case.batch_size))
+        samples = self.samples[str(case)] = median_run(runs)[1]
+        self._raw["host"][scaled_model(model, self._scale).name].setdefault(case.stack, {})[case.policy] = samples
+
+    def release(self) -> None:
+        """Give the memory back."""
+        if self._in_place is not None:
+            self._in_place.release()
+            self._in_place = None

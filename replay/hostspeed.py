@@ -1,0 +1,49 @@
+"""How fast Python runs on this host, now: a fixed loop, timed again and again, so that a drift of the host shows.
+
+A shared host has been seen to run the same code 2.5 times slower for minutes; what was calibrated before says nothing
+of what is measured then.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_ROUNDS = 20_000
+_TRIES = 5
+
+
+def python_loop_ns() -> int:
+    """ns that the fixed loop takes: the median of a few tries, some 10 ms in all."""
+    times = []
+    for _ in range(_TRIES):
+        began = time.perf_counter_ns()
+        _loop()
+        times.append(time.perf_counter_ns() - began)
+    return round(statistics.median(times))
+
+
+def _loop() -> int:
+    """What a policy's bookkeeping is made of: integers, a list, a dictionary."""
+    seen: dict[int, int] = {}
+    ring = [0] * 64
+    for number in range(_ROUNDS):
+        key = number * 7 % 64
+        ring[key] = number
+        seen[key] = seen.get(key, 0) + ring[key - 1]
+    return len(seen)
+
+
+def drift(times_ns: Sequence[int]) -> dict[str, Any]:
+    """Summary of loops timed before, between and after: the slowest against the fastest is `drift`."""
+    if not times_ns:
+        return {"first_ns": None, "last_ns": None, "median_ns": None, "drift": None, "times_ns": []}
+    return {
+        "first_ns": times_ns[0],
+        "last_ns": times_ns[-1],
+        "median_ns": round(statistics.median(times_ns)),
+        "drift": max(times_ns) / min(times_ns) - 1,
+        "times_ns": list(times_ns),
+    }

@@ -1,0 +1,60 @@
+"""How one launch of experts is described: a row of 64-bit words that the host writes and the kernels read.
+
+Knows neither torch nor Triton: kernels, host and tests share the layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUM_EXPERTS = 0
+"""Word: routed experts of this launch."""
+SHARED_BLOCK = 1
+"""Word: which block of shared experts runs with them; -1 = none."""
+SHARED_ROWS = 2
+"""Word: rows that the shared experts compute over."""
+NUMBER = 3
+"""Word: number of the launch, for what a check finds."""
+_HEAD = 4
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where what stands in the row of a program for up to `capacity` routed experts.
+
+    For expert e: its slot, the first of its rows in the buffers of intermediate and output values, how many rows it
+    computes over, and `words_per_expert` words that its slot must hold (0: nothing is checked).
+    """
+
+    capacity: int
+    words_per_expert: int = 0
+
+    @property
+    def slots(self) -> int:
+        """First of `capacity` words."""
+        return _HEAD
+
+    @property
+    def first(self) -> int:
+        """First of `capacity` words."""
+        return _HEAD + self.capacity
+
+    @property
+    def counts(self) -> int:
+        """First of `capacity` words."""
+        return _HEAD + 2 * self.capacity
+
+    @property
+    def expected(self) -> int:
+        """First of `capacity * words_per_expert` words, expert by expert."""
+        return _HEAD + 3 * self.capacity
+
+    @property
+    def num_words(self) -> int:
+        """Words of the whole row."""
+        return self.expected + self.capacity * self.words_per_expert
+
+
+def size_class(count: int, least: int = 1) -> int:
+    """The power of two, at least `least`, that `count` is rounded up to."""
+    return max(least, 1 << (count - 1).bit_length()) if count > 0 else least

@@ -1,0 +1,156 @@
+"""Kernel times of a model as its runs launch them, in the form of `hardware.kernel_ns` (see `sim.kernel_table`)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from expertflow.forward import DECODE, Forward
+from replay.device import Program
+from replay.kernels import Row
+from replay.measure import beside_copies_ns, programs_ns, works_ns
+from replay.programs import LEAST_ROWS
+from replay.rig import Rig
+from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
+
+GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Experts launched at once; as many as the model can choose in one layer."""
+_LAYERS = 6
+"""Of so many layers each kernel is measured in turn: together their weights fill no cache."""
+
+
+def decode_forward(num_tokens: int, kv_len: int) -> Forward:
+    """A forward of the shape asked for; its routing is not read by the kernels measured with it."""
+    return Forward(0, DECODE, range(num_tokens), tuple(range(num_tokens)), (kv_len,) * num_tokens, [], [], None)
+
+
+class KernelBench:
+    """Times of the kernels of one rig. repeat: how often each is run."""
+
+    def __init__(self, rig: Rig, repeat: int) -> None:
+        self.rig, self.repeat = rig, repeat
+        self.device, self.kernels = rig.device, rig.kernels
+
+    def experts(self, num_experts: int, tokens: int, shared_tokens: int = 0) -> list[Program]:
+        """Programs of routed experts in other slots each, over `tokens` each, and of shared ones over theirs."""
+        num_slots, programs = self.rig.slots.num_slots, []
+        rows, shared_rows = self.kernels.rows(tokens), self.kernels.shared_rows(shared_tokens) if shared_tokens else 0
+        layout, most = RowLayout(size_class(num_experts)), size_class(rows, LEAST_ROWS)
+        self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(layout.capacity, most)])
+        for number in range(max(2, min(_LAYERS, num_slots // max(num_experts, 1)))):
+            row = Row(layout, self.device.torch_device)
+            row.words[NUM_EXPERTS] = num_experts
+            row.words[SHARED_BLOCK] = number % self.kernels.model.num_layers if shared_tokens else -1
+            row.words[SHARED_ROWS] = shared_rows
+            for place in range(num_experts):
+                row.words[layout.slots + place] = (number * num_experts + place) % num_slots
+                row.words[layout.first + place] = place * rows
+                row.words[layout.counts + place] = rows
+            work = self.kernels.experts(row, most, shared_tokens > 0)
+            program = self.device.program(work)
+            program.row = row
+            programs.append(program)
+        return programs
+
+    def attention(self, num_tokens: int, kv_len: int, layers: Sequence[int]) -> list[Program]:
+        """Programs of attention and router of `layers`."""
+        given = decode_forward(num_tokens, kv_len)
+        return [self.device.program(self.kernels.attention(at, self.kernels.shape(at, given))) for at in layers]
+
+    def head(self, num_rows: int) -> list[Program]:
+        """Programs of the head."""
+        return [self.device.program(self.kernels.head(num_rows))]
+
+    def ns(self, programs: Sequence[Program]) -> float:
+        """Median time of one of `programs`."""
+        return programs_ns(self.device, programs, self.repeat)
+
+    def beside_ns(self, programs: Sequence[Program], chunk_bytes: int) -> float:
+        """Median time of one of `programs` beside a busy link."""
+        return beside_copies_ns(self.device, programs, chunk_bytes, self.repeat)
+
+
+def expert_ns(bench: KernelBench, tokens: int) -> tuple[float, float]:
+    """(what one more expert takes, what its launch takes by itself): from groups of one and of several. For devices
+    that compute one expert after the other."""
+    size = min(8, bench.rig.slots.num_slots)
+    one = bench.ns(bench.experts(1, tokens))
+    if size == 1:
+        return one, 0.0
+    several = bench.ns(bench.experts(size, tokens))
+    more = max((several - one) / (size - 1), 1.0)
+    return more, max(one - more, 0.0)
+
+
+def group_table(bench: KernelBench, tokens: Sequence[int]) -> list[list[int]]:
+    """Points [experts, tokens each, ns] of experts launched at once: a full grid, as far as the buffers hold it."""
+    model, needs = bench.kernels.model, bench.rig.needs
+    sizes = [count for count in GROUPS if count <= min(model.num_experts, bench.rig.slots.num_slots)]
+    each = [count for count in tokens if count * sizes[-1] <= needs.max_tokens * model.top_k] or [1]
+    return [[num, count, round(bench.ns(bench.experts(num, count)))] for num in sizes for count in each]
+
+
+def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int,
+                  chunk_bytes: int) -> tuple[dict[str, Any], float]:  # fmt: skip
+    """Kernel times of the rig's model by number of tokens, in the form of `hardware.kernel_ns`, and what a launch takes
+    by itself on the stream: the tables are without it. Captured programs have no such launch: theirs is in the table.
+
+    chunk_bytes: of the copies beside which kernels are measured once more.
+    """
+    bench, model = KernelBench(rig, repeat), rig.model
+    # Layer 0 would count leading dense layers in.
+    later = [at for at in range(model.num_layers) if at][:_LAYERS] or [0]
+    found: dict[str, Any] = {}
+    launch = 0.0
+    if rig.device.captures:
+        found["groups"] = group_table(bench, tokens)
+        found["expert"] = [[count, ns] for num, count, ns in found["groups"] if num == 1]
+    else:
+        times = [expert_ns(bench, count) for count in tokens]
+        launch = statistics.median([alone for _, alone in times[:4]])
+        found["expert"] = [[count, round(more)] for count, (more, _) in zip(tokens, times, strict=True)]
+
+    def table(make: Callable[[int], list[Program]]) -> list[list[int]]:
+        return [[count, max(1, round(bench.ns(make(count)) - launch))] for count in tokens]
+
+    found["head"] = table(bench.head)
+    found["attention"] = table(lambda count: bench.attention(count, 1, later))
+    if model.shared_params:
+        found["shared"] = _shared(bench, tokens, launch)
+    if model.num_dense_layers:
+        with_dense = table(lambda count: bench.attention(count, 1, [0]))
+        found["dense"] = [
+            [count, max(1, (taken - plain) // model.num_dense_layers)]
+            for (count, taken), (_, plain) in zip(with_dense, found["attention"], strict=True)
+        ]
+    full = [at for at in later if not model.is_windowed(at)] or later
+    short, long = (bench.ns(bench.attention(1, length, full)) for length in (1, kv_len))
+    found["kv"] = max(0.0, (long - short) / max(kv_len - 1, 1))
+    if rig.device.captures:
+        found |= _slowdowns(bench, later, chunk_bytes)
+    return found, launch
+
+
+def _shared(bench: KernelBench, tokens: Sequence[int], launch: float) -> list[list[int]]:
+    """What the shared experts add to a launch of routed ones; on devices that compute in turn, by themselves."""
+    if not bench.rig.device.captures:
+        return [[count, max(1, round(bench.ns(bench.experts(0, 1, count)) - launch))] for count in tokens]
+    beside = min(bench.kernels.model.top_k, bench.rig.slots.num_slots)
+    points = []
+    for count in tokens:
+        each = 1 if count < beside else 2
+        plain, both = bench.ns(bench.experts(beside, each)), bench.ns(bench.experts(beside, each, count))
+        points.append([count, max(1, round(both - plain))])
+    return points
+
+
+def _slowdowns(bench: KernelBench, layers: Sequence[int], chunk_bytes: int) -> dict[str, float]:
+    """How much longer the kernels of one token run beside a busy link, as factors."""
+    kinds = {
+        "attention_slowdown": bench.attention(1, 1, layers),
+        "experts_slowdown": bench.experts(min(bench.kernels.model.top_k, bench.rig.slots.num_slots), 1),
+        "head_slowdown": bench.head(1),
+    }
+    return {name: round(max(1.0, bench.beside_ns(programs, chunk_bytes) / bench.ns(programs)), 4)
+            for name, programs in kinds.items()}  # fmt: skip

@@ -1,0 +1,286 @@
+"""One validation: calibrate, then measure and predict case after case, and keep what is finished at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from replay.calibrate import calibrate, named_model, write_profile
+from replay.calibrated import Beside, link_peak_gb_per_s
+from replay.device import Device
+from replay.fidelity import Ran, measure, predict, row_of
+from replay.fidelity_report import write_report
+from replay.hostspeed import drift, python_loop_ns
+from replay.lockstep import check_log
+from replay.log_reader import LogReader
+from replay.overlay import write_overlay
+from replay.plan import Asked, Case, breadth_of, share_of_time, turns_of
+from replay.run import scaled_workload
+from replay.verdict import BARS, judge
+from replay.workbench import Workbench
+from sim.configure import configure
+from sim.output import provenance, to_json, write_text
+from sim.setup import make_policy
+from sim.timeline import Timeline
+
+TIMELINE_FORWARDS = 8
+_LAST_PAGE_S = 8.0
+"""Kept back of the minutes: the tables and the picture are drawn at the end."""
+_RECORD_REMEDY = "write one with python -m replay.calibrate: NAME.calibration.json"
+
+
+class Validation:
+    """One run of the tool; `args` as parsed and filled in, `device` open."""
+
+    def __init__(self, args: argparse.Namespace, asked: Asked, device: Device, out: Path) -> None:
+        self.args, self.asked, self.device, self.out = args, asked, device, out
+        self.started = time.perf_counter()
+        self.machine = dict(device.describe())
+        self.scale: int = args.scale
+        self.raw: dict[str, Any] = {}
+        self.rows: dict[Case, dict[str, Any]] = {}
+        self.runs: dict[Case, list[Ran]] = {}
+        self.singles: list[dict[str, Any]] = []
+        """Every single replay, in the order of time."""
+        self.loops_ns: list[int] = []
+        self.skipped: list[Case] = []
+        self.integrity: list[dict[str, Any]] = []
+        self.lockstep: list[dict[str, Any]] = []
+        self.breadth_s: float | None = None
+        """When every policy and capacity of the first model had been measured once."""
+        self.broke_off: str | None = None
+        self._lasted_s: dict[str, float] = {}
+        self._overlaid: str = "adaptive" if "adaptive" in asked.policies else asked.policies[0]
+        """The policy whose first comparison becomes the timelines; empty when they are written."""
+        self._bench = Workbench(args, device)
+        self._beside: Beside | None = None
+
+    def say(self, text: str) -> None:
+        """Progress, with the time since the start."""
+        print(f"[{self._elapsed_s():6.1f} s] {text}", flush=True)
+
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self.started
+
+    def seconds_left(self) -> float:
+        """Of the minutes that were given, before the pages are written."""
+        return 60 * float(self.args.minutes) - self._elapsed_s() - _LAST_PAGE_S
+
+    def run(self) -> dict[str, Any]:
+        """All of it; the summary, which is also written."""
+        args, asked, models = self.args, self.asked, self.args.models
+        # Every mistake in the words shows before minutes are spent.
+        for case in [case for model in models for case in asked.cases(model)]:
+            named_model(case.model)
+            configure(self._bench.overrides(case, case.batch_size))
+        if args.calibration is not None:
+            self.raw = load_record(args.calibration, self.scale)
+        else:
+            self.say("calibrating")
+            self.raw = calibrate(self.device, models, asked.policies, self.scale, stacks=self._calibrated_stacks(),
+                                 quick=args.quick, say=self.say)  # fmt: skip
+        write_profile(self.raw, args.name, self.out / "profile")
+        self._beside = Beside(self.device, self.raw, self.scale) if args.beside else None
+        try:
+            self._make_rig(models[0], self._wants_stamps())
+            self._check_decisions(models[0])
+            for number, model in enumerate(models):
+                share = share_of_time(self.seconds_left(), len(models) - number)
+                self._compare_all(asked.cases(model), self._elapsed_s() + share, number == 0)
+        except BaseException as error:
+            self.broke_off = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise
+        finally:
+            summary = self._write_all()
+        return summary
+
+    def _calibrated_stacks(self) -> list[str]:
+        """A pad does not change what a GPU's host does; a CPU's threads take longer to wake from it."""
+        return list(self.asked.stacks) if self.device.world == "cpu" else ["found"]
+
+    # -- cases -----------------------------------------------------------------------------------------------
+
+    def _compare_all(self, cases: list[Case], until_s: float, stamps_too: bool) -> None:
+        """The cases of one model, in the plan's order, as far as the time goes."""
+        if not cases:
+            return
+        turns = list(turns_of(cases, self.args.repeat))
+        breadth = len(breadth_of(cases))
+        self.say(f"{len(cases)} comparisons of {cases[0].model}, {len(turns)} replays")
+        if not stamps_too:
+            self._make_rig(cases[0].model, False)
+        for number, case in enumerate(turns):
+            if stamps_too and number == breadth * self.args.repeat:
+                self._report()
+                self._check_stamps(cases[0].model)
+            if self._elapsed_s() + self._lasted_s.get(case.policy, 0.0) > until_s:
+                self.skipped += [case for case in cases if case not in self.rows]
+                self.say(f"time is up: {len(turns) - number} replays left out")
+                break
+            self._take(case, f"{number + 1}/{len(turns)}")
+            if stamps_too and number == breadth - 1:
+                self.breadth_s = round(self._elapsed_s(), 1)
+        else:
+            # All that was planned is done: what time is left goes to stamps.
+            self._check_stamps(cases[0].model)
+        if self.rows:
+            self._report()
+
+    def _take(self, case: Case, place: str) -> None:
+        """Measure `case` once more, predict it with what is known of the host by now, and keep both."""
+        began = self._elapsed_s()
+        cfg, full = self._bench.workload(case, self._bench.tokens(case))
+        work = scaled_workload(full, self.scale)
+        rig = self._bench.rig_for(work, *make_policy(cfg["policy"], full, cfg["seed"]))
+        self.loops_ns.append(python_loop_ns())
+        if self._beside is not None:
+            self._beside.measure(case)
+        runs = self.runs.setdefault(case, [])
+        runs.append(measure(rig, self.raw, cfg, full, work))
+        row = self.rows[case] = row_of(case, runs, predict(self.raw, self.args.name, cfg, full, work, case))
+        self._keep(case, began)
+        stall = "–" if row["stall_error"] is None else f"{100 * row['stall_error']:+.1f} %"
+        self.say(f"{place} {case}: TPOT {runs[-1].metrics['tpot_ms']['mean']:.3f} ms, predicted "
+                 f"{row['tpot_ms_predicted']:.3f} ({100 * row['tpot_error']:+.1f} % off the median), stall {stall}")
+        if case.policy == self._overlaid:
+            self._overlaid = ""
+            self._timeline(cfg, case)
+        self._lasted_s[case.policy] = self._elapsed_s() - began
+
+    def _keep(self, case: Case, began_s: float) -> None:
+        """What is there by now, each file whole."""
+        ran = self.runs[case][-1]
+        self.singles.append({
+            "at_s": round(began_s, 3), "case": str(case), "repeat": len(self.runs[case]),
+            "tpot_ms": ran.metrics["tpot_ms"]["mean"], "elapsed_ns": ran.metrics["elapsed_ns"],
+            "compute_ns": ran.metrics["compute_ns"], "stall_ns": ran.metrics["stall_ns"],
+            "overhead_ns": ran.metrics["overhead_ns"], "late_ns": ran.late_ns, "python_loop_ns": self.loops_ns[-1],
+        })  # fmt: skip
+        write_text(self.out / "table.csv", self._table().to_csv(index=False))
+        write_text(self.out / "runs.csv", pd.DataFrame(self.singles).to_csv(index=False))
+        write_text(self.out / "summary.json", to_json(self._summary()))
+
+    def _table(self) -> pd.DataFrame:
+        return pd.DataFrame(list(self.rows.values()))
+
+    def _timeline(self, cfg: dict[str, Any], case: Case) -> None:
+        """The first forwards of both worlds, one above the other."""
+        _, full = self._bench.workload(case, TIMELINE_FORWARDS * case.batch_size)
+        work = scaled_workload(full, self.scale)
+        pair = (Timeline(f"measured: {case}", work.model.num_experts),
+                Timeline(f"predicted: {case}", work.model.num_experts))  # fmt: skip
+        rig = self._bench.rig_for(work, *make_policy(cfg["policy"], full, cfg["seed"]))
+        measure(rig, self.raw, cfg, full, work, [pair[0]])
+        predict(self.raw, self.args.name, cfg, full, work, case, [pair[1]])
+        write_overlay(self.out / "timeline.json", *pair)
+
+    # -- stamps and decisions ----------------------------------------------------------------------------------
+
+    def _check_decisions(self, model: str) -> None:
+        """Stamps around every kernel, and a log of each policy fed to a fresh one."""
+        (self.out / "logs").mkdir(exist_ok=True)
+        for name in self.asked.policies:
+            path = self.out / "logs" / f"{self.device.world}-{name}.parquet"
+            case = Case(model, "found", 0.5, 1, name)
+            self._stamp(case, self.args.log_tokens, path)
+            cfg, full = self._bench.workload(case, self.args.log_tokens)
+            with LogReader(path) as reader:
+                found = check_log(reader, full, make_policy(cfg["policy"], full, cfg["seed"])[0])
+            self.lockstep.append({"policy": name, "decisions": found.num_decisions, "forwards": found.num_forwards,
+                                  "difference": found.difference})  # fmt: skip
+            equal = "equal" if found.difference is None else "DIFFER"
+            self.say(f"{name}: lockstep {found.num_decisions} decisions {equal}")
+
+    def _make_rig(self, model: str, stamps_too: bool) -> None:
+        """One for all that is to come of `model`."""
+        runs = [(case, self._bench.tokens(case)) for case in self.asked.cases(model)]
+        self._bench.make_rig([*runs, *([(_stamped(model), self.args.verify_tokens)] if stamps_too else [])])
+
+    def _wants_stamps(self) -> bool:
+        return self._executions() < float(self.args.verify_executions)
+
+    def _check_stamps(self, model: str) -> None:
+        """As many executions as are asked for, in a sixth of the time at most."""
+        until_s = min(self._elapsed_s() + 10 * float(self.args.minutes), self._elapsed_s() + self.seconds_left())
+        while self._wants_stamps() and self._elapsed_s() < until_s:
+            self._stamp(_stamped(model), self.args.verify_tokens, None)
+
+    def _executions(self) -> int:
+        return sum(int(one["executions"]) for one in self.integrity)
+
+    def _stamp(self, case: Case, num_tokens: int, log_path: Path | None) -> None:
+        found = self._bench.stamped(case, num_tokens, log_path)
+        self.integrity.append({"case": str(case), "executions": found.num_executions, "checks": found.num_checks,
+                               "wrong": found.num_wrong})  # fmt: skip
+        self.say(f"{case}: {found.num_wrong} wrong stamps in {found.num_executions} executions")
+
+    # -- what is written -------------------------------------------------------------------------------------
+
+    def _summary(self) -> dict[str, Any]:
+        rows = list(self.rows.values())
+        judged = judge(rows, BARS[self.device.world])
+        wrong = sum(one["wrong"] for one in self.integrity)
+        differ = [one["policy"] for one in self.lockstep if one["difference"] is not None]
+        return {
+            "quote": judged["quote"],
+            "not_shown": [*([f"it broke off: {self.broke_off}"] if self.broke_off else []), *judged["not_shown"],
+                          *([f"{wrong} stamps were wrong"] if wrong else []),
+                          *([f"decisions differ in lockstep: {', '.join(differ)}"] if differ else [])],
+            "machine": self.machine,
+            "world": self.device.world,
+            "scale": self.scale,
+            "command": "python -m replay.validate " + " ".join(self.args.words),
+            "wall_s": round(self._elapsed_s(), 1),
+            "tokens": self.args.tokens,
+            "repeat": self.args.repeat,
+            "beside": self._beside is not None,
+            "judged": judged,
+            "breadth_s": self.breadth_s,
+            "minutes": self.args.minutes,
+            "left_out": [str(case) for case in self.skipped],
+            "host_loop": drift(self.loops_ns),
+            "stamps": {"executions": self._executions(),
+                       "checks": sum(one["checks"] for one in self.integrity),
+                       "wrong": wrong, "runs": self.integrity},
+            "lockstep": self.lockstep,
+            "link_peak_gb_per_s": link_peak_gb_per_s(self.raw),
+        }  # fmt: skip
+
+    def _report(self) -> None:
+        """Page and picture of what is there by now."""
+        write_report(self.out, self._table(), self._summary())
+
+    def _write_all(self) -> dict[str, Any]:
+        self.loops_ns.append(python_loop_ns())
+        summary = self._summary()
+        write_text(self.out / "summary.json", to_json(summary))
+        if self._beside is not None:
+            write_text(self.out / "beside.json", to_json(self._beside.samples))
+        found = provenance(self.args.words, "", summary["wall_s"], "replay")
+        write_text(self.out / "provenance.json", to_json(found))
+        write_report(self.out, self._table(), summary)
+        return summary
+
+
+def _stamped(model: str) -> Case:
+    """What is run to check many executions: as many experts to a launch as there are."""
+    return Case(model, "found", 0.75, 8, "lru")
+
+
+def load_record(path: Path, scale: int) -> dict[str, Any]:
+    """The raw record of a calibration; ValueError if it is something else, or of another scale."""
+    try:
+        raw: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); {_RECORD_REMEDY}") from None
+    if not isinstance(raw, dict) or raw.get("format") != "expertflow-calibration":
+        raise ValueError(f"{path} is no calibration record; {_RECORD_REMEDY}")
+    if raw["scale"] != scale:
+        raise ValueError(f"{path} was measured at scale {raw['scale']}, this run has {scale}; calibrate at that scale")
+    return raw

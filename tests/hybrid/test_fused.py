@@ -1,0 +1,264 @@
+"""A decision at once makes the same integers as asking the three parts, and is taken for those three classes alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expertflow.evictions.outlook import Outlook
+from expertflow.forward import Forward
+from expertflow.horizons.fixed import FixedHorizon
+from expertflow.orders.resident_first import ResidentFirst
+from expertflow.parts import SCORE_ONE, Eviction, Horizon, Scores, Selection, Step
+from expertflow.policy import Policy
+from expertflow.predictors.hybrid import HybridPredictor
+from expertflow.selections.stall_saved import StallSaved
+from expertflow.view import ABSENT, LOADING, RESIDENT, View
+from tests.hybrid.support import PROMPTS, E, K, L, arrays, forwards
+from tests.hybrid.test_predictor import without_numba
+
+pytest.importorskip("numba")
+
+
+class InheritedSelection(StallSaved):
+    """The same, asked in the ordinary way: it does not say itself that it only compares."""
+
+
+class InheritedEviction(Outlook):
+    """The same."""
+
+
+class InheritedPredictor(HybridPredictor):
+    """The same."""
+
+
+class Spread(Horizon):
+    """Looks as far as it is told, and counts what was fetched too early."""
+
+    def start(self, view: View, future: Any) -> None:
+        self.reach: Sequence[int] = (1,)
+        self.num_early = 0
+
+    def distances(self) -> Sequence[int]:
+        return self.reach
+
+    def overfetched(self) -> None:
+        self.num_early += 1
+
+
+class World:
+    """One policy, on a view that the test moves."""
+
+    def __init__(self, fitted: dict[str, Any], selection: Selection | None = None, eviction: Eviction | None = None,
+                 predictor: type[HybridPredictor] = HybridPredictor, **settings: Any) -> None:  # fmt: skip
+        self.state = bytearray(L * E)
+        self.view = View(L, E, K, 1000, L * E, [], memoryview(self.state).toreadonly())
+        self.policy = Policy(predictor(fitted, **settings), Spread(), selection or StallSaved(), eviction or Outlook(),
+                             ResidentFirst())  # fmt: skip
+        self.policy.start(self.view)
+        self.num_steps = 0
+        step = self.policy._step
+
+        def counted(forward: Forward, layer: int, reach: int) -> Step | None:
+            told = step(forward, layer, reach)
+            self.num_steps += told is not None
+            return told
+
+        self.policy._step = counted
+
+    def told(self) -> list[Any]:
+        """All that a decision leaves behind."""
+        policy, eviction, selection = self.policy, self.policy.eviction, self.policy.selection
+        assert isinstance(eviction, Outlook)
+        assert isinstance(selection, StallSaved)
+        assert isinstance(policy.horizon, Spread)
+        assert self.view.chances is not None
+        arrays = (self.view.chances, eviction.worth, eviction.held, eviction.bar, eviction.soon)
+        return [policy.num_predicted, policy.total_predicted, selection.num_selected, selection.num_layers,
+                policy.horizon.num_early, *(array.tolist() for array in arrays)]  # fmt: skip
+
+
+def run(worlds: Sequence[World], some: Sequence[Forward], seed: int, reaches: Sequence[Sequence[int]]) -> list[Any]:
+    """Move all worlds alike, comparing all that they say; what the first one wanted."""
+    wanted = []
+    draw = random.Random(seed)
+    for forward in some:
+        for world in worlds:
+            world.view.forward = forward.index
+            world.policy.begin_forward(forward)
+        for layer in range(L):
+            states = bytes(draw.choices([ABSENT, LOADING, RESIDENT], [3, 1, 3], k=L * E))
+            limits = [draw.choice([0, 1, 300, 20_000, SCORE_ONE // 2, SCORE_ONE]) for _ in range(L + 1)]
+            reach = draw.choice(reaches)
+            found = []
+            for world in worlds:
+                world.state[:] = states
+                view, policy, selection = world.view, world.policy, world.policy.selection
+                assert isinstance(selection, StallSaved)
+                assert isinstance(policy.horizon, Spread)
+                view.layer, view.event = layer, view.event + 1
+                selection.limits, selection.least_scores[:] = limits, limits
+                policy.horizon.reach = reach
+                view.pinned = forward.demands[layer]
+                policy.eviction.touched(forward.demands[layer])
+                found.append([policy.decide(forward, layer), world.told()])
+                view.pinned = ()
+                policy.eviction.layer_end(layer, forward.demands[layer])
+                found[-1].append(world.told())
+            assert all(other == found[0] for other in found[1:]), (forward.index, layer)
+            wanted.append(found[0][0])
+        for world in worlds:
+            world.policy.end_forward(forward)
+    return wanted
+
+
+WINDOWS = [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("pregate", [False, True])
+@pytest.mark.parametrize("keep", [0, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_what_asking_the_parts_gives(seed: int, keep: int, pregate: bool) -> None:
+    fitted = arrays(seed, pregate=pregate)
+    fused, asked = World(fitted, keep=keep), World(fitted, InheritedSelection(), keep=keep)
+    some = forwards(pregate=pregate, seed=seed, prompts=PROMPTS if seed % 2 else (0, 0, 0, 0))
+    wanted = run([fused, asked], some, seed, WINDOWS)
+    single = sum(forward.num_tokens == 1 for forward in some)
+    assert (fused.num_steps, asked.num_steps) == (single * L, 0)
+    assert sum(map(bool, wanted)) > len(wanted) / 4
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_several_tokens_are_decided_by_asking_and_the_next_single_one_at_once(batch_size: int) -> None:
+    fitted = arrays(1)
+    fused, asked = World(fitted), World(fitted, InheritedSelection())
+    some = forwards(batch_size)
+    kinds = {forward.num_tokens > 1 for forward in some}
+    run([fused, asked], some, 5, WINDOWS)
+    assert kinds == {True, False}
+    assert fused.num_steps == sum(forward.num_tokens == 1 for forward in some) * L
+
+
+def test_ties_and_the_edge_of_a_threshold() -> None:
+    """Networks whose every expert has one of a few chances, and thresholds that are these chances."""
+    for seed in range(4):
+        fitted = arrays(seed, out_scale=np.zeros((L, E), np.int32), own=np.zeros((4, 4, L, E), np.int32))
+        fitted["bias"] = fitted["bias"] // 1000 * 1000
+        fused, asked = World(fitted), World(fitted, InheritedSelection())
+        some = forwards(prompts=(0, 0, 0, 0))
+        fused.policy.begin_forward(some[0])
+        scores = fused.policy.predictor.predict(some[0], 0, 1)
+        assert scores is not None
+        assert len(set(scores[1])) < E
+        for world in (fused, asked):
+            selection = world.policy.selection
+            assert isinstance(selection, StallSaved)
+            selection.limits = [scores[1][E // 2]] * (L + 1)
+            selection.least_scores[:] = selection.limits
+            world.policy.begin_forward(some[0])
+            world.view.event = 0
+        assert fused.policy.decide(some[0], 0) == asked.policy.decide(some[0], 0)
+        assert fused.told() == asked.told()
+        assert fused.num_steps == 1
+        run([World(fitted), World(fitted, InheritedSelection())], some, seed, WINDOWS)
+
+
+def test_windows_with_gaps_are_decided_by_asking() -> None:
+    fitted = arrays(2)
+    fused, asked = World(fitted), World(fitted, InheritedSelection())
+    run([fused, asked], forwards(prompts=(0, 0, 0, 0)), 7, [(2,), (1, 3), (2, 3)])
+    assert fused.num_steps == 0
+
+
+def test_decisions_that_are_left_out_change_nothing_for_those_that_follow() -> None:
+    """Layers that nobody asks about are learned when one is decided; a decision at once may follow one by asking."""
+    fitted = arrays(3)
+    fused, asked = World(fitted), World(fitted, InheritedSelection())
+    some = forwards(prompts=(0, 0, 0, 0))
+    for world in (fused, asked):
+        for forward in some[:3]:
+            world.policy.begin_forward(forward)
+            world.policy.end_forward(forward)
+        world.policy.begin_forward(some[3])
+        world.view.event = 2
+        selection = world.policy.selection
+        assert isinstance(selection, StallSaved)
+        selection.limits, selection.least_scores[:] = [300] * (L + 1), 300
+        world.policy.horizon.reach = (1, 2)  # type: ignore[attr-defined]
+    assert fused.policy.decide(some[3], 2) == asked.policy.decide(some[3], 2)
+    assert fused.policy._ask(some[3], 3, (1,)) == asked.policy.decide(some[3], 3)[:E]
+    for world in (fused, asked):
+        world.policy.horizon.reach = (1, 2, 3)  # type: ignore[attr-defined]
+    assert fused.policy.decide(some[3], 4) == asked.policy.decide(some[3], 4)
+    assert fused.view.chances is not None
+    assert asked.view.chances is not None
+    assert fused.view.chances.tolist() == asked.view.chances.tolist()
+
+
+def test_without_numba_the_wants_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, some = arrays(4), forwards(seed=9)
+    compiled = World(fitted)
+    without_numba(monkeypatch)
+    plain = World(fitted)
+    assert plain.policy._fused is False
+    run([compiled, plain], some, 11, WINDOWS)
+    assert compiled.num_steps > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection": InheritedSelection()},
+        {"eviction": InheritedEviction()},
+        {"predictor": InheritedPredictor},
+        {"refreshes": False},
+    ],
+)
+def test_a_class_that_inherits_is_asked(changes: dict[str, Any]) -> None:
+    assert World(arrays()).policy._fused is True
+    assert World(arrays(), **changes).policy._fused is False
+
+
+class Best(Selection):
+    """A user's own: the best one."""
+
+    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
+        return scores[0][:1]
+
+    def mean_selected(self) -> float:
+        return 1.0
+
+
+class Noting(Eviction):
+    """A user's own: notes what it hears."""
+
+    def start(self, view: View, future: Any) -> None:
+        self.heard: list[tuple[list[int], int]] = []
+
+    def touched(self, keys: Sequence[int]) -> None: ...
+
+    def admitted(self, key: int, cause: int) -> None: ...
+
+    def victim(self, key: int, cause: int) -> int | None:
+        return None
+
+    def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
+        self.heard.append((list(keys), layer))
+
+
+def test_a_users_own_selection_and_eviction_are_asked() -> None:
+    predictor, eviction = HybridPredictor(arrays()), Noting()
+    policy = Policy(predictor, FixedHorizon(2), Best(), eviction, ResidentFirst())
+    state = bytearray(L * E)
+    policy.start(View(L, E, K, 1000, L * E, [], memoryview(state).toreadonly()))
+    forward = forwards()[0]
+    policy.begin_forward(forward)
+    policy.view.event = 0
+    wants = policy.decide(forward, 0)
+    scores = [predictor.predict(forward, 0, distance) for distance in (1, 2)]
+    assert wants == [found[0][0] for found in scores if found is not None]
+    assert eviction.heard == [(wants[:1], 1), (wants[1:], 2)]

@@ -1,0 +1,295 @@
+"""What is prepared before a run: sizes, rings, shapes on the grid, pads; and that a run needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expertflow.forward import PREFILL
+from replay.kernels import Kernels
+from replay.machine import RealMachine
+from replay.pools import SlotPool
+from replay.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, size_class
+from replay.rig import Rig
+from replay.run import needs_of
+from replay.scale import scaled_model
+from tests.cli.support import tiny_trace
+from tests.replay.scripted import Made, ScriptedDevice, decode, machine_on, prefill
+from tests.replay.support import SMALL, TINY, Case
+from tests.replay.test_scale import model_of
+
+WINDOW = 128
+PLAIN = replace(scaled_model(model_of("qwen3-30b-a3b"), 16), num_layers=2, num_experts=8, top_k=3)
+WINDOWED = replace(scaled_model(model_of("gpt-oss-20b"), 16), num_layers=4, num_experts=8, top_k=3)
+SHARED = replace(scaled_model(model_of("deepseek-v2-lite"), 16), num_layers=2, num_experts=8, top_k=3)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_trace(tmp_path_factory.mktemp("trace") / "tiny.safetensors", 24)
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "least", "size"), [
+    (0, 1, 1), (1, 1, 1), (2, 1, 2), (3, 1, 4), (4, 1, 4), (5, 1, 8), (64, 1, 64), (65, 1, 128),
+    (0, 16, 16), (1, 16, 16), (16, 16, 16), (17, 16, 32), (32, 16, 32), (33, 16, 64), (1 << 20, 16, 1 << 20),
+])  # fmt: skip
+def test_sizes_are_powers_of_two(count: int, least: int, size: int) -> None:
+    assert size_class(count, least) == size
+
+
+def test_a_ring_is_taken_in_turn() -> None:
+    device = ScriptedDevice()
+    programs = [device.program(lambda: None) for _ in range(3)]
+    ring = Ring(programs)
+    assert [programs.index(ring.take()) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+# -- what is made --------------------------------------------------------------------------------------------
+
+
+def gated(device: ScriptedDevice) -> list[Made]:
+    """Programs of attention and head."""
+    return [made for made in device.made if made.words is not None]
+
+
+def rings(machine: RealMachine) -> dict[tuple[int, int, bool], int]:
+    """Programs for experts, by capacity, rows and whether shared ones run with them."""
+    return {key: len(ring.programs) for key, ring in machine.programs._rings.items()}
+
+
+def test_attention_of_each_layer_and_shape_and_the_head_are_captured_with_their_pads() -> None:
+    device = ScriptedDevice()
+    machine_on(device, PLAIN, [decode([5]), decode([6]), decode([300])])
+    found = [(made.pad_ns, made.captured, made.program.row) for made in gated(device)]
+    # Two layers; KV lengths of one and of two steps of the grid; one head.
+    assert sorted(found) == sorted([(3_000, True, None)] * 4 + [(5_000, True, None)])
+
+
+def test_experts_are_captured_without_pad_or_gate_for_every_size_up_to_the_most() -> None:
+    device = ScriptedDevice()
+    machine = machine_on(device, PLAIN, [decode([5], [[0, 1, 2], [8, 9]])])
+    assert rings(machine) == dict.fromkeys([(1, 16, False), (2, 16, False), (4, 16, False)], REPLICAS)
+    made = [made for made in device.made if made.program.row is not None]
+    assert {(one.pad_ns, one.words, one.captured) for one in made} == {(0, None, True)}
+    assert len(made) == 3 * REPLICAS
+    assert machine.programs.num_prepared == len(device.made) == 3 * REPLICAS + 2 + 1
+
+
+def test_a_batch_brings_sizes_of_more_rows_and_more_experts() -> None:
+    counts = [{0: 9, 1: 1}, dict.fromkeys(range(8, 13), 2)]
+    machine = machine_on(ScriptedDevice(), PLAIN, [decode([5] * 12, [[0, 1], [*range(8, 13)]], counts)])
+    assert machine.kernels.rows(9) == 18
+    assert set(rings(machine)) == {(experts, rows, False) for experts in (1, 2, 4, 8) for rows in (16, 32)}
+
+
+def test_shared_experts_double_the_sizes_and_run_alone_in_the_smallest() -> None:
+    machine = machine_on(ScriptedDevice(), SHARED, [decode([5], [[0, 1, 2], [8, 9, 10]])])
+    rows = size_class(machine.kernels.rows(1), LEAST_ROWS)
+    assert set(rings(machine)) == {(experts, rows, shared) for experts in (1, 2, 4) for shared in (False, True)}
+    alone = machine.programs.experts(0, 1, True)
+    assert alone in machine.programs._rings[1, rows, True].programs
+    assert alone not in machine.programs._rings[1, rows, False].programs
+    # A model without any has one kind, whatever the runtime says of the layer.
+    plain = machine_on(ScriptedDevice(), PLAIN, [decode([5])])
+    assert plain.programs.experts(1, 1, True) in plain.programs._rings[1, 16, False].programs
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_head_is_made_for_each_number_of_rows_that_emit(captures: bool) -> None:
+    device = ScriptedDevice(captures)
+    asking = [decode([5]), decode([5, 6, 7], counts=[{0: 3}, {0: 3}]), prefill(1, 5, [[0], [8]], [{0: 4}, {8: 4}])]
+    machine = machine_on(device, PLAIN, asking)
+    assert sorted(machine.programs._heads) == [0, 1, 3]
+    words = machine.programs._heads
+    made = {one.program: one for one in device.made}
+    for rows, program in words.items():
+        source, target = made[program].words or (None, None)
+        assert source is not None
+        assert target is not None
+        assert source.shape == target.shape == (rows,)
+
+
+def test_all_is_launched_once_before_the_run_and_nothing_of_that_counts() -> None:
+    device = ScriptedDevice()
+    seen: list[Made] = []
+    run = device._run
+    device._run = lambda made: seen.append(made) or run(made)  # type: ignore[method-assign, func-returns-value]
+    forward = decode([5], [[0, 1, 2], [8]])
+    machine = machine_on(device, PLAIN, [forward], verify=True)
+    assert set(seen) == set(device.made)
+    assert len(seen) == len(device.made) == machine.programs.num_prepared
+    assert machine.num_read_first == 0
+    assert machine.programs.num_unprepared == 0
+    # The gates of that time are behind the run: its first wait is for one more.
+    assert device.numbers[0] == len(gated(device)) == machine._number
+    machine.begin_forward(forward)
+    assert machine.attention(0) == 1
+    assert machine._number == len(gated(device)) + 1
+    stamps = machine.stamps
+    assert stamps is not None
+    stamps.collect()
+    assert (stamps.num_wrong, stamps.num_executions, stamps.num_checks) == (0, 0, 0)
+
+
+def test_what_earlier_runs_left_in_the_slots_is_no_wrong_stamp() -> None:
+    device = ScriptedDevice()
+    forward = decode([5], [[0, 1, 2], [8]])
+    machine = machine_on(device, PLAIN, [forward], verify=True)
+    stamps = machine.stamps
+    assert stamps is not None
+    machine.slots.bytes.fill_(1)
+    device.auto = True
+    # Whatever the slots hold is not what rows of no load say.
+    machine.programs.prepare([forward], 4)
+    assert stamps._wrong.item() > 0
+    machine.prepare([forward])
+    stamps.collect()
+    assert (stamps.num_wrong, stamps._first_bad.item()) == (0, 1 << 62)
+
+
+def test_a_machine_that_does_not_capture_launches_one_of_each_size() -> None:
+    device = ScriptedDevice(captures=False)
+    machine = machine_on(device, PLAIN, [decode([5]), decode([6])])
+    assert not any(made.captured for made in device.made if made.program.row is not None)
+    assert len(device.made) == REPLICAS + 2 + 1
+    assert machine.programs.kv_grid == 0
+    # Attention is made anew for each forward, with its own length.
+    machine.begin_forward(decode([7]))
+    assert len(device.made) == REPLICAS + 2 + 1 + 2
+
+
+# -- shapes on a grid ----------------------------------------------------------------------------------------
+
+
+def shape(kernels: Kernels, layer: int, kv_lens: Sequence[int], grid: int = 0) -> Any:
+    return kernels.shape(layer, decode(kv_lens), grid)
+
+
+@pytest.mark.parametrize(("kv_lens", "grid", "full", "windowed"), [
+    ([1], 256, [256], [128]),
+    ([256], 256, [256], [128]),
+    ([257], 256, [512], [128]),
+    ([1], 64, [64], [64]),
+    ([100], 64, [128], [128]),
+    ([300], 48, [336], [128]),
+    # A batch is rounded together, a windowed layer up to a window for each row at most.
+    ([100, 200], 256, [256, 256], [128, 128]),
+    ([10, 10], 256, [128, 128], [128, 128]),
+    ([20, 30, 300], 64, [128, 128, 128], [64, 64, 64]),
+    ([120, 130, 300], 512, [300, 300, 424], [128, 128, 128]),
+    ([100, 200], 0, [100, 200], [100, 128]),
+])  # fmt: skip
+def test_a_shape_is_that_of_lengths_on_the_grid(kv_lens: list[int], grid: int, full: list[int],
+                                                windowed: list[int]) -> None:  # fmt: skip
+    """Of all rows together: the same work as `full` (no window) and `windowed` have without a grid."""
+    kernels = Kernels(WINDOWED, SlotPool(2, WINDOWED.expert_bytes, torch.device("cpu")), torch.float32, 4, 2048)
+    assert [WINDOWED.is_windowed(layer) for layer in range(2)] == [True, False]
+    assert WINDOWED.window == WINDOW
+    assert shape(kernels, 1, kv_lens, grid) == shape(kernels, 1, full)
+    assert shape(kernels, 0, kv_lens, grid) == shape(kernels, 0, windowed)
+    assert shape(kernels, 1, kv_lens, grid).num_tokens == len(kv_lens)
+
+
+def test_a_prompt_has_no_grid() -> None:
+    kernels = Kernels(WINDOWED, SlotPool(2, WINDOWED.expert_bytes, torch.device("cpu")), torch.float32, 40, 2048)
+    prompt = prefill(10, 45, [[0], [8]], [{0: 35}, {8: 35}])
+    for layer in (0, 1):
+        assert kernels.shape(layer, prompt, 256) == kernels.shape(layer, prompt)
+
+
+def test_forwards_of_one_step_of_the_grid_share_their_programs() -> None:
+    """Windowed layers, once their window is full, share one for all lengths."""
+    device = ScriptedDevice()
+    forwards = [decode([length]) for length in range(1, 700)]
+    machine = machine_on(device, WINDOWED, forwards, kv_grid=100)
+    # Two layers of each kind: 7 steps of full attention; 100 and 128 of the windowed.
+    assert len(machine.programs._by_shape) == 2 * 7 + 2 * 2
+    assert machine.programs.kv_grid == 100
+    made = [machine.programs.attention(decode([length])) for length in (101, 200, 201)]
+    assert made[0] == made[1]
+    assert [one is two for one, two in zip(made[1], made[2], strict=True)] == [True, False, True, False]
+    assert machine.programs.num_unprepared == 0
+
+
+def test_a_stack_without_a_grid_is_captured_on_the_default_one() -> None:
+    machine = machine_on(ScriptedDevice(), PLAIN, [decode([length]) for length in (1, 256, 257)])
+    assert machine.programs.kv_grid == DEFAULT_KV_GRID == 256
+    assert len(machine.programs._by_shape) == 2 * 2
+
+
+def test_a_stacks_grid_holds_without_capturing_as_well() -> None:
+    machine = machine_on(ScriptedDevice(captures=False), PLAIN, [decode([1])], kv_grid=100)
+    device = machine.device
+    assert isinstance(device, ScriptedDevice)
+    machine.begin_forward(decode([101]))
+    made = device.made[-1]
+    counted = machine.kernels.shape(1, decode([200]))
+    assert machine.kernels.shape(1, decode([101]), machine.programs.kv_grid) == counted
+    assert not made.captured
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------
+
+RUNS = [
+    (TINY, "+policy=lru residency=0.3"),
+    (TINY, "+policy=adaptive residency=0.3 batch_size=4"),
+    (TINY, "+policy=fixed_2 residency=0.3 chunk_mib=0.4"),
+    (SMALL, "+policy=lru trace.num_tokens=8 residency=0.25"),
+]
+
+
+def captured_run(words: Sequence[str], device: ScriptedDevice, monkeypatch: pytest.MonkeyPatch,
+                 verify: bool = True) -> tuple[RealMachine, list[int], Any]:  # fmt: skip
+    """(the machine, programs made when the clock starts and at the end, what the stamps said) of a whole run."""
+    case = Case.of(*words)
+    rig = Rig(device, case.work.model, needs_of(case.work, *case.policy()))
+    machines: list[RealMachine] = []
+    whole = rig.machine
+    monkeypatch.setattr(rig, "machine", lambda *given: machines.append(whole(*given)) or machines[0])
+    num_made: list[int] = []
+    monkeypatch.setattr(device, "restart_clock", lambda: num_made.append(len(device.made)))
+    _, found = case.replay(rig, verify=verify)
+    num_made.append(len(device.made))
+    return machines[0], num_made, found
+
+
+@pytest.mark.parametrize(("shape", "words"), RUNS)
+def test_a_run_of_decode_forwards_launches_what_was_prepared_and_nothing_else(
+    shape: Sequence[str], words: str, trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = [f"trace.path={trace}"] if shape is TINY else []
+    device = ScriptedDevice()
+    machine, num_made, found = captured_run([*shape, *words.split(), *path], device, monkeypatch)
+    assert machine.programs.num_unprepared == 0
+    assert num_made[0] == num_made[1] == machine.programs.num_prepared
+    assert all(made.captured for made in device.made)
+    assert (found.num_wrong, found.num_executions > 0) == (0, True)
+    assert device.num_blocked == 0
+
+
+def test_prompts_are_launched_kernel_by_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_trace(tmp_path / "prompts.safetensors", 40, prompt=15)
+    words = [*TINY, "+policy=lru", f"trace.path={path}", "prefill_chunk=6", "residency=0.3"]
+    forwards = list(Case.of(*words).work.batches)
+    num_prompts = sum(forward.phase == PREFILL for forward in forwards)
+    assert 0 < num_prompts < len(forwards)
+    device = ScriptedDevice()
+    machine, num_made, found = captured_run(words, device, monkeypatch)
+    # Four layers each, made as the forward comes; decode needs nothing new.
+    assert machine.programs.num_unprepared == num_prompts
+    assert num_made[1] - num_made[0] == 4 * num_prompts
+    assert not any(made.captured for made in device.made[num_made[0] :])
+    by_size = {key: {made.captured for made in device.made if made.program in ring.programs}
+               for key, ring in machine.programs._rings.items()}  # fmt: skip
+    # Sizes that decode has are captured, those that only a prompt has are not.
+    assert by_size[1, LEAST_ROWS, False] == by_size[2, LEAST_ROWS, False] == {True}
+    assert by_size[8, LEAST_ROWS, False] == {False}
+    assert (found.num_wrong, found.num_executions > 0) == (0, True)

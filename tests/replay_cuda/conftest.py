@@ -1,0 +1,15 @@
+"""A GPU that tests lose is a stand-in: their own process must end as ever."""
+
+from __future__ import annotations
+
+import pytest
+
+from replay import cuda
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """What `replay.lost` would have been told of."""
+    errors: list[BaseException] = []
+    monkeypatch.setattr(cuda, "found_lost", errors.append)
+    return errors
