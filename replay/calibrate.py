@@ -62,6 +62,8 @@ from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workl
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_TOKENS = 64
+"""Of the largest launch of experts that is measured at least: batches give an expert more than one token."""
 PROMPT_TOKENS = 512
 """Of the prompt whose launches are held against its kernels."""
 SEED = 1
@@ -164,12 +166,13 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
     raw["matrix_tflops"] = matrix_tflops(device)
     # What cannot be shows before minutes are spent on the rest.
     link_fit(raw["link"], raw["link_peak_gb_per_s"])
-    raw |= {"prompt": {}, "chunked": {}, "chunk_ns": {}, "beside": {}, "kernels": {}, "kernel_launch_ns": {}, "host": {}}
+    raw |= {part: {} for part in ("prompt", "chunked", "chunk_ns", "beside", "kernels", "kernel_launch_ns", "host")}
     for name in models:
         model = scaled_model(named_model(name), scale)
         step(f"{name}: kernels")
         tokens = TOKENS[:4] if quick else TOKENS
-        needs = Needs(min(64, model.num_layers * model.num_experts), tokens[-1], 4096)
+        num_slots = min(64, model.num_layers * model.num_experts)
+        needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
         rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
         sizes = chunk_sizes(model.expert_bytes, int(DEFAULT_CHUNK_BYTES / scale**2))
         tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
