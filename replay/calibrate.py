@@ -51,7 +51,7 @@ from replay.settings import CPU_SCALE
 from replay.slot_kernels import tuned_tiles
 from replay.standin import standin_trace
 from replay.steady import steady
-from replay.tables import KernelBench, kernel_tables
+from replay.tables import KernelBench, kernel_tables, prompt_launches
 from sim.configure import configure
 from sim.entry import as_command
 from sim.link import DEFAULT_CHUNK_BYTES, chunk_sizes
@@ -62,6 +62,10 @@ from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workl
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_TOKENS = 64
+"""Of the largest launch of experts that is measured at least: batches give an expert more than one token."""
+PROMPT_TOKENS = 512
+"""Of the prompt whose launches are held against its kernels."""
 SEED = 1
 """Of the generated trace that is replayed in place: not the one that results are published on."""
 
@@ -162,16 +166,18 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
     raw["matrix_tflops"] = matrix_tflops(device)
     # What cannot be shows before minutes are spent on the rest.
     link_fit(raw["link"], raw["link_peak_gb_per_s"])
-    raw |= {"chunked": {}, "chunk_ns": {}, "beside": {}, "kernels": {}, "kernel_launch_ns": {}, "host": {}}
+    raw |= {part: {} for part in ("prompt", "chunked", "chunk_ns", "beside", "kernels", "kernel_launch_ns", "host")}
     for name in models:
         model = scaled_model(named_model(name), scale)
         step(f"{name}: kernels")
         tokens = TOKENS[:4] if quick else TOKENS
-        needs = Needs(min(64, model.num_layers * model.num_experts), tokens[-1], 4096)
+        num_slots = min(64, model.num_layers * model.num_experts)
+        needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
         rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
         sizes = chunk_sizes(model.expert_bytes, int(DEFAULT_CHUNK_BYTES / scale**2))
         tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
         raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
+        raw["prompt"][model.name] = prompt_launches(rig, min(tokens[-1], PROMPT_TOKENS), 5)
         raw["chunked"][model.name] = chunked(device, model.expert_bytes)
         raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
         busy = KernelBench(rig, 1).experts(min(model.top_k, needs.num_slots), 1)
@@ -234,6 +240,9 @@ def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any]
     for name, times in raw["decisions"].items():
         table.add_row(f"decisions of {name}, a layer", f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 "
                       f"{times['p99_ns'] / 1e3:.1f} us", "", "")  # fmt: skip
+    for kernels, times in next(iter(raw["prompt"].values())).items():
+        table.add_row(f"prompt's {kernels}, launched", f"host {times['host_ns'] / 1e3:.0f} us, device "
+                      f"{times['device_ns'] / 1e3:.0f} us", "", "")  # fmt: skip
     table.add_row("pads last", f"{100 * raw['pad_share']:.1f} %", "", "")
     table.add_row("the host's speed varied by", f"{100 * drift(raw['python_loop_ns'])['drift']:.0f} %", "", "")
     console.print(table)
@@ -242,7 +251,7 @@ def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any]
 def _figure(key: str, value: Any) -> str:
     if isinstance(value, list):
         peak = max(rate for _, rate in value)
-        return f"{value[0][1]:.3g} at {value[0][0]} B … {peak:.4g} at best"
+        return f"{value[0][1]:.3g} … {peak:.4g}"
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

@@ -11,6 +11,7 @@ the least delay ever seen between an event and the host's finding it.
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import time
@@ -38,7 +39,9 @@ _SETTLE_NS = 50_000_000
 """An idle GPU runs at a fraction of its clock; after this much work it has come up."""
 _MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _OUR_MISTAKES = ("device not ready", "invalid argument", "invalid configuration argument", "invalid resource handle",
-                 "CUBLAS_STATUS_INVALID_VALUE", "CUBLAS_STATUS_NOT_SUPPORTED")  # fmt: skip
+                 "CUBLAS_STATUS_INVALID_VALUE", "CUBLAS_STATUS_NOT_SUPPORTED", "captur", "invalid device function",
+                 "too many resources", "named symbol not found", "kernel image is invalid",
+                 "operation not supported")  # fmt: skip
 """CUDA errors that a wrong call earns and the device survives: they deserve their traceback."""
 
 
@@ -281,15 +284,22 @@ class CudaDevice:
     def _capture(self, launch: Work) -> Any:
         """A graph of what `launch` enqueues. torch.cuda.graph would collect garbage and empty caches at every one."""
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        # To collect a graph of before would end the capture (pytorch issue 161037).
+        enabled = gc.isenabled()
+        gc.disable()
         try:
-            launch()
-        except BaseException:
-            # The capture has to end, which may fail for what went wrong in it: that is what deserves to be told.
-            with suppress(RuntimeError):
-                graph.capture_end()
-            raise
-        graph.capture_end()
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                launch()
+            except BaseException:
+                # It has to end, which may fail for what went wrong in it: that is what deserves to be told.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            if enabled:
+                gc.enable()
         return graph
 
     def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:

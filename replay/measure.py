@@ -130,20 +130,19 @@ def chunked(device: Device, expert_bytes: int, counts: Sequence[int] = (1, 2, 4,
 
 def copy_beside(device: Device, programs: Sequence[Program], num_bytes: int) -> dict[str, float]:
     """A copy that follows another, on an idle device and while the compute stream is kept busy with `programs`."""
-    copier, count = Copier(device, num_bytes), 8
+    copier, count, held = Copier(device, num_bytes), 8, device.program(nothing, _HOLD_NS)
     idle_ns = copier.in_a_row_ns(num_bytes, count, 5)
     taken_ns = programs_ns(device, programs, 3)
     # They must outlast the copies, however much these are slowed: else the last ones run alone.
     rounds = int(MOST_SLOWDOWN * (count + 2) * idle_ns / (taken_ns * len(programs))) + 2
     busy = []
     for _ in range(5):
-        ends: list[Any] = []
-        for number in range(rounds):
-            if number == 1:
-                ends = copier.enqueue(count + 1)
+        # Both streams are held back until the host has enqueued everything.
+        device.launch(held)
+        ends = copier.enqueue(count + 1, held.end)
+        for program in [*programs] * rounds:
             # Their times are not read: they may be launched again while they run.
-            for program in programs:
-                device.launch(program)
+            device.launch(program)
         device.wait(0, ends[-1])
         busy.append((device.time_ns(ends[-1]) - device.time_ns(ends[0])) / count)
         device.synchronize()
@@ -157,7 +156,7 @@ def copy_beside(device: Device, programs: Sequence[Program], num_bytes: int) -> 
 
 def beside_copies_ns(device: Device, programs: Sequence[Program], chunk_bytes: int, repeat: int) -> float:
     """Median device time of one of `programs` while copies of `chunk_bytes` follow one another on the link."""
-    copier = Copier(device, chunk_bytes)
+    copier, held = Copier(device, chunk_bytes), device.program(nothing, _HOLD_NS)
     chunk_ns = copier.in_a_row_ns(chunk_bytes, 4, 3)
     alone_ns = programs_ns(device, programs, 1) * len(programs)
     # Of the link the end of its first copy is the first thing known: what counts begins later, in the last round.
@@ -165,7 +164,8 @@ def beside_copies_ns(device: Device, programs: Sequence[Program], chunk_bytes: i
     count = int(3 * rounds * alone_ns / chunk_ns) + 8
     times: list[int] = []
     for _ in range(repeat + 1):
-        ends = copier.enqueue(count)
+        device.launch(held)
+        ends = copier.enqueue(count, held.end)
         for program in [*programs] * rounds:
             device.launch(program)
         device.wait(0, ends[-1])

@@ -75,6 +75,7 @@ class Programs:
         self._is_windowed = windowed
         # A layer of each kind tells the shapes of all.
         self._probes = [windowed.index(kind) if kind in windowed else 0 for kind in (False, True)]
+        self._is_prepared = False
         self.num_unprepared = 0
         """Shapes that came up in the run without having been prepared; each of their launches is one kernel by one."""
 
@@ -105,6 +106,7 @@ class Programs:
             self._prepare_experts(*most[decode], captured=decode and self._device.captures)
         self._launch_once([program for forward in others.values() for program in self.attention(forward)], num_slots)
         self.num_unprepared = 0
+        self._is_prepared = True
 
     def _launch_once(self, more: Sequence[Program], num_slots: int) -> None:
         device = self._device
@@ -179,6 +181,8 @@ class Programs:
         """Head and sampling over `num_rows` rows, of which there may be none."""
         program = self._heads.get(num_rows)
         if program is None:
+            if self._is_prepared:
+                raise AssertionError(f"a head of {num_rows} rows was not prepared: captured now it would miscount")
             words = self._kernels.tokens[:num_rows], self._tokens[:num_rows]
             program = self._device.program(self._kernels.head(num_rows), self._head_pad_ns, words)
             self._heads[num_rows] = program

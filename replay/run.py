@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -85,6 +86,8 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
         raise ValueError(f"chunk_mib={work.chunk_mib:.3g} (scaled with the model) makes chunks of {chunk_bytes[-1]} "
                          f"bytes; a copy has {LEAST_CHUNK} at least: raise chunk_mib")  # fmt: skip
     config = run_config(work, transfer, chunk_bytes)
+    # What runs before have left behind goes now, not while this one captures its programs.
+    gc.collect()
     with explaining():
         machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
     runtime = Runtime(config, machine, policy, _ahead(iter(work.batches)), observers)

@@ -223,10 +223,12 @@ class SlotKernels:
                 continue
             launches = self._tuning_rows(capacity, max_rows)
             for name in ("up", "down"):
-                times = []
-                for tile in _TILES[rows]:
-                    bodies = [self._product(name, row, capacity, max_rows, False, tile) for row in launches]
-                    times.append(device_ns(_all(bodies)))
+                candidates = [_all([self._product(name, row, capacity, max_rows, False, tile) for row in launches])
+                              for tile in _TILES[rows]]  # fmt: skip
+                for body in candidates:
+                    # Compiled before any of them is timed: a device that idles meanwhile slows down.
+                    body()
+                times = [device_ns(body) for body in candidates]
                 _tuned[(*self._shape, capacity, rows, name)] = _TILES[rows][times.index(min(times))]
 
     def _tuning_rows(self, capacity: int, max_rows: int) -> list[torch.Tensor]:

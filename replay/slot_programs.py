@@ -20,7 +20,7 @@ SLOTS = tl.constexpr(rows.RowLayout(1).slots)
 """Those of each expert begin here, then the first rows, the numbers of rows, and the expected words."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def stage(source, target, num_words, BLOCK: tl.constexpr):
     """Copy `num_words` 64-bit words from pinned memory to the device. One program."""
     for start in range(0, num_words, BLOCK):
@@ -58,7 +58,7 @@ def _task(row, most_inputs, most_rows, HAS_SHARED: tl.constexpr):
     return routed, slot, first, count.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_inputs", "most_rows"])
 def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, most_rows,
        HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
        UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
@@ -98,7 +98,7 @@ def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, mo
                      mask=(t[:, None] < count) & (n[None, :] < width))  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_inputs", "most_rows"])
 def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride, most_inputs, most_rows,
          HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
          UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
@@ -138,7 +138,7 @@ def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride,
                  mask=(t[:, None] < count) & (n[None, :] < HIDDEN))  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def gate(source, words, num_words, counter, flag, BLOCK: tl.constexpr):
     """Copy words to pinned memory, then raise the counter and write its new number to the pinned flag. One program.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from expertflow.forward import DECODE, Forward
-from replay.device import Program
+from expertflow.forward import DECODE, PREFILL, Forward
+from replay.device import Program, Work
 from replay.kernels import Row
 from replay.measure import beside_copies_ns, programs_ns, works_ns
 from replay.programs import LEAST_ROWS
@@ -34,24 +35,34 @@ class KernelBench:
 
     def experts(self, num_experts: int, tokens: int, shared_tokens: int = 0) -> list[Program]:
         """Programs of routed experts in other slots each, over `tokens` each, and of shared ones over theirs."""
-        num_slots, programs = self.rig.slots.num_slots, []
-        rows, shared_rows = self.kernels.rows(tokens), self.kernels.shared_rows(shared_tokens) if shared_tokens else 0
-        layout, most = RowLayout(size_class(num_experts)), size_class(rows, LEAST_ROWS)
-        self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(layout.capacity, most)])
-        for number in range(max(2, min(_LAYERS, num_slots // max(num_experts, 1)))):
-            row = Row(layout, self.device.torch_device)
-            row.words[NUM_EXPERTS] = num_experts
-            row.words[SHARED_BLOCK] = number % self.kernels.model.num_layers if shared_tokens else -1
-            row.words[SHARED_ROWS] = shared_rows
-            for place in range(num_experts):
-                row.words[layout.slots + place] = (number * num_experts + place) % num_slots
-                row.words[layout.first + place] = place * rows
-                row.words[layout.counts + place] = rows
-            work = self.kernels.experts(row, most, shared_tokens > 0)
-            program = self.device.program(work)
+        most = size_class(self.kernels.rows(tokens), LEAST_ROWS)
+        self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(size_class(num_experts), most)])
+        count = max(2, min(_LAYERS, self.rig.slots.num_slots // max(num_experts, 1)))
+        rows = [self._row(num_experts, tokens, shared_tokens, number) for number in range(count)]
+        programs = []
+        for row in rows:
+            program = self.device.program(self.kernels.experts(row, most, shared_tokens > 0))
             program.row = row
             programs.append(program)
         return programs
+
+    def experts_work(self, num_experts: int, tokens: int) -> Work:
+        """The kernels of routed experts over `tokens` each, to be launched one by one."""
+        most = size_class(self.kernels.rows(tokens), LEAST_ROWS)
+        return self.kernels.experts(self._row(num_experts, tokens, 0, 0), most, shared=False)
+
+    def _row(self, num_experts: int, tokens: int, shared_tokens: int, number: int) -> Row:
+        """A launch whose experts are in the `number`-th slots."""
+        num_slots, rows = self.rig.slots.num_slots, self.kernels.rows(tokens)
+        row = Row(RowLayout(size_class(num_experts)), self.device.torch_device)
+        row.words[NUM_EXPERTS] = num_experts
+        row.words[SHARED_BLOCK] = number % self.kernels.model.num_layers if shared_tokens else -1
+        row.words[SHARED_ROWS] = self.kernels.shared_rows(shared_tokens) if shared_tokens else 0
+        for place in range(num_experts):
+            row.words[row.layout.slots + place] = (number * num_experts + place) % num_slots
+            row.words[row.layout.first + place] = place * rows
+            row.words[row.layout.counts + place] = rows
+        return row
 
     def attention(self, num_tokens: int, kv_len: int, layers: Sequence[int]) -> list[Program]:
         """Programs of attention and router of `layers`."""
@@ -69,6 +80,31 @@ class KernelBench:
     def beside_ns(self, programs: Sequence[Program], chunk_bytes: int) -> float:
         """Median time of one of `programs` beside a busy link."""
         return beside_copies_ns(self.device, programs, chunk_bytes, self.repeat)
+
+
+def prompt_launches(rig: Rig, num_tokens: int, repeat: int) -> dict[str, dict[str, float]]:
+    """One layer of a prompt, whose kernels are launched one by one: ns that the host takes to launch, and the device
+    to run. Where the former is shorter the device is what such a forward waits for."""
+    bench, model = KernelBench(rig, repeat), rig.model
+    prompt = Forward(0, PREFILL, range(num_tokens), (0,), tuple(range(1, num_tokens + 1)), [], [], None)
+    at = min(1, model.num_layers - 1)
+    each = max(1, num_tokens * model.top_k // model.num_experts)
+    works = {
+        "attention": bench.kernels.attention(at, bench.kernels.shape(at, prompt)),
+        "experts": bench.experts_work(min(model.num_experts, rig.slots.num_slots), each),
+    }
+    found = {}
+    for name, work in works.items():
+        program = rig.device.program(work, captured=False)
+        launches, spans = [], []
+        for _ in range(repeat + 2):
+            started = time.perf_counter_ns()
+            rig.device.launch(program)
+            launches.append(time.perf_counter_ns() - started)
+            rig.device.wait(0, program.end)
+            spans.append(rig.device.time_ns(program.end) - rig.device.time_ns(program.start))
+        found[name] = {"host_ns": statistics.median(launches[2:]), "device_ns": statistics.median(spans[2:])}
+    return found
 
 
 def expert_ns(bench: KernelBench, tokens: int) -> tuple[float, float]:
@@ -99,6 +135,8 @@ def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int,
     chunk_bytes: of the copies beside which kernels are measured once more.
     """
     bench, model = KernelBench(rig, repeat), rig.model
+    # An idle GPU runs at a fraction of its clock; this brings it up.
+    rig.device.restart_clock()
     # Layer 0 would count leading dense layers in.
     later = [at for at in range(model.num_layers) if at][:_LAYERS] or [0]
     found: dict[str, Any] = {}

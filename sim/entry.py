@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +13,8 @@ from omegaconf import DictConfig
 
 from sim.errors import one_line
 
+TRACEBACK = "EXPERTFLOW_TRACEBACK"
+"""Environment variable: where it is set, a command that ends with an error prints where that came from, too."""
 Ending = Callable[[Exception], int | None]
 """The exit code after an error that it knows, which it has told; None for any other."""
 
@@ -46,6 +49,8 @@ def as_command(main: Callable[[], int | None],
         print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
         # Here, while the error keeps alive what it has passed.
         for code in (ending(error) for ending in _endings):
             if code is not None:

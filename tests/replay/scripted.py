@@ -255,7 +255,7 @@ class PacedDevice(ScriptedDevice):
             self.end_copy(copy_end_ns)
         else:
             # A copy that waits for this launch begins no earlier.
-            if copies and copies[0].waits_for:
+            if copies and copies[0].waits_for == programs[0].number:
                 self._link_ns = max(self._link_ns, end_ns)
             self._compute_ns = end_ns
             self.end_program(start_ns, end_ns)

@@ -63,6 +63,10 @@ def device() -> Iterator[CudaDevice]:
     made.close()
 
 
+def ignore(value: object) -> None:
+    """A work returns nothing."""
+
+
 def lasted(device: CudaDevice, program: Program) -> int:
     """How long the kernels of the last launch ran, on the device's clock."""
     return device.time_ns(program.end) - device.time_ns(program.start)
@@ -114,7 +118,7 @@ def test_graphs_can_be_made_when_all_before_are_gone(device: CudaDevice) -> None
     """Their memory is shared; a run's graphs go with it."""
     for _ in range(3):
         values = torch.ones(1 << 20, device=device.torch_device)
-        program = device.program(lambda values=values: values.mul_(2).sum() and None)  # type: ignore[misc]
+        program = device.program(lambda values=values: ignore(values.mul_(2).sum()))  # type: ignore[misc]
         device.launch(program)
         device.wait(0, program.end)
         del program, values
@@ -133,7 +137,7 @@ def test_copies_by_torch_do_the_same(device: CudaDevice) -> None:
 def test_the_words_are_there_when_the_number_is_seen(device: CudaDevice) -> None:
     source = torch.zeros(2048, dtype=torch.int64, device=device.torch_device)
     target = torch.zeros(2048, dtype=torch.int64, pin_memory=True)
-    program = device.program(lambda: source.add_(1) and None, words=(source, target))
+    program = device.program(lambda: ignore(source.add_(1)), words=(source, target))
     seen, before = target.numpy(), int(source[0])
     for number in range(1, 400):
         count = device.numbers[0] + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,18 @@ def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypat
     assert integrity.num_wrong == 0
     assert metrics["elapsed_ns"] == metrics["compute_ns"] + metrics["stall_ns"] + metrics["overhead_ns"]
     assert case.lockstep(tmp_path / "log.parquet").difference is None
+
+
+def test_without_reading_first_times_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   machines: list[RealMachine]) -> None:  # fmt: skip
+    """The check above can fail."""
+    monkeypatch.setattr("replay.programs.REPLICAS", 1)
+    monkeypatch.setattr(RealMachine, "_read_first", lambda self, program: None)
+    case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
+    with on_fake() as (cuda, device), suppress(KeyError, AssertionError):
+        case.replay(case.rig(device))
+    assert machines
+    assert cuda.num_unread > 0
 
 
 def test_numbers_that_come_late_change_nothing_but_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from expertflow.model import ModelSpec
 from replay.rig import Needs, Rig
 from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
 from replay.scale import scaled_model
-from replay.tables import KernelBench, expert_ns, group_table, kernel_tables
+from replay.tables import KernelBench, expert_ns, group_table, kernel_tables, prompt_launches
 from tests.replay.scripted import PacedDevice
 from tests.replay.test_scale import model_of
 
@@ -51,6 +51,13 @@ def test_groups_are_a_grid_as_far_as_the_buffers_hold() -> None:
     """Of 16 tokens with three experts each, eight experts get at most six tokens each."""
     found = group_table(KernelBench(rig(PLAIN), 1), (1, 2, 4, 8, 16))
     assert found == [[num, each, 400 + 200 * num * each] for num in (1, 2, 3, 4, 6, 8) for each in (1, 2, 4)]
+
+
+def test_of_a_prompt_host_and_device_are_timed_apart() -> None:
+    """Sixteen tokens, three experts each: six a expert, launched one by one."""
+    found = prompt_launches(rig(PLAIN), 16, 3)
+    assert {name: times["device_ns"] for name, times in found.items()} == {"attention": 1000, "experts": 1000}
+    assert all(times["host_ns"] > 0 for times in found.values())
 
 
 def test_groups_need_a_slot_for_each_expert() -> None:
