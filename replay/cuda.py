@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -34,6 +35,7 @@ _PATIENCE_NS = 60_000_000_000
 _POLLS = 64
 """Between two looks at the clock, and at what else there is to do."""
 _ASK_NS = 1_000_000
+_PROBE_NS = 2_000_000
 _SPIN_CYCLES = (50_000, 2_000_000)
 _SETTLE_NS = 50_000_000
 """An idle GPU runs at a fraction of its clock; after this much work it has come up."""
@@ -137,6 +139,19 @@ class CudaDevice:
         self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
         self._base = self._event()
         self._restart_clock()
+        self.ends_inside = self._tells_ends()
+
+    def _tells_ends(self) -> bool:
+        """Whether an event inside a graph counts as recorded anew from the moment of its launch: else it would seem to
+        have happened, at the last launch's time. CUDA's documents say that each launch records it, not since when."""
+        self.ends_inside = True
+        program = self._program(_nothing, _PROBE_NS, None, True)
+        told = True
+        for _ in range(2):
+            program.run()
+            told = not program.end.query()
+            torch.cuda.synchronize(self.torch_device)
+        return told
 
     def describe(self) -> Mapping[str, Any]:
         found = torch.cuda.get_device_properties(self.torch_device)
@@ -148,6 +163,7 @@ class CudaDevice:
             "platform": platform.system(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "copies_by": self.copies_by,
+            "ends_inside_graphs": self.ends_inside,
         }
 
     def _event(self) -> Any:
@@ -263,12 +279,15 @@ class CudaDevice:
         cycles, stream = round((pad_ns - self._overhead_ns) * self._cycles_per_ns), self._compute
         gate = None if words is None else self._gate(*words)
 
+        inside = self.ends_inside or not captured
+
         def launch() -> None:
             if cycles > 0:
                 torch.cuda._sleep(cycles)
             start.record(stream)
             work()
-            end.record(stream)
+            if inside:
+                end.record(stream)
             if gate is not None:
                 gate()
 
@@ -279,7 +298,8 @@ class CudaDevice:
         if gate is not None:
             gate()
         torch.cuda.synchronize(self.torch_device)
-        return Program(start, end, self._capture(launch).replay)
+        replay = self._capture(launch).replay
+        return Program(start, end, replay if inside else partial(_replay_and_record, replay, end, stream))
 
     def _capture(self, launch: Work) -> Any:
         """A graph of what `launch` enqueues. torch.cuda.graph would collect garbage and empty caches at every one."""
@@ -398,6 +418,16 @@ class CudaDevice:
 
 def _ignore(value: object) -> None:
     """A work returns nothing."""
+
+
+def _nothing() -> None:
+    """The work of a program that only passes time."""
+
+
+def _replay_and_record(replay: Callable[[], None], end: Any, stream: Any) -> None:
+    """The end comes behind the gate then, and costs the host one more call."""
+    replay()
+    end.record(stream)
 
 
 def _never() -> bool:
