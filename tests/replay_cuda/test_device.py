@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from replay.cuda import CudaDevice, explaining
+from replay.cuda import CudaDevice
+from replay.cuda_errors import explaining
 from replay.device import Device, DeviceLostError, Program
 from tests.replay_cuda.fake_cuda import (
     BUSY_GHZ,
