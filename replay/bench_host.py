@@ -68,6 +68,7 @@ class EmptyDriver(CudaDevice):
     """`CudaDevice` on a driver that does nothing. calls: how often it was called, by name, where they are counted."""
 
     world = "cpu"
+    ends_inside = True
 
     def __init__(self, counting: bool = False) -> None:
         self._lost = False

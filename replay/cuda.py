@@ -15,14 +15,15 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
+from replay.cuda_errors import explained, told_if_lost
 from replay.device import DeviceLostError, Program, Words, Work, words_of
-from replay.lost import found_lost
 from replay.raw import raw_copy
 from replay.slot_kernels import gate
 
@@ -34,60 +35,10 @@ _PATIENCE_NS = 60_000_000_000
 _POLLS = 64
 """Between two looks at the clock, and at what else there is to do."""
 _ASK_NS = 1_000_000
+_PROBE_NS = 2_000_000
 _SPIN_CYCLES = (50_000, 2_000_000)
 _SETTLE_NS = 50_000_000
 """An idle GPU runs at a fraction of its clock; after this much work it has come up."""
-_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-_OUR_MISTAKES = ("device not ready", "invalid argument", "invalid configuration argument", "invalid resource handle",
-                 "CUBLAS_STATUS_INVALID_VALUE", "CUBLAS_STATUS_NOT_SUPPORTED", "captur", "invalid device function",
-                 "too many resources", "named symbol not found", "kernel image is invalid",
-                 "operation not supported")  # fmt: skip
-"""CUDA errors that a wrong call earns and the device survives: they deserve their traceback."""
-
-
-def explained(error: RuntimeError) -> Exception:
-    """What `error`, raised by torch, means here: DeviceLostError, a ValueError with a remedy, or itself.
-
-    Told apart by text: versions of torch differ in the class of a CUDA error, none in how it begins.
-    """
-    if isinstance(error, DeviceLostError):
-        return error
-    text = str(error)
-    line = text.splitlines()[0].strip() if text.strip() else type(error).__name__
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        # Its first line is a paragraph: what was tried, what is free, who has the rest.
-        return ValueError(f"GPU memory: {'. '.join(line.split('. ')[:2]).rstrip('.')}; lower residency, batch_size or "
-                          "prefill_chunk, or close what else uses the GPU")  # fmt: skip
-    # Triton speaks of the same errors in its own words.
-    line = line.replace("Triton Error [CUDA]", "CUDA error")
-    if not line.startswith("CUDA error") or any(mistake in line for mistake in _OUR_MISTAKES):
-        return error
-    if any(memory in line for memory in _MEMORY):
-        # The allocator speaks for GPU memory with a class of its own: what is left is pinned memory and libraries.
-        return ValueError(f"memory that the GPU must reach: {line}; lower host_memory_gb (pinned memory) or residency")
-    if "no kernel image" in line:
-        return ValueError(f"machine=cuda: {line}: this build of torch has no kernels for this GPU; install one that "
-                          "has, or choose machine=cpu")  # fmt: skip
-    return DeviceLostError(line)
-
-
-def _told_if_lost(meaning: Exception) -> None:
-    """A GPU that is gone, told before anything is taken down. Without a context there is nothing to take down."""
-    if isinstance(meaning, DeviceLostError) and torch.cuda.is_initialized():
-        found_lost(meaning)
-
-
-@contextmanager
-def explaining() -> Iterator[None]:
-    """Around what allocates or computes on the device beside `CudaDevice`: its errors as `explained`."""
-    try:
-        yield
-    except RuntimeError as error:
-        meaning = explained(error)
-        _told_if_lost(meaning)
-        if meaning is error:
-            raise
-        raise meaning from error
 
 
 class CudaDevice:
@@ -137,6 +88,19 @@ class CudaDevice:
         self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
         self._base = self._event()
         self._restart_clock()
+        self.ends_inside = self._tells_ends()
+
+    def _tells_ends(self) -> bool:
+        """Whether an event inside a graph counts as recorded anew from the moment of its launch: else it would seem to
+        have happened, at the last launch's time. CUDA's documents say that each launch records it, not since when."""
+        self.ends_inside = True
+        program = self._program(_nothing, _PROBE_NS, None, True)
+        told = True
+        for _ in range(2):
+            program.run()
+            told = not program.end.query()
+            torch.cuda.synchronize(self.torch_device)
+        return told
 
     def describe(self) -> Mapping[str, Any]:
         found = torch.cuda.get_device_properties(self.torch_device)
@@ -148,6 +112,7 @@ class CudaDevice:
             "platform": platform.system(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "copies_by": self.copies_by,
+            "ends_inside_graphs": self.ends_inside,
         }
 
     def _event(self) -> Any:
@@ -263,12 +228,15 @@ class CudaDevice:
         cycles, stream = round((pad_ns - self._overhead_ns) * self._cycles_per_ns), self._compute
         gate = None if words is None else self._gate(*words)
 
+        inside = self.ends_inside or not captured
+
         def launch() -> None:
             if cycles > 0:
                 torch.cuda._sleep(cycles)
             start.record(stream)
             work()
-            end.record(stream)
+            if inside:
+                end.record(stream)
             if gate is not None:
                 gate()
 
@@ -279,7 +247,8 @@ class CudaDevice:
         if gate is not None:
             gate()
         torch.cuda.synchronize(self.torch_device)
-        return Program(start, end, self._capture(launch).replay)
+        replay = self._capture(launch).replay
+        return Program(start, end, replay if inside else partial(_replay_and_record, replay, end, stream))
 
     def _capture(self, launch: Work) -> Any:
         """A graph of what `launch` enqueues. torch.cuda.graph would collect garbage and empty caches at every one."""
@@ -310,7 +279,7 @@ class CudaDevice:
         """Raise what `error` means. Most CUDA errors are sticky: nothing that follows on this device would work."""
         meaning = explained(error)
         self._lost = self._lost or isinstance(meaning, DeviceLostError)
-        _told_if_lost(meaning)
+        told_if_lost(meaning)
         if meaning is error:
             raise error
         raise meaning from error
@@ -398,6 +367,16 @@ class CudaDevice:
 
 def _ignore(value: object) -> None:
     """A work returns nothing."""
+
+
+def _nothing() -> None:
+    """The work of a program that only passes time."""
+
+
+def _replay_and_record(replay: Callable[[], None], end: Any, stream: Any) -> None:
+    """The end comes behind the gate then, and costs the host one more call."""
+    replay()
+    end.record(stream)
 
 
 def _never() -> bool:

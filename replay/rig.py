@@ -11,7 +11,8 @@ import torch
 
 from expertflow.model import ModelSpec
 from replay.cpu import CpuDevice
-from replay.cuda import CudaDevice, explaining
+from replay.cuda import CudaDevice
+from replay.cuda_errors import explaining
 from replay.device import Device
 from replay.kernels import Kernels, kernel_bytes
 from replay.machine import RealMachine

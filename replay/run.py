@@ -13,7 +13,7 @@ from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from replay.cuda import explaining
+from replay.cuda_errors import explaining
 from replay.device import Device, DeviceLostError
 from replay.drive import drive
 from replay.faults import FaultyDevice

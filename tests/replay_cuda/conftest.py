@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from replay import cuda
+from replay import cuda_errors
 
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
     """What `replay.lost` would have been told of."""
     errors: list[BaseException] = []
-    monkeypatch.setattr(cuda, "found_lost", errors.append)
+    monkeypatch.setattr(cuda_errors, "found_lost", errors.append)
     return errors

@@ -68,6 +68,9 @@ class FakeEvent:
         self._timed = enable_timing
         self._external = external
         self.at_ns: int | None = None
+        self.in_graph = False
+        self.happened_ns: int | None = None
+        """When the device passed it at the launch before the last one."""
         self.is_read = True
         cuda.num_events += 1
         if external:
@@ -78,22 +81,25 @@ class FakeEvent:
         if self._cuda.capturing is not None:
             # Another kind would become a dependency inside the graph, and never have a time.
             assert self._external, "a captured event must be external"
-            self._cuda.capturing.nodes.append(lambda: self.pass_by(stream))
+            self._cuda.capturing.nodes.append(lambda: self.pass_by(stream, in_graph=True))
             return
         self._cuda.call("record")
         self.pass_by(stream)
 
-    def pass_by(self, stream: FakeStream) -> None:
+    def pass_by(self, stream: FakeStream, in_graph: bool = False) -> None:
         """As the device comes to it."""
         cuda = self._cuda
         cuda.num_spoiled += self.at_ns is not None and self.at_ns > cuda.true_ns
         cuda.num_unread += not self.is_read
         self.is_read = not self._external
+        self.in_graph, self.happened_ns = in_graph, self.at_ns
         self.at_ns = stream.free_ns = max(stream.free_ns, cuda.true_ns + LATENCY_NS)
 
     def query(self) -> bool:
         """True for an event that was never recorded, as in CUDA."""
         self._cuda.call("query")
+        if self._cuda.forgetful and self.in_graph and self.happened_ns is not None:
+            return True
         return self.at_ns is None or self.at_ns <= self._cuda.true_ns
 
     def synchronize(self) -> None:
@@ -166,6 +172,8 @@ class FakeCuda:
         self.num_unread = 0
         """Events of graphs recorded anew before anyone had asked for their time."""
         self.external: list[FakeEvent] = []
+        self.forgetful = False
+        """Whether an event inside a graph seems to have happened as soon as an earlier launch has passed it."""
         self.num_graphs = 0
         self.capturing: FakeGraph | None = None
         self.default = FakeStream(self)
@@ -332,6 +340,8 @@ class DeviceOnFake(CudaDevice):
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
         super().__init__()
+        # Opening it launches programs for their own sake.
+        cuda.forget_unread()
         self.numbers = Numbers(cuda, self._flag)  # type: ignore[assignment]
         self.torch_device = torch.device("cpu")
 
@@ -348,14 +358,15 @@ class DeviceOnFake(CudaDevice):
 
 
 @contextmanager
-def on_fake(drift_ppm: int = 0) -> Iterator[tuple[FakeCuda, DeviceOnFake]]:
-    """A fake GPU and the device on it; torch is itself again afterwards."""
+def on_fake(drift_ppm: int = 0, forgetful: bool = False) -> Iterator[tuple[FakeCuda, DeviceOnFake]]:
+    """A fake GPU and the device on it; torch is itself again afterwards. forgetful: see `FakeCuda`."""
     # What the CPU computes in place of a GPU is small, and compiled for no shape: each comes a few times only.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as monkeypatch, torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             cuda = FakeCuda(drift_ppm).install(monkeypatch)
+            cuda.forgetful = forgetful
             yield cuda, DeviceOnFake(cuda)
     finally:
         torch.set_num_threads(threads)

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from replay.cuda import CudaDevice, explaining
+from replay.cuda import CudaDevice
+from replay.cuda_errors import explaining
 from replay.device import Device, DeviceLostError, Program
 from tests.replay_cuda.fake_cuda import (
     BUSY_GHZ,
@@ -143,12 +144,19 @@ def test_a_launch_is_one_call_whatever_it_holds() -> None:
         assert cuda.calls.total() == calls + 5
 
 
-def test_times_of_a_launch_are_those_of_the_last() -> None:
-    with on_fake() as (_, device):
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_times_of_a_launch_are_those_of_the_last(forgetful: bool) -> None:
+    """Also on a GPU on which an event inside a graph still counts as happened while it is under way again."""
+    with on_fake(forgetful=forgetful) as (cuda, device):
+        assert device.ends_inside != forgetful
+        assert device.describe()["ends_inside_graphs"] != forgetful
         program = device.program(nothing, 40_000)
         found = []
         for _ in range(3):
+            calls = cuda.calls.total()
             device.launch(program)
+            assert cuda.calls.total() == calls + (2 if forgetful else 1)
+            assert not device.happened(program.end)
             device.wait(0, program.end)
             found.append((device.time_ns(program.start), device.time_ns(program.end)))
         assert [end - start for start, end in found] == pytest.approx([WORK_NS] * 3, abs=2)
