@@ -187,7 +187,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     if launches["layer_pad_ns"]:
         lines.append(f"stack={stack}: its overhead, {launches['layer_pad_ns'] / 1e6:g} ms a layer, is spent doing "
                      "nothing on the compute stream")  # fmt: skip
-    if launches["kv_grid"]:
+    if launches["kv_grid"] and metrics["world"] == "cuda":
         lines.append(f"decode reads KV lengths rounded up to multiples of {launches['kv_grid']} tokens, for which its "
                      "kernels are captured")  # fmt: skip
     if launches["kv_grid"] and launches["num_unprepared"]:

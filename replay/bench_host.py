@@ -243,6 +243,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="of the trace to run (default: 48)")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each kind; medians count (default: 5)")
     args = parser.parse_args(words)
+    for key in ("tokens", "repeat"):
+        if getattr(args, key) < 1:
+            print(f"error: --{key}={getattr(args, key)} must be at least 1", file=sys.stderr)
+            return 2
     given = [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"] if args.trace else [
         f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]  # fmt: skip
     return as_command(lambda: 0 if _print(measure(given, args.repeat)) else 1, "nothing was measured")

@@ -54,6 +54,7 @@ from replay.steady import steady
 from replay.tables import KernelBench, kernel_tables, prompt_launches
 from sim.configure import configure
 from sim.entry import as_command
+from sim.hardware import hardware_from_dict, stack_from_dict
 from sim.link import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
@@ -260,6 +261,9 @@ def _figure(key: str, value: Any) -> str:
 def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
     """Write the two configuration files and the raw record below `folder` (as in conf/); returns their paths."""
     hardware, stack = profiles(raw, name)
+    # What no simulation would take is not written.
+    hardware_from_dict(hardware)
+    stack_from_dict(stack)
     paths = [folder / "hardware" / f"{name}.yaml", folder / "stack" / f"{name}.yaml",
              folder / "hardware" / f"{name}.calibration.json"]  # fmt: skip
     for path in paths[:2]:
@@ -276,6 +280,15 @@ def check_name(name: str) -> str:
     if not name.replace("-", "").replace("_", "").isalnum() or name in ("local", "auto"):
         raise ValueError(f"NAME={name!r} must be letters, digits, - and _, and not local or auto")
     return name
+
+
+def check_free(name: str, folder: Path) -> None:
+    """ValueError if `name` stands for a profile in `folder` that no calibration has written."""
+    record = folder / "hardware" / f"{name}.calibration.json"
+    taken = [folder / kind / f"{name}.yaml" for kind in ("hardware", "stack")]
+    if not record.exists() and any(path.exists() for path in taken):
+        raise ValueError(f"NAME={name!r} is a profile that was not measured here, and would be overwritten; choose "
+                         f"another name, such as {name}-measured")  # fmt: skip
 
 
 def scale_of(given: int | None, machine: str) -> int:
@@ -302,6 +315,7 @@ def main(words: list[str] | None = None) -> int:
 
 def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     name = check_name(args.name)
+    check_free(name, args.out)
     policies, models = args.policies.split(","), args.models.split(",")
     for policy in policies:
         configure(["+hardware=a100", f"+policy={policy}"])
@@ -323,7 +337,8 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     for path in paths:
         print(f"written {path}")
     if scale > 1:
-        print(f"the models' widths were divided by {scale}: this profile simulates them at that scale only")
+        print(f"the models' widths were divided by {scale}: python -m replay.validate simulates them at that scale, "
+              "python -m sim knows only their own")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Programs:
         if made is not None:
             return made
         captured = self._device.captures and prepare
-        self.num_unprepared += not prepare
+        self.num_unprepared += self._device.captures and not prepare
         made = [self._attention(layer, windowed if narrow else full, captured)
                 for layer, narrow in enumerate(self._is_windowed)]  # fmt: skip
         if captured:

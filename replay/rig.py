@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ def choose_machine(name: str) -> str:
 
 def make_device(name: str, throttle_gb_per_s: float | None = None) -> Device:
     """The device that `name` (cuda or cpu) stands for."""
+    if throttle_gb_per_s is not None and not 0 < throttle_gb_per_s < math.inf:
+        raise ValueError(f"throttle_gb_per_s={throttle_gb_per_s} must be GB/s above 0")
     if name == "cpu":
         return CpuDevice(throttle_gb_per_s)
     if throttle_gb_per_s is not None:

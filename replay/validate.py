@@ -10,6 +10,7 @@ out and said. On a GPU `--minutes 6` needs no other flag.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 def with_defaults(args: argparse.Namespace, world: str) -> Asked:
     """Fill in what was not given for a machine of `world` (cuda or cpu); the cases that are asked for."""
+    if not 0 <= args.minutes < math.inf:
+        raise ValueError(f"--minutes={args.minutes} must be a number of minutes, 0 or more")
     args.models = list(MODELS[world]) if args.models is None else args.models.split(",")
     args.beside = world == "cuda" if args.beside is None else args.beside
     args.tokens = tokens_for(world, args.minutes) if args.tokens is None else args.tokens
@@ -76,10 +79,20 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
     for key in ("tokens", "log_tokens", "verify_tokens", "repeat"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')}={getattr(args, key)} must be at least 1")
+    residencies = [float(share) for share in numbers("--residency", args.residency, float)]
+    batch_sizes = [int(size) for size in numbers("--batch-sizes", args.batch_sizes, int)]
+    if not all(0 < share <= 1 for share in residencies):
+        raise ValueError(f"--residency={args.residency} must be shares in (0, 1]")
+    if min(batch_sizes) < 1:
+        raise ValueError(f"--batch-sizes={args.batch_sizes} must be at least 1")
+    if args.trace is not None and not args.trace.is_file():
+        raise ValueError(f"--trace={args.trace} is no file")
+    if not all(args.policies.split(",")):
+        raise ValueError(f"--policies={args.policies!r} must be names of conf/policy with commas between")
     return Asked(
-        args.policies.split(","),
-        numbers("--residency", args.residency, float),
-        [int(size) for size in numbers("--batch-sizes", args.batch_sizes, int)],
+        list(dict.fromkeys(args.policies.split(","))),
+        list(dict.fromkeys(residencies)),
+        list(dict.fromkeys(batch_sizes)),
         STACKS[world] if args.stacks is None else args.stacks.split(","),
         SAMPLED_STACKS[world] if args.stacks is None else (),
     )
@@ -100,7 +113,7 @@ def _validate(args: argparse.Namespace) -> int:
     out = args.out or Path("results") / f"validation-{name}"
     out.mkdir(parents=True, exist_ok=True)
     scale = args.scale = scale_of(args.scale, machine)
-    pace = args.throttle if args.throttle or machine == "cuda" else _pace(args.hardware, scale)
+    pace = args.throttle if args.throttle is not None or machine == "cuda" else _pace(args.hardware, scale)
     device = make_device(machine, pace)
     try:
         summary = Validation(args, asked, device, out).run()

@@ -21,10 +21,12 @@ from replay.lockstep import check_log
 from replay.log_reader import LogReader
 from replay.overlay import write_overlay
 from replay.plan import Asked, Case, breadth_of, share_of_time, turns_of
+from replay.profile import profiles
 from replay.run import scaled_workload
 from replay.verdict import BARS, judge
 from replay.workbench import Workbench
 from sim.configure import configure
+from sim.hardware import hardware_from_dict, stack_from_dict
 from sim.output import provenance, to_json, write_text
 from sim.setup import make_policy
 from sim.timeline import Timeline
@@ -32,6 +34,8 @@ from sim.timeline import Timeline
 TIMELINE_FORWARDS = 8
 _LAST_PAGE_S = 8.0
 """Kept back of the minutes: the tables and the picture are drawn at the end."""
+_WRITTEN = ("README.md", "summary.json", "table.csv", "runs.csv", "beside.json", "provenance.json", "fidelity.png",
+            "timeline.json")  # fmt: skip
 _RECORD_REMEDY = "write one with python -m replay.calibrate: NAME.calibration.json"
 
 
@@ -55,6 +59,7 @@ class Validation:
         self.breadth_s: float | None = None
         """When every policy and capacity of the first model had been measured once."""
         self.broke_off: str | None = None
+        self.finished = False
         self._lasted_s: dict[str, float] = {}
         self._overlaid: str = "adaptive" if "adaptive" in asked.policies else asked.policies[0]
         """The policy whose first comparison becomes the timelines; empty when they are written."""
@@ -81,6 +86,11 @@ class Validation:
             configure(self._bench.overrides(case, case.batch_size))
         if args.calibration is not None:
             self.raw = load_record(args.calibration, self.scale)
+        for stale in (*(self.out / name for name in _WRITTEN), *(self.out / "logs").glob("*.parquet")):
+            # What an earlier run has left is not to be taken for this one's.
+            stale.unlink(missing_ok=True)
+        if self.raw:
+            self.say(f"calibrated before: {args.calibration}")
         else:
             self.say("calibrating")
             self.raw = calibrate(self.device, models, asked.policies, self.scale, stacks=self._calibrated_stacks(),
@@ -229,7 +239,7 @@ class Validation:
         differ = [one["policy"] for one in self.lockstep if one["difference"] is not None]
         return {
             "quote": judged["quote"],
-            "not_shown": [*([f"it broke off: {self.broke_off}"] if self.broke_off else []), *judged["not_shown"],
+            "not_shown": [*self._unfinished(), *judged["not_shown"],
                           *([f"{wrong} stamps were wrong"] if wrong else []),
                           *([f"decisions differ in lockstep: {', '.join(differ)}"] if differ else [])],
             "machine": self.machine,
@@ -252,11 +262,18 @@ class Validation:
             "link_peak_gb_per_s": link_peak_gb_per_s(self.raw),
         }  # fmt: skip
 
+    def _unfinished(self) -> list[str]:
+        """Why what is written now is not the end of it: a process that is killed leaves its last page behind."""
+        if self.broke_off:
+            return [f"it broke off: {self.broke_off}"]
+        return [] if self.finished else [f"it was still running, after {len(self.singles)} replays"]
+
     def _report(self) -> None:
         """Page and picture of what is there by now."""
         write_report(self.out, self._table(), self._summary())
 
     def _write_all(self) -> dict[str, Any]:
+        self.finished = self.broke_off is None
         self.loops_ns.append(python_loop_ns())
         summary = self._summary()
         write_text(self.out / "summary.json", to_json(summary))
@@ -281,6 +298,18 @@ def load_record(path: Path, scale: int) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); {_RECORD_REMEDY}") from None
     if not isinstance(raw, dict) or raw.get("format") != "expertflow-calibration":
         raise ValueError(f"{path} is no calibration record; {_RECORD_REMEDY}")
-    if raw["scale"] != scale:
-        raise ValueError(f"{path} was measured at scale {raw['scale']}, this run has {scale}; calibrate at that scale")
+    if raw.get("scale") != scale:
+        raise ValueError(f"{path} was measured at scale {raw.get('scale')}, this run has {scale}; calibrate at that "
+                         "scale")  # fmt: skip
+    try:
+        hardware, stack = profiles(raw, "record")
+        hardware_from_dict(hardware)
+        stack_from_dict(stack)
+        missing = [key for key in ("pad_share", "python_loop_ns", "decisions", "date") if key not in raw]
+        if missing:
+            raise KeyError(missing[0])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, StopIteration) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(f"{path} is damaged, or of another version of this program: {what}; calibrate "
+                         "again") from None  # fmt: skip
     return raw

@@ -104,6 +104,10 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
     if trace is None:
         trace = make_trace(cfg["trace"])
     model = make_model(cfg["model"], trace)
+    scaled = [name for name in hardware.kernel_ns if name.startswith(f"{model.name}/")]
+    if scaled and model.name not in hardware.kernel_ns:
+        raise ValueError(f"hardware={hardware.name} was measured with {scaled[0]}, widths divided, and says nothing of "
+                         f"{model.name} itself; hold it against its machine: python -m replay.validate")  # fmt: skip
     batch = BatchConfig(
         _whole(cfg, "batch_size", 1), _whole(cfg, "prefill_chunk", 1),
         None if cfg["max_tokens"] is None else _whole(cfg, "max_tokens", 1))  # fmt: skip

@@ -132,6 +132,9 @@ def test_a_lost_device_leaves_what_was_finished(
     def second_is_lost(rig: Rig, *args: Any) -> Ran:
         begun.append(rig)
         if len(begun) == 2:
+            # What a process that is killed here would leave behind claims nothing.
+            between = json.loads((tmp_path / "summary.json").read_text())
+            assert between["not_shown"][0] == "it was still running, after 1 replays"
             raise PartialRunError("gone", {}) from DeviceLostError("gone")
         return measure(rig, *args)
 
