@@ -41,7 +41,7 @@ from replay.measure import (
 )
 from replay.memory import available_bytes
 from replay.peak import link_peak_gb_per_s
-from replay.probe import HostProbe
+from replay.probe import HostProbe, HostRun
 from replay.profile import link_fit, profiles, summary
 from replay.programs import DEFAULT_KV_GRID
 from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
@@ -50,7 +50,7 @@ from replay.scale import scaled_model
 from replay.settings import CPU_SCALE
 from replay.slot_kernels import tuned_tiles
 from replay.standin import standin_trace
-from replay.steady import steady
+from replay.steady import keep_loaded, steady
 from replay.tables import KernelBench, kernel_tables, prompt_launches
 from sim.configure import configure
 from sim.entry import as_command
@@ -96,11 +96,15 @@ class InPlace:
     def __init__(self, device: Device, model: ModelSpec, scale: int, num_tokens: int) -> None:
         self.device, self.model, self.scale, self.num_tokens = device, model, scale, num_tokens
         self._rig: Rig | None = None
+        self._workloads: dict[tuple[str, str, int], tuple[dict[str, Any], Workload]] = {}
 
     def run(self, policy_name: str, stack: str, batch_size: int = 1) -> tuple[float, dict[str, Any]]:
         """(ms a forward, samples by kind) of one replay."""
         num_tokens = self.num_tokens if batch_size == 1 else self.num_tokens * batch_size // 2
-        cfg, full = in_place_workload(self.model, "a100", policy_name, num_tokens, batch_size, stack)
+        key = policy_name, stack, batch_size
+        if key not in self._workloads:
+            self._workloads[key] = in_place_workload(self.model, "a100", policy_name, num_tokens, batch_size, stack)
+        cfg, full = self._workloads[key]
         work = scaled_workload(full, self.scale)
         policy, transfer = make_policy(cfg["policy"], full, 0)
         needs = needs_of(work, policy, transfer)
@@ -127,7 +131,7 @@ class InPlace:
             self._rig = None
 
 
-def median_run(runs: Sequence[tuple[float, dict[str, Any]]]) -> tuple[float, dict[str, Any]]:
+def median_run(runs: Sequence[HostRun]) -> HostRun:
     """Of replays in place the one of median length."""
     return sorted(runs, key=lambda run: run[0])[len(runs) // 2]
 
@@ -324,6 +328,7 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     machine = choose_machine(args.machine)
     scale = scale_of(args.scale, machine)
     device = make_device(machine, args.throttle)
+    keep_loaded()
     try:
         raw = calibrate(device, models, policies, scale, quick=args.quick)
     finally:

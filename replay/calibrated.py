@@ -13,6 +13,7 @@ from replay.device import Device
 from replay.lateness import Tape
 from replay.machine import RealMachine
 from replay.plan import Case
+from replay.probe import HostRun
 from replay.rig import Rig
 from replay.run import replay_policy
 from replay.scale import scaled_model
@@ -72,31 +73,34 @@ def stack_pads_ns(raw: Mapping[str, Any], stack: Stack) -> tuple[float, float]:
     return stack.layer_overhead_ns * share, stack.head_overhead_ns * share
 
 
-def link_peak_gb_per_s(raw: Mapping[str, Any]) -> float | None:
-    """The fastest copies that were calibrated."""
-    return max((row["bytes"] / row["in_a_row_ns"] for row in raw.get("link", [])), default=None)
+def chunk_gb_per_s(raw: Mapping[str, Any], model: str) -> float | None:
+    """At what rate chunks of the experts of `model` follow one another on the link, as calibrated; None if unknown."""
+    found = raw.get("beside", {}).get(model)
+    return None if found is None else float(found["bytes"]) / float(found["idle_ns"])
 
 
 class Beside:
-    """The host's costs, measured anew beside each run, on the calibration's trace; `raw` is kept up to date."""
+    """The host's costs, measured anew beside each run, on the calibration's trace; told to, `raw` takes them in."""
 
     def __init__(self, device: Device, raw: Mapping[str, Any], scale: int) -> None:
         self._device, self._raw, self._scale = device, raw, scale
         self._in_place: InPlace | None = None
-        self._runs: dict[Case, list[tuple[float, dict[str, Any]]]] = {}
         self.samples: dict[str, Any] = {}
         """By case: the samples that it was predicted with, those of the run of median length."""
 
-    def measure(self, case: Case) -> None:
-        """One short replay in place; from here on `raw` says of the host what the median of this case's said."""
+    def measure(self, case: Case) -> HostRun:
+        """One short replay in place."""
         model = named_model(case.model)
         if self._in_place is None or self._in_place.model.name != case.model:
             self.release()
             self._in_place = InPlace(self._device, model, self._scale, IN_PLACE_TOKENS)
-        runs = self._runs.setdefault(case, [])
-        runs.append(self._in_place.run(case.policy, case.stack, case.batch_size))
+        return self._in_place.run(case.policy, case.stack, case.batch_size)
+
+    def use(self, case: Case, runs: Sequence[HostRun]) -> None:
+        """From here on `raw` says of the host what the median of `runs`, measured for `case`, says."""
         samples = self.samples[str(case)] = median_run(runs)[1]
-        self._raw["host"][scaled_model(model, self._scale).name].setdefault(case.stack, {})[case.policy] = samples
+        model = scaled_model(named_model(case.model), self._scale).name
+        self._raw["host"][model].setdefault(case.stack, {})[case.policy] = samples
 
     def release(self) -> None:
         """Give the memory back."""

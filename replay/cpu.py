@@ -101,6 +101,7 @@ class CpuDevice:
     world = "cpu"
     dtype = torch.float32
     captures = False
+    ends_inside = True
 
     def __init__(self, throttle_gb_per_s: float | None = None, latency_ns: int = 0) -> None:
         self.torch_device = torch.device("cpu")

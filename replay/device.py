@@ -59,6 +59,9 @@ class Device(Protocol):
     """What the kernels compute in."""
     captures: bool
     """Whether programs are captured: then each shape that is to be launched in a run is prepared before it."""
+    ends_inside: bool
+    """Whether the events of a launch under way have not happened yet: else they seem to have, at the last launch's
+    times, until the streams get there."""
     numbers: Sequence[int]
     """[1] how many launches of gated programs the host can see the end of, since the device was opened."""
 

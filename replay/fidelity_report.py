@@ -116,7 +116,7 @@ def _made(summary: dict[str, Any]) -> str:
     machine = summary["machine"]
     made = f"torch {machine['torch']}, computing in {machine['dtype']}; {summary['tokens']} tokens a run"
     if summary["repeat"] > 1:
-        made += f"; the median of {summary['repeat']} replays, which take turns with those of other rows"
+        made += f"; {summary['repeat']} replays of each row, which take turns with those of other rows"
     if summary["beside"]:
         made += "; the host's costs measured beside each"
     if summary["scale"] > 1:
@@ -159,7 +159,12 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
             + _list([f"{name}: {percent(share)}" for name, share in zip(rows[HOST_BOUND], late, strict=True)])
         )
     if rows[ONCE]:
-        lines.append(f"- Rows measured once, so not judged: {len(rows[ONCE])}." + _list(rows[ONCE]))
+        lines.append(f"- Rows of which no two replays were made at one speed of the host, so not judged: "
+                     f"{len(rows[ONCE])}." + _list(rows[ONCE]))  # fmt: skip
+    if summary["set_aside"]:
+        lines.append(f"- Replays set aside: {summary['set_aside']} of {summary['replays']}. The fixed loop around them "
+                     "says that the host changed its speed meanwhile, or had another than in the rest of the row "
+                     "(`runs.csv`).")  # fmt: skip
     lines += [
         f"- Stamps: {stamps['wrong']} wrong in {stamps['executions']:,} expert executions ({stamps['checks']:,} "
         "checks).",
@@ -172,7 +177,7 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         lines.append(f"- Host: a fixed Python loop took {first} ms before, {middle} between (median) and {last} after; "
                      f"the slowest of {len(loop['times_ns'])} is {percent(loop['drift'])} above the "
                      "fastest.")  # fmt: skip
-    busiest = _busiest(table, summary["link_peak_gb_per_s"])
+    busiest = _busiest(table, summary["chunk_gb_per_s"])
     if busiest:
         lines.append(busiest)
     if summary["breadth_s"] is not None:
@@ -197,14 +202,19 @@ def _row(row: pd.Series[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _busiest(table: pd.DataFrame, peak: float | None) -> str | None:
+def _busiest(table: pd.DataFrame, chunk_gb_per_s: dict[str, float | None]) -> str | None:
     """How fast the link was where it was the bottleneck: most link time per elapsed time."""
-    if not peak or table.empty:
+    if table.empty:
         return None
     row = table.iloc[int((table["link_ms_measured"] / table["elapsed_ms_measured"]).to_numpy().argmax())]
-    share = row["link_gb_per_s_measured"] / peak
-    return (f"- Link: {row['link_gb_per_s_measured']:.4g} GB/s while copying in the most transfer-bound row "
-            f"({row['policy']}, {row['stack']}), {100 * share:.1f} % of the {peak:.4g} measured at best.")  # fmt: skip
+    calibrated = chunk_gb_per_s.get(row["model"])
+    if not calibrated:
+        return None
+    rate = row["link_gb_per_s_measured"]
+    return (
+        f"- Link: {rate:.4g} GB/s while copying in the most transfer-bound row ({row['policy']}, {row['stack']}), "
+        f"{100 * rate / calibrated:.1f} % of the {calibrated:.4g} at which such chunks follow one another."
+    )
 
 
 def _list(items: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ class RealMachine:
         self.host = host
         self.slots = slots
         self.stamps = stamps
-        self.layer_pad_ns = layer_pad_ns
+        self.layer_pad_ns, self.head_pad_ns = layer_pad_ns, head_pad_ns
         self.num_read_first = 0
         """Launches that had to wait until an earlier one of their program had ended and was read."""
         offsets = chunk_offsets(chunk_bytes)
@@ -72,6 +72,8 @@ class RealMachine:
         self._number = device.numbers[0]
         self._gate = 0
         """Mark of the last gated launch: nothing is told of it before its number is seen."""
+        self._gate_start_ns: int | None = None
+        """When its kernels began, once that is read."""
         self._compute_end_ns = self._copy_end_ns = self._now_ns = 0
         pinned = device.world == "cuda"
         self._routing = torch.zeros(kernels.routing.shape, dtype=torch.int64, pin_memory=pinned)
@@ -105,6 +107,7 @@ class RealMachine:
         if program.mark:
             self._read_first(program)
         self._number += 1
+        self._gate_start_ns = None
         mark = self._gate = self._launch(program)
         return mark
 
@@ -185,18 +188,25 @@ class RealMachine:
     def _read_one(self) -> None:
         """While there is nothing else to do: take the times of the next program, if it has ended.
 
-        A gate is left to who waits for it: its kernels end before the host has what they found.
+        A gate's end is left to who waits for it: its kernels end before the host has what they found. When they began
+        is read while they run, so that nobody waits for that once they have ended.
         """
-        unread = self._unread
-        if unread and unread[0].mark != self._gate and self.device.happened(unread[0].end):
-            self._take()
+        if not self._unread:
+            return
+        program, device = self._unread[0], self.device
+        if program.mark != self._gate:
+            if device.happened(program.end):
+                self._take()
+        elif self._gate_start_ns is None and device.ends_inside and device.happened(program.start):
+            self._gate_start_ns = device.time_ns(program.start)
 
     def _take(self) -> None:
         """Read the times of the first unread program, which has ended."""
         program = self._unread.popleft()
         mark, time_ns = program.mark, self.device.time_ns
         # Times are rounded apart: a stream's intervals follow one another all the same.
-        start_ns = time_ns(program.start)
+        early_ns = self._gate_start_ns if mark == self._gate else None
+        start_ns = time_ns(program.start) if early_ns is None else early_ns
         if start_ns < self._compute_end_ns:
             start_ns = self._compute_end_ns
         end_ns = time_ns(program.end)

@@ -9,10 +9,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from expertflow.forward import Forward
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
 from replay.machine import RealMachine
+
+HostRun = tuple[float, Mapping[str, Any]]
+"""(ms a forward, what `profile.summary` makes of the samples) of a short replay in place."""
 
 _CALL, _WAKE = 0, 1
 
@@ -29,10 +33,11 @@ class HostProbe:
     attention, head, experts: one launch. issue, issue_gap: one copy, and what passes from it to the next call or wait.
     classify: from the routing known to the next call. observe: from any other wake to the next call or wait. decide:
     from the launch before the decision to its end. forward: from the forward's begin to its first launch. gate_sync,
-    token_sync: from the device's end of the kernel to the host's knowing. first_kernel: from the call of a launch on an
-    idle stream to the kernel's start. run attention, run head, run experts[n], run experts_shared[n]: how long the
-    kernels of such a launch ran. lone_copy: from the issue of a copy on an idle link to its end. load_sync: from the
-    end of a chunk that was waited for to the host's knowing.
+    token_sync: from the device's end of the kernel, or from when the host began to wait if that is later, to the
+    host's knowing. load_sync: the same of a chunk that was waited for. first_kernel: from the call of a launch on an
+    idle stream to the kernel's start, without the stack's pad. run attention, run head, run experts[n], run
+    experts_shared[n]: how long the kernels of such a launch ran. lone_copy: from the issue of a copy on an idle link to
+    its end.
     """
 
     def __init__(self, machine: RealMachine) -> None:
@@ -40,8 +45,8 @@ class HostProbe:
         self.device = machine.device
         self.samples: dict[str, list[float]] = defaultdict(list)
         self._last = (_CALL, "", 0)
-        self._launched_at: dict[int, int] = {}
-        self._kinds: dict[int, str] = {}
+        self._launched: dict[int, tuple[str, int, int]] = {}
+        """By mark: (kind, when its launch was called on the device's clock, pad before its kernels), ns."""
         self._issued_at: deque[int] = deque()
         self._stream_end_ns = self._link_end_ns = 0
 
@@ -72,26 +77,26 @@ class HostProbe:
         self._machine.begin_forward(forward)
         self._leave("begin_forward", entered)
 
-    def _launched(self, name: str, kind: str, launch: Callable[[], int]) -> int:
+    def _launch(self, name: str, kind: str, pad_ns: int, launch: Callable[[], int]) -> int:
         entered, at = self._enter(name), self.device.now_ns()
         mark = launch()
-        self._launched_at[mark] = at
-        self._kinds[mark] = f"run {kind}"
+        self._launched[mark] = f"run {kind}", at, pad_ns
         self._leave(name, entered, name)
         return mark
 
     def attention(self, layer: int) -> int:
         """As the machine's."""
-        return self._launched("attention", "attention", lambda: self._machine.attention(layer))
+        machine = self._machine
+        return self._launch("attention", "attention", machine.layer_pad_ns, lambda: machine.attention(layer))
 
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
         """As the machine's."""
         kind = f"experts{'_shared' if shared else ''}[{len(keys)}]"
-        return self._launched("experts", kind, lambda: self._machine.experts(layer, keys, counts, shared))
+        return self._launch("experts", kind, 0, lambda: self._machine.experts(layer, keys, counts, shared))
 
     def head(self) -> int:
         """As the machine's."""
-        return self._launched("head", "head", self._machine.head)
+        return self._launch("head", "head", self._machine.head_pad_ns, self._machine.head)
 
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         """As the machine's."""
@@ -110,6 +115,7 @@ class HostProbe:
     def wait(self, wait: Wait) -> Record:
         """As the machine's."""
         self._enter("wait")
+        waiting_ns = self.device.now_ns()
         record = self._machine.wait(wait)
         marks = record[2]
         for _, _, _, end_ns in record[1]:
@@ -118,18 +124,17 @@ class HostProbe:
                 self.samples["lone_copy"].append(end_ns - issued)
             self._link_end_ns = end_ns
         if record[1] and not marks:
-            self.samples["load_sync"].append(self.device.now_ns() - record[1][-1][3])
+            self.samples["load_sync"].append(self.device.now_ns() - max(record[1][-1][3], waiting_ns))
         for mark, start_ns, end_ns in marks:
-            at = self._launched_at.pop(mark, None)
-            self.samples[self._kinds.pop(mark)].append(end_ns - start_ns)
-            if at is not None and at >= self._stream_end_ns:
-                pad = self._machine.layer_pad_ns
-                self.samples["first_kernel"].append(start_ns - at - (pad if start_ns - at > pad else 0))
+            kind, at, pad_ns = self._launched.pop(mark)
+            self.samples[kind].append(end_ns - start_ns)
+            if at >= self._stream_end_ns:
+                self.samples["first_kernel"].append(start_ns - at - pad_ns)
             self._stream_end_ns = end_ns
         known = bool(marks) and marks[-1][0] == wait[1] and wait[0] != LOAD
         if known:
             # The host learns of it through the machine's clock; when it came back is what counts.
             name = {GATE: "gate_sync", TOKEN: "token_sync"}[wait[0]]
-            self.samples[name].append(self.device.now_ns() - marks[-1][2])
+            self.samples[name].append(self.device.now_ns() - max(marks[-1][2], waiting_ns))
         self._last = (_WAKE, "gate" if known and wait[0] == GATE else "load", time.perf_counter_ns())
         return record

@@ -17,6 +17,7 @@ from pathlib import Path
 from replay.calibrate import check_name, scale_of
 from replay.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from replay.rig import MACHINES, choose_machine, make_device
+from replay.steady import keep_loaded
 from replay.validation import Validation
 from sim.configure import configure
 from sim.entry import as_command
@@ -115,6 +116,7 @@ def _validate(args: argparse.Namespace) -> int:
     scale = args.scale = scale_of(args.scale, machine)
     pace = args.throttle if args.throttle is not None or machine == "cuda" else _pace(args.hardware, scale)
     device = make_device(machine, pace)
+    keep_loaded()
     try:
         summary = Validation(args, asked, device, out).run()
     finally:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from replay.calibrate import calibrate, named_model, write_profile
-from replay.calibrated import Beside, link_peak_gb_per_s
+from replay.calibrated import Beside, chunk_gb_per_s
 from replay.device import Device
-from replay.fidelity import Ran, measure, predict, row_of
+from replay.fidelity import measure, predict, row_of
 from replay.fidelity_report import write_report
 from replay.hostspeed import drift, python_loop_ns
 from replay.lockstep import check_log
@@ -23,6 +23,8 @@ from replay.overlay import write_overlay
 from replay.plan import Asked, Case, breadth_of, share_of_time, turns_of
 from replay.profile import profiles
 from replay.run import scaled_workload
+from replay.scale import scaled_model
+from replay.takes import Take, counted
 from replay.verdict import BARS, judge
 from replay.workbench import Workbench
 from sim.configure import configure
@@ -36,6 +38,8 @@ _LAST_PAGE_S = 8.0
 """Kept back of the minutes: the tables and the picture are drawn at the end."""
 _WRITTEN = ("README.md", "summary.json", "table.csv", "runs.csv", "beside.json", "provenance.json", "fidelity.png",
             "timeline.json")  # fmt: skip
+_TAKES_A_REPLAY = 3
+"""Of a row whose host keeps changing its speed: so many replays are made at most for each one that is to count."""
 _RECORD_REMEDY = "write one with python -m replay.calibrate: NAME.calibration.json"
 
 
@@ -49,9 +53,9 @@ class Validation:
         self.scale: int = args.scale
         self.raw: dict[str, Any] = {}
         self.rows: dict[Case, dict[str, Any]] = {}
-        self.runs: dict[Case, list[Ran]] = {}
-        self.singles: list[dict[str, Any]] = []
-        """Every single replay, in the order of time."""
+        self.takes: dict[Case, list[Take]] = {}
+        self.singles: list[tuple[Case, Take, dict[str, Any]]] = []
+        """Every single replay, in the order of time, with what `runs.csv` says of it."""
         self.loops_ns: list[int] = []
         self.skipped: list[Case] = []
         self.integrity: list[dict[str, Any]] = []
@@ -137,10 +141,21 @@ class Validation:
             if stamps_too and number == breadth - 1:
                 self.breadth_s = round(self._elapsed_s(), 1)
         else:
-            # All that was planned is done: what time is left goes to stamps.
-            self._check_stamps(cases[0].model)
+            # All that was planned is done: what time is left goes to stamps, and to rows of too few replays that count.
+            if stamps_too:
+                self._check_stamps(cases[0].model)
+            while again := self._short_of_replays(cases):
+                if self._elapsed_s() + self._lasted_s[again.policy] > until_s:
+                    break
+                self._take(again, "again")
         if self.rows:
             self._report()
+
+    def _short_of_replays(self, cases: Sequence[Case]) -> Case | None:
+        """The one with the fewest replays that count, if more are wanted of it and there is hope."""
+        wanted, most = self.args.repeat, _TAKES_A_REPLAY * self.args.repeat
+        short = {case: len(counted(takes)) for case, takes in self.takes.items() if case in cases and len(takes) < most}
+        return min((case for case, count in short.items() if count < wanted), key=short.__getitem__, default=None)
 
     def _take(self, case: Case, place: str) -> None:
         """Measure `case` once more, predict it with what is known of the host by now, and keep both."""
@@ -148,15 +163,24 @@ class Validation:
         cfg, full = self._bench.workload(case, self._bench.tokens(case))
         work = scaled_workload(full, self.scale)
         rig = self._bench.rig_for(work, *make_policy(cfg["policy"], full, cfg["seed"]))
-        self.loops_ns.append(python_loop_ns())
+        loops_ns, host = [python_loop_ns()], None
         if self._beside is not None:
-            self._beside.measure(case)
-        runs = self.runs.setdefault(case, [])
-        runs.append(measure(rig, self.raw, cfg, full, work))
-        row = self.rows[case] = row_of(case, runs, predict(self.raw, self.args.name, cfg, full, work, case))
+            host = self._beside.measure(case)
+            loops_ns.append(python_loop_ns())
+        ran = measure(rig, self.raw, cfg, full, work)
+        loops_ns.append(python_loop_ns())
+        self.loops_ns += loops_ns
+        takes = self.takes.setdefault(case, [])
+        takes.append(Take(ran, tuple(loops_ns), host))
+        kept = counted(takes)
+        if self._beside is not None:
+            self._beside.use(case, [take.host for take in kept if take.host is not None])
+        predicted = predict(self.raw, self.args.name, cfg, full, work, case)
+        row = self.rows[case] = row_of(case, [take.ran for take in kept], predicted)
+        row["num_set_aside"] = len(takes) - len(kept)
         self._keep(case, began)
         stall = "–" if row["stall_error"] is None else f"{100 * row['stall_error']:+.1f} %"
-        self.say(f"{place} {case}: TPOT {runs[-1].metrics['tpot_ms']['mean']:.3f} ms, predicted "
+        self.say(f"{place} {case}: TPOT {ran.metrics['tpot_ms']['mean']:.3f} ms, predicted "
                  f"{row['tpot_ms_predicted']:.3f} ({100 * row['tpot_error']:+.1f} % off the median), stall {stall}")
         if case.policy == self._overlaid:
             self._overlaid = ""
@@ -165,16 +189,27 @@ class Validation:
 
     def _keep(self, case: Case, began_s: float) -> None:
         """What is there by now, each file whole."""
-        ran = self.runs[case][-1]
-        self.singles.append({
-            "at_s": round(began_s, 3), "case": str(case), "repeat": len(self.runs[case]),
-            "tpot_ms": ran.metrics["tpot_ms"]["mean"], "elapsed_ns": ran.metrics["elapsed_ns"],
-            "compute_ns": ran.metrics["compute_ns"], "stall_ns": ran.metrics["stall_ns"],
-            "overhead_ns": ran.metrics["overhead_ns"], "late_ns": ran.late_ns, "python_loop_ns": self.loops_ns[-1],
-        })  # fmt: skip
+        take = self.takes[case][-1]
+        metrics = take.ran.metrics
+        said = {
+            "at_s": round(began_s, 3),
+            "case": str(case),
+            "repeat": len(self.takes[case]),
+            "tpot_ms": metrics["tpot_ms"]["mean"],
+            **{name: metrics[name] for name in ("elapsed_ns", "compute_ns", "stall_ns", "overhead_ns")},
+            "late_ns": take.ran.late_ns,
+            "python_loop_ns": round(take.speed_ns),
+            "python_loop_drift": round(take.drift, 4),
+        }
+        self.singles.append((case, take, said))
         write_text(self.out / "table.csv", self._table().to_csv(index=False))
-        write_text(self.out / "runs.csv", pd.DataFrame(self.singles).to_csv(index=False))
+        write_text(self.out / "runs.csv", self._runs().to_csv(index=False))
         write_text(self.out / "summary.json", to_json(self._summary()))
+
+    def _runs(self) -> pd.DataFrame:
+        """Every single replay; which of them count may change with each new one."""
+        kept = {id(take) for takes in self.takes.values() for take in counted(takes)}
+        return pd.DataFrame([said | {"counts": id(take) in kept} for _, take, said in self.singles])
 
     def _table(self) -> pd.DataFrame:
         return pd.DataFrame(list(self.rows.values()))
@@ -259,7 +294,10 @@ class Validation:
                        "checks": sum(one["checks"] for one in self.integrity),
                        "wrong": wrong, "runs": self.integrity},
             "lockstep": self.lockstep,
-            "link_peak_gb_per_s": link_peak_gb_per_s(self.raw),
+            "set_aside": sum(int(row["num_set_aside"]) for row in rows),
+            "replays": len(self.singles),
+            "chunk_gb_per_s": {name: chunk_gb_per_s(self.raw, scaled_model(named_model(name), self.scale).name)
+                               for name in self.args.models},
         }  # fmt: skip
 
     def _unfinished(self) -> list[str]:

@@ -28,6 +28,7 @@ class Workbench:
         self.args, self.device, self.scale = args, device, int(args.scale)
         self._rig: Rig | None = None
         self._workloads: dict[tuple[Any, ...], Workload] = {}
+        self._configs: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def overrides(self, case: Case, num_tokens: int) -> list[str]:
         """The configuration of `case`, cut to `num_tokens`."""
@@ -47,7 +48,8 @@ class Workbench:
 
     def workload(self, case: Case, num_tokens: int) -> tuple[dict[str, Any], Workload]:
         """(configuration, workload before it is scaled) of `case`. ValueError if its batch is never filled."""
-        cfg = configure(self.overrides(case, num_tokens))
+        overrides = self.overrides(case, num_tokens)
+        cfg = self._configs.get(tuple(overrides)) or self._configs.setdefault(tuple(overrides), configure(overrides))
         key = (case.model, case.stack, case.residency, case.batch_size, num_tokens)
         if key not in self._workloads:
             trace = standin_trace(make_trace(cfg["trace"]), named_model(case.model))

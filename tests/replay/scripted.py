@@ -79,6 +79,7 @@ class ScriptedDevice:
 
     world = "cpu"
     dtype = torch.float32
+    ends_inside = True
 
     def __init__(self, captures: bool = True) -> None:
         self.torch_device = torch.device("cpu")

@@ -40,7 +40,7 @@ def test_is_a_device() -> None:
             assert inspect.signature(getattr(CudaDevice, name)).parameters.keys() == inspect.signature(
                 wanted).parameters.keys(), name  # fmt: skip
     with on_fake() as (_, device):
-        assert set(Device.__annotations__) == {"world", "torch_device", "dtype", "captures", "numbers"}
+        assert set(Device.__annotations__) == {"world", "torch_device", "dtype", "captures", "numbers", "ends_inside"}
         assert device.world == "cuda"
         assert dict(device.describe())["name"] == "Fake GPU"
         assert CudaDevice.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import pytest
 
 from expertflow.machine import GATE, LOAD, TOKEN
 from replay import calibrated
-from replay.calibrated import Beside, link_peak_gb_per_s, replay_on_tape, stack_pads_ns
+from replay.calibrated import Beside, chunk_gb_per_s, replay_on_tape, stack_pads_ns
 from replay.device import Device
 from replay.lateness import late_ns
 from replay.plan import Case as Row
@@ -45,9 +45,8 @@ def test_a_tape_holds_every_wait_with_its_record_and_changes_nothing(tmp_path: P
 def test_pads_are_as_long_as_they_last_and_the_link_as_fast_as_it_was() -> None:
     stack = Stack("x", layer_overhead_ns=1000, head_overhead_ns=500, sources={})
     assert stack_pads_ns({"pad_share": 1.1}, stack) == (pytest.approx(1100), pytest.approx(550))
-    link = [{"bytes": 100, "in_a_row_ns": 50.0}, {"bytes": 900, "in_a_row_ns": 300.0}]
-    assert link_peak_gb_per_s({"link": link}) == 3.0
-    assert link_peak_gb_per_s({}) is None
+    assert chunk_gb_per_s({"beside": {"x": {"bytes": 900, "idle_ns": 300.0, "busy_ns": 400.0}}}, "x") == 3.0
+    assert chunk_gb_per_s({"beside": {}}, "x") is None
 
 
 class InPlace:
@@ -76,14 +75,16 @@ def test_beside_each_run_the_median_of_its_own_hosts_counts(monkeypatch: pytest.
     raw: dict[str, Any] = {"host": {"gpt-oss-20b": {}, "deepseek-v2-lite": {}}}
     beside = Beside(cast(Device, None), raw, 1)
     one, other = (Row("gpt-oss-20b", "found", 0.5, 8, name) for name in ("lru", "oracle"))
-    seen = []
-    for _ in range(3):
-        beside.measure(one)
-        seen.append(raw["host"]["gpt-oss-20b"]["found"]["lru"]["of"])
-    assert seen == [5.0, 9.0, 6.0]
+    runs = [beside.measure(one) for _ in range(3)]
+    assert raw["host"]["gpt-oss-20b"] == {}
+    for count, length in ((1, 5.0), (2, 9.0), (3, 6.0)):
+        beside.use(one, runs[:count])
+        assert raw["host"]["gpt-oss-20b"]["found"]["lru"]["of"] == length
     assert beside.samples[str(one)] == {"of": 6.0, "run": ("lru", "found", 8)}
-    beside.measure(other)
-    assert raw["host"]["gpt-oss-20b"]["found"] == {"lru": beside.samples[str(one)],
-                                                   "oracle": beside.samples[str(other)]}  # fmt: skip
+    beside.use(other, [beside.measure(other)])
+    assert raw["host"]["gpt-oss-20b"]["found"] == {
+        "lru": beside.samples[str(one)],
+        "oracle": beside.samples[str(other)],
+    }
     beside.measure(Row("deepseek-v2-lite", "found", 0.5, 1, "lru"))
     assert InPlace.log == ["made gpt-oss-20b", "released", "made deepseek-v2-lite"]

@@ -121,7 +121,8 @@ def summary(rows: list[dict[str, Any]], bars: Bars = BARS["cuda"], **changes: An
         "judged": judged, "host_loop": drift([2_000_000, 3_000_000, 2_500_000]),
         "breadth_s": 6.2, "minutes": 6, "left_out": [],
         "stamps": {"executions": 1_000_000, "checks": 8_000_000, "wrong": 0, "runs": []},
-        "lockstep": [{"policy": "lru", "decisions": 99, "forwards": 3, "difference": None}], "link_peak_gb_per_s": 25.5,
+        "lockstep": [{"policy": "lru", "decisions": 99, "forwards": 3, "difference": None}], "set_aside": 0,
+        "replays": 6, "chunk_gb_per_s": {"gpt-oss-20b": 25.5},
     }  # fmt: skip
     return {**plain, **changes}
 
@@ -138,11 +139,11 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
                      "0 wrong in 1,000,000", "1 of 1 policies take the same decisions", "Over a bar: 0 of 4 errors.",
                      "took 2.00 ms before, 2.50 between (median) and 2.50 after; the slowest of 3 is 50.0 % above",
                      "Every policy and capacity had been measured once after 6 s of 360.",
-                     "the grey band is as wide as the bar", "25 GB/s while copying", "98.0 % of the 25.5",
+                     "the grey band is as wide as the bar", "25 GB/s while copying", "98.0 % of the 25.5 at which such chunks",
                      "| lru | 10.000 | 10.000 | +0.0 % | 1.0 % | 2.000 | 2.000 | +0.0 % | 0.0 % |",
                      "+0.0 % | holds |"):  # fmt: skip
         assert expected in text
-    for unsaid in ("Left out", "Rows that are", "Rows without", "Rows measured", "Not shown", "NOT shown"):
+    for unsaid in ("Left out", "Rows that are", "Rows without", "Rows of which", "Replays set aside", "Not shown", "NOT shown"):
         assert unsaid not in text
 
 
@@ -158,7 +159,7 @@ def test_the_page_owns_up_to_what_was_missed_left_out_or_not_judged() -> None:
                      "more than a bar: 1.\n  - gpt-oss-20b eager 50 % batch 1 oracle",
                      "host-bound, so not judged: 1. For more than 2.0 %",
                      "  - gpt-oss-20b eager 50 % batch 1 adaptive: 2.1 %",
-                     "measured once, so not judged: 1.\n  - gpt-oss-20b eager 50 % batch 1 on_demand",
+                     "one speed of the host, so not judged: 1.\n  - gpt-oss-20b eager 50 % batch 1 on_demand",
                      "2 comparisons", "divided by 16; the link keeps pace with 0.1 GB/s",
                      "| – | 2.000 | 2.000 | – | – |", "| host-bound |", "| noise |", "| measured once |"):  # fmt: skip
         assert expected in text

@@ -52,14 +52,17 @@ def test_a_validation_writes_its_table_page_plot_timeline_and_profile(validated:
     assert (lru["num_misses_measured"] == lru["num_misses_predicted"]).all()
     runs = pd.read_csv(validated / "runs.csv")
     one, other = "gpt-oss-20b found 50 % batch 1", "gpt-oss-20b found 50 % batch 4"
-    assert list(runs["case"]) == [f"{where} {policy}" for where in (one, one, other, other)
-                                  for policy in ("lru", "adaptive")]  # fmt: skip
-    assert list(runs["repeat"]) == [1, 1, 2, 2] * 2
+    planned = [f"{where} {policy}" for where in (one, one, other, other) for policy in ("lru", "adaptive")]
+    assert list(runs["case"][:8]) == planned
+    assert list(runs["repeat"][:8]) == [1, 1, 2, 2] * 2
+    # What comes behind is taken again for a host that changed its speed.
+    assert set(runs["case"]) == set(planned)
+    assert len(runs) <= 3 * 8
     assert (runs["python_loop_ns"] > 0).all()
     for case, policy in ((one, "lru"), (other, "adaptive")):
-        mine = runs.loc[runs["case"] == f"{case} {policy}", "tpot_ms"]
-        mean = table.loc[(table["policy"] == policy) & (table["batch_size"] == int(case[-1])), "tpot_ms_measured"]
-        assert mean.item() == pytest.approx(mine.mean())
+        mine = runs.loc[(runs["case"] == f"{case} {policy}") & runs["counts"], "tpot_ms"]
+        found = table.loc[(table["policy"] == policy) & (table["batch_size"] == int(case[-1])), "tpot_ms_measured"]
+        assert found.item() == pytest.approx(mine.median())
 
 
 @pytest.mark.slow
@@ -71,7 +74,7 @@ def test_a_validation_finds_no_wrong_stamp_and_every_decision_again(validated: P
     assert all(one["decisions"] > 100 for one in summary["lockstep"])
     assert (summary["world"], summary["scale"], summary["left_out"]) == ("cpu", 16, [])
     assert summary["judged"]["num_rows"] == 4
-    assert len(summary["host_loop"]["times_ns"]) == 9
+    assert len(summary["host_loop"]["times_ns"]) == 2 * summary["replays"] + 1
     assert 0 < summary["breadth_s"] < summary["wall_s"]
     assert (validated / "README.md").read_text().splitlines()[2].removesuffix(".**").endswith(summary["quote"])
     assert lockstep([str(validated / "logs" / "cpu-adaptive.parquet")]) == 0
