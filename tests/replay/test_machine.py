@@ -17,7 +17,7 @@ from expertflow.identities import check_identities
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
 from expertflow.runtime import Runtime
 from replay.machine import RealMachine
-from replay.run import steady
+from replay.steady import keep_loaded, steady
 from sim.run import run_policy
 from sim.setup import load_chunks
 from tests.cli.support import job, tiny_trace
@@ -232,9 +232,36 @@ def test_forwards_are_built_before_the_clock_starts(trace: Path, monkeypatch: py
     assert at_start == [len(built)]
 
 
-def test_nothing_is_collected_while_the_clock_runs() -> None:
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+class Knot:
+    """Refers to itself: only a collection frees it."""
+
+    def __init__(self, gone: list[int]) -> None:
+        self.itself, self.gone = self, gone
+
+    def __del__(self) -> None:
+        self.gone.append(1)
+
+
+def test_what_lies_about_is_collected_before_the_clock_runs_and_nothing_while_it_does() -> None:
+    enabled, gone = gc.isenabled(), []
+    Knot(gone)
     with steady():
+        assert gone == [1]
         assert not gc.isenabled()
+        Knot(gone)
+        # Enough new objects for a collection of the youngest, were it not switched off.
+        kept = [[] for _ in range(20_000)]
+        assert gone == [1]
+    del kept
+    gc.collect()
+    assert gone == [1, 1]
+    assert gc.isenabled() == enabled
+
+
+def test_what_is_loaded_is_not_looked_at_again() -> None:
+    frozen = gc.get_freeze_count()
+    try:
+        keep_loaded()
         assert gc.get_freeze_count() > frozen
-    assert (gc.isenabled(), gc.get_freeze_count()) == (enabled, 0)
+    finally:
+        gc.unfreeze()
