@@ -21,6 +21,7 @@ from replay.steady import keep_loaded
 from replay.validation import Validation
 from sim.configure import configure
 from sim.entry import as_command
+from sim.setup import STARTS
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--beside", action=argparse.BooleanOptionalAction,
                       help="measure the host's costs anew beside each replay (default: on a GPU)")  # fmt: skip
     made.add_argument("--trace", type=Path, help="a recorded trace (default: the generated one)")
+    made.add_argument("--start", choices=STARTS, help="what the cache holds at first (default: as python -m sim)")
     made.add_argument("--minutes", type=float, default=8.0, help="it is done by then (default: 8)")
     made.add_argument("--calibration", type=Path, help="a record that is there, in place of a new calibration")
     made.add_argument("--hardware", default="a100", help="profile whose link a CPU machine keeps pace with")
