@@ -208,9 +208,9 @@ def _busiest(table: pd.DataFrame, chunk_gb_per_s: dict[str, float | None]) -> st
         return None
     row = table.iloc[int((table["link_ms_measured"] / table["elapsed_ms_measured"]).to_numpy().argmax())]
     calibrated = chunk_gb_per_s.get(row["model"])
-    if not calibrated:
-        return None
     rate = row["link_gb_per_s_measured"]
+    if not calibrated or not rate:
+        return None
     return (
         f"- Link: {rate:.4g} GB/s while copying in the most transfer-bound row ({row['policy']}, {row['stack']}), "
         f"{100 * rate / calibrated:.1f} % of the {calibrated:.4g} at which such chunks follow one another."
