@@ -60,6 +60,8 @@ from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
+RECORD_VERSION = 2
+"""Of what the raw record means; records of others are refused."""
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -81,12 +83,13 @@ def named_model(name: str) -> ModelSpec:
 
 
 def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: int, batch_size: int,
-                      stack: str = "found") -> tuple[dict[str, Any], Workload]:  # fmt: skip
-    """A short generated trace of the model's shape, at half residency."""
+                      stack: str = "found", residency: float = 0.5,
+                      start: str | None = None) -> tuple[dict[str, Any], Workload]:  # fmt: skip
+    """A short generated trace of the model's shape. start: what the cache holds at first (None: as configured)."""
     overrides = [f"+hardware={hardware}", f"+policy={policy}", f"trace.seed={SEED}", f"stack={stack}", "compare=none",
-                 f"batch_size={batch_size}", f"trace.num_tokens={num_tokens}",
+                 f"batch_size={batch_size}", f"trace.num_tokens={num_tokens}", f"residency={residency}",
                  f"trace.num_requests={batch_size}"]  # fmt: skip
-    cfg = configure(overrides)
+    cfg = configure(overrides if start is None else [*overrides, f"start={start}"])
     return cfg, make_workload(cfg, standin_trace(make_trace(cfg["trace"]), model))
 
 
@@ -96,14 +99,16 @@ class InPlace:
     def __init__(self, device: Device, model: ModelSpec, scale: int, num_tokens: int) -> None:
         self.device, self.model, self.scale, self.num_tokens = device, model, scale, num_tokens
         self._rig: Rig | None = None
-        self._workloads: dict[tuple[str, str, int], tuple[dict[str, Any], Workload]] = {}
+        self._workloads: dict[tuple[Any, ...], tuple[dict[str, Any], Workload]] = {}
 
-    def run(self, policy_name: str, stack: str, batch_size: int = 1) -> tuple[float, dict[str, Any]]:
+    def run(self, policy_name: str, stack: str, batch_size: int = 1, residency: float = 0.5,
+            start: str | None = None) -> HostRun:  # fmt: skip
         """(ms a forward, samples by kind) of one replay."""
         num_tokens = self.num_tokens if batch_size == 1 else self.num_tokens * batch_size // 2
-        key = policy_name, stack, batch_size
+        key = policy_name, stack, batch_size, residency, start
         if key not in self._workloads:
-            self._workloads[key] = in_place_workload(self.model, "a100", policy_name, num_tokens, batch_size, stack)
+            self._workloads[key] = in_place_workload(self.model, "a100", policy_name, num_tokens, batch_size, stack,
+                                                     residency, start)  # fmt: skip
         cfg, full = self._workloads[key]
         work = scaled_workload(full, self.scale)
         policy, transfer = make_policy(cfg["policy"], full, 0)
@@ -152,6 +157,7 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
 
     raw: dict[str, Any] = {
         "format": "expertflow-calibration",
+        "version": RECORD_VERSION,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": dict(device.describe()),
         "scale": scale,

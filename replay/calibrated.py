@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from expertflow.forward import Forward
 from expertflow.machine import Record, Wait
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.calibrate import InPlace, median_run, named_model
 from replay.device import Device
+from replay.hostspeed import tick_ns
 from replay.lateness import Tape
 from replay.machine import RealMachine
 from replay.plan import Case
@@ -21,15 +23,20 @@ from sim.hardware import Stack
 from sim.setup import Transfer, Workload
 
 IN_PLACE_TOKENS = 24
-_CALLS = ("begin_forward", "attention", "experts", "head", "copy", "decided")
+_CALLS = ("attention", "experts", "head", "copy", "decided")
 
 
 class TapedMachine:
-    """A machine that keeps what it was asked to wait for and what it answered; nothing else costs time."""
+    """A machine that keeps what it was asked to wait for and what it answered.
+
+    ticks_ns: how fast the host was, once a forward, while it waits for the first router; nothing else costs time.
+    """
 
     def __init__(self, machine: RealMachine) -> None:
         self._machine, self._block = machine, machine.wait
         self.tape: list[tuple[Wait, Record]] = []
+        self.ticks_ns: list[int] = []
+        self._begun = 0
         for name in _CALLS:
             # Straight through, without a call of our own.
             setattr(self, name, getattr(machine, name))
@@ -37,34 +44,40 @@ class TapedMachine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._machine, name)
 
+    def begin_forward(self, forward: Forward) -> None:
+        """As the machine's."""
+        self._begun += 1
+        self._machine.begin_forward(forward)
+
     def wait(self, wait: Wait) -> Record:
         """As the machine's."""
+        if self._begun > len(self.ticks_ns):
+            self.ticks_ns.append(tick_ns())
         record = self._block(wait)
         self.tape.append((wait, record))
         return record
 
 
 class _TapedRig:
-    """A rig whose machines keep a tape."""
+    """A rig whose machines keep a tape. made: its last machine."""
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
-        self.tape: list[tuple[Wait, Record]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rig, name)
 
     def machine(self, *args: Any, **kwargs: Any) -> TapedMachine:
-        made = TapedMachine(self._rig.machine(*args, **kwargs))
-        self.tape = made.tape
-        return made
+        self.made = TapedMachine(self._rig.machine(*args, **kwargs))
+        return self.made
 
 
 def replay_on_tape(rig: Rig, work: Workload, policy: Policy, transfer: Transfer,
-                   observers: Sequence[Observer]) -> tuple[dict[str, Any], Tape]:  # fmt: skip
-    """As `replay_policy`: the metrics, and all waits with their records."""
+                   observers: Sequence[Observer]) -> tuple[dict[str, Any], Tape, list[int]]:  # fmt: skip
+    """As `replay_policy`: the metrics, all waits with their records, and the ticks of a `TapedMachine`."""
     taped = _TapedRig(rig)
-    return replay_policy(cast(Rig, taped), work, policy, transfer, observers)[0], taped.tape
+    metrics, _ = replay_policy(cast(Rig, taped), work, policy, transfer, observers)
+    return metrics, taped.made.tape, taped.made.ticks_ns
 
 
 def stack_pads_ns(raw: Mapping[str, Any], stack: Stack) -> tuple[float, float]:
@@ -88,13 +101,13 @@ class Beside:
         self.samples: dict[str, Any] = {}
         """By case: the samples that it was predicted with, those of the run of median length."""
 
-    def measure(self, case: Case) -> HostRun:
-        """One short replay in place."""
+    def measure(self, case: Case, start: str | None = None) -> HostRun:
+        """One short replay in place, under the conditions of `case`. start: what the cache holds at first."""
         model = named_model(case.model)
         if self._in_place is None or self._in_place.model.name != case.model:
             self.release()
             self._in_place = InPlace(self._device, model, self._scale, IN_PLACE_TOKENS)
-        return self._in_place.run(case.policy, case.stack, case.batch_size)
+        return self._in_place.run(case.policy, case.stack, case.batch_size, case.residency, start)
 
     def use(self, case: Case, runs: Sequence[HostRun]) -> None:
         """From here on `raw` says of the host what the median of `runs`, measured for `case`, says."""

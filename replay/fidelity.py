@@ -45,11 +45,13 @@ class ForwardTimes(Observer):
 
 @dataclass(frozen=True)
 class Ran:
-    """One run in either world. late_ns: how long the device waited for a late host (`replay.lateness`)."""
+    """One run in either world. late_ns: how long the device waited for a late host (`replay.lateness`). ticks_ns: how
+    fast that was, forward by forward."""
 
     metrics: Mapping[str, Any]
     times: ForwardTimes
     late_ns: int = 0
+    ticks_ns: Sequence[int] = ()
 
 
 def measure(rig: Rig, raw: Mapping[str, Any], cfg: Mapping[str, Any], full: Workload, work: Workload,
@@ -58,8 +60,8 @@ def measure(rig: Rig, raw: Mapping[str, Any], cfg: Mapping[str, Any], full: Work
     lost."""
     policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
     times = ForwardTimes()
-    metrics, tape = replay_on_tape(rig, work, policy, transfer, [times, *observers])
-    return Ran(metrics, times, late_ns(tape, *stack_pads_ns(raw, work.stack)))
+    metrics, tape, ticks_ns = replay_on_tape(rig, work, policy, transfer, [times, *observers])
+    return Ran(metrics, times, late_ns(tape, *stack_pads_ns(raw, work.stack)), ticks_ns)
 
 
 def predict(raw: Mapping[str, Any], name: str, cfg: Mapping[str, Any], full: Workload, work: Workload, case: Case,

@@ -66,14 +66,14 @@ def breadth_of(cases: Sequence[Case]) -> list[Case]:
     return list(first.values())
 
 
-def turns_of(cases: Sequence[Case], repeat: int) -> Iterator[Case]:
-    """Each of `cases` (of one model) `repeat` times, in the order in which they are measured."""
+def blocks_of(cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
+    """`cases` (of one model) in the order in which they are measured: breadth, then stack by stack and batch by batch.
+    Those of a block take turns."""
     breadth = breadth_of(cases)
+    yield breadth
     rest = [case for case in cases if case not in breadth]
-    blocks = [list(block) for _, block in groupby(rest, key=lambda case: (case.stack, case.batch_size))]
-    for block in [breadth, *blocks]:
-        for _ in range(repeat):
-            yield from block
+    for _, block in groupby(rest, key=lambda case: (case.stack, case.batch_size)):
+        yield list(block)
 
 
 def tokens_for(world: str, minutes: float) -> int:

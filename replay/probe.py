@@ -34,10 +34,10 @@ class HostProbe:
     classify: from the routing known to the next call. observe: from any other wake to the next call or wait. decide:
     from the launch before the decision to its end. forward: from the forward's begin to its first launch. gate_sync,
     token_sync: from the device's end of the kernel, or from when the host began to wait if that is later, to the
-    host's knowing. load_sync: the same of a chunk that was waited for. first_kernel: from the call of a launch on an
-    idle stream to the kernel's start, without the stack's pad. run attention, run head, run experts[n], run
-    experts_shared[n]: how long the kernels of such a launch ran. lone_copy: from the issue of a copy on an idle link to
-    its end.
+    host's knowing. load_sync: the same of a chunk that was waited for. kernel_start: from the end of a launch on an
+    idle stream to the kernel's start, without the stack's pad; negative where it starts before the call returns. run
+    attention, run head, run experts[n], run experts_shared[n]: how long the kernels of such a launch ran. lone_copy:
+    from the issue of a copy on an idle link to its end.
     """
 
     def __init__(self, machine: RealMachine) -> None:
@@ -46,9 +46,10 @@ class HostProbe:
         self.samples: dict[str, list[float]] = defaultdict(list)
         self._last = (_CALL, "", 0)
         self._launched: dict[int, tuple[str, int, int]] = {}
-        """By mark: (kind, when its launch was called on the device's clock, pad before its kernels), ns."""
+        """By mark: (kind, when its launch returned on the device's clock, or -1 if the stream was not known to be idle,
+        pad before its kernels), ns."""
         self._issued_at: deque[int] = deque()
-        self._stream_end_ns = self._link_end_ns = 0
+        self._link_end_ns = 0
 
     def _enter(self, name: str) -> int:
         now = time.perf_counter_ns()
@@ -78,10 +79,10 @@ class HostProbe:
         self._leave("begin_forward", entered)
 
     def _launch(self, name: str, kind: str, pad_ns: int, launch: Callable[[], int]) -> int:
-        entered, at = self._enter(name), self.device.now_ns()
+        entered, idle = self._enter(name), not self._launched
         mark = launch()
-        self._launched[mark] = f"run {kind}", at, pad_ns
         self._leave(name, entered, name)
+        self._launched[mark] = f"run {kind}", self.device.now_ns() if idle else -1, pad_ns
         return mark
 
     def attention(self, layer: int) -> int:
@@ -117,6 +118,7 @@ class HostProbe:
         self._enter("wait")
         waiting_ns = self.device.now_ns()
         record = self._machine.wait(wait)
+        known_ns = self.device.now_ns()
         marks = record[2]
         for _, _, _, end_ns in record[1]:
             issued = self._issued_at.popleft()
@@ -124,17 +126,16 @@ class HostProbe:
                 self.samples["lone_copy"].append(end_ns - issued)
             self._link_end_ns = end_ns
         if record[1] and not marks:
-            self.samples["load_sync"].append(self.device.now_ns() - max(record[1][-1][3], waiting_ns))
+            self.samples["load_sync"].append(known_ns - max(record[1][-1][3], waiting_ns))
         for mark, start_ns, end_ns in marks:
             kind, at, pad_ns = self._launched.pop(mark)
             self.samples[kind].append(end_ns - start_ns)
-            if at >= self._stream_end_ns:
-                self.samples["first_kernel"].append(start_ns - at - pad_ns)
-            self._stream_end_ns = end_ns
+            if at >= 0:
+                self.samples["kernel_start"].append(start_ns - at - pad_ns)
         known = bool(marks) and marks[-1][0] == wait[1] and wait[0] != LOAD
         if known:
             # The host learns of it through the machine's clock; when it came back is what counts.
             name = {GATE: "gate_sync", TOKEN: "token_sync"}[wait[0]]
-            self.samples[name].append(self.device.now_ns() - max(marks[-1][2], waiting_ns))
+            self.samples[name].append(known_ns - max(marks[-1][2], waiting_ns))
         self._last = (_WAKE, "gate" if known and wait[0] == GATE else "load", time.perf_counter_ns())
         return record

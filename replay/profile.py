@@ -60,14 +60,16 @@ def host_costs(samples: Mapping[str, Mapping[str, float]], lone_copy_ns: float) 
     def mean(name: str) -> float:
         return samples[name]["mean"] if name in samples else 0.0
 
-    # A launch of experts also writes down which: that much longer it takes than one of attention.
-    launch = min(mean("attention"), mean("experts"), mean("first_kernel") or math.inf)
+    # A launch of experts also writes down which: that much longer it takes than one of attention. A kernel that starts
+    # before its launch returns leaves no latency, and less of the launch before it.
+    start = mean("kernel_start")
+    launch = max(min(mean("attention"), mean("experts")) + min(start, 0.0), 0.0)
     describe = max(mean("experts") - launch, 0.0)
     issues = samples.get("issue", {"count": 0})["count"]
     gaps = samples.get("issue_gap", {"count": 0})["count"]
     found = {
         "launch_host_ns": launch,
-        "launch_latency_ns": max(mean("first_kernel") - launch, 0.0),
+        "launch_latency_ns": max(start, 0.0),
         "issue_copy_ns": mean("issue") + (mean("issue_gap") * gaps / issues if issues else 0.0),
         "gate_sync_ns": mean("gate_sync"),
         "token_sync_ns": mean("token_sync"),
@@ -110,6 +112,10 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     chunk = (4 << 20) / raw["scale"] ** 2
     row = min(raw["link"], key=lambda row: abs(row["bytes"] - chunk))
     pageable = row["bytes"] / row["pageable_ns"]
+    peak = raw.get("link_peak_gb_per_s")
+    if peak is not None and pageable > peak:
+        raise MeasurementError(f"pageable copies seem to run at {pageable:.4g} GB/s on a link of {peak:.4g} at most; "
+                               "calibrate again when the machine is idle")  # fmt: skip
     slowdown = max(1.0, (expert["busy_ns"] - latency) / max(expert["idle_ns"] - latency, 1.0))
     if slowdown > MOST_SLOWDOWN:
         raise MeasurementError(f"link_slowdown={slowdown:.4g}: no kernel slows a copy so; calibrate again when the "

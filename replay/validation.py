@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from replay.calibrate import calibrate, named_model, write_profile
+from replay.calibrate import RECORD_VERSION, calibrate, named_model, write_profile
 from replay.calibrated import Beside, chunk_gb_per_s
 from replay.device import Device
 from replay.fidelity import measure, predict, row_of
@@ -20,7 +21,7 @@ from replay.hostspeed import drift, python_loop_ns
 from replay.lockstep import check_log
 from replay.log_reader import LogReader
 from replay.overlay import write_overlay
-from replay.plan import Asked, Case, breadth_of, share_of_time, turns_of
+from replay.plan import Asked, Case, blocks_of, share_of_time
 from replay.profile import profiles
 from replay.run import scaled_workload
 from replay.scale import scaled_model
@@ -65,6 +66,7 @@ class Validation:
         self.broke_off: str | None = None
         self.finished = False
         self._lasted_s: dict[str, float] = {}
+        self._planned = self._num_planned = 0
         self._overlaid: str = "adaptive" if "adaptive" in asked.policies else asked.policies[0]
         """The policy whose first comparison becomes the timelines; empty when they are written."""
         self._bench = Workbench(args, device)
@@ -124,38 +126,57 @@ class Validation:
         """The cases of one model, in the plan's order, as far as the time goes."""
         if not cases:
             return
-        turns = list(turns_of(cases, self.args.repeat))
-        breadth = len(breadth_of(cases))
-        self.say(f"{len(cases)} comparisons of {cases[0].model}, {len(turns)} replays")
+        blocks = [list(block) for block in blocks_of(cases)]
+        planned = self.args.repeat * len(cases)
+        self.say(f"{len(cases)} comparisons of {cases[0].model}, {planned} replays")
         if not stamps_too:
             self._make_rig(cases[0].model, False)
-        for number, case in enumerate(turns):
-            if stamps_too and number == breadth * self.args.repeat:
+        self._planned = planned
+        in_time = True
+        for number, block in enumerate(blocks):
+            in_time = in_time and self._take_block(block, until_s, breadth=stamps_too and not number)
+            if not in_time:
+                break
+            if stamps_too and not number:
                 self._report()
                 self._check_stamps(cases[0].model)
-            if self._elapsed_s() + self._lasted_s.get(case.policy, 0.0) > until_s:
-                self.skipped += [case for case in cases if case not in self.rows]
-                self.say(f"time is up: {len(turns) - number} replays left out")
-                break
-            self._take(case, f"{number + 1}/{len(turns)}")
-            if stamps_too and number == breadth - 1:
-                self.breadth_s = round(self._elapsed_s(), 1)
-        else:
+        self.skipped += [case for case in cases if case not in self.rows]
+        if in_time:
             # All that was planned is done: what time is left goes to stamps, and to rows of too few replays that count.
             if stamps_too:
                 self._check_stamps(cases[0].model)
-            while again := self._short_of_replays(cases):
-                if self._elapsed_s() + self._lasted_s[again.policy] > until_s:
-                    break
-                self._take(again, "again")
+            self._take_again(cases, self.args.repeat, until_s)
         if self.rows:
             self._report()
 
-    def _short_of_replays(self, cases: Sequence[Case]) -> Case | None:
-        """The one with the fewest replays that count, if more are wanted of it and there is hope."""
-        wanted, most = self.args.repeat, _TAKES_A_REPLAY * self.args.repeat
-        short = {case: len(counted(takes)) for case, takes in self.takes.items() if case in cases and len(takes) < most}
-        return min((case for case, count in short.items() if count < wanted), key=short.__getitem__, default=None)
+    def _take_block(self, block: Sequence[Case], until_s: float, breadth: bool) -> bool:
+        """Each of `block` in turn, as often as is asked for, then those again of which fewer than two replays count.
+        False if the time was up before all was done that is planned."""
+        for repeat in range(self.args.repeat):
+            for case in block:
+                if not self._has_time_for(case, until_s):
+                    self.say(f"time is up: {self._planned - self._num_planned} planned replays left out")
+                    return False
+                self._num_planned += 1
+                self._take(case, f"{self._num_planned}/{self._planned}")
+            if breadth and not repeat:
+                self.breadth_s = round(self._elapsed_s(), 1)
+        self._take_again(block, min(2, self.args.repeat), until_s)
+        return True
+
+    def _take_again(self, cases: Sequence[Case], wanted: int, until_s: float) -> None:
+        """Those of `cases` of which fewer than `wanted` replays count, the fewest first, while time and hope last."""
+        while True:
+            takes = {case: self.takes[case] for case in cases if case in self.takes}
+            short = {case: len(counted(found)) for case, found in takes.items()
+                     if len(found) < _TAKES_A_REPLAY * self.args.repeat}  # fmt: skip
+            case = min((case for case, count in short.items() if count < wanted), key=short.__getitem__, default=None)
+            if case is None or not self._has_time_for(case, until_s):
+                return
+            self._take(case, "again")
+
+    def _has_time_for(self, case: Case, until_s: float) -> bool:
+        return self._elapsed_s() + self._lasted_s.get(case.policy, 0.0) <= until_s
 
     def _take(self, case: Case, place: str) -> None:
         """Measure `case` once more, predict it with what is known of the host by now, and keep both."""
@@ -165,7 +186,7 @@ class Validation:
         rig = self._bench.rig_for(work, *make_policy(cfg["policy"], full, cfg["seed"]))
         loops_ns, host = [python_loop_ns()], None
         if self._beside is not None:
-            host = self._beside.measure(case)
+            host = self._beside.measure(case, self._bench.start(case))
             loops_ns.append(python_loop_ns())
         ran = measure(rig, self.raw, cfg, full, work)
         loops_ns.append(python_loop_ns())
@@ -198,8 +219,9 @@ class Validation:
             "tpot_ms": metrics["tpot_ms"]["mean"],
             **{name: metrics[name] for name in ("elapsed_ns", "compute_ns", "stall_ns", "overhead_ns")},
             "late_ns": take.ran.late_ns,
-            "python_loop_ns": round(take.speed_ns),
-            "python_loop_drift": round(take.drift, 4),
+            "python_loop_ns": round(statistics.median(take.loops_ns)),
+            "tick_ns": round(take.speed_ns),
+            "drift": round(take.drift, 4),
         }
         self.singles.append((case, take, said))
         write_text(self.out / "table.csv", self._table().to_csv(index=False))
@@ -336,6 +358,9 @@ def load_record(path: Path, scale: int) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); {_RECORD_REMEDY}") from None
     if not isinstance(raw, dict) or raw.get("format") != "expertflow-calibration":
         raise ValueError(f"{path} is no calibration record; {_RECORD_REMEDY}")
+    if raw.get("version") != RECORD_VERSION:
+        raise ValueError(f"{path} is a record of version {raw.get('version', 1)}, this program writes "
+                         f"{RECORD_VERSION}; {_RECORD_REMEDY}")  # fmt: skip
     if raw.get("scale") != scale:
         raise ValueError(f"{path} was measured at scale {raw.get('scale')}, this run has {scale}; calibrate at that "
                          "scale")  # fmt: skip

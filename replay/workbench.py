@@ -37,11 +37,15 @@ class Workbench:
             trace = [f"trace.num_tokens={num_tokens}", f"trace.num_requests={case.batch_size}"]
         else:
             trace = [f"trace.path={self.args.trace.resolve()}", f"max_tokens={num_tokens}"]
-        # Stamps and decisions are checked with less than everything resident.
-        fits = self.args.start is not None and (self.args.start != "resident" or case.residency == 1)
-        start = [f"start={self.args.start}"] if fits else []
+        start = [] if self.start(case) is None else [f"start={self.start(case)}"]
         return [f"+hardware={self.args.hardware}", f"+policy={case.policy}", f"stack={case.stack}", "compare=none",
                 f"residency={case.residency}", f"batch_size={case.batch_size}", *trace, *start]  # fmt: skip
+
+    def start(self, case: Case) -> str | None:
+        """What the cache holds at first; None = as configured. Stamps and decisions are checked with less than
+        everything resident."""
+        asked: str | None = self.args.start
+        return None if asked == "resident" and case.residency < 1 else asked
 
     def tokens(self, case: Case) -> int:
         """Of a measured run of `case`."""

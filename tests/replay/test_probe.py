@@ -32,9 +32,10 @@ class Machine:
     def __init__(self) -> None:
         self.device = Clock()
         self.answers: deque[tuple[int, Record]] = deque()
-        self.marks = 0
+        self.marks = self.launch_ns = 0
 
     def _launched(self) -> int:
+        self.device.now += self.launch_ns
         self.marks += 1
         return self.marks
 
@@ -88,23 +89,25 @@ def test_the_same_holds_for_a_chunk(waits_from: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "pad"), [("attention", LAYER_PAD), ("head", HEAD_PAD), ("experts", 0)])
-@pytest.mark.parametrize("latency", [3_000, 25_000])
-def test_a_launch_on_an_idle_stream_takes_what_is_not_its_own_pad(kind: str, pad: int, latency: int) -> None:
+@pytest.mark.parametrize("latency", [-400, 3_000, 25_000])
+def test_a_kernel_on_an_idle_stream_starts_after_its_launch_and_what_is_not_its_own_pad(
+    kind: str, pad: int, latency: int
+) -> None:
     """Experts have no pad, however late they begin."""
     machine, probe = probed()
-    machine.device.now = 1_000
+    machine.launch_ns, machine.device.now = 600, 1_000
     mark = launch(probe, kind)
-    start = 1_000 + latency + pad
+    start = 1_600 + latency + pad
     machine.answers.append((start + 500, (start + 500, [], [(mark, start, start + 100)])))
-    probe.wait((GATE if kind == "attention" else TOKEN, mark, False) if kind != "experts" else (GATE, mark + 1, True))
-    assert probe.samples["first_kernel"] == [latency]
+    probe.wait((GATE, mark, False))
+    assert probe.samples["kernel_start"] == [latency]
 
 
-def test_a_launch_behind_a_busy_stream_tells_no_latency() -> None:
+def test_a_launch_behind_another_tells_no_latency() -> None:
     machine, probe = probed()
     first, second = launch(probe, "experts"), launch(probe, "attention")
     machine.answers.append((99_000, (99_000, [], [(first, 5_000, 40_000), (second, 62_000, 98_000)])))
     probe.wait((GATE, second, False))
-    assert probe.samples["first_kernel"] == [5_000]
+    assert probe.samples["kernel_start"] == [5_000]
     assert probe.samples["run attention"] == [36_000]
     assert probe.samples["run experts[2]"] == [35_000]

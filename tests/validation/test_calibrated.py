@@ -26,7 +26,7 @@ def test_a_tape_holds_every_wait_with_its_record_and_changes_nothing(tmp_path: P
     with case.rig() as rig:
         plain, _ = case.replay(rig)
         policy, transfer = case.policy()
-        metrics, tape = replay_on_tape(rig, case.work, policy, transfer, [])
+        metrics, tape, ticks_ns = replay_on_tape(rig, case.work, policy, transfer, [])
     for key in ("num_tokens", "num_hits", "num_misses", "bytes"):
         assert metrics[key] == plain[key]
     marks = [mark for _, record in tape for mark in record[2]]
@@ -38,6 +38,8 @@ def test_a_tape_holds_every_wait_with_its_record_and_changes_nothing(tmp_path: P
     assert len(loads) == metrics["num_misses"]
     assert {ident for (kind, ident, _), _ in tape if kind == LOAD} <= loads
     assert max(record[0] for _, record in tape) >= metrics["elapsed_ns"]
+    assert len(ticks_ns) == metrics["num_forwards"]
+    assert all(tick > 0 for tick in ticks_ns)
     # All that the device waited for is in the overhead and the stall of the same run.
     assert 0 <= late_ns(tape, 0, 0) <= metrics["overhead_ns"] + metrics["stall_ns"]
 
@@ -59,10 +61,11 @@ class InPlace:
         self.model, self.count = model, 0
         self.log.append(f"made {model.name}")
 
-    def run(self, policy: str, stack: str, batch_size: int) -> tuple[float, dict[str, Any]]:
+    def run(self, policy: str, stack: str, batch_size: int, residency: float,
+            start: str | None) -> tuple[float, dict[str, Any]]:  # fmt: skip
         length = self.lengths[self.count]
         self.count += 1
-        return length, {"of": length, "run": (policy, stack, batch_size)}
+        return length, {"of": length, "run": (policy, stack, batch_size, residency, start)}
 
     def release(self) -> None:
         self.log.append("released")
@@ -75,12 +78,12 @@ def test_beside_each_run_the_median_of_its_own_hosts_counts(monkeypatch: pytest.
     raw: dict[str, Any] = {"host": {"gpt-oss-20b": {}, "deepseek-v2-lite": {}}}
     beside = Beside(cast(Device, None), raw, 1)
     one, other = (Row("gpt-oss-20b", "found", 0.5, 8, name) for name in ("lru", "oracle"))
-    runs = [beside.measure(one) for _ in range(3)]
+    runs = [beside.measure(one, "cold") for _ in range(3)]
     assert raw["host"]["gpt-oss-20b"] == {}
     for count, length in ((1, 5.0), (2, 9.0), (3, 6.0)):
         beside.use(one, runs[:count])
         assert raw["host"]["gpt-oss-20b"]["found"]["lru"]["of"] == length
-    assert beside.samples[str(one)] == {"of": 6.0, "run": ("lru", "found", 8)}
+    assert beside.samples[str(one)] == {"of": 6.0, "run": ("lru", "found", 8, 0.5, "cold")}
     beside.use(other, [beside.measure(other)])
     assert raw["host"]["gpt-oss-20b"]["found"] == {
         "lru": beside.samples[str(one)],

@@ -139,11 +139,13 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
                      "0 wrong in 1,000,000", "1 of 1 policies take the same decisions", "Over a bar: 0 of 4 errors.",
                      "took 2.00 ms before, 2.50 between (median) and 2.50 after; the slowest of 3 is 50.0 % above",
                      "Every policy and capacity had been measured once after 6 s of 360.",
-                     "the grey band is as wide as the bar", "25 GB/s while copying", "98.0 % of the 25.5 at which such chunks",
+                     "the grey band is as wide as the bar", "25 GB/s while copying",
+                     "98.0 % of the 25.5 at which such chunks",
                      "| lru | 10.000 | 10.000 | +0.0 % | 1.0 % | 2.000 | 2.000 | +0.0 % | 0.0 % |",
                      "+0.0 % | holds |"):  # fmt: skip
         assert expected in text
-    for unsaid in ("Left out", "Rows that are", "Rows without", "Rows of which", "Replays set aside", "Not shown", "NOT shown"):
+    for unsaid in ("Left out", "Rows that are", "Rows without", "Rows of which", "Replays set aside", "Not shown",
+                   "NOT shown"):  # fmt: skip
         assert unsaid not in text
 
 

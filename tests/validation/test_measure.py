@@ -201,6 +201,42 @@ def test_a_copy_alone_is_timed_from_its_issue() -> None:
     assert Copier(PacedDevice(line), 4000).alone_ns(2000, 3) == 250
 
 
+def test_a_copy_that_the_call_itself_makes_is_timed_from_the_call() -> None:
+    device = PacedDevice(line)
+    whole = device.copy
+
+    def copy(target: int, source: int, num_bytes: int, after: Any) -> Any:
+        device.clock_ns += 900
+        return whole(target, source, num_bytes, after)
+
+    device.copy = copy  # type: ignore[method-assign]
+    copier = Copier(device, 4000)
+    assert (copier.alone_ns(2000, 3), copier.alone_ns(2000, 3, with_call=True)) == (250, 1150)
+
+
+def test_copies_are_from_one_place_after_another_within_their_memory() -> None:
+    """A run copies what no cache of the host holds."""
+    device = PacedDevice(line)
+    sources: list[tuple[int, int]] = []
+    whole = device.copy
+
+    def copy(target: int, source: int, num_bytes: int, after: Any) -> Any:
+        sources.append((source, num_bytes))
+        return whole(target, source, num_bytes, after)
+
+    device.copy = copy  # type: ignore[method-assign]
+    size = 3 << 20
+    copier = Copier(device, size)
+    copier.in_a_row_ns(size, 24, 1)
+    copier.in_a_row_ns(1000, 2, 1)
+    first, last = copier._host.data_ptr(), copier._host.data_ptr() + copier._host.numel()
+    assert all(first <= source and source + num_bytes <= last for source, num_bytes in sources)
+    # 64 MiB hold 21 of them; then from the beginning. 1,000 bytes take 1,024.
+    offsets = [source - first for source, _ in sources]
+    assert offsets[:25] == [size * place for place in (*range(21), *range(4))]
+    assert offsets[25:] == [4 * size, 4 * size + 1024, 4 * size + 2048]
+
+
 @pytest.fixture
 def throttled() -> Iterator[CpuDevice]:
     with on_cpu(0.01, 300_000) as device:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 
-from replay.plan import MODELS, POLICIES, Asked, Case, breadth_of, share_of_time, tokens_for, turns_of
+from replay.plan import MODELS, POLICIES, Asked, Case, blocks_of, breadth_of, share_of_time, tokens_for
 from replay.validate import parser, with_defaults
 
 
@@ -55,24 +54,18 @@ def test_of_a_sampled_stack_what_is_not_asked_for_is_not_measured() -> None:
     assert {case.stack for case in plan.cases("a")} == {"graph", "found"}
 
 
-def test_breadth_comes_first_then_its_repeats_then_blocks_again_and_again() -> None:
+def test_breadth_comes_first_then_block_by_block() -> None:
     plan = Asked(("p", "q"), (0.25, 0.5), (1, 8), ("graph", "found"))
     cases = plan.cases("m")
     assert [str(case) for case in breadth_of(cases)] == [
         "m graph 25 % batch 1 p", "m graph 25 % batch 1 q",
         "m graph 50 % batch 1 p", "m graph 50 % batch 1 q",
     ]  # fmt: skip
-    turns = list(turns_of(cases, 3))
-    assert turns[:12] == breadth_of(cases) * 3
-    for place, (stack, batch) in enumerate([("graph", 8), ("found", 1), ("found", 8)], 1):
-        block = [case for case in cases if (case.stack, case.batch_size) == (stack, batch)]
-        assert turns[12 * place : 12 * place + 12] == block * 3
-    assert Counter(turns) == dict.fromkeys(cases, 3)
-
-
-def test_a_case_is_never_measured_twice_in_a_row() -> None:
-    turns = list(turns_of(Asked(("p", "q"), (0.5,), (1, 8), ("a", "b")).cases("m"), 3))
-    assert all(one != other for one, other in pairwise(turns))
+    blocks = [list(block) for block in blocks_of(cases)]
+    assert blocks[0] == breadth_of(cases)
+    for block, (stack, batch) in zip(blocks[1:], [("graph", 8), ("found", 1), ("found", 8)], strict=True):
+        assert block == [case for case in cases if (case.stack, case.batch_size) == (stack, batch)]
+    assert Counter(case for block in blocks for case in block) == dict.fromkeys(cases, 1)
 
 
 @pytest.mark.parametrize(("world", "minutes", "tokens"), [

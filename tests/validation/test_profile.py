@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from replay.calibrate import check_name, datasheet, named_model, write_profile
+from replay.calibrate import RECORD_VERSION, check_name, datasheet, named_model, write_profile
 from replay.measure import MeasurementError
 from replay.probe import steady_mean
 from replay.profile import host_costs, profiles, simulated_as, slowed, summary
@@ -28,7 +28,7 @@ SAMPLES = {
     "attention": sample(30_000.0),
     "head": sample(12_000.0),
     "experts": sample(34_000.0, 600),
-    "first_kernel": sample(32_000.0),
+    "kernel_start": sample(2_000.0),
     "issue": sample(5_000.0, 100),
     "issue_gap": sample(1_000.0, 50),
     "gate_sync": sample(11_000.0),
@@ -50,6 +50,7 @@ def record() -> dict[str, Any]:
     tables = {"expert": [[1, 10_000], [8, 12_000]], "head": [[1, 300_000]], "attention": [[1, 20_000]], "kv": 0.5}
     return {
         "format": "expertflow-calibration",
+        "version": RECORD_VERSION,
         "date": "2026-01-01",
         "device": {"name": "NVIDIA H200", "torch": "2.11", "memory_bytes": 141_000_000_000},
         "scale": 1,
@@ -89,7 +90,7 @@ def test_costs_are_what_the_samples_say() -> None:
 
 
 def test_a_kernel_that_starts_before_its_launch_returns_leaves_no_latency() -> None:
-    costs = host_costs(SAMPLES | {"first_kernel": sample(9_000.0)}, CHUNK_NS)
+    costs = host_costs(SAMPLES | {"kernel_start": sample(-21_000.0)}, CHUNK_NS)
     assert (costs["launch_host_ns"], costs["launch_latency_ns"], costs["classify_ns"]) == (9_000, 0, 8_000 + 25_000)
 
 
@@ -140,6 +141,15 @@ def test_a_slowdown_that_no_kernel_causes_is_never_written(busy_ns: float, tmp_p
 def test_a_link_that_is_faster_than_it_can_be_is_never_written(tmp_path: Path) -> None:
     raw = record() | {"link_peak_gb_per_s": 24.0}
     with pytest.raises(MeasurementError, match=r"25 GB/s on a link of 24"):
+        write_profile(raw, "mine", tmp_path)
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_pageable_copies_that_are_faster_than_the_link_are_never_written(tmp_path: Path) -> None:
+    raw = record()
+    for row in raw["link"]:
+        row["pageable_ns"] = row["bytes"] / 640.0
+    with pytest.raises(MeasurementError, match=r"pageable copies .* 640 GB/s on a link of 63 at most"):
         write_profile(raw, "mine", tmp_path)
     assert not list(tmp_path.rglob("*.yaml"))
 

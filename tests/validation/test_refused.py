@@ -54,6 +54,14 @@ def test_a_damaged_or_old_record_is_named(tmp_path: Path, key: str, value: Any) 
     assert "\n" not in str(caught.value)
 
 
+def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
+    raw = whole()
+    del raw["version"]
+    with pytest.raises(ValueError, match=r"is a record of version 1, this program writes 2; write one with") as caught:
+        load_record(written(tmp_path, raw), 1)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_profile_that_no_simulation_would_take_is_not_written(tmp_path: Path) -> None:
     raw = record() | {"memory_gb_per_s": -1.0}
     with pytest.raises(ValueError, match="memory_gb_per_s"):

@@ -8,8 +8,8 @@ from replay.fidelity import ForwardTimes, Ran
 from replay.takes import SAME_SPEED, Take, counted
 
 
-def take(*loops_ns: int) -> Take:
-    return Take(Ran({"of": loops_ns}, ForwardTimes()), loops_ns)
+def take(*loops_ns: int, ticks_ns: tuple[int, ...] = ()) -> Take:
+    return Take(Ran({"of": loops_ns}, ForwardTimes(), ticks_ns=ticks_ns), loops_ns)
 
 
 def places(*loops: tuple[int, ...]) -> list[int]:
@@ -48,7 +48,18 @@ def test_the_tolerance_holds_within_a_take_and_between_the_fastest_and_the_slowe
     assert places((100, edge), (100, 100)) == [0, 1]
     assert places((100, edge + 1), (100, 100), (100, 100)) == [1, 2]
     # Each is alike its neighbour, the last is not alike the first.
-    assert places((100, 100), (120, 120), (140, 140)) == [0, 1]
+    assert places((100, 100), (115, 115), (130, 130)) == [0, 1]
+
+
+def test_a_host_that_changed_its_speed_during_the_replay_alone_is_told_by_the_ticks() -> None:
+    even, slow, changed = (10,) * 8, (17,) * 8, (10,) * 5 + (17,) * 3
+    assert take(20, 20, ticks_ns=even).drift == 1.0
+    assert take(20, 20, ticks_ns=changed).drift == 1.7
+    # One slow tick of eight is a neighbour's doing.
+    assert take(20, 20, ticks_ns=(10,) * 7 + (90,)).drift == 1.0
+    takes = [take(20, 20, ticks_ns=ticks) for ticks in (slow, even, changed, even)]
+    assert [one is takes[place] for one, place in zip(counted(takes), (1, 3), strict=True)] == [True, True]
+    assert take(20, 20, ticks_ns=slow).speed_ns == 17
 
 
 def test_no_takes_give_none() -> None:
