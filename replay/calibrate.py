@@ -41,7 +41,7 @@ from replay.measure import (
 )
 from replay.memory import available_bytes
 from replay.peak import link_peak_gb_per_s
-from replay.probe import HostProbe, HostRun
+from replay.probe import HostProbe, HostRun, without_own_costs
 from replay.profile import link_fit, profiles, summary
 from replay.programs import DEFAULT_KV_GRID
 from replay.rig import MACHINES, Needs, Rig, choose_machine, make_device
@@ -127,7 +127,8 @@ class InPlace:
             drive(runtime, probe)
         self.device.synchronize()
         probe.samples["rows"].append(batch_size)
-        return runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6, summary(probe.samples)
+        per_forward_ms = runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6
+        return per_forward_ms, summary(without_own_costs(probe.samples))
 
     def release(self) -> None:
         """Give the memory back."""

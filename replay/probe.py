@@ -1,24 +1,27 @@
 """Where the host's time goes in a real run: wraps a machine and takes the time around every call.
 
-What a simulation charges the host with is measured in place, with the same policy, not guessed from parts. Means
-leave out the slowest thousandth, which on a shared host is its neighbours' doing.
+What a simulation charges the host with is measured in place, with the same policy, not guessed from parts. What
+the timing itself costs is measured right after and subtracted. Means leave out the slowest thousandth, which on a
+shared host is its neighbours' doing.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from expertflow.forward import Forward
-from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
+from expertflow.machine import GATE, LOAD, TOKEN, Chunk, Mark, Record, Wait
 from replay.machine import RealMachine
 
 HostRun = tuple[float, Mapping[str, Any]]
 """(ms a forward, what `profile.summary` makes of the samples) of a short replay in place."""
 
 _CALL, _WAKE = 0, 1
+_ROUNDS = 100
 
 
 def steady_mean(values: Sequence[float]) -> float:
@@ -139,3 +142,71 @@ class HostProbe:
             self.samples[name].append(known_ns - max(marks[-1][2], waiting_ns))
         self._last = (_WAKE, "gate" if known and wait[0] == GATE else "load", time.perf_counter_ns())
         return record
+
+
+class _Clock:
+    """The host's own."""
+
+    now_ns = staticmethod(time.perf_counter_ns)
+
+
+class _NoMachine:
+    """Does nothing, at once: what a probe finds it to cost is the probe's own doing."""
+
+    layer_pad_ns = head_pad_ns = 0
+    device = _Clock()
+
+    def __init__(self) -> None:
+        self._marks: list[Mark] = []
+        self._num_marks = 0
+        self._chunks: list[Chunk] = []
+
+    def begin_forward(self, forward: object) -> None: ...
+
+    def attention(self, layer: int) -> int:
+        mark = self._num_marks = self._num_marks + 1
+        now_ns = time.perf_counter_ns()
+        self._marks.append((mark, now_ns, now_ns))
+        return mark
+
+    def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        return self.attention(layer)
+
+    def head(self) -> int:
+        return self.attention(0)
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        now_ns = time.perf_counter_ns()
+        self._chunks.append((load, chunk, now_ns, now_ns))
+
+    def decided(self, wants: Sequence[int]) -> None: ...
+
+    def wait(self, wait: Wait) -> Record:
+        (marks, self._marks), (chunks, self._chunks) = (self._marks, []), (self._chunks, [])
+        return time.perf_counter_ns(), chunks, marks
+
+
+def own_costs() -> dict[str, float]:
+    """What the probe adds to each kind of sample, ns: medians of what it finds on a machine that does nothing."""
+    probe = HostProbe(cast(RealMachine, _NoMachine()))
+    keys = [1, 2, 3, 4]
+    for number in range(_ROUNDS):
+        probe.begin_forward(cast(Forward, None))
+        probe.wait((GATE, probe.attention(0), False))
+        probe.experts(0, keys, None, False)
+        mark = probe.attention(1)
+        probe.decided(())
+        probe.wait((GATE, mark, False))
+        probe.copy(number, 0, 1, 1, 1, 0)
+        probe.copy(number, 1, 1, 1, 1, 0)
+        probe.wait((LOAD, number, False))
+        probe.experts(0, keys, None, False)
+        probe.wait((TOKEN, probe.head(), False))
+    return {name: statistics.median(values) for name, values in probe.samples.items()
+            if name not in ("lone_copy",) and not name.startswith(("run ", "from "))}  # fmt: skip
+
+
+def without_own_costs(samples: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """`samples` less what the probe itself has cost, as measured now: a host has one speed for both."""
+    own = own_costs()
+    return {name: [value - own.get(name, 0.0) for value in values] for name, values in samples.items()}

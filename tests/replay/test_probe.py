@@ -10,7 +10,7 @@ import pytest
 
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
 from replay.machine import RealMachine
-from replay.probe import HostProbe
+from replay.probe import HostProbe, own_costs, without_own_costs
 
 LAYER_PAD, HEAD_PAD = 20_000, 7_000
 
@@ -111,3 +111,19 @@ def test_a_launch_behind_another_tells_no_latency() -> None:
     assert probe.samples["kernel_start"] == [5_000]
     assert probe.samples["run attention"] == [36_000]
     assert probe.samples["run experts[2]"] == [35_000]
+
+
+def test_what_the_probe_costs_is_known_and_subtracted() -> None:
+    """No bound on time: the machine is somebody's. But what it finds on a machine that does nothing is its own."""
+    own = own_costs()
+    assert {"attention", "experts", "head", "issue", "issue_gap", "classify", "decide", "forward", "gate_sync",
+            "token_sync", "load_sync", "kernel_start"} <= own.keys()  # fmt: skip
+    assert all(cost >= 0 for name, cost in own.items() if name != "kernel_start")
+    # The clock is read once more after the launch has returned.
+    assert own["kernel_start"] <= 0
+    values = [10_000_000.0, 20_000_000.0]
+    left = without_own_costs({"attention": values, "run attention": values, "lone_copy": values})
+    assert left["run attention"] == left["lone_copy"] == values
+    first, second = left["attention"]
+    assert second - first == 10_000_000
+    assert 0 < 10_000_000 - first < 5_000_000
