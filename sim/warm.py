@@ -15,7 +15,7 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 def warm_counts(source: object, model: str) -> Arrays | None:
     """Transition counts. `auto`: what is shipped for `model`, if anything; null: a cold start; else a file's path."""
-    return _read(source, "policy.predictor.warm", _shipped(model, "transition"), "python -m sim.fit_transition")
+    return _read(source, "policy.predictor.warm", _shipped(model, "transition"), "python -m traces fit-predictor")
 
 
 def fitted_arrays(source: object, model: str, kind: str) -> Arrays | None:
