@@ -2,10 +2,10 @@
 
 import sys
 
-from traces.installed import warn_if_mixed
+from traces.installed import start
 
 if __name__ == "__main__":
-    warn_if_mixed()
+    start()
     # Only now: another distribution may have overwritten what this needs.
     from traces.cli import main
 

@@ -1,4 +1,4 @@
-"""A check at the start of every command: are the package's files its own, or has another distribution mixed in its?
+"""What every command of an installed package does first: it writes elsewhere, and looks whether its files are its own.
 
 Other distributions have packages called `traces`, `sim` or `replay`. Installed into the same environment, they write
 over files of this one, and uninstalled, they take them away.
@@ -9,14 +9,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+from traces.shipped import cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("expertflow", "replay", "sim", "traces")
 _CHECKED = "EXPERTFLOW_CHECKED"
 """Environment variable: set by the first check, so that worker processes do not repeat it."""
 _REMEDY = "install expertflow anew, in an environment of its own"
+
+
+def is_installed(root: Path) -> bool:
+    """Whether the packages below `root` came from a wheel; else they are a checkout's."""
+    return (root / "sim" / "conf").is_dir()
+
+
+def start() -> None:
+    """Keep compiled functions in the user's cache, not beside the source; warn of a mixed installation."""
+    if is_installed(ROOT) and "NUMBA_CACHE_DIR" not in os.environ:
+        with suppress(RuntimeError):
+            os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / "numba")
+    warn_if_mixed()
 
 
 def warn_if_mixed() -> None:
@@ -45,8 +61,8 @@ def strangers(root: Path) -> str | None:
 
     Looks at names and sizes in the top folder of each package, which is what is overwritten first.
     """
-    if not (root / "sim" / "conf").is_dir():
-        return None  # a checkout
+    if not is_installed(root):
+        return None
     from importlib.metadata import Distribution
 
     own = next(iter(Distribution.discover(name="expertflow", path=[str(root)])), None)

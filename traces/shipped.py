@@ -48,13 +48,14 @@ def _unpacked(packed: Path) -> Path:
     content = packed.read_bytes()
     name = packed.name.removesuffix(PACKED)
     try:
-        return _written(_cache() / hashlib.sha256(content).hexdigest()[:16], name, content)
+        return _written(cache_folder() / hashlib.sha256(content).hexdigest()[:16], name, content)
     except (OSError, RuntimeError):
         # No home, or none that can be written to: for as long as this process runs.
         return _written(Path(_temporary().name), name, content)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where an installed package keeps what it made: in the user's cache. RuntimeError where there is no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertflow"
 
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from expertflow.transitions import TransitionCounts
+from sim.paths import DATA
 from sim.warm import warm_counts
 from tests.traces.test_traces_cli import check_error, run
 from traces.fitting.transition import to_arrays
@@ -51,6 +52,15 @@ def test_the_command_counts_what_follows_what(chain: Path, tmp_path: Path, capsy
     counts = TransitionCounts(2, E, 1)
     counts.load(warm_counts(str(out), "toy") or {})
     assert counts.num_forwards == 3
+
+
+def test_the_shipped_training_recording_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "twin.transition.safetensors"
+    assert run(capsys, "fit-predictor", DATA / "gpt-oss-20b-twin-train.safetensors", out, "kind=transition")[0] == 0
+    arrays = load_file(out)
+    assert arrays["cross"].shape == (8, 24, 32, 32)
+    # Each token chooses four experts in each layer; a prompt's tokens share one forward.
+    assert arrays["frequency"].sum() == pytest.approx(24 * 4 * arrays["num_forwards"][0], rel=0.01)
 
 
 def test_counts_beyond_sixteen_bits_are_scaled_down() -> None:
