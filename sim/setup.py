@@ -252,15 +252,16 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
 def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
     if not isinstance(given, Mapping):
         raise ValueError(f"policy.predictor={given!r} is no part; choose one with policy/predictor=NAME, e.g. none")
-    cfg = dict(given)
+    cfg, key = dict(given), "policy.predictor"
     if "transition" in cfg and "_target_" not in cfg:
-        cfg = dict(cfg[_automatic(cfg, work)])
+        name = _automatic(cfg, work)
+        cfg, key = dict(cfg[name]), f"{key}.{name}"
     extra: dict[str, Any] = {}
     if "warm" in cfg:
-        extra["warm"] = warm_counts(cfg.pop("warm"), work.trace.model)
+        extra["warm"] = warm_counts(cfg.pop("warm"), work.trace.model, key)
     if "fitted" in cfg:
         kind = getattr(_target(cfg, "policy.predictor"), "fitted_kind", "fitted")
-        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind)
+        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind, key)
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
     predictor = _part(cfg, "policy.predictor", **extra)
@@ -277,7 +278,7 @@ def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
     """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
     recorded = _has_lookahead(work.trace)
     fitted = cfg["hybrid"].get("fitted") if "hybrid" in cfg else None
-    arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind)
+    arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind, "policy.predictor.hybrid")
     if arrays is not None and ("pregate" in arrays) == recorded:
         return "hybrid"
     if not recorded:

@@ -14,14 +14,20 @@ from traces.shipped import shipped
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-def warm_counts(source: object, model: str) -> Arrays | None:
-    """Transition counts. `auto`: what is shipped for `model`, if anything; null: a cold start; else a file's path."""
-    return _read(source, "policy.predictor.warm", f"{model}.transition.safetensors", "python -m traces fit-predictor")
+def warm_counts(source: object, model: str, key: str = "policy.predictor") -> Arrays | None:
+    """Transition counts. `auto`: what is shipped for `model`, if anything; null: a cold start; else a file's path.
+
+    key: of the predictor, for messages.
+    """
+    return _read(source, f"{key}.warm", f"{model}.transition.safetensors", "python -m traces fit-predictor")
 
 
-def fitted_arrays(source: object, model: str, kind: str) -> Arrays | None:
-    """A fitted predictor of that kind. `auto`: what is shipped for `model`, None if nothing; else a file's path."""
-    return _read(source, "policy.predictor.fitted", f"{model}.{kind}.safetensors", "python -m traces fit-predictor")
+def fitted_arrays(source: object, model: str, kind: str, key: str = "policy.predictor") -> Arrays | None:
+    """A fitted predictor of that kind. `auto`: what is shipped for `model`, None if nothing; else a file's path.
+
+    key: of the predictor, for messages.
+    """
+    return _read(source, f"{key}.fitted", f"{model}.{kind}.safetensors", "python -m traces fit-predictor")
 
 
 def _read(source: object, key: str, at_hand: str, writer: str) -> Arrays | None:

@@ -216,6 +216,17 @@ def test_traces_are_generated(there: Installed) -> None:
     assert run_of(there, *words)["num_tokens"] == 32
 
 
+def test_what_only_the_repository_has_is_asked_for(there: Installed) -> None:
+    pytest.importorskip("numba")
+    words = ["+hardware=a100", "+policy=expertflow_shen", "max_tokens=4", "compare=none"]
+    refused = there.start("expertflow", "sim", *words, "hydra.run.dir=out")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    name = "gpt-oss-20b-twin.forest.safetensors"
+    assert f"policy.predictor.forest.fitted=auto: {name} is in the repository" in refused.stderr
+    given = f"policy.predictor.forest.fitted={ROOT / 'traces' / 'data' / name}"
+    assert run_of(there, *words, given)["policy"] == "expertflow_shen"
+
+
 def test_a_calibration_is_written_into_ones_own_folder(there: Installed, mine: Path) -> None:
     pytest.importorskip("torch")
     words = ["calibrate", "box2", "--machine", "cpu", "--quick", "--policies", "lru", "--throttle", "0.2"]
