@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sim import console
 from sim.console import COMMANDS, main
 from traces import installed, shipped
 from traces.installed import shadowed, strangers, warn_if_mixed
@@ -188,6 +189,24 @@ def test_a_misspelt_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert "did you mean study?" in capsys.readouterr().err
 
 
+def test_a_command_is_run_as_python_m_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = []
+    monkeypatch.setattr(console.runpy, "run_module", lambda *words, **how: ran.append((words, how, sys.argv[1:])))
+    monkeypatch.setattr(sys, "argv", ["expertflow", "study", "gap", "--out", "out"])
+    monkeypatch.setattr(sys, "path", ["where the command lies", *sys.path[1:]])
+    monkeypatch.chdir(tmp_path)
+    assert main() == 0
+    assert ran == [(("sim.study",), {"run_name": "__main__", "alter_sys": True}, ["gap", "--out", "out"])]
+    assert sys.path[0] == str(tmp_path)
+
+
+def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "version", lambda name: {"expertflow": "7.8.9"}[name])
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "expertflow 7.8.9\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_is_its_module(name: str, tmp_path: Path) -> None:
     """The same help, the same exit code."""

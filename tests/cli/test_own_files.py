@@ -98,6 +98,7 @@ def test_the_command_runs_them_and_finds_the_model_that_the_trace_names(mine: Pa
     assert "tiny" not in config_files("model")
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_them_in_every_process(mine: Path, tmp_path: Path) -> None:
     trace = tiny_trace(tmp_path / "t.safetensors")
     words = ["-m", "--config-dir", str(mine), "+hardware=box,a100", "+policy=mine", f"trace.path={trace}"]
