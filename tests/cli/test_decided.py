@@ -97,8 +97,14 @@ def test_a_change_of_code_that_ran_and_of_no_other_voids_a_run(tmp_path: Path) -
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__", "data"))
     (copy / "traces" / "data").symlink_to(DATA)
     (copy / "mine.py").write_text(MINE)
-    words = [*LRU, f"trace.path={small_trace(tmp_path / 't.safetensors')}", "compare=none", "skip_done=true",
-             "policy.eviction._target_=mine.Mine", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    words = [
+        *LRU,
+        f"trace.path={small_trace(tmp_path / 't.safetensors')}",
+        "compare=none",
+        "skip_done=true",
+        "policy.eviction._target_=mine.Mine",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
 
     def is_done() -> bool:
         command = [sys.executable, "-m", "sim", *words]

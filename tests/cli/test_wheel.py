@@ -23,8 +23,18 @@ import yaml
 from tests.cli.support import TINY_MODEL, tiny_trace
 
 ROOT = Path(__file__).parents[2]
-CARRIED = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "conf", "expertflow", "sim", "replay",
-           "traces")  # fmt: skip
+CARRIED = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "conf",
+    "expertflow",
+    "sim",
+    "replay",
+    "traces",
+)
 MOST_MB = 8.0
 POLICY = """defaults:
   - lru
@@ -192,8 +202,19 @@ def test_ones_own_model_hardware_and_policy(there: Installed, mine: Path) -> Non
 
 
 def test_a_sweep(there: Installed, mine: Path) -> None:
-    there.run("expertflow", "sim", "-m", "--config-dir", str(mine), "+hardware=a100,box", "+policy=lru,mine",
-              "max_tokens=8", "compare=none", "hydra.sweep.dir=sweep", "hydra.launcher.n_jobs=2")  # fmt: skip
+    there.run(
+        "expertflow",
+        "sim",
+        "-m",
+        "--config-dir",
+        str(mine),
+        "+hardware=a100,box",
+        "+policy=lru,mine",
+        "max_tokens=8",
+        "compare=none",
+        "hydra.sweep.dir=sweep",
+        "hydra.launcher.n_jobs=2",
+    )
     there.run("expertflow", "collect", "sweep")
     table = pd.read_csv(there.work / "sweep" / "table.csv")
     found = sorted(zip(table["hardware"], table["policy"], strict=True))
