@@ -26,8 +26,9 @@ from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scal
 from replay.settings import KEYS, Settings, as_found
 from sim.app import Recorders, relative
 from sim.configure import checked
+from sim.decided import Decided, asked, stands
 from sim.entry import as_command, as_job
-from sim.output import fingerprint, is_done, provenance, to_json, write_text
+from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
 from sim.report import print_line, print_report
 from sim.run import baselines, describe
@@ -57,19 +58,21 @@ def replay_configured(cfg: DictConfig) -> float | None:
     with ExitStack() as stack:
         stack.callback(device.close)
         # Before the machine's memory stands in it: what is left of that differs from run to run.
-        asked = {key: value for key, value in plain.items() if key != "skip_done"}
-        asked["machine"] = [settings.machine, device.describe()["name"]]
+        told = {key: value for key, value in plain.items() if key != "skip_done"}
+        told["machine"] = [settings.machine, device.describe()["name"]]
         plain = as_found(plain, device)
         work = make_workload(plain)
-        mark = fingerprint(asked, work.trace_sha256, "replay")
-        if plain["skip_done"] and is_done(folder, mark):
+        mark = asked(told, work.trace_sha256, work.model, "replay")
+        if plain["skip_done"] and stands(folder / "DONE", mark):
             console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
             return None
         for stale in ("DONE", "partial.json"):
             (folder / stale).unlink(missing_ok=True)
-        job = Job(plain, settings, work, folder, overrides)
+        decided = Decided(mark, __name__, plain)
         try:
-            metrics = job.run(device)
+            with decided:
+                job = Job(plain, settings, work, folder, overrides)
+                metrics = job.run(device)
         except (PartialRunError, DeviceLostError) as error:
             _write_partial(job, folder, error)
             raise SystemExit(end(error)) from error
@@ -81,7 +84,7 @@ def replay_configured(cfg: DictConfig) -> float | None:
     integrity = job.integrity
     if integrity is not None and integrity.num_wrong:
         raise SystemExit(WRONG)
-    write_text(folder / "DONE", mark + "\n")
+    write_text(folder / "DONE", decided.to_json())
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

@@ -4,8 +4,9 @@ Device times are taken with the host far ahead of the device: copies by size, pi
 chunks, beside idle and busy compute; memory bandwidth and matrix rate; every kernel of the models' shapes as a run
 launches it, by number of experts and tokens, beside an idle and a busy link. Host times are taken in place, in short
 replays of each policy, with their spread, and a fixed loop is timed before, between and after: a host that changes its
-speed shows. A figure that cannot be is refused. Writes NAME.yaml into conf/hardware and conf/stack and the raw record
-beside the former, and prints each figure beside the datasheet's and the last calibration's.
+speed shows. A figure that cannot be is refused. Writes hardware/NAME.yaml, the raw record beside it, and
+stack/NAME.yaml into the folder of --config-dir (in a checkout, by default, conf/), and prints each figure beside the
+datasheet's and the last calibration's.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from sim.entry import as_command
 from sim.hardware import hardware_from_dict, stack_from_dict
 from sim.link import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.output import provenance, to_json, write_text
-from sim.paths import CONF
+from sim.paths import CONF, add_config_dir, config_files, folder_to_write
 from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
 RECORD_VERSION = 2
@@ -74,12 +75,12 @@ SEED = 1
 
 
 def named_model(name: str) -> ModelSpec:
-    """The model of a file in conf/model."""
-    path = CONF / "model" / f"{name}.yaml"
-    known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem != "auto")
+    """The model of a file in conf/model, or of the user's own."""
+    known = config_files("model")
+    del known["auto"]
     if name not in known:
-        raise ValueError(f"model {name!r} is unknown; choose from: {', '.join(known)}")
-    return model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        raise ValueError(f"model {name!r} is unknown; choose from: {', '.join(sorted(known))}")
+    return model_from_dict(yaml.safe_load(known[name].read_text(encoding="utf-8")))
 
 
 def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: int, batch_size: int,
@@ -294,10 +295,11 @@ def check_name(name: str) -> str:
 
 
 def check_free(name: str, folder: Path) -> None:
-    """ValueError if `name` stands for a profile in `folder` that no calibration has written."""
+    """ValueError if `name` stands for a profile in `folder` that no calibration has written, or for a shipped one."""
     record = folder / "hardware" / f"{name}.calibration.json"
-    taken = [folder / kind / f"{name}.yaml" for kind in ("hardware", "stack")]
-    if not record.exists() and any(path.exists() for path in taken):
+    names = [f"{kind}/{name}.yaml" for kind in ("hardware", "stack")]
+    shipped = folder.resolve() != CONF and any((CONF / path).exists() for path in names)
+    if shipped or (not record.exists() and any((folder / path).exists() for path in names)):
         raise ValueError(f"NAME={name!r} is a profile that was not measured here, and would be overwritten; choose "
                          f"another name, such as {name}-measured")  # fmt: skip
 
@@ -319,14 +321,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=int, help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)")
     parser.add_argument("--throttle", type=float, metavar="GB/s", help="pace of the CPU machine's link")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
-    parser.add_argument("--out", type=Path, default=CONF, help="folder with hardware/ and stack/ (default: conf)")
+    add_config_dir(parser)
     args = parser.parse_args(words)
     return as_command(lambda: _calibrate(args, sys.argv[1:] if words is None else words), "no profile was written")
 
 
 def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     name = check_name(args.name)
-    check_free(name, args.out)
+    folder = folder_to_write(args.config_dir)
+    check_free(name, folder)
     policies, models = args.policies.split(","), args.models.split(",")
     for policy in policies:
         configure(["+hardware=a100", f"+policy={policy}"])
@@ -341,9 +344,9 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     finally:
         device.close()
     raw["provenance"] = provenance(words, "", 0.0, "replay")
-    there = args.out / "hardware" / f"{name}.yaml"
+    there = folder / "hardware" / f"{name}.yaml"
     last = yaml.safe_load(there.read_text(encoding="utf-8")) if there.exists() else None
-    paths = write_profile(raw, name, args.out)
+    paths = write_profile(raw, name, folder)
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     print_beside(console, profiles(raw, name)[0], raw, last)
     for path in paths:

@@ -21,6 +21,7 @@ from replay.steady import keep_loaded
 from replay.validation import Validation
 from sim.configure import configure
 from sim.entry import as_command
+from sim.paths import add_config_dir, use_own_folder
 from sim.setup import STARTS
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true",
                       help=f"a short calibration (so it is below {SHORT_MINUTES:.0f} minutes)")  # fmt: skip
     made.add_argument("--out", type=Path, help="default: results/validation-NAME")
+    add_config_dir(made)
     return made
 
 
@@ -110,6 +112,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
+    use_own_folder(args.config_dir)
     name = check_name(args.name)
     machine = choose_machine(args.machine)
     asked = with_defaults(args, machine)

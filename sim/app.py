@@ -17,8 +17,9 @@ from rich.console import Console
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from sim.configure import checked
+from sim.decided import Decided, asked, stands
 from sim.entry import as_command, as_job
-from sim.output import fingerprint, is_done, provenance, to_json, write_text
+from sim.output import provenance, to_json, write_text
 from sim.paths import CONF
 from sim.report import print_line, print_report
 from sim.run import baselines, best_clairvoyant, describe, run_floor, run_policy
@@ -50,17 +51,18 @@ def run_configured(cfg: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     plain = checked(cfg)
     work = make_workload(plain)
-    mark = fingerprint({k: v for k, v in plain.items() if k != "skip_done"}, work.trace_sha256)
+    mark = asked({k: v for k, v in plain.items() if k != "skip_done"}, work.trace_sha256, work.model)
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
-    if plain["skip_done"] and is_done(folder, mark):
+    if plain["skip_done"] and stands(folder / "DONE", mark):
         console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
         return None
     (folder / "DONE").unlink(missing_ok=True)
-    metrics = run_job(plain, work, folder)
+    with Decided(mark, __name__, plain) as decided:
+        metrics = run_job(plain, work, folder)
     write_text(folder / "metrics.json", to_json(metrics))
     wall_s = time.perf_counter() - started
     write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
-    write_text(folder / "DONE", mark + "\n")
+    write_text(folder / "DONE", decided.to_json())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder))
     else:

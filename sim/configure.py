@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from sim.paths import CONF
+from sim.paths import CONF, config_files, own_folder
 
 COMPARE = ("full", "floor", "none")
 _SWITCHES = ("twin", "timeline", "events", "skip_done")
@@ -27,8 +27,20 @@ def configure(overrides: list[str], config_name: str = "config", own_keys: Seque
     config_name, own_keys: another file of `conf/`, and the keys that it has beside `KEYS`.
     """
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose(config_name=config_name, overrides=overrides)
+        cfg = compose(config_name=config_name, overrides=[*overrides, *_search_path(config_name)])
     return checked(cfg, own_keys)
+
+
+def _search_path(config_name: str) -> list[str]:
+    """The override that lets Hydra find the user's own files, as its flag --config-dir does."""
+    own = own_folder()
+    if own is None:
+        return []
+    # An override takes the place of what the file itself names.
+    named = OmegaConf.select(OmegaConf.load(CONF / f"{config_name}.yaml"), "hydra.searchpath") or []
+    places = [str(place).replace("\\", "\\\\").replace("'", "\\'") for place in [*named, f"file://{own}"]]
+    quoted = ",".join(f"'{place}'" for place in places)
+    return [f"hydra.searchpath=[{quoted}]"]
 
 
 def checked(cfg: DictConfig, own_keys: Sequence[str] = (), own_hardware: Sequence[str] = ()) -> dict[str, Any]:
@@ -59,7 +71,7 @@ def _require_groups(cfg: DictConfig, own_hardware: Sequence[str]) -> None:
     """`hardware` and `policy` have no default: say what there is to choose from."""
     for group in ("hardware", "policy"):
         more = own_hardware if group == "hardware" else ()
-        choices = ", ".join([*more, *sorted(path.stem for path in (CONF / group).glob("*.yaml"))])
+        choices = ", ".join([*more, *sorted(config_files(group))])
         if OmegaConf.is_missing(cfg, group) or group not in cfg:
             raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {choices}")
         if not isinstance(cfg[group], DictConfig):

@@ -10,7 +10,7 @@ import numpy as np
 from traces.generate import SHIPPED, generate, load_params, split_tokens
 from traces.reader import Trace
 
-SHIPPED_TRACE = SHIPPED.parent / "gpt-oss-20b-twin-eval.safetensors"
+SHIPPED_TRACE = "gpt-oss-20b-twin-eval.safetensors"
 """What is run where no trace is named."""
 GENERATED = {"num_tokens": 1024, "num_requests": 8, "seed": 0}
 """What a generated trace is like in what is not said."""

@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sim.errors import one_line
+from sim.paths import use_own_folder
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"
 """Environment variable: where it is set, a command that ends with an error prints where that came from, too."""
@@ -29,6 +30,9 @@ def on_error(ending: Ending) -> None:
 def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
     """Run one Hydra job. In a sweep Hydra must see a failure: it names the job and lets the others finish."""
     try:
+        # Here, since this may be a process of its own. Hydra itself has looked in the folder already.
+        sources = HydraConfig.get().runtime.config_sources
+        use_own_folder(next((one.path for one in sources if one.provider == "command-line"), None))
         return run(cfg)
     except Exception as error:
         line = one_line(error)

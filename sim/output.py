@@ -1,7 +1,7 @@
 """The output folder of a run: each file written whole or not at all, `DONE` last.
 
-Nothing without `DONE` counts as a result. `DONE` holds the fingerprint of what was run, so that a sweep that
-is started again repeats nothing and takes no stale result for a fresh one.
+Nothing without `DONE` counts as a result. It says what decided the result (`sim.decided`), so that a sweep that is
+started again repeats nothing and takes no stale result for a fresh one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sim.paths import DATA, ROOT
+from sim.paths import ROOT
 
 PACKAGES = ("expertflow", "simpy", "numpy", "pandas", "pyarrow", "safetensors", "hydra-core")
 
@@ -41,34 +39,6 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def fingerprint(cfg: Mapping[str, Any], trace_sha256: str, *extra: str) -> str:
-    """Of all that decides a result: configuration, trace content, fitted files and this package's code."""
-    body = json.dumps(cfg, sort_keys=True, default=str)
-    fitted = f"{shipped_sha256()}\n{files_sha256(named_files(cfg.get('policy')))}"
-    return hashlib.sha256(f"{body}\n{trace_sha256}\n{fitted}\n{code_sha256(*extra)}".encode()).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def shipped_sha256() -> str:
-    """Of the fitted files and traces that come with the package."""
-    return files_sha256(sorted(DATA.glob("*.safetensors")))
-
-
-def named_files(value: Any) -> list[Path]:
-    """Files that a configuration names."""
-    if isinstance(value, Mapping):
-        return sorted({path for inner in value.values() for path in named_files(inner)})
-    return [Path(value)] if isinstance(value, str) and "." in value and Path(value).is_file() else []
-
-
-def files_sha256(paths: Sequence[Path]) -> str:
-    """Over names, without folders, and contents."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 def code_sha256(*extra: str) -> str:
     """Content hash of the packages that decide results; extra: more of them."""
     root = ROOT
@@ -77,14 +47,6 @@ def code_sha256(*extra: str) -> str:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def is_done(folder: Path, mark: str) -> bool:
-    """Whether `folder` holds the finished result of exactly this run."""
-    try:
-        return (folder / "DONE").read_text(encoding="utf-8").strip() == mark
-    except OSError:
-        return False
 
 
 def provenance(overrides: list[str], trace_sha256: str, wall_s: float, *extra: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from sim.collect import flatten
 from sim.configure import configure
 from sim.errors import one_line
 from sim.output import to_json, write_text
+from sim.paths import add_config_dir, use_own_folder
 from sim.setup import make_workload
 
 Pins = dict[str, Any]
@@ -105,8 +106,10 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sim.regress", description=__doc__)
     parser.add_argument("action", choices=("record", "check"))
     parser.add_argument("file", type=Path)
+    add_config_dir(parser)
     args = parser.parse_args(words)
     try:
+        use_own_folder(args.config_dir)
         return record(args.file) if args.action == "record" else check(args.file)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

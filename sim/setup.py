@@ -27,10 +27,11 @@ from expertflow.runtime import RunConfig
 from sim.configure import check_arguments
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.link import PAGEABLE, PINNED, chunk_sizes
-from sim.paths import CONF
+from sim.paths import config_files
 from sim.warm import fitted_arrays, warm_counts
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace, open_trace
+from traces.shipped import shipped
 
 STARTS = ("cold", "popular", "resident")
 WORKSPACE_GB = 1.5
@@ -155,7 +156,7 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
 
     told = {key: value for key, value in cfg.items() if key != "path" and value is not None}
     if not told:
-        return open_trace(str(SHIPPED_TRACE))
+        return open_trace(str(shipped(SHIPPED_TRACE)))
     cfg = GENERATED | told
     return generated_trace(_whole(cfg, "num_tokens", 1, "trace."), _whole(cfg, "num_requests", 1, "trace."),
                            _whole(cfg, "seed", 0, "trace."), cfg.get("params"))  # fmt: skip
@@ -176,12 +177,12 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
             raise ValueError(f"model.{extra[0]} means nothing with model=auto; name the model to change its sizes")
         # A twin has its original's topology; sizes and speeds come from the original.
         name = trace.model.removesuffix("-twin")
-        path = CONF / "model" / f"{name}.yaml"
-        known = sorted(p.stem for p in (CONF / "model").glob("*.yaml") if p.stem != "auto")
+        known = config_files("model")
+        del known["auto"]
         if name not in known:
             raise ValueError(f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
-                             f"say model=NAME with one of: {', '.join(known)}")  # fmt: skip
-        model = model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+                             f"say model=NAME with one of: {', '.join(sorted(known))}")  # fmt: skip
+        model = model_from_dict(yaml.safe_load(known[name].read_text(encoding="utf-8")))
     else:
         model = model_from_dict(cfg)
     for key in ("num_layers", "num_experts"):
@@ -251,15 +252,16 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
 def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
     if not isinstance(given, Mapping):
         raise ValueError(f"policy.predictor={given!r} is no part; choose one with policy/predictor=NAME, e.g. none")
-    cfg = dict(given)
+    cfg, key = dict(given), "policy.predictor"
     if "transition" in cfg and "_target_" not in cfg:
-        cfg = dict(cfg[_automatic(cfg, work)])
+        name = _automatic(cfg, work)
+        cfg, key = dict(cfg[name]), f"{key}.{name}"
     extra: dict[str, Any] = {}
     if "warm" in cfg:
-        extra["warm"] = warm_counts(cfg.pop("warm"), work.trace.model)
+        extra["warm"] = warm_counts(cfg.pop("warm"), work.trace.model, key)
     if "fitted" in cfg:
         kind = getattr(_target(cfg, "policy.predictor"), "fitted_kind", "fitted")
-        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind)
+        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind, key)
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
     predictor = _part(cfg, "policy.predictor", **extra)
@@ -276,7 +278,7 @@ def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
     """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
     recorded = _has_lookahead(work.trace)
     fitted = cfg["hybrid"].get("fitted") if "hybrid" in cfg else None
-    arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind)
+    arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind, "policy.predictor.hybrid")
     if arrays is not None and ("pregate" in arrays) == recorded:
         return "hybrid"
     if not recorded:

@@ -8,33 +8,36 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from sim.paths import DATA
+from sim import reads
+from traces.shipped import shipped
 
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-def warm_counts(source: object, model: str) -> Arrays | None:
-    """Transition counts. `auto`: what is shipped for `model`, if anything; null: a cold start; else a file's path."""
-    return _read(source, "policy.predictor.warm", _shipped(model, "transition"), "python -m sim.fit_transition")
+def warm_counts(source: object, model: str, key: str = "policy.predictor") -> Arrays | None:
+    """Transition counts. `auto`: what is shipped for `model`, if anything; null: a cold start; else a file's path.
+
+    key: of the predictor, for messages.
+    """
+    return _read(source, f"{key}.warm", f"{model}.transition.safetensors", "python -m traces fit-predictor")
 
 
-def fitted_arrays(source: object, model: str, kind: str) -> Arrays | None:
-    """A fitted predictor of that kind. `auto`: what is shipped for `model`, None if nothing; else a file's path."""
-    return _read(source, "policy.predictor.fitted", _shipped(model, kind), "python -m traces fit-predictor")
+def fitted_arrays(source: object, model: str, kind: str, key: str = "policy.predictor") -> Arrays | None:
+    """A fitted predictor of that kind. `auto`: what is shipped for `model`, None if nothing; else a file's path.
+
+    key: of the predictor, for messages.
+    """
+    return _read(source, f"{key}.fitted", f"{model}.{kind}.safetensors", "python -m traces fit-predictor")
 
 
-def _shipped(model: str, kind: str) -> Path:
-    """Where a fitted file of that kind stands, if one is shipped."""
-    return DATA / f"{model}.{kind}.safetensors"
-
-
-def _read(source: object, key: str, at_hand: Path, writer: str) -> Arrays | None:
+def _read(source: object, key: str, at_hand: str, writer: str) -> Arrays | None:
     if source is None:
         return None
     if not isinstance(source, str):
         raise ValueError(f"{key}={source!r} must be auto, null, or a file")
-    path = at_hand if source == "auto" else Path(source)
-    if source == "auto" and not path.exists():
+    path = _found(at_hand, key) if source == "auto" else Path(source)
+    reads.note(reads.SHIPPED + at_hand if source == "auto" else source)
+    if path is None:
         return None
     if not path.is_file():
         raise ValueError(f"{key}={source!r}: no such file; give auto, null, or a file written by {writer}")
@@ -42,3 +45,11 @@ def _read(source: object, key: str, at_hand: Path, writer: str) -> Arrays | None
         return dict(load_file(path))
     except Exception as error:
         raise ValueError(f"{key}={source!r} is not a readable safetensors file ({error})") from error
+
+
+def _found(name: str, key: str) -> Path | None:
+    """The shipped file of that name, None if nothing is fitted to that model."""
+    try:
+        return shipped(name)
+    except ValueError as error:
+        raise ValueError(f"{key}=auto: {error}, or null") from None

@@ -11,7 +11,7 @@ import pytest
 
 from tests.reference import count_hits, per_layer_capacity, trace_events
 from traces import cli
-from traces.fit import fit_trace
+from traces.fitting.generator import fit_trace
 from traces.format import write_trace
 from traces.generate import generate
 from traces.reader import open_trace

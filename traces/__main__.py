@@ -2,7 +2,11 @@
 
 import sys
 
-from traces.cli import main
+from traces.installed import start
 
 if __name__ == "__main__":
+    start()
+    # Only now: another distribution may have overwritten what this needs.
+    from traces.cli import main
+
     sys.exit(main())

@@ -34,7 +34,12 @@ DELEGATED = {
     "fit-predictor": "fit a predictor of later layers' experts to a trace",
     "score-predictors": "compare predictors, fitted to one trace, by distance on another",
 }
-MODULES = {"record": "recorder.command", "fit-predictor": "fitting.command", "score-predictors": "fitting.score"}
+MODULES = {
+    "record": "recorder.command",
+    "fit": "fitting.generator",
+    "fit-predictor": "fitting.command",
+    "score-predictors": "fitting.score",
+}
 """Where a delegated command lives, if not in the module of its name."""
 EXAMPLES = {
     "": """examples:

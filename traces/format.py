@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from traces.container import DTYPE_NAMES, DTYPES, TraceError, fault
 from traces.layout import ARRAYS, COUNTS, FORMAT, FORMAT_VERSION, check_layout
-from traces.reader import ChainedArray, RowArray, Trace, open_trace
-from traces.validate import blocks, validate_trace
+from traces.reader import open_trace
+from traces.trace import ChainedArray, RowArray, Trace, blocks
+from traces.validate import validate_trace
 
 __all__ = [
     "ARRAYS",

@@ -1,4 +1,4 @@
-"""Routing made up from a small parameter file, with the statistics of the trace it was fitted to (`traces.fit`).
+"""Routing made up from a small parameter file, with the statistics of its source (`traces.fitting.generator`).
 
 The model. At token t of a request, expert e of layer l scores
 

@@ -6,20 +6,17 @@ shapes are checked by `traces.layout`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from traces.container import Array, TraceError, fault
 from traces.layout import PER_TOKEN, check_layout
+from traces.trace import RowArray, Trace, blocks
 
-if TYPE_CHECKING:
-    from traces.reader import RowArray, Trace
-
-BLOCK_BYTES = 4 << 20
 Mask = npt.NDArray[np.bool_]
 Fault = tuple[Mask, Callable[[tuple[int, ...]], str], str]
 """Where it is broken (first axis = rows), what to say of one place there, and the remedy."""
@@ -38,15 +35,6 @@ def validate_trace(trace: Trace) -> None:
                 _raise_first(path, name, start, faults)
         if part.forward_id is not None:
             _check_forwards(path, part, part.forward_id)
-
-
-def blocks(array: RowArray) -> Iterator[tuple[int, Array]]:
-    """Consecutive rows of `array` with the index of the first, about BLOCK_BYTES at a time."""
-    num_rows = array.shape[0]
-    row_bytes = max(1, int(np.prod(array.shape[1:], dtype=np.int64)) * array.dtype.itemsize)
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for start in range(0, num_rows, step):
-        yield start, array[start : start + step]
 
 
 def _raise_first(path: Path, name: str, start: int, faults: Sequence[Fault]) -> None:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.parts import SCORE_ONE, Predictor, Scores
-from expertflow.predictors.counts import TransitionCounts
 from expertflow.predictors.ranking import RowRanking, rank_scores
+from expertflow.transitions import TransitionCounts
 from expertflow.view import View
 
 Floats = npt.NDArray[np.float64]

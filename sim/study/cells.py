@@ -1,12 +1,11 @@
 """Running the cells of a study, in this process or several, and keeping each finished one.
 
-A kept cell counts only for the same configuration, trace, fitted files and code: those of the moment at which the
-command started, so that nothing is filed under code that it did not run with. What only tabulates is not part of it.
+A kept cell counts only for the same configuration, trace, fitted files and code that ran (`sim.decided`); what only
+tabulates did not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from joblib import Parallel, delayed
 from expertflow.observer import Observer
 from sim.app import twin_hits
 from sim.configure import configure
+from sim.decided import Decided, asked, at_start, stands
 from sim.errors import one_line
 from sim.link import Link
-from sim.output import files_sha256, named_files, shipped_sha256, to_json, write_text
-from sim.paths import ROOT
+from sim.output import to_json, write_text
+from sim.paths import own_folder, use_own_folder
 from sim.run import describe, run_policy
-from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload
+from sim.setup import Workload, load_chunks, make_model, make_policy, make_trace, make_workload
 from sim.study.estimates import run_estimates
 from sim.study.phases import PhaseRecorder
 from sim.study.plan import Cell
@@ -32,39 +32,43 @@ from sim.twin import RedundancyCounter
 from traces.reader import Trace
 
 ALONE = ("compare=none",)
-DECIDES = ("expertflow/**/*.py", "traces/**/*.py", "sim/*.py", "sim/study/cells.py", "sim/study/estimates.py",
-           "sim/study/phases.py")  # fmt: skip
-"""The code that a result depends on."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell, ready to run: its configuration, and the mark of all that decides its result."""
+    """One cell, ready to run: its configuration, and the mark of what is asked for."""
 
     cell: Cell
     cfg: dict[str, Any]
     mark: str
     kind: str
+    config_dir: Path | None
 
     def path(self, folder: Path) -> Path:
         """Where its result is kept."""
         return folder / f"{self.mark[:20]}.json"
 
+    def is_kept(self, folder: Path) -> bool:
+        """Whether its result is there, and nothing that decided it has changed since."""
+        return self.path(folder).exists() and stands(self.decided(folder), self.mark)
+
+    def decided(self, folder: Path) -> Path:
+        """Where it is kept what decided the result; written after that."""
+        return self.path(folder).with_suffix(".done")
+
 
 def plan_jobs(cells: Sequence[Cell], kind: str = "runs") -> list[Job]:
     """Compose and mark every cell; ValueError that names the cell for what cannot be composed."""
     jobs = []
-    code = [path for pattern in DECIDES for path in sorted(ROOT.glob(pattern))]
-    shared = files_sha256(code) + shipped_sha256()
+    at_start()
     for cell in cells:
         try:
             cfg = configure([*cell.overrides, *ALONE])
-            trace_sha256 = _open_trace(to_json(cfg["trace"])).sha256()
-            own = files_sha256(named_files(cfg["policy"]))
+            trace = _open_trace(to_json(cfg["trace"]))
+            mark = asked(cfg, trace.sha256(), make_model(cfg["model"], trace), kind)
         except Exception as error:
             raise _named(cell, error) from error
-        body = json.dumps([kind, cfg, trace_sha256, own, shared], sort_keys=True)
-        jobs.append(Job(cell, cfg, hashlib.sha256(body.encode()).hexdigest(), kind))
+        jobs.append(Job(cell, cfg, mark, kind, own_folder()))
     return jobs
 
 
@@ -87,7 +91,7 @@ def run_jobs(jobs: Sequence[Job], folder: Path, num_jobs: int,
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / ".gitignore", "*\n")
-    waiting = [job for job in jobs if not job.path(folder).exists()]
+    waiting = [job for job in jobs if not job.is_kept(folder)]
     print(f"{len(jobs)} cells, {len(jobs) - len(waiting)} of them done before", flush=True)
     outcomes = Parallel(n_jobs=num_jobs, return_as="generator")(delayed(_attempt)(job, folder) for job in waiting)
     failures: dict[str, str] = {}
@@ -106,14 +110,18 @@ def run_jobs(jobs: Sequence[Job], folder: Path, num_jobs: int,
 def _attempt(job: Job, folder: Path) -> str | None:
     """Run one job and keep its result; a user's error as a line."""
     try:
-        work = make_workload(job.cfg, _open_trace(to_json(job.cfg["trace"])))
-        result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
+        use_own_folder(job.config_dir)
+        with Decided(job.mark, __name__, job.cfg) as decided:
+            work = make_workload(job.cfg, _open_trace(to_json(job.cfg["trace"])))
+            result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
     except Exception as error:
         line = one_line(error)
         if line is None:
             raise
         return line
+    job.decided(folder).unlink(missing_ok=True)
     write_text(job.path(folder), to_json(result))
+    write_text(job.decided(folder), decided.to_json())
     return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sim.entry import as_command
 from sim.output import code_sha256
+from sim.paths import add_config_dir, use_own_folder
 from sim.study.cells import plan_jobs, run_jobs
 from sim.study.estimates import estimates_table
 from sim.study.plan import Study, cells, load_study
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="AXIS=VALUE[,VALUE]",
                         help="only these values of an axis, or of `variant`")  # fmt: skip
     parser.add_argument("--tokens", type=int, help="cut every trace after so many tokens (max_tokens)")
+    add_config_dir(parser)
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1; -1: one a core)")
     return parser
 
@@ -43,6 +45,7 @@ def run_study(args: argparse.Namespace) -> None:
     started, code = time.perf_counter(), code_sha256()
     if args.jobs == 0:
         raise ValueError("--jobs=0 runs nothing; give 1 or more, or -1 for one a core")
+    use_own_folder(args.config_dir)
     study = load_study(args.study)
     given = [_split("--set", word) for word in args.set]
     values = {key: value for key, value in given if key in study.parameters}
@@ -87,6 +90,7 @@ def printed(args: argparse.Namespace, study: Study) -> list[str]:
         return f"{key}=${key.upper().replace('.', '_')}" if "/" in value or value.endswith(".safetensors") else word
 
     words: list[str] = [study.name, "--out", f"results/{args.out.name}"]
+    words += ["--config-dir", "$CONFIG_DIR"] if args.config_dir is not None else []
     parts: Sequence[tuple[str, list[str]]] = (("--set", [shown(word) for word in args.set]), ("--only", args.only))
     for option, listed in parts:
         words += [option, *listed] if listed else []

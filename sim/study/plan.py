@@ -16,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from sim.paths import CONF
+from sim.paths import config_files
 
-FOLDER = CONF / "study"
 KINDS = ("runs", "estimates")
 _EXTRAS = {
     "tables": {"title", "value", "rows", "columns", "variants", "only", "percent", "digits", "note"},
@@ -71,12 +70,12 @@ class Cell:
 
 def load_study(name: str) -> Study:
     """The study of that name; ValueError with the choices if there is none."""
-    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    known = config_files("study")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"study {name!r} does not exist{hint}; choose one of: {', '.join(known)}")
-    return read_study(FOLDER / f"{name}.yaml")
+        raise ValueError(f"study {name!r} does not exist{hint}; choose one of: {', '.join(sorted(known))}")
+    return read_study(known[name])
 
 
 def read_study(path: Path) -> Study:

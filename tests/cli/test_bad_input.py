@@ -315,7 +315,7 @@ def test_a_model_with_a_missing_figure_is_one_line(tmp_path: Path) -> None:
 
 
 def test_counts_fitted_on_another_model_are_one_line(tmp_path: Path) -> None:
-    from sim.warm import DATA
+    from sim.paths import DATA
 
     path = tiny_trace(tmp_path / "tiny.safetensors")
     warm = f"policy.predictor.transition.warm={DATA / 'gpt-oss-20b.transition.safetensors'}"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from expertflow.predictors.counts import TransitionCounts
 from expertflow.predictors.lookahead import LookaheadPredictor
+from expertflow.transitions import TransitionCounts
 from tests.cli.support import routing
 from tests.fitting.support import SMALL, D, E, K, L, knowable, needs_fit, quiet, written
 from tests.policies.support import forward_rows, memory_trace, view_of

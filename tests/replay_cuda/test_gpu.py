@@ -316,7 +316,8 @@ def test_faults_are_caught(tmp_path: Path, device: CudaDevice, fault: str) -> No
 
 @pytest.mark.slow
 def test_calibrates(tmp_path: Path) -> None:
-    assert calibrate(["there", "--machine", "cuda", "--quick", "--scale", str(SCALE), "--out", str(tmp_path)]) == 0
+    words = ["--machine", "cuda", "--quick", "--scale", str(SCALE), "--config-dir", str(tmp_path)]
+    assert calibrate(["there", *words]) == 0
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert {"hardware/there.yaml", "stack/there.yaml"} <= written
     assert not (CONF / "hardware" / "there.yaml").exists()

@@ -21,7 +21,6 @@ from expertflow.horizons.fixed import FixedHorizon
 from expertflow.orders.index import IndexOrder
 from expertflow.parts import DEMAND, PREFETCH, SCORE_ONE, Eviction, Horizon, Order, Part, Predictor, Scores, Selection
 from expertflow.policy import Policy
-from expertflow.predictors.counts import TransitionCounts
 from expertflow.predictors.none import NoPredictor
 from expertflow.predictors.ranking import rank_scores
 from expertflow.predictors.transition import BLOCK, TransitionPredictor
@@ -29,6 +28,7 @@ from expertflow.selections.mass import Mass
 from expertflow.selections.threshold import Threshold
 from expertflow.selections.top_k import CountingSelection, TopK
 from expertflow.slots import Slots, split_by_layer
+from expertflow.transitions import TransitionCounts
 from expertflow.view import ABSENT, LOADING, RESIDENT, Feedback, View
 from tests.runtime.support import Kernels, Scripted, TakeAll, compose, decode, forward_of, run
 

@@ -2,17 +2,16 @@
 
 import math
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import conf
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, unsourced
 from sim.link import Link
+from sim.paths import CONF
 
-ROOT = Path(conf.__file__).parent
+ROOT = CONF
 HARDWARE = [
     "a100", "a6000", "a6000_as_printed", "gh200", "h100", "h20", "h200", "h20_as_printed", "ideal_link",
     "l40s", "rtx3090", "rtx4090",

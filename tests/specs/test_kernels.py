@@ -1,18 +1,17 @@
 """The roofline: hand-computed times on both sides of the point where memory and compute take as long."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
 
-import conf
 from expertflow.model import ModelSpec, model_from_dict
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.kernels import KernelTimes
+from sim.paths import CONF
 from tests.specs.test_model import TINY, TINY_MLA
 
-ROOT = Path(conf.__file__).parent
+ROOT = CONF
 
 
 def hardware(name: str) -> Hardware:

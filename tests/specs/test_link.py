@@ -1,18 +1,17 @@
 """Copies: t0 + bytes / bandwidth(bytes), chunked exactly, slowed while kernels run."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import conf
 from sim.hardware import Hardware, hardware_from_dict
 from sim.link import Link, bandwidth_at, chunk_sizes
+from sim.paths import CONF
 
-FOLDER = Path(conf.__file__).parent / "hardware"
+FOLDER = CONF / "hardware"
 MIXTRAL_EXPERT_BYTES = 3 * 4096 * 14336 * 2
 
 

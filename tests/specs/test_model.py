@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import conf
 from expertflow.model import ModelSpec, model_from_dict
+from sim.paths import CONF
 
-FOLDER = Path(conf.__file__).parent / "model"
+FOLDER = CONF / "model"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "auto")
 
 TINY = ModelSpec(

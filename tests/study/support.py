@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pandas as pd
 import yaml
 
-from sim.study import plan
 from sim.study.command import cli
 
 TINY: dict[str, Any] = {
@@ -39,16 +37,16 @@ TINY: dict[str, Any] = {
 def write_study(folder: Path, name: str = "tiny", **changes: Any) -> Path:
     """The tiny study as a file, with changes; a change to None takes a key out."""
     content = {**TINY, "name": name, **changes}
-    path = folder / f"{name}.yaml"
+    path = folder / "study" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
     kept = {key: value for key, value in content.items() if value is not None}
     path.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     return path
 
 
 def command(folder: Path, *words: str, name: str = "tiny") -> int:
-    """Exit code of the command, with the studies of `folder` in place of the project's, into `folder`/out."""
-    with patch.object(plan, "FOLDER", folder):
-        return cli([name, "--out", str(folder / "out"), *words])
+    """Exit code of the command, with the studies of `folder` beside the project's, into `folder`/out."""
+    return cli([name, "--config-dir", str(folder), "--out", str(folder / "out"), *words])
 
 
 def table(folder: Path) -> pd.DataFrame:

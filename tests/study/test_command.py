@@ -96,7 +96,8 @@ def test_two_processes_find_what_one_does(folder: Path) -> None:
 def test_the_report_shows_command_verdicts_and_tables_but_no_path(folder: Path) -> None:
     assert command(folder, *words(folder), "--tokens", "20") == 0
     text = (folder / "out" / "README.md").read_text(encoding="utf-8")
-    assert "python -m sim.study tiny --out results/out --set recording=$RECORDING --tokens 20" in text
+    told = "--config-dir $CONFIG_DIR --set recording=$RECORDING --tokens 20"
+    assert f"python -m sim.study tiny --out results/out {told}" in text
     assert "Below (stall_left_on_demand at most 1): holds in 2 of 2 cells" in text
     assert "| variant | small eager | small graph |" in text
     for path in (folder / "out").iterdir():

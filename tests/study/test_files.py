@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from sim.configure import configure
-from sim.study.plan import FOLDER, Study, cells, load_study, read_study
+from sim.paths import config_files
+from sim.study.plan import Study, cells, load_study, read_study
 from tests.study.support import write_study
 
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+NAMES = sorted(config_files("study"))
 
 
 def values(study: Study) -> dict[str, str]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.traces import HEADER, TOKENS, Arrays, save, sound_arrays
-from traces import validate
+from traces import trace as trace_module
 from traces.format import TraceError, open_trace, validate_trace
 
 Change = Callable[[Arrays, dict[str, str]], None]
@@ -200,7 +200,7 @@ def test_the_last_allowed_value_passes(tmp_path: Path, change: Change) -> None:
 def test_rows_are_counted_across_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Change, message: str
 ) -> None:
-    monkeypatch.setattr(validate, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(trace_module, "BLOCK_BYTES", 1)
     check_refused(tmp_path / "t.safetensors", sound_arrays(), change, message)
     open_trace(save(tmp_path / "sound.safetensors", sound_arrays(), HEADER))
 
@@ -345,4 +345,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert trace.logits is not None
     assert path.stat().st_size > 64e6
-    assert peak < 6 * validate.BLOCK_BYTES
+    assert peak < 6 * trace_module.BLOCK_BYTES

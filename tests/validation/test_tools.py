@@ -159,7 +159,8 @@ def test_a_lost_device_leaves_what_was_finished(
 
 @pytest.mark.slow
 def test_a_calibration_writes_a_profile_that_simulates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert calibrate.main(["mine", *SMALL, "--policies", "lru", "--throttle", "0.2", "--out", str(tmp_path)]) == 0
+    words = [*SMALL, "--policies", "lru", "--throttle", "0.2", "--config-dir", str(tmp_path)]
+    assert calibrate.main(["mine", *words]) == 0
     hardware = hardware_from_dict(yaml.safe_load((tmp_path / "hardware" / "mine.yaml").read_text()))
     stack_from_dict(yaml.safe_load((tmp_path / "stack" / "mine.yaml").read_text()))
     assert list(hardware.kernel_ns) == ["gpt-oss-20b/16"]
@@ -182,7 +183,7 @@ def test_a_calibration_writes_a_profile_that_simulates(tmp_path: Path, capsys: p
 def test_calibrate_answers_mistakes_with_one_line(words: list[str], expected: str, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     given = words if "--machine" in words else [*words, "--machine", "cpu"]
-    assert calibrate.main([*given, "--quick", "--out", str(tmp_path)]) == 2
+    assert calibrate.main([*given, "--quick", "--config-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1

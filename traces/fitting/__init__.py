@@ -1,1 +1,4 @@
-"""Fitting predictors to recorded traces, and scoring them: files in, files out. Knows no policy."""
+"""Fitting to recorded traces: predictors, which are scored too, and the parameters of the trace generator.
+
+Files in, files out. Knows no policy.
+"""

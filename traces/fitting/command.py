@@ -20,12 +20,17 @@ from traces.files import replace_file, safetensors_bytes
 from traces.fitting.packages import asked_for_by
 from traces.reader import open_trace
 
-FITS = {"forest": "traces.fitting.forest:fit_forest", "hybrid": "traces.fitting.network:fit_hybrid"}
+FITS = {
+    "forest": "traces.fitting.forest:fit_forest",
+    "hybrid": "traces.fitting.network:fit_hybrid",
+    "transition": "traces.fitting.transition:fit_transition",
+}
 """Kinds, and the function of each. The first is the default."""
 ZERO_ALLOWED = ("seed", "threads", "dropout")
 _EXAMPLES = """examples:
   python -m traces fit-predictor train.safetensors my-model.forest.safetensors kind=forest
-  python -m traces fit-predictor train.safetensors small.safetensors kind=forest max_mb=2 rows=6000"""
+  python -m traces fit-predictor train.safetensors small.safetensors kind=forest max_mb=2 rows=6000
+  python -m traces fit-predictor train.safetensors my-model.transition.safetensors kind=transition"""
 
 
 def function_of(kind: str) -> Callable[..., Any]:
@@ -46,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("options", nargs="*", metavar="key=value", help="kind=, and options of the kind, listed below")
     lines = ["options, by kind (defaults shown; max_mb: 10^6 bytes of the file; rows: pairs of row and distance that",
-             "each target layer is fitted on):",
+             "each target layer is fitted on; distances: layers ahead):",
              *(f"  kind={kind} {listed_options(function_of(kind))}" for kind in FITS), "", _EXAMPLES]  # fmt: skip
     parser.epilog = "\n".join(lines)
 

@@ -29,11 +29,11 @@ class TransitionCounts:
             if name not in arrays or arrays[name].shape != shape:
                 found = arrays[name].shape if name in arrays else "nothing"
                 raise ValueError(f"fitted transition counts: {name} has shape {found}, the trace needs {shape}; "
-                                 "fit them on a trace of the same model (python -m sim.fit_transition)")  # fmt: skip
+                                 "fit them on a trace of the same model (python -m traces fit-predictor)")  # fmt: skip
         cross = arrays.get("cross")
         if cross is None or cross.ndim != 4 or cross.shape[1:] != (self.L, self.E, self.E):
             raise ValueError(f"fitted transition counts: cross must be [D, {self.L}, {self.E}, {self.E}]; "
-                             "fit them on a trace of the same model (python -m sim.fit_transition)")  # fmt: skip
+                             "fit them on a trace of the same model (python -m traces fit-predictor)")  # fmt: skip
         values = {name: np.asarray(arrays[name], np.float64) for name in (*shapes, "cross")}
         for name, value in values.items():
             if not np.isfinite(value).all() or (value < 0).any():

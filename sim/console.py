@@ -1,0 +1,68 @@
+"""`expertflow COMMAND …`: the same as `python -m MODULE …`, under one name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = {
+    "sim": ("sim", "simulate one configuration, or with -m a sweep of them"),
+    "study": ("sim.study", "run a study of many configurations, and write its report"),
+    "collect": ("sim.collect", "make one table of a sweep's runs"),
+    "regress": ("sim.regress", "pin the metrics of chosen runs, and say what moved"),
+    "bench": ("sim.bench", "measure the simulator's speed"),
+    "traces": ("traces", "check, describe, import, record, fit and generate traces"),
+    "twin": ("traces.twin", "train a narrow model of a routing topology, and record it"),
+    "replay": ("replay", "run one configuration on this machine"),
+    "calibrate": ("replay.calibrate", "measure this machine, for simulations of it"),
+    "validate": ("replay.validate", "hold simulations against this machine"),
+    "lockstep": ("replay.lockstep", "feed a replay's log to a fresh policy"),
+    "bench-decide": ("replay.bench_decide", "measure what a policy's decisions take"),
+    "bench-host": ("replay.bench_host", "measure what a replay's host takes"),
+}
+"""Name, module, and what it does."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    given = list(sys.argv[1:] if words is None else words)
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"expertflow {installed_version()}")
+        return 0
+    name, *rest = given
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        print(f"error: {name!r} is no command{hint}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if not sys.flags.safe_path:
+        # As `python -m` has it: a user's own parts are imported from the current folder.
+        sys.path[0] = os.getcwd()
+    sys.argv[1:] = rest
+    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+    return 0
+
+
+def usage() -> str:
+    """What there is to choose from."""
+    lines = [f"  {name:<13} {about} (python -m {module})" for name, (module, about) in COMMANDS.items()]
+    return "\n".join(["usage: expertflow COMMAND …", "       expertflow COMMAND --help", "", *lines])
+
+
+def installed_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return version("expertflow")
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""What an installed package does at its start, the data that it carries packed, and the one command in front."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from sim import console
+from sim.console import COMMANDS, main
+from traces import installed, shipped
+from traces.installed import shadowed, strangers, warn_if_mixed
+
+ROOT = Path(__file__).parents[2]
+
+
+# -- mixed installations -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder as an installer leaves it: four packages, and a record of what it wrote."""
+    rows = []
+    for name in [*(f"{package}/__init__.py" for package in installed.PACKAGES), "sim/conf/config.yaml"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("# ours\n")
+        rows.append(f"{name},,{path.stat().st_size}")
+    record(tmp_path, "expertflow", rows)
+    (tmp_path / "traces" / "__pycache__").mkdir()
+    return tmp_path
+
+
+def record(site: Path, name: str, rows: list[str]) -> None:
+    """The metadata of a distribution that wrote these files."""
+    folder = site / f"{name}-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (folder / "RECORD").write_text("\n".join([*rows, f"{folder.name}/RECORD,,"]) + "\n")
+
+
+def test_a_whole_installation_is_not_spoken_of(site: Path) -> None:
+    assert strangers(site) is None
+
+
+def test_a_file_that_another_distribution_added_is_named_with_it(site: Path) -> None:
+    (site / "traces" / "timeseries.py").write_text("# theirs\n")
+    record(site, "traces-of-others", ["traces/timeseries.py,,9"])
+    line = strangers(site)
+    assert line is not None
+    assert "(by traces-of-others): traces/timeseries.py" in line
+    assert "\n" not in line
+
+
+def test_a_file_that_was_overwritten_is_named(site: Path) -> None:
+    (site / "traces" / "__init__.py").write_text("from traces.timeseries import TimeSeries\n")
+    (site / "sim" / "more").mkdir()
+    line = strangers(site)
+    assert line is not None
+    assert line.endswith("packages: sim/more and 1 more")
+
+
+def test_a_checkout_may_hold_what_it_likes(site: Path) -> None:
+    (site / "traces" / "timeseries.py").write_text("# mine\n")
+    (site / "sim" / "conf" / "config.yaml").unlink()
+    (site / "sim" / "conf").rmdir()
+    assert strangers(site) is None
+
+
+def test_a_package_taken_from_elsewhere_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shadowed() is None
+    (tmp_path / "replay").mkdir()
+    (tmp_path / "replay" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    line = shadowed()
+    assert line is not None
+    assert f"package replay from {tmp_path / 'replay'}" in line
+
+
+def test_it_is_said_once_in_one_line(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(installed, "ROOT", site)
+    monkeypatch.setattr(installed, "shadowed", lambda: None)
+    monkeypatch.delenv("EXPERTFLOW_CHECKED", raising=False)
+    (site / "sim" / "other.py").touch()
+    warn_if_mixed()
+    warn_if_mixed()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: another distribution has mixed files")
+    assert said.count("\n") == 1
+    assert os.environ.pop("EXPERTFLOW_CHECKED") == "1"
+
+
+def test_a_shadowed_traces_is_explained_when_nothing_works(tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", "import sim"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1].startswith("ImportError: Python takes the package traces from another")
+
+
+# -- shipped data --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder as a wheel has it: one file packed, none of the repository's own."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "small.safetensors").write_bytes(b"small")
+    (data / "large.safetensors.xz").write_bytes(lzma.compress(b"large"))
+    monkeypatch.setattr(shipped, "FOLDER", data)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shipped._unpacked.cache_clear()
+    return data
+
+
+def test_packed_files_are_unpacked_into_the_cache_once(packed: Path, tmp_path: Path) -> None:
+    assert shipped.shipped("small.safetensors") == packed / "small.safetensors"
+    path = shipped.shipped("large.safetensors")
+    assert path is not None
+    assert path.is_relative_to(tmp_path / "cache" / "expertflow")
+    assert (path.name, path.read_bytes()) == ("large.safetensors", b"large")
+    written = path.stat().st_mtime_ns
+    shipped._unpacked.cache_clear()
+    assert shipped.shipped("large.safetensors") == path
+    assert path.stat().st_mtime_ns == written
+    assert [one.name for one in path.parent.iterdir()] == ["large.safetensors"]
+
+
+def test_another_version_of_a_packed_file_is_another_file(packed: Path) -> None:
+    before = shipped.shipped("large.safetensors")
+    (packed / "large.safetensors.xz").write_bytes(lzma.compress(b"larger"))
+    shipped._unpacked.cache_clear()
+    after = shipped.shipped("large.safetensors")
+    assert before is not None
+    assert after is not None
+    assert (before.read_bytes(), after.read_bytes()) == (b"large", b"larger")
+
+
+def test_without_a_cache_that_can_be_written_a_temporary_folder_serves(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, no folder")
+    path = shipped.shipped("large.safetensors")
+    assert path is not None
+    assert path.read_bytes() == b"large"
+    assert not path.is_relative_to(tmp_path)
+
+
+def test_what_only_the_repository_has_is_not_taken_for_nothing(packed: Path) -> None:
+    assert shipped.shipped("a-model.hybrid.safetensors") is None
+    assert shipped.shipped("../data/small.safetensors") is None
+    with pytest.raises(ValueError, match=r"gpt-oss-20b-twin\.forest\.safetensors is in the repository"):
+        shipped.shipped("gpt-oss-20b-twin.forest.safetensors")
+
+
+def test_every_data_file_is_in_the_wheel_or_said_to_be_in_the_repository_only() -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = told["tool"]["setuptools"]["package-data"]["traces"]
+    names = {path.name for path in shipped.FOLDER.iterdir()}
+    carried = {name for name in names if any(fnmatch(f"data/{name}", pattern) for pattern in patterns)}
+    assert {Path(pattern).name for pattern in patterns} == carried
+    assert names - carried == set(shipped.REPOSITORY_ONLY)
+
+
+# -- the command in front ------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name, (module, about) in COMMANDS.items():
+        assert f"  {name} " in printed
+        assert f"{about} (python -m {module})" in printed
+    assert main([]) == 2
+    assert capsys.readouterr().out == printed
+
+
+def test_a_misspelt_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stuyd", "gap"]) == 2
+    assert "did you mean study?" in capsys.readouterr().err
+
+
+def test_a_command_is_run_as_python_m_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = []
+    monkeypatch.setattr(console.runpy, "run_module", lambda *words, **how: ran.append((words, how, sys.argv[1:])))
+    monkeypatch.setattr(sys, "argv", ["expertflow", "study", "gap", "--out", "out"])
+    monkeypatch.setattr(sys, "path", ["where the command lies", *sys.path[1:]])
+    monkeypatch.chdir(tmp_path)
+    assert main() == 0
+    assert ran == [(("sim.study",), {"run_name": "__main__", "alter_sys": True}, ["gap", "--out", "out"])]
+    assert sys.path[0] == str(tmp_path)
+
+
+def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "version", lambda name: {"expertflow": "7.8.9"}[name])
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "expertflow 7.8.9\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_its_module(name: str, tmp_path: Path) -> None:
+    """The same help, the same exit code."""
+    if COMMANDS[name][0].startswith("replay"):
+        pytest.importorskip("torch")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = []
+    for words in (["sim.console", name], [COMMANDS[name][0]]):
+        command = [sys.executable, "-m", *words, "--help"]
+        one = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        found.append((one.returncode, one.stdout, one.stderr))
+    assert found[0] == found[1]
+    assert "usage" in (found[0][1] + found[0][2]).lower() or "hydra" in found[0][1].lower()

@@ -1,0 +1,78 @@
+"""The traces and fitted files that come with the package: as they are in a checkout, packed in an installed wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent / "data"
+PACKED = ".xz"
+REPOSITORY_ONLY = (
+    "deepseek-v2-lite-twin-eval.safetensors",
+    "deepseek-v2-lite-twin.forest.safetensors",
+    "deepseek-v2-lite-twin.hybrid.safetensors",
+    "gpt-oss-20b-twin-train.safetensors",
+    "gpt-oss-20b-twin.forest.safetensors",
+    "qwen1.5-moe-a2.7b-twin-eval.safetensors",
+    "qwen1.5-moe-a2.7b-twin.forest.safetensors",
+    "qwen1.5-moe-a2.7b-twin.hybrid.safetensors",
+)
+"""What only studies and training need: not in the wheel, which would be three times as large."""
+
+
+def shipped(name: str) -> Path | None:
+    """The shipped file of that name, unpacked if it is packed; None if there is none.
+
+    ValueError for one that is in the repository only: to go on without it would be another result.
+    """
+    if Path(name).name != name:
+        return None  # names come from traces, which are not trusted
+    path = FOLDER / name
+    if path.is_file():
+        return path
+    packed = FOLDER / (name + PACKED)
+    if packed.is_file():
+        return _unpacked(packed)
+    if name in REPOSITORY_ONLY:
+        raise ValueError(f"{name} is in the repository (traces/data), not in the installed package; give its path")
+    return None
+
+
+@lru_cache
+def _unpacked(packed: Path) -> Path:
+    """The file in the user's cache, under the hash of the packed bytes; written there if it is missing."""
+    content = packed.read_bytes()
+    name = packed.name.removesuffix(PACKED)
+    try:
+        return _written(cache_folder() / hashlib.sha256(content).hexdigest()[:16], name, content)
+    except (OSError, RuntimeError):
+        # No home, or none that can be written to: for as long as this process runs.
+        return _written(Path(_temporary().name), name, content)
+
+
+def cache_folder() -> Path:
+    """Where an installed package keeps what it made: in the user's cache. RuntimeError where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertflow"
+
+
+@lru_cache(maxsize=1)
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    """A folder that goes with the process."""
+    return tempfile.TemporaryDirectory(prefix="expertflow-")
+
+
+def _written(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            unfinished.write_bytes(lzma.decompress(content))
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return path
