@@ -21,6 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from sim.names import hardware_name, model_name, policy_name, stack_name
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -41,11 +43,12 @@ STALLS = {"miss": "#B2182B", "late": "#F4A6A0"}
 DARK = ("miss",)
 REST = "#c9d3dc"
 LABELS = {
-    "residency": "residency (share of all experts)", "tpot_ms": "TPOT (ms)", "hit_rate": "hit rate",
+    "residency": "residency (share of all experts)", "tpot_ms": "time per output token (ms)", "hit_rate": "hit rate",
     "stall_ms_per_token": "stall (ms per token)", "late_ms_per_token": "late stall (ms per token)",
     "miss_ms_per_token": "miss stall (ms per token)", "link_utilisation": "link utilisation",
 }  # fmt: skip
 FACETS = ["hardware", "stack"]
+FLOOR = "#222222"
 
 P = ParamSpec("P")
 
@@ -62,15 +65,16 @@ def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 @styled
-def plot_stall_against_residency(table: pd.DataFrame, value: str = "stall_ms_per_token",
-                                 log_y: bool = False) -> Figure:  # fmt: skip
+def plot_stall_against_residency(
+    table: pd.DataFrame, value: str = "stall_ms_per_token", log_y: bool = False, title: str = ""
+) -> Figure:
     """One line per policy, one panel per hardware (across) and stack (down).
 
     table: columns policy, hardware, stack, residency (0 to 1) and `value`, one row a point. log_y: logarithmic
     but for a linear foot, so that a stall of zero is drawn too. ValueError if a point has two rows.
     """
     _check(table, [*FACETS, "policy", "residency", value], ["policy", "residency"])
-    figure, panels = _panels(table)
+    figure, panels = _panels(table, title)
     policies = list(dict.fromkeys(table["policy"]))
     positive = table[value][table[value] > 0]
     for axes, rows in panels:
@@ -83,22 +87,24 @@ def plot_stall_against_residency(table: pd.DataFrame, value: str = "stall_ms_per
         axes.set_ylabel(LABELS.get(value, value))
     for axes, _ in panels:
         axes.set_ylim(bottom=0)
-    handles = [Line2D([], [], label=policy, **_line_style(index)) for index, policy in enumerate(policies)]
+    handles = [Line2D([], [], label=policy_name(name), **_line_style(index)) for index, name in enumerate(policies)]
     figure.legend(handles=handles, loc="outside right upper", title="policy", alignment="left", handlelength=3.2)
     return figure
 
 
 @styled
-def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True) -> Figure:
-    """One bar of TPOT per policy, in the table's order; one panel per hardware (across) and stack (down).
+def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True, title: str = "", across: str = "hardware") -> Figure:
+    """One bar of TPOT per policy, in the table's order; a panel per hardware or residency (`across`) and stack (down).
 
-    table: columns policy, hardware, stack, tpot_ms and, with show_stall, late_ms_per_token and
-    miss_ms_per_token: the bar's share that was stall, which is comparable at batch size 1. One row a bar.
+    table: columns policy, hardware, stack, tpot_ms and, with show_stall, late_ms_per_token and miss_ms_per_token: the
+    bar's share that was stall, which is comparable at batch size 1. One row a bar. Where there is a column
+    floor_ms_per_token, a panel's largest is drawn as a line: it compares with TPOT where no prompt was run.
     """
     parts = {"miss": "miss_ms_per_token", "late": "late_ms_per_token"} if show_stall else {}
-    _check(table, [*FACETS, "policy", "tpot_ms", *parts.values()], ["policy"])
+    _check(table, list(dict.fromkeys([*FACETS, across, "policy", "tpot_ms", *parts.values()])), [across, "policy"])
     policies = list(dict.fromkeys(table["policy"]))
-    figure, panels = _panels(table, height=0.9 + 0.27 * len(policies))
+    figure, panels = _panels(table, title, 0.9 + 0.27 * len(policies), across)
+    has_floor = False
     for axes, rows in panels:
         places = [policies.index(policy) for policy in rows["policy"]]
         bars = axes.barh(places, rows["tpot_ms"], color=REST, height=0.7)
@@ -107,14 +113,19 @@ def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True) -> Figure:
         for kind, column in parts.items():
             axes.barh(places, rows[column], left=left, color=STALLS[kind], height=0.7)
             left = left + rows[column]
-        axes.set_yticks(range(len(policies)), policies)
+        axes.set_yticks(range(len(policies)), [policy_name(name) for name in policies])
         axes.set_ylim(len(policies) - 0.4, -0.6)
         axes.margins(x=0.16)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(LABELS["tpot_ms"])
-    if parts:
-        colours = {f"{kind} stall": STALLS[kind] for kind in parts} | {"compute, overhead": REST}
-        _colour_legend(figure, colours)
+        floors = rows["floor_ms_per_token"].dropna() if "floor_ms_per_token" in rows.columns else []
+        if len(floors):
+            axes.axvline(float(max(floors)), color=FLOOR, linewidth=0.9, linestyle="--")
+            has_floor = True
+    if parts or has_floor:
+        colours = {f"{kind} stall": STALLS[kind] for kind in parts}
+        colours |= {"compute, overhead": REST} if parts else {}
+        _colour_legend(figure, colours, "floor: no schedule is faster" if has_floor else "")
     return figure
 
 
@@ -167,7 +178,7 @@ def plot_recall(table: pd.DataFrame) -> Figure:
             own = table[(table["trace"] == trace) & (table["predictor"] == predictor)]
             if len(own):
                 panel.plot(own["distance"], own["recall_k"], label=predictor, **_line_style(index))
-        panel.set_title(trace)
+        panel.set_title(model_name(trace))
         panel.set_xlabel("distance (layers)")
         panel.set_ylim(0, 1)
     panels[0].set_ylabel("recall@k")
@@ -204,23 +215,28 @@ def _check(table: pd.DataFrame, columns: Sequence[str], point: Sequence[str]) ->
         raise ValueError(f"the table has two rows for {found}; select one model, trace and setting first")
 
 
-def _panels(table: pd.DataFrame, height: float = 2.9) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """The figure, and each panel with its rows: hardware across, stacks down, empty where there is no row.
+def _panels(
+    table: pd.DataFrame, title: str = "", height: float = 2.9, across: str = "hardware"
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """The figure, and each panel with its rows: `across` across, stacks down, empty where there is no row.
 
     All panels have the same scales, so that they compare at a glance.
     """
-    across = list(dict.fromkeys(table["hardware"]))
+    columns = list(dict.fromkeys(table[across]))
     down = list(dict.fromkeys(table["stack"]))
-    figure = Figure(figsize=(1.7 + 3.1 * len(across), height * len(down)), layout="constrained")
-    grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(1.7 + 3.1 * len(columns), height * len(down)), layout="constrained")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left")
+    grid = figure.subplots(len(down), len(columns), sharex=True, sharey=True, squeeze=False)
     panels = []
     for i, stack in enumerate(down):
-        for j, hardware in enumerate(across):
-            rows = table[(table["hardware"] == hardware) & (table["stack"] == stack)]
+        for j, column in enumerate(columns):
+            rows = table[(table[across] == column) & (table["stack"] == stack)]
             if rows.empty:
                 grid[i, j].set_axis_off()
                 continue
-            grid[i, j].set_title(f"{hardware}, {stack}")
+            name = hardware_name(column) if across == "hardware" else f"{100 * column:g} % of the experts resident"
+            grid[i, j].set_title(f"{name}, {stack_name(stack)}" if across == "hardware" or len(down) > 1 else name)
             grid[i, j].tick_params(labelbottom=True, labelleft=True)
             panels.append((grid[i, j], rows))
     return figure, panels
@@ -245,9 +261,12 @@ def _three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _colour_legend(figure: Figure, colours: dict[str, str]) -> None:
-    patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), handlelength=1.0)
+def _colour_legend(figure: Figure, colours: dict[str, str], dashed: str = "") -> None:
+    """One entry a colour, and one for the dashed line if it has a label."""
+    handles: list[Any] = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    if dashed:
+        handles.append(Line2D([], [], color=FLOOR, linewidth=0.9, linestyle="--", label=dashed))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.4)
 
 
 def _draw_lane(axes: Axes, place: int, frame: pd.DataFrame, category: str, colours: dict[str, str],

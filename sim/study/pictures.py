@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from sim.names import hardware_name, model_name, policy_name, stack_name
 from sim.plots import _foot, _line_style, save, styled
 
 ACROSS, COLOURED = "stack", "hardware"
@@ -35,7 +36,7 @@ def plot_shares(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str
     """A dot per cell: variants down, the value across on a logarithmic scale with zero at its left end."""
     chosen = table[table["variant"].isin(spec["variants"])].dropna(subset=[spec["value"]])
     variants = [name for name in spec["variants"] if name in set(chosen["variant"])]
-    figure, panels = _grid(chosen, axes, 0.75 + 0.24 * len(variants))
+    figure, panels = _grid(chosen, spec, axes, 0.75 + 0.24 * len(variants), 4.6)
     positive = chosen[spec["value"]][chosen[spec["value"]] > 0]
     groups = list(dict.fromkeys(chosen[COLOURED])) if COLOURED in axes else [""]
     for panel, rows in panels:
@@ -44,20 +45,20 @@ def plot_shares(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str
             # Beside each other, so that equal values do not hide one another.
             shift = (index - (len(groups) - 1) / 2) * 0.16
             places = [variants.index(name) + shift for name in dots["variant"]]
-            panel.plot(dots[spec["value"]], places, **_dots(index), label=group, clip_on=False)
+            panel.plot(dots[spec["value"]], places, **_dots(index), label=_shown(COLOURED, group), clip_on=False)
         if len(positive):
             panel.set_xscale("symlog", linthresh=_foot(float(positive.min()), float(positive.max())))
             panel.set_xlim(0, 1.3 * float(positive.max()))
         if "line" in spec:
             panel.axvline(spec["line"], color="#222222", linewidth=0.9, linestyle="--")
         panel.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-        panel.set_yticks(range(len(variants)), variants)
+        panel.set_yticks(range(len(variants)), [policy_name(name) for name in variants])
         panel.set_ylim(len(variants) - 0.5, -0.5)
         panel.tick_params(labelleft=True, labelbottom=True)
-    figure.supxlabel(spec["title"], fontsize=9)
+        panel.set_xlabel(spec["title"])
     if groups != [""]:
         handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(groups))
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(groups))
     return figure
 
 
@@ -66,14 +67,15 @@ def plot_steps(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str]
     """The value at each fixed S (variants named …_S, in order); what is `marked` stands at its mean S as a star."""
     marked = list(spec.get("marked", ()))
     chosen = table[table["variant"].isin([*spec["variants"], *marked])].dropna(subset=[spec["value"]])
-    figure, panels = _grid(chosen, axes, 2.5, sharey=False)
+    figure, panels = _grid(chosen, spec, axes, 2.5, 4.0, sharey=False)
     groups = list(dict.fromkeys(chosen[COLOURED])) if COLOURED in axes else [""]
     for panel, rows in panels:
         for index, group in enumerate(groups):
             own = rows[rows[COLOURED] == group] if group else rows
             line = own[own["variant"].isin(spec["variants"])]
             steps = [int(name.rpartition("_")[2]) for name in line["variant"]]
-            panel.plot(steps, line[spec["value"]], label=group or "fixed S", **_line_style(index))
+            label = _shown(COLOURED, group) if group else "fixed S"
+            panel.plot(steps, line[spec["value"]], label=label, **_line_style(index))
             stars = own[own["variant"].isin(marked)]
             panel.plot(stars["mean_S"], stars[spec["value"]], linestyle="none", marker="*", markersize=11,
                        markerfacecolor=_line_style(index)["color"], markeredgecolor="white", markeredgewidth=0.8,
@@ -85,8 +87,9 @@ def plot_steps(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str]
     handles, labels = panels[0][0].get_legend_handles_labels()
     if marked:
         star = panels[0][0].plot([], [], linestyle="none", marker="*", markersize=11, color="#444444")[0]
-        handles, labels = [*handles, star], [*labels, f"{', '.join(marked)} (at its mean S)"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(handles), 5))
+        names = ", ".join(policy_name(name) for name in marked)
+        handles, labels = [*handles, star], [*labels, f"{names}, at its mean S"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 5))
     return figure
 
 
@@ -94,13 +97,22 @@ def _dots(index: int) -> dict[str, Any]:
     return {**_line_style(index), "linestyle": "none", "markersize": 5}
 
 
-def _grid(table: pd.DataFrame, axes: Sequence[str], height: float,
-          sharey: bool = True) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:  # fmt: skip
-    """A panel per value of the axes but `hardware`: stacks across, everything else down."""
+def _shown(axis: str, value: Any) -> str:
+    """An axis' value as a person reads it."""
+    known: dict[str, Callable[[str], str]] = {"hardware": hardware_name, "stack": stack_name, "model": model_name}
+    return known[axis](value) if axis in known and value else str(value)
+
+
+def _grid(
+    table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str], height: float, width: float, sharey: bool = True
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A panel per value of the axes but `hardware`: stacks across, everything else down. spec: its heading, if any."""
     down = [axis for axis in axes if axis not in (ACROSS, COLOURED)]
     across = list(dict.fromkeys(table[ACROSS])) if ACROSS in axes else [""]
     rows = list(_groups(table, down))
-    figure = Figure(figsize=(1.2 + 3.6 * len(across), 0.8 + height * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.2 + width * len(across), 0.8 + height * len(rows)), layout="constrained")
+    if "heading" in spec:
+        figure.suptitle(spec["heading"], x=0.01, ha="left")
     grid = figure.subplots(len(rows), len(across), sharex=True, sharey=sharey, squeeze=False)
     panels = []
     for i, (name, part) in enumerate(rows):
@@ -109,7 +121,7 @@ def _grid(table: pd.DataFrame, axes: Sequence[str], height: float,
             if own.empty:
                 grid[i, j].set_axis_off()
                 continue
-            grid[i, j].set_title(", ".join(word for word in (name, stack) if word))
+            grid[i, j].set_title(", ".join(word for word in (name, _shown(ACROSS, stack)) if word))
             panels.append((grid[i, j], own))
     if not panels:
         raise ValueError("nothing to draw: none of the picture's variants was run")
@@ -121,4 +133,4 @@ def _groups(table: pd.DataFrame, names: Sequence[str]) -> Iterator[tuple[str, pd
         yield "", table
         return
     for _, part in table.groupby(list(names), sort=False):
-        yield " ".join(str(part.iloc[0][name]) for name in names), part
+        yield ", ".join(_shown(name, part.iloc[0][name]) for name in names), part

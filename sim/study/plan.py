@@ -24,7 +24,7 @@ _EXTRAS = {
     "claims": {"name", "variants", "column", "at_most", "at_least", "split"},
     "best": {"name", "variant", "of", "column"},
     "pairs": {"name", "axis", "slow", "fast", "column"},
-    "pictures": {"file", "kind", "value", "variants", "marked", "line", "title"},
+    "pictures": {"file", "kind", "value", "variants", "marked", "line", "title", "heading"},
 }
 """What each list that is evaluated after the runs may say."""
 

@@ -12,11 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from sim import plots
+from sim.names import hardware_name, model_name, policy_name, stack_name
+from sim.paths import CONF
 from sim.plots import plot_stall_against_residency, plot_timeline, plot_tpot_bars, save
 from sim.timeline import Frames, Timeline, load_timeline
 from tests.sim_output import by_hand, run
 
 POLICIES = ["on_demand", "lru", "adaptive"]
+NAMES = ["on demand", "LRU", "adaptive (ExpertFlow)"]
 
 
 def table(panels: list[tuple[str, str]]) -> pd.DataFrame:
@@ -62,8 +65,11 @@ def frames(folder: Path, horizon: bool = True) -> Frames:
 def test_one_line_per_policy_in_every_panel() -> None:
     figure = plot_stall_against_residency(table(FOUR))
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "a100, eager", "h200, eager", "a100, graph", "h200, graph"
-    ]  # fmt: skip
+        "A100, eager stack",
+        "H200, eager stack",
+        "A100, graph stack",
+        "H200, graph stack",
+    ]
     for axes in figure.axes:
         assert [line.get_label() for line in axes.lines] == POLICIES
     assert points(figure.axes[0].lines[1]) == [(0.25, 11.25), (0.5, 7.5), (1.0, 0.0)]
@@ -71,7 +77,7 @@ def test_one_line_per_policy_in_every_panel() -> None:
 
 def test_the_legend_names_the_policies_and_the_axes_the_units() -> None:
     figure = plot_stall_against_residency(table(FOUR))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == POLICIES
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == NAMES
     assert figure.axes[0].get_xlabel() == "residency (share of all experts)"
     assert figure.axes[0].get_ylabel() == "stall (ms per token)"
     late = plot_stall_against_residency(table(FOUR), value="late_ms_per_token")
@@ -103,7 +109,7 @@ def test_policies_differ_in_more_than_colour() -> None:
 def test_a_panel_without_rows_stays_empty() -> None:
     figure = plot_stall_against_residency(table(FOUR[:3]))
     shown = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
-    assert shown == ["a100, eager", "h200, eager", "a100, graph"]
+    assert shown == ["A100, eager stack", "H200, eager stack", "A100, graph stack"]
 
 
 # -- bars ----------------------------------------------------------------------------------------------------
@@ -118,8 +124,8 @@ def test_bars_are_tpot_and_carry_their_stall() -> None:
     assert late == pytest.approx([5.0, 2.5, 5 / 3])
     assert [bar.get_x() for bar in bars(axes)[2]] == miss
     assert [text.get_text() for text in axes.texts] == ["27.0", "19.5", "17.0"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == POLICIES
-    assert axes.get_xlabel() == "TPOT (ms)"
+    assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
+    assert axes.get_xlabel() == "time per output token (ms)"
 
 
 def test_bars_without_stall_need_no_stall_columns() -> None:
@@ -135,6 +141,32 @@ def test_a_policy_that_one_panel_lacks_leaves_a_gap_there() -> None:
     second = plot_tpot_bars(rows).axes[1]
     places = [bar.get_y() + bar.get_height() / 2 for bar in bars(second)[0]]
     assert places == pytest.approx([0.0, 2.0])
+
+
+def test_panels_may_be_residencies_and_a_floor_is_a_line_in_each() -> None:
+    rows = table(FOUR[:1])
+    rows["floor_ms_per_token"] = 12.0 * rows["residency"].where(rows["policy"] == "lru")
+    figure = plot_tpot_bars(rows, title="Time per token", across="residency")
+    assert figure.get_suptitle() == "Time per token"
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "25 % of the experts resident",
+        "50 % of the experts resident",
+        "100 % of the experts resident",
+    ]
+    # (matplotlib-stubs admit any array-like here.)
+    floors: list[Any] = [axes.lines[0].get_xdata() for axes in figure.axes]
+    assert [list(floor) for floor in floors] == [[3.0, 3.0], [6.0, 6.0], [12.0, 12.0]]
+    assert figure.legends[0].get_texts()[-1].get_text() == "floor: no schedule is faster"
+
+
+def test_every_policy_and_machine_that_is_shipped_has_a_name_of_its_own() -> None:
+    for group, name in (("policy", policy_name), ("hardware", hardware_name), ("stack", stack_name)):
+        names = [path.stem for path in (CONF / group).glob("*.yaml")]
+        assert len({name(one) for one in names}) == len(names) > 2
+        assert not any("_" in name(one) for one in names)
+    assert model_name("deepseek-v2-lite_20GB") == "DeepSeek-V2-Lite in 20 GB"
+    assert model_name("gpt-oss-20b-twin") == "gpt-oss-20b twin"
+    assert model_name("my-own") == "my-own"
 
 
 # -- refusals ------------------------------------------------------------------------------------------------

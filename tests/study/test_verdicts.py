@@ -72,7 +72,8 @@ def test_a_table_has_a_row_a_variant_and_a_column_a_place() -> None:
 def test_shares_stand_at_their_values_zero_too() -> None:
     (axes,) = plot_shares(TABLE, SHARES, AXES).axes
     assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[0.5, 0.0, 0.001], [0.25, 0.01]]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["fixed_1", "fixed_2", "adaptive"]
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    assert names == ["one layer ahead", "two layers ahead", "adaptive (ExpertFlow)"]
     assert axes.get_xlim()[0] == 0.0
     assert list(axes.lines[2].get_xdata()) == [0.001, 0.001]
 

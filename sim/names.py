@@ -1,0 +1,70 @@
+"""Names that a person reads in a picture, for those that files, keys and tables have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+POLICIES: Mapping[str, str] = {
+    "on_demand": "on demand",
+    "hf_offload": "module hooks",
+    "lru": "LRU",
+    "lru_per_layer": "LRU per layer",
+    "lfu": "LFU",
+    "lfu_per_layer": "LFU per layer",
+    "two_level": "two-level LRU",
+    "fixed_1": "one layer ahead",
+    "fixed_2": "two layers ahead",
+    "fixed_4": "four layers ahead",
+    "adaptive": "adaptive (ExpertFlow)",
+    "expertflow_shen": "paper's parts",
+    "as_read": "paper's parts",
+    "forest": "paper's parts, forest alone",
+    "oracle": "perfect prediction",
+    "belady": "Belady",
+    "clairvoyant": "knows the future",
+}
+HARDWARE: Mapping[str, str] = {
+    "a100": "A100",
+    "a6000": "A6000",
+    "a6000_as_printed": "A6000, link as printed",
+    "gh200": "GH200",
+    "h100": "H100",
+    "h20": "H20",
+    "h20_as_printed": "H20, link as printed",
+    "h200": "H200",
+    "ideal_link": "a link without delay",
+    "l40s": "L40S",
+    "rtx3090": "RTX 3090",
+    "rtx4090": "RTX 4090",
+}
+STACKS: Mapping[str, str] = {"eager": "eager stack", "graph": "graph stack", "found": "no stack added"}
+MODELS: Mapping[str, str] = {
+    "deepseek-v2-lite": "DeepSeek-V2-Lite",
+    "deepseek-v3": "DeepSeek-V3",
+    "gpt-oss-20b": "gpt-oss-20b",
+    "qwen1.5-moe-a2.7b": "Qwen1.5-MoE-A2.7B",
+}
+
+
+def policy_name(name: str) -> str:
+    """Of a policy or of a study's variant; a name without an entry stays, with spaces for its underscores."""
+    return POLICIES.get(name, name.replace("_", " "))
+
+
+def hardware_name(name: str) -> str:
+    """Of a file of `conf/hardware`; one's own stays as it is."""
+    return HARDWARE.get(name, name)
+
+
+def stack_name(name: str) -> str:
+    """Of a file of `conf/stack`."""
+    return STACKS.get(name, f"{name} stack")
+
+
+def model_name(name: str) -> str:
+    """Of a model, a twin of one (`…-twin`), or a place of a study with its memory (`…_20GB`)."""
+    found = re.fullmatch(r"(.+?)(-twin)?(?:_(\d+)GB)?", name)
+    assert found is not None
+    model, twin, memory = found.groups()
+    return MODELS.get(model, model) + (" twin" if twin else "") + (f" in {memory} GB" if memory else "")
