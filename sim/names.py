@@ -45,6 +45,13 @@ MODELS: Mapping[str, str] = {
     "gpt-oss-20b": "gpt-oss-20b",
     "qwen1.5-moe-a2.7b": "Qwen1.5-MoE-A2.7B",
 }
+PREDICTORS: Mapping[str, str] = {
+    "transition": "transition table",
+    "pregate": "pre-gate",
+    "calibrated": "pre-gate, calibrated",
+    "hybrid": "network",
+    "hybrid_9216": "network, 9,216 rows",
+}
 
 
 def policy_name(name: str) -> str:
@@ -60,6 +67,11 @@ def hardware_name(name: str) -> str:
 def stack_name(name: str) -> str:
     """Of a file of `conf/stack`."""
     return STACKS.get(name, f"{name} stack")
+
+
+def predictor_name(name: str) -> str:
+    """Of a column of `python -m traces score-predictors`."""
+    return PREDICTORS.get(name, name)
 
 
 def model_name(name: str) -> str:

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sim.names import hardware_name, model_name, policy_name, stack_name
+from sim.names import hardware_name, model_name, policy_name, predictor_name, stack_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ def plot_stall_against_residency(
     table: columns policy, hardware, stack, residency (0 to 1) and `value`, one row a point. log_y: logarithmic
     but for a linear foot, so that a stall of zero is drawn too. ValueError if a point has two rows.
     """
-    _check(table, [*FACETS, "policy", "residency", value], ["policy", "residency"])
+    _check(table, [value], [*FACETS, "policy", "residency"])
     figure, panels = _panels(table, title)
     policies = list(dict.fromkeys(table["policy"]))
     positive = table[value][table[value] > 0]
@@ -88,7 +88,7 @@ def plot_stall_against_residency(
     for axes, _ in panels:
         axes.set_ylim(bottom=0)
     handles = [Line2D([], [], label=policy_name(name), **_line_style(index)) for index, name in enumerate(policies)]
-    figure.legend(handles=handles, loc="outside right upper", title="policy", alignment="left", handlelength=3.2)
+    figure.legend(handles=handles, loc="outside right center", title="policy", alignment="left", handlelength=3.2)
     return figure
 
 
@@ -96,14 +96,14 @@ def plot_stall_against_residency(
 def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True, title: str = "", across: str = "hardware") -> Figure:
     """One bar of TPOT per policy, in the table's order; a panel per hardware or residency (`across`) and stack (down).
 
-    table: columns policy, hardware, stack, tpot_ms and, with show_stall, late_ms_per_token and miss_ms_per_token: the
-    bar's share that was stall, which is comparable at batch size 1. One row a bar. Where there is a column
-    floor_ms_per_token, a panel's largest is drawn as a line: it compares with TPOT where no prompt was run.
+    table: columns policy, stack, tpot_ms, that of `across` and, with show_stall, late_ms_per_token and
+    miss_ms_per_token: the bar's share that was stall, which is comparable at batch size 1. One row a bar. Where there
+    is a column floor_ms_per_token, a panel's largest is drawn as a line: it compares with TPOT where no prompt was run.
     """
     parts = {"miss": "miss_ms_per_token", "late": "late_ms_per_token"} if show_stall else {}
-    _check(table, list(dict.fromkeys([*FACETS, across, "policy", "tpot_ms", *parts.values()])), [across, "policy"])
+    _check(table, ["tpot_ms", *parts.values()], [across, "stack", "policy"])
     policies = list(dict.fromkeys(table["policy"]))
-    figure, panels = _panels(table, title, 0.9 + 0.27 * len(policies), across)
+    figure, panels = _panels(table, title, 0.9 + 0.3 * len(policies), across)
     has_floor = False
     for axes, rows in panels:
         places = [policies.index(policy) for policy in rows["policy"]]
@@ -118,9 +118,9 @@ def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True, title: str = ""
         axes.margins(x=0.16)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(LABELS["tpot_ms"])
-        floors = rows["floor_ms_per_token"].dropna() if "floor_ms_per_token" in rows.columns else []
+        floors = rows["floor_ms_per_token"].dropna().tolist() if "floor_ms_per_token" in rows.columns else []
         if len(floors):
-            axes.axvline(float(max(floors)), color=FLOOR, linewidth=0.9, linestyle="--")
+            axes.axvline(max(floors), color=FLOOR, linewidth=0.9, linestyle="--")
             has_floor = True
     if parts or has_floor:
         colours = {f"{kind} stall": STALLS[kind] for kind in parts}
@@ -171,20 +171,21 @@ def plot_recall(table: pd.DataFrame) -> Figure:
     if table.empty:
         raise ValueError("nothing to draw: the table has no rows")
     traces, predictors = (list(dict.fromkeys(table[name])) for name in ("trace", "predictor"))
-    figure = Figure(figsize=(1.2 + 2.6 * len(traces), 3.3), layout="constrained")
+    figure = Figure(figsize=(1.2 + 2.6 * len(traces), 3.8), layout="constrained")
+    figure.suptitle("How many of the experts that a later layer chooses are foreseen", x=0.01, ha="left")
     panels = figure.subplots(1, len(traces), sharex=True, sharey=True, squeeze=False)[0]
     for panel, trace in zip(panels, traces, strict=True):
         for index, predictor in enumerate(predictors):
             own = table[(table["trace"] == trace) & (table["predictor"] == predictor)]
             if len(own):
-                panel.plot(own["distance"], own["recall_k"], label=predictor, **_line_style(index))
+                panel.plot(own["distance"], own["recall_k"], label=predictor_name(predictor), **_line_style(index))
         panel.set_title(model_name(trace))
         panel.set_xlabel("distance (layers)")
         panel.set_ylim(0, 1)
     panels[0].set_ylabel("recall@k")
     pairs = [pair for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     handles = {label: handle for handle, label in pairs}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 5))
     return figure
 
 
@@ -203,15 +204,16 @@ def save(figure: Figure, path: str | Path) -> None:
 # -- parts of a picture --------------------------------------------------------------------------------------
 
 
-def _check(table: pd.DataFrame, columns: Sequence[str], point: Sequence[str]) -> None:
-    missing = [name for name in columns if name not in table.columns]
+def _check(table: pd.DataFrame, values: Sequence[str], point: Sequence[str]) -> None:
+    """ValueError if a column is missing, if there is no row, or if a point has two."""
+    missing = [name for name in [*point, *values] if name not in table.columns]
     if missing:
         raise ValueError(f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     if table.empty:
         raise ValueError("the table has no rows")
-    twice = table[table.duplicated([*FACETS, *point])]
+    twice = table[table.duplicated([*point])]
     if len(twice):
-        found = ", ".join(f"{name}={twice.iloc[0][name]}" for name in [*FACETS, *point])
+        found = ", ".join(f"{name}={twice.iloc[0][name]}" for name in point)
         raise ValueError(f"the table has two rows for {found}; select one model, trace and setting first")
 
 
@@ -224,7 +226,9 @@ def _panels(
     """
     columns = list(dict.fromkeys(table[across]))
     down = list(dict.fromkeys(table["stack"]))
-    figure = Figure(figsize=(1.7 + 3.1 * len(columns), height * len(down)), layout="constrained")
+    figure = Figure(
+        figsize=(max(1.7 + 3.1 * len(columns), 6.4), height * len(down) + 0.3 * bool(title)), layout="constrained"
+    )
     if title:
         figure.suptitle(title, x=0.01, ha="left")
     grid = figure.subplots(len(down), len(columns), sharex=True, sharey=True, squeeze=False)
@@ -237,7 +241,7 @@ def _panels(
                 continue
             name = hardware_name(column) if across == "hardware" else f"{100 * column:g} % of the experts resident"
             grid[i, j].set_title(f"{name}, {stack_name(stack)}" if across == "hardware" or len(down) > 1 else name)
-            grid[i, j].tick_params(labelbottom=True, labelleft=True)
+            grid[i, j].tick_params(labelbottom=True, labelleft=j == 0 or across == "hardware")
             panels.append((grid[i, j], rows))
     return figure, panels
 

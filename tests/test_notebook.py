@@ -18,7 +18,7 @@ kernelspec = pytest.importorskip("ipykernel.kernelspec", reason="needs the extra
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 PAPER = ROOT / "notebooks" / "paper.ipynb"
-RESULTS = ROOT / "results" / "first-table"
+RESULTS = ROOT / "results" / "headline"
 NUM_PICTURES = 5
 
 
@@ -53,10 +53,10 @@ def assert_made_its_pictures(document: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RESULTS.is_dir(), reason="results/first-table is not there yet")
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="results/headline is not there yet")
 def test_it_makes_its_pictures_from_the_published_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = copy_notebook(tmp_path, monkeypatch)
-    shutil.copytree(RESULTS, tmp_path / "results" / "first-table")
+    shutil.copytree(RESULTS, tmp_path / "results" / "headline")
     assert_made_its_pictures(execute(notebook))
 
 
@@ -67,7 +67,7 @@ def test_it_makes_its_pictures_from_any_results_of_that_form(tmp_path: Path, mon
     from tests.sim_output.test_plots import FOUR, table
 
     notebook = copy_notebook(tmp_path, monkeypatch)
-    results = tmp_path / "results" / "first-table"
+    results = tmp_path / "results" / "headline"
     results.mkdir(parents=True)
     table(FOUR).to_csv(results / "table.csv", index=False)
     timeline = Timeline("adaptive", 8)
@@ -80,7 +80,7 @@ def test_it_makes_its_pictures_from_any_results_of_that_form(tmp_path: Path, mon
 
 @pytest.mark.slow
 def test_without_results_it_fails_and_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"first-table/table\.csv"):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"headline/table\.csv"):
         execute(copy_notebook(tmp_path, monkeypatch))
 
 

@@ -52,10 +52,10 @@ def test_mypy_would_find_something(tmp_path: Path) -> None:
 
 
 def commands(heading: str) -> list[str]:
-    """The shell lines of a section of README."""
+    """The shell lines of a section of README; one that goes on after a backslash is one."""
     section = README.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     blocks = re.findall(r"^```sh\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip()]
 
 
 def steps(command: str) -> list[str]:
@@ -96,11 +96,23 @@ def test_the_text_below_the_commands_says_what_is_written() -> None:
         assert f'"{name}"' in source
 
 
-def test_every_choice_that_readme_lists_exists_and_none_is_left_out() -> None:
-    section = README.read_text(encoding="utf-8").split("## Choosing\n", 1)[1].split("\n## ", 1)[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the tables in a section of a page of docs/."""
+    section = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+
+
+def test_every_choice_that_the_docs_list_exists_and_none_is_left_out() -> None:
+    rows = rows_of("running.md", "Choosing")
     hardware = next(row for row in rows if row[0] == "`+hardware=`")[2]
     named = set(re.findall(r"[a-z0-9_]+", hardware.split("(")[0].replace("`", "")))
     assert named | {"ideal_link"} == {path.stem for path in (ROOT / "conf" / "hardware").glob("*.yaml")}
-    policies = {name for row in rows if len(row) == 5 for name in re.findall(r"`([a-z0-9_]+)`", row[0])}
-    assert policies == {path.stem for path in (ROOT / "conf" / "policy").glob("*.yaml")}
+    named = {name for row in rows_of("policies.md", "What there is") for name in re.findall(r"`([a-z0-9_]+)`", row[0])}
+    assert named == {path.stem for path in (ROOT / "conf" / "policy").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("part", ["predictor", "horizon", "selection", "eviction", "order"])
+def test_every_part_that_the_docs_list_exists_and_none_is_left_out(part: str) -> None:
+    row = next(row for row in rows_of("policies.md", "Parts") if row[0] == part)
+    named = set(re.findall(r"`([a-z0-9_]+)`", row[1]))
+    assert named == {path.stem for path in (ROOT / "conf" / "policy" / part).glob("*.yaml")}

@@ -178,6 +178,8 @@ def test_two_rows_for_one_point_are_refused() -> None:
         plot_stall_against_residency(pd.concat([rows, rows.iloc[[4]]]))
     with pytest.raises(ValueError, match=r"two rows for .* policy=on_demand; select one"):
         plot_tpot_bars(rows)
+    with pytest.raises(ValueError, match=r"two rows for residency=0.25, stack=eager, policy=on_demand; select one"):
+        plot_tpot_bars(table([FOUR[0], FOUR[2]]), across="residency")
 
 
 def test_a_table_without_the_columns_or_without_rows_is_refused() -> None:
@@ -277,8 +279,14 @@ def test_a_failed_save_leaves_no_part_of_a_file(tmp_path: Path) -> None:
 
 def test_no_text_lies_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(FOUR)
-    for figure in (plot_stall_against_residency(rows, log_y=True), plot_tpot_bars(rows[rows["residency"] == 0.5]),
-                   plot_timeline(frames(tmp_path), 0.0015, 0.0042, "two tokens")):  # fmt: skip
+    title = "A title that reaches over the panels and as far as the names of the policies beside them"
+    one = rows[rows["hardware"] == "a100"]
+    for figure in (
+        plot_stall_against_residency(rows, log_y=True, title=title),
+        plot_tpot_bars(rows[rows["residency"] == 0.5], title=title),
+        plot_tpot_bars(one[one["stack"] == "eager"], title=title, across="residency"),
+        plot_timeline(frames(tmp_path), 0.0015, 0.0042, "two tokens"),
+    ):
         assert overlapping_texts(figure, monkeypatch) == []
 
 
