@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,10 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from hydra.errors import ConfigCompositionException
 from matplotlib.image import imread
+
+from sim.configure import configure
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -64,7 +70,8 @@ def test_a_link_that_leads_nowhere_would_be_found(tmp_path: Path) -> None:
     assert missing(page, text) == ["gone.md", "page.md#two"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+# CONTRIBUTING names the files that its example makes.
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_every_file_that_is_named_is_there(page: Path) -> None:
     named = re.findall(rf"`((?:{TOP})/[\w./-]*)`", prose(page))
     assert [name for name in named if name not in MADE and not (ROOT / name).exists()] == []
@@ -88,6 +95,64 @@ def test_every_key_of_metrics_json_is_explained() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert len(keys) > 40
     assert [key for key in sorted(keys) if f"`{key}`" not in text and f"`{key.partition('.')[0]}`" not in text] == []
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page, a line that goes on after a backslash as one."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\\\n\s*", "", block) for block in found]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command in a page's shell blocks."""
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    return [shlex.split(step, comments=True) for line in lines for step in line.split("&&")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_every_module_that_a_page_runs_is_there(page: Path) -> None:
+    modules = set(re.findall(rf"python3? -m ((?:{TOP})[a-z_.]*[a-z_])", page.read_text(encoding="utf-8")))
+    assert [name for name in sorted(modules) if importlib.util.find_spec(name) is None] == []
+
+
+SIMULATIONS = [
+    (page.name, words)
+    for page in [README, *sorted((ROOT / "docs").glob("*.md"))]
+    for command in commands(page)
+    if "sim" in command[:4] and "--config-dir" not in command and (words := command[command.index("sim") + 1 :])
+]
+
+
+@pytest.mark.parametrize(("page", "words"), SIMULATIONS, ids=lambda value: " ".join(value)[:60])
+def test_every_simulation_that_the_docs_show_is_a_configuration(page: str, words: list[str]) -> None:
+    overrides = [word for word in words if word != "-m" and not word.startswith("hydra.")]
+    # Of a sweep the first of each list.
+    first = [re.sub(r",.*", "", word) if "-m" in words else word for word in overrides]
+    assert configure(first)["policy"]["name"]
+
+
+def test_the_docs_show_simulations_and_a_wrong_one_would_be_found() -> None:
+    assert len(SIMULATIONS) >= 10
+    with pytest.raises(ConfigCompositionException):
+        configure(["+hardware=a100", "+policy=adaptive", "policy/evicton=lru"])
+
+
+@pytest.mark.slow
+def test_the_policy_part_that_the_docs_show_runs(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "policies.md"
+    (code,) = blocks(page, "python")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mru.py").write_text(code, encoding="utf-8")
+    (words,) = [command for command in commands(page) if any("mine.mru" in word for word in command)]
+    assert words[:3] == ["python", "-m", "sim"]
+    words = [sys.executable, *words[1:], "max_tokens=8", "compare=none", f"hydra.run.dir={tmp_path / 'out'}"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, timeout=120, check=True)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))["num_evictions"] > 0
 
 
 # -- README's figures ----------------------------------------------------------------------------------------
