@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from expertflow.observer import Observer
-from replay.device import DeviceLostError
-from replay.log import LogWriter
-from replay.log_format import LOG_NAME, LogHeader
+from replay.lockstep.log import LogWriter
+from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import end
-from replay.rig import Needs, Rig
+from replay.machine.device import DeviceLostError
+from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import KEYS, Settings, as_found
 from sim.app import Recorders, relative

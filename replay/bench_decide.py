@@ -29,7 +29,7 @@ from expertflow.network import compiled_functions
 from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from replay.steady import steady
+from replay.gc_pause import steady
 from sim.configure import configure
 from sim.entry import as_command
 from sim.host_bound import machine_for

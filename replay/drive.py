@@ -6,7 +6,7 @@ from typing import Protocol
 
 from expertflow.machine import Machine, Record, Wait
 from expertflow.runtime import Runtime, StuckError
-from replay.log import LoggingMachine, LogWriter
+from replay.lockstep.log import LoggingMachine, LogWriter
 
 MAX_IDLE_WAKES = 1000
 """Wakes in a row that bring no news: more is a mistake of the machine, not a schedule."""

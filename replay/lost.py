@@ -45,7 +45,7 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 def loss(error: BaseException | None) -> BaseException | None:
     """The DeviceLostError that `error` is or was raised from, None if it is another failure."""
-    module = sys.modules.get("replay.device")
+    module = sys.modules.get("replay.machine.device")
     if module is None:
         return None
     lost: type[BaseException] = module.DeviceLostError

@@ -13,17 +13,17 @@ from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from replay.cuda_errors import explaining
-from replay.device import Device, DeviceLostError
 from replay.drive import drive
-from replay.faults import FaultyDevice
-from replay.log import LogWriter
-from replay.machine import RealMachine
-from replay.programs import DEFAULT_KV_GRID
-from replay.rig import Needs, Rig
-from replay.scale import scaled_model
-from replay.stamps import WrongStamp
-from replay.steady import steady
+from replay.gc_pause import steady
+from replay.lockstep.log import LogWriter
+from replay.machine.cuda_errors import explaining
+from replay.machine.device import Device, DeviceLostError
+from replay.machine.faults import FaultyDevice
+from replay.machine.programs import DEFAULT_KV_GRID
+from replay.machine.real import RealMachine
+from replay.machine.rig import Needs, Rig
+from replay.machine.scale import scaled_model
+from replay.machine.stamps import WrongStamp
 from sim.setup import Transfer, Workload, load_chunks, run_config
 
 _FORWARDS_AHEAD = 8192

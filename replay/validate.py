@@ -14,11 +14,12 @@ import math
 import sys
 from pathlib import Path
 
-from replay.calibrate import check_name, scale_of
-from replay.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
-from replay.rig import MACHINES, choose_machine, make_device
-from replay.steady import keep_loaded
-from replay.validation import Validation
+from replay.calibrate import check_name
+from replay.calibration.record import scale_of
+from replay.gc_pause import keep_loaded
+from replay.machine.rig import MACHINES, choose_machine, make_device
+from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
+from replay.validation.session import Validation
 from sim.configure import configure
 from sim.entry import as_command
 from sim.paths import add_config_dir, use_own_folder

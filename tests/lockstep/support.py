@@ -16,9 +16,9 @@ from expertflow.forward import Forward
 from expertflow.machine import LOAD, Record, Wait
 from expertflow.runtime import RunConfig, Runtime
 from replay.drive import drive
-from replay.lockstep import LockstepResult, check_log
-from replay.log import LoggingMachine, LogWriter
-from replay.log_format import (
+from replay.lockstep.compare import LockstepResult, check_log
+from replay.lockstep.log import LoggingMachine, LogWriter
+from replay.lockstep.log_format import (
     FORMAT,
     VALUES_PER_GROUP,
     Attention,
@@ -32,7 +32,7 @@ from replay.log_format import (
     Told,
     Waited,
 )
-from replay.log_reader import LogReader
+from replay.lockstep.log_reader import LogReader
 from sim.configure import configure
 from sim.kernels import KernelTimes
 from sim.link import Link

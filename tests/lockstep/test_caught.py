@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from expertflow.machine import GATE
-from replay.lockstep import LockstepResult, cli
-from replay.log_format import Attention, Copy, Decided, Experts, LoggedForward, Told, Waited
+from replay.lockstep.compare import LockstepResult, main
+from replay.lockstep.log_format import Attention, Copy, Decided, Experts, LoggedForward, Told, Waited
 from tests.lockstep.support import Job, edited, read_events, rewritten
 
 BASE = ("+hardware=a100", "+policy=fixed_1", "policy/predictor=transition", "trace.num_tokens=16", "residency=0.25")
@@ -189,7 +189,7 @@ def test_one_number_changed_in_the_file_is_refused(tmp_path: Path, stream: str,
         columns[stream][2][0] += 1
 
     path = edited(Job.of(*BASE).log(tmp_path / "log.parquet"), tmp_path / "other.parquet", change)
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     err = capsys.readouterr().err
     assert f"{path}: forward 2 is damaged or edited" in err
     assert err.count("\n") == 1
@@ -200,10 +200,10 @@ def test_one_number_changed_in_the_file_is_refused(tmp_path: Path, stream: str,
 
 def test_foreign_code_runs_only_if_it_is_named_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = with_horizon("ModuleStateHorizon").log(tmp_path / "log.parquet")
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     word = f"policy.horizon._target_={BAD}.ModuleStateHorizon"
     assert f"if you trust it, say so: {word}\n" in capsys.readouterr().err
-    assert cli([str(path), word]) == 1
+    assert main([str(path), word]) == 1
     assert re.match(r"lockstep: \d+ decisions equal, then a difference: forward \d+, layer", capsys.readouterr().out)
 
 
@@ -214,11 +214,11 @@ def test_code_of_others_is_not_run(tmp_path: Path, target: str, place: str, caps
     policy = job.config["policy"]
     horizon = {"_target_": target} if place == "horizon" else {**policy["horizon"], "depth": {"_target_": target}}
     path = job.log(tmp_path / "log.parquet", more={"policy": {**policy, "horizon": horizon}})
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     assert "is no code of this package" in capsys.readouterr().err
 
 
 def test_interpolations_in_a_log_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Job.of(*BASE).log(tmp_path / "log.parquet", more={"start": "${oc.env:HOME}"})
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     assert "holds an interpolation" in capsys.readouterr().err

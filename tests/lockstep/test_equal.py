@@ -9,8 +9,8 @@ import yaml
 
 from expertflow.machine import LOAD
 from replay.drive import MAX_IDLE_WAKES, drive
-from replay.lockstep import cli
-from replay.log_format import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
+from replay.lockstep.compare import main
+from replay.lockstep.log_format import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
 from sim.machine import simulate
 from sim.paths import CONF
 from tests.cli.support import small_trace
@@ -118,7 +118,7 @@ def test_command_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     """With keys in the configuration that only a replay knows."""
     job = Job.of(*BASE, "+policy=adaptive")
     job.log(tmp_path / LOG_NAME, more={"machine": "cpu", "scale": 16})
-    assert cli([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     expected = job.check(tmp_path / LOG_NAME).num_decisions
     assert capsys.readouterr().out == f"lockstep: {expected} decisions in 24 forwards equal\n"
 
@@ -127,18 +127,18 @@ def test_a_trace_that_has_moved_is_named(tmp_path: Path, capsys: pytest.CaptureF
     old, new = small_trace(tmp_path / "old.safetensors"), tmp_path / "new.safetensors"
     Job.of("+hardware=a100", "+policy=lru", f"trace.path={old}").log(tmp_path / "log.parquet")
     old.rename(new)
-    assert cli([str(tmp_path / "log.parquet")]) == 2
+    assert main([str(tmp_path / "log.parquet")]) == 2
     assert "old.safetensors" in one_error(capsys)
-    assert cli([str(tmp_path / "log.parquet"), f"trace.path={new}"]) == 0
+    assert main([str(tmp_path / "log.parquet"), f"trace.path={new}"]) == 0
     other = small_trace(tmp_path / "other.safetensors", seed=1)
     capsys.readouterr()
-    assert cli([str(tmp_path / "log.parquet"), f"trace.path={other}"]) == 2
+    assert main([str(tmp_path / "log.parquet"), f"trace.path={other}"]) == 2
     assert "SHA-256" in one_error(capsys)
 
 
 def test_another_policy_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Job.of(*BASE, "+policy=fixed_1", "policy/predictor=transition").log(tmp_path / "log.parquet")
-    assert cli([str(tmp_path / "log.parquet"), "policy.horizon.depth=2"]) == 1
+    assert main([str(tmp_path / "log.parquet"), "policy.horizon.depth=2"]) == 1
     out = capsys.readouterr().out
     assert "a difference: forward 0, layer 1: logged wants [2/" in out
     assert out.count("\n") == 1
@@ -148,12 +148,12 @@ def test_another_policy_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFi
                                   "trace.colour=1", "batch_size=none"])  # fmt: skip
 def test_words_that_cannot_be_put_over_a_log(tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     Job.of(*BASE, "+policy=lru").log(tmp_path / "log.parquet")
-    assert cli([str(tmp_path / "log.parquet"), word]) == 2
+    assert main([str(tmp_path / "log.parquet"), word]) == 2
     assert one_error(capsys)
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli([]) == 2
+    assert main([]) == 2
     assert "RUN_FOLDER_OR_LOG" in capsys.readouterr().err
 
 
@@ -180,7 +180,7 @@ def test_a_run_that_broke_off_is_checked_up_to_its_end(tmp_path: Path, lost_at: 
     assert result.partial is not None
     assert f"ends in forward {last.index}" in result.partial
     assert result.num_forwards == last.index
-    assert cli([str(path)]) == 0
+    assert main([str(path)]) == 0
     assert "equal; the log is partial: it ends in forward" in capsys.readouterr().out
 
 

@@ -18,10 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.device import DeviceLostError
-from replay.lockstep import cli
-from replay.log import LoggingMachine, LogWriter
-from replay.log_format import (
+from replay.lockstep.compare import main
+from replay.lockstep.log import LoggingMachine, LogWriter
+from replay.lockstep.log_format import (
     Attention,
     Copy,
     Decided,
@@ -34,7 +33,8 @@ from replay.log_format import (
     Told,
     Waited,
 )
-from replay.log_reader import LogReader
+from replay.lockstep.log_reader import LogReader
+from replay.machine.device import DeviceLostError
 from replay.run import PartialRunError
 from tests.lockstep.support import SMALL_RUN, edited, read_events, small_header, some_forwards, write_events
 
@@ -174,7 +174,7 @@ def refused(path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
         read_events(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from replay.lockstep import check
-from replay.log_reader import LogReader
+from replay.lockstep.compare import check
+from replay.lockstep.log_reader import LogReader
 from tests.lockstep.store import STORED
 
 FROM_A_GPU = Path(__file__).parents[2] / "results" / "validation-h200" / "graph" / "logs"

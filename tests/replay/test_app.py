@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from replay.lockstep import check
-from replay.log_format import LOG_NAME
+from replay.lockstep.compare import check
+from replay.lockstep.log_format import LOG_NAME
 from tests.cli.support import command, job, run_there, tiny_trace
 from tests.replay.support import TINY, replay_here
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-import replay.kernels
+import replay.machine.kernels
 import sim.kernels
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import MLA, ModelSpec
-from replay.kernels import Kernels, Row
-from replay.pools import SlotPool
-from replay.products import Products, attend, feed_forward, products, route
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
-from replay.scale import scaled_model
+from replay.machine.kernels import Kernels, Row
+from replay.machine.pools import SlotPool
+from replay.machine.products import Products, attend, feed_forward, products, route
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.machine.scale import scaled_model
 from sim.configure import configure
 from sim.hardware import hardware_from_dict, stack_from_dict
 from sim.kernels import KernelTimes
@@ -60,7 +60,7 @@ class Bench:
         self.model = model
         self.monkeypatch = monkeypatch
         # Compiled, the products would not be seen: test_compiled_products_compute_the_same holds the two together.
-        monkeypatch.setattr(replay.kernels, "products", lambda _: Products(feed_forward, attend, route))
+        monkeypatch.setattr(replay.machine.kernels, "products", lambda _: Products(feed_forward, attend, route))
         self.kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS,
                                MAX_CONTEXT)  # fmt: skip
         self.router_excess = model.router_params * (torch.finfo(dtype).bits - model.embedding_bits) / 8

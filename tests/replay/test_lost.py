@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from replay.device import DeviceLostError
-from replay.lockstep import check
+from replay.lockstep.compare import check
 from replay.lost import LOST, beyond_repair, loss
+from replay.machine.device import DeviceLostError
 from replay.run import PartialRunError
 
 ROOT = Path(__file__).parents[2]
 HEAD = """
 import atexit, logging.handlers, os, sys
 from replay import lost
-from replay.device import DeviceLostError
+from replay.machine.device import DeviceLostError
 
 class Pinned:
     \"\"\"Like a pinned tensor on a lost device: whoever throws it away ends the process.\"\"\"
@@ -127,7 +127,7 @@ with lost.ending():
 def test_a_replay_that_loses_its_gpu_leaves_what_was_measured(tmp_path: Path) -> None:
     """On the CPU machine, with a fault that says what a GPU would say."""
     code = """
-import replay.faults
+import replay.machine.faults
 from pathlib import Path
 from replay.app import cli
 from tests.cli.support import tiny_trace

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-import replay.rig
+import replay.machine.rig
 from expertflow.forward import Forward
 from expertflow.identities import check_identities
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
 from expertflow.runtime import Runtime
-from replay.machine import RealMachine
-from replay.steady import keep_loaded, steady
+from replay.gc_pause import keep_loaded, steady
+from replay.machine.real import RealMachine
 from sim.run import run_policy
 from sim.setup import load_chunks
 from tests.cli.support import job, tiny_trace
@@ -100,7 +100,7 @@ class Watched(RealMachine):
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     """Every machine that a rig makes in this test."""
     monkeypatch.setattr(Watched, "made", [], raising=False)
-    monkeypatch.setattr(replay.rig, "RealMachine", Watched)
+    monkeypatch.setattr(replay.machine.rig, "RealMachine", Watched)
     return Watched.made
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from expertflow.forward import PREFILL
-from replay.kernels import Kernels
-from replay.machine import RealMachine
-from replay.pools import SlotPool
-from replay.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, size_class
-from replay.rig import Rig
+from replay.machine.kernels import Kernels
+from replay.machine.pools import SlotPool
+from replay.machine.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, size_class
+from replay.machine.real import RealMachine
+from replay.machine.rig import Rig
+from replay.machine.scale import scaled_model
 from replay.run import needs_of
-from replay.scale import scaled_model
 from tests.cli.support import tiny_trace
 from tests.replay.scripted import Made, ScriptedDevice, decode, machine_on, prefill
 from tests.replay.support import SMALL, TINY, Case

@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-import replay.rig
+import replay.machine.rig
 from replay.app import WRONG
-from replay.device import Work
-from replay.faults import FAULTS, FaultyDevice
-from replay.kernels import Row
-from replay.lockstep import check
-from replay.log_format import LOG_NAME
+from replay.lockstep.compare import check
+from replay.lockstep.log_format import LOG_NAME
 from replay.lost import LOST
-from replay.machine import RealMachine
-from replay.memory import HostPlan, align
-from replay.pools import HostPool, SlotPool, chunk_offsets
-from replay.rig import Rig
-from replay.rows import NUM_EXPERTS, RowLayout
+from replay.machine.device import Work
+from replay.machine.faults import FAULTS, FaultyDevice
+from replay.machine.kernels import Row
+from replay.machine.memory import HostPlan, align
+from replay.machine.pools import HostPool, SlotPool, chunk_offsets
+from replay.machine.real import RealMachine
+from replay.machine.rig import Rig
+from replay.machine.rows import NUM_EXPERTS, RowLayout
+from replay.machine.stamps import Stamps, WrongStamp
 from replay.run import PartialRunError, needs_of
-from replay.stamps import Stamps, WrongStamp
 from sim.setup import load_chunks
 from tests.cli.support import tiny_trace
 from tests.replay.scripted import ScriptedDevice
@@ -161,7 +161,7 @@ def test_the_first_wrong_launch_and_the_number_of_wrong_stamps_are_right(
 ) -> None:
     """Of a copy whose bytes never come: each launch that reads them finds two words wrong, before and after."""
     monkeypatch.setattr(Noted, "made", [], raising=False)
-    monkeypatch.setattr(replay.rig, "RealMachine", Noted)
+    monkeypatch.setattr(replay.machine.rig, "RealMachine", Noted)
     found = Case.of(*TINY, "+policy=lru", f"residency={residency}", f"trace.path={trace}").stamps(("failed", at))
     (machine,) = Noted.made
     assert found.first is not None

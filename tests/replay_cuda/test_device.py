@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from replay.cuda import CudaDevice
-from replay.cuda_errors import explaining
-from replay.device import Device, DeviceLostError, Program
+from replay.machine.cuda import CudaDevice
+from replay.machine.cuda_errors import explaining
+from replay.machine.device import Device, DeviceLostError, Program
 from tests.replay_cuda.fake_cuda import (
     BUSY_GHZ,
     CALL_NS,

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from expertflow.forward import Forward
-from replay.faults import FAULTS
-from replay.machine import RealMachine
-from replay.rig import Rig
+from replay.machine.faults import FAULTS
+from replay.machine.real import RealMachine
+from replay.machine.rig import Rig
 from replay.run import PartialRunError
 from tests.cli.support import TINY_MODEL_WORDS, small_trace, tiny_trace
 from tests.replay_cuda.fake_cuda import DeviceOnFake, FakeStream, on_fake

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 
 from expertflow.machine import GATE, LOAD, TOKEN
-from replay import calibrated
-from replay.calibrated import Beside, chunk_gb_per_s, replay_on_tape, stack_pads_ns
-from replay.device import Device
-from replay.lateness import late_ns
-from replay.plan import Case as Row
+from replay.machine.device import Device
+from replay.validation import beside as calibrated
+from replay.validation.beside import Beside, chunk_gb_per_s, replay_on_tape, stack_pads_ns
+from replay.validation.lateness import late_ns
+from replay.validation.plan import Case as Row
 from sim.hardware import Stack
 from tests.cli.support import tiny_trace
 from tests.replay.support import TINY, Case

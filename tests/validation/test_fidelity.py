@@ -11,14 +11,14 @@ import pytest
 
 from expertflow.forward import DECODE, Forward
 from expertflow.parts import DEMAND
-from replay.calibrate import named_model
-from replay.fidelity import ForwardTimes, Ran, row_of
-from replay.fidelity_report import page, plot_fidelity, write_report
-from replay.hostspeed import drift
-from replay.overlay import write_overlay
-from replay.plan import Case
-from replay.standin import standin_trace
-from replay.verdict import BARS, Bars, judge
+from replay.calibration.hostspeed import drift
+from replay.calibration.record import named_model
+from replay.calibration.surrogate import standin_trace
+from replay.validation.fidelity import ForwardTimes, Ran, row_of
+from replay.validation.overlay import write_overlay
+from replay.validation.plan import Case
+from replay.validation.report import page, plot_fidelity, write_report
+from replay.validation.verdict import BARS, Bars, judge
 from sim.default_trace import generated_trace
 from sim.timeline import Timeline
 

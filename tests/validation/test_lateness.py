@@ -10,8 +10,8 @@ import pytest
 from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
 from expertflow.runtime import Runtime
 from replay.drive import BlockingMachine, drive
-from replay.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
-from replay.verdict import BARS
+from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
+from replay.validation.verdict import BARS
 from sim.configure import configure
 from sim.host_bound import machine_for
 from sim.kernels import KernelTimes

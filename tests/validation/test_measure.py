@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from replay.cpu import CpuDevice
-from replay.measure import (
+from replay.calibration.measure import (
     MOST_SLOWDOWN,
     Copier,
     MeasurementError,
@@ -27,8 +26,9 @@ from replay.measure import (
     sizes_of,
     span_ns,
 )
-from replay.peak import link_peak_gb_per_s, pcie_gb_per_s
-from replay.profile import link_fit
+from replay.calibration.peak import link_peak_gb_per_s, pcie_gb_per_s
+from replay.calibration.profile import link_fit
+from replay.machine.cpu import CpuDevice
 from tests.replay.scripted import PacedDevice
 from tests.replay.support import on_cpu
 
