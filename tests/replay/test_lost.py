@@ -133,7 +133,7 @@ from replay.app import cli
 from tests.cli.support import tiny_trace
 from tests.replay.support import TINY
 trace = tiny_trace(Path("tiny.safetensors"), 24)
-replay.faults.DeviceLostError = lambda text: DeviceLostError(GONE)
+replay.machine.faults.DeviceLostError = lambda text: DeviceLostError(GONE)
 Path("run").mkdir()
 Path("run/DONE").write_text("an earlier run")
 sys.argv = ["replay", *TINY, "+policy=lru", "residency=0.1", f"trace.path={trace}", "log=true", "fault=lost",

@@ -130,7 +130,7 @@ def test_two_runs_share_a_rig(tmp_path: Path) -> None:
 def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                        machines: list[RealMachine]) -> None:  # fmt: skip
     """With as few programs as can be, of which many launches would be unread: nothing is lost, only time."""
-    monkeypatch.setattr("replay.programs.REPLICAS", 1)
+    monkeypatch.setattr("replay.machine.programs.REPLICAS", 1)
     case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
     with on_fake() as (cuda, device):
         metrics, integrity = case.replay(case.rig(device), verify=True, log=tmp_path / "log.parquet")
@@ -145,7 +145,7 @@ def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypat
 def test_without_reading_first_times_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    machines: list[RealMachine]) -> None:  # fmt: skip
     """The check above can fail."""
-    monkeypatch.setattr("replay.programs.REPLICAS", 1)
+    monkeypatch.setattr("replay.machine.programs.REPLICAS", 1)
     monkeypatch.setattr(RealMachine, "_read_first", lambda self, program: None)
     case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
     with on_fake() as (cuda, device), suppress(KeyError, AssertionError):

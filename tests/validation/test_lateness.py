@@ -159,8 +159,8 @@ def test_decisions_that_outlast_the_device_bind_a_simulated_run(stack: str, deci
 def test_a_late_host_is_late_by_what_it_is_charged(stack: str, decide_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the simulator charges for slow decisions, beyond hidden ones, is what the tape says more of its host; each
     single lateness is judged less a margin, which is left out here."""
-    monkeypatch.setattr("replay.lateness.SEEN_NS", 0)
-    monkeypatch.setattr("replay.lateness.LAUNCH_GAP_NS", 0)
+    monkeypatch.setattr("replay.validation.lateness.SEEN_NS", 0)
+    monkeypatch.setattr("replay.validation.lateness.LAUNCH_GAP_NS", 0)
     share, elapsed_ns = simulated("fixed_1", stack, decide_ns)
     free_share, free_ns = simulated("fixed_1", stack, 0)
     assert share * elapsed_ns - free_share * free_ns == pytest.approx(elapsed_ns - free_ns, rel=0.15)

@@ -20,15 +20,13 @@ from replay.calibration.measure import (
     link_curves,
     matrix_tflops,
     memory_gb_per_s,
-    nothing,
     pad_share,
-    programs_ns,
     sizes_of,
-    span_ns,
 )
 from replay.calibration.peak import link_peak_gb_per_s, pcie_gb_per_s
 from replay.calibration.profile import link_fit
 from replay.machine.cpu import CpuDevice
+from replay.machine.timing import nothing, programs_ns, span_ns
 from tests.replay.scripted import PacedDevice
 from tests.replay.support import on_cpu
 
