@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from sim import collect, regress
 from sim.output import code_sha256
 from sim.paths import DATA
-from tests.cli.support import ROOT, command, job, real_trace, run_here, run_there, small_trace
+from tests.cli.support import ROOT, command, job, run_here, run_there, small_trace
+from tests.recordings import named, recordings
 
 LRU = ("+hardware=a100", "+policy=lru")
 ADAPTIVE = ("+hardware=a100", "+policy=adaptive")
@@ -258,10 +259,9 @@ def test_no_more_prefetches_are_used_than_issued_after_a_warm_up(tmp_path: Path)
     assert prefetch["useful"] + prefetch["late"] <= prefetch["issued"]
 
 
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_a_recorded_trace_runs_between_floor_and_on_demand(split: str) -> None:
-    told = ("+hardware=a100", "+policy=adaptive", f"trace.path={real_trace(split)}", "max_tokens=60")
-    metrics = job(*told)
+@pytest.mark.parametrize("path", recordings("train", "eval"), ids=named)
+def test_a_recorded_trace_runs_between_floor_and_on_demand(path: Path) -> None:
+    metrics = job("+hardware=a100", "+policy=adaptive", f"trace.path={path}", "max_tokens=120")
     bounds, beside = metrics["bounds"], metrics["compare"]
     assert metrics["model"] == "gpt-oss-20b"
     assert bounds["floor_ns"] <= bounds["clairvoyant_ns"] < metrics["elapsed_ns"] < beside["on_demand"]["elapsed_ns"]
