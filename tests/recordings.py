@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 SHIPPED = Path(str(files("traces"))) / "data" / "gpt-oss-20b-twin-eval.safetensors"
 """Routing [1344, 24, 4] of 32 experts, 7 requests."""
@@ -22,9 +25,9 @@ def beside(*splits: str) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def recordings(*splits: str) -> list[Path]:
-    """The shipped recording, and those of `splits` that lie beside the project."""
-    return [SHIPPED, *beside(*splits)]
+def recordings(*splits: str) -> list[Any]:
+    """Parameters of a test: the shipped recording, and, as slow ones, those of `splits` beside the project."""
+    return [SHIPPED, *(pytest.param(path, marks=pytest.mark.slow) for path in beside(*splits))]
 
 
 def named(path: object) -> str | None:

@@ -60,6 +60,7 @@ def test_statistics_are_those_counted_with_sets(path: Path) -> None:
         assert found == pytest.approx(np.array(expected[name]), abs=1e-7), name  # the shares are float32
 
 
+@pytest.mark.slow
 def test_a_generated_trace_has_its_sources_statistics() -> None:
     made = generate(load_params(SHIPPED)[0], SOURCE["request_lengths"], seed=0)
     assert misses(statistics(made["experts"], made["request_start"]), SOURCE) == []
@@ -73,6 +74,7 @@ def test_a_trace_generated_from_a_fit_has_the_statistics_of_what_was_fitted() ->
     assert misses(statistics(made["experts"], made["request_start"]), expected) == []
 
 
+@pytest.mark.slow
 def test_independent_draws_from_popularity_do_not() -> None:
     params, _ = load_params(SHIPPED)
     rng = np.random.Generator(np.random.PCG64(0))

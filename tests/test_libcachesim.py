@@ -16,6 +16,7 @@ pytest.importorskip("libcachesim", reason="libcachesim (GPL) is a test extra")
 from tests.reference import libcachesim_lru
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("path", recordings("eval"), ids=named)
 @pytest.mark.parametrize("num_slots", [192, 384])
 def test_with_per_access_semantics_lru_equals_libcachesim(path: Path, num_slots: int) -> None:

@@ -251,6 +251,7 @@ def recorded_events(path: Path, num_tokens: int | None = None) -> list[Event]:
     return list(trace_events(load_file(path)["experts"][:num_tokens]))
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("path", recordings("eval"), ids=named)
 @pytest.mark.parametrize("num_slots", [192, 384, 576])
 def test_per_access_lru_agrees_with_libcachesim_on_a_recorded_trace(path: Path, num_slots: int) -> None:
@@ -320,12 +321,14 @@ def test_the_shortest_schedule_may_leave_a_ready_kernel_waiting() -> None:
     assert brute_force_optimum(events, [1, 8, 1], [1, 5, 1], 10, slots=2) == 36
 
 
+@pytest.mark.mostly_slow(keep=25)
 @pytest.mark.parametrize("seed", range(0, 200, 2))
 def test_starting_at_every_tick_finds_nothing_shorter(seed: int) -> None:
     instance = random_instance(seed)
     assert brute_force_optimum(*instance) == brute_force_optimum(*instance, every_tick=True)
 
 
+@pytest.mark.slow
 @no_deadline
 @given(st.integers(0, 10**6))
 def test_with_room_for_all_the_link_runs_ahead_in_order_of_first_use(seed: int) -> None:
@@ -341,6 +344,7 @@ def test_with_room_for_all_the_link_runs_ahead_in_order_of_first_use(seed: int) 
     assert brute_force_optimum(events, attention, kernel, load, slots=8) == now
 
 
+@pytest.mark.slow
 @no_deadline
 @given(st.integers(0, 10**6))
 def test_slots_and_a_faster_link_never_hurt_the_shortest_schedule(seed: int) -> None:
@@ -357,6 +361,7 @@ def test_no_schedule_beats_the_floor(seed: int) -> None:
     assert sum(serial_times(instance)) <= floor_bound(*instance) <= brute_force_optimum(*instance)
 
 
+@pytest.mark.slow
 def test_the_floor_is_often_reached_and_seldom_far() -> None:
     pairs = [(floor_bound(*each), brute_force_optimum(*each)) for each in map(random_instance, range(300))]
     assert all(floor <= optimum for floor, optimum in pairs)

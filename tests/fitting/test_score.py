@@ -112,6 +112,7 @@ def test_blocks_do_not_show_in_the_figures() -> None:
         assert {key: row[key] for key in part} == pytest.approx(part, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_every_rival_gives_chances_and_calibration_does_not_change_the_ranking() -> None:
     needs_fit()
     trace, judged = knowable(8), knowable(2, 9)

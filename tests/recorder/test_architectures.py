@@ -75,6 +75,7 @@ def whole(answer: Answer) -> list[int]:
     return [*answer.prompt.tokens, *answer.generated[:-1]]
 
 
+@pytest.mark.mostly_slow(keep=3)
 @ALL
 @pytest.mark.parametrize("how", sorted(SAMPLINGS))
 def test_recording_changes_no_token(name: str, how: str) -> None:
@@ -134,6 +135,7 @@ def guesses(name: str, model: Any, answer: Answer) -> dict[tuple[str, int, int],
     return made
 
 
+@pytest.mark.mostly_slow(keep=3)
 @ALL
 def test_lookahead_is_the_later_router_on_the_earlier_state(name: str) -> None:
     found, in_full = recorded(name), recorded(name, full=True)

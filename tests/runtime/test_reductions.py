@@ -76,6 +76,7 @@ def small_traces(draw: st.DrawFn) -> tuple[list[Forward], int, int]:
     return batches(routings, num_experts), num_experts, num_slots
 
 
+@pytest.mark.mostly_slow(keep=4)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("policy", FORCED)
 @pytest.mark.parametrize(("kernels", "costs"), [(Kernels(), SLOW_HOST), (FREE, HostCosts())])
@@ -207,6 +208,7 @@ def recorded_cases() -> list[Any]:
     return [*shipped, *(pytest.param(*case, marks=pytest.mark.slow) for case in larger)]
 
 
+@pytest.mark.mostly_slow(keep=4)
 @pytest.mark.parametrize(("path", "policy", "scope", "share", "num_tokens"), recorded_cases(), ids=named)
 def test_a_recorded_trace_counts_as_the_reference(
     path: Path, policy: Policy, scope: Scope, share: float, num_tokens: int

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 from safetensors.numpy import save_file
 
-from tests.recordings import BESIDE, SHIPPED, beside, named, recordings
+from tests.recordings import BESIDE, SHIPPED, named, recordings
 from traces.format import Trace, TraceError, open_trace, write_trace
 from traces.importers.common import ImportReport
 from traces.importers.event_csr import import_event_csr
@@ -182,7 +182,7 @@ def restated_hashes(trace: Trace) -> list[str]:
     return [hashlib.sha256(text).hexdigest()[:16] for text in chosen]
 
 
-@pytest.mark.parametrize("path", [SHIPPED, *(path for path in beside("train") if SAMPLE.exists())], ids=named)
+@pytest.mark.parametrize("path", recordings(*(["train"] if SAMPLE.exists() else [])), ids=named)
 def test_a_request_in_the_sources_form_comes_in_as_it_was_recorded(tmp_path: Path, path: Path) -> None:
     original, source = like_the_source(path, tmp_path), SAMPLE
     if path == SHIPPED:
@@ -200,9 +200,7 @@ def test_a_request_in_the_sources_form_comes_in_as_it_was_recorded(tmp_path: Pat
     assert sample.request_labels == original.request_labels[request : request + 1]
 
 
-@pytest.mark.parametrize(
-    "path", [SHIPPED, *(pytest.param(path, marks=pytest.mark.slow) for path in beside("train", "eval"))], ids=named
-)
+@pytest.mark.parametrize("path", recordings("train", "eval"), ids=named)
 def test_the_split_rebuilds_the_recorded_trace(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = like_the_source(path, tmp_path)
     if path == SHIPPED:
@@ -522,6 +520,7 @@ def event_lists(draw: st.DrawFn) -> Events:
     return draw(st.permutations(events))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(events=event_lists())
 def test_dealing_keeps_sets_counts_and_mass(events: Events, tmp_path_factory: pytest.TempPathFactory) -> None:
