@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,18 +18,18 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all cases of a `mostly_slow(keep=N)` test but N, evenly spaced in the order of its parameters."""
-    cases: defaultdict[str, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("mostly_slow"):
-            cases[item.nodeid.split("[")[0]].append(item)
-    for of_one_test in cases.values():
-        marker = of_one_test[0].get_closest_marker("mostly_slow")
-        assert marker is not None
-        keep = min(marker.kwargs["keep"], len(of_one_test))
-        kept = {index * len(of_one_test) // keep for index in range(keep)}
-        for index, item in enumerate(of_one_test):
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem() -> Generator[None, Any, Any]:
+    """Mark as slow all cases of a `mostly_slow(keep=N)` test but N, evenly spaced in the order of its parameters.
+
+    Here, where all cases of one function are made, so that it does not depend on which of them are asked for.
+    """
+    made = yield
+    cases = [item for item in made if item.get_closest_marker("mostly_slow")] if isinstance(made, list) else []
+    if cases:
+        keep = min(cases[0].get_closest_marker("mostly_slow").kwargs["keep"], len(cases))
+        kept = {index * len(cases) // keep for index in range(keep)}
+        for index, item in enumerate(cases):
             if index not in kept:
                 item.add_marker(pytest.mark.slow)
+    return made
