@@ -217,6 +217,7 @@ def cells(metrics: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
     ]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize(("policy", "beside"), [
     ("adaptive", ["on_demand", "lru", "clairvoyant"]),
     ("lru", ["on_demand", "clairvoyant"]),
@@ -290,6 +291,7 @@ def test_a_warm_up_has_no_floor_to_hold_against(trace: Path) -> None:
     assert (bounds["floor_ns"], bounds["serial_ns"]) == (None, None)
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("policy", ["adaptive", "fixed_2", "oracle", "lru"])
 def test_redundant_prefetches_are_useful_ones(policy: str, trace: Path) -> None:
     told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "stack=graph")
@@ -315,7 +317,7 @@ def test_all_experts_resident_from_the_start_never_stall(policy: str, trace: Pat
     assert (metrics["stall_ns"], metrics["num_misses"], metrics["bytes"]["demand"]) == (0, 0, 0)
 
 
-@pytest.mark.mostly_slow(keep=8)
+@pytest.mark.mostly_slow(keep=6)
 @pytest.mark.parametrize("words", ["", "batch_size=3", "residency=0.01", "chunk_mib=1 channel_depth=1"])
 @pytest.mark.parametrize("policy", ["on_demand", "hf_offload", "lru", "adaptive", "oracle", "clairvoyant"])
 def test_copies_in_no_time_never_stall(policy: str, words: str, trace: Path) -> None:

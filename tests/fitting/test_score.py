@@ -178,6 +178,7 @@ def test_the_same_fit_twice_gives_the_same_bytes(tmp_path: Path, capsys: pytest.
     assert files[-1].read_bytes() != other
 
 
+@pytest.mark.slow
 def test_without_a_pregate_what_needs_none_is_compared_and_the_rest_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -157,7 +157,7 @@ class Noted(RealMachine):
         return sum(key in keys for number, _, _, keys in self.launched if at <= number < end)
 
 
-@pytest.mark.mostly_slow(keep=2)
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("at", [1, 2, 17, 40])
 @pytest.mark.parametrize("residency", ["0.1", "0.4"])
 def test_the_first_wrong_launch_and_the_number_of_wrong_stamps_are_right(
@@ -234,7 +234,7 @@ def test_an_unknown_fault_is_refused() -> None:
 # -- a device that is lost -----------------------------------------------------------------------------------
 
 
-@pytest.mark.mostly_slow(keep=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 40])
 def test_a_lost_device_keeps_what_was_measured(at: int, trace: Path, tmp_path: Path) -> None:
     words = [*TINY, "+policy=fixed_2", "residency=0.1", f"trace.path={trace}", "log=true", "fault=lost"]

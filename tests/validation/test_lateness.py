@@ -150,6 +150,7 @@ def test_decisions_that_the_device_hides_bind_no_simulated_run(stack: str) -> No
 SLOW = [("graph", 100_000), ("graph", 400_000), ("eager", 400_000)]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize(("stack", "decide_ns"), SLOW)
 def test_decisions_that_outlast_the_device_bind_a_simulated_run(stack: str, decide_ns: int) -> None:
     assert BARS["cuda"].late is not None
