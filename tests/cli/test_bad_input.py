@@ -169,11 +169,13 @@ PARTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.mostly_slow(keep=4)
 @pytest.mark.parametrize("case", by_words(CHOICES + KEYS + VALUES + PARTS))
 def test_a_broken_configuration_is_one_line(case: Bad, sound: Path, tmp_path: Path) -> None:
     refuse(case.words, sound, tmp_path / "run", case.names)
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("words", LIMITS)
 def test_the_last_value_within_a_limit_is_accepted(words: str, sound: Path, tmp_path: Path) -> None:
     told = [*LRU.split(), f"trace.path={sound}", "compare=none", "max_tokens=1", *words.split()]
@@ -241,6 +243,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_trace_is_one_line_that_names_file_place_and_remedy(kind: str, tmp_path: Path) -> None:
     breaks, names = BROKEN[kind]
@@ -272,6 +275,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("case", by_words(PATHS))
 def test_a_trace_that_is_not_there_is_one_line(case: Bad, sound: Path, tmp_path: Path) -> None:
     refuse(case.words, sound, tmp_path / "run", case.names)
@@ -323,6 +327,7 @@ def test_counts_fitted_on_another_model_are_one_line(tmp_path: Path) -> None:
     refuse(words, path, tmp_path / "run", ("transition counts", "(24, 32)", "(4, 8)", "the same model"))
 
 
+@pytest.mark.slow
 def test_a_warm_start_that_is_no_safetensors_file_is_one_line(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "warm").write_text("counts")
     words = f"{TRANSITION} policy.predictor.warm={tmp_path / 'warm'}"
@@ -344,15 +349,18 @@ def test_an_output_folder_below_a_file_names_the_key(sound: Path, tmp_path: Path
     assert_refused(found, ("hydra.run.dir",))
 
 
+@pytest.mark.slow
 def test_a_process_elsewhere_says_the_same_with_code_2(tmp_path: Path) -> None:
     found = run_there([*LRU.split(), "trace.path=absent.safetensors"], tmp_path / "run", cwd=tmp_path)
     assert_refused(found, ("absent.safetensors", "does not exist"))
 
 
+@pytest.mark.slow
 def test_a_process_without_arguments_lists_the_choices(tmp_path: Path) -> None:
     assert_refused(run_there([], tmp_path / "run", cwd=tmp_path), ("+hardware=NAME", "a100"))
 
 
+@pytest.mark.slow
 def test_a_failed_job_of_a_sweep_ends_it_with_one_line_and_code_2(sound: Path, tmp_path: Path) -> None:
     words = ["-m", *LRU.split(), f"trace.path={sound}", "compare=none", "residency=0.5,2", "hydra.launcher.n_jobs=1"]
     found = run_there([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"], tmp_path / "run", cwd=tmp_path)

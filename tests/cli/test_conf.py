@@ -68,6 +68,7 @@ def test_every_folder_of_conf_is_tested_here() -> None:
     assert len(PARTS) >= 20
 
 
+@pytest.mark.mostly_slow(keep=9)
 @pytest.mark.parametrize("stack", choices("stack"))
 @pytest.mark.parametrize("hardware", choices("hardware"))
 def test_every_hardware_runs_under_every_stack(hardware: str, stack: str, trace: Path) -> None:
@@ -88,6 +89,7 @@ def test_every_policy_runs(name: str, trace: Path) -> None:
     assert (metrics["prefetch"]["issued"] > 0) is prefetches
 
 
+@pytest.mark.mostly_slow(keep=7)
 @pytest.mark.parametrize(("part", "name"), PARTS)
 def test_every_part_can_be_swapped_into_adaptive(part: str, name: str, tmp_path: Path) -> None:
     path = small_trace(tmp_path / "recorded.safetensors", 8, lookahead=lookahead(GPT_OSS, 8))
@@ -97,6 +99,7 @@ def test_every_part_can_be_swapped_into_adaptive(part: str, name: str, tmp_path:
     assert job(*told, f"policy/{part}={name}")["num_tokens"] == 8
 
 
+@pytest.mark.mostly_slow(keep=3)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_runs_on_a_trace_that_names_it(name: str, tmp_path: Path) -> None:
     spec = model(name)
@@ -109,6 +112,7 @@ def test_every_model_runs_on_a_trace_that_names_it(name: str, tmp_path: Path) ->
     assert job(*told, f"model={name}") == metrics
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_for_the_whole_model_holds_every_expert(name: str, tmp_path: Path) -> None:
     spec = model(name)

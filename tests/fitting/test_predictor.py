@@ -72,6 +72,7 @@ def recalls(fitted: Arrays, trace: Trace) -> tuple[float, float]:
     return float(hits[0] / total), float(hits[1] / total)
 
 
+@pytest.mark.slow
 def test_it_says_what_the_forest_says_of_the_row(fitted: Arrays) -> None:
     trace = knowable(3, 7)
     predictor = started(fitted)

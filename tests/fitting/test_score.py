@@ -112,6 +112,7 @@ def test_blocks_do_not_show_in_the_figures() -> None:
         assert {key: row[key] for key in part} == pytest.approx(part, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_every_rival_gives_chances_and_calibration_does_not_change_the_ranking() -> None:
     needs_fit()
     trace, judged = knowable(8), knowable(2, 9)
@@ -177,6 +178,7 @@ def test_the_same_fit_twice_gives_the_same_bytes(tmp_path: Path, capsys: pytest.
     assert files[-1].read_bytes() != other
 
 
+@pytest.mark.slow
 def test_without_a_pregate_what_needs_none_is_compared_and_the_rest_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ def observed(copy_ns: int, layer_ns: int, busy: float, **settings: Any) -> Stall
     return part
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("queue", [0, 1, 3])
 @pytest.mark.parametrize("distance", [1, 2, 4])
 @pytest.mark.parametrize(

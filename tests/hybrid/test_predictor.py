@@ -19,6 +19,7 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
 
 
+@pytest.mark.mostly_slow(keep=10)
 @pytest.mark.parametrize("pregate", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("prompts", [(0, 0, 0, 0), PROMPTS])

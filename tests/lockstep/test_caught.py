@@ -38,6 +38,7 @@ def assert_told(result: LockstepResult, what: str = "") -> None:
 # -- policies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("job", [
     pytest.param(lambda: with_horizon("WallClockHorizon"), id="wall clock"),
     pytest.param(lambda: with_horizon("ModuleStateHorizon"), id="module state"),
@@ -49,6 +50,7 @@ def test_policies_that_decide_by_more_are_caught(tmp_path: Path, job: Callable[[
     assert_told(made.check(made.log(tmp_path / "log.parquet")), "wants [")
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("job", [
     pytest.param(lambda: with_horizon("ViewClockHorizon"), id="time of the records"),
     pytest.param(lambda: with_predictor("SeededPredictor"), id="seeded"),
@@ -64,6 +66,7 @@ def test_a_policy_that_raises_now(tmp_path: Path) -> None:
     assert_told(job.check(job.log(tmp_path / "log.parquet")), "now KeyError: 'no such layer'")
 
 
+@pytest.mark.slow
 def test_first_difference_is_the_one_told(tmp_path: Path) -> None:
     job = with_horizon("ViewClockHorizon")
     path = job.log(tmp_path / "log.parquet")
@@ -136,6 +139,7 @@ def lose_record(forward: LoggedForward) -> None:
     del forward.events[place_of(forward, Told, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [change_copy, change_experts, change_chunk, lose_chunk, change_wait, lose_event,
                                     lose_record])  # fmt: skip
 def test_logs_of_another_run_are_caught(tmp_path: Path, change: Callable[[LoggedForward], None]) -> None:
@@ -163,6 +167,7 @@ def test_one_time_that_is_another_is_caught(tmp_path: Path) -> None:
     assert_told(job.check(path), "forward 3, layer")
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("how", ["swap", "drop", "more"])
 def test_forwards_that_are_not_the_workloads(tmp_path: Path, how: str) -> None:
     job = Job.of(*BASE)
@@ -182,6 +187,7 @@ def test_forwards_that_are_not_the_workloads(tmp_path: Path, how: str) -> None:
     assert expected[how] in result.difference
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("stream", ["time", "load", "key", "op", "mark", "slot", "small", "size", "after", "layer"])
 def test_one_number_changed_in_the_file_is_refused(tmp_path: Path, stream: str,
                                                    capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -207,6 +213,7 @@ def test_foreign_code_runs_only_if_it_is_named_again(tmp_path: Path, capsys: pyt
     assert re.match(r"lockstep: \d+ decisions equal, then a difference: forward \d+, layer", capsys.readouterr().out)
 
 
+@pytest.mark.mostly_slow(keep=3)
 @pytest.mark.parametrize("target", ["os.getcwd", "expertflow.runtime.dataclass", "expertflow", "builtins.print"])
 @pytest.mark.parametrize("place", ["horizon", "nested"])
 def test_code_of_others_is_not_run(tmp_path: Path, target: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,21 +40,25 @@ def test_there_are_policies() -> None:
     assert {"lru", "adaptive", "on_demand"} <= set(COMPOSED) < set(POLICIES)
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_equal(tmp_path: Path, name: str) -> None:
     equal_twice(tmp_path / "log.parquet", *BASE, f"+policy={name}")
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_equal_in_batches(tmp_path: Path, name: str) -> None:
     equal_twice(tmp_path / "log.parquet", *BASE, f"+policy={name}", "batch_size=8", "trace.num_tokens=40")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSED)
 def test_every_policy_is_equal_with_a_predictor_that_learns(tmp_path: Path, name: str) -> None:
     equal_twice(tmp_path / "log.parquet", *BASE, f"+policy={name}", "policy/predictor=transition")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ("policy.transfer.staging_slots=3", "policy/eviction=lru_per_layer"),
     ("start=popular", "warmup_forwards=5"),
@@ -66,6 +70,7 @@ def test_settings_that_reach_the_runtime_are_kept(tmp_path: Path, words: tuple[s
     equal_twice(tmp_path / "log.parquet", *BASE, "+policy=adaptive", *words)
 
 
+@pytest.mark.slow
 def test_a_log_tells_what_crossed(tmp_path: Path) -> None:
     """Counted against the run itself."""
     job = Job.of(*BASE, "+policy=adaptive")
@@ -85,6 +90,7 @@ def test_a_log_tells_what_crossed(tmp_path: Path) -> None:
     assert max(event.now_ns for event in events if isinstance(event, Told)) == counters.elapsed_ns
 
 
+@pytest.mark.slow
 def test_logging_changes_nothing(tmp_path: Path) -> None:
     job = Job.of(*BASE, "+policy=adaptive")
     totals = []
@@ -99,6 +105,7 @@ def test_logging_changes_nothing(tmp_path: Path) -> None:
     assert totals[0] == totals[1] == runtime.counters
 
 
+@pytest.mark.slow
 def test_same_run_same_bytes(tmp_path: Path) -> None:
     job = Job.of(*BASE, "+policy=adaptive")
     first, second = job.log(tmp_path / "1.parquet"), job.log(tmp_path / "2.parquet")
@@ -114,6 +121,7 @@ def test_log_is_small(tmp_path: Path) -> None:
 # -- the command ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With keys in the configuration that only a replay knows."""
     job = Job.of(*BASE, "+policy=adaptive")
@@ -144,6 +152,7 @@ def test_another_policy_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFi
     assert out.count("\n") == 1
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("word", ["~policy", "policy/eviction=lfu", "residency=0.1,0.2", "=", "colour=red",
                                   "trace.colour=1", "batch_size=none"])  # fmt: skip
 def test_words_that_cannot_be_put_over_a_log(tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +178,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
 # -- runs that break off -------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("lost_at", [0, 1, 7, 100, 333])
 def test_a_run_that_broke_off_is_checked_up_to_its_end(tmp_path: Path, lost_at: int,
                                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip

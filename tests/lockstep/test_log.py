@@ -205,6 +205,7 @@ def test_truncated_anywhere(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
         refused(path, "no readable Parquet file", capsys)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_never_taken(good: Path, tmp_path: Path) -> None:
     """Refused, or without consequence (bytes that nobody reads)."""
     content, path, num_refused = good.read_bytes(), tmp_path / "flipped.parquet", 0

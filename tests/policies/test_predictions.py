@@ -52,6 +52,7 @@ def guesses(predictor: Predictor, future: Future, distance: int) -> list[tuple[l
 # -- oracles -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("distance", [1, 2, 5])
 def test_the_oracle_says_what_comes_past_the_last_layer_too(distance: int, future: Future) -> None:
     oracle = OraclePredictor()
@@ -60,6 +61,7 @@ def test_the_oracle_says_what_comes_past_the_last_layer_too(distance: int, futur
     assert oracle.predict(forward_rows(NUM_FORWARDS - 1, [0], L), L - 1, 1) is None
 
 
+@pytest.mark.mostly_slow(keep=5)
 @pytest.mark.parametrize("wrong", ["uniform", "popularity"])
 @pytest.mark.parametrize("distance", [1, 2, 3, 4])
 @pytest.mark.parametrize(("a", "b", "c"), [(0.3, 0.5, 0.6), (0.9, 1.0, 0.05)])

@@ -49,6 +49,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
                           check=False, cwd=folder, env=environment)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_stand_in_aborts_where_nothing_is_done_about_it(tmp_path: Path) -> None:
     assert python("sys.exit(3)", tmp_path).returncode == -6
 
@@ -91,12 +92,14 @@ with lost.ending():
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ENDINGS.values(), ids=ENDINGS)
 def test_nothing_is_taken_down_and_what_was_printed_arrives(code: str, tmp_path: Path) -> None:
     done = python(code, tmp_path)
     assert (done.returncode, done.stdout) == (LOST, "CUDA error: an illegal memory access was encountered\n"), done
 
 
+@pytest.mark.slow
 def test_files_logging_and_logs_of_runs_are_written_first(tmp_path: Path) -> None:
     code = """
 logging.basicConfig(filename="app.log", level="INFO")
@@ -124,6 +127,7 @@ with lost.ending():
     assert "held back" in (tmp_path / "app.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_replay_that_loses_its_gpu_leaves_what_was_measured(tmp_path: Path) -> None:
     """On the CPU machine, with a fault that says what a GPU would say."""
     code = """
@@ -150,6 +154,7 @@ sys.exit(cli())
     assert not {"DONE", "metrics.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["fault=lost: the device stopped answering, as asked",
                                   "a stream of the CPU machine failed: division by zero"])  # fmt: skip
 def test_a_process_that_can_end_as_ever_does(text: str, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("words", RUNS)
 def test_records_are_what_the_contract_says(words: str, trace: Path, watched: list[Watched]) -> None:
     case = Case.of(*TINY, *words.split(), f"trace.path={trace}")
@@ -164,6 +165,7 @@ def same_counts(measured: Mapping[str, Any], simulated: Mapping[str, Any]) -> No
     assert {key: measured[key] for key in COUNTS} == {key: simulated[key] for key in COUNTS}
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("words", ["+policy=on_demand", "+policy=lru", "+policy=lfu", "+policy=two_level",
                                    "+policy=lru_per_layer", "+policy=lru start=popular", "+policy=lru batch_size=3",
                                    "+policy=lru warmup_forwards=7"])  # fmt: skip
@@ -183,6 +185,7 @@ def test_without_prefetch_the_counts_are_the_simulators(words: str, trace: Path)
 A100 = ("+hardware=a100", *TINY[1:])
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("name", ["lru", "lfu"])
 def test_the_default_traces_counts_are_the_simulators(name: str) -> None:
     told = [f"+policy={name}", "trace.num_tokens=32", "residency=0.25"]

@@ -190,6 +190,7 @@ def test_both_sides_of_the_budget(p50: float, p99: float, kept: bool) -> None:
 # -- runs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("name", ["adaptive", "lru", "two_level", "on_demand", "clairvoyant"])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_account_adds_up_and_the_run_is_the_same_as_without_it(name: str, seed: int) -> None:
@@ -206,6 +207,7 @@ def test_the_account_adds_up_and_the_run_is_the_same_as_without_it(name: str, se
         assert times.parts_ns["predictor"] == 0
 
 
+@pytest.mark.slow
 def test_every_hook_that_the_runtime_calls_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: set[str] = set()
     wrap = Stopwatch.wrap
@@ -231,6 +233,7 @@ def test_every_hook_that_the_runtime_calls_is_timed(monkeypatch: pytest.MonkeyPa
     assert "predictor.prepare" not in heard
 
 
+@pytest.mark.slow
 def test_layers_of_prompts_are_told_apart() -> None:
     for seed in range(4):
         work = drawn_workload(seed)
@@ -258,6 +261,7 @@ def test_the_own_cost_of_timing_is_measured() -> None:
 # -- command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_policy_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--policies", "adaptive,lru", "--tokens", "4"]) in (0, 1)
     head, columns, adaptive, verdict, lru, legend = capsys.readouterr().out.splitlines()
@@ -274,6 +278,7 @@ def test_the_table_has_a_row_for_each_policy_and_the_verdict(capsys: pytest.Capt
     assert "bare Python function call" in legend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bar", "good"), [(0, False), (10**12, True)])
 def test_the_exit_code_is_the_budgets(monkeypatch: pytest.MonkeyPatch, bar: int, good: bool) -> None:
     monkeypatch.setattr(bench, "BAR_P50_NS", bar)

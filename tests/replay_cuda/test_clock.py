@@ -59,6 +59,7 @@ def forwards(cuda: FakeCuda, device: DeviceOnFake, num_forwards: int, work_ns: i
             device.recycle(copy)
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("ppm", PPM)
 def test_times_are_true_over_thousands_of_forwards(ppm: int) -> None:
     """A forward takes as much of the device as a real one; rounding does not add up to anything that matters."""
@@ -108,6 +109,7 @@ def test_spans_stay_true_without_forwards(monkeypatch: pytest.MonkeyPatch, renew
         assert worst <= 2 if renewed else worst > 2000
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("ppm", PPM)
 def test_now_is_never_before_what_was_told(ppm: int) -> None:
     with on_fake(ppm) as (cuda, device):
@@ -129,6 +131,7 @@ def test_now_is_never_before_what_was_told(ppm: int) -> None:
         assert truth.now() > 8e9
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("ppm", PPM)
 def test_now_keeps_up_with_a_device_that_drifts(ppm: int) -> None:
     """Four seconds at 120 ppm are half a millisecond: the host's present follows within its own delays."""
@@ -144,6 +147,7 @@ def test_now_keeps_up_with_a_device_that_drifts(ppm: int) -> None:
         assert max(errors) < 2_000
 
 
+@pytest.mark.slow
 def test_without_forgetting_now_would_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail."""
     monkeypatch.setattr("replay.machine.cuda._FORGET_NS", 1 << 62)

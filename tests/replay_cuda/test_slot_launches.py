@@ -141,6 +141,7 @@ def test_sizes_that_do_not_fit_are_one_line(launches: Launches) -> None:
 # -- without triton ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_triton_everything_imports_and_the_kernels_say_what_is_missing() -> None:
     script = """
 import sys

@@ -173,6 +173,7 @@ def num_chunks_begun(job: Job) -> int:
 # -- properties ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(case=cases())
 @many
 def test_every_run_ends_with_balanced_books_and_sound_slots(case: Case) -> None:
@@ -189,6 +190,7 @@ def test_every_run_ends_with_balanced_books_and_sound_slots(case: Case) -> None:
     assert sorted(held + free) == list(range(len(slots.reader)))
 
 
+@pytest.mark.slow
 @given(case=cases())
 @many
 def test_what_the_observer_sees_adds_up_to_the_counters(case: Case) -> None:
@@ -212,6 +214,7 @@ def timeline_chunks(job: Job) -> int:
     return num_whole * len(machine.chunk_sizes) + partly
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(deadline=None, max_examples=150)
 def test_the_same_job_twice_gives_the_same_result(case: Case) -> None:
@@ -221,6 +224,7 @@ def test_the_same_job_twice_gives_the_same_result(case: Case) -> None:
     assert first.runtime.journal.gaps_ns == second.runtime.journal.gaps_ns
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(deadline=None, max_examples=100)
 def test_the_same_policy_object_can_run_twice(case: Case) -> None:
@@ -232,6 +236,7 @@ def test_the_same_policy_object_can_run_twice(case: Case) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(deadline=None, max_examples=150)
 def test_watching_a_run_changes_nothing(case: Case) -> None:
@@ -239,6 +244,7 @@ def test_watching_a_run_changes_nothing(case: Case) -> None:
     assert plain.run().counters == case.job().run().counters
 
 
+@pytest.mark.slow
 @given(case=cases(max_slots=2))
 @many
 def test_more_demand_than_slots_streams_through_them(case: Case) -> None:

@@ -217,6 +217,7 @@ def test_a_run_without_a_horizon_has_no_panel_for_it(tmp_path: Path) -> None:
 # -- the file ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_picture_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     rows = table(FOUR)
     for name in ("first.png", "second.png"):
@@ -243,6 +244,7 @@ def test_a_failed_save_leaves_no_part_of_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_text_lies_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(FOUR)
     for figure in (plot_stall_against_residency(rows, log_y=True), plot_tpot_bars(rows[rows["residency"] == 0.5]),

@@ -20,6 +20,7 @@ def test_the_studies_are_there() -> None:
     assert {"paper", "inversion", "ablation", "estimates", "gap"} <= set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_override_of_a_study_composes(name: str) -> None:
     """Each variant once, and each value of each axis once: axes and variants set different keys."""

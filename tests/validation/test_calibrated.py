@@ -20,6 +20,7 @@ from tests.replay.support import TINY, Case
 TOKENS, LAYERS = 6, 4
 
 
+@pytest.mark.slow
 def test_a_tape_holds_every_wait_with_its_record_and_changes_nothing(tmp_path: Path) -> None:
     trace = tiny_trace(tmp_path / "tiny.safetensors", TOKENS)
     case = Case.of(*TINY, "+policy=lru", "residency=0.25", f"trace.path={trace}")

@@ -140,6 +140,7 @@ def simulated(policy_name: str, stack: str, decide_ns: int) -> tuple[float, int]
     return late / runtime.counters.elapsed_ns, runtime.counters.elapsed_ns
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("stack", ["graph", "eager"])
 def test_decisions_that_the_device_hides_bind_no_simulated_run(stack: str) -> None:
     for policy, decide_ns in (("lru", 400_000), ("fixed_1", 0), ("fixed_1", 20_000)):
@@ -149,12 +150,14 @@ def test_decisions_that_the_device_hides_bind_no_simulated_run(stack: str) -> No
 SLOW = [("graph", 100_000), ("graph", 400_000), ("eager", 400_000)]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize(("stack", "decide_ns"), SLOW)
 def test_decisions_that_outlast_the_device_bind_a_simulated_run(stack: str, decide_ns: int) -> None:
     assert BARS["cuda"].late is not None
     assert simulated("fixed_1", stack, decide_ns)[0] > BARS["cuda"].late
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize(("stack", "decide_ns"), SLOW)
 def test_a_late_host_is_late_by_what_it_is_charged(stack: str, decide_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the simulator charges for slow decisions, beyond hidden ones, is what the tape says more of its host; each

@@ -190,6 +190,7 @@ def test_calibrate_answers_mistakes_with_one_line(words: list[str], expected: st
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
