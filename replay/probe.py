@@ -101,10 +101,10 @@ class HostProbe:
         # One that waits for a kernel says nothing of the link.
         self._issued_at.append(1 << 62 if after else self.device.now_ns())
 
-    def decided(self, wants: Sequence[int]) -> None:
+    def decided(self, wants: Sequence[int], effort: float) -> None:
         """As the machine's."""
         self._enter("decided")
-        self._machine.decided(wants)
+        self._machine.decided(wants, effort)
         self._leave("decided", 0)
 
     def wait(self, wait: Wait) -> Record:

@@ -17,7 +17,7 @@ from replay.cuda_errors import explaining
 from replay.device import Device, DeviceLostError
 from replay.drive import drive
 from replay.faults import FaultyDevice
-from replay.log import LogWriter
+from replay.log import LoggingMachine, LogWriter
 from replay.machine import RealMachine
 from replay.programs import DEFAULT_KV_GRID
 from replay.rig import Needs, Rig
@@ -90,7 +90,8 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     gc.collect()
     with explaining():
         machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
-    runtime = Runtime(config, machine, policy, _ahead(iter(work.batches)), observers)
+    logging = None if log is None else LoggingMachine(machine, log)
+    runtime = Runtime(config, logging or machine, policy, _ahead(iter(work.batches)), observers)
     stamps = machine.stamps
     try:
         with explaining():
@@ -98,7 +99,11 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
             machine.preload(runtime.slots.slot_of)
             with steady():
                 device.restart_clock()
-                drive(runtime, machine, log)
+                try:
+                    drive(runtime, logging or machine)
+                finally:
+                    if logging is not None:
+                        logging.flush()
             device.synchronize()
             if stamps is not None:
                 stamps.collect()
