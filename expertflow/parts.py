@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 DEMAND = 0
 PREFETCH = 1
-SCORE_ONE = 1 << 16
-"""Scores are integers in units of 2^-16, so that a log made elsewhere sorts the same."""
-
 
 
 class Prediction(NamedTuple):

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from expertflow.future import Future
 from expertflow.network import compiled_functions
-from expertflow.parts import DEMAND, SCORE_ONE, Eviction, Prediction, Worths
+from expertflow.parts import DEMAND, Eviction, Prediction, Worths
+from expertflow.units import SCORE_ONE
 from expertflow.view import RESIDENT, View
 
 _TAKEN = 1 << 40

@@ -18,8 +18,9 @@ from expertflow.features import Chances, ForwardFeatures
 from expertflow.forest import Forest, compiled
 from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Effort, Prediction, Predictor
+from expertflow.parts import Effort, Prediction, Predictor
 from expertflow.predictors.ranking import RowRanking
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 

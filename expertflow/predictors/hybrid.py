@@ -107,9 +107,7 @@ class HybridPredictor(Predictor):
         if layer < last and reach > last - layer:
             reach = last - layer
         pregate = quick.pregate(forward, layer)
-        return quick.decide(
-            keys, layer, history.sums, history.used, history.features, pregate, min(reach, self.net.D)
-        )
+        return quick.decide(keys, layer, history.sums, history.used, history.features, pregate, min(reach, self.net.D))
 
 
 class _Window:

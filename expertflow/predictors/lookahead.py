@@ -8,8 +8,9 @@ import numpy as np
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Prediction, Predictor
+from expertflow.parts import Prediction, Predictor
 from expertflow.predictors.ranking import rank_scores
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 

@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Prediction, Predictor
+from expertflow.parts import Prediction, Predictor
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 

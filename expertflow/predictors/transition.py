@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Announced, Prediction, Predictor
+from expertflow.parts import Announced, Prediction, Predictor
 from expertflow.predictors.counts import TransitionCounts
 from expertflow.predictors.ranking import RowRanking
 from expertflow.predictors.transition_block import AnnouncedBlock
 from expertflow.predictors.transition_odds import Activations, TransitionOdds
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 BLOCK = 64

@@ -96,9 +96,7 @@ class AnnouncedBlock:
             )
         return keys.swapaxes(0, 1).tolist(), scores.swapaxes(0, 1).tolist()
 
-    def _score(
-        self, now: Floats, before: Floats, layers: slice, distance: int, num_before: int
-    ) -> tuple[Ints, Ints]:
+    def _score(self, now: Floats, before: Floats, layers: slice, distance: int, num_before: int) -> tuple[Ints, Ints]:
         """Keys and scores [l, F, kept], best first; arguments as of `TransitionOdds.chances`."""
         targets = np.arange(layers.start + distance, layers.stop + distance) % self.L
         chances = self.odds.chances(now, before, layers, distance, num_before)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.parts import SCORE_ONE
 from expertflow.predictors.counts import TransitionCounts
+from expertflow.units import NAT, SCORE_ONE
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Activations = tuple[Floats, int]
 """(activation counts [L, E], tokens) of a forward."""
-
-NAT = 1024
-"""Log-odds are integers in units of 1/1024 nat."""
 
 
 class TransitionOdds:

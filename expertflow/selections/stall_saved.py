@@ -12,7 +12,8 @@ import numpy.typing as npt
 from expertflow.forward import KnownForward
 from expertflow.future import Future
 from expertflow.pace import Pace
-from expertflow.parts import SCORE_ONE, Prediction, Selection
+from expertflow.parts import Prediction, Selection
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 

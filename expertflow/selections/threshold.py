@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from expertflow.forward import KnownForward
-from expertflow.parts import SCORE_ONE, Prediction, Selection
+from expertflow.parts import Prediction, Selection
+from expertflow.units import SCORE_ONE
 
 
 class Threshold(Selection):

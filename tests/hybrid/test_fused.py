@@ -13,10 +13,11 @@ from expertflow.evictions.outlook import Outlook
 from expertflow.forward import Forward, KnownForward
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.orders.resident_first import ResidentFirst
-from expertflow.parts import SCORE_ONE, Eviction, Horizon, Prediction, Selection, Step
+from expertflow.parts import Eviction, Horizon, Prediction, Selection, Step
 from expertflow.policy import Policy
 from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.selections.stall_saved import StallSaved
+from expertflow.units import SCORE_ONE
 from expertflow.view import ABSENT, LOADING, RESIDENT, View
 from tests.hybrid.support import PROMPTS, E, K, L, arrays, forwards
 from tests.hybrid.test_predictor import without_numba

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from expertflow.evictions.outlook import Outlook
-from expertflow.parts import DEMAND, PREFETCH, SCORE_ONE, Prediction
+from expertflow.parts import DEMAND, PREFETCH, Prediction
 from expertflow.selections.stall_saved import StallSaved
+from expertflow.units import SCORE_ONE
 from expertflow.view import ABSENT, RESIDENT
 from tests.hybrid.support import forwards
 from tests.policies.support import progress_of, view_of

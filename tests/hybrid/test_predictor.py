@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from expertflow.network import CHANCES, UNIT, HistoryNetwork
-from expertflow.parts import SCORE_ONE
+from expertflow.units import SCORE_ONE
 from tests.hybrid.support import PROMPTS, D, E, H, L, answers, arrays, forwards, plain, started
 
 

@@ -13,10 +13,11 @@ from hypothesis.extra.numpy import arrays
 
 from expertflow.diversity import embedding_distance
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Predictor
+from expertflow.parts import Predictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.noisy_oracle import NoisyOraclePredictor
 from expertflow.predictors.oracle import OraclePredictor
+from expertflow.units import SCORE_ONE
 from tests.cli.support import job, routing, small_trace
 from tests.policies.support import forward_rows, memory_trace, view_of
 from tests.runtime.support import decode

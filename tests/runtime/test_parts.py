@@ -22,7 +22,6 @@ from expertflow.orders.index import IndexOrder
 from expertflow.parts import (
     DEMAND,
     PREFETCH,
-    SCORE_ONE,
     Eviction,
     Horizon,
     Order,
@@ -41,6 +40,7 @@ from expertflow.selections.mass import Mass
 from expertflow.selections.threshold import Threshold
 from expertflow.selections.top_k import TopK
 from expertflow.slots import Slots, split_by_layer
+from expertflow.units import SCORE_ONE
 from expertflow.view import ABSENT, LOADING, RESIDENT, Feedback
 from tests.policies.support import progress_of, view_of
 from tests.runtime.support import Kernels, Scripted, TakeAll, compose, decode, forward_of, run
