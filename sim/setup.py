@@ -221,7 +221,7 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
 
 
 def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Policy, Transfer]:
-    """Compose the five parts of a `conf/policy` file for this workload."""
+    """Compose the parts of a `conf/policy` file for this workload."""
     copies = _known_keys(cfg.get("transfer") or {}, ("memory", "serial", "staging_slots"), "policy.transfer")
     transfer = Transfer(**copies)
     if "_target_" in cfg:
