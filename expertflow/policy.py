@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from expertflow.answers import Answers
+from expertflow.answers import Answers, is_own
 from expertflow.forward import Forward, KnownForward, Unveiling
 from expertflow.future import Future
 from expertflow.parts import Announced, Effort, Eviction, Horizon, Order, Part, Place, Placing, Predictor, Selection
@@ -135,8 +135,8 @@ class Policy:
                 self.eviction.foreseen(forecast)
 
     def announced(self) -> Announced | None:
-        """Who takes forwards before they run, if anybody does (`Predictor.announced`)."""
-        return self.predictor.announced()
+        """Who takes forwards before they run, if anybody does (`Predictor.announced`): a predictor of ours alone."""
+        return self.predictor.announced() if is_own(self.predictor) else None
 
     def begin_forward(self, forward: Forward) -> None:
         """Before the forward runs."""

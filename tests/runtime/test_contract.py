@@ -308,6 +308,18 @@ def test_classes_of_this_package_are_asked_without_a_check() -> None:
     assert (is_own(own.eviction), is_own(other.predictor)) == (True, False)
 
 
+class Derives(TransitionPredictor):
+    """Of a user: would be shown routing that is not known yet."""
+
+
+def test_forwards_are_announced_to_predictors_of_this_package_alone() -> None:
+    for predictor, takes in ((TransitionPredictor(), True), (Derives(), False)):
+        policy = compose(predictor=predictor)
+        policy.start(view_of(3, 4, 1))
+        assert predictor.announced() is not None
+        assert (policy.announced() is not None) is takes
+
+
 class Pairs(Predictor):
     """Answers a plain pair, as a user may."""
 
