@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.network import compiled_functions
-from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
+from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.gc_pause import steady
@@ -44,15 +44,20 @@ BAR_POLICY = "adaptive"
 BAR_REACH = 2
 BAR_BATCH = 1
 
-PARTS = ("predictor", "horizon", "selection", "eviction", "order")
+PARTS = ("predictor", "horizon", "selection", "eviction", "order", "place")
 GLUE = "policy"
 """Code of the policy itself, which asks the parts and puts their answers together."""
 
 _CONTRACTS: dict[str, type[Part]] = {
-    "predictor": Predictor, "horizon": Horizon, "selection": Selection, "eviction": Eviction, "order": Order,
-}  # fmt: skip
-_POLICY_HOOKS = ("begin_forward", "decides", "decide", "feedback", "end_forward")
-_UNTIMED = ("start", "prepare", "fuse", "thresholds", "worths")
+    "predictor": Predictor,
+    "horizon": Horizon,
+    "selection": Selection,
+    "eviction": Eviction,
+    "order": Order,
+    "place": Place,
+}
+_POLICY_HOOKS = ("begin_forward", "routed", "decide", "feedback", "place_experts", "end_forward")
+_UNTIMED = ("start", "announced", "fuse", "thresholds", "worths")
 """Once before the run, or never: none is part of a layer."""
 _PER_FORWARD = ("begin_forward", "end_forward")
 _CALLS = 20_000
@@ -239,7 +244,6 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
     costs = HostCosts.of(work.hardware, work.stack)
     kernels = KernelTimes(work.model, work.hardware, work.stack)
     machine = machine_for(kernels, Link(work.hardware, memory=transfer.memory), costs, chunk_bytes)
-    machine.price(policy, work.model.num_layers)
     running: list[Forward] = []
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, _noted(work.batches, running))
     view = runtime.view

@@ -15,7 +15,7 @@ from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.drive import drive
 from replay.gc_pause import steady
-from replay.lockstep.log import LogWriter
+from replay.lockstep.log import LoggingMachine, LogWriter
 from replay.machine.cuda_errors import explaining
 from replay.machine.device import Device, DeviceLostError
 from replay.machine.faults import FaultyDevice
@@ -90,7 +90,8 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     gc.collect()
     with explaining():
         machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
-    runtime = Runtime(config, machine, policy, _ahead(iter(work.batches)), observers)
+    logging = None if log is None else LoggingMachine(machine, log)
+    runtime = Runtime(config, logging or machine, policy, _ahead(iter(work.batches)), observers)
     stamps = machine.stamps
     try:
         with explaining():
@@ -98,7 +99,11 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
             machine.preload(runtime.slots.slot_of)
             with steady():
                 device.restart_clock()
-                drive(runtime, machine, log)
+                try:
+                    drive(runtime, logging or machine)
+                finally:
+                    if logging is not None:
+                        logging.flush()
             device.synchronize()
             if stamps is not None:
                 stamps.collect()

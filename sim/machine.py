@@ -14,7 +14,6 @@ import simpy
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
-from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from sim.hardware import HOST_COSTS, Hardware, Stack
 from sim.kernels import KernelTimes
@@ -106,15 +105,9 @@ class SimMachine:
         self._latency_ns = costs.launch_latency_ns
         self._layer_overhead_ns = costs.layer_overhead_ns
         self._issue_ns = costs.issue_ns
-        self._policy: Policy | None = None
-        self._decide_ns: Sequence[int] = ()
+        self._decide_ns = costs.decide_ns
         self._chunk_ns = {num_bytes: link.chunk_ns(num_bytes, False) for num_bytes in set(chunk_bytes)}
         self._slows = link.slowdown > 1.0
-
-    def price(self, policy: Policy, num_layers: int) -> None:
-        """Charge decisions by the effort of `policy`; without this call each costs the same."""
-        self._policy = policy
-        self._decide_ns = [round(self.costs.decide_ns * policy.effort.of(layers)) for layers in range(num_layers + 1)]
 
     def begin_forward(self, forward: Forward) -> None:
         self._num_tokens = len(forward.rows)
@@ -162,9 +155,8 @@ class SimMachine:
         self._chunks.append((load, chunk, start, end))
         self._link_free_ns = end
 
-    def decided(self, wants: Sequence[int]) -> None:
-        policy = self._policy
-        self.now_ns += self.costs.decide_ns if policy is None else self._decide_ns[policy.num_predicted]
+    def decided(self, wants: Sequence[int], effort: float) -> None:
+        self.now_ns += round(self._decide_ns * effort)
 
     def _end_of(self, mark: int) -> int:
         for number, _, end in self._marks:

@@ -33,7 +33,6 @@ def run_policy(work: Workload, policy: Policy, transfer: Transfer,
     link = Link(work.hardware, memory=transfer.memory)
     kernels = KernelTimes(model, work.hardware, work.stack)
     machine = machine_for(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
-    machine.price(policy, model.num_layers)
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
     simulate(runtime, machine)
     runtime.check_identities()

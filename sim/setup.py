@@ -18,11 +18,8 @@ from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
 from expertflow.parts import Effort
+from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
-from expertflow.predictors.forest import ForestPredictor
-from expertflow.predictors.hybrid import HybridPredictor
-from expertflow.predictors.lookahead import LookaheadPredictor
-from expertflow.predictors.none import NoPredictor
 from expertflow.runtime import RunConfig
 from sim.configure import check_arguments
 from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
@@ -225,28 +222,30 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
 
 
 def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Policy, Transfer]:
-    """Compose the five parts of a `conf/policy` file for this workload."""
+    """Compose the parts of a `conf/policy` file for this workload."""
     copies = _known_keys(cfg.get("transfer") or {}, ("memory", "serial", "staging_slots"), "policy.transfer")
     transfer = Transfer(**copies)
     if "_target_" in cfg:
         # A policy that is not composed of parts; only references that know the future are built that way.
         own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
         return _part(own, "policy", future=work.future), transfer
-    known = {"name", "predictor", "horizon", "selection", "eviction", "order", "transfer", "effort"}
+    optional = {"name", "transfer", "effort", "place"}
+    known = {"predictor", "horizon", "selection", "eviction", "order"} | optional
     unknown = sorted(set(cfg) - known)
     if unknown:
         raise ValueError(f"policy.{unknown[0]} is no key; known: {', '.join(sorted(known))}")
-    missing = sorted(known - {"name", "transfer", "effort"} - set(cfg))
+    missing = sorted(known - optional - set(cfg))
     if missing:
         raise ValueError(f"policy.{missing[0]} is missing; compose it with policy/{missing[0]}=NAME")
     predictor = _make_predictor(cfg["predictor"], work, seed)
     parts = [_part(cfg[name], f"policy.{name}") for name in ("horizon", "selection", "eviction", "order")]
-    needs_future = any(part.uses_future for part in (predictor, *parts))
+    place = _part(cfg["place"], "policy.place") if "place" in cfg else Gpu()
+    needs_future = any(part.uses_future for part in (predictor, *parts, place))
     horizon, selection, eviction, order = parts
     future = work.future if needs_future else None
     told = cfg.get("effort")
     effort = None if told is None else Effort(**_known_keys(told, ("once", "per_layer"), "policy.effort"))
-    return Policy(predictor, horizon, selection, eviction, order, future, effort), transfer
+    return Policy(predictor, horizon, selection, eviction, order, future, effort, place), transfer
 
 
 def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
@@ -260,16 +259,19 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
     if "warm" in cfg:
         extra["warm"] = warm_counts(cfg.pop("warm"), work.trace.model, key)
     if "fitted" in cfg:
-        kind = getattr(_target(cfg, "policy.predictor"), "fitted_kind", "fitted")
+        kind = _fitted_kind(cfg, "policy.predictor")
         extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind, key)
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
     predictor = _part(cfg, "policy.predictor", **extra)
-    if isinstance(predictor, LookaheadPredictor | ForestPredictor) and not _has_lookahead(work.trace):
-        name = "lookahead" if isinstance(predictor, LookaheadPredictor) else "forest"
-        raise ValueError(f"policy/predictor={name} needs a recorded pre-gate; the trace {work.trace.name} has none; "
-                         "choose policy/predictor=transition or auto")  # fmt: skip
-    if isinstance(predictor, NoPredictor) or work.model.num_layers > 1:
+    if predictor.needs_pregate and not _has_lookahead(work.trace):
+        # A predictor's file is called like its configuration.
+        name = type(predictor).__module__.rpartition(".")[2]
+        raise ValueError(
+            f"policy/predictor={name} needs a recorded pre-gate; the trace {work.trace.name} has none; "
+            "choose policy/predictor=transition or auto"
+        )
+    if not predictor.predicts or work.model.num_layers > 1:
         return predictor
     raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
 
@@ -277,8 +279,10 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
 def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
     """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
     recorded = _has_lookahead(work.trace)
-    fitted = cfg["hybrid"].get("fitted") if "hybrid" in cfg else None
-    arrays = fitted_arrays(fitted, work.trace.model, HybridPredictor.fitted_kind, "policy.predictor.hybrid")
+    arrays = None
+    if "hybrid" in cfg:
+        kind = _fitted_kind(cfg["hybrid"], "policy.predictor.hybrid")
+        arrays = fitted_arrays(cfg["hybrid"].get("fitted"), work.trace.model, kind, "policy.predictor.hybrid")
     if arrays is not None and ("pregate" in arrays) == recorded:
         return "hybrid"
     if not recorded:
@@ -291,6 +295,11 @@ def _target(cfg: Mapping[str, Any], key: str) -> Any:
         return get_object(str(cfg["_target_"]))
     except Exception as error:
         raise ValueError(f"{key}: {str(error.__cause__ or error).splitlines()[0]}") from error
+
+
+def _fitted_kind(cfg: Mapping[str, Any], key: str) -> str:
+    """What kind of fitted file the class that `cfg` names takes."""
+    return str(getattr(_target(cfg, key), "fitted_kind", ""))
 
 
 def _has_lookahead(trace: Trace) -> bool:
@@ -311,18 +320,19 @@ def _part(cfg: Mapping[str, Any], key: str, **extra: Any) -> Any:
 def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Forward]:
     """The forwards of the workload, announced to the policy in blocks: it may compute ahead what no timing
     can change."""
-    if not policy.listeners("prepare"):
+    takes = policy.announced()
+    if takes is None:
         yield from work.batches
         return
     pending: list[Forward] = []
     for forward in work.batches:
         pending.append(forward)
         if len(pending) == block:
-            policy.prepare(pending)
+            takes.prepare(pending)
             yield from pending
             pending = []
     if pending:
-        policy.prepare(pending)
+        takes.prepare(pending)
         yield from pending
 
 

@@ -110,10 +110,10 @@ class HostProbe:
         # One that waits for a kernel says nothing of the link.
         self._issued_at.append(1 << 62 if after else self.device.now_ns())
 
-    def decided(self, wants: Sequence[int]) -> None:
+    def decided(self, wants: Sequence[int], effort: float) -> None:
         """As the machine's."""
         self._enter("decided")
-        self._machine.decided(wants)
+        self._machine.decided(wants, effort)
         self._leave("decided", 0)
 
     def wait(self, wait: Wait) -> Record:
@@ -179,7 +179,7 @@ class _NoMachine:
         now_ns = time.perf_counter_ns()
         self._chunks.append((load, chunk, now_ns, now_ns))
 
-    def decided(self, wants: Sequence[int]) -> None: ...
+    def decided(self, wants: Sequence[int], effort: float) -> None: ...
 
     def wait(self, wait: Wait) -> Record:
         (marks, self._marks), (chunks, self._chunks) = (self._marks, []), (self._chunks, [])
@@ -195,7 +195,7 @@ def own_costs() -> dict[str, float]:
         probe.wait((GATE, probe.attention(0), False))
         probe.experts(0, keys, None, False)
         mark = probe.attention(1)
-        probe.decided(())
+        probe.decided((), 0.0)
         probe.wait((GATE, mark, False))
         probe.copy(number, 0, 1, 1, 1, 0)
         probe.copy(number, 1, 1, 1, 1, 0)

@@ -209,7 +209,7 @@ class _LoggedMachine:
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         self._compare(Copy(load, chunk, key, slot, num_bytes, after))
 
-    def decided(self, wants: Sequence[int]) -> None:
+    def decided(self, wants: Sequence[int], effort: float) -> None:
         self._compare(Decided(tuple(wants)))
 
     def waited(self, wait: Wait) -> None:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from expertflow.forward import Forward
-from expertflow.machine import LOAD, Machine, Record, Wait
+from expertflow.machine import LOAD, Record, Wait
+from replay.drive import BlockingMachine
 from replay.lockstep.log_format import (
     ATTENTION,
     COPY,
@@ -144,11 +145,11 @@ class LoggingMachine:
     """A machine that writes down what crosses between `machine` and the runtime, and is otherwise that machine.
 
     Each call costs a few appends to arrays; files are written in `begin_forward` alone, once the writer's
-    `values_per_group` numbers are held. Who drives says what is waited for (`waited`) and what was answered
-    (`answered`), and calls `flush` when the run has ended or broken off. The writer stays its owner's to close.
+    `values_per_group` numbers are held. It is put on before the runtime is made; who drives it calls `flush` when the
+    run has ended or broken off. The writer stays its owner's to close.
     """
 
-    def __init__(self, machine: Machine, writer: LogWriter) -> None:
+    def __init__(self, machine: BlockingMachine, writer: LogWriter) -> None:
         self.machine = machine
         self.writer = writer
         self._buffer = buffer = _Buffer()
@@ -158,7 +159,7 @@ class LoggingMachine:
         self._keys = buffer.streams["key"].extend
         # Bound once: these are called thousands of times a second.
         self._run_attention, self._run_experts, self._run_head = machine.attention, machine.experts, machine.head
-        self._run_copy, self._run_decided = machine.copy, machine.decided
+        self._run_copy, self._run_decided, self._block = machine.copy, machine.decided, machine.wait
 
     def begin_forward(self, forward: Forward) -> None:
         buffer = self._buffer
@@ -204,11 +205,17 @@ class LoggingMachine:
         self._after(after)
         self._op(COPY)
 
-    def decided(self, wants: Sequence[int]) -> None:
-        self._run_decided(wants)
+    def decided(self, wants: Sequence[int], effort: float) -> None:
+        self._run_decided(wants, effort)
         self._keys(wants)
         self._small(len(wants))
         self._op(DECIDED)
+
+    def wait(self, wait: Wait) -> Record:
+        self.waited(wait)
+        record = self._block(wait)
+        self.answered(record)
+        return record
 
     def waited(self, wait: Wait) -> None:
         """The runtime has yielded `wait`."""

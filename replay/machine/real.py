@@ -163,7 +163,7 @@ class RealMachine:
         self._chunks.append((load, chunk, end, device.now_ns(), after, wanted))
         self._loads[load] = end
 
-    def decided(self, wants: Sequence[int]) -> None:
+    def decided(self, wants: Sequence[int], effort: float) -> None:
         """Nothing to charge: the time has passed."""
 
     # -- what it answers -------------------------------------------------------------------------------------

@@ -30,8 +30,21 @@ def values(group: str, name: str) -> dict[str, Any]:
     return content
 
 
+def composed(group: str, name: str) -> dict[str, Any]:
+    """The content of one file, with the files that it is composed of."""
+    own = values(group, name)
+    made: dict[str, Any] = {}
+    for other in own.pop("defaults", []):
+        if other != "_self_":
+            file, _, key = other.partition("@")
+            made[key] = values(group, file)
+    for key, value in own.items():
+        made[key] = {**made[key], **value} if key in made else value
+    return made
+
+
 NAMED = [(group, name) for group in ("hardware", "model", "policy", "stack") for name in choices(group)]
-KINDS = ("predictor", "horizon", "selection", "eviction", "order")
+KINDS = ("predictor", "horizon", "selection", "eviction", "order", "place", "transfer")
 PARTS = [(part, name) for part in KINDS for name in choices(f"policy/{part}")]
 MODELS = [name for name in choices("model") if name != "auto"]
 
@@ -94,9 +107,10 @@ def test_every_policy_runs(name: str, trace: Path) -> None:
 def test_every_part_can_be_swapped_into_adaptive(part: str, name: str, tmp_path: Path) -> None:
     path = small_trace(tmp_path / "recorded.safetensors", 8, lookahead=lookahead(GPT_OSS, 8))
     told = ("+hardware=a100", "+policy=adaptive", f"trace.path={path}", "compare=none")
-    cfg = configure([*told, f"policy/{part}={name}"])
-    assert cfg["policy"][part] == values(f"policy/{part}", name)
-    assert job(*told, f"policy/{part}={name}")["num_tokens"] == 8
+    # The place is a default that no policy names: it is added, not replaced.
+    word = f"{'+' if part == 'place' else ''}policy/{part}={name}"
+    assert configure([*told, word])["policy"][part] == composed(f"policy/{part}", name)
+    assert job(*told, word)["num_tokens"] == 8
 
 
 @pytest.mark.mostly_slow(keep=3)

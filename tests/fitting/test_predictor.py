@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from expertflow.forward import Forward
-from expertflow.parts import Scores
+from expertflow.parts import Prediction
 from expertflow.predictors.forest import ForestPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.ranking import rank_scores
@@ -40,7 +40,7 @@ def started(fitted: Arrays, cache_size: int = 100) -> ForestPredictor:
 
 
 def play(predictor: ForestPredictor, trace: Trace, config: BatchConfig | None = None) -> dict[
-    tuple[int, int, int], Scores | None
+    tuple[int, int, int], Prediction | None
 ]:  # fmt: skip
     """What it says of every (forward, layer, distance)."""
     found = {}

@@ -155,7 +155,7 @@ def test_a_call_interrupted_while_it_is_written_down_is_left_out(tmp_path: Path)
             self._key(2)
 
     machine = SimpleNamespace(begin_forward=lambda forward: None, attention=lambda layer: 1, experts=None, head=None,
-                              copy=None, decided=None)  # fmt: skip
+                              copy=None, decided=None, wait=None)  # fmt: skip
     with LogWriter(tmp_path / "log.parquet", small_header()) as writer:
         logging = Broken(cast(Any, machine), writer)
         logging.begin_forward(cast(Any, SimpleNamespace(index=0)))

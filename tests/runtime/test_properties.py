@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from expertflow.counters import Counters
 from expertflow.evictions.keep_nothing import KeepNothing
-from expertflow.forward import Forward
+from expertflow.forward import Forward, KnownForward
 from expertflow.future import Future
 from expertflow.horizons.adaptive import AdaptiveHorizon
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.machine import Record
 from expertflow.orders.index import IndexOrder
-from expertflow.parts import Horizon, Predictor
+from expertflow.parts import Horizon, Prediction, Predictor
 from expertflow.policy import Policy
 from expertflow.predictors.transition import TransitionPredictor
 from expertflow.runtime import StuckError
@@ -279,10 +279,25 @@ def test_a_predictor_that_names_a_key_of_another_layer_is_refused(layer: int, di
         job.run()
 
 
-def test_a_foreign_key_that_is_not_selected_is_not_noticed() -> None:
+def test_a_foreign_key_is_noticed_though_it_is_not_selected() -> None:
     policy = compose(predictor=Scripted({(0, 0, 1): [14, 3]}), selection=TopK())
     job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=9, policy=policy)
-    assert job.run().counters.prefetch_issued == 1
+    with pytest.raises(ValueError, match="Scripted was asked for layer 1 and scored key 3, which is of another"):
+        job.run()
+
+
+class Invents(TakeAll):
+    """Selects what nobody predicted."""
+
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
+        return [*prediction.keys, 19]
+
+
+def test_a_key_that_was_not_predicted_cannot_be_selected() -> None:
+    policy = compose(predictor=Scripted({(0, 0, 1): [14, 13]}), selection=Invents())
+    job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=9, policy=policy)
+    with pytest.raises(ValueError, match="Invents selected key 19, which was not predicted"):
+        job.run()
 
 
 # -- each checker fails on something broken ------------------------------------------------------------------

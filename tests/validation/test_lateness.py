@@ -131,7 +131,6 @@ def simulated(policy_name: str, stack: str, decide_ns: int) -> tuple[float, int]
     chunk_bytes, hardware = load_chunks(work), work.hardware
     kernels, costs = KernelTimes(work.model, hardware, work.stack), HostCosts.of(hardware, work.stack)
     machine = machine_for(kernels, Link(hardware), costs, chunk_bytes)
-    machine.price(policy, work.model.num_layers)
     blocking = Blocking(machine)
     config = run_config(work, transfer, chunk_bytes)
     runtime = Runtime(config, cast(Machine, blocking), policy, forwards_for(policy, work))

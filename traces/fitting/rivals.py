@@ -18,8 +18,9 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from expertflow.features import CHANCE_ONE
-from expertflow.forest import KNOTS, SCORE_ONE, Forest, calibration_tables
+from expertflow.forest import KNOTS, Forest, calibration_tables
 from expertflow.network import LOG_UNIT, Block, HistoryNetwork, chance_of
+from expertflow.units import SCORE_ONE
 from traces.container import TraceError
 from traces.fitting.forest import fit_forest, knot_counts, rising_shares
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
