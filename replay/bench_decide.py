@@ -30,13 +30,13 @@ from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, S
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.gc_pause import steady
-from sim.configure import configure
-from sim.entry import as_command
-from sim.host_bound import machine_for
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, simulate
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.run_cli import as_command
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.machine.host_bound import machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, simulate
 
 BAR_P50_NS = 25_000
 BAR_P99_NS = 100_000

@@ -30,9 +30,9 @@ from replay.machine.cuda import CudaDevice
 from replay.machine.device import Program, Words, Work, words_of
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
-from sim.configure import configure
-from sim.entry import as_command
-from sim.setup import load_chunks, make_policy, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.run_cli import as_command
+from sim.job.setup import load_chunks, make_policy, make_workload, run_config
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
 SCALE = 64

@@ -25,9 +25,9 @@ from replay.calibration.profile import profiles
 from replay.calibration.record import calibrate, named_model, scale_of, write_profile
 from replay.gc_pause import keep_loaded
 from replay.machine.rig import MACHINES, choose_machine, make_device
-from sim.configure import configure
-from sim.entry import as_command
-from sim.output import provenance
+from sim.job.configure import configure
+from sim.job.output import provenance
+from sim.job.run_cli import as_command
 from sim.paths import CONF, add_config_dir, folder_to_write
 
 POLICIES = ("lru", "adaptive")

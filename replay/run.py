@@ -24,7 +24,7 @@ from replay.machine.real import RealMachine
 from replay.machine.rig import Needs, Rig
 from replay.machine.scale import scaled_model
 from replay.machine.stamps import WrongStamp
-from sim.setup import Transfer, Workload, load_chunks, run_config
+from sim.job.setup import Transfer, Workload, load_chunks, run_config
 
 _FORWARDS_AHEAD = 8192
 """Forwards are built before the clock starts, as far as memory allows: building one takes host time."""

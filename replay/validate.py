@@ -20,10 +20,10 @@ from replay.gc_pause import keep_loaded
 from replay.machine.rig import MACHINES, choose_machine, make_device
 from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from replay.validation.session import Validation
-from sim.configure import configure
-from sim.entry import as_command
+from sim.job.configure import configure
+from sim.job.run_cli import as_command
+from sim.job.setup import STARTS
 from sim.paths import add_config_dir, use_own_folder
-from sim.setup import STARTS
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
 

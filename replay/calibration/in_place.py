@@ -16,8 +16,8 @@ from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
-from sim.configure import configure
-from sim.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
 SEED = 1
 """Of the generated trace that is replayed in place: not the one that results are published on."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from replay.calibration.measure import MOST_SLOWDOWN, MeasurementError
 from replay.calibration.probe import steady_mean
-from sim.hardware import HOST_COSTS, Hardware, Stack, hardware_from_dict, stack_from_dict
+from sim.specs.hardware import HOST_COSTS, Hardware, Stack, hardware_from_dict, stack_from_dict
 
 DEFAULT_POLICY = "adaptive"
 """Whose costs stand in the profile; a validation takes each policy's own."""

@@ -35,11 +35,11 @@ from replay.machine.rig import Needs, Rig
 from replay.machine.scale import scaled_model
 from replay.machine.slot_kernels import tuned_tiles
 from replay.settings import CPU_SCALE
-from sim.hardware import hardware_from_dict, stack_from_dict
-from sim.link import DEFAULT_CHUNK_BYTES, chunk_sizes
-from sim.output import to_json, write_text
+from sim.job.output import to_json, write_text
+from sim.job.setup import make_policy
 from sim.paths import config_files
-from sim.setup import make_policy
+from sim.specs.chunks import DEFAULT_CHUNK_BYTES, chunk_sizes
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
 
 RECORD_VERSION = 2
 """Of what the raw record means; records of others are refused."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.model import ModelSpec
-from sim.default_trace import GeneratedTrace
+from sim.job.default_trace import GeneratedTrace
 from traces.reader import Trace
 
 

@@ -1,4 +1,5 @@
-"""Kernel times of a model as its runs launch them, in the form of `hardware.kernel_ns` (see `sim.kernel_table`)."""
+"""Kernel times of a model as its runs launch them, in the form of `hardware.kernel_ns` (see
+`sim.specs.kernel_table`)."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ from replay.lockstep.log_format import (
     Waited,
 )
 from replay.lockstep.log_reader import LogReader
-from sim.configure import KEYS, checked
-from sim.entry import as_command
-from sim.setup import Workload, make_policy, make_workload
+from sim.job.configure import KEYS, checked
+from sim.job.run_cli import as_command
+from sim.job.setup import Workload, make_policy, make_workload
 
 _SHOWN = 12
 _USAGE = "usage: python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]"

@@ -140,7 +140,7 @@ def versions() -> dict[str, str]:
 class LogHeader:
     """What a fresh policy needs to be driven by the log.
 
-    world: which machine wrote it (sim, cuda, cpu). config: the plain configuration, as `sim.configure.checked`
+    world: which machine wrote it (sim, cuda, cpu). config: the plain configuration, as `sim.job.configure.checked`
     returns it; more keys may stand in it. run: what the runtime was built with, as it was after any scaling.
     """
 

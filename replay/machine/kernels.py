@@ -26,7 +26,7 @@ from replay.machine.device import Work, words_of
 from replay.machine.pools import SlotPool
 from replay.machine.products import products
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
-from sim.kernels import kv_on_grid
+from sim.specs.hardware import kv_on_grid
 
 _SEED = 2_510_26730
 
@@ -221,7 +221,7 @@ class Kernels:
         return max(1, math.ceil(tokens * self.model.kv_bits / torch.finfo(self._dtype).bits))
 
     def shape(self, layer: int, forward: Forward, kv_grid: int = 0) -> Shape:
-        """Of the attention of MoE layer `layer` in `forward`. kv_grid: see `sim.kernels.kv_on_grid`."""
+        """Of the attention of MoE layer `layer` in `forward`. kv_grid: see `sim.machine.kernels.kv_on_grid`."""
         num_tokens = len(forward.rows)
         window = self.model.window if self.model.is_windowed(layer) else None
         lens = forward.kv_lens if window is None else [min(kv_len, window) for kv_len in forward.kv_lens]
@@ -255,7 +255,7 @@ class Kernels:
 
     def _context_flops(self, pairs: int, earlier: int, prefill: bool) -> int:
         """Operations over the cache, for so many (query, key) pairs. MLA prefills on expanded keys and values, and
-        expands those of `earlier` tokens anew; it decodes on the compressed ones (see `sim.kernels`)."""
+        expands those of `earlier` tokens anew; it decodes on the compressed ones (see `sim.machine.kernels`)."""
         model = self.model
         if prefill and not self._is_gqa:
             flops = 2 * model.num_heads * (model.nope_dim + model.rope_dim + model.v_dim)

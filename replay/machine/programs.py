@@ -55,7 +55,7 @@ class Programs:
     """All programs of one run on one device.
 
     routing [max_tokens, top_k], tokens [max_tokens]: where the host reads what router and head have found, int64.
-    kv_grid: as in `sim.hardware.Stack`. stamps: what the slots are checked for around each launch of experts.
+    kv_grid: as in `sim.specs.hardware.Stack`. stamps: what the slots are checked for around each launch of experts.
     """
 
     def __init__(self, device: Device, kernels: Kernels, routing: torch.Tensor, tokens: torch.Tensor,

@@ -36,7 +36,8 @@ class RealMachine:
     """One device, its buffers and kernels. stamps: None = do not verify.
 
     layer_pad_ns, head_pad_ns: what the stack under test would spend on the compute stream, spent doing nothing.
-    kv_grid: KV lengths are rounded up to a multiple (`sim.hardware.Stack.kv_grid`). `prepare` must come before a run.
+    kv_grid: KV lengths are rounded up to a multiple (`sim.specs.hardware.Stack.kv_grid`). `prepare` must come before a
+    run.
     """
 
     def __init__(self, device: Device, kernels: Kernels, host: HostPool, slots: SlotPool,

@@ -20,7 +20,7 @@ from replay.machine.memory import HostPlan, align, check_gpu, plan_host
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.real import RealMachine
 from replay.machine.stamps import Stamps
-from sim.hardware import Stack
+from sim.specs.hardware import Stack
 
 MACHINES = ("auto", "cuda", "cpu")
 

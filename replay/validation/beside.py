@@ -20,8 +20,8 @@ from replay.machine.scale import scaled_model
 from replay.run import replay_policy
 from replay.validation.lateness import Tape
 from replay.validation.plan import Case
-from sim.hardware import Stack
-from sim.setup import Transfer, Workload
+from sim.job.setup import Transfer, Workload
+from sim.specs.hardware import Stack
 
 IN_PLACE_TOKENS = 24
 _CALLS = ("attention", "experts", "head", "copy", "decided")

@@ -19,8 +19,8 @@ from replay.machine.rig import Rig
 from replay.validation.beside import replay_on_tape, stack_pads_ns
 from replay.validation.lateness import late_ns
 from replay.validation.plan import Case
-from sim.run import run_policy
-from sim.setup import Workload, make_policy
+from sim.job.setup import Workload, make_policy
+from sim.machine.run import run_policy
 
 STALL_COUNTS_FROM = 0.01
 """A stall below this share of the elapsed time is judged as a share of it: its own error would be noise over noise."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sim.output import write_text
-from sim.timeline import Timeline
+from sim.job.output import write_text
+from sim.views.timeline import Timeline
 
 
 def write_overlay(path: Path, measured: Timeline, predicted: Timeline) -> None:

@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from replay.validation.fidelity import STALL_COUNTS_FROM
 from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS
 from replay.validation.verdict import HOST_BOUND, JUDGED, NOISE, ONCE, percent
-from sim.output import write_text
-from sim.plots import LINES, MARKERS, save, styled
+from sim.job.output import write_text
+from sim.views.plots import LINES, MARKERS, save, styled
 
 GROUP = ["model", "stack", "residency", "batch_size"]
 PANELS = (("tpot_ms", "tpot_bar", "Time per token (TPOT)"), ("stall_ms", "stall_bar", "Stall per token"))

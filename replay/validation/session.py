@@ -28,11 +28,11 @@ from replay.validation.report import write_report
 from replay.validation.takes import Take, counted
 from replay.validation.verdict import BARS, judge
 from replay.validation.workbench import Workbench
-from sim.configure import configure
-from sim.hardware import hardware_from_dict, stack_from_dict
-from sim.output import provenance, to_json, write_text
-from sim.setup import make_policy
-from sim.timeline import Timeline
+from sim.job.configure import configure
+from sim.job.output import provenance, to_json, write_text
+from sim.job.setup import make_policy
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
+from sim.views.timeline import Timeline
 
 TIMELINE_FORWARDS = 8
 _LAST_PAGE_S = 8.0

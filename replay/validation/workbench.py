@@ -17,8 +17,8 @@ from replay.machine.device import Device
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
 from replay.validation.plan import Case
-from sim.configure import configure
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
 
 class Workbench:

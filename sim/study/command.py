@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sim.entry import as_command
-from sim.output import code_sha256
+from sim.job.output import code_sha256
+from sim.job.run_cli import as_command
 from sim.paths import add_config_dir, use_own_folder
 from sim.study.cells import plan_jobs, run_jobs
 from sim.study.estimates import estimates_table

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from sim.plots import _foot, _line_style, save, styled
+from sim.views.plots import _foot, _line_style, save, styled
 
 ACROSS, COLOURED = "stack", "hardware"
 

@@ -23,8 +23,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from sim.app import cli, run_job
-from sim.configure import configure
-from sim.setup import make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_workload
 from traces.format import write_trace
 
 ROOT = Path(__file__).parents[2]

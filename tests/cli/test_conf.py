@@ -12,10 +12,11 @@ from expertflow.model import ModelSpec, model_from_dict
 from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.transition import TransitionPredictor
-from sim.configure import configure
+from sim.job.beside import baselines
+from sim.job.configure import configure
+from sim.job.setup import make_policy, make_workload
+from sim.machine.run import run_policy
 from sim.paths import CONF
-from sim.run import baselines, run_policy
-from sim.setup import make_policy, make_workload
 from tests.cli.support import GPT_OSS, job, routing, small_trace
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sim import collect, regress
-from sim.output import code_sha256
+from sim.job.output import code_sha256
 from sim.paths import DATA
 from tests.cli.support import ROOT, command, job, run_here, run_there, small_trace
 from tests.recordings import named, recordings

@@ -14,7 +14,7 @@ from expertflow.parts import Prediction
 from expertflow.predictors.forest import ForestPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.ranking import rank_scores
-from sim.configure import configure
+from sim.job.configure import configure
 from tests.cli.support import GPT_OSS, job, routing, small_trace
 from tests.fitting.support import LENGTH, SMALL, D, E, K, L, knowable, needs_fit, quiet
 from tests.policies.support import forward_rows, view_of

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from expertflow.transitions import TransitionCounts
+from sim.job.fitted_start import warm_counts
 from sim.paths import DATA
-from sim.warm import warm_counts
 from tests.traces.test_traces_cli import check_error, run
 from traces.fitting.transition import to_arrays
 from traces.format import write_trace

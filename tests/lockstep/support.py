@@ -33,11 +33,11 @@ from replay.lockstep.log_format import (
     Waited,
 )
 from replay.lockstep.log_reader import LogReader
-from sim.configure import configure
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
-from sim.setup import Workload, load_chunks, make_policy, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.setup import Workload, load_chunks, make_policy, make_workload, run_config
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, SimMachine
 
 
 class LostError(RuntimeError):

@@ -11,7 +11,7 @@ from expertflow.machine import LOAD
 from replay.drive import MAX_IDLE_WAKES, drive
 from replay.lockstep.compare import main
 from replay.lockstep.log_format import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
-from sim.machine import simulate
+from sim.machine.simulated import simulate
 from sim.paths import CONF
 from tests.cli.support import small_trace
 from tests.lockstep.support import BlockingSim, Job, LostError, read_events, rewritten

@@ -18,10 +18,10 @@ from expertflow.forward import DECODE, Forward, Recorded
 from expertflow.model import ModelSpec
 from expertflow.policy import Policy
 from expertflow.view import Progress, View
-from sim.configure import configure
-from sim.hardware import Hardware, Stack
+from sim.job.configure import configure
+from sim.job.setup import Transfer, Workload, make_policy
 from sim.paths import CONF
-from sim.setup import Transfer, Workload, make_policy
+from sim.specs.hardware import Hardware, Stack
 from tests.cli.support import TINY_MODEL, routing
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace

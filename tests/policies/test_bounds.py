@@ -17,8 +17,8 @@ from expertflow.horizons.fixed import FixedHorizon
 from expertflow.policy import Policy
 from expertflow.predictors.oracle import OraclePredictor
 from expertflow.selections.top_k import TopK
-from sim.run import best_clairvoyant, run_floor, run_policy
-from sim.setup import Transfer, Workload
+from sim.job.setup import Transfer, Workload
+from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from tests import reference
 from tests.cli.support import routing
 from tests.policies.support import HARDWARE, drawn_workload, memory_trace, model_of, policy_for, policy_names, workload

@@ -6,9 +6,9 @@ import pytest
 
 from expertflow.parts import Effort
 from expertflow.predictors.hybrid import HybridPredictor
-from sim.configure import configure
-from sim.run import run_policy
-from sim.setup import make_policy, make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_policy, make_workload
+from sim.machine.run import run_policy
 
 WORDS = ["+hardware=a100", "+policy=fixed_2", "policy/predictor=transition", "policy/selection=top_k", "compare=none",
          "max_tokens=40", "warmup_forwards=0", "residency=0.5"]  # fmt: skip

@@ -14,10 +14,10 @@ import pytest
 
 from expertflow.bounds import floor, min_loads
 from expertflow.future import Future
-from sim.hardware import Hardware
-from sim.kernel_table import GroupPoints, KernelTable
-from sim.run import run_floor, run_policy
-from sim.setup import Workload
+from sim.job.setup import Workload
+from sim.machine.run import run_floor, run_policy
+from sim.specs.hardware import Hardware
+from sim.specs.kernel_table import GroupPoints, KernelTable
 from tests import reference
 from tests.policies.support import drawn_workload, memory_trace, model_of, policy_for, policy_names, workload
 from tests.policies.test_bounds import drawn_events, elapsed, fits, schedules

@@ -1,7 +1,7 @@
 """The replay's kernels read the bytes and do the operations that the simulator charges for, model by model.
 
-Counted at the matrix products themselves, against the roofline of `sim.kernels`, whose times are replaced by its own
-bytes and operations. Widths are rounded to whole columns: at these scales that is a few per cent.
+Counted at the matrix products themselves, against the roofline of `sim.machine.kernels`, whose times are replaced by
+its own bytes and operations. Widths are rounded to whole columns: at these scales that is a few per cent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import replay.machine.kernels
-import sim.kernels
+import sim.machine.kernels
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import MLA, ModelSpec
 from replay.machine.kernels import Kernels, Row
@@ -22,9 +22,9 @@ from replay.machine.pools import SlotPool
 from replay.machine.products import Products, attend, feed_forward, products, route
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
 from replay.machine.scale import scaled_model
-from sim.configure import configure
-from sim.hardware import hardware_from_dict, stack_from_dict
-from sim.kernels import KernelTimes
+from sim.job.configure import configure
+from sim.machine.kernels import KernelTimes
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
 from tests.replay.test_scale import NAMES, model_of
 
 MAX_TOKENS, MAX_CONTEXT = 48, 700
@@ -77,7 +77,7 @@ class Bench:
         found = []
         for number in (0, 1):
             with self.monkeypatch.context() as patched:
-                patched.setattr(sim.kernels._Rates, "ns", lambda _, *pair, number=number: round(pair[number]))
+                patched.setattr(sim.machine.kernels._Rates, "ns", lambda _, *pair, number=number: round(pair[number]))
                 found.append(ask(KernelTimes(self.model, A100, FOUND)))
         return found[0], found[1]
 

@@ -77,7 +77,7 @@ print(GONE)
 device_finds_out()
 """,
     "as a command": """
-from sim.entry import as_command
+from sim.job.run_cli import as_command
 def main():
     held = Pinned()
     print(GONE)
@@ -163,7 +163,7 @@ def test_a_process_that_can_end_as_ever_does(text: str, tmp_path: Path) -> None:
 atexit.register(lambda: os.write(1, b"handler "))
 lost.found_lost(DeviceLostError({text!r}))
 Pinned.__del__ = lambda self: os.write(1, b"destructor ")
-from sim.entry import as_command
+from sim.job.run_cli import as_command
 sys.exit(as_command(lambda: lose({text!r})))
 """
     done = python(code, tmp_path)
@@ -175,7 +175,7 @@ sys.exit(as_command(lambda: lose({text!r})))
 def test_other_errors_end_as_before(tmp_path: Path) -> None:
     code = """
 Pinned.__del__ = lambda self: None
-from sim.entry import as_command
+from sim.job.run_cli import as_command
 def main():
     raise ValueError("key=1 is wrong")
 assert as_command(main) == 2

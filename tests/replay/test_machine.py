@@ -18,8 +18,8 @@ from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
 from expertflow.runtime import Runtime
 from replay.gc_pause import keep_loaded, steady
 from replay.machine.real import RealMachine
-from sim.run import run_policy
-from sim.setup import load_chunks
+from sim.job.setup import load_chunks
+from sim.machine.run import run_policy
 from tests.cli.support import job, tiny_trace
 from tests.replay.support import SMALL, TINY, Case
 from traces.batching import Batches

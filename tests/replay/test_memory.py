@@ -21,7 +21,7 @@ from replay.machine.memory import (
     plan_host,
 )
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
-from sim.link import chunk_sizes
+from sim.specs.chunks import chunk_sizes
 
 EXPERT = 10_000_000
 STRIDE = align(EXPERT)

@@ -25,7 +25,7 @@ from replay.machine.rig import Rig
 from replay.machine.rows import NUM_EXPERTS, RowLayout
 from replay.machine.stamps import Stamps, WrongStamp
 from replay.run import PartialRunError, needs_of
-from sim.setup import load_chunks
+from sim.job.setup import load_chunks
 from tests.cli.support import tiny_trace
 from tests.replay.scripted import ScriptedDevice
 from tests.replay.support import SMALL, TINY, Case, on_cpu, replay_here

@@ -28,7 +28,7 @@ from replay.bench_decide import (
     measure_steps,
     summarise,
 )
-from sim.run import run_policy
+from sim.machine.run import run_policy
 from tests.policies.support import drawn_workload, policy_for
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from replay.lockstep.log_reader import LogReader
 from replay.machine.device import Device
 from replay.machine.rig import Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
-from sim.configure import configure
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 
 
 @dataclass

@@ -25,7 +25,7 @@ from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.runtime import RunConfig, Runtime
 from expertflow.view import View
-from sim.machine import HostCosts, SimMachine, simulate
+from sim.machine.simulated import HostCosts, SimMachine, simulate
 from tests.reference import Event, last_occurrences
 
 Row = Sequence[Sequence[int]]

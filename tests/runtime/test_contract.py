@@ -21,10 +21,10 @@ from expertflow.predictors.none import NoPredictor
 from expertflow.predictors.transition import TransitionPredictor
 from expertflow.selections.stall_saved import StallSaved
 from expertflow.view import View
-from sim.configure import configure
-from sim.machine import SimMachine
-from sim.run import run_policy
-from sim.setup import make_policy, make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_policy, make_workload
+from sim.machine.run import run_policy
+from sim.machine.simulated import SimMachine
 from tests.policies.support import progress_of, view_of
 from tests.runtime.support import Scripted, TakeAll, compose, decode, forward_of, run
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sim.hardware import Stack
-from sim.host_bound import HostBoundMachine, machine_for
-from sim.kernel_table import KernelTable
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
-from sim.run import run_floor, run_policy
-from sim.setup import Transfer, Workload
+from sim.job.setup import Transfer, Workload
+from sim.machine.host_bound import HostBoundMachine, machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.run import run_floor, run_policy
+from sim.machine.simulated import HostCosts, SimMachine
+from sim.specs.hardware import Stack
+from sim.specs.kernel_table import KernelTable
 from tests.policies.support import HARDWARE, drawn_workload, memory_trace, model_of, policy_for, policy_names, workload
 from tests.policies.test_bounds import fits
 from tests.runtime.checked import CheckedMachine

@@ -28,7 +28,7 @@ from expertflow.runtime import StuckError
 from expertflow.selections.mass import Mass
 from expertflow.selections.threshold import Threshold
 from expertflow.selections.top_k import TopK
-from sim.machine import HostCosts, SimMachine, simulate
+from sim.machine.simulated import HostCosts, SimMachine, simulate
 from tests.runtime.checked import CheckedMachine, MachineFault
 from tests.runtime.support import (
     ConstantLink,

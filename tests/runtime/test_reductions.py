@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from expertflow.forward import Forward
-from sim.machine import HostCosts
+from sim.machine.simulated import HostCosts
 from tests.conformance import CONTRACT
 from tests.recordings import SHIPPED, beside, named
 from tests.reference import Policy, Scope, count_hits, count_hits_fast, per_layer_capacity

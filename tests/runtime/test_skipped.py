@@ -11,7 +11,7 @@ from expertflow.parts import Horizon
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from expertflow.view import View
-from sim.machine import HostCosts, SimMachine
+from sim.machine.simulated import HostCosts, SimMachine
 from tests.runtime.support import Job, Kernels, Scripted, TakeAll, build, compose, decode
 
 DECIDE_NS = 1000

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertflow.machine import Mark
-from sim.host_bound import HostBoundMachine, machine_for
-from sim.machine import HostCosts, SimMachine
-from sim.slowed import SlowedMachine
+from sim.machine.host_bound import HostBoundMachine, machine_for
+from sim.machine.simulated import HostCosts, SimMachine
+from sim.machine.slowed import SlowedMachine
 from tests.runtime.checked import CheckedMachine
 from tests.runtime.support import (
     ConstantLink,

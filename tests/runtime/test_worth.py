@@ -9,9 +9,9 @@ import pytest
 from expertflow.horizons.adaptive import AdaptiveHorizon
 from expertflow.horizons.worth import Worth
 from expertflow.view import Feedback
-from sim.configure import configure
-from sim.run import run_policy
-from sim.setup import make_policy, make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_policy, make_workload
+from sim.machine.run import run_policy
 from tests.policies.support import progress_of, view_of
 from tests.runtime.support import forward_of
 

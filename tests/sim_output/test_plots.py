@@ -11,9 +11,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from sim import plots
-from sim.plots import plot_stall_against_residency, plot_timeline, plot_tpot_bars, save
-from sim.timeline import Frames, Timeline, load_timeline
+from sim.views import plots
+from sim.views.plots import plot_stall_against_residency, plot_timeline, plot_tpot_bars, save
+from sim.views.timeline import Frames, Timeline, load_timeline
 from tests.sim_output import by_hand, run
 
 POLICIES = ["on_demand", "lru", "adaptive"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim.configure import configure
-from sim.setup import make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_workload
 from sim.study.estimates import correlation, estimates_table, run_estimates
 from tests.cli.support import GPT_OSS, routing, small_trace
 from tests.study.support import command, table, write_study

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.configure import configure
+from sim.job.configure import configure
 from sim.paths import config_files
 from sim.study.plan import Study, cells, load_study, read_study
 from tests.study.support import write_study

@@ -13,7 +13,7 @@ from replay.validation import beside as calibrated
 from replay.validation.beside import Beside, chunk_gb_per_s, replay_on_tape, stack_pads_ns
 from replay.validation.lateness import late_ns
 from replay.validation.plan import Case as Row
-from sim.hardware import Stack
+from sim.specs.hardware import Stack
 from tests.cli.support import tiny_trace
 from tests.replay.support import TINY, Case
 

@@ -19,8 +19,8 @@ from replay.validation.overlay import write_overlay
 from replay.validation.plan import Case
 from replay.validation.report import page, plot_fidelity, write_report
 from replay.validation.verdict import BARS, Bars, judge
-from sim.default_trace import generated_trace
-from sim.timeline import Timeline
+from sim.job.default_trace import generated_trace
+from sim.views.timeline import Timeline
 
 
 def metrics(**changes: Any) -> dict[str, Any]:

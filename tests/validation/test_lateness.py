@@ -12,12 +12,12 @@ from expertflow.runtime import Runtime
 from replay.drive import BlockingMachine, drive
 from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
 from replay.validation.verdict import BARS
-from sim.configure import configure
-from sim.host_bound import machine_for
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
-from sim.setup import forwards_for, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.setup import forwards_for, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.machine.host_bound import machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, SimMachine
 
 SEEN, GAP = SEEN_NS // 1000, LAUNCH_GAP_NS // 1000
 

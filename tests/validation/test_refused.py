@@ -15,9 +15,9 @@ from replay.calibrate import main as calibrate
 from replay.calibration.record import write_profile
 from replay.validate import main as validate
 from replay.validation.session import load_record
-from sim.configure import configure
+from sim.job.configure import configure
+from sim.job.setup import make_workload
 from sim.paths import CONF
-from sim.setup import make_workload
 from tests.validation.test_profile import record
 
 

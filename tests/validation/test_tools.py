@@ -17,7 +17,7 @@ from replay.machine.rig import Rig
 from replay.run import PartialRunError
 from replay.validation import session as validation
 from replay.validation.fidelity import Ran
-from sim.hardware import hardware_from_dict, stack_from_dict
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
 
 SMALL = ["--machine", "cpu", "--quick"]
 

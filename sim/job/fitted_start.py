@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from sim import reads
+from sim.job import reads
 from traces.shipped import shipped
 
 Arrays = dict[str, npt.NDArray[np.generic]]

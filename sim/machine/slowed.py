@@ -1,15 +1,15 @@
 """The simulated machine whose kernels run slower beside a busy link: both read and write the GPU's memory.
 
-Apart from `sim.machine`, whose hot path stays free of it. Where all factors are 1 both take the same times.
+Apart from `sim.machine.simulated`, whose hot path stays free of it. Where all factors are 1 both take the same times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, SimMachine
 
 
 class SlowedMachine(SimMachine):

@@ -1,6 +1,6 @@
 """The output folder of a run: each file written whole or not at all, `DONE` last.
 
-Nothing without `DONE` counts as a result. It says what decided the result (`sim.decided`), so that a sweep that is
+Nothing without `DONE` counts as a result. It says what decided the result (`sim.job.decided`), so that a sweep that is
 started again repeats nothing and takes no stale result for a fresh one.
 """
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from expertflow.model import ModelSpec
-from sim import reads
+from sim.job import reads
 from sim.paths import ROOT
 
 PACKAGES = ("expertflow", "sim", "traces", "replay")

@@ -21,11 +21,11 @@ from expertflow.parts import Effort
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
-from sim.configure import check_arguments
-from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
-from sim.link import PAGEABLE, PINNED, chunk_sizes
+from sim.job.configure import check_arguments
+from sim.job.fitted_start import fitted_arrays, warm_counts
 from sim.paths import config_files
-from sim.warm import fitted_arrays, warm_counts
+from sim.specs.chunks import chunk_sizes
+from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace, open_trace
 from traces.shipped import shipped
@@ -149,7 +149,7 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
         raise ValueError(f"trace.{sorted(unknown)[0]} is no key; known: path, num_tokens, num_requests, seed, params")
     if cfg.get("path") is not None:
         return open_trace(_paths(cfg["path"]))
-    from sim.default_trace import GENERATED, SHIPPED_TRACE, generated_trace
+    from sim.job.default_trace import GENERATED, SHIPPED_TRACE, generated_trace
 
     told = {key: value for key, value in cfg.items() if key != "path" and value is not None}
     if not told:

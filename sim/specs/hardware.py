@@ -1,20 +1,25 @@
 """What the simulated machine is made of: a GPU, its link to the host, the host's costs, the software stack.
 
-Data only: `sim.kernels` and `sim.link` turn it into times. Units stand in the names; GB = 1e9 bytes. Every
-figure of `conf/hardware` and `conf/stack` carries its origin in `sources`.
+Data only: `sim.machine.kernels` and `sim.machine.link` turn it into times. Units stand in the names; GB = 1e9 bytes.
+Every figure of `conf/hardware` and `conf/stack` carries its origin in `sources`.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from expertflow.model import check_range, from_mapping
-from sim.kernel_table import KernelTable, kernel_table
+from sim.specs.kernel_table import KernelTable, kernel_table
 
 Curve = tuple[tuple[int, float], ...]
 """Points (copy size in bytes, GB/s), sizes rising."""
+
+PINNED = "pinned"
+PAGEABLE = "pageable"
+"""The host memory that experts wait in."""
 
 _SECOND_NS = 1_000_000_000
 _KV_GRID = 1_000_000
@@ -48,7 +53,7 @@ class Hardware:
     tflops: dense bf16, fp32 accumulate. memory_efficiency, compute_efficiency: the share of the two peaks
     (memory_gb_per_s, tflops) that kernels reach.
     link_gb_per_s: host to device, pinned, one way; an asymptotic figure or a curve by copy size, either
-    *without* link_latency_ns, which every copy pays on top (`sim.link`). Infinity is a copy in no time.
+    *without* link_latency_ns, which every copy pays on top (`sim.machine.link`). Infinity is a copy in no time.
     link_slowdown: factor on a copy's transfer time while kernels read memory.
     launch_host_ns: a launch keeps the host busy. launch_latency_ns: from enqueuing to the start of the kernel
     on an idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until
@@ -126,8 +131,8 @@ class Stack:
     layer_overhead_ns: per MoE layer, before its attention (Python, small kernels, gaps between kernels).
     head_overhead_ns: per forward, before the head (sampling, bookkeeping between tokens).
     kv_grid: the KV tokens that a layer reads in a decode forward are rounded up to a multiple of it, since kernels
-    are captured for certain lengths (`sim.kernels.kv_on_grid`); 0 = they are read as they are.
-    The rest is the host's own time, 0 unless measured (`sim.host_bound`).
+    are captured for certain lengths (`kv_on_grid`); 0 = they are read as they are.
+    The rest is the host's own time, 0 unless measured (`sim.machine.host_bound`).
     classify_ns: once a layer, from the routing being known to the first action. observe_ns: after every other
     wake (a load has landed, a chunk has ended, the tokens are read back). forward_ns: once a forward, before
     anything of it is launched or copied. group_ns: on the stream, by each launch itself before its kernels run; it
@@ -155,7 +160,7 @@ class Stack:
 
 
 HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))
-"""The figures of a stack that `sim.host_bound` charges, 0 unless measured."""
+"""The figures of a stack that `sim.machine.host_bound` charges, 0 unless measured."""
 _OPTIONAL = {"kernel_ns", "kv_grid", *HOST_COSTS}
 
 
@@ -189,3 +194,12 @@ def _point(point: object) -> tuple[int, float]:
 def stack_from_dict(values: Mapping[str, object]) -> Stack:
     """A stack from the keys of a `conf/stack` file; ValueError names an unknown, missing or wrong key."""
     return from_mapping(Stack, values, "stack")
+
+
+def kv_on_grid(kv_tokens: int, grid: int, most: int = sys.maxsize) -> int:
+    """KV tokens that one layer reads in a decode forward of a stack with that `kv_grid`, all rows together.
+
+    kv_tokens: those that it needs; of a windowed layer at most a window of each row. most: its bound, window * rows
+    for a windowed layer. The simulation takes its times from this number, a replay captures its kernels for it.
+    """
+    return min(-(-kv_tokens // grid) * grid, most) if grid else kv_tokens

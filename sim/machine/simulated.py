@@ -15,9 +15,9 @@ import simpy
 from expertflow.forward import PREFILL, Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
 from expertflow.runtime import Runtime
-from sim.hardware import HOST_COSTS, Hardware, Stack
-from sim.kernels import KernelTimes
-from sim.link import Link
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.specs.hardware import HOST_COSTS, Hardware, Stack
 
 MAX_IDLE_WAKES = 1000
 """Wakes in a row that bring no news: more is a mistake of the machine, not a schedule."""
@@ -35,7 +35,7 @@ class HostCosts:
     decide_ns: int = 0
     layer_overhead_ns: int = 0
     head_overhead_ns: int = 0
-    # Charged by `sim.host_bound` alone.
+    # Charged by `sim.machine.host_bound` alone.
     classify_ns: int = 0
     observe_ns: int = 0
     forward_ns: int = 0

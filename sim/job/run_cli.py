@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sim.errors import one_line
+from sim.job.errors import one_line
 from sim.paths import use_own_folder
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"

@@ -8,26 +8,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
-from sim.hardware import Curve, Hardware
-
-PINNED = "pinned"
-PAGEABLE = "pageable"
-DEFAULT_CHUNK_BYTES = 4 << 20
-
-
-def chunk_sizes(expert_bytes: int, chunk_bytes: int) -> list[int]:
-    """The fewest chunks of at most `chunk_bytes` that make up one expert; they differ by one byte at most."""
-    if expert_bytes < 1:
-        raise ValueError(f"expert_bytes={expert_bytes} must be at least 1")
-    _check_chunk(chunk_bytes)
-    num_chunks = -(-expert_bytes // chunk_bytes)
-    size, num_larger = divmod(expert_bytes, num_chunks)
-    return [size + 1] * num_larger + [size] * (num_chunks - num_larger)
-
-
-def _check_chunk(chunk_bytes: int) -> None:
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes={chunk_bytes} must be at least 1; raise chunk_mib")
+from sim.specs.chunks import DEFAULT_CHUNK_BYTES, check_chunk, chunk_sizes
+from sim.specs.hardware import PAGEABLE, PINNED, Curve, Hardware
 
 
 def bandwidth_at(curve: Curve, num_bytes: int) -> float:
@@ -53,7 +35,7 @@ class Link:
     ) -> None:
         if memory not in (PINNED, PAGEABLE):
             raise ValueError(f"link memory={memory!r} is unknown; choose {PINNED} or {PAGEABLE}")
-        _check_chunk(chunk_bytes)
+        check_chunk(chunk_bytes)
         self.memory = memory
         self.chunk_bytes = chunk_bytes
         self.latency_ns = hardware.link_latency_ns

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sim.timeline import Frames
+    from sim.views.timeline import Frames
 
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -122,7 +122,7 @@ def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True) -> Figure:
 def plot_timeline(frames: Frames, start_ms: float, stop_ms: float, title: str = "") -> Figure:
     """What ran, was copied and was waited for between two times, with the horizon S above if it was recorded.
 
-    frames: of `sim.timeline.load_timeline`; times in ms since the start of the run.
+    frames: of `sim.views.timeline.load_timeline`; times in ms since the start of the run.
     """
     if not 0 <= start_ms < stop_ms:
         raise ValueError(f"start_ms={start_ms} must be 0 or more and below stop_ms={stop_ms}")

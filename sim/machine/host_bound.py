@@ -1,6 +1,7 @@
 """The simulated machine with a host whose own code costs time beside its launches, copies and decisions.
 
-Apart from `sim.machine`, whose hot path stays free of it. Where all these costs are 0 both take the same times.
+Apart from `sim.machine.simulated`, whose hot path stays free of it. Where all these costs are 0 both take the same
+times.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Sequence
 
 from expertflow.forward import Forward
 from expertflow.machine import GATE, Record, Wait
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
-from sim.slowed import SlowedMachine
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, SimMachine
+from sim.machine.slowed import SlowedMachine
 
 
 class HostBoundMachine(SlowedMachine):

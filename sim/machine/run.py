@@ -1,4 +1,4 @@
-"""One policy over one workload, and the runs beside it that its numbers are read against."""
+"""One policy over one workload on the simulated machine, and the schedules that bound it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from typing import Any
 
 from expertflow.bounds import Floor, floor, min_loads
 from expertflow.clairvoyant import portfolio
-from expertflow.evictions.keep_nothing import KeepNothing
-from expertflow.evictions.lru import LRU
-from expertflow.horizons.fixed import FixedHorizon
-from expertflow.metrics import SCHEMA, collect_metrics
+from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
-from expertflow.orders.resident_first import ResidentFirst
 from expertflow.policy import Policy
-from expertflow.predictors.none import NoPredictor
 from expertflow.runtime import Runtime
-from expertflow.selections.top_k import TopK
-from sim.groups import CheapestGroups
-from sim.host_bound import machine_for
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, simulate
-from sim.setup import Transfer, Workload, forwards_for, load_chunks, run_config
+from sim.job.setup import Transfer, Workload, forwards_for, load_chunks, run_config
+from sim.machine.groups import CheapestGroups
+from sim.machine.host_bound import machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, simulate
 
 
 def run_policy(work: Workload, policy: Policy, transfer: Transfer,
@@ -40,41 +34,6 @@ def run_policy(work: Workload, policy: Policy, transfer: Transfer,
         raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
                          f"{runtime.counters.num_forwards} forwards")  # fmt: skip
     return collect_metrics(runtime)
-
-
-def describe(work: Workload, policy: Policy, name: str, world: str = "sim") -> dict[str, Any]:
-    """What was run, as the head of the metrics; world: sim, cuda or cpu.
-
-    A start that was chosen from the whole trace uses the future.
-    """
-    return {
-        "schema": SCHEMA,
-        "world": world,
-        "policy": name,
-        "hardware": work.hardware.name,
-        "model": work.model.name,
-        "stack": work.stack.name,
-        "trace": {
-            "name": work.trace.name,
-            "sha256": work.trace_sha256,
-            "num_tokens": work.batches.num_tokens,
-            "num_requests": work.batches.num_requests,
-        },
-        "uses_future": policy.uses_future or work.start == "popular",
-        "capacity": {"num_slots": work.num_slots, "residency": work.residency},
-    }
-
-
-def baselines() -> dict[str, tuple[Policy, Transfer]]:
-    """The runs beside a single run: no reuse at all, and a cache without prefetch."""
-    return {
-        "on_demand": (_without_prefetch(KeepNothing()), Transfer()),
-        "lru": (_without_prefetch(LRU()), Transfer()),
-    }
-
-
-def _without_prefetch(eviction: LRU) -> Policy:
-    return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst())
 
 
 def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:

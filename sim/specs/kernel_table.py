@@ -1,6 +1,6 @@
 """Kernel times of one model as measured on one GPU: what a profile holds, how it is read and checked.
 
-Data only: `sim.kernels` and `sim.groups` turn it into times.
+Data only: `sim.machine.kernels` and `sim.machine.groups` turn it into times.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ _MOST_SLOWDOWN = 100
 
 @dataclass(frozen=True)
 class KernelTable:
-    """Kernel times of one model as measured on one GPU, by number of tokens; `sim.kernels` reads between them.
+    """Kernel times of one model as measured on one GPU, by number of tokens; `sim.machine.kernels` reads between them.
 
-    expert: one routed expert. shared: all shared experts of a layer; empty if the model has none. head: by
-    rows. attention: attention and router of one MoE layer, every row with a KV length of 1. dense: one leading
-    dense layer, its attention (KV length 1) included; empty if the model has none.
-    kv: ns for each token of KV that a layer reads beyond that one a row, on top of attention or dense layer.
-    prefill_kv: ns for each (query, key) pair of a prefill beyond one a row, on top too; None takes what the
-    roofline gives a pair.
-    groups: routed experts launched at once, [experts, tokens per expert, ns], the launch on the device included;
-    every number of experts, from 1 on, with the same numbers of tokens. With it `expert` is not read
-    (`sim.groups`); without it a group takes as long as its experts one by one.
-    attention_slowdown, experts_slowdown, head_slowdown: factor on the time of that kernel while the link is busy
-    all the time that it runs, 1 if it takes no longer (`sim.slowed`). All other times are those on an idle link.
+    expert: one routed expert. shared: all shared experts of a layer; empty if the model has none. head: by rows.
+    attention: attention and router of one MoE layer, every row with a KV length of 1. dense: one leading dense layer,
+    its attention (KV length 1) included; empty if the model has none. kv: ns for each token of KV that a layer reads
+    beyond that one a row, on top of attention or dense layer. prefill_kv: ns for each (query, key) pair of a prefill
+    beyond one a row, on top too; None takes what the roofline gives a pair. groups: routed experts launched at once,
+    [experts, tokens per expert, ns], the launch on the device included; every number of experts, from 1 on, with the
+    same numbers of tokens. With it `expert` is not read (`sim.machine.groups`); without it a group takes as long as its
+    experts one by one. attention_slowdown, experts_slowdown, head_slowdown: factor on the time of that kernel while the
+    link is busy all the time that it runs, 1 if it takes no longer (`sim.machine.slowed`). All other times are those on
+    an idle link.
     """
 
     expert: Points

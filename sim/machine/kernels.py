@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from expertflow.model import GQA, ModelSpec
-from sim.groups import GroupTimes
-from sim.hardware import Hardware, Stack
-from sim.kernel_table import KernelTable, Points
+from sim.machine.groups import GroupTimes
+from sim.specs.hardware import Hardware, Stack, kv_on_grid
+from sim.specs.kernel_table import KernelTable, Points
 
 
 class _Reads(NamedTuple):
@@ -156,15 +156,6 @@ class _Measured:
         if reads.prefill:
             context_ns += (reads.pairs - num_tokens) * self._pair_ns + reads.expanded * self._expansion_ns
         return context_ns
-
-
-def kv_on_grid(kv_tokens: int, grid: int, most: int = sys.maxsize) -> int:
-    """KV tokens that one layer reads in a decode forward of a stack with that `kv_grid`, all rows together.
-
-    kv_tokens: those that it needs; of a windowed layer at most a window of each row. most: its bound, window * rows
-    for a windowed layer. The simulation takes its times from this number, a replay captures its kernels for it.
-    """
-    return min(-(-kv_tokens // grid) * grid, most) if grid else kv_tokens
 
 
 class KernelTimes:

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
-from sim.kernel_table import GroupPoints
+from sim.specs.kernel_table import GroupPoints
 
 _SLACK_NS = 1e-6
 """More than what sums of floats lose here; a bound is rounded up after it is taken off."""
