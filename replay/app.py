@@ -31,7 +31,7 @@ from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.output import provenance, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_command, as_job
+from sim.job.run_cli import as_job, run_cli
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.paths import CONF
 
@@ -210,4 +210,4 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def cli() -> int:
     """Entry point."""
-    return as_command(main)
+    return run_cli(main)

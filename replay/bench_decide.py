@@ -29,9 +29,9 @@ from expertflow.network import compiled_functions
 from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from replay.gc_pause import steady
+from replay.gc_pause import gc_paused
 from sim.job.configure import configure
-from sim.job.run_cli import as_command
+from sim.job.run_cli import run_cli
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.machine.host_bound import machine_for
 from sim.machine.kernels import KernelTimes
@@ -250,7 +250,7 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
     watch.event_of = lambda: view.event
     watch.in_prompt = lambda: running[-1].phase == PREFILL
     watch.reach_of = lambda: max(distances(), default=0)
-    with steady():
+    with gc_paused():
         simulate(runtime, machine)
     runtime.check_identities()
     return watch
@@ -391,7 +391,7 @@ def main(words: list[str] | None = None) -> int:
     def run() -> int:
         return 0 if compare_policies(trace, args.policies, args.batch_size, args.tokens) else 1
 
-    return as_command(run, "policies that are not in the table were not measured")
+    return run_cli(run, "policies that are not in the table were not measured")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ import torch
 from expertflow.runtime import Runtime
 from replay.bench_decide import Stopwatch, measure_overhead
 from replay.drive import drive
-from replay.gc_pause import steady
+from replay.gc_pause import gc_paused
 from replay.machine.cuda import CudaDevice
 from replay.machine.device import Program, Words, Work, words_of
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
 from sim.job.configure import configure
-from sim.job.run_cli import as_command
+from sim.job.run_cli import run_cli
 from sim.job.setup import load_chunks, make_policy, make_workload, run_config
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
@@ -173,7 +173,7 @@ class HostTimes:
         for list_of in (device.seen_ns, device.launched_ns):
             list_of.clear()
         device.calls.clear()
-        with steady():
+        with gc_paused():
             started = time.perf_counter_ns()
             drive(runtime, machine)
             self.total_ns = time.perf_counter_ns() - started
@@ -249,7 +249,7 @@ def main(words: list[str] | None = None) -> int:
             return 2
     given = [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"] if args.trace else [
         f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]  # fmt: skip
-    return as_command(lambda: 0 if _print(measure(given, args.repeat)) else 1, "nothing was measured")
+    return run_cli(lambda: 0 if _print(measure(given, args.repeat)) else 1, "nothing was measured")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from replay.gc_pause import keep_loaded
 from replay.machine.rig import MACHINES, choose_machine, make_device
 from sim.job.configure import configure
 from sim.job.output import provenance
-from sim.job.run_cli import as_command
+from sim.job.run_cli import run_cli
 from sim.paths import CONF, add_config_dir, folder_to_write
 
 POLICIES = ("lru", "adaptive")
@@ -110,7 +110,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     add_config_dir(parser)
     args = parser.parse_args(words)
-    return as_command(lambda: _calibrate(args, sys.argv[1:] if words is None else words), "no profile was written")
+    return run_cli(lambda: _calibrate(args, sys.argv[1:] if words is None else words), "no profile was written")
 
 
 def _calibrate(args: argparse.Namespace, words: list[str]) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def steady() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """The collector stops the host for milliseconds: collect before, not during."""
     gc.collect()
     enabled = gc.isenabled()

@@ -4,7 +4,7 @@ After an illegal access every CUDA call fails, those of destructors too: a pinne
 latest when the interpreter shuts down, ends the process with -6 before it has written what it still held. So what the
 exception has passed is kept alive, everything is flushed, and the process ends without destructors.
 
-Commands end so through `sim.job.run_cli.as_command`. A script of one's own does by itself: the handler that
+Commands end so through `sim.job.run_cli.run_cli`. A script of one's own does by itself: the handler that
 `found_lost` registers runs before Python takes anything down, also after a traceback. `ending()` says it in one line
 instead.
 """

@@ -14,7 +14,7 @@ from expertflow.observer import Observer
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.drive import drive
-from replay.gc_pause import steady
+from replay.gc_pause import gc_paused
 from replay.lockstep.log import LoggingMachine, LogWriter
 from replay.machine.cuda_errors import explaining
 from replay.machine.device import Device, DeviceLostError
@@ -97,7 +97,7 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
         with explaining():
             machine.prepare(work.batches)
             machine.preload(runtime.slots.slot_of)
-            with steady():
+            with gc_paused():
                 device.restart_clock()
                 try:
                     drive(runtime, logging or machine)

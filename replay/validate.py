@@ -21,7 +21,7 @@ from replay.machine.rig import MACHINES, choose_machine, make_device
 from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from replay.validation.session import Validation
 from sim.job.configure import configure
-from sim.job.run_cli import as_command
+from sim.job.run_cli import run_cli
 from sim.job.setup import STARTS
 from sim.paths import add_config_dir, use_own_folder
 
@@ -109,7 +109,7 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
     args.words = words
-    return as_command(lambda: _validate(args), "finished rows are kept")
+    return run_cli(lambda: _validate(args), "finished rows are kept")
 
 
 def _validate(args: argparse.Namespace) -> int:

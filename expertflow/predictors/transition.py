@@ -32,7 +32,7 @@ class TransitionPredictor(Predictor):
 
     Defaults: least calibration error on a training split (see results/LOG.md). `smoothing` is the weight of the
     independent guess in counts. `keep`: how many of the best are returned for a single token (0 = all experts; all
-    anyway for several tokens). `warm` holds fitted counts: frequency [L, E], cross [D, L, E, E],
+    anyway for several tokens). `fitted_start` holds fitted counts: frequency [L, E], cross [D, L, E, E],
     persistence [L, E, E] and num_forwards [1]; it is a start, the predictor goes on learning.
     """
 
@@ -44,7 +44,7 @@ class TransitionPredictor(Predictor):
         popularity: float = 0.75,
         smoothing: float = 8.0,
         keep: int = 0,
-        warm: Mapping[str, npt.NDArray[np.generic]] | None = None,
+        fitted_start: Mapping[str, npt.NDArray[np.generic]] | None = None,
     ) -> None:
         if max_distance < 1:
             raise ValueError(f"TransitionPredictor max_distance={max_distance} must be at least 1")
@@ -56,15 +56,15 @@ class TransitionPredictor(Predictor):
         self.damping = cross, persistence, popularity
         self.smoothing = smoothing
         self.keep = keep
-        self.warm = warm
+        self.fitted_start = fitted_start
 
     def start(self, view: View, future: Future | None) -> None:
         self.L, self.E = view.num_layers, view.num_experts
         self.D = min(self.max_distance, self.L - 1) if self.L > 1 else 0
         self.num_kept = min(self.E, self.keep or self.E)
         self.counts = TransitionCounts(self.L, self.E, self.D)
-        if self.warm is not None:
-            self.counts.load(self.warm)
+        if self.fitted_start is not None:
+            self.counts.load(self.fitted_start)
         self.odds = TransitionOdds(self.counts, view.top_k, self.damping, self.smoothing)
         self.block = AnnouncedBlock(self.odds, self.num_kept)
         self.recent: list[Activations] = []

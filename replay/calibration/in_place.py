@@ -9,9 +9,9 @@ from expertflow.model import ModelSpec
 from expertflow.runtime import Runtime
 from replay.calibration.probe import HostProbe, HostRun, without_own_costs
 from replay.calibration.profile import summary
-from replay.calibration.surrogate import standin_trace
+from replay.calibration.surrogate import surrogate_trace
 from replay.drive import drive
-from replay.gc_pause import steady
+from replay.gc_pause import gc_paused
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import Rig
@@ -31,7 +31,7 @@ def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: 
                  f"batch_size={batch_size}", f"trace.num_tokens={num_tokens}", f"residency={residency}",
                  f"trace.num_requests={batch_size}"]  # fmt: skip
     cfg = configure(overrides if start is None else [*overrides, f"start={start}"])
-    return cfg, make_workload(cfg, standin_trace(make_trace(cfg["trace"]), model))
+    return cfg, make_workload(cfg, surrogate_trace(make_trace(cfg["trace"]), model))
 
 
 class InPlace:
@@ -63,7 +63,7 @@ class InPlace:
         probe = HostProbe(machine)
         runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
         machine.prepare(work.batches)
-        with steady():
+        with gc_paused():
             self.device.restart_clock()
             drive(runtime, probe)
         self.device.synchronize()

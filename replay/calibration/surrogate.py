@@ -16,7 +16,7 @@ from sim.job.default_trace import GeneratedTrace
 from traces.reader import Trace
 
 
-def standin_trace(trace: Trace, model: ModelSpec) -> Trace:
+def surrogate_trace(trace: Trace, model: ModelSpec) -> Trace:
     """`trace` itself if it has the model's shape, else a stand-in with as many tokens, named as one."""
     if (trace.num_layers, trace.num_experts, trace.top_k) == (model.num_layers, model.num_experts, model.top_k):
         return trace

@@ -36,10 +36,12 @@ from replay.lockstep.log_format import (
 )
 from replay.lockstep.log_reader import LogReader
 from sim.job.configure import KEYS, checked
-from sim.job.run_cli import as_command
+from sim.job.run_cli import run_cli
 from sim.job.setup import Workload, make_policy, make_workload
 
 _SHOWN = 12
+_RENAMED = {"twin": "count_redundant", "warm": "fitted_start"}
+"""Keys of a configuration by their former names: a log is older than the program that reads it."""
 _USAGE = "usage: python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]"
 
 
@@ -288,7 +290,7 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     A log is data of unknown origin: code that it names is run only if it is this package's, or if an override names
     it as well. ValueError says which override is wanted.
     """
-    plain = {key: value for key, value in reader.header.config.items() if key in KEYS}
+    plain = {key: value for key, value in with_present_names(reader.header.config).items() if key in KEYS}
     for place, text in _texts(plain, ""):
         if "${" in text:
             raise LogError(f"{reader.path}: {place}={text!r:.80} holds an interpolation; a log holds plain values only")
@@ -306,6 +308,13 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     work = make_workload(config)
     policy, _ = make_policy(config["policy"], work, config["seed"])
     return work, policy
+
+
+def with_present_names(value: Any) -> Any:
+    """`value`, a logged configuration, with keys that have been given other names since under these."""
+    if isinstance(value, Mapping):
+        return {_RENAMED.get(key, key): with_present_names(inner) for key, inner in value.items()}
+    return value
 
 
 def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -361,5 +370,5 @@ def main(words: Sequence[str] | None = None) -> int:
         print(result.line())
         return 0 if result.difference is None else 1
 
-    return as_command(run, "the log was not checked to its end")
+    return run_cli(run, "the log was not checked to its end")
 

@@ -158,8 +158,8 @@ class CudaDevice:
             long_ns = statistics.median(self._spin_ns(long) for _ in range(3))
             spun_ns += 3 * long_ns
             tries += 1
-            steady = abs(long_ns - last) < 0.003 * long_ns or tries > 200
-            if spun_ns > _SETTLE_NS and steady:
+            settled = abs(long_ns - last) < 0.003 * long_ns or tries > 200
+            if spun_ns > _SETTLE_NS and settled:
                 break
             last = long_ns
         short_ns = statistics.median(self._spin_ns(short) for _ in range(5))

@@ -10,7 +10,7 @@ from typing import Any
 
 from expertflow.policy import Policy
 from replay.calibration.record import named_model
-from replay.calibration.surrogate import standin_trace
+from replay.calibration.surrogate import surrogate_trace
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader
 from replay.machine.device import Device
@@ -59,7 +59,7 @@ class Workbench:
         cfg = self._configs.get(tuple(overrides)) or self._configs.setdefault(tuple(overrides), configure(overrides))
         key = (case.model, case.stack, case.residency, case.batch_size, num_tokens)
         if key not in self._workloads:
-            trace = standin_trace(make_trace(cfg["trace"]), named_model(case.model))
+            trace = surrogate_trace(make_trace(cfg["trace"]), named_model(case.model))
             work = self._workloads[key] = make_workload(cfg, trace)
             widest = max(len(forward.requests) for forward in work.batches)
             if widest < case.batch_size:

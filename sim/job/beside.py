@@ -75,7 +75,7 @@ def run_asked(
     work: what is run. full: what policies are made for, where that differs: a replay may run a smaller model. main: how
     `policy` itself is run, where that differs from `run`.
     """
-    if not cfg["twin"]:
+    if not cfg["count_redundant"]:
         return (main or run)(policy, transfer, observers)
     hits = HitRecord()
     run(*make_policy(without_prefetch(cfg["policy"]), full or work, cfg["seed"]), [hits])

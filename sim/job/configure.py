@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.paths import CONF, config_files, own_folder
 
 COMPARE = ("full", "floor", "none")
-_SWITCHES = ("twin", "timeline", "events", "skip_done")
+_SWITCHES = ("count_redundant", "timeline", "events", "skip_done")
 KEYS = (
     "hardware", "policy", "model", "stack", "trace", "residency", "gpu_memory_gb", "batch_size", "prefill_chunk",
     "max_tokens", "chunk_mib", "channel_depth", "start", "warmup_forwards", "seed", "compare", *_SWITCHES,

@@ -14,12 +14,12 @@ from traces.shipped import shipped
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 
-def warm_counts(source: object, model: str, key: str = "policy.predictor") -> Arrays | None:
+def transition_start(source: object, model: str, key: str = "policy.predictor") -> Arrays | None:
     """Transition counts. `auto`: what is shipped for `model`, if anything; null: a cold start; else a file's path.
 
     key: of the predictor, for messages.
     """
-    return _read(source, f"{key}.warm", f"{model}.transition.safetensors", "python -m traces fit-predictor")
+    return _read(source, f"{key}.fitted_start", f"{model}.transition.safetensors", "python -m traces fit-predictor")
 
 
 def fitted_arrays(source: object, model: str, kind: str, key: str = "policy.predictor") -> Arrays | None:

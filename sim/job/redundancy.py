@@ -11,7 +11,7 @@ from expertflow.parts import PREFETCH
 
 
 def without_prefetch(policy: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the twin: the same policy, its predictor switched off."""
+    """The configuration of the same policy with its predictor switched off."""
     return {**policy, "predictor": {"_target_": "expertflow.predictors.none.NoPredictor"}}
 
 
@@ -27,10 +27,10 @@ class HitRecord(Observer):
 
 
 class RedundancyCounter(Observer):
-    """Counts useful prefetches whose demand was a hit in the twin run as well; `begin_after` forwards are skipped."""
+    """Counts useful prefetches whose demand was a hit without prefetch as well; `begin_after` forwards are skipped."""
 
-    def __init__(self, twin: HitRecord, num_chunks: int, begin_after: int = 0) -> None:
-        self.twin = twin
+    def __init__(self, plain: HitRecord, num_chunks: int, begin_after: int = 0) -> None:
+        self.plain = plain
         self.last_chunk = num_chunks - 1
         self.begin_after = begin_after
         self.num_redundant = 0
@@ -56,7 +56,7 @@ class RedundancyCounter(Observer):
         if not self._prefetched:
             return
         if self._num_forwards >= self.begin_after:
-            there = self.twin.hits[self._event]
+            there = self.plain.hits[self._event]
             self.num_redundant += sum(key in self._prefetched and key in there for key in hits)
         self._prefetched.difference_update(hits, late, missing)
 

@@ -22,7 +22,7 @@ from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
 from sim.job.configure import check_arguments
-from sim.job.fitted_start import fitted_arrays, warm_counts
+from sim.job.fitted_start import fitted_arrays, transition_start
 from sim.paths import config_files
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
@@ -256,8 +256,8 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
         name = _automatic(cfg, work)
         cfg, key = dict(cfg[name]), f"{key}.{name}"
     extra: dict[str, Any] = {}
-    if "warm" in cfg:
-        extra["warm"] = warm_counts(cfg.pop("warm"), work.trace.model, key)
+    if "fitted_start" in cfg:
+        extra["fitted_start"] = transition_start(cfg.pop("fitted_start"), work.trace.model, key)
     if "fitted" in cfg:
         kind = _fitted_kind(cfg, "policy.predictor")
         extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind, key)

@@ -124,7 +124,7 @@ VALUES = [
     Bad(f"{LRU} hardware.pageable_gb_per_s=0", ("hardware.pageable_gb_per_s=0", "(0, inf]")),
     Bad(f"{LRU} hardware.memory_gb_per_s=-5", ("hardware.memory_gb_per_s=-5", "(0, 1e+06]")),
     Bad(f"{LRU} hardware.link_latency_ns=1.5", ("hardware.link_latency_ns=1.5", "whole number")),
-    Bad(f"{LRU} twin=maybe", ("twin='maybe'", "true or false")),
+    Bad(f"{LRU} count_redundant=maybe", ("count_redundant='maybe'", "true or false")),
     Bad(f"{LRU} timeline=1", ("timeline=1", "true or false")),
     Bad(f"{LRU} seed=-1", ("seed=-1", "at least 0")),
     Bad(f"{LRU} warmup_forwards=12", ("warmup_forwards=12", "12 forwards")),
@@ -163,8 +163,8 @@ PARTS = [
     Bad(f"{TRANSITION} policy.predictor.smoothing=nan", ("policy.predictor.smoothing=nan", "finite number")),
     Bad(f"{TRANSITION} policy.predictor.cross=nan", ("policy.predictor.cross=nan", "finite number")),
     Bad(f"{TRANSITION} policy.predictor.keep=-1", ("policy.predictor", "keep=-1", "0 (all experts) or more")),
-    Bad(f"{TRANSITION} policy.predictor.warm=/absent.safetensors",
-        ("policy.predictor.warm='/absent.safetensors'", "no such file", "auto, null")),
+    Bad(f"{TRANSITION} policy.predictor.fitted_start=/absent.safetensors",
+        ("policy.predictor.fitted_start='/absent.safetensors'", "no such file", "auto, null")),
     Bad("+hardware=a100 +policy=clairvoyant policy.lookahead=0", ("policy", "lookahead=0", "at least 1")),
 ]  # fmt: skip
 
@@ -322,7 +322,7 @@ def test_counts_fitted_on_another_model_are_one_line(tmp_path: Path) -> None:
     from sim.paths import DATA
 
     path = tiny_trace(tmp_path / "tiny.safetensors")
-    warm = f"policy.predictor.transition.warm={DATA / 'gpt-oss-20b.transition.safetensors'}"
+    warm = f"policy.predictor.transition.fitted_start={DATA / 'gpt-oss-20b.transition.safetensors'}"
     words = " ".join([ADAPTIVE, *TINY_MODEL_WORDS, warm])
     refuse(words, path, tmp_path / "run", ("transition counts", "(24, 32)", "(4, 8)", "the same model"))
 
@@ -330,8 +330,8 @@ def test_counts_fitted_on_another_model_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_warm_start_that_is_no_safetensors_file_is_one_line(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "warm").write_text("counts")
-    words = f"{TRANSITION} policy.predictor.warm={tmp_path / 'warm'}"
-    refuse(words, sound, tmp_path / "run", ("policy.predictor.warm", "not a readable safetensors file"))
+    words = f"{TRANSITION} policy.predictor.fitted_start={tmp_path / 'warm'}"
+    refuse(words, sound, tmp_path / "run", ("policy.predictor.fitted_start", "not a readable safetensors file"))
 
 
 # -- the output folder, and true processes -------------------------------------------------------------------

@@ -181,9 +181,9 @@ def test_adaptive_takes_the_history_elsewhere(trace: Path) -> None:
     unfitted = "policy.predictor.hybrid.fitted=null"
     found = predictor(trace, unfitted)
     assert isinstance(found, TransitionPredictor)
-    assert found.warm is not None
-    cold = predictor(trace, unfitted, "policy.predictor.transition.warm=null")
-    assert cold.warm is None  # type: ignore[attr-defined]
+    assert found.fitted_start is not None
+    cold = predictor(trace, unfitted, "policy.predictor.transition.fitted_start=null")
+    assert cold.fitted_start is None  # type: ignore[attr-defined]
 
 
 def test_a_forest_without_a_pregate_to_correct_is_refused(trace: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_model_without_fitted_counts_starts_cold(tmp_path: Path) -> None:
     path = small_trace(tmp_path / "t.safetensors", 4, shape=shape, model="mixtral-8x7b", experts=routing(shape, 4))
     found = predictor(path)
     assert isinstance(found, TransitionPredictor)
-    assert found.warm is None
+    assert found.fitted_start is None
 
 
 def test_the_noisy_oracle_takes_the_seed_of_the_run(trace: Path) -> None:

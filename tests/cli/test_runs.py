@@ -61,7 +61,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_the_same_job_gives_the_same_bytes_twice_here_and_in_two_processes(trace: Path, tmp_path: Path) -> None:
-    words = [*ADAPTIVE, f"trace.path={trace}", "twin=true"]
+    words = [*ADAPTIVE, f"trace.path={trace}", "count_redundant=true"]
     found = [run_here(words, tmp_path / "first"), run_here(words, tmp_path / "second")]
     for hash_seed in ("1", "2"):
         os.environ["PYTHONHASHSEED"] = hash_seed
@@ -251,8 +251,8 @@ def test_the_table_of_a_prompt_alone_has_no_time_between_tokens(tmp_path: Path) 
     assert table_of(found.out)["lru"][0] == "–"
 
 
-def test_the_twin_is_told_of_below_the_table(trace: Path, tmp_path: Path) -> None:
-    found = run_here([*ADAPTIVE, f"trace.path={trace}", "twin=true", "compare=none"], tmp_path / "run")
+def test_redundant_prefetches_are_told_of_below_the_table(trace: Path, tmp_path: Path) -> None:
+    found = run_here([*ADAPTIVE, f"trace.path={trace}", "count_redundant=true", "compare=none"], tmp_path / "run")
     prefetch = found.metrics()["prefetch"]
     assert f"{prefetch['redundant']} of {prefetch['useful']} useful prefetches were redundant" in found.out
 
@@ -295,15 +295,15 @@ def test_a_warm_up_has_no_floor_to_hold_against(trace: Path) -> None:
 @pytest.mark.parametrize("policy", ["adaptive", "fixed_2", "oracle", "lru"])
 def test_redundant_prefetches_are_useful_ones(policy: str, trace: Path) -> None:
     told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "stack=graph")
-    prefetch = job(*told, "twin=true")["prefetch"]
-    assert job(*told, "twin=false")["prefetch"] == {**prefetch, "redundant": None}
+    prefetch = job(*told, "count_redundant=true")["prefetch"]
+    assert job(*told, "count_redundant=false")["prefetch"] == {**prefetch, "redundant": None}
     assert 0 <= prefetch["redundant"] <= prefetch["useful"]
 
 
 @pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("policy", ["adaptive", "oracle"])
 def test_redundant_prefetches_of_warm_up_and_measured_part_add_up(policy: str, trace: Path) -> None:
-    told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "twin=true",
+    told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "count_redundant=true",
             "residency=0.25", "policy/eviction=lru")  # fmt: skip
     whole, begin, rest = job(*told), job(*told, "max_tokens=15"), job(*told, "warmup_forwards=15")
     redundant = [one["prefetch"]["redundant"] for one in (begin, rest, whole)]

@@ -89,8 +89,8 @@ def test_runs_beside_are_replayed_on_the_same_machine(trace: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_twin_counts_redundant_prefetches(trace: str, tmp_path: Path) -> None:
-    prefetch = replay_here([*ADAPTIVE, "twin=true", trace], tmp_path / "run").metrics()["prefetch"]
+def test_redundant_prefetches_are_counted(trace: str, tmp_path: Path) -> None:
+    prefetch = replay_here([*ADAPTIVE, "count_redundant=true", trace], tmp_path / "run").metrics()["prefetch"]
     assert 0 <= prefetch["redundant"] <= prefetch["useful"]
     assert replay_here([*ADAPTIVE, trace], tmp_path / "run").metrics()["prefetch"]["redundant"] is None
 

@@ -58,7 +58,7 @@ BAD = [
     Bad(f"{LRU} gpu_memory_gb=1000000", ("gpu_memory_gb=1000000", "more than the GPU has")),
     Bad(f"{LRU} warmup_forwards=12", ("warmup_forwards=12", "12 forwards")),
     Bad(f"{LRU} start=resident", ("start=resident", "residency=1.0")),
-    Bad(f"{LRU} twin=maybe", ("twin='maybe'", "true or false")),
+    Bad(f"{LRU} count_redundant=maybe", ("count_redundant='maybe'", "true or false")),
     Bad("+hardware=a100 +policy=lru hardware.link_gb_per_s=0", ("hardware.link_gb_per_s=0", "(0, inf]")),
 ]  # fmt: skip
 

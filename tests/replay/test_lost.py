@@ -77,12 +77,12 @@ print(GONE)
 device_finds_out()
 """,
     "as a command": """
-from sim.job.run_cli import as_command
+from sim.job.run_cli import run_cli
 def main():
     held = Pinned()
     print(GONE)
     lose()
-sys.exit(as_command(main))
+sys.exit(run_cli(main))
 """,
     "by the context manager": """
 print(GONE)
@@ -163,8 +163,8 @@ def test_a_process_that_can_end_as_ever_does(text: str, tmp_path: Path) -> None:
 atexit.register(lambda: os.write(1, b"handler "))
 lost.found_lost(DeviceLostError({text!r}))
 Pinned.__del__ = lambda self: os.write(1, b"destructor ")
-from sim.job.run_cli import as_command
-sys.exit(as_command(lambda: lose({text!r})))
+from sim.job.run_cli import run_cli
+sys.exit(run_cli(lambda: lose({text!r})))
 """
     done = python(code, tmp_path)
     assert (done.returncode, done.stdout.split()[0]) == (LOST, "destructor"), done
@@ -175,10 +175,10 @@ sys.exit(as_command(lambda: lose({text!r})))
 def test_other_errors_end_as_before(tmp_path: Path) -> None:
     code = """
 Pinned.__del__ = lambda self: None
-from sim.job.run_cli import as_command
+from sim.job.run_cli import run_cli
 def main():
     raise ValueError("key=1 is wrong")
-assert as_command(main) == 2
+assert run_cli(main) == 2
 try:
     with lost.ending():
         main()

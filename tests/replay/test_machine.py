@@ -16,7 +16,7 @@ from expertflow.forward import Forward
 from expertflow.identities import check_identities
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
 from expertflow.runtime import Runtime
-from replay.gc_pause import keep_loaded, steady
+from replay.gc_pause import gc_paused, keep_loaded
 from replay.machine.real import RealMachine
 from sim.job.setup import load_chunks
 from sim.machine.run import run_policy
@@ -248,7 +248,7 @@ class Knot:
 def test_what_lies_about_is_collected_before_the_clock_runs_and_nothing_while_it_does() -> None:
     enabled, gone = gc.isenabled(), []
     Knot(gone)
-    with steady():
+    with gc_paused():
         assert gone == [1]
         assert not gc.isenabled()
         Knot(gone)

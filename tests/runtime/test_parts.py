@@ -838,7 +838,7 @@ def test_a_routing_that_repeats_is_learned() -> None:
     assert [set(answer[0][:2]) for answer in (last[0], last[3], last[6])] == [{8, 9}, {16, 17}, {0, 1}]
 
 
-def warm_counts() -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+def transition_start() -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     """Fitted counts of the size under test, all zero."""
     return {
         "frequency": np.zeros((3, 6)),
@@ -850,27 +850,27 @@ def warm_counts() -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
 
 @pytest.mark.parametrize("name", ["frequency", "cross", "persistence", "num_forwards"])
 def test_a_warm_start_of_another_shape_is_refused(name: str) -> None:
-    for wrong in (warm_counts(), warm_counts()):
+    for wrong in (transition_start(), transition_start()):
         wrong[name] = np.zeros((2, 2))
         with pytest.raises(ValueError, match=name):
-            predictions(random_forwards(1), 0, warm=wrong)
-    missing = warm_counts()
+            predictions(random_forwards(1), 0, fitted_start=wrong)
+    missing = transition_start()
     del missing[name]
     with pytest.raises(ValueError, match=name):
-        predictions(random_forwards(1), 0, warm=missing)
+        predictions(random_forwards(1), 0, fitted_start=missing)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_warm_start_that_holds_no_counts_is_refused(value: float) -> None:
-    wrong = warm_counts()
+    wrong = transition_start()
     wrong["frequency"][1, 2] = value
     with pytest.raises(ValueError, match="frequency holds values that are no counts"):
-        predictions(random_forwards(1), 0, warm=wrong)
+        predictions(random_forwards(1), 0, fitted_start=wrong)
 
 
 def test_an_empty_warm_start_is_no_start() -> None:
     forwards = random_forwards(10)
-    assert predictions(forwards, 0, warm=warm_counts()) == predictions(forwards, 0)
+    assert predictions(forwards, 0, fitted_start=transition_start()) == predictions(forwards, 0)
 
 
 def test_a_warm_start_knows_before_the_first_forward() -> None:
@@ -884,7 +884,7 @@ def test_a_warm_start_knows_before_the_first_forward() -> None:
         "persistence": teacher.persistence,
         "num_forwards": np.array([teacher.num_forwards]),
     }
-    first = predictions([forward_of(0, [[[0, 1], [2, 3], [4, 5]]], 6)], 0, warm=warm)[0]
+    first = predictions([forward_of(0, [[[0, 1], [2, 3], [4, 5]]], 6)], 0, fitted_start=warm)[0]
     assert set(first[0][:2]) == {8, 9}
 
 

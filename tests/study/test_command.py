@@ -25,7 +25,8 @@ def words(folder: Path) -> list[str]:
 
 def test_a_cell_is_what_python_m_sim_writes(folder: Path) -> None:
     assert command(folder, *words(folder), "--only", "stack=eager") == 0
-    told = ("+hardware=a100", "residency=0.25", f"trace.path={folder / 'r.safetensors'}", "compare=none", "twin=true")
+    trace = f"trace.path={folder / 'r.safetensors'}"
+    told = ("+hardware=a100", "residency=0.25", trace, "compare=none", "count_redundant=true")
     single = job(*told, "+policy=adaptive")
     kept = [json.loads(path.read_text()) for path in (folder / "out" / "cells").glob("*.json")]
     (cell,) = (one for one in kept if one["prefetch"]["redundant"] is not None)

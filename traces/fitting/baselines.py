@@ -37,7 +37,7 @@ BOOSTING = {"max_iter": 60, "max_leaf_nodes": 15, "learning_rate": 0.15, "early_
 HIDDEN = 16
 
 
-class Rival(Protocol):
+class Baseline(Protocol):
     """A fitted predictor. Blocks come in trace order, so it may keep what it has seen from one to the next."""
 
     num_bytes: int
@@ -48,7 +48,7 @@ class Rival(Protocol):
 
 @dataclass
 class Training:
-    """What rivals are fitted to: a trace, distances 1 … D, a seed, and files of predictors fitted before, by kind."""
+    """What baselines are fitted to: a trace, distances 1 … D, a seed, and files of predictors fitted before."""
 
     trace: Trace
     distances: int
@@ -172,7 +172,7 @@ class Calibrated:
         return calibrated
 
 
-class ForestRival:
+class ForestBaseline:
     """The forest as it runs: from a file, or fitted with its defaults."""
 
     def __init__(self, training: Training) -> None:
@@ -192,7 +192,7 @@ class ForestRival:
         return np.stack([self.forest.scores(row, layer + distance, distance) for row in rows]) / SCORE_ONE
 
 
-class NetworkRival:
+class NetworkBaseline:
     """The history network as it runs: from a file, or fitted with its defaults; on a pre-gate if fitted to one."""
 
     def __init__(self, training: Training) -> None:
@@ -368,13 +368,13 @@ class Perceptron(Pointwise):
         return 4 * sum(int(array.size) for array in (*model.coefs_, *model.intercepts_))
 
 
-RIVALS: dict[str, Callable[[Training], Rival]] = {
+BASELINES: dict[str, Callable[[Training], Baseline]] = {
     "popularity": Popularity,
     "transition": lambda training: training.transitions,
     "pregate": Pregate,
     "calibrated": lambda training: training.calibrated,
-    "forest": ForestRival,
-    "hybrid": NetworkRival,
+    "forest": ForestBaseline,
+    "hybrid": NetworkBaseline,
     "ridge": Ridge,
     "logistic": Logistic,
     "boosting": Boosting,
