@@ -19,7 +19,7 @@ import numpy as np
 from traces.container import TraceError, fault
 from traces.files import replace_file
 from traces.fitting.accuracy import Accuracy, fit_decay
-from traces.fitting.baselines import BASELINES, ROUTING_ALONE, Baseline, NetworkRival, Training, has_pregate
+from traces.fitting.baselines import BASELINES, ROUTING_ALONE, Baseline, NetworkBaseline, Training, has_pregate
 from traces.fitting.packages import asked_for_by
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.reader import Trace, open_trace
@@ -146,7 +146,7 @@ def score(baselines: dict[str, Baseline], trace: Trace, distances: int) -> Rows:
 
 def microseconds(baseline: Baseline, trace: Trace) -> float:
     """Median time of one decision (one row, one layer, distance 1), features included, reading of the pre-gate not."""
-    if isinstance(baseline, NetworkRival):
+    if isinstance(baseline, NetworkBaseline):
         # Here it sees whole forwards; as it decides it is timed by python -m replay.bench_decide.
         return float("nan")
     block: RowBlock = next(row_blocks(trace, range(1), 1))
