@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from expertflow.evictions.belady import Belady
-from expertflow.forward import Forward
 from expertflow.future import NEVER, Future
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.orders.resident_first import ResidentFirst
@@ -46,7 +45,8 @@ class Clairvoyant(Policy):
 
     def __init__(self, future: Future, lookahead: int | None = None, max_wanted: int = 8,
                  max_events: int = 256) -> None:  # fmt: skip
-        super().__init__(OraclePredictor(), Unused(), TopK(), WatchedBelady(), ResidentFirst(), future)
+        self._watched = WatchedBelady()
+        super().__init__(OraclePredictor(), Unused(), TopK(), self._watched, ResidentFirst(), future)
         if lookahead is not None and lookahead < 1:
             raise ValueError(f"Clairvoyant lookahead={lookahead} must be at least 1, or null for all")
         self.window = lookahead if lookahead is not None else max_events
@@ -54,16 +54,13 @@ class Clairvoyant(Policy):
 
     def start(self, view: View) -> None:
         super().start(view)
+        self._spend(0)
         self._clean = -1
         """Every event up to here lacks nothing, so that a look ahead need not begin anew at each layer."""
 
-    def decides(self) -> bool:
-        return True
-
-    def decide(self, forward: Forward, layer: int) -> list[int]:
-        view, future, eviction = self.view, self.future, self.eviction
+    def decide(self, layer: int) -> list[int]:
+        view, future, eviction = self.view, self.future, self._watched
         assert future is not None
-        assert isinstance(eviction, WatchedBelady)
         residency, event = view.residency, view.event
         wants: dict[int, None] = {}
         clean = max(event, min(self._clean, eviction.disturbed - 1))

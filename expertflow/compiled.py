@@ -13,6 +13,11 @@ from typing import Any
 import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import numpy as np
 
+from expertflow.forest import LEAF_ONE
+from expertflow.network import LOG_STEPS, LOG_UNIT, RECENT, STATE_BITS, TOP, UNIT
+from expertflow.units import SCORE_ONE
+from expertflow.view import ABSENT, RESIDENT
+
 
 def _compile(types: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function for `types` now, and keep the result beside the source or in the user's cache folder."""
@@ -27,10 +32,18 @@ def _compile(types: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-# Constants of `network`, as the compiler must see them: RECENT, UNIT, TOP, LOG_UNIT, STATE_BITS, UNIT / LOG_STEPS.
-_RECENT_KEPT, _RECENT_BITS, _UNIT_BITS, _TOP, _LOG_BITS, _STATE_BITS, _STEP_BITS = 11, 4, 16, 127, 6, 8, 6
-# States of an expert, of `view`.
-_ABSENT, _RESIDENT = 0, 2
+def _bits(power: int) -> int:
+    """log2 of a power of two: what divides here is shifted."""
+    if power < 1 or power & (power - 1):
+        raise AssertionError(f"{power} is no power of two")
+    return power.bit_length() - 1
+
+
+# The compiler takes module level numbers for constants. It keeps what it has made by this file's date: who changes one
+# of those that are imported changes this file too.
+_RECENT_KEPT, _RECENT_BITS = RECENT[0], _bits(RECENT[1])
+_UNIT_BITS, _LOG_BITS, _STEP_BITS = _bits(UNIT), _bits(LOG_UNIT), _bits(UNIT // LOG_STEPS)
+_SCORE_PER_LEAF = SCORE_ONE // LEAF_ONE
 # Types of what `_find` takes first: activations, a network, its features, a pre-gate, two tables.
 _NETWORK = ("i4[::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], "
             "i4[:,:,::1], f8[:,:,::1], f4[:,:], i4[::1], i4[::1]")  # fmt: skip
@@ -60,7 +73,7 @@ def learn(tables, rank_weights, keys, place, sums, used, table_bits, hidden):
         sums[column] += made[column]
     for column in range(width):
         total = (sums[column] + sums[width + column] + place[column]) >> table_bits
-        hidden[column] = min(max(total, 0), _TOP)
+        hidden[column] = min(max(total, 0), TOP)
 
 
 @_compile("void(i4[::1], i1[:,::1], i8[::1], i4[::1])")
@@ -102,7 +115,7 @@ def _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_w
     _multiply(hidden, mix[target], active, mixed)
     for row in range(len(mixed)):
         scaled = (np.int64(mixed[row] + mix_bias[ahead, target, row]) * mix_scale[target, row]) >> _UNIT_BITS
-        mixed[row] = min(max(scaled, 0), _TOP)
+        mixed[row] = min(max(scaled, 0), TOP)
     _multiply(mixed, out[target], active, odds)
     for expert in range(num_experts):
         remembered = np.int64(0)
@@ -201,10 +214,10 @@ def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mi
         num_selected += count
         num_there = 0
         for key in begin + order[:count]:
-            if residency[key] == _ABSENT:
+            if residency[key] == ABSENT:
                 wants[num_wants] = key
                 num_wants += 1
-            num_there += residency[key] == _RESIDENT
+            num_there += residency[key] == RESIDENT
         overfetched |= ahead == 1 and count > 0 and num_there == count
     return num_wants, reach, num_selected, overfetched
 
@@ -216,7 +229,7 @@ def settle(soon, worth, bar, held, residency, keys, first, num_experts, used):
         worth[key] = soon[key]
     for key in keys:
         worth[key] = max(worth[key], used)
-        if residency[key] == _RESIDENT:
+        if residency[key] == RESIDENT:
             bar[key] = 0
     for key in range(first, first + num_experts):
         held[key] = worth[key] | bar[key]
@@ -233,7 +246,7 @@ def close(states, use, used, sums, rates, own_rates, logs, place, table_bits, fe
     num_rates, width = states.shape
     for rate in range(num_rates):
         for column in range(width):
-            new = float(sums[(2 + rate) * width + column] << _STATE_BITS)
+            new = float(sums[(2 + rate) * width + column] << STATE_BITS)
             old = states[rate, column]
             states[rate, column] = old + np.floor((new - old) * rates[rate] / unit)
     num_keys = len(used)
@@ -249,8 +262,8 @@ def close(states, use, used, sums, rates, own_rates, logs, place, table_bits, fe
         total = np.int64(0)
         for rate in range(num_rates):
             total += np.int64(states[rate, column])
-        total = ((total >> _STATE_BITS) + place[column]) >> table_bits
-        hidden[column] = min(max(total, 0), _TOP)
+        total = ((total >> STATE_BITS) + place[column]) >> table_bits
+        hidden[column] = min(max(total, 0), TOP)
 
 
 @_compile("void(i4[::1], i1[:,::1], i8[::1], i8[::1], i8[:,::1], f8[:,::1], i4[::1], i8[::1])")
@@ -281,6 +294,6 @@ def evaluate_forest(nodes, roots, leaves, table, features, out):
             total[expert] += leaf[expert]
     for expert in range(num_experts):
         chance = min(max(features[expert], 0), table.shape[0] - 1)
-        # 512 is SCORE_ONE / LEAF_ONE. A floor division of whole numbers is the same on every machine.
-        score = table[chance] + (total[expert] * 512) // len(roots)
-        out[expert] = min(max(score, 0), 65536)
+        # A floor division of whole numbers is the same on every machine.
+        score = table[chance] + (total[expert] * _SCORE_PER_LEAF) // len(roots)
+        out[expert] = min(max(score, 0), SCORE_ONE)

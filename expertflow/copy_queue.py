@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from expertflow.counters import Counters
 from expertflow.machine import Chunk, Machine
-from expertflow.parts import DEMAND, PREFETCH, Eviction
+from expertflow.parts import DEMAND, PREFETCH
 from expertflow.slots import Slots
-from expertflow.view import ABSENT, LOADING, RESIDENT, View
+from expertflow.view import ABSENT, LOADING, RESIDENT, Progress
 
 
 class Load:
@@ -32,45 +33,98 @@ class Load:
         self.issued = 0
 
 
+class SlotHooks(NamedTuple):
+    """Who is asked for room, and who hears of slots that are taken and given up (`expertflow.parts.Eviction`, `Part`).
+
+    The victim may be None: that refuses a prefetch, never a demand for good.
+    """
+
+    victim: Callable[[int, int], int | None]
+    admitted: Callable[[int, int], None]
+    evicted: Sequence[Callable[[int, bool], None]]
+    landed: Sequence[Callable[[int], None]]
+
+
 class CopyQueue:
     """Decides which chunk goes next, makes room for it and keeps the account of every load.
 
-    The eviction part is asked for a victim; it may refuse a prefetch, never a demand for good.
-    launched: (mark, keys) of the kernels launched in the current layer, kept by the runtime.
-    fresh[key] = 1 while a prefetched expert has not been demanded.
+    Its fields are its own: others read `has_work`, `wanted` (prefetches not yet issued, best last), `demand` (loads
+    whose experts are waited for), `flight` (loads by chunk on the link), `loading` (loads by key), `landed_ns` [N]
+    (device time at which the last load of each key ended), `num_loads` and `num_fresh` (prefetched experts that were
+    neither demanded nor evicted yet).
     """
 
-    def __init__(self, machine: Machine, slots: Slots, view: View, counters: Counters,
-                 chunk_bytes: Sequence[int], depth: int, eviction: Eviction,
-                 evicted_listeners: Sequence[Callable[[int, bool], None]]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        machine: Machine,
+        slots: Slots,
+        progress: Progress,
+        counters: Counters,
+        chunk_bytes: Sequence[int],
+        depth: int,
+        hooks: SlotHooks,
+    ) -> None:
         if depth < 1:
             raise ValueError(f"channel_depth={depth} must be at least 1")
-        self.machine = machine
+        self._copy = machine.copy
         self.slots = slots
         self.state = slots.state
-        self.view = view
+        self.progress = progress
         self.counters = counters
         self.chunk_bytes = chunk_bytes
         self.num_chunks = len(chunk_bytes)
         self.depth = depth
-        self.eviction = eviction
-        self.evicted_listeners = evicted_listeners
-        self.launched: list[tuple[int, Sequence[int]]] = []
+        self._victim, self._admitted, self._evicted_listeners, self._landed_listeners = hooks
+        self._launched: list[tuple[int, Sequence[int]]] = []
+        """(mark, keys) of the kernels launched in the current layer."""
         self.has_work = False
         """Whether anything waits to be issued: then the runtime wakes at the next chunk's end."""
         self.demand: deque[Load] = deque()
         self.started: Load | None = None
         self.wanted: list[int] = []
-        """Prefetches not yet issued, best last."""
         self.flight: deque[Load] = deque()
         self.loading: dict[int, Load] = {}
         self.fresh = bytearray(len(slots.state))
+        """1 while a prefetched expert has not been demanded, by key."""
         self.num_fresh = 0
         self.num_loads = 0
         self.streamed_event = -1
         self.landed_ns = [0] * len(slots.state)
-        """Device time at which the last load of each key ended."""
-        self.landed_listeners: list[Callable[[int], None]] = []
+
+    # -- what the runtime tells ------------------------------------------------------------------------------
+
+    def begin_layer(self, keys: Sequence[int]) -> None:
+        """A layer that demands `keys` begins: book the prefetches among them as used, in time or late."""
+        self._launched = []
+        if not self.num_fresh:
+            return
+        fresh, counters = self.fresh, self.counters
+        for key in keys:
+            if fresh[key]:
+                fresh[key] = 0
+                self.num_fresh -= 1
+                self.progress.num_used += 1
+                if self.state[key] == RESIDENT:
+                    counters.prefetch_useful += 1
+                else:
+                    counters.prefetch_late += 1
+
+    def launched(self, mark: int, keys: Sequence[int]) -> None:
+        """The kernels of `mark` read the slots of `keys`."""
+        self._launched.append((mark, keys))
+
+    @property
+    def last_reader(self) -> int:
+        """Mark of the kernels that were launched last in this layer; 0 = none are yet."""
+        return self._launched[-1][0] if self._launched else 0
+
+    def leave_out(self, before: Counters) -> None:
+        """A warm-up ends, whose counters are `before`: what it has prefetched and not used yet, or wants, counts as the
+        measured part's, as its slots do."""
+        before.prefetch_issued -= self.num_fresh
+        before.prefetch_requested -= self.num_fresh + len(self.wanted)
+
+    # -- issuing ---------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Issue chunks up to the depth."""
@@ -81,7 +135,7 @@ class CopyQueue:
                 break
             chunk = load.issued
             num_bytes = self.chunk_bytes[chunk]
-            self.machine.copy(load.id, chunk, load.key, load.slot, num_bytes, 0 if chunk else load.after)
+            self._copy(load.id, chunk, load.key, load.slot, num_bytes, 0 if chunk else load.after)
             if load.cause == DEMAND:
                 counters.demand_bytes += num_bytes
             else:
@@ -125,7 +179,7 @@ class CopyQueue:
         free = slots.free[key // slots.span]
         num_kept = slots.num_staging if load.cause == PREFETCH else 0
         if len(free) <= num_kept:
-            victim = self.eviction.victim(key, load.cause)
+            victim = self._victim(key, load.cause)
             if victim is None and load.cause == DEMAND:
                 victim = self._stream_victim(load)
             if victim is None:
@@ -137,15 +191,15 @@ class CopyQueue:
         if slots.reader[slot] > load.after:
             load.after = slots.reader[slot]
         self.loading[key] = load
-        self.eviction.admitted(key, load.cause)
+        self._admitted(key, load.cause)
         return True
 
     def evict(self, key: int) -> None:
         """`key` loses its slot now; a kernel of this layer that may still read it hands on its mark."""
         slots, counters = self.slots, self.counters
         reader = 0
-        if self.launched and key // slots.num_experts == self.view.layer:
-            for mark, keys in self.launched:
+        if self._launched and key // slots.num_experts == self.progress.layer:
+            for mark, keys in self._launched:
                 if key in keys:
                     reader = mark
         if self.state[key] != RESIDENT:
@@ -162,22 +216,22 @@ class CopyQueue:
             self.num_fresh -= 1
             counters.prefetch_evicted_unused += 1
         counters.num_evictions += 1
-        for heard in self.evicted_listeners:
+        for heard in self._evicted_listeners:
             heard(key, unused)
 
     def _stream_victim(self, load: Load) -> int | None:
         """More demand than slots: experts of this layer whose kernel is launched may give way after all."""
-        view = self.view
-        launched = {key for _, keys in self.launched for key in keys}
+        progress = self.progress
+        launched = {key for _, keys in self._launched for key in keys}
         if not launched:
             return None
-        if self.streamed_event != view.event:
-            self.streamed_event = view.event
+        if self.streamed_event != progress.event:
+            self.streamed_event = progress.event
             self.counters.num_streamed_layers += 1
-        pinned = view.pinned
-        view.pinned = set(pinned) - launched
-        victim = self.eviction.victim(load.key, load.cause)
-        view.pinned = pinned
+        pinned = progress.pinned
+        progress.pinned = set(pinned) - launched
+        victim = self._victim(load.key, load.cause)
+        progress.pinned = pinned
         return victim
 
     def _leave(self, load: Load) -> None:
@@ -190,19 +244,19 @@ class CopyQueue:
     def retire(self, chunks: Sequence[Chunk]) -> None:
         """Take note of chunks that have ended, in stream order."""
         last = self.num_chunks - 1
-        view = self.view
+        progress = self.progress
         for load_id, chunk, start_ns, end_ns in chunks:
             load = self.flight.popleft()
             if load.id != load_id:
                 raise AssertionError(f"copy stream out of order: load {load_id} ended, {load.id} was due")
-            view.link_busy_ns += end_ns - start_ns
-            view.link_bytes += self.chunk_bytes[chunk]
+            progress.link_busy_ns += end_ns - start_ns
+            progress.link_bytes += self.chunk_bytes[chunk]
             if chunk == last:
                 key = load.key
                 self.landed_ns[key] = end_ns
                 self.state[key] = RESIDENT
                 del self.loading[key]
-                for heard in self.landed_listeners:
+                for heard in self._landed_listeners:
                     heard(key)
 
     def want(self, keys: Sequence[int]) -> None:
@@ -238,8 +292,10 @@ class CopyQueue:
             self.demand.append(Load(key, DEMAND))
         self.has_work = bool(self.demand or self.wanted) or self.started is not None
 
-    def demand_load(self, load: Load) -> None:
-        """Queue one load behind the demand that is there."""
+    def demand_after(self, key: int, after: int) -> None:
+        """Queue the load of `key`, to start no sooner than the end of mark `after`, behind the demand that is there."""
+        load = Load(key, DEMAND)
+        load.after = after
         self.demand.append(load)
         self.has_work = True
 

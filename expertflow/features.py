@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.diversity import embedding_distance
-from expertflow.forward import Forward
+from expertflow.forward import KnownForward
 
 Ints = npt.NDArray[np.int64]
 Small = npt.NDArray[np.int16]
@@ -90,7 +90,7 @@ class ForwardFeatures:
         self._hashes, self._numbers = self.vector[-NUM_HASHES - 4 : -4], self.vector[-4:]
         self._num_known = num_layers
 
-    def begin(self, forward: Forward) -> None:
+    def begin(self, forward: KnownForward) -> None:
         """A forward begins: what is known of its tokens."""
         before = self._shares[self.L * self.E :].copy()
         self._shares[:] = 0
@@ -108,7 +108,7 @@ class ForwardFeatures:
         self._numbers[0] = min(round(spread), _LARGEST)
         self._numbers[1] = min(k, _LARGEST)
 
-    def know(self, forward: Forward, layer: int) -> None:
+    def know(self, forward: KnownForward, layer: int) -> None:
         """The routing of the layers up to `layer` has become known."""
         while self._num_known <= layer:
             at, k = self._num_known, forward.num_tokens
@@ -119,7 +119,7 @@ class ForwardFeatures:
                 self._shares[first + key] = SHARE_ONE if counts is None else SHARE_ONE * counts[key] // k
             self._num_known += 1
 
-    def pregate(self, forward: Forward, layer: int, distance: int) -> Chances | None:
+    def pregate(self, forward: KnownForward, layer: int, distance: int) -> Chances | None:
         """The recorded pre-gate's chance [E] that any row picks an expert; None where nothing is recorded."""
         if forward.recorded is None or layer + distance >= self.L:
             return None

@@ -20,7 +20,6 @@ Arrays = Mapping[str, npt.NDArray[np.generic]]
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
 
-SCORE_ONE = 1 << 16
 LEAF_ONE = 1 << 7
 """Leaves are int8 in units of 1/128."""
 KNOTS = np.array([0, 1, 2, 4, 8, 16, *range(32, 128, 16), *range(128, 512, 32), *range(512, 1024, 64),

@@ -5,9 +5,10 @@ Knows nothing of files: `traces.batching` builds these from a recorded trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,3 +59,148 @@ class Forward:
     def num_tokens(self) -> int:
         """Token rows in this forward."""
         return len(self.rows)
+
+
+class KnownForward(Protocol):
+    """A forward as the parts of a policy see it: its tokens from the begin, the routing as it becomes known.
+
+    Fields as in `Forward`. demands, issue_order and counts hold the layers whose routing has been read, and no more;
+    recorded answers for the forward's own rows and for those layers.
+    """
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def rows(self) -> Sequence[int]: ...
+    @property
+    def requests(self) -> Sequence[int]: ...
+    @property
+    def kv_lens(self) -> Sequence[int]: ...
+    @property
+    def demands(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def issue_order(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def counts(self) -> Sequence[Mapping[int, int]] | None: ...
+    @property
+    def requests_started(self) -> Sequence[int]: ...
+    @property
+    def requests_ended(self) -> Sequence[int]: ...
+    @property
+    def emits_token(self) -> bool: ...
+    @property
+    def recorded(self) -> Recorded | None: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
+class Unveiling:
+    """One forward on its way to the parts of a policy: `known` is what they are given, `reveal` shows a layer more."""
+
+    __slots__ = ("_forward", "known")
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self.known: KnownForward = _Known(forward)
+
+    def reveal(self, layer: int) -> None:
+        """The routing of `layer`, the next one, has been read."""
+        forward, known = self._forward, self.known
+        keys = forward.demands[layer]
+        shown = tuple(keys)
+        order = forward.issue_order[layer]
+        _set_demands(known, (*known.demands, shown))
+        _set_order(known, (*known.issue_order, shown if order is keys else tuple(order)))
+        if known.counts is not None and forward.counts is not None:
+            _set_counts(known, (*known.counts, MappingProxyType(forward.counts[layer])))
+
+
+class _Known:
+    """Implements `KnownForward`. Its fields cannot be set."""
+
+    __slots__ = (
+        "counts",
+        "demands",
+        "emits_token",
+        "index",
+        "issue_order",
+        "kv_lens",
+        "num_tokens",
+        "phase",
+        "recorded",
+        "requests",
+        "requests_ended",
+        "requests_started",
+        "rows",
+    )
+
+    index: int
+    phase: str
+    rows: Sequence[int]
+    requests: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    demands: tuple[tuple[int, ...], ...]
+    issue_order: tuple[tuple[int, ...], ...]
+    counts: tuple[Mapping[int, int], ...] | None
+    requests_started: tuple[int, ...]
+    requests_ended: tuple[int, ...]
+    emits_token: bool
+    recorded: Recorded | None
+    num_tokens: int
+
+    def __init__(self, forward: Forward) -> None:
+        keep = object.__setattr__
+        for name in ("index", "phase", "requests", "kv_lens", "requests_started", "requests_ended", "emits_token"):
+            keep(self, name, getattr(forward, name))
+        rows = forward.rows if isinstance(forward.rows, range) else tuple(forward.rows)
+        keep(self, "rows", rows)
+        keep(self, "num_tokens", len(rows))
+        keep(self, "demands", ())
+        keep(self, "issue_order", ())
+        keep(self, "counts", None if forward.counts is None else ())
+        keep(self, "recorded", None if forward.recorded is None else _KnownRecorded(forward.recorded, self))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"forward.{name} cannot be set: a forward is given to be read")
+
+
+# Past `__setattr__`: for `Unveiling` alone.
+_set_demands = vars(_Known)["demands"].__set__
+_set_order = vars(_Known)["issue_order"].__set__
+_set_counts = vars(_Known)["counts"].__set__
+
+
+class _KnownRecorded:
+    """Implements `Recorded`: of the forward's own rows, and of layers whose routing is known. ValueError else."""
+
+    __slots__ = ("_forward", "_recorded", "_rows")
+
+    def __init__(self, recorded: Recorded, forward: _Known) -> None:
+        self._recorded, self._forward = recorded, forward
+        self._rows = frozenset(forward.rows)
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        if rows is not self._forward.rows and not self._rows.issuperset(rows):
+            raise ValueError(
+                f"forward {self._forward.index} was asked for recorded values of rows {list(rows)[:8]}, which are not "
+                "all its own"
+            )
+
+    def lookahead(self, rows: Sequence[int], layer: int) -> npt.NDArray[np.float32] | None:
+        self._check_rows(rows)
+        if not 0 <= layer < len(self._forward.demands):
+            raise ValueError(
+                f"forward {self._forward.index} was asked for the pre-gate recorded at layer {layer}, whose routing is "
+                "not known yet"
+            )
+        return self._recorded.lookahead(rows, layer)
+
+    def embedding(self, rows: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        self._check_rows(rows)
+        return self._recorded.embedding(rows)
+
+    def token_ids(self, rows: Sequence[int]) -> npt.NDArray[Any] | None:
+        self._check_rows(rows)
+        return self._recorded.token_ids(rows)

@@ -49,8 +49,9 @@ class Machine(Protocol):
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         """Enqueue one host-to-device chunk; it starts no earlier than the end of mark `after`."""
 
-    def decided(self, wants: Sequence[int]) -> None:
+    def decided(self, wants: Sequence[int], effort: float) -> None:
         """The policy has just decided on `wants`: a simulated host is charged for it, a real one has spent it.
 
-        Not called where the policy had nothing to decide.
+        effort: host time of the decision, in multiples of one that looks rows up in a table (`parts.Effort`). Not
+        called where the policy had nothing to decide.
         """

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.units import NAT, SCORE_ONE
+
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -37,9 +39,7 @@ RECENT = (11, 16)
 """What the sum over recent layers keeps from one layer to the next."""
 TOP = 127
 """Largest activation."""
-NAT = 1024
-"""Log-odds are integers in units of 1/1024 nat."""
-UNIT = 1 << 16
+UNIT = SCORE_ONE
 """One, in the units of chances and of remembered use."""
 LOG_STEPS = 1024
 LOG_UNIT = 64

@@ -1,18 +1,19 @@
-"""The five questions a policy answers, one small class each.
+"""The six questions a policy answers, one small class each. The whole contract is told in docs/contract.md.
 
 A part hears what happens (the hooks of `Part`), answers one question, and acts on nothing: the runtime acts.
-It has no clock, no I/O, no module state; randomness comes from the generator it is given. A hook that a part
-does not override costs nothing. A public method outside the contract is refused when the class is made, so
-that a misspelt hook cannot be silently ignored.
+It has no clock, no I/O, no module state; randomness comes from the generator it is given. It reads its view and the
+forward and writes to neither; what one part knows reaches another only as a value that it returns and the policy hands
+on. A hook that a part does not override costs nothing. A public method outside the contract is refused when the class
+is made, so that a misspelt hook cannot be silently ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
-from expertflow.forward import Forward
+from expertflow.forward import Forward, KnownForward
 from expertflow.view import Feedback, View
 
 if TYPE_CHECKING:
@@ -25,21 +26,39 @@ if TYPE_CHECKING:
 
 DEMAND = 0
 PREFETCH = 1
-SCORE_ONE = 1 << 16
-"""Scores are integers in units of 2^-16, so that a log made elsewhere sorts the same."""
-
-Scores = tuple[Sequence[int], Sequence[int]]
-"""(expert keys best first, their scores in 2^-16; ties by key)."""
 
 
-Step = tuple[list[int], int, int, bool]
-"""A decision made at once: the wants; how many keys were selected, in how many layers; `Horizon.overfetched`."""
+class Prediction(NamedTuple):
+    """What a predictor says of one layer.
+
+    keys: experts, best first, ties by key. scores: theirs, in 2^-16. chances [num_experts]: of every expert of the
+    layer, by expert, in 2^-16, where the predictor knows more than `scores` says; else None. The array is overwritten
+    by the next prediction.
+    """
+
+    keys: Sequence[int]
+    scores: Sequence[int]
+    chances: Ints | None = None
+
+
+class Step(NamedTuple):
+    """A decision made at once (`Predictor.step`).
+
+    wants: as of `Policy.decide`. num_selected: keys that were selected, in num_layers layers. overfetched: as
+    `Horizon.overfetched` is told.
+    """
+
+    wants: list[int]
+    num_selected: int
+    num_layers: int
+    overfetched: bool
 
 
 class Worths(NamedTuple):
     """What a prediction changes in an eviction that keeps arrays [num_layers * num_experts], by key.
 
-    For each expert of a predicted layer: worth = max(soon, chance), held = worth | bar. chance: as `view.chances`.
+    For each expert of a predicted layer: chance becomes its chance in 2^-16, worth = max(soon, chance),
+    held = worth | bar.
     """
 
     soon: Ints
@@ -47,6 +66,23 @@ class Worths(NamedTuple):
     worth: Ints
     bar: Ints
     held: Ints
+
+
+class Placing(NamedTuple):
+    """A layer that was classified, for `Place`: keys that are resident, in flight and missing, in touch order (missing:
+    in the order of issue). Fields may be added at the end: what a copy and the host would cost are to come."""
+
+    layer: int
+    resident: Sequence[int]
+    in_flight: Sequence[int]
+    missing: Sequence[int]
+
+
+class Announced(Protocol):
+    """Takes forwards before they run; see `Predictor.announced`."""
+
+    def prepare(self, forwards: Sequence[Forward]) -> None:
+        """The next forwards, in order, with all their routing."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +109,15 @@ class Part:
     """Hooks every part may override, in the order in which they are heard."""
 
     uses_future: ClassVar[bool] = False
+    """True: it reads ahead in the trace, and the result is a reference."""
+    at_once: ClassVar[bool] = False
+    """True: this very class also answers by arrays (`Predictor.step`, `Selection.thresholds`, `Eviction.worths`), so
+    that a whole decision is taken in one call. Not inherited: a class that derives may answer something else, and is
+    asked in the ordinary way unless it says so itself."""
 
     def __init_subclass__(cls) -> None:
+        if "at_once" not in vars(cls):
+            cls.at_once = False
         known = {name for base in cls.__mro__[1:] for name in vars(base)}
         for name, value in vars(cls).items():
             if not name.startswith("_") and callable(value) and name not in known and not cls._is_contract():
@@ -91,16 +134,10 @@ class Part:
     def start(self, view: View, future: Future | None) -> None:
         """Once, before the first forward. `future` is given only if `uses_future`."""
 
-    def prepare(self, forwards: Sequence[Forward]) -> None:
-        """Optional: the next forwards, so that answers independent of timing may be computed in a block.
-
-        What a part answers must be the same, bit for bit, as without this call.
-        """
-
-    def begin_forward(self, forward: Forward) -> None:
+    def begin_forward(self, forward: KnownForward) -> None:
         """Before anything of `forward` runs: requests, phase, tokens are known, routing is not."""
 
-    def routed(self, forward: Forward, layer: int) -> None:
+    def routed(self, forward: KnownForward, layer: int) -> None:
         """The routing of (forward, layer) has become known."""
 
     def feedback(self, feedback: Feedback) -> None:
@@ -115,32 +152,52 @@ class Part:
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:
         """All kernels of the layer are launched; `keys` are its demand."""
 
-    def end_forward(self, forward: Forward) -> None:
+    def end_forward(self, forward: KnownForward) -> None:
         """The tokens of `forward` have been read back."""
 
 
 class Predictor(Part):
     """How likely is each expert of the layer `distance` layers ahead?"""
 
+    predicts: ClassVar[bool] = True
+    """False: it never does, and the policy neither decides nor prefetches."""
+    needs_pregate: ClassVar[bool] = False
+    """True: it says nothing of a trace that holds no recorded pre-gate."""
+    fitted_kind: ClassVar[str] = ""
+    """Which kind of fitted file its argument `fitted` takes; empty: it has none."""
     refreshes: bool = False
     """True: nearer predictions replace those made farther away for the same layer."""
     effort: Effort = Effort()
     """Of a policy's decision with this predictor, unless the policy says otherwise."""
     effort_at_once: Effort | None = None
-    """The same where the parts say that the predictor decides at once (see `step`); None: no less."""
+    """The same where all parts are `at_once` (see `step`); None: no less."""
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         """Scores for layer `layer + distance`, past the last layer the next forward's first; None = no idea."""
         raise NotImplementedError
 
-    # A decision at once, in place of predict, select and predicted for each distance. It is taken only where the three
-    # parts say so in their very class: one that inherits may do something else, and is asked in the ordinary way.
+    def forecast(self) -> Ints | None:
+        """Chances [num_layers * num_experts] in 2^-16 of each expert's use in the next forwards, nearer ones weighing
+        more; None where it knows nothing of the kind. Asked when all parts have started and after each forward, if the
+        eviction hears `foreseen`."""
+        return None
+
+    def announced(self) -> Announced | None:
+        """What takes forwards before they run, to score them in blocks; None, as for all but ours: nothing does.
+
+        It is shown routing that is not known yet, so it is no part of the contract that others may rely on: what the
+        predictor answers must be the same, bit for bit, as without, and a test holds each of ours against that.
+        """
+        return None
+
+    # A decision at once, in place of predict, select and predicted for each distance: where predictor, selection and
+    # eviction are all `at_once`.
 
     def fuse(self, thresholds: Ints, worths: Worths) -> bool:
         """Whether `step` can decide by `Selection.thresholds` and `Eviction.worths`; once, when all parts started."""
         return False
 
-    def step(self, forward: Forward, layer: int, reach: int) -> Step | None:
+    def step(self, forward: KnownForward, layer: int, reach: int) -> Step | None:
         """The decision for distances 1 … reach, to the same integers as by asking the parts; None = ask them."""
         return None
 
@@ -153,7 +210,7 @@ class Horizon(Part):
 
     def distances(self) -> Sequence[int]:
         """Distances in layers, ascending, each in 1 … num_layers - 1; none: at this layer nothing is decided, and the
-        host spends no time on it."""
+        host spends no time on it. Asked once a layer."""
         raise NotImplementedError
 
     def overfetched(self) -> None:
@@ -163,21 +220,14 @@ class Horizon(Part):
 class Selection(Part):
     """Which of the predicted experts are wanted, best first?"""
 
-    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
         """A prefix (or a subset, best first) of the scored keys."""
-        raise NotImplementedError
-
-    def mean_selected(self) -> float:
-        """Mean number of experts selected per predicted layer in the last forward (N_e); 0 = not known."""
         raise NotImplementedError
 
     def thresholds(self) -> Ints | None:
         """Least score that is wanted, by distance [num_layers + 1], always up to date, where `select` does nothing but
-        compare with it; None = ask `select`. See `Predictor.step`."""
+        compare with it; None = ask `select`. For a selection `at_once`."""
         return None
-
-    def selected(self, num_keys: int, num_layers: int) -> None:
-        """`Predictor.step` has selected so many keys in so many layers by `thresholds`."""
 
 
 class Eviction(Part):
@@ -201,12 +251,16 @@ class Eviction(Part):
         """
         raise NotImplementedError
 
-    def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
-        """`keys` of `layer` were selected for the window (resident ones included); `scores` is what was predicted."""
+    def foreseen(self, forecast: Ints) -> None:
+        """What the predictor expects of the next forwards (`Predictor.forecast`), as long as it says anything; heard
+        when all parts have started, and after each forward. The array is the hearer's to keep."""
+
+    def predicted(self, keys: Sequence[int], layer: int, prediction: Prediction) -> None:
+        """`keys` of `layer` were selected for the window (resident ones included), of what was predicted."""
 
     def worths(self) -> Worths | None:
-        """The arrays that `predicted` changes, if it does nothing but what `Worths` says; None = tell `predicted`. See
-        `Predictor.step`."""
+        """The arrays that `predicted` changes, if it does nothing but what `Worths` says; None = tell `predicted`. For
+        an eviction `at_once`."""
         return None
 
     def release(self, layer: int, keys: Sequence[int]) -> Iterable[int]:
@@ -223,3 +277,13 @@ class Order(Part):
     def arrange(self, keys: Sequence[int]) -> Sequence[int]:
         """Execution order of a layer's demanded experts (`keys` in touch order, which is the default)."""
         return keys
+
+
+class Place(Part):
+    """Where is each demanded expert computed? By default on the GPU, and only that answer exists yet."""
+
+    def on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
+        """Those of `placing.missing` that the host computes, where they lie; the others are copied and run on the GPU,
+        as what is resident or in flight does in any case. Asked once a layer, after it was classified, unless the class
+        leaves this method alone. No machine computes on the host yet: anything but none is refused."""
+        return ()

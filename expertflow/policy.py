@@ -1,4 +1,4 @@
-"""A policy: predictor, horizon, selection, eviction and order, composed.
+"""A policy: predictor, horizon, selection, eviction, order and place, composed.
 
 It asks the parts, the runtime acts. What it returns are values: the list of experts wanted, best first.
 """
@@ -8,38 +8,60 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from expertflow.forward import Forward
+from expertflow.answers import Answers, is_own
+from expertflow.forward import Forward, KnownForward, Unveiling
 from expertflow.future import Future
-from expertflow.parts import Effort, Eviction, Horizon, Order, Part, Predictor, Selection
-from expertflow.predictors.none import NoPredictor
+from expertflow.parts import Announced, Effort, Eviction, Horizon, Order, Part, Place, Placing, Predictor, Selection
+from expertflow.places.gpu import Gpu
 from expertflow.view import RESIDENT, Feedback, View
+
+_CONTRACT = (Part, Predictor, Horizon, Selection, Eviction, Order, Place)
 
 
 class Policy:
-    """Five parts and the window of layers that has been predicted.
+    """Six parts and the window of layers that has been predicted.
 
     At layer l the distances not predicted before are predicted (normally only the farthest), unless the
-    predictor refreshes. Nearer layers come first in the list of wants.
+    predictor refreshes. Nearer layers come first in the list of wants. place: None = everything on the GPU.
     """
 
-    def __init__(self, predictor: Predictor, horizon: Horizon, selection: Selection, eviction: Eviction,
-                 order: Order, future: Future | None = None, effort: Effort | None = None) -> None:  # fmt: skip
-        at_once = self._may_fuse(predictor, selection, eviction)
-        self.effort = effort or (at_once and predictor.effort_at_once) or predictor.effort
+    def __init__(
+        self,
+        predictor: Predictor,
+        horizon: Horizon,
+        selection: Selection,
+        eviction: Eviction,
+        order: Order,
+        future: Future | None = None,
+        effort: Effort | None = None,
+        place: Place | None = None,
+    ) -> None:
         self.predictor = predictor
         self.horizon = horizon
         self.selection = selection
         self.eviction = eviction
         self.order = order
-        self.parts: list[Part] = [predictor, horizon, selection, eviction, order]
+        self.place: Place = place or Gpu()
+        self.parts: list[Part] = [predictor, horizon, selection, eviction, order, self.place]
         self.future = future
-        self.prefetches = not isinstance(predictor, NoPredictor)
+        self.prefetches = predictor.predicts
+        self.places = self.overrides(self.place, "on_host")
+        """Whether the place is to be asked: whether it may answer anything but the GPU."""
         # Without prediction the horizon has nothing to look at: a model of one layer is then no error.
-        self.active = self.parts if self.prefetches else [predictor, selection, eviction, order]
+        self.active = [part for part in self.parts if self.prefetches or part is not horizon]
+        self._at_once = predictor.refreshes and all(part.at_once for part in (predictor, selection, eviction))
+        self.effort = effort or (self._at_once and predictor.effort_at_once) or predictor.effort
         self.reach_counts: list[int] = []
         """How many layer-steps looked this many layers ahead, by reach; 0: nothing was decided."""
+        self.distances: Sequence[int] = ()
+        """What the horizon answered last."""
+        self.num_expected = 0.0
+        """N_e: mean number of experts selected per predicted layer in the last forward that predicted any; 0 = not
+        known yet."""
         self.num_predicted = 0
         """How many layers the last decision predicted anew."""
+        self.decision_effort = 0.0
+        """What the last decision took (`Effort.of`)."""
         self.total_predicted = self.num_decisions = 0
         for part in self.parts:
             if part.uses_future and future is None:
@@ -52,8 +74,7 @@ class Policy:
 
     def overrides(self, part: Part, hook: str) -> bool:
         """Whether `part` answers `hook` itself."""
-        contract = (Part, Predictor, Horizon, Selection, Eviction, Order)
-        return not any(getattr(type(part), hook) is vars(base).get(hook) for base in contract)
+        return not any(getattr(type(part), hook) is vars(base).get(hook) for base in _CONTRACT)
 
     def listeners(self, hook: str) -> list[Callable[..., Any]]:
         """The parts' own methods for `hook`, in the order of the parts."""
@@ -63,55 +84,85 @@ class Policy:
         """Bind the parts to a run."""
         self.view = view
         self.reach_counts = [0] * (view.num_layers + 1)
+        self.num_expected = self.decision_effort = 0.0
         self.num_predicted = self.total_predicted = self.num_decisions = 0
+        self._num_selected = self._num_layers_selected = 0
+        self._efforts = [self.effort.of(layers) for layers in range(view.num_layers + 1)]
         self._window_event = [-1] * view.num_layers
         self._window_keys: list[Sequence[int]] = [()] * view.num_layers
         self._hears_predicted = self.overrides(self.eviction, "predicted")
         self._hears_overfetch = self.overrides(self.horizon, "overfetched")
-        # Bound once: `decide` runs at every layer.
-        self._refreshes, self._predict = self.predictor.refreshes, self.predictor.predict
-        self._select, self._distances = self.selection.select, self.horizon.distances
-        self._residency, self._num_layers, self._num_experts = view.residency, view.num_layers, view.num_experts
+        self._hears_forecast = self.overrides(self.eviction, "foreseen") and self.overrides(self.predictor, "forecast")
         self._begin_listeners = self.listeners("begin_forward")
+        self._routed_listeners = self.listeners("routed")
         self._end_listeners = self.listeners("end_forward")
         self._feedback_listeners = self.listeners("feedback")
+        self.hears_feedback = bool(self._feedback_listeners)
+        """Whether any part hears `feedback`."""
+        hear_of_forwards = self._begin_listeners or self._routed_listeners or self._end_listeners
+        self.follows = bool(self.prefetches or self.places or hear_of_forwards)
+        """Whether any part looks at forwards, which are then shown to it as their routing becomes known."""
         for part in self.active:
             part.start(view, self.future if part.uses_future else None)
+        self.answers = answers = Answers(
+            self.predictor,
+            self.horizon,
+            self.selection,
+            self.eviction,
+            self.order,
+            self.place,
+            view.num_layers,
+            view.num_experts,
+        )
+        # Bound once: `decide` runs at every layer.
+        self._refreshes, self._predict, self._step = self.predictor.refreshes, answers.predict, answers.step
+        self._select, self._distances = answers.select, answers.distances
+        self._residency, self._num_layers = view.residency, view.num_layers
+        self._hand_on_forecast()
         self._fused = self.prefetches and self._fuse()
-        self._step, self._selected = self.predictor.step, self.selection.selected
-
-    @staticmethod
-    def _may_fuse(predictor: Predictor, selection: Selection, eviction: Eviction) -> bool:
-        """Whether all three parts declare, in their very class, how the predictor decides at once."""
-        declared: tuple[tuple[Part, str], ...] = (
-            (predictor, "fuse"), (predictor, "step"), (selection, "thresholds"), (eviction, "worths")
-        )  # fmt: skip
-        return predictor.refreshes and all(hook in vars(type(part)) for part, hook in declared)
 
     def _fuse(self) -> bool:
         """Whether the predictor decides at once, now that all parts have started."""
-        predictor, selection, eviction = self.predictor, self.selection, self.eviction
-        if not self._may_fuse(predictor, selection, eviction):
+        if not self._at_once:
             return False
-        thresholds, worths = selection.thresholds(), eviction.worths()
-        return thresholds is not None and worths is not None and predictor.fuse(thresholds, worths)
+        thresholds, worths = self.selection.thresholds(), self.eviction.worths()
+        return thresholds is not None and worths is not None and self.predictor.fuse(thresholds, worths)
 
-    def prepare(self, forwards: Sequence[Forward]) -> None:
-        """Let the parts compute ahead what does not depend on timing."""
-        for heard in self.listeners("prepare"):
-            heard(forwards)
+    def _hand_on_forecast(self) -> None:
+        if self._hears_forecast:
+            forecast = self.answers.forecast()
+            if forecast is not None:
+                self.eviction.foreseen(forecast)
 
-    def begin_forward(self, forward: Forward) -> Sequence[int] | None:
-        """Before the forward runs; may return wants for its first layers (None = leave the queue as it is)."""
-        self.horizon.num_expected = self.selection.mean_selected()
-        for heard in self._begin_listeners:
-            heard(forward)
-        return None
+    def announced(self) -> Announced | None:
+        """Who takes forwards before they run, if anybody does (`Predictor.announced`): a predictor of ours alone."""
+        return self.predictor.announced() if is_own(self.predictor) else None
 
-    def end_forward(self, forward: Forward) -> None:
+    def begin_forward(self, forward: Forward) -> None:
+        """Before the forward runs."""
+        if self._num_layers_selected:
+            self.num_expected = self._num_selected / self._num_layers_selected
+            self._num_selected = self._num_layers_selected = 0
+        self.horizon.num_expected = self.num_expected
+        if self.follows:
+            self._unveiling = Unveiling(forward)
+            self.known: KnownForward = self._unveiling.known
+            """The forward that runs, as the parts see it."""
+            for heard in self._begin_listeners:
+                heard(self.known)
+
+    def routed(self, layer: int) -> None:
+        """The routing of `layer`, the next one of this forward, has been read; only needed if `follows`."""
+        self._unveiling.reveal(layer)
+        if self._routed_listeners:
+            for heard in self._routed_listeners:
+                heard(self.known, layer)
+
+    def end_forward(self) -> None:
         """After the tokens have been read back."""
         for heard in self._end_listeners:
-            heard(forward)
+            heard(self.known)
+        self._hand_on_forecast()
 
     def begin_measuring(self) -> None:
         """The warm-up is over."""
@@ -122,39 +173,50 @@ class Policy:
         for heard in self._feedback_listeners:
             heard(feedback)
 
+    def place_experts(
+        self, layer: int, resident: Sequence[int], in_flight: Sequence[int], missing: Sequence[int]
+    ) -> Sequence[int]:
+        """Those of `missing` that the host computes: none yet. Only needed if `places`."""
+        return self.answers.on_host(Placing(layer, resident, in_flight, missing), self.known)
+
     def mean_effort(self) -> float:
         """Of the decisions so far."""
         return self.effort.of(self.total_predicted / max(self.num_decisions, 1))
 
-    def decides(self) -> bool:
-        """Whether there is anything to decide at this layer: whether the horizon looks at any. If not, `decide` is not
-        called and nothing is charged; what was wanted before stays wanted."""
-        if self._distances():
-            return True
-        self.reach_counts[0] += 1
-        return False
+    def decide(self, layer: int) -> Sequence[int] | None:
+        """Experts wanted for the layers ahead, best first, without what is resident or on its way.
 
-    def decide(self, forward: Forward, layer: int) -> list[int]:
-        """Experts wanted for the layers ahead, best first, without what is resident or on its way."""
-        distances = self._distances()
-        reach = distances[-1] if distances else 0
+        None: the horizon looks at no layer, so that there is nothing to decide and nothing to charge; what was wanted
+        before stays wanted.
+        """
+        distances = self.distances = self._distances()
+        if not distances:
+            self.reach_counts[0] += 1
+            return None
+        reach = distances[-1]
         self.reach_counts[reach] += 1
         self.num_decisions += 1
-        if self._fused and reach == len(distances) and reach:
-            told = self._step(forward, layer, reach)
+        if self._fused and reach == len(distances):
+            told = self._step(self.known, layer, reach)
             if told is not None:
                 wants, num_selected, num_layers, overfetched = told
-                self._selected(num_selected, num_layers)
-                self.num_predicted = reach
-                self.total_predicted += reach
+                self._num_selected += num_selected
+                self._num_layers_selected += num_layers
+                self._spend(reach)
                 if overfetched and self._hears_overfetch:
                     self.horizon.overfetched()
                 return wants
-        return self._ask(forward, layer, distances)
+        return self._ask(layer, distances)
 
-    def _ask(self, forward: Forward, layer: int, distances: Sequence[int]) -> list[int]:
+    def _spend(self, num_predicted: int) -> None:
+        """A decision has predicted so many layers anew."""
+        self.num_predicted = num_predicted
+        self.total_predicted += num_predicted
+        self.decision_effort = self._efforts[num_predicted]
+
+    def _ask(self, layer: int, distances: Sequence[int]) -> list[int]:
         """`decide` by asking the parts, distance by distance."""
-        residency, num_layers, event = self._residency, self._num_layers, self.view.event
+        residency, num_layers, event, forward = self._residency, self._num_layers, self.view.event, self.known
         window_event, window_keys = self._window_event, self._window_keys
         wants: list[int] = []
         num_predicted = 0
@@ -163,23 +225,18 @@ class Policy:
             if window_event[target] == event + distance and not self._refreshes:
                 keys = window_keys[target]
             else:
-                scores = self._predict(forward, layer, distance)
+                prediction = self._predict(forward, layer, distance)
                 num_predicted += 1
-                if scores is None:
+                if prediction is None:
                     # No idea yet is no prediction: nearer by, there may be one.
                     continue
-                keys = self._select(scores, forward)
-                num_experts = self._num_experts
-                for key in keys:
-                    if key // num_experts != target:
-                        raise ValueError(
-                            f"{type(self.predictor).__name__} was asked for layer {target} and scored key {key}, which "
-                            "is of another; keys are layer * num_experts + expert"
-                        )
+                keys = self._select(prediction, forward)
+                self._num_selected += len(keys)
+                self._num_layers_selected += 1
                 window_event[target] = event + distance
                 window_keys[target] = keys
                 if self._hears_predicted:
-                    self.eviction.predicted(keys, target, scores)
+                    self.eviction.predicted(keys, target, prediction)
             num_wants = len(wants)
             for key in keys:
                 if not residency[key]:
@@ -188,6 +245,5 @@ class Policy:
                 continue
             if distance == 2 and self._hears_overfetch and keys and all(residency[key] == RESIDENT for key in keys):
                 self.horizon.overfetched()
-        self.num_predicted = num_predicted
-        self.total_predicted += num_predicted
+        self._spend(num_predicted)
         return wants

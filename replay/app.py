@@ -17,23 +17,23 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from expertflow.observer import Observer
-from replay.device import DeviceLostError
-from replay.log import LogWriter
-from replay.log_format import LOG_NAME, LogHeader
+from expertflow.policy import Policy
+from replay.lockstep.log import LogWriter
+from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import end
-from replay.rig import Needs, Rig
+from replay.machine.device import DeviceLostError
+from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import KEYS, Settings, as_found
 from sim.app import Recorders, relative
-from sim.configure import checked
-from sim.decided import Decided, asked, stands
-from sim.entry import as_command, as_job
-from sim.output import provenance, to_json, write_text
+from sim.job.beside import baselines, describe, run_asked, run_baselines
+from sim.job.configure import checked
+from sim.job.decided import Decided, asked, stands
+from sim.job.output import provenance, to_json, write_text
+from sim.job.report import print_line, print_report
+from sim.job.run_cli import as_job, run_cli
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.paths import CONF
-from sim.report import print_line, print_report
-from sim.run import baselines, describe
-from sim.setup import Workload, load_chunks, make_policy, make_workload, run_config
-from sim.twin import HitRecord, RedundancyCounter, without_prefetch
 
 WRONG = 1
 """Exit code of a run whose stamps were wrong."""
@@ -121,19 +121,19 @@ class Job:
         needs = _most([needs_of(work, policy, transfer)
                        for policy, transfer in [(self.policy, self.transfer), *beside.values()]])  # fmt: skip
         rig = Rig(device, work.model, needs, settings.host_memory_gb, self.transfer.memory == "pinned")
-        observers: list[Observer] = []
-        redundancy = None
-        if cfg["twin"]:
-            twin, record = make_policy(without_prefetch(cfg["policy"]), self.full, cfg["seed"])[0], HitRecord()
-            replay_policy(rig, work, twin, self.transfer, [record])
-            redundancy = RedundancyCounter(record, len(load_chunks(work)), work.warmup_forwards)
-            observers.append(redundancy)
+
+        def run(policy: Policy, transfer: Transfer, observers: Sequence[Observer]) -> dict[str, Any]:
+            return replay_policy(rig, work, policy, transfer, observers)[0]
+
+        def main_run(policy: Policy, transfer: Transfer, observers: Sequence[Observer]) -> dict[str, Any]:
+            return self._main_run(rig, observers)
+
         with Recorders(cfg, work, self.folder) as recorders:
-            metrics = self.head | self._main_run(rig, observers + recorders.observers)
-        if redundancy is not None:
-            metrics["prefetch"]["redundant"] = redundancy.num_redundant
-        metrics["compare"] = {name: replay_policy(rig, work, policy, transfer)[0]
-                              for name, (policy, transfer) in beside.items()} or None  # fmt: skip
+            asked_for = run_asked(
+                cfg, work, self.policy, self.transfer, run, recorders.observers, main=main_run, full=self.full
+            )
+        metrics = self.head | asked_for
+        metrics["compare"] = run_baselines(run) if beside else None
         metrics["bounds"] = None
         metrics["scale"] = settings.scale
         metrics["integrity"] = None if self.integrity is None else asdict(self.integrity)
@@ -210,4 +210,4 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def cli() -> int:
     """Entry point."""
-    return as_command(main)
+    return run_cli(main)

@@ -26,17 +26,17 @@ from typing import Any, NoReturn
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.network import compiled_functions
-from expertflow.parts import Eviction, Horizon, Order, Part, Predictor, Selection
+from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from replay.steady import steady
-from sim.configure import configure
-from sim.entry import as_command
-from sim.host_bound import machine_for
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, simulate
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from replay.gc_pause import gc_paused
+from sim.job.configure import configure
+from sim.job.run_cli import run_cli
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.machine.host_bound import machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, simulate
 
 BAR_P50_NS = 25_000
 BAR_P99_NS = 100_000
@@ -44,15 +44,20 @@ BAR_POLICY = "adaptive"
 BAR_REACH = 2
 BAR_BATCH = 1
 
-PARTS = ("predictor", "horizon", "selection", "eviction", "order")
+PARTS = ("predictor", "horizon", "selection", "eviction", "order", "place")
 GLUE = "policy"
 """Code of the policy itself, which asks the parts and puts their answers together."""
 
 _CONTRACTS: dict[str, type[Part]] = {
-    "predictor": Predictor, "horizon": Horizon, "selection": Selection, "eviction": Eviction, "order": Order,
-}  # fmt: skip
-_POLICY_HOOKS = ("begin_forward", "decides", "decide", "feedback", "end_forward")
-_UNTIMED = ("start", "prepare", "fuse", "thresholds", "worths")
+    "predictor": Predictor,
+    "horizon": Horizon,
+    "selection": Selection,
+    "eviction": Eviction,
+    "order": Order,
+    "place": Place,
+}
+_POLICY_HOOKS = ("begin_forward", "routed", "decide", "feedback", "place_experts", "end_forward")
+_UNTIMED = ("start", "announced", "fuse", "thresholds", "worths")
 """Once before the run, or never: none is part of a layer."""
 _PER_FORWARD = ("begin_forward", "end_forward")
 _CALLS = 20_000
@@ -239,14 +244,13 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
     costs = HostCosts.of(work.hardware, work.stack)
     kernels = KernelTimes(work.model, work.hardware, work.stack)
     machine = machine_for(kernels, Link(work.hardware, memory=transfer.memory), costs, chunk_bytes)
-    machine.price(policy, work.model.num_layers)
     running: list[Forward] = []
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, _noted(work.batches, running))
     view = runtime.view
     watch.event_of = lambda: view.event
     watch.in_prompt = lambda: running[-1].phase == PREFILL
     watch.reach_of = lambda: max(distances(), default=0)
-    with steady():
+    with gc_paused():
         simulate(runtime, machine)
     runtime.check_identities()
     return watch
@@ -387,7 +391,7 @@ def main(words: list[str] | None = None) -> int:
     def run() -> int:
         return 0 if compare_policies(trace, args.policies, args.batch_size, args.tokens) else 1
 
-    return as_command(run, "policies that are not in the table were not measured")
+    return run_cli(run, "policies that are not in the table were not measured")
 
 
 if __name__ == "__main__":

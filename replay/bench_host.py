@@ -1,10 +1,10 @@
 """`python -m replay.bench_host [TRACE]`: what a layer costs the host of a replay, the policy's own code apart.
 
-The runtime, the machine and `replay.cuda` run as on a GPU, but every call of the driver is one of an empty function:
-what remains is Python, and how many calls a driver would get is counted beside it. All that was launched or copied has
-ended at once, so the host never waits. Measured are, for each layer-step (one MoE layer of one forward): from the
-moment at which the number of the gate is seen to the return of the experts' launch, which the device waits for; all
-else of it, which the device can hide; and in a run with copies what each chunk adds.
+The runtime, the machine and `replay.machine.cuda` run as on a GPU, but every call of the driver is one of an empty
+function: what remains is Python, and how many calls a driver would get is counted beside it. All that was launched or
+copied has ended at once, so the host never waits. Measured are, for each layer-step (one MoE layer of one forward):
+from the moment at which the number of the gate is seen to the return of the experts' launch, which the device waits
+for; all else of it, which the device can hide; and in a run with copies what each chunk adds.
 
 Bars, in us of Python: 15, 25, and 8 a chunk. Exit code: 0 they hold, 1 one does not, 2 a user's error in one line.
 """
@@ -24,15 +24,15 @@ import torch
 
 from expertflow.runtime import Runtime
 from replay.bench_decide import Stopwatch, measure_overhead
-from replay.cuda import CudaDevice
-from replay.device import Program, Words, Work, words_of
 from replay.drive import drive
-from replay.rig import Rig
+from replay.gc_pause import gc_paused
+from replay.machine.cuda import CudaDevice
+from replay.machine.device import Program, Words, Work, words_of
+from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
-from replay.steady import steady
-from sim.configure import configure
-from sim.entry import as_command
-from sim.setup import load_chunks, make_policy, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.run_cli import run_cli
+from sim.job.setup import load_chunks, make_policy, make_workload, run_config
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
 SCALE = 64
@@ -173,7 +173,7 @@ class HostTimes:
         for list_of in (device.seen_ns, device.launched_ns):
             list_of.clear()
         device.calls.clear()
-        with steady():
+        with gc_paused():
             started = time.perf_counter_ns()
             drive(runtime, machine)
             self.total_ns = time.perf_counter_ns() - started
@@ -249,7 +249,7 @@ def main(words: list[str] | None = None) -> int:
             return 2
     given = [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"] if args.trace else [
         f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]  # fmt: skip
-    return as_command(lambda: 0 if _print(measure(given, args.repeat)) else 1, "nothing was measured")
+    return run_cli(lambda: 0 if _print(measure(given, args.repeat)) else 1, "nothing was measured")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import Protocol
 
 from expertflow.machine import Machine, Record, Wait
 from expertflow.runtime import Runtime, StuckError
-from replay.log import LoggingMachine, LogWriter
 
 MAX_IDLE_WAKES = 1000
 """Wakes in a row that bring no news: more is a mistake of the machine, not a schedule."""
@@ -19,24 +18,14 @@ class BlockingMachine(Machine, Protocol):
         """Block until what `wait` names has happened; what has ended by then, each reported once."""
 
 
-def drive(runtime: Runtime, machine: BlockingMachine, log: LogWriter | None = None) -> None:
-    """Run `runtime`, which was built on `machine`, to its end; raises what either raises.
-
-    With `log`, all that crosses is written to it, up to where the run ends or breaks off: close or abort it then.
-    """
-    logging = None if log is None else LoggingMachine(machine, log)
-    if logging is not None:
-        runtime.machine = runtime.queue.machine = logging
+def drive(runtime: Runtime, machine: BlockingMachine) -> None:
+    """Run `runtime`, which was built on `machine`, to its end; raises what either raises."""
     loop, block = runtime.run(), machine.wait
     idle_wakes = 0
     try:
         wait = next(loop)
         while True:
-            if logging is not None:
-                logging.waited(wait)
             told = block(wait)
-            if logging is not None:
-                logging.answered(told)
             if told[1] or told[2]:
                 idle_wakes = 0
             else:
@@ -46,6 +35,3 @@ def drive(runtime: Runtime, machine: BlockingMachine, log: LogWriter | None = No
             wait = loop.send(told)
     except StopIteration:
         return
-    finally:
-        if logging is not None:
-            logging.flush()

@@ -4,8 +4,9 @@ After an illegal access every CUDA call fails, those of destructors too: a pinne
 latest when the interpreter shuts down, ends the process with -6 before it has written what it still held. So what the
 exception has passed is kept alive, everything is flushed, and the process ends without destructors.
 
-Commands end so through `sim.entry.as_command`. A script of one's own does by itself: the handler that `found_lost`
-registers runs before Python takes anything down, also after a traceback. `ending()` says it in one line instead.
+Commands end so through `sim.job.run_cli.run_cli`. A script of one's own does by itself: the handler that
+`found_lost` registers runs before Python takes anything down, also after a traceback. `ending()` says it in one line
+instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from sim.entry import on_error
+from sim.job.run_cli import on_error
 
 LOST = 3
 """Exit code of a process whose device was lost."""
@@ -45,7 +46,7 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 def loss(error: BaseException | None) -> BaseException | None:
     """The DeviceLostError that `error` is or was raised from, None if it is another failure."""
-    module = sys.modules.get("replay.device")
+    module = sys.modules.get("replay.machine.device")
     if module is None:
         return None
     lost: type[BaseException] = module.DeviceLostError

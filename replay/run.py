@@ -13,18 +13,18 @@ from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from replay.cuda_errors import explaining
-from replay.device import Device, DeviceLostError
 from replay.drive import drive
-from replay.faults import FaultyDevice
-from replay.log import LogWriter
-from replay.machine import RealMachine
-from replay.programs import DEFAULT_KV_GRID
-from replay.rig import Needs, Rig
-from replay.scale import scaled_model
-from replay.stamps import WrongStamp
-from replay.steady import steady
-from sim.setup import Transfer, Workload, load_chunks, run_config
+from replay.gc_pause import gc_paused
+from replay.lockstep.log import LoggingMachine, LogWriter
+from replay.machine.cuda_errors import explaining
+from replay.machine.device import Device, DeviceLostError
+from replay.machine.faults import FaultyDevice
+from replay.machine.programs import DEFAULT_KV_GRID
+from replay.machine.real import RealMachine
+from replay.machine.rig import Needs, Rig
+from replay.machine.scale import scaled_model
+from replay.machine.stamps import WrongStamp
+from sim.job.setup import Transfer, Workload, load_chunks, run_config
 
 _FORWARDS_AHEAD = 8192
 """Forwards are built before the clock starts, as far as memory allows: building one takes host time."""
@@ -90,15 +90,20 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     gc.collect()
     with explaining():
         machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
-    runtime = Runtime(config, machine, policy, _ahead(iter(work.batches)), observers)
+    logging = None if log is None else LoggingMachine(machine, log)
+    runtime = Runtime(config, logging or machine, policy, _ahead(iter(work.batches)), observers)
     stamps = machine.stamps
     try:
         with explaining():
             machine.prepare(work.batches)
             machine.preload(runtime.slots.slot_of)
-            with steady():
+            with gc_paused():
                 device.restart_clock()
-                drive(runtime, machine, log)
+                try:
+                    drive(runtime, logging or machine)
+                finally:
+                    if logging is not None:
+                        logging.flush()
             device.synchronize()
             if stamps is not None:
                 stamps.collect()

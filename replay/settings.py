@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from replay.device import Device
-from replay.faults import FAULTS
-from replay.memory import available_bytes
-from replay.rig import choose_machine, make_device
-from sim.hardware import hardware_from_dict
+from replay.machine.device import Device
+from replay.machine.faults import FAULTS
+from replay.machine.memory import available_bytes
+from replay.machine.rig import choose_machine, make_device
+from sim.specs.hardware import hardware_from_dict
 
 KEYS = ("machine", "host_memory_gb", "verify", "log", "fault", "fault_at", "scale", "throttle_gb_per_s")
 CPU_SCALE = 16

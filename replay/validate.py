@@ -14,15 +14,16 @@ import math
 import sys
 from pathlib import Path
 
-from replay.calibrate import check_name, scale_of
-from replay.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
-from replay.rig import MACHINES, choose_machine, make_device
-from replay.steady import keep_loaded
-from replay.validation import Validation
-from sim.configure import configure
-from sim.entry import as_command
+from replay.calibrate import check_name
+from replay.calibration.record import scale_of
+from replay.gc_pause import keep_loaded
+from replay.machine.rig import MACHINES, choose_machine, make_device
+from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
+from replay.validation.session import Validation
+from sim.job.configure import configure
+from sim.job.run_cli import run_cli
+from sim.job.setup import STARTS
 from sim.paths import add_config_dir, use_own_folder
-from sim.setup import STARTS
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
 
@@ -108,7 +109,7 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
     args.words = words
-    return as_command(lambda: _validate(args), "finished rows are kept")
+    return run_cli(lambda: _validate(args), "finished rows are kept")
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from rich.console import Console
 
 from expertflow.observer import Observer
 from expertflow.policy import Policy
-from sim.configure import checked
-from sim.decided import Decided, asked, stands
-from sim.entry import as_command, as_job
-from sim.output import provenance, to_json, write_text
+from sim.job.beside import describe, run_asked, run_baselines
+from sim.job.configure import checked
+from sim.job.decided import Decided, asked, stands
+from sim.job.output import provenance, to_json, write_text
+from sim.job.report import print_line, print_report
+from sim.job.run_cli import as_job, run_cli
+from sim.job.setup import Transfer, Workload, make_policy, make_workload
+from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
-from sim.report import print_line, print_report
-from sim.run import baselines, best_clairvoyant, describe, run_floor, run_policy
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload
-from sim.twin import HitRecord, RedundancyCounter, without_prefetch
 
 
 def slug(overrides: str) -> str:
@@ -73,29 +74,13 @@ def run_configured(cfg: DictConfig) -> float | None:
 
 def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[str, Any]:
     """The metrics of one configuration, with the runs beside it; timeline and events go to `folder`."""
-    seed = cfg["seed"]
-    policy, transfer = make_policy(cfg["policy"], work, seed)
-    observers: list[Observer] = []
-    redundancy: RedundancyCounter | None = None
-    if cfg["twin"]:
-        num_chunks = len(load_chunks(work))
-        redundancy = RedundancyCounter(twin_hits(cfg, work), num_chunks, work.warmup_forwards)
-        observers.append(redundancy)
-    metrics = {**describe(work, policy, cfg["policy"]["name"])}
+    policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
+    run = partial(run_policy, work)
     with Recorders(cfg, work, folder) as recorders:
-        metrics |= run_policy(work, policy, transfer, observers + recorders.observers)
-    if redundancy is not None:
-        metrics["prefetch"]["redundant"] = redundancy.num_redundant
+        asked_for = run_asked(cfg, work, policy, transfer, run, recorders.observers)
+    metrics = describe(work, policy, cfg["policy"]["name"]) | asked_for
     metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
     return metrics
-
-
-def twin_hits(cfg: dict[str, Any], work: Workload) -> HitRecord:
-    """The hits of the same policy with prefetch switched off."""
-    policy, transfer = make_policy(without_prefetch(cfg["policy"]), work, cfg["seed"])
-    record = HitRecord()
-    run_policy(work, policy, transfer, [record])
-    return record
 
 
 def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -114,7 +99,7 @@ def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[
     }
     if how == "floor":
         return None, bounds
-    compare = {name: run_policy(work, policy, transfer) for name, (policy, transfer) in baselines().items()}
+    compare = run_baselines(partial(run_policy, work))
     name, compare["clairvoyant"] = best_clairvoyant(work)
     return compare, bounds | {"clairvoyant_ns": compare["clairvoyant"]["elapsed_ns"], "clairvoyant": name}
 
@@ -123,8 +108,8 @@ class Recorders:
     """Timeline and event table, if asked for; written at the end, or not at all."""
 
     def __init__(self, cfg: dict[str, Any], work: Workload, folder: Path | None) -> None:
-        from sim.events import EventTable
-        from sim.timeline import Timeline
+        from sim.views.events import EventTable
+        from sim.views.timeline import Timeline
 
         self.folder = folder
         num_experts = work.model.num_experts
@@ -156,7 +141,7 @@ def relative(folder: Path) -> str:
 
 def cli() -> int:
     """Entry point."""
-    return as_command(main)
+    return run_cli(main)
 
 
 __all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]

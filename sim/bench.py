@@ -17,9 +17,9 @@ from typing import Any
 
 import simpy
 
-from sim.configure import configure
-from sim.run import run_policy
-from sim.setup import Workload, make_policy, make_workload
+from sim.job.configure import configure
+from sim.job.setup import Workload, make_policy, make_workload
+from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
 
 BARS = {"lru": 16.0, "adaptive": 32.0}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from sim.output import write_text
+from sim.job.output import write_text
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,11 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sim.app import run_job
 from sim.collect import flatten
-from sim.configure import configure
-from sim.errors import one_line
-from sim.output import to_json, write_text
+from sim.job.configure import configure
+from sim.job.errors import one_line
+from sim.job.output import to_json, write_text
+from sim.job.setup import make_workload
 from sim.paths import add_config_dir, use_own_folder
-from sim.setup import make_workload
 
 Pins = dict[str, Any]
 

@@ -20,7 +20,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from matplotlib.image import imread
 
-from sim.configure import configure
+from sim.job.configure import configure
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -1,4 +1,7 @@
-"""A generated trace has the statistics of the trace its parameters were fitted to: reuse, popularity, LRU hits."""
+"""A generated trace has the statistics of the trace its parameters were fitted to: reuse, popularity, LRU hits.
+
+What is aimed at was counted by `tests.conformance.figures`, which shares no code with `traces`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.conformance import statistics_of
+from tests.recordings import SHIPPED as RECORDING
+from tests.recordings import named, recordings
+from traces.fit import fit_trace
 from traces.generate import SHIPPED, generate, load_params, split_tokens
 from traces.reader import open_trace
 from traces.stats import check_routing, lru_distances, next_layer_recall, popularity_entropy, reuse
 
-TRAIN = Path(__file__).parents[1].parent / "shared" / "traces" / "gpt-oss-20b.train.safetensors"
-needs_source = pytest.mark.skipif(not TRAIN.exists(), reason="the recorded train trace is not beside the project")
+SOURCE = statistics_of("gpt-oss-20b.train")
+"""Figures of the trace that the shipped parameters were fitted to; the trace itself is not shipped."""
+
 NUM_EXPERTS, NUM_LAYERS = 32, 24
 SHARES = (0.25, 0.5, 0.75)
 
@@ -44,26 +52,37 @@ def misses(found: dict[str, Any], source: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def source() -> dict[str, Any]:
-    trace = open_trace(TRAIN)
-    return {"start": trace.request_start, **statistics(np.asarray(trace.experts), trace.request_start)}
+@pytest.mark.parametrize("path", recordings("train"), ids=named)
+def test_statistics_are_those_counted_with_sets(path: Path) -> None:
+    trace, expected = open_trace(path), statistics_of(path.stem)
+    assert np.diff(trace.request_start).tolist() == expected["request_lengths"]
+    for name, found in statistics(np.asarray(trace.experts), trace.request_start).items():
+        assert found == pytest.approx(np.array(expected[name]), abs=1e-7), name  # the shares are float32
 
 
-@needs_source
-def test_a_generated_trace_has_its_sources_statistics(source: dict[str, Any]) -> None:
-    made = generate(load_params(SHIPPED)[0], np.diff(source["start"]), seed=0)
-    assert misses(statistics(made["experts"], made["request_start"]), source) == []
+@pytest.mark.slow
+def test_a_generated_trace_has_its_sources_statistics() -> None:
+    made = generate(load_params(SHIPPED)[0], SOURCE["request_lengths"], seed=0)
+    assert misses(statistics(made["experts"], made["request_start"]), SOURCE) == []
 
 
-@needs_source
-def test_independent_draws_from_popularity_do_not(source: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_a_trace_generated_from_a_fit_has_the_statistics_of_what_was_fitted() -> None:
+    expected = statistics_of(RECORDING.stem)
+    params = fit_trace(open_trace(RECORDING), rounds=10)
+    made = generate(params, expected["request_lengths"], seed=0)
+    assert misses(statistics(made["experts"], made["request_start"]), expected) == []
+
+
+@pytest.mark.slow
+def test_independent_draws_from_popularity_do_not() -> None:
     params, _ = load_params(SHIPPED)
     rng = np.random.Generator(np.random.PCG64(0))
-    num_tokens = int(source["start"][-1])
+    start = np.cumsum([0, *SOURCE["request_lengths"]])
+    num_tokens = int(start[-1])
     noise = rng.gumbel(size=(num_tokens, NUM_LAYERS, NUM_EXPERTS)).astype(np.float32)
     drawn = np.argsort(-(noise + params["bias"].astype(np.float32)), axis=2)[:, :, :4].astype(np.uint8)
-    off = " ".join(misses(statistics(drawn, source["start"]), source))
+    off = " ".join(misses(statistics(drawn, start), SOURCE))
     assert "reuse" in off
     assert "lru" in off
 

@@ -13,6 +13,7 @@ GOLDEN = Path(__file__).parent / "golden" / "runs.json"
 RUNS = read_pins(GOLDEN)
 
 
+@pytest.mark.mostly_slow(keep=8)
 @pytest.mark.parametrize("name", RUNS)
 def test_no_metric_of_a_pinned_run_has_moved(name: str) -> None:
     found = json.loads(json.dumps(run_once(RUNS[name]["overrides"], GOLDEN.parent)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.recordings import named, recordings
 from tests.runtime.support import decode, run_counts
 from traces.reader import open_trace
 
@@ -14,13 +15,12 @@ pytest.importorskip("libcachesim", reason="libcachesim (GPL) is a test extra")
 
 from tests.reference import libcachesim_lru
 
-TRACE = Path(__file__).parents[1].parent / "shared" / "traces" / "gpt-oss-20b.eval.safetensors"
 
-
-@pytest.mark.skipif(not TRACE.exists(), reason="the recorded eval trace is not beside the project")
+@pytest.mark.mostly_slow(keep=1)
+@pytest.mark.parametrize("path", recordings("eval"), ids=named)
 @pytest.mark.parametrize("num_slots", [192, 384])
-def test_with_per_access_semantics_lru_equals_libcachesim(num_slots: int) -> None:
-    trace = open_trace(TRACE, validate=False)
+def test_with_per_access_semantics_lru_equals_libcachesim(path: Path, num_slots: int) -> None:
+    trace = open_trace(path, validate=False)
     keys = np.asarray(trace.experts[:400]) + (np.arange(24) * 32)[:, None]
     accesses = [int(key) for key in keys.ravel()]
     forwards = decode([[[key]] for key in accesses], 768)

@@ -62,7 +62,7 @@ def test_it_makes_its_pictures_from_the_published_results(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_it_makes_its_pictures_from_any_results_of_that_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sim.timeline import Timeline
+    from sim.views.timeline import Timeline
     from tests.sim_output import at_random, run
     from tests.sim_output.test_plots import FOUR, table
 
@@ -99,8 +99,8 @@ def test_the_papers_claims_are_drawn_from_the_published_studies(
 @pytest.mark.parametrize(
     ("notebook", "modules"),
     [
-        (NOTEBOOK, {"pathlib", "pandas", "sim.plots", "sim.timeline"}),
-        (PAPER, {"pathlib", "pandas", "sim.plots", "sim.study.pictures", "sim.study.plan"}),
+        (NOTEBOOK, {"pathlib", "pandas", "sim.views.plots", "sim.views.timeline"}),
+        (PAPER, {"pathlib", "pandas", "sim.views.plots", "sim.study.pictures", "sim.study.plan"}),
     ],
 )
 def test_it_computes_no_metric_of_its_own(notebook: Path, modules: set[str]) -> None:

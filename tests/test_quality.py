@@ -1,54 +1,18 @@
-"""Lint and types, as pyproject.toml configures them; and README's commands are those that are run."""
+"""The commands of README, of CI and of pre-commit are one set, and what README lists is there."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CI = ROOT / ".ci" / "run"
-PACKAGES = ("expertflow", "sim", "replay", "traces")
-
-
-def tool(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """`python -m NAME WORDS` in the project's folder; skips the test where the tool is not installed."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: pip install 'expertflow[test]'")
-    command = [sys.executable, "-m", name, *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("folder", [*PACKAGES, "tests"])
-def test_ruff_finds_nothing(folder: str) -> None:
-    found = tool("ruff", "check", "--no-cache", folder)
-    assert found.returncode == 0, found.stdout + found.stderr
-
-
-def test_ruff_would_find_something(tmp_path: Path) -> None:
-    (tmp_path / "wrong.py").write_text("import os\n")
-    found = tool("ruff", "check", "--no-cache", "--config", str(ROOT / "pyproject.toml"), str(tmp_path))
-    assert (found.returncode, "F401" in found.stdout) == (1, True), found.stdout + found.stderr
-
-
-@pytest.mark.slow
-def test_mypy_finds_nothing() -> None:
-    found = tool("mypy")
-    assert found.returncode == 0, found.stdout + found.stderr
-
-
-def test_mypy_would_find_something(tmp_path: Path) -> None:
-    (tmp_path / "wrong.py").write_text("def one() -> int:\n    return 'one'\n")
-    found = tool("mypy", "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "wrong.py"))
-    assert (found.returncode, "return-value" in found.stdout) == (1, True), found.stdout + found.stderr
-
-
-# -- commands ------------------------------------------------------------------------------------------------
+PRE_COMMIT = ROOT / ".pre-commit-config.yaml"
+PYTHON = ".venv-test/bin/python"
 
 
 def commands(heading: str) -> list[str]:
@@ -63,9 +27,15 @@ def steps(command: str) -> list[str]:
     return [step.strip() for step in command.split("&&")]
 
 
-def test_readme_gives_two_commands_and_the_second_is_what_ci_runs() -> None:
+def ci_steps() -> list[str]:
+    """What CI runs after its preparation."""
+    return CI.read_text(encoding="utf-8").split("PYTHONUNBUFFERED=1\n")[1].splitlines()
+
+
+def test_readme_gives_two_commands_and_ci_runs_the_second_with_lint_and_types_before_the_tests() -> None:
     run, test = commands("Two commands")
-    assert CI.read_text(encoding="utf-8").rstrip("\n").splitlines()[-1] == test
+    *prepare, tests = steps(test)
+    assert ci_steps() == [*prepare, f"{PYTHON} -m ruff check .", f"{PYTHON} -m mypy", tests]
     assert steps(test) == [
         "python3 -m venv .venv-test",
         ".venv-test/bin/pip install -q -c constraints.txt -e '.[test]'",
@@ -79,12 +49,26 @@ def test_readme_gives_two_commands_and_the_second_is_what_ci_runs() -> None:
     assert (ROOT / "constraints.txt").is_file()
 
 
+@pytest.mark.mostly_slow(keep=2)
+@pytest.mark.parametrize("case", range(5))
+def test_of_many_cases_a_few_evenly_spaced_stay_fast(case: int, request: pytest.FixtureRequest) -> None:
+    assert (request.node.get_closest_marker("slow") is None) is (case in {0, 2})
+
+
 def test_ci_stops_at_the_first_failure_and_runs_from_the_project_folder() -> None:
     lines = CI.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in lines
     assert 'cd "$(dirname "$0")/.."' in lines
     assert CI.stat().st_mode & 0o111
+
+
+def test_pre_commit_checks_what_ci_checks() -> None:
+    hooks = {hook["id"]: hook for repo in yaml.safe_load(PRE_COMMIT.read_text())["repos"] for hook in repo["hooks"]}
+    for name, command in (("ruff-check", "ruff check ."), ("mypy", "mypy")):
+        assert f"{PYTHON} -m {command}" in ci_steps()
+        assert hooks[name]["entry"] == f"python -m {command.removesuffix(' .')}"
+    assert "check-added-large-files" in hooks
 
 
 def test_the_text_below_the_commands_says_what_is_written() -> None:
@@ -111,7 +95,7 @@ def test_every_choice_that_the_docs_list_exists_and_none_is_left_out() -> None:
     assert named == {path.stem for path in (ROOT / "conf" / "policy").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("part", ["predictor", "horizon", "selection", "eviction", "order"])
+@pytest.mark.parametrize("part", ["predictor", "horizon", "selection", "eviction", "order", "place", "transfer"])
 def test_every_part_that_the_docs_list_exists_and_none_is_left_out(part: str) -> None:
     row = next(row for row in rows_of("policies.md", "Parts") if row[0] == part)
     named = set(re.findall(r"`([a-z0-9_]+)`", row[1]))

@@ -1,6 +1,5 @@
 """Is the oracle right? Known answers, cases by hand, exhaustive search, and a cache simulator by others."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
+from tests.conformance import CONTRACT
+from tests.recordings import named, recordings
 from tests.reference import (
     POLICIES,
     Counts,
@@ -31,14 +33,9 @@ from tests.reference import (
     trace_events,
 )
 
-SHARED = Path(__file__).parents[1].parent / "shared"
-CONFORMANCE = SHARED / "conformance.json"
-EVAL_TRACE = SHARED / "traces" / "gpt-oss-20b.eval.safetensors"
 NUM_LAYERS, NUM_EXPERTS = 2, 5  # of the generated streams
 
-MICRO: list[dict[str, Any]] = json.loads(CONFORMANCE.read_text())["micro"] if CONFORMANCE.exists() else []
-needs_conformance = pytest.mark.skipif(not CONFORMANCE.exists(), reason="shared/conformance.json is absent")
-needs_trace = pytest.mark.skipif(not EVAL_TRACE.exists(), reason=f"shared/traces/{EVAL_TRACE.name} is absent")
+MICRO: list[dict[str, Any]] = CONTRACT["micro"]
 
 no_deadline = settings(deadline=None)  # a search takes as long as its instance is hard
 
@@ -61,11 +58,10 @@ def one_layer(*demands: list[int]) -> list[Event]:
 # -- known answers -------------------------------------------------------------------------------------------
 
 
-@needs_conformance
 @pytest.mark.parametrize("count", [count_hits, count_hits_fast])
 @pytest.mark.parametrize("policy", ["lru", "lfu", "belady_forced"])
 def test_toy_of_the_contract(count: Any, policy: Policy) -> None:
-    toy = json.loads(CONFORMANCE.read_text())["toy_of_2608_07911"]
+    toy = CONTRACT["toy_of_2608_07911"]
     layers, experts, capacity = toy["num_layers"], toy["num_experts"], toy["capacity_per_layer"]
     events = [(layer, demand) for demand in toy["demand_per_step_each_layer"] for layer in range(layers)]
     counts = count(
@@ -79,7 +75,6 @@ def test_toy_of_the_contract(count: Any, policy: Policy) -> None:
     assert counts._asdict() == toy["expect"]
 
 
-@needs_conformance
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("micro", MICRO)
 def test_micro_traces_of_the_contract(micro: dict[str, Any], fast: bool) -> None:
@@ -91,7 +86,6 @@ def test_micro_traces_of_the_contract(micro: dict[str, Any], fast: bool) -> None
     assert found == micro["expect"]
 
 
-@needs_conformance
 @pytest.mark.parametrize("micro", MICRO)
 def test_near_misses_of_the_contract_are_told_apart(micro: dict[str, Any]) -> None:
     events, capacity = one_layer(*micro["events"]), micro["capacity"]
@@ -252,25 +246,24 @@ def test_per_access_lru_agrees_with_libcachesim(capacity: int) -> None:
     assert counts != libcachesim_lru(accesses, capacity + 1) or capacity == 100
 
 
-def eval_events(num_tokens: int | None = None) -> list[Event]:
-    """Events of the first tokens of the recorded trace: 24 layers of 32 experts, 4 of them chosen."""
-    from safetensors.numpy import load_file
-
-    return list(trace_events(load_file(EVAL_TRACE)["experts"][:num_tokens]))
+def recorded_events(path: Path, num_tokens: int | None = None) -> list[Event]:
+    """Events of the first tokens of a recording: 24 layers of 32 experts, 4 of them chosen."""
+    return list(trace_events(load_file(path)["experts"][:num_tokens]))
 
 
-@needs_trace
+@pytest.mark.mostly_slow(keep=1)
+@pytest.mark.parametrize("path", recordings("eval"), ids=named)
 @pytest.mark.parametrize("num_slots", [192, 384, 576])
-def test_per_access_lru_agrees_with_libcachesim_on_a_recorded_trace(num_slots: int) -> None:
+def test_per_access_lru_agrees_with_libcachesim_on_a_recorded_trace(path: Path, num_slots: int) -> None:
     pytest.importorskip("libcachesim")
-    accesses = [layer * 32 + expert for layer, experts in eval_events() for expert in experts]
+    accesses = [layer * 32 + expert for layer, experts in recorded_events(path) for expert in experts]
     assert count_hits_per_access(accesses, num_slots) == libcachesim_lru(accesses, num_slots)
 
 
-@needs_trace
+@pytest.mark.parametrize("path", recordings("eval"), ids=named)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_both_implementations_agree_on_a_recorded_trace(policy: Policy) -> None:
-    events = eval_events(num_tokens=60)
+def test_both_implementations_agree_on_a_recorded_trace(path: Path, policy: Policy) -> None:
+    events = recorded_events(path, num_tokens=60)
     shape: dict[str, Any] = {"num_layers": 24, "num_experts": 32, "policy": policy}
     caches: list[tuple[Any, Scope]] = [(192, "global"), (per_layer_capacity(192, 24), "layer")]
     for capacity, scope in caches:
@@ -328,12 +321,14 @@ def test_the_shortest_schedule_may_leave_a_ready_kernel_waiting() -> None:
     assert brute_force_optimum(events, [1, 8, 1], [1, 5, 1], 10, slots=2) == 36
 
 
+@pytest.mark.mostly_slow(keep=25)
 @pytest.mark.parametrize("seed", range(0, 200, 2))
 def test_starting_at_every_tick_finds_nothing_shorter(seed: int) -> None:
     instance = random_instance(seed)
     assert brute_force_optimum(*instance) == brute_force_optimum(*instance, every_tick=True)
 
 
+@pytest.mark.slow
 @no_deadline
 @given(st.integers(0, 10**6))
 def test_with_room_for_all_the_link_runs_ahead_in_order_of_first_use(seed: int) -> None:
@@ -349,6 +344,7 @@ def test_with_room_for_all_the_link_runs_ahead_in_order_of_first_use(seed: int) 
     assert brute_force_optimum(events, attention, kernel, load, slots=8) == now
 
 
+@pytest.mark.slow
 @no_deadline
 @given(st.integers(0, 10**6))
 def test_slots_and_a_faster_link_never_hurt_the_shortest_schedule(seed: int) -> None:
@@ -365,6 +361,7 @@ def test_no_schedule_beats_the_floor(seed: int) -> None:
     assert sum(serial_times(instance)) <= floor_bound(*instance) <= brute_force_optimum(*instance)
 
 
+@pytest.mark.slow
 def test_the_floor_is_often_reached_and_seldom_far() -> None:
     pairs = [(floor_bound(*each), brute_force_optimum(*each)) for each in map(random_instance, range(300))]
     assert all(floor <= optimum for floor, optimum in pairs)

@@ -92,6 +92,7 @@ def test_stats_prints_tables_and_writes_its_numbers(tmp_path: Path, capsys: pyte
     assert json.loads((tmp_path / "s.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_trace_of_another_shape_is_fitted_and_generated_anew(tmp_path: Path) -> None:
     trace = open_trace(small_trace(tmp_path / "t.safetensors"))
     params = fit_trace(trace, seed=0, rounds=2)

@@ -1,21 +1,22 @@
 """Who leaves is who is least likely to be needed soon, as the predictor sees it; without its view, who was used least.
 
-The predictor writes `view.outlook` after each forward: the chance that an expert is used in the next forwards, nearer
-ones weighing more. Within the predicted window the chance for this very layer counts as well. A prefetch may only push
-out what is worth less than itself.
+After each forward the predictor's forecast comes in (`foreseen`): the chance that an expert is used in the next
+forwards, nearer ones weighing more. Within the predicted window the chance for this very layer counts as well. A
+prefetch may only push out what is worth less than itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
-from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.network import compiled_functions
-from expertflow.parts import DEMAND, SCORE_ONE, Eviction, Scores, Worths
+from expertflow.parts import DEMAND, Eviction, Prediction, Worths
+from expertflow.units import SCORE_ONE
 from expertflow.view import RESIDENT, View
 
 _TAKEN = 1 << 40
@@ -24,14 +25,15 @@ _TAKEN = 1 << 40
 class Outlook(Eviction):
     """One pool. The resident expert with the lowest worth leaves; among equals the lowest key.
 
-    worth: the outlook; for a layer in the window at least the chance predicted for it, until it has run; for an expert
-    used in this forward at least `used` (a share of certainty), until the next outlook. margin: a prefetch is refused
-    where its chance is not above the victim's worth times `margin` (0 = never refused). Before there is an outlook, or
+    worth: the forecast; for a layer in the window at least the chance predicted for it, until it has run; for an expert
+    used in this forward at least `used` (a share of certainty), until the next forecast. margin: a prefetch is refused
+    where its chance is not above the victim's worth times `margin` (0 = never refused). Before there is a forecast, or
     with a predictor that gives none, worth is a running share of the forwards that used the expert (`memory` of the old
     kept).
     """
 
     scope = "global"
+    at_once: ClassVar[bool] = True
 
     def __init__(self, used: float = 0.1, margin: float = 1.0, memory: float = 0.9) -> None:
         if not 0 <= used <= 1:
@@ -48,13 +50,13 @@ class Outlook(Eviction):
         num_keys = view.num_layers * view.num_experts
         self.shares = np.full(num_keys, view.top_k / view.num_experts)
         """Running share of the forwards that used each expert."""
-        soon = np.rint(self.shares * SCORE_ONE) if view.outlook is None else view.outlook
-        self.soon = soon.astype(np.int64)
+        self.has_forecast = False
+        """Whether the predictor says how likely experts are in the next forwards."""
+        self.soon = np.rint(self.shares * SCORE_ONE).astype(np.int64)
         """Worth as the last forward left it."""
         self.worth = self.soon.copy()
-        self.ranks_itself = view.chances is None
-        """Whether chances come with the prediction alone; else the predictor keeps them up to date."""
-        self.chance = np.zeros(num_keys, np.int64) if view.chances is None else view.chances
+        self.chance = np.zeros(num_keys, np.int64)
+        """Chances that experts are used when their layer runs next, as last predicted."""
         self.bar = np.full(num_keys, _TAKEN, np.int64)
         """0 for what may leave (resident, not demanded by this layer)."""
         self.held = self.bar | self.worth
@@ -92,27 +94,32 @@ class Outlook(Eviction):
         if key not in self.view.pinned:
             self._let_go(key)
 
-    def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
+    def foreseen(self, forecast: npt.NDArray[np.int64]) -> None:
+        self.has_forecast = True
+        self.soon[:] = self.worth[:] = forecast
+        np.bitwise_or(self.worth, self.bar, out=self.held)
+
+    def predicted(self, keys: Sequence[int], layer: int, prediction: Prediction) -> None:
         soon, chance, worth, bar, held = self.by_layer[layer]
-        if self.ranks_itself:
+        if prediction.chances is not None:
+            chance[:] = prediction.chances
+        else:
             chance[:] = 0
-            chance[np.array(scores[0], np.intp) - layer * self.num_experts] = scores[1]
+            chance[np.array(prediction.keys, np.intp) - layer * self.num_experts] = prediction.scores
         np.maximum(soon, chance, out=worth)
         np.bitwise_or(worth, bar, out=held)
 
     def worths(self) -> Worths | None:
-        if self.ranks_itself:
-            return None
         return Worths(self.soon, self.chance, self.worth, self.bar, self.held)
 
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:
         self.demanded = ()
-        if self.settle is not None and self.view.outlook is not None:
+        if self.settle is not None and self.has_forecast:
             self.settle(self.soon, self.worth, self.bar, self.held, self.states, np.array(keys, np.int64),
                         layer * self.num_experts, self.num_experts, self.used)  # fmt: skip
             return
         soon, _, worth, bar, held = self.by_layer[layer]
-        if self.view.outlook is None:
+        if not self.has_forecast:
             first = layer * self.num_experts
             shares = self.shares[first : first + self.num_experts]
             shares *= self.memory
@@ -127,12 +134,6 @@ class Outlook(Eviction):
             if residency[key] == RESIDENT:
                 one_bar[key] = 0
         np.bitwise_or(worth, bar, out=held)
-
-    def end_forward(self, forward: Forward) -> None:
-        outlook = self.view.outlook
-        if outlook is not None:
-            self.soon[:] = self.worth[:] = outlook
-            np.bitwise_or(self.worth, self.bar, out=self.held)
 
     def victim(self, key: int, cause: int) -> int | None:
         found = int(self.held.argmin())

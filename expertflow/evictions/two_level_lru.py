@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from expertflow.future import Future
-from expertflow.parts import PREFETCH, Eviction, Scores
+from expertflow.parts import PREFETCH, Eviction, Prediction
 from expertflow.view import RESIDENT, View
 
 
@@ -68,7 +68,7 @@ class TwoLevelLRU(Eviction):
         if key not in self.view.pinned:
             self._raise((key,))
 
-    def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
+    def predicted(self, keys: Sequence[int], layer: int, prediction: Prediction) -> None:
         if not keys:
             return
         low = self.low[keys[0] // self.span]

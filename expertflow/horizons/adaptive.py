@@ -7,11 +7,11 @@ Numbers that the paper leaves open are parameters; which way each feedback pushe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 
-from expertflow.diversity import embedding_distance
-from expertflow.forward import Forward
+from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.horizons.feedback import StepFeedback
+from expertflow.horizons.formula import StepFormula
 from expertflow.horizons.worth import Worth
 from expertflow.parts import Horizon
 from expertflow.view import Feedback, View
@@ -33,10 +33,19 @@ class AdaptiveHorizon(Horizon):
     `retry_forwards`. 0, the default, is off.
     """
 
-    def __init__(self, max_distance: int = 8, memory: float = 0.9, stall_threshold: int = 3,
-                 overfetch_threshold: int = 8, formula_jump: int = 2, cooldown_forwards: int = 1,
-                 count: str = "late", dist_exponent: float = 0.0, worth: float = 0.0,
-                 retry_forwards: int = 256) -> None:  # fmt: skip
+    def __init__(
+        self,
+        max_distance: int = 8,
+        memory: float = 0.9,
+        stall_threshold: int = 3,
+        overfetch_threshold: int = 8,
+        formula_jump: int = 2,
+        cooldown_forwards: int = 1,
+        count: str = "late",
+        dist_exponent: float = 0.0,
+        worth: float = 0.0,
+        retry_forwards: int = 256,
+    ) -> None:
         if max_distance < 1:
             raise ValueError(f"AdaptiveHorizon max_distance={max_distance} must be at least 1")
         if not 0 <= memory < 1:
@@ -67,13 +76,10 @@ class AdaptiveHorizon(Horizon):
     def start(self, view: View, future: Future | None) -> None:
         self.view = view
         self.limit = max(1, min(view.num_layers - 1, self.max_distance))
-        self.bytes_per_ns = 0.0
-        self.layer_ns = 0.0
-        self.formula = 0
-        self.pair_distance = 0.0
-        self.num_stalls = self.num_overfetched = 0.0
-        self.changed_at = -1 - self.cooldown_forwards
-        self._seen = (0, 0, 0, 0)
+        self.formula = StepFormula(view, self.limit, self.memory, self.dist_exponent)
+        self.asked = 0
+        """What the formula asked for when it last moved by `formula_jump`; 0 = nothing yet."""
+        self.signs = StepFeedback(view, self.stall_threshold, self.overfetch_threshold, self.cooldown_forwards)
         self.guard: Worth | None = None
         if self.worth:
             self.guard = Worth(view, self.limit, self.worth, self.retry_forwards, self.memory)
@@ -82,7 +88,7 @@ class AdaptiveHorizon(Horizon):
 
     def _set(self, size: int) -> None:
         self.size = size
-        self.num_stalls = self.num_overfetched = 0.0
+        self.signs.clear()
 
     @property
     def cap(self) -> int:
@@ -94,78 +100,40 @@ class AdaptiveHorizon(Horizon):
             return ()
         return self._windows[self.size]
 
-    def begin_forward(self, forward: Forward) -> None:
-        self.num_stalls /= 2
-        self.num_overfetched /= 2
-        self._observe()
-        expected = (self.num_expected or self.view.top_k) * self._diversity(forward)
+    def begin_forward(self, forward: KnownForward) -> None:
+        self.signs.halve()
+        asked = self.formula.evaluate(self.num_expected or self.view.top_k, forward)
         if self.view.num_layers == 1:
             return
-        copy_ns = self.view.expert_bytes / self.bytes_per_ns if self.bytes_per_ns > 0 else 0.0
-        raised = self.guard is not None and self.guard.judge(forward.index, copy_ns)
-        formula = min(max(ceil(expected * copy_ns / self.layer_ns), 1), self.limit) if self.layer_ns > 0 else 0
-        if copy_ns > 0 and formula and (self.formula == 0 or abs(formula - self.formula) >= self.formula_jump):
-            self.formula = formula
-            self._set(min(formula, self.cap))
+        raised = self.guard is not None and self.guard.judge(forward.index, self.formula.copy_ns)
+        if asked and (self.asked == 0 or abs(asked - self.asked) >= self.formula_jump):
+            self.asked = asked
+            self._set(min(asked, self.cap))
         elif raised:
-            self._set(min(max(self.size, self.formula, 1), self.cap))
+            self._set(min(max(self.size, self.asked, 1), self.cap))
         elif self.size > self.cap:
             self._set(self.cap)
         if self.guard is not None:
             self.guard.begin(forward.index, self.size)
 
-    def _diversity(self, forward: Forward) -> float:
-        """The correction of N_e for the tokens of this forward; 1 where it is off or nothing is known."""
-        pairs = forward.num_tokens * (forward.num_tokens - 1) / 2
-        if not self.dist_exponent or not pairs or forward.recorded is None:
-            return 1.0
-        vectors = forward.recorded.embedding(forward.rows)
-        if vectors is None:
-            return 1.0
-        distance = embedding_distance(vectors) / pairs
-        self.pair_distance = self._mean(self.pair_distance, distance)
-        return float((distance / self.pair_distance) ** self.dist_exponent) if self.pair_distance else 1.0
-
-    def _observe(self) -> None:
-        view = self.view
-        now = (view.link_bytes, view.link_busy_ns, view.layer_time_ns, view.num_layers_timed)
-        num_bytes, busy_ns, layer_ns, layers = (new - old for new, old in zip(now, self._seen, strict=True))
-        self._seen = now
-        if busy_ns > 0:
-            self.bytes_per_ns = self._mean(self.bytes_per_ns, num_bytes / busy_ns)
-        if layers > 0:
-            self.layer_ns = self._mean(self.layer_ns, layer_ns / layers)
-
-    def _mean(self, mean: float, value: float) -> float:
-        return value if mean == 0 else self.memory * mean + (1 - self.memory) * value
-
     def feedback(self, feedback: Feedback) -> None:
         if self.guard is not None:
             self.guard.heard(feedback)
         if feedback.stall_ns > 0 and (self.count == "any" or feedback.num_late > 0):
-            self.num_stalls += 1
-            if self.num_stalls >= self.stall_threshold:
-                self.num_stalls = 0.0
-                self._step(1)
+            self._step(self.signs.stalled())
 
     def overfetched(self) -> None:
         if self.size > 1:
-            self._count_overfetch()
+            self._step(self.signs.overfetched())
 
     def evicted(self, key: int, unused: bool) -> None:
         if unused:
-            self._count_overfetch()
-
-    def _count_overfetch(self) -> None:
-        self.num_overfetched += 1
-        if self.num_overfetched >= self.overfetch_threshold:
-            self.num_overfetched = 0.0
-            self._step(-1)
+            self._step(self.signs.overfetched())
 
     def _step(self, change: int) -> None:
-        if self.view.forward - self.changed_at <= self.cooldown_forwards:
+        if not change:
             return
         size = min(max(self.size + change, 1), self.cap)
         if size != self.size:
-            self.changed_at = self.view.forward
+            self.signs.changed()
             self._set(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from expertflow.pace import running_mean
 from expertflow.view import Feedback, View
 
 
@@ -58,11 +59,11 @@ class Worth:
         late_ns, num_used, whole_ns = (new - old for new, old in zip(now, self._seen, strict=True))
         gain_ns = copy_ns * (num_used + self._num_missed) - self._stalled_ns
         self._seen, self._stalled_ns, self._num_missed, self.copy_ns = now, 0, 0, copy_ns
-        self.whole_ns = self._mean(self.whole_ns, whole_ns)
+        self.whole_ns = running_mean(self.whole_ns, whole_ns, self.memory)
         if not self.size:
-            self.usual_ns = self._mean(self.usual_ns, late_ns)
+            self.usual_ns = running_mean(self.usual_ns, late_ns, self.memory)
             return self.cap == 0 and self._raise(index)
-        self.gain_ns = self._mean(self.gain_ns, gain_ns)
+        self.gain_ns = running_mean(self.gain_ns, gain_ns, self.memory)
         share = max(self.SHARE_OF_ONE, self.share) if self.size == 1 else self.share
         if late_ns - self.usual_ns <= self.FREE * self.whole_ns + share * self.gain_ns:
             self.num_dear = 0
@@ -90,6 +91,3 @@ class Worth:
         self._each_ns = int(self.copy_ns)
         allowed_ns = int(self.usual_ns + self.SLACK * self.whole_ns)
         self._until_ns = view.late_ns + allowed_ns - self._each_ns * view.num_used
-
-    def _mean(self, mean: float, value: float) -> float:
-        return value if mean == 0 else self.memory * mean + (1 - self.memory) * value

@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from expertflow.features import Chances, ForwardFeatures
 from expertflow.forest import Forest, compiled
-from expertflow.forward import Forward
+from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Effort, Predictor, Scores
+from expertflow.parts import Effort, Prediction, Predictor
 from expertflow.predictors.ranking import RowRanking
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 
@@ -32,6 +33,7 @@ class ForestPredictor(Predictor):
     ones.
     """
 
+    needs_pregate: ClassVar[bool] = True
     fitted_kind: ClassVar[str] = "forest"
     effort: Effort = Effort(1.0, 0.4)
 
@@ -50,14 +52,14 @@ class ForestPredictor(Predictor):
         self.evaluate = None if self.forest is None else compiled()
         self.features = ForwardFeatures(self.L, self.E)
         self.ranking = RowRanking(self.E)
-        self.cache: OrderedDict[bytes, Scores] = OrderedDict()
+        self.cache: OrderedDict[bytes, Prediction] = OrderedDict()
         self.num_predictions = self.num_hits = 0
         self.scores = np.empty(self.E, np.int64)
 
-    def begin_forward(self, forward: Forward) -> None:
+    def begin_forward(self, forward: KnownForward) -> None:
         self.features.begin(forward)
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         forest, features = self.forest, self.features
         target = layer + distance
         inside = target < self.L
@@ -83,7 +85,7 @@ class ForestPredictor(Predictor):
             self.cache.popitem(last=False)
         return found
 
-    def _evaluate(self, vector: npt.NDArray[np.int16], target: int, distance: int) -> Scores:
+    def _evaluate(self, vector: npt.NDArray[np.int16], target: int, distance: int) -> Prediction:
         forest, evaluate = self.forest, self.evaluate
         assert forest is not None
         assert evaluate is not None
@@ -92,11 +94,11 @@ class ForestPredictor(Predictor):
                  self.scores)  # fmt: skip
         return self.ranking.rank(self.scores, target * self.E, self.E)
 
-    def _pregate_alone(self, chance: Chances | None, target: int) -> Scores | None:
+    def _pregate_alone(self, chance: Chances | None, target: int) -> Prediction | None:
         if chance is None:
             return None
         scores = np.rint(chance.astype(np.float64) * SCORE_ONE).astype(np.int64)
         return self.ranking.rank(scores, target * self.E, self.E)
 
-    def end_forward(self, forward: Forward) -> None:
+    def end_forward(self, forward: KnownForward) -> None:
         self.features.know(forward, self.L - 1)

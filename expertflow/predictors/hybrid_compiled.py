@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.forward import KnownForward
 from expertflow.network import (
     CHANCES,
     LOGS,
@@ -20,7 +22,7 @@ from expertflow.network import (
     Memory,
     rates_of,
 )  # fmt: skip
-from expertflow.parts import Scores, Worths
+from expertflow.parts import Prediction, Step, Worths
 
 NOTHING: Ints = np.zeros(0, np.int64)
 
@@ -28,13 +30,14 @@ NOTHING: Ints = np.zeros(0, np.int64)
 class CompiledNetwork:
     """Weights in the types of `expertflow.compiled`, and room for what its functions write.
 
-    hidden [H]: activations after the last layer that was learned, or after the forward. All arrays of `learn` and
-    `decide` that belong to a forward (sums, used, features) stay the predictor's.
+    num_kept: how many of the best are scored. hidden [H]: activations after the last layer that was learned, or after
+    the forward. All arrays of `learn` and `decide` that belong to a forward (sums, used, features) stay the history's.
     """
 
-    def __init__(self, net: HistoryNetwork, functions: Any) -> None:
+    def __init__(self, net: HistoryNetwork, functions: Any, num_kept: int) -> None:
         self.functions = functions
         self.net = net
+        self.num_kept = num_kept
         self.tables, self.rank_weights = net.tables.astype(np.int16), net.rank_weights.astype(np.int32)
         self.place, self.table_bits = net.place.astype(np.int64), int(net.unit).bit_length() - 1
         self.places = list(self.place)
@@ -57,7 +60,14 @@ class CompiledNetwork:
         self.wants: Ints = np.zeros(net.D * net.E, np.int64)
         self.decided_by: tuple[npt.NDArray[Any], ...] = ()
 
-    def learn(self, keys: list[int], layer: int, sums: Ints, used: Floats) -> None:
+    def pregate(self, forward: KnownForward, layer: int) -> npt.NDArray[np.float32] | None:
+        """Chances [any, E] by distance that are to be added, empty where none are recorded; None: none are added."""
+        if self.net.pregate is None or layer == self.net.L - 1:
+            return None
+        recorded = None if forward.recorded is None else forward.recorded.lookahead(forward.rows, layer)
+        return self.no_pregate if recorded is None else recorded[0]
+
+    def learn(self, keys: Sequence[int], layer: int, sums: Ints, used: Floats) -> None:
         """The experts of one token at one layer, best first, have become known."""
         self.keys[:] = keys
         self.functions.learn(self.tables, self.rank_weights, self.keys, self.places[layer + 1], sums, used,
@@ -75,29 +85,39 @@ class CompiledNetwork:
         self.functions.outlook(self.hidden, *self.forecast, features.reshape(NUM_OWN, -1), self.scales[1], found)
         return found
 
-    def look(self, features: Floats, pregate: npt.NDArray[np.float32] | None, first: int, seen: int, chance: Ints,
-             num_kept: int) -> list[Scores | None]:  # fmt: skip
-        """Scores at distances seen + 1 … seen + len(chance), from layer `first` on; chance [any, E] is written.
+    def look(
+        self, features: Floats, pregate: npt.NDArray[np.float32] | None, layer: int, seen: int, chance: Ints
+    ) -> list[Prediction | None]:
+        """Predictions at distances seen + 1 … seen + len(chance) from `layer`; chance [any, E] is written.
 
-        pregate: chances [any, E] by distance; None where the network needs none.
+        pregate: as `pregate` says.
         """
         ranked = self.ranked[: len(chance)]
         told = pregate if pregate is not None else self.no_pregate
-        found = self.functions.look(self.hidden, *self.weights, features, told, *self.scales, first, seen,
-                                    pregate is not None, chance, ranked)  # fmt: skip
-        scores: list[Scores | None] = [(keys, values) for keys, values in ranked[:found, :, :num_kept].tolist()]
-        return scores + [None] * (len(chance) - found)
+        found = self.functions.look(self.hidden, *self.weights, features, told, *self.scales, (layer + 1) % self.net.L,
+                                    seen, pregate is not None, chance, ranked)  # fmt: skip
+        made: list[Prediction | None] = [
+            Prediction(keys, scores, chance[row])
+            for row, (keys, scores) in enumerate(ranked[:found, :, : self.num_kept].tolist())
+        ]
+        return made + [None] * (len(chance) - found)
 
     def decide_by(self, thresholds: Ints, residency: memoryview, worths: Worths) -> None:
         """Bind what `decide` reads and writes beside the network."""
         states = np.frombuffer(residency, np.uint8)
         self.decided_by = (thresholds, states, worths.soon, worths.chance, worths.worth, worths.bar, worths.held)
 
-    def decide(self, keys: list[int] | None, layer: int, sums: Ints, used: Floats, features: Floats,
-               pregate: npt.NDArray[np.float32] | None, reach: int,
-               num_kept: int) -> tuple[list[int], int, int, bool]:  # fmt: skip
-        """`learn` of keys (None: known already), then one decision for distances 1 … reach: wants, how many keys were
-        selected, in how many layers, and whether those of distance 2 were all there."""
+    def decide(
+        self,
+        keys: Sequence[int] | None,
+        layer: int,
+        sums: Ints,
+        used: Floats,
+        features: Floats,
+        pregate: npt.NDArray[np.float32] | None,
+        reach: int,
+    ) -> Step:
+        """`learn` of keys (None: known already), then one decision for distances 1 … reach."""
         if keys is None:
             new = NOTHING
         else:
@@ -107,5 +127,6 @@ class CompiledNetwork:
         num_wants, num_found, num_selected, overfetched = self.functions.decide(
             self.tables, self.rank_weights, new, self.places[layer + 1], sums, used, self.table_bits, self.hidden,
             *self.weights, features, told, *self.scales, (layer + 1) % self.net.L, reach, pregate is not None,
-            num_kept, *self.decided_by, self.wants)  # fmt: skip
-        return self.wants[:num_wants].tolist() if num_wants else [], num_selected, num_found, bool(overfetched)
+            self.num_kept, *self.decided_by, self.wants)  # fmt: skip
+        wants = self.wants[:num_wants].tolist() if num_wants else []
+        return Step(wants, num_selected, num_found, bool(overfetched))

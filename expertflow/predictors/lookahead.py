@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
-from expertflow.forward import Forward
+from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Predictor, Scores
+from expertflow.parts import Prediction, Predictor
 from expertflow.predictors.ranking import rank_scores
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 
@@ -18,13 +21,15 @@ class LookaheadPredictor(Predictor):
     nearer recordings replace farther ones.
     """
 
+    needs_pregate: ClassVar[bool] = True
+
     def __init__(self, refreshes: bool = True) -> None:
         self.refreshes = refreshes
 
     def start(self, view: View, future: Future | None) -> None:
         self.num_layers, self.num_experts = view.num_layers, view.num_experts
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         if layer + distance >= self.num_layers or forward.recorded is None:
             return None
         recorded = forward.recorded.lookahead(forward.rows, layer)
@@ -36,4 +41,4 @@ class LookaheadPredictor(Predictor):
         union = 1.0 - np.prod(1.0 - chance, axis=0)
         scores = np.rint(union * SCORE_ONE).astype(np.int64)[None]
         keys, values = rank_scores(scores, (layer + distance) * self.num_experts, self.num_experts)
-        return keys[0].tolist(), values[0].tolist()
+        return Prediction(keys[0].tolist(), values[0].tolist())

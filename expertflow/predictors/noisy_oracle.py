@@ -11,9 +11,10 @@ from math import exp
 
 import numpy as np
 
-from expertflow.forward import Forward
+from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Predictor, Scores
+from expertflow.parts import Prediction, Predictor
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 
@@ -43,13 +44,13 @@ class NoisyOraclePredictor(Predictor):
         """p(d) = a·e^(−b·d) + c."""
         return self.a * exp(-self.b * distance) + self.c
 
-    def end_forward(self, forward: Forward) -> None:
+    def end_forward(self, forward: KnownForward) -> None:
         if self.wrong == "popularity":
             for layer, keys in enumerate(forward.demands):
                 for key in keys:
                     self.popularity[layer, key - layer * self.num_experts] += 1
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         event = forward.index * self.num_layers + layer + distance
         truth = self.future.demand(event)
         if not truth:
@@ -67,4 +68,4 @@ class NoisyOraclePredictor(Predictor):
             draws = np.log(rng.random(len(others))) / (weights if self.wrong == "popularity" else 1.0)
             chosen.update(others[i] for i in np.argsort(-draws, kind="stable")[:num_wrong])
         keys = sorted(chosen)
-        return keys, [int(recall * SCORE_ONE)] * len(keys)
+        return Prediction(keys, [int(recall * SCORE_ONE)] * len(keys))

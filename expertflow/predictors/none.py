@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from expertflow.forward import Forward
-from expertflow.parts import Predictor, Scores
+from typing import ClassVar
+
+from expertflow.forward import KnownForward
+from expertflow.parts import Prediction, Predictor
 
 
 class NoPredictor(Predictor):
     """Predicts nothing; the runtime then never asks for a decision."""
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    predicts: ClassVar[bool] = False
+
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         return None

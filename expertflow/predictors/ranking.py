@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.parts import Prediction
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -33,11 +35,11 @@ class RowRanking:
         self.last = (1 << self.bits) - 1
         self.ties = self.last - np.arange(num_experts)
 
-    def rank(self, scores: Ints, first_key: int, num_kept: int) -> tuple[list[int], list[int]]:
-        """Keys and scores [num_kept], best first; `scores` [E] is overwritten."""
+    def rank(self, scores: Ints, first_key: int, num_kept: int) -> Prediction:
+        """The `num_kept` best; `scores` [E] is overwritten."""
         bits, last, top = self.bits, self.last, first_key + self.last
         scores <<= bits
         scores |= self.ties
         scores.sort()
         best = scores[: -num_kept - 1 : -1].tolist()
-        return [top - (packed & last) for packed in best], [packed >> bits for packed in best]
+        return Prediction([top - (packed & last) for packed in best], [packed >> bits for packed in best])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expertflow.forward import Forward
-from expertflow.parts import Scores
-from expertflow.selections.top_k import CountingSelection
+from expertflow.forward import KnownForward
+from expertflow.future import Future
+from expertflow.parts import Prediction, Selection
+from expertflow.view import View
 
 
-class Mass(CountingSelection):
+class Mass(Selection):
     """Best first until `mass` of the summed scores; at least top_k, at most `at_most` (0 = all experts)."""
 
     def __init__(self, mass: float = 0.9, at_most: int = 0) -> None:
@@ -20,8 +21,11 @@ class Mass(CountingSelection):
         self.mass = mass
         self.at_most = at_most
 
-    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
-        keys, values = scores
+    def start(self, view: View, future: Future | None) -> None:
+        self.top_k = view.top_k
+
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
+        values = prediction.scores
         needed = int(self.mass * sum(values))
         count = covered = 0
         for value in values:
@@ -32,6 +36,4 @@ class Mass(CountingSelection):
         count = max(count, self.top_k)
         if self.at_most:
             count = min(count, self.at_most)
-        self.num_selected += min(count, len(keys))
-        self.num_layers += 1
-        return keys[:count]
+        return prediction.keys[:count]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.forward import Forward
+from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import SCORE_ONE, Scores
-from expertflow.selections.top_k import CountingSelection
+from expertflow.pace import Pace
+from expertflow.parts import Prediction, Selection
+from expertflow.units import SCORE_ONE
 from expertflow.view import View
 
 
-class StallSaved(CountingSelection):
+class StallSaved(Selection):
     """Experts with a chance p for which p · saved > (1 - p) · cost, that is p above cost / (saved + cost).
 
     saved: what of a copy the time left would hide, which is that of as many layers, stall excluded, as the prediction
@@ -26,6 +28,8 @@ class StallSaved(CountingSelection):
     old kept). `least`, `most`: bounds of the threshold. Where the link is full and copies cannot be hidden the
     threshold tends to 1: prefetch that would hurt switches itself off.
     """
+
+    at_once: ClassVar[bool] = True
 
     def __init__(self, price: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0,
                  memory: float = 0.9) -> None:  # fmt: skip
@@ -40,54 +44,39 @@ class StallSaved(CountingSelection):
         self.price, self.queue, self.least, self.most, self.memory = price, queue, least, most, memory
 
     def start(self, view: View, future: Future | None) -> None:
-        super().start(view, future)
         self.view = view
-        self.copy_ns = self.layer_ns = self.busy = 0.0
-        self._seen = (0, 0, 0, 0, 0)
+        self.pace = Pace(view, self.memory)
         self.limits = [int(self.most * SCORE_ONE)] * (view.num_layers + 1)
         """Threshold by distance."""
         self.least_scores: npt.NDArray[np.int64] = np.array(self.limits, np.int64)
         """The same, for those who decide at once."""
 
-    def end_forward(self, forward: Forward) -> None:
-        view = self.view
-        now = (view.link_bytes, view.link_busy_ns, view.layer_time_ns, view.num_layers_timed, view.now_ns)
-        num_bytes, busy_ns, layer_ns, layers, elapsed_ns = (new - old for new, old in zip(now, self._seen, strict=True))
-        self._seen = now
-        if num_bytes > 0:
-            self.copy_ns = self._mean(self.copy_ns, busy_ns * view.expert_bytes / num_bytes)
-        if layers > 0:
-            self.layer_ns = self._mean(self.layer_ns, layer_ns / layers)
-        if elapsed_ns > 0:
-            self.busy += (1 - self.memory) * (min(busy_ns / elapsed_ns, 1.0) - self.busy)
+    def end_forward(self, forward: KnownForward) -> None:
+        pace = self.pace
+        pace.look()
         # Products, not a power: these are the same on every machine.
-        cost = self.price * prod([self.busy] * self.queue) * self.copy_ns
-        self.limits = [self._limit(cost, distance) for distance in range(view.num_layers + 1)]
+        cost = self.price * prod([pace.busy] * self.queue) * pace.copy_ns
+        self.limits = [self._limit(cost, distance) for distance in range(self.view.num_layers + 1)]
         self.least_scores[:] = self.limits
 
     def thresholds(self) -> npt.NDArray[np.int64]:
         return self.least_scores
 
     def _limit(self, cost: float, distance: int) -> int:
-        saved = min(self.layer_ns * distance, self.copy_ns)
+        saved = min(self.pace.layer_ns * distance, self.pace.copy_ns)
         limit = cost / (saved + cost) if saved + cost > 0 else self.most
         return int(min(max(limit, self.least), self.most) * SCORE_ONE)
 
-    def _mean(self, mean: float, value: float) -> float:
-        return value if mean == 0 else self.memory * mean + (1 - self.memory) * value
-
-    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
-        keys, values = scores
-        self.num_layers += 1
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
+        keys = prediction.keys
         if not keys:
             return keys
         view = self.view
         # From the last layer the next forward's first is one ahead.
         limit = self.limits[(keys[0] // view.num_experts - view.layer) % view.num_layers]
         count = 0
-        for value in values:
+        for value in prediction.scores:
             if value < limit:
                 break
             count += 1
-        self.num_selected += count
         return keys[:count]

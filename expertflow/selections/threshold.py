@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expertflow.forward import Forward
-from expertflow.parts import SCORE_ONE, Scores
-from expertflow.selections.top_k import CountingSelection
+from expertflow.forward import KnownForward
+from expertflow.parts import Prediction, Selection
+from expertflow.units import SCORE_ONE
 
 
-class Threshold(CountingSelection):
+class Threshold(Selection):
     """Experts with a probability of at least `probability`; at most `at_most` (0 = no limit)."""
 
     def __init__(self, probability: float = 0.5, at_most: int = 0) -> None:
@@ -20,15 +20,12 @@ class Threshold(CountingSelection):
         self.limit = int(probability * SCORE_ONE)
         self.at_most = at_most
 
-    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
-        keys, values = scores
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
         count = 0
-        for value in values:
+        for value in prediction.scores:
             if value < self.limit:
                 break
             count += 1
         if self.at_most:
             count = min(count, self.at_most)
-        self.num_selected += count
-        self.num_layers += 1
-        return keys[:count]
+        return prediction.keys[:count]

@@ -1,6 +1,6 @@
 """Running the cells of a study, in this process or several, and keeping each finished one.
 
-A kept cell counts only for the same configuration, trace, fitted files and code that ran (`sim.decided`); what only
+A kept cell counts only for the same configuration, trace, fitted files and code that ran (`sim.job.decided`); what only
 tabulates did not.
 """
 
@@ -9,26 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from joblib import Parallel, delayed
 
-from expertflow.observer import Observer
-from sim.app import twin_hits
-from sim.configure import configure
-from sim.decided import Decided, asked, at_start, stands
-from sim.errors import one_line
-from sim.link import Link
-from sim.output import to_json, write_text
+from sim.job.beside import describe, run_asked
+from sim.job.configure import configure
+from sim.job.decided import Decided, asked, at_start, stands
+from sim.job.errors import one_line
+from sim.job.output import to_json, write_text
+from sim.job.setup import Workload, make_model, make_policy, make_trace, make_workload
+from sim.machine.link import Link
+from sim.machine.run import run_policy
 from sim.paths import own_folder, use_own_folder
-from sim.run import describe, run_policy
-from sim.setup import Workload, load_chunks, make_model, make_policy, make_trace, make_workload
 from sim.study.estimates import run_estimates
 from sim.study.phases import PhaseRecorder
 from sim.study.plan import Cell
-from sim.twin import RedundancyCounter
 from traces.reader import Trace
 
 ALONE = ("compare=none",)
@@ -129,14 +127,8 @@ def run_cell(cfg: dict[str, Any], work: Workload) -> dict[str, Any]:
     """Metrics as `python -m sim` writes them, and beside them `phases` and `costs` (what one load takes)."""
     policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
     phases = PhaseRecorder(policy, work.warmup_forwards)
-    observers: list[Observer] = [phases]
-    redundancy = None
-    if cfg["twin"]:
-        redundancy = RedundancyCounter(twin_hits(cfg, work), len(load_chunks(work)), work.warmup_forwards)
-        observers.append(redundancy)
-    metrics = describe(work, policy, cfg["policy"]["name"]) | run_policy(work, policy, transfer, observers)
-    if redundancy is not None:
-        metrics["prefetch"]["redundant"] = redundancy.num_redundant
+    found = run_asked(cfg, work, policy, transfer, partial(run_policy, work), [phases])
+    metrics = describe(work, policy, cfg["policy"]["name"]) | found
     load_ns = Link(work.hardware).fastest_load_ns(work.model.expert_bytes, int(work.chunk_mib * 2**20))
     costs = {"load_ns": load_ns, "expert_bytes": work.model.expert_bytes, "num_layers": work.model.num_layers}
     return {**metrics, "phases": phases.result(), "costs": costs}

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sim.entry import as_command
-from sim.output import code_sha256
+from sim.job.output import code_sha256
+from sim.job.run_cli import run_cli
 from sim.paths import add_config_dir, use_own_folder
 from sim.study.cells import plan_jobs, run_jobs
 from sim.study.estimates import estimates_table
@@ -21,7 +21,7 @@ from sim.study.verdicts import sentences
 def cli(words: list[str] | None = None) -> int:
     """Command line; exit code 2 and one line for a user's error."""
     args = _parser().parse_args(words)
-    return as_command(lambda: run_study(args), "finished cells are kept: the same command goes on from there")
+    return run_cli(lambda: run_study(args), "finished cells are kept: the same command goes on from there")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from expertflow.diversity import embedding_distance, expected_union
 from expertflow.forward import PREFILL, Forward
-from sim.setup import Workload
+from sim.job.setup import Workload
 
 DISTANCES = (1, 2, 4)
 MASSES = (0.5, 0.7, 0.9)

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from sim.names import hardware_name, model_name, policy_name, stack_name
-from sim.plots import _foot, _line_style, save, styled
+from sim.views.names import hardware_name, model_name, policy_name, stack_name
+from sim.views.plots import _foot, _line_style, save, styled
 
 ACROSS, COLOURED = "stack", "hardware"
 

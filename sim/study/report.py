@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from sim.output import provenance, to_json, write_text
+from sim.job.output import provenance, to_json, write_text
 from sim.study.estimates import ESTIMATES
 from sim.study.pictures import draw
 from sim.study.plan import Study

@@ -101,8 +101,8 @@ def _claim_line(claim: Mapping[str, Any]) -> str:
 
 def _best_line(best: Mapping[str, Any]) -> str:
     low, high = 100 * best["least_gain"], 100 * best["most_gain"]
-    rivals = best["of"][0] if len(best["of"]) == 1 else f"the best of {len(best['of'])}"
-    return (f"{best['name']} ({best['column']}, {best['variant']} against {rivals}): better in {best['num_wins']} of "
+    others = best["of"][0] if len(best["of"]) == 1 else f"the best of {len(best['of'])}"
+    return (f"{best['name']} ({best['column']}, {best['variant']} against {others}): better in {best['num_wins']} of "
             f"{best['num_places']} places; it saves {low:.2f} to {high:.2f} %.")  # fmt: skip
 
 

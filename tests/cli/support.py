@@ -19,17 +19,15 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from sim.app import cli, run_job
-from sim.configure import configure
-from sim.setup import make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_workload
 from traces.format import write_trace
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "traces"
 GPT_OSS = (24, 32, 4)
 """Layers, experts, top-k of gpt-oss-20b: the model that small traces pretend to be."""
 
@@ -125,11 +123,3 @@ def small_trace(path: Path, num_tokens: int = 12, num_requests: int = 2, *, shap
 def tiny_trace(path: Path, num_tokens: int = 12, **settings: Any) -> Path:
     """A trace of `TINY_MODEL`."""
     return small_trace(path, num_tokens, shape=(4, 8, 2), model="tiny", **settings)
-
-
-def real_trace(split: str) -> Path:
-    """The recorded gpt-oss-20b trace; skips the test where it is absent."""
-    path = SHARED / f"gpt-oss-20b.{split}.safetensors"
-    if not path.exists():
-        pytest.skip(f"no recorded trace at {path}")
-    return path

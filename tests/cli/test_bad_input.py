@@ -124,7 +124,7 @@ VALUES = [
     Bad(f"{LRU} hardware.pageable_gb_per_s=0", ("hardware.pageable_gb_per_s=0", "(0, inf]")),
     Bad(f"{LRU} hardware.memory_gb_per_s=-5", ("hardware.memory_gb_per_s=-5", "(0, 1e+06]")),
     Bad(f"{LRU} hardware.link_latency_ns=1.5", ("hardware.link_latency_ns=1.5", "whole number")),
-    Bad(f"{LRU} twin=maybe", ("twin='maybe'", "true or false")),
+    Bad(f"{LRU} count_redundant=maybe", ("count_redundant='maybe'", "true or false")),
     Bad(f"{LRU} timeline=1", ("timeline=1", "true or false")),
     Bad(f"{LRU} seed=-1", ("seed=-1", "at least 0")),
     Bad(f"{LRU} warmup_forwards=12", ("warmup_forwards=12", "12 forwards")),
@@ -163,17 +163,19 @@ PARTS = [
     Bad(f"{TRANSITION} policy.predictor.smoothing=nan", ("policy.predictor.smoothing=nan", "finite number")),
     Bad(f"{TRANSITION} policy.predictor.cross=nan", ("policy.predictor.cross=nan", "finite number")),
     Bad(f"{TRANSITION} policy.predictor.keep=-1", ("policy.predictor", "keep=-1", "0 (all experts) or more")),
-    Bad(f"{TRANSITION} policy.predictor.warm=/absent.safetensors",
-        ("policy.predictor.warm='/absent.safetensors'", "no such file", "auto, null")),
+    Bad(f"{TRANSITION} policy.predictor.fitted_start=/absent.safetensors",
+        ("policy.predictor.fitted_start='/absent.safetensors'", "no such file", "auto, null")),
     Bad("+hardware=a100 +policy=clairvoyant policy.lookahead=0", ("policy", "lookahead=0", "at least 1")),
 ]  # fmt: skip
 
 
+@pytest.mark.mostly_slow(keep=4)
 @pytest.mark.parametrize("case", by_words(CHOICES + KEYS + VALUES + PARTS))
 def test_a_broken_configuration_is_one_line(case: Bad, sound: Path, tmp_path: Path) -> None:
     refuse(case.words, sound, tmp_path / "run", case.names)
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("words", LIMITS)
 def test_the_last_value_within_a_limit_is_accepted(words: str, sound: Path, tmp_path: Path) -> None:
     told = [*LRU.split(), f"trace.path={sound}", "compare=none", "max_tokens=1", *words.split()]
@@ -241,6 +243,7 @@ BROKEN: dict[str, tuple[Break, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_trace_is_one_line_that_names_file_place_and_remedy(kind: str, tmp_path: Path) -> None:
     breaks, names = BROKEN[kind]
@@ -272,6 +275,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("case", by_words(PATHS))
 def test_a_trace_that_is_not_there_is_one_line(case: Bad, sound: Path, tmp_path: Path) -> None:
     refuse(case.words, sound, tmp_path / "run", case.names)
@@ -318,15 +322,16 @@ def test_counts_fitted_on_another_model_are_one_line(tmp_path: Path) -> None:
     from sim.paths import DATA
 
     path = tiny_trace(tmp_path / "tiny.safetensors")
-    warm = f"policy.predictor.transition.warm={DATA / 'gpt-oss-20b.transition.safetensors'}"
+    warm = f"policy.predictor.transition.fitted_start={DATA / 'gpt-oss-20b.transition.safetensors'}"
     words = " ".join([ADAPTIVE, *TINY_MODEL_WORDS, warm])
     refuse(words, path, tmp_path / "run", ("transition counts", "(24, 32)", "(4, 8)", "the same model"))
 
 
+@pytest.mark.slow
 def test_a_warm_start_that_is_no_safetensors_file_is_one_line(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "warm").write_text("counts")
-    words = f"{TRANSITION} policy.predictor.warm={tmp_path / 'warm'}"
-    refuse(words, sound, tmp_path / "run", ("policy.predictor.warm", "not a readable safetensors file"))
+    words = f"{TRANSITION} policy.predictor.fitted_start={tmp_path / 'warm'}"
+    refuse(words, sound, tmp_path / "run", ("policy.predictor.fitted_start", "not a readable safetensors file"))
 
 
 # -- the output folder, and true processes -------------------------------------------------------------------
@@ -344,15 +349,18 @@ def test_an_output_folder_below_a_file_names_the_key(sound: Path, tmp_path: Path
     assert_refused(found, ("hydra.run.dir",))
 
 
+@pytest.mark.slow
 def test_a_process_elsewhere_says_the_same_with_code_2(tmp_path: Path) -> None:
     found = run_there([*LRU.split(), "trace.path=absent.safetensors"], tmp_path / "run", cwd=tmp_path)
     assert_refused(found, ("absent.safetensors", "does not exist"))
 
 
+@pytest.mark.slow
 def test_a_process_without_arguments_lists_the_choices(tmp_path: Path) -> None:
     assert_refused(run_there([], tmp_path / "run", cwd=tmp_path), ("+hardware=NAME", "a100"))
 
 
+@pytest.mark.slow
 def test_a_failed_job_of_a_sweep_ends_it_with_one_line_and_code_2(sound: Path, tmp_path: Path) -> None:
     words = ["-m", *LRU.split(), f"trace.path={sound}", "compare=none", "residency=0.5,2", "hydra.launcher.n_jobs=1"]
     found = run_there([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"], tmp_path / "run", cwd=tmp_path)

@@ -12,10 +12,11 @@ from expertflow.model import ModelSpec, model_from_dict
 from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.transition import TransitionPredictor
-from sim.configure import configure
+from sim.job.beside import baselines
+from sim.job.configure import configure
+from sim.job.setup import make_policy, make_workload
+from sim.machine.run import run_policy
 from sim.paths import CONF
-from sim.run import baselines, run_policy
-from sim.setup import make_policy, make_workload
 from tests.cli.support import GPT_OSS, job, routing, small_trace
 
 
@@ -30,8 +31,21 @@ def values(group: str, name: str) -> dict[str, Any]:
     return content
 
 
+def composed(group: str, name: str) -> dict[str, Any]:
+    """The content of one file, with the files that it is composed of."""
+    own = values(group, name)
+    made: dict[str, Any] = {}
+    for other in own.pop("defaults", []):
+        if other != "_self_":
+            file, _, key = other.partition("@")
+            made[key] = values(group, file)
+    for key, value in own.items():
+        made[key] = {**made[key], **value} if key in made else value
+    return made
+
+
 NAMED = [(group, name) for group in ("hardware", "model", "policy", "stack") for name in choices(group)]
-KINDS = ("predictor", "horizon", "selection", "eviction", "order")
+KINDS = ("predictor", "horizon", "selection", "eviction", "order", "place", "transfer")
 PARTS = [(part, name) for part in KINDS for name in choices(f"policy/{part}")]
 MODELS = [name for name in choices("model") if name != "auto"]
 
@@ -68,6 +82,7 @@ def test_every_folder_of_conf_is_tested_here() -> None:
     assert len(PARTS) >= 20
 
 
+@pytest.mark.mostly_slow(keep=9)
 @pytest.mark.parametrize("stack", choices("stack"))
 @pytest.mark.parametrize("hardware", choices("hardware"))
 def test_every_hardware_runs_under_every_stack(hardware: str, stack: str, trace: Path) -> None:
@@ -88,15 +103,18 @@ def test_every_policy_runs(name: str, trace: Path) -> None:
     assert (metrics["prefetch"]["issued"] > 0) is prefetches
 
 
+@pytest.mark.mostly_slow(keep=7)
 @pytest.mark.parametrize(("part", "name"), PARTS)
 def test_every_part_can_be_swapped_into_adaptive(part: str, name: str, tmp_path: Path) -> None:
     path = small_trace(tmp_path / "recorded.safetensors", 8, lookahead=lookahead(GPT_OSS, 8))
     told = ("+hardware=a100", "+policy=adaptive", f"trace.path={path}", "compare=none")
-    cfg = configure([*told, f"policy/{part}={name}"])
-    assert cfg["policy"][part] == values(f"policy/{part}", name)
-    assert job(*told, f"policy/{part}={name}")["num_tokens"] == 8
+    # The place is a default that no policy names: it is added, not replaced.
+    word = f"{'+' if part == 'place' else ''}policy/{part}={name}"
+    assert configure([*told, word])["policy"][part] == composed(f"policy/{part}", name)
+    assert job(*told, word)["num_tokens"] == 8
 
 
+@pytest.mark.mostly_slow(keep=3)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_runs_on_a_trace_that_names_it(name: str, tmp_path: Path) -> None:
     spec = model(name)
@@ -109,6 +127,7 @@ def test_every_model_runs_on_a_trace_that_names_it(name: str, tmp_path: Path) ->
     assert job(*told, f"model={name}") == metrics
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_for_the_whole_model_holds_every_expert(name: str, tmp_path: Path) -> None:
     spec = model(name)
@@ -162,9 +181,9 @@ def test_adaptive_takes_the_history_elsewhere(trace: Path) -> None:
     unfitted = "policy.predictor.hybrid.fitted=null"
     found = predictor(trace, unfitted)
     assert isinstance(found, TransitionPredictor)
-    assert found.warm is not None
-    cold = predictor(trace, unfitted, "policy.predictor.transition.warm=null")
-    assert cold.warm is None  # type: ignore[attr-defined]
+    assert found.fitted_start is not None
+    cold = predictor(trace, unfitted, "policy.predictor.transition.fitted_start=null")
+    assert cold.fitted_start is None  # type: ignore[attr-defined]
 
 
 def test_a_forest_without_a_pregate_to_correct_is_refused(trace: Path) -> None:
@@ -177,7 +196,7 @@ def test_a_model_without_fitted_counts_starts_cold(tmp_path: Path) -> None:
     path = small_trace(tmp_path / "t.safetensors", 4, shape=shape, model="mixtral-8x7b", experts=routing(shape, 4))
     found = predictor(path)
     assert isinstance(found, TransitionPredictor)
-    assert found.warm is None
+    assert found.fitted_start is None
 
 
 def test_the_noisy_oracle_takes_the_seed_of_the_run(trace: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sim import reads
-from sim.decided import Decided, code_that_ran, stands
+from sim.job import reads
+from sim.job.decided import Decided, code_that_ran, stands
+from sim.job.fitted_start import fitted_arrays
 from sim.paths import DATA, ROOT
-from sim.warm import fitted_arrays
 from tests.cli.support import run_here, small_trace
 
 LRU = ("+hardware=a100", "+policy=lru")
@@ -30,7 +30,8 @@ def test_done_names_the_code_that_ran_and_no_other(tmp_path: Path) -> None:
     path = small_trace(tmp_path / "t.safetensors")
     folder = run_here([*LRU, f"trace.path={path}", "compare=none"], tmp_path / "run").folder
     done = json.loads((folder / "DONE").read_text(encoding="utf-8"))
-    assert {"expertflow/runtime.py", "expertflow/evictions/lru.py", "sim/machine.py", "sim/app.py"} <= set(done["code"])
+    ran = {"expertflow/runtime.py", "expertflow/evictions/lru.py", "sim/machine/simulated.py", "sim/app.py"}
+    assert ran <= set(done["code"])
     # Whatever else this process has loaded.
     others = ("tests/", "replay/", "sim/study/", "traces/fitting/", "traces/twin/", "expertflow/evictions/outlook.py")
     assert [name for name in done["code"] if name.startswith(others)] == []

@@ -102,7 +102,8 @@ def test_a_shadowed_traces_is_explained_when_nothing_works(tmp_path: Path) -> No
     (tmp_path / "traces").mkdir()
     (tmp_path / "traces" / "__init__.py").touch()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-c", "import sim"]
+    # Without site: the finder of an editable installation would find what the other package lacks.
+    command = [sys.executable, "-S", "-c", "import sim"]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert found.returncode == 1
     assert found.stderr.splitlines()[-1].startswith("ImportError: Python takes the package traces from another")

@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sim import collect, regress
-from sim.output import code_sha256
+from sim.job.output import code_sha256
 from sim.paths import DATA
-from tests.cli.support import ROOT, command, job, real_trace, run_here, run_there, small_trace
+from tests.cli.support import ROOT, command, job, run_here, run_there, small_trace
+from tests.recordings import named, recordings
 
 LRU = ("+hardware=a100", "+policy=lru")
 ADAPTIVE = ("+hardware=a100", "+policy=adaptive")
@@ -58,8 +59,9 @@ def names(folder: Path) -> set[str]:
 # -- one run -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_job_gives_the_same_bytes_twice_here_and_in_two_processes(trace: Path, tmp_path: Path) -> None:
-    words = [*ADAPTIVE, f"trace.path={trace}", "twin=true"]
+    words = [*ADAPTIVE, f"trace.path={trace}", "count_redundant=true"]
     found = [run_here(words, tmp_path / "first"), run_here(words, tmp_path / "second")]
     for hash_seed in ("1", "2"):
         os.environ["PYTHONHASHSEED"] = hash_seed
@@ -72,6 +74,7 @@ def test_the_same_job_gives_the_same_bytes_twice_here_and_in_two_processes(trace
     assert names(found[2].folder) == FILES
 
 
+@pytest.mark.slow
 def test_other_jobs_in_between_change_nothing(trace: Path, tmp_path: Path) -> None:
     words = [*ADAPTIVE, f"trace.path={trace}", "compare=none"]
     first = run_here(words, tmp_path / "first")
@@ -150,6 +153,7 @@ def test_a_run_that_fails_takes_an_older_done_away(trace: Path, tmp_path: Path) 
     assert (failed.code, failed.done) == (2, False)
 
 
+@pytest.mark.slow
 def test_timeline_and_events_are_written_if_asked_for(trace: Path, tmp_path: Path) -> None:
     words = [*ADAPTIVE, f"trace.path={trace}", "compare=none"]
     found = run_here([*words, "timeline=true", "events=true"], tmp_path / "run")
@@ -164,6 +168,7 @@ def test_timeline_and_events_are_written_if_asked_for(trace: Path, tmp_path: Pat
     assert plain.metrics() == metrics
 
 
+@pytest.mark.slow
 def test_a_run_works_from_another_folder_with_its_own_folder_and_a_relative_trace(trace: Path, tmp_path: Path) -> None:
     there = tmp_path / "elsewhere"
     there.mkdir()
@@ -212,6 +217,7 @@ def cells(metrics: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
     ]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize(("policy", "beside"), [
     ("adaptive", ["on_demand", "lru", "clairvoyant"]),
     ("lru", ["on_demand", "clairvoyant"]),
@@ -245,8 +251,8 @@ def test_the_table_of_a_prompt_alone_has_no_time_between_tokens(tmp_path: Path) 
     assert table_of(found.out)["lru"][0] == "–"
 
 
-def test_the_twin_is_told_of_below_the_table(trace: Path, tmp_path: Path) -> None:
-    found = run_here([*ADAPTIVE, f"trace.path={trace}", "twin=true", "compare=none"], tmp_path / "run")
+def test_redundant_prefetches_are_told_of_below_the_table(trace: Path, tmp_path: Path) -> None:
+    found = run_here([*ADAPTIVE, f"trace.path={trace}", "count_redundant=true", "compare=none"], tmp_path / "run")
     prefetch = found.metrics()["prefetch"]
     assert f"{prefetch['redundant']} of {prefetch['useful']} useful prefetches were redundant" in found.out
 
@@ -258,10 +264,9 @@ def test_no_more_prefetches_are_used_than_issued_after_a_warm_up(tmp_path: Path)
     assert prefetch["useful"] + prefetch["late"] <= prefetch["issued"]
 
 
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_a_recorded_trace_runs_between_floor_and_on_demand(split: str) -> None:
-    told = ("+hardware=a100", "+policy=adaptive", f"trace.path={real_trace(split)}", "max_tokens=60")
-    metrics = job(*told)
+@pytest.mark.parametrize("path", recordings("train", "eval"), ids=named)
+def test_a_recorded_trace_runs_between_floor_and_on_demand(path: Path) -> None:
+    metrics = job("+hardware=a100", "+policy=adaptive", f"trace.path={path}", "max_tokens=120")
     bounds, beside = metrics["bounds"], metrics["compare"]
     assert metrics["model"] == "gpt-oss-20b"
     assert bounds["floor_ns"] <= bounds["clairvoyant_ns"] < metrics["elapsed_ns"] < beside["on_demand"]["elapsed_ns"]
@@ -286,17 +291,19 @@ def test_a_warm_up_has_no_floor_to_hold_against(trace: Path) -> None:
     assert (bounds["floor_ns"], bounds["serial_ns"]) == (None, None)
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("policy", ["adaptive", "fixed_2", "oracle", "lru"])
 def test_redundant_prefetches_are_useful_ones(policy: str, trace: Path) -> None:
     told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "stack=graph")
-    prefetch = job(*told, "twin=true")["prefetch"]
-    assert job(*told, "twin=false")["prefetch"] == {**prefetch, "redundant": None}
+    prefetch = job(*told, "count_redundant=true")["prefetch"]
+    assert job(*told, "count_redundant=false")["prefetch"] == {**prefetch, "redundant": None}
     assert 0 <= prefetch["redundant"] <= prefetch["useful"]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("policy", ["adaptive", "oracle"])
 def test_redundant_prefetches_of_warm_up_and_measured_part_add_up(policy: str, trace: Path) -> None:
-    told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "twin=true",
+    told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "count_redundant=true",
             "residency=0.25", "policy/eviction=lru")  # fmt: skip
     whole, begin, rest = job(*told), job(*told, "max_tokens=15"), job(*told, "warmup_forwards=15")
     redundant = [one["prefetch"]["redundant"] for one in (begin, rest, whole)]
@@ -310,6 +317,7 @@ def test_all_experts_resident_from_the_start_never_stall(policy: str, trace: Pat
     assert (metrics["stall_ns"], metrics["num_misses"], metrics["bytes"]["demand"]) == (0, 0, 0)
 
 
+@pytest.mark.mostly_slow(keep=6)
 @pytest.mark.parametrize("words", ["", "batch_size=3", "residency=0.01", "chunk_mib=1 channel_depth=1"])
 @pytest.mark.parametrize("policy", ["on_demand", "hf_offload", "lru", "adaptive", "oracle", "clairvoyant"])
 def test_copies_in_no_time_never_stall(policy: str, words: str, trace: Path) -> None:
@@ -379,6 +387,7 @@ def results(sweep: Path) -> dict[str, int]:
     return {done.parent.name: (done.parent / "metrics.json").stat().st_mtime_ns for done in sweep.rglob("DONE")}
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_and_repeats_nothing(long_trace: Path, tmp_path: Path) -> None:
     sweep, code = tmp_path / "sweep", code_sha256()
     words = ["-m", *LRU, f"trace.path={long_trace}", "compare=none", "residency=0.2,0.3,0.4,0.5,0.6",
@@ -401,6 +410,7 @@ def test_an_interrupted_sweep_goes_on_and_repeats_nothing(long_trace: Path, tmp_
     assert sorted(table["residency"].round(2)) == [0.2, 0.3, 0.4, 0.5, 0.6]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_skipped_only_if_it_is_the_same(trace: Path, tmp_path: Path) -> None:
     words = [*LRU, f"trace.path={trace}", "compare=none", "skip_done=true"]
     first = run_here(words, tmp_path / "run")
@@ -413,6 +423,7 @@ def test_a_finished_run_is_skipped_only_if_it_is_the_same(trace: Path, tmp_path:
     assert other.metrics()["capacity"]["num_slots"] == 192
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_skipped_when_a_fitted_file_it_names_has_changed(tmp_path: Path) -> None:
     fitted = tmp_path / "mine.safetensors"
     fitted.write_bytes((DATA / "gpt-oss-20b.hybrid.safetensors").read_bytes())
@@ -433,6 +444,7 @@ def test_a_finished_run_is_not_skipped_when_its_trace_has_changed(tmp_path: Path
     assert run_here(words, tmp_path / "run").metrics()["trace"]["sha256"] != first["trace"]["sha256"]
 
 
+@pytest.mark.slow
 def test_runs_in_parallel_give_what_they_give_one_by_one(trace: Path, tmp_path: Path) -> None:
     words = ["-m", *LRU, f"trace.path={trace}", "compare=none", "residency=0.3,0.6", "batch_size=1,2",
              "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
@@ -450,6 +462,7 @@ def test_runs_in_parallel_give_what_they_give_one_by_one(trace: Path, tmp_path: 
 # -- tables of runs, and pins --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_collect_writes_one_row_a_finished_run(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -475,6 +488,7 @@ def test_collect_writes_one_row_a_finished_run(
     assert "floor_stall_ms_per_token" not in table.columns
 
 
+@pytest.mark.slow
 def test_collect_beside_adds_a_row_for_each_run_beside(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -524,6 +538,7 @@ def pins(trace: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_pinned_runs_are_identical_from_anywhere_until_a_number_moves(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

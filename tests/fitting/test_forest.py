@@ -11,7 +11,8 @@ import pytest
 
 from expertflow import forest as forest_module
 from expertflow.features import CHANCE_ONE, num_features
-from expertflow.forest import KNOTS, LEAF_ONE, SCORE_ONE, Forest, calibration_tables
+from expertflow.forest import KNOTS, LEAF_ONE, Forest, calibration_tables
+from expertflow.units import SCORE_ONE
 from tests.fitting.support import needs_fit
 from traces.container import TraceError
 from traces.fitting.forest import Growing, join, knot_counts, pack, rising_shares, uncalibrated

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import pytest
 
 from expertflow.forward import Forward
-from expertflow.parts import Scores
+from expertflow.parts import Prediction
 from expertflow.predictors.forest import ForestPredictor
 from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.ranking import rank_scores
-from sim.configure import configure
+from sim.job.configure import configure
 from tests.cli.support import GPT_OSS, job, routing, small_trace
 from tests.fitting.support import LENGTH, SMALL, D, E, K, L, knowable, needs_fit, quiet
 from tests.policies.support import forward_rows, view_of
@@ -40,7 +40,7 @@ def started(fitted: Arrays, cache_size: int = 100) -> ForestPredictor:
 
 
 def play(predictor: ForestPredictor, trace: Trace, config: BatchConfig | None = None) -> dict[
-    tuple[int, int, int], Scores | None
+    tuple[int, int, int], Prediction | None
 ]:  # fmt: skip
     """What it says of every (forward, layer, distance)."""
     found = {}
@@ -72,6 +72,7 @@ def recalls(fitted: Arrays, trace: Trace) -> tuple[float, float]:
     return float(hits[0] / total), float(hits[1] / total)
 
 
+@pytest.mark.slow
 def test_it_says_what_the_forest_says_of_the_row(fitted: Arrays) -> None:
     trace = knowable(3, 7)
     predictor = started(fitted)

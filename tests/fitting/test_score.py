@@ -18,7 +18,7 @@ from tests.policies.support import forward_rows, memory_trace, view_of
 from tests.traces.test_traces_cli import check_error, run
 from traces.batching import RecordedRows
 from traces.fitting.accuracy import Accuracy, fit_decay
-from traces.fitting.rivals import RIVALS, ROUTING_ALONE, Training, Transition
+from traces.fitting.baselines import BASELINES, ROUTING_ALONE, Training, Transition
 from traces.fitting.rows import row_blocks
 from traces.fitting.score import markdown, score
 
@@ -78,7 +78,7 @@ def test_three_distances_are_too_few_for_a_decay() -> None:
     assert all(np.isnan(value) for value in fit_decay([0.9, 0.8, 0.7]).values())
 
 
-# -- rivals ----------------------------------------------------------------------------------------------------------
+# -- baselines -------------------------------------------------------------------------------------------------------
 
 
 def test_transition_log_odds_are_those_of_the_predictor() -> None:
@@ -98,26 +98,28 @@ def test_transition_log_odds_are_those_of_the_predictor() -> None:
 def test_blocks_do_not_show_in_the_figures() -> None:
     trace, other = knowable(3), knowable(3, 5)
     training = Training(other, D, report=quiet)
-    rivals = {name: RIVALS[name](training) for name in ("popularity", "transition", "pregate", "calibrated", "ridge")}
-    whole = score(rivals, trace, D)
-    sums = {(name, d): Accuracy(K) for name in rivals for d in range(1, D + 1)}
+    names = ("popularity", "transition", "pregate", "calibrated", "ridge")
+    baselines = {name: BASELINES[name](training) for name in names}
+    whole = score(baselines, trace, D)
+    sums = {(name, d): Accuracy(K) for name in baselines for d in range(1, D + 1)}
     for block in row_blocks(trace, range(3), 7):
         for layer in range(L - 1):
             for d in range(1, min(D, L - 1 - layer) + 1):
-                for name, rival in rivals.items():
-                    sums[name, d].add(rival.scores(block, layer, d), block.truth(layer, d))
+                for name, baseline in baselines.items():
+                    sums[name, d].add(baseline.scores(block, layer, d), block.truth(layer, d))
     for row in whole:
         part = sums[row["predictor"], row["distance"]].row()
         assert row["num_decisions"] == 3 * 24 * (L - row["distance"])
         assert {key: row[key] for key in part} == pytest.approx(part, nan_ok=True)
 
 
-def test_every_rival_gives_chances_and_calibration_does_not_change_the_ranking() -> None:
+@pytest.mark.slow
+def test_every_baseline_gives_chances_and_calibration_does_not_change_the_ranking() -> None:
     needs_fit()
     trace, judged = knowable(8), knowable(2, 9)
     training = Training(trace, D, report=quiet)
-    rows = score({name: RIVALS[name](training) for name in RIVALS if name != "forest"}, judged, D)
-    by_name = {name: [row for row in rows if row["predictor"] == name] for name in RIVALS}
+    rows = score({name: BASELINES[name](training) for name in BASELINES if name != "forest"}, judged, D)
+    by_name = {name: [row for row in rows if row["predictor"] == name] for name in BASELINES}
     for plain, calibrated in zip(by_name["pregate"], by_name["calibrated"], strict=True):
         assert calibrated["recall_k"] == pytest.approx(plain["recall_k"], abs=0.02)
         assert calibrated["ece"] < 0.75 * plain["ece"]
@@ -177,6 +179,7 @@ def test_the_same_fit_twice_gives_the_same_bytes(tmp_path: Path, capsys: pytest.
     assert files[-1].read_bytes() != other
 
 
+@pytest.mark.slow
 def test_without_a_pregate_what_needs_none_is_compared_and_the_rest_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +187,7 @@ def test_without_a_pregate_what_needs_none_is_compared_and_the_rest_named(
     judged = written(tmp_path / "eval.safetensors", 3, 2)
     code, out, _ = run(capsys, "score-predictors", train, judged, "--out", tmp_path / "out", "--distances", 2)
     assert code == 0
-    skipped = ", ".join(name for name in RIVALS if name not in ROUTING_ALONE)
+    skipped = ", ".join(name for name in BASELINES if name not in ROUTING_ALONE)
     assert out.startswith(f"skipped, for want of a pre-gate in both traces: {skipped}\n")
     rows = (tmp_path / "out" / "accuracy.csv").read_text().splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [
@@ -237,19 +240,19 @@ def test_the_pregate_that_is_scored_is_the_one_that_runs() -> None:
     trace = knowable(1)
     predictor = LookaheadPredictor()
     predictor.start(view_of(L, E, K), None)
-    rival = RIVALS["pregate"](Training(trace, D, report=quiet))
-    chances = rival.scores(next(row_blocks(trace, range(1))), 1, 2)
+    baseline = BASELINES["pregate"](Training(trace, D, report=quiet))
+    chances = baseline.scores(next(row_blocks(trace, range(1))), 1, 2)
     for row in (0, 7):
         said = predictor.predict(forward_rows(row, [row], L, RecordedRows(trace)), 1, 2)
         assert said is not None
-        assert dict(zip(*said, strict=True)) == {3 * E + e: round(float(chances[row, e]) * 65536) for e in range(E)}
+        assert dict(zip(*said[:2], strict=True)) == {3 * E + e: round(float(chances[row, e]) * 65536) for e in range(E)}
 
 
 def test_the_table_has_a_row_for_each_and_no_loose_ends() -> None:
     pytest.importorskip("scipy")
     trace = knowable(2)
-    rivals = {"pregate": RIVALS["pregate"](Training(trace, D, report=quiet))}
-    rows = score(rivals, trace, D)
+    baselines = {"pregate": BASELINES["pregate"](Training(trace, D, report=quiet))}
+    rows = score(baselines, trace, D)
     fits = [{"predictor": "pregate", **fit_decay([row["recall_k"] for row in rows])}]
     lines = markdown(rows, fits, {"pregate": (0, 1.0)}, K)
     assert all(line == "" or line.count("|") >= 4 for line in lines)

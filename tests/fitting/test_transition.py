@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from expertflow.transitions import TransitionCounts
+from sim.job.fitted_start import transition_start
 from sim.paths import DATA
-from sim.warm import warm_counts
 from tests.traces.test_traces_cli import check_error, run
 from traces.fitting.transition import to_arrays
 from traces.format import write_trace
@@ -50,7 +50,7 @@ def test_the_command_counts_what_follows_what(chain: Path, tmp_path: Path, capsy
         header = file.metadata()
     assert (header["format"], header["model"], header["num_tokens"]) == ("expertflow-transition", "toy", "3")
     counts = TransitionCounts(2, E, 1)
-    counts.load(warm_counts(str(out), "toy") or {})
+    counts.load(transition_start(str(out), "toy") or {})
     assert counts.num_forwards == 3
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertflow.forward import Forward
 from expertflow.network import NUM_OWN, SHIFTS
+from expertflow.parts import Prediction
 from expertflow.predictors.hybrid import HybridPredictor
 from tests.cli.support import routing
 from tests.policies.support import memory_trace, view_of
@@ -80,14 +81,22 @@ def started_for(
 
 
 def answers(predictor: HybridPredictor, some: Sequence[Forward], block: int = 0) -> Iterator[Any]:
-    """All it says over the forwards: predictions of every layer and distance, and the outlooks."""
+    """All it says over the forwards: predictions of every layer and distance, and the forecasts."""
     for index, forward in enumerate(some):
         if block and index % block == 0:
-            predictor.prepare(some[index : index + block])
+            takes = predictor.announced()
+            assert takes is not None
+            takes.prepare(some[index : index + block])
         predictor.begin_forward(forward)
         for layer in range(L):
             for distance in range(1, D + 2):
-                yield predictor.predict(forward, layer, distance)
+                yield plain(predictor.predict(forward, layer, distance))
         predictor.end_forward(forward)
-        assert predictor.view.outlook is not None
-        yield predictor.view.outlook.tolist()
+        yield predictor.forecast().tolist()
+
+
+def plain(found: Prediction | None) -> Any:
+    """A prediction as lists, which compare."""
+    if found is None:
+        return None
+    return list(found.keys), list(found.scores), None if found.chances is None else found.chances.tolist()

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 
 from expertflow.evictions.outlook import Outlook
-from expertflow.forward import Forward
+from expertflow.forward import Forward, KnownForward
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.orders.resident_first import ResidentFirst
-from expertflow.parts import SCORE_ONE, Eviction, Horizon, Scores, Selection, Step
+from expertflow.parts import Eviction, Horizon, Prediction, Selection, Step
 from expertflow.policy import Policy
 from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.selections.stall_saved import StallSaved
+from expertflow.units import SCORE_ONE
 from expertflow.view import ABSENT, LOADING, RESIDENT, View
 from tests.hybrid.support import PROMPTS, E, K, L, arrays, forwards
 from tests.hybrid.test_predictor import without_numba
+from tests.policies.support import progress_of, view_of
 
 pytest.importorskip("numba")
 
@@ -56,30 +58,33 @@ class World:
     def __init__(self, fitted: dict[str, Any], selection: Selection | None = None, eviction: Eviction | None = None,
                  predictor: type[HybridPredictor] = HybridPredictor, **settings: Any) -> None:  # fmt: skip
         self.state = bytearray(L * E)
-        self.view = View(L, E, K, 1000, L * E, [], memoryview(self.state).toreadonly())
+        self.view = view_of(L, E, K, state=self.state)
         self.policy = Policy(predictor(fitted, **settings), Spread(), selection or StallSaved(), eviction or Outlook(),
                              ResidentFirst())  # fmt: skip
         self.policy.start(self.view)
         self.num_steps = 0
         step = self.policy._step
 
-        def counted(forward: Forward, layer: int, reach: int) -> Step | None:
+        def counted(forward: KnownForward, layer: int, reach: int) -> Step | None:
             told = step(forward, layer, reach)
             self.num_steps += told is not None
             return told
 
         self.policy._step = counted
 
+    def reveal(self, num_layers: int) -> None:
+        """The routing of the first layers is read."""
+        for layer in range(num_layers):
+            self.policy.routed(layer)
+
     def told(self) -> list[Any]:
         """All that a decision leaves behind."""
-        policy, eviction, selection = self.policy, self.policy.eviction, self.policy.selection
+        policy, eviction = self.policy, self.policy.eviction
         assert isinstance(eviction, Outlook)
-        assert isinstance(selection, StallSaved)
         assert isinstance(policy.horizon, Spread)
-        assert self.view.chances is not None
-        arrays = (self.view.chances, eviction.worth, eviction.held, eviction.bar, eviction.soon)
-        return [policy.num_predicted, policy.total_predicted, selection.num_selected, selection.num_layers,
-                policy.horizon.num_early, *(array.tolist() for array in arrays)]  # fmt: skip
+        arrays = (eviction.chance, eviction.worth, eviction.held, eviction.bar, eviction.soon)
+        counts = [policy.num_predicted, policy.total_predicted, policy._num_selected, policy._num_layers_selected]
+        return [*counts, policy.horizon.num_early, *(array.tolist() for array in arrays)]
 
 
 def run(worlds: Sequence[World], some: Sequence[Forward], seed: int, reaches: Sequence[Sequence[int]]) -> list[Any]:
@@ -88,7 +93,7 @@ def run(worlds: Sequence[World], some: Sequence[Forward], seed: int, reaches: Se
     draw = random.Random(seed)
     for forward in some:
         for world in worlds:
-            world.view.forward = forward.index
+            progress_of(world.view).forward = forward.index
             world.policy.begin_forward(forward)
         for layer in range(L):
             states = bytes(draw.choices([ABSENT, LOADING, RESIDENT], [3, 1, 3], k=L * E))
@@ -100,19 +105,21 @@ def run(worlds: Sequence[World], some: Sequence[Forward], seed: int, reaches: Se
                 view, policy, selection = world.view, world.policy, world.policy.selection
                 assert isinstance(selection, StallSaved)
                 assert isinstance(policy.horizon, Spread)
-                view.layer, view.event = layer, view.event + 1
+                progress_of(view).layer = layer
+                progress_of(view).event += 1
                 selection.limits, selection.least_scores[:] = limits, limits
                 policy.horizon.reach = reach
-                view.pinned = forward.demands[layer]
+                progress_of(view).pinned = forward.demands[layer]
+                world.policy.routed(layer)
                 policy.eviction.touched(forward.demands[layer])
-                found.append([policy.decide(forward, layer), world.told()])
-                view.pinned = ()
+                found.append([policy.decide(layer), world.told()])
+                progress_of(view).pinned = ()
                 policy.eviction.layer_end(layer, forward.demands[layer])
                 found[-1].append(world.told())
             assert all(other == found[0] for other in found[1:]), (forward.index, layer)
             wanted.append(found[0][0])
         for world in worlds:
-            world.policy.end_forward(forward)
+            world.policy.end_forward()
     return wanted
 
 
@@ -160,8 +167,9 @@ def test_ties_and_the_edge_of_a_threshold() -> None:
             selection.limits = [scores[1][E // 2]] * (L + 1)
             selection.least_scores[:] = selection.limits
             world.policy.begin_forward(some[0])
-            world.view.event = 0
-        assert fused.policy.decide(some[0], 0) == asked.policy.decide(some[0], 0)
+            world.policy.routed(0)
+            progress_of(world.view).event = 0
+        assert fused.policy.decide(0) == asked.policy.decide(0)
         assert fused.told() == asked.told()
         assert fused.num_steps == 1
         run([World(fitted), World(fitted, InheritedSelection())], some, seed, WINDOWS)
@@ -182,21 +190,26 @@ def test_decisions_that_are_left_out_change_nothing_for_those_that_follow() -> N
     for world in (fused, asked):
         for forward in some[:3]:
             world.policy.begin_forward(forward)
-            world.policy.end_forward(forward)
+            world.reveal(L)
+            world.policy.end_forward()
         world.policy.begin_forward(some[3])
-        world.view.event = 2
+        world.reveal(3)
+        progress_of(world.view).event = 2
         selection = world.policy.selection
         assert isinstance(selection, StallSaved)
         selection.limits, selection.least_scores[:] = [300] * (L + 1), 300
         world.policy.horizon.reach = (1, 2)  # type: ignore[attr-defined]
-    assert fused.policy.decide(some[3], 2) == asked.policy.decide(some[3], 2)
-    assert fused.policy._ask(some[3], 3, (1,)) == asked.policy.decide(some[3], 3)[:E]
+    assert fused.policy.decide(2) == asked.policy.decide(2)
     for world in (fused, asked):
+        world.policy.routed(3)
+    wanted = asked.policy.decide(3)
+    assert wanted is not None
+    assert fused.policy._ask(3, (1,)) == wanted[:E]
+    for world in (fused, asked):
+        world.policy.routed(4)
         world.policy.horizon.reach = (1, 2, 3)  # type: ignore[attr-defined]
-    assert fused.policy.decide(some[3], 4) == asked.policy.decide(some[3], 4)
-    assert fused.view.chances is not None
-    assert asked.view.chances is not None
-    assert fused.view.chances.tolist() == asked.view.chances.tolist()
+    assert fused.policy.decide(4) == asked.policy.decide(4)
+    assert fused.told()[5:] == asked.told()[5:]
 
 
 def test_without_numba_the_wants_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,11 +239,8 @@ def test_a_class_that_inherits_is_asked(changes: dict[str, Any]) -> None:
 class Best(Selection):
     """A user's own: the best one."""
 
-    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
-        return scores[0][:1]
-
-    def mean_selected(self) -> float:
-        return 1.0
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
+        return prediction.keys[:1]
 
 
 class Noting(Eviction):
@@ -246,19 +256,20 @@ class Noting(Eviction):
     def victim(self, key: int, cause: int) -> int | None:
         return None
 
-    def predicted(self, keys: Sequence[int], layer: int, scores: Scores) -> None:
+    def predicted(self, keys: Sequence[int], layer: int, prediction: Prediction) -> None:
         self.heard.append((list(keys), layer))
 
 
 def test_a_users_own_selection_and_eviction_are_asked() -> None:
     predictor, eviction = HybridPredictor(arrays()), Noting()
     policy = Policy(predictor, FixedHorizon(2), Best(), eviction, ResidentFirst())
-    state = bytearray(L * E)
-    policy.start(View(L, E, K, 1000, L * E, [], memoryview(state).toreadonly()))
+    policy.start(view_of(L, E, K))
     forward = forwards()[0]
     policy.begin_forward(forward)
-    policy.view.event = 0
-    wants = policy.decide(forward, 0)
+    progress_of(policy.view).event = 0
+    policy.routed(0)
+    wants = policy.decide(0)
+    assert wants is not None
     scores = [predictor.predict(forward, 0, distance) for distance in (1, 2)]
     assert wants == [found[0][0] for found in scores if found is not None]
     assert eviction.heard == [(wants[:1], 1), (wants[1:], 2)]

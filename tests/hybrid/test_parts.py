@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from expertflow.evictions.outlook import Outlook
-from expertflow.parts import DEMAND, PREFETCH, SCORE_ONE
+from expertflow.parts import DEMAND, PREFETCH, Prediction
 from expertflow.selections.stall_saved import StallSaved
-from expertflow.view import ABSENT, RESIDENT, View
+from expertflow.units import SCORE_ONE
+from expertflow.view import ABSENT, RESIDENT
 from tests.hybrid.support import forwards
-from tests.policies.support import view_of
+from tests.policies.support import progress_of, view_of
 
 L, E, K = 3, 4, 1
 DEEP = 6
@@ -23,10 +24,11 @@ class World:
 
     def __init__(self, outlook: list[int] | None, **settings: Any) -> None:
         self.state = bytearray(L * E)
-        self.view = View(L, E, K, 1000, L * E, [], memoryview(self.state).toreadonly())
-        self.view.outlook = None if outlook is None else np.array(outlook, np.int64)
+        self.view = view_of(L, E, K, state=self.state)
         self.part = Outlook(**settings)
         self.part.start(self.view, None)
+        if outlook is not None:
+            self.part.foreseen(np.array(outlook, np.int64))
 
     def hold(self, *keys: int) -> None:
         """Let these have landed."""
@@ -37,9 +39,9 @@ class World:
 
     def run_layer(self, layer: int, keys: list[int]) -> None:
         """A layer demands keys that are there, and ends."""
-        self.view.pinned = keys
+        progress_of(self.view).pinned = keys
         self.part.touched(keys)
-        self.view.pinned = ()
+        progress_of(self.view).pinned = ()
         self.part.layer_end(layer, keys)
 
 
@@ -59,25 +61,33 @@ def test_what_this_layer_demands_stays_and_so_does_what_is_on_its_way() -> None:
     world = World(WORTH)
     world.hold(1, 8, 9)
     world.part.admitted(11, PREFETCH)
-    world.view.pinned = [9]
+    progress_of(world.view).pinned = [9]
     world.part.touched([9])
     assert world.part.victim(0, DEMAND) == 8
 
 
-def test_a_new_outlook_counts_after_the_forward() -> None:
+def test_a_new_forecast_counts_at_once() -> None:
     world = World(WORTH)
     world.hold(2, 7)
     assert world.part.victim(0, DEMAND) == 7
-    world.view.outlook = np.array(WORTH[::-1], np.int64)
-    assert world.part.victim(0, DEMAND) == 7
-    world.part.end_forward(forwards()[0])
+    world.part.foreseen(np.array(WORTH[::-1], np.int64))
     assert world.part.victim(0, DEMAND) == 2
+
+
+def test_chances_of_all_experts_count_where_a_prediction_has_them() -> None:
+    world = World(WORTH)
+    world.hold(8, 9)
+    chances = np.array([0, 50, 0, 0])
+    world.part.predicted([8], 2, Prediction([8], [0], chances))
+    assert world.part.victim(0, DEMAND) == 8
+    chances[:] = 0  # the predictor's to overwrite
+    assert world.part.victim(0, DEMAND) == 8
 
 
 def test_the_window_protects_what_is_predicted_until_its_layer_has_run() -> None:
     world = World(WORTH, used=0.0)
     world.hold(1, 8, 9)
-    world.part.predicted([9], 2, ([9, 8], [SCORE_ONE, 30]))
+    world.part.predicted([9], 2, Prediction([9, 8], [SCORE_ONE, 30]))
     assert world.part.victim(0, DEMAND) == 8
     world.run_layer(2, [8])
     assert world.part.victim(0, DEMAND) == 9
@@ -95,7 +105,7 @@ def test_what_was_just_used_is_worth_at_least_so_much() -> None:
 def test_a_prefetch_pushes_out_only_what_is_worth_less(chance: int, victim: int | None) -> None:
     world = World(WORTH)
     world.hold(2, 6)
-    world.part.predicted([9], 2, ([9], [chance]))
+    world.part.predicted([9], 2, Prediction([9], [chance]))
     assert world.part.victim(9, PREFETCH) == victim
     assert world.part.victim(9, DEMAND) == 6
 
@@ -111,10 +121,10 @@ def test_without_an_outlook_the_least_used_leaves() -> None:
 def test_more_demand_than_slots_takes_what_has_been_launched() -> None:
     world = World(WORTH)
     world.hold(0, 1)
-    world.view.pinned = [0, 1, 2]
+    progress_of(world.view).pinned = [0, 1, 2]
     world.part.touched([0, 1, 2])
     assert world.part.victim(2, DEMAND) is None
-    world.view.pinned = [2]
+    progress_of(world.view).pinned = [2]
     assert world.part.victim(2, DEMAND) == 1
 
 
@@ -134,15 +144,16 @@ def observed(copy_ns: int, layer_ns: int, busy: float, **settings: Any) -> Stall
     part.start(view, None)
     elapsed = 1_000_000
     for _ in range(400):
-        view.now_ns += elapsed
-        view.link_busy_ns += int(busy * elapsed)
-        view.link_bytes += int(busy * elapsed / copy_ns * view.expert_bytes)
-        view.layer_time_ns += layer_ns * 2
-        view.num_layers_timed += 2
+        progress_of(view).now_ns += elapsed
+        progress_of(view).link_busy_ns += int(busy * elapsed)
+        progress_of(view).link_bytes += int(busy * elapsed / copy_ns * view.expert_bytes)
+        progress_of(view).layer_time_ns += layer_ns * 2
+        progress_of(view).num_layers_timed += 2
         part.end_forward(forwards()[0])
     return part
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("queue", [0, 1, 3])
 @pytest.mark.parametrize("distance", [1, 2, 4])
 @pytest.mark.parametrize(
@@ -157,9 +168,9 @@ def test_the_threshold_is_where_saving_and_cost_are_equal(
     limit = part.limits[distance]
     p = limit / SCORE_ONE
     assert p * saved == pytest.approx((1 - p) * cost, rel=0.01)
-    part.view.layer = 2
+    progress_of(part.view).layer = 2
     first = (2 + distance) % DEEP * E
-    keys = part.select(([first + 3, first + 2, first + 1], [limit + 1, limit, limit - 1]), forwards()[0])
+    keys = part.select(Prediction([first + 3, first + 2, first + 1], [limit + 1, limit, limit - 1]), forwards()[0])
     assert list(keys) == [first + 3, first + 2]
 
 
@@ -176,8 +187,8 @@ def test_more_time_left_asks_for_less_certainty() -> None:
 def test_before_anything_is_observed_the_bound_holds() -> None:
     part = StallSaved(most=0.5)
     part.start(view_of(L, E, K), None)
-    assert list(part.select(([E + 1, E + 2], [40_000, 30_000]), forwards()[0])) == [E + 1]
-    assert list(part.select(([], []), forwards()[0])) == []
+    assert list(part.select(Prediction([E + 1, E + 2], [40_000, 30_000]), forwards()[0])) == [E + 1]
+    assert list(part.select(Prediction([], []), forwards()[0])) == []
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from expertflow.network import CHANCES, UNIT, HistoryNetwork
-from expertflow.parts import SCORE_ONE
-from tests.hybrid.support import PROMPTS, STARTS, D, E, H, K, L, answers, arrays, forwards, started
-from tests.policies.support import view_of
+from expertflow.units import SCORE_ONE
+from tests.hybrid.support import PROMPTS, D, E, H, L, answers, arrays, forwards, plain, started
 
 
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +18,7 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
 
 
+@pytest.mark.mostly_slow(keep=10)
 @pytest.mark.parametrize("pregate", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("prompts", [(0, 0, 0, 0), PROMPTS])
@@ -33,10 +33,7 @@ def test_compiled_and_in_numpy_the_integers_are_the_same(
             without_numba(monkeypatch)
         predictor = started(arrays(seed, pregate=pregate), keep=keep)
         assert (predictor.compiled is not None) is compiled
-        said: list[Any] = []
-        for answer in answers(predictor, some):
-            said += [answer, None if predictor.view.chances is None else predictor.view.chances.tolist()]
-        told.append(said)
+        told.append(list(answers(predictor, some)))
     assert told[0] == told[1]
     assert any(told[0])
 
@@ -48,33 +45,47 @@ def test_the_order_in_which_distances_are_asked_does_not_matter() -> None:
         predictor.begin_forward(forward)
     for layer in range(L):
         distances = list(range(1, D + 2))
-        said = {distance: near_first.predict(forward, layer, distance) for distance in distances}
-        assert said == {distance: far_first.predict(forward, layer, distance) for distance in distances[::-1]}
+        said = {distance: plain(near_first.predict(forward, layer, distance)) for distance in distances}
+        assert said == {distance: plain(far_first.predict(forward, layer, distance)) for distance in distances[::-1]}
 
 
-def test_chances_are_those_of_the_scores_last_given() -> None:
-    predictor = started(arrays())
+@pytest.mark.parametrize("keep", [0, 4])
+def test_chances_are_those_of_the_scores_and_of_the_rest(keep: int) -> None:
+    predictor = started(arrays(), keep=keep)
     for forward in forwards():
         predictor.begin_forward(forward)
         for layer in range(L):
             for distance in range(1, D + 1):
                 found = predictor.predict(forward, layer, distance)
                 if found is not None:
-                    assert predictor.view.chances is not None
-                    assert list(found[1]) == [predictor.view.chances[key] for key in found[0]]
+                    assert found.chances is not None
+                    assert list(found.scores) == [found.chances[key % E] for key in found.keys]
         predictor.end_forward(forward)
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
-def test_a_block_gives_the_integers_of_one_forward_after_another(block: int) -> None:
+@pytest.mark.parametrize("keep", [0, 4])
+def test_a_block_gives_the_integers_of_one_forward_after_another(
+    block: int, keep: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     some = forwards(prompts=(0, 0, 0, 0))
-    assert list(answers(started(arrays()), some, block)) == list(answers(started(arrays()), some))
+    alone = list(answers(started(arrays(), keep=keep), some))
+    without_numba(monkeypatch)
+    assert list(answers(started(arrays(), keep=keep), some, block)) == alone
 
 
-def test_a_block_that_holds_a_prompt_is_taken_one_by_one() -> None:
+def test_a_block_that_holds_a_prompt_is_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     some = forwards()
     assert any(forward.counts is not None for forward in some)
-    assert list(answers(started(arrays()), some, 4)) == list(answers(started(arrays()), some))
+    alone = list(answers(started(arrays()), some))
+    without_numba(monkeypatch)
+    assert list(answers(started(arrays()), some, 4)) == alone
+
+
+def test_forwards_are_announced_only_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started(arrays()).announced() is None
+    without_numba(monkeypatch)
+    assert started(arrays()).announced() is not None
 
 
 def test_scores_are_ranked_chances_of_the_target_layer() -> None:
@@ -88,7 +99,7 @@ def test_scores_are_ranked_chances_of_the_target_layer() -> None:
                     assert layer + distance >= L
                     assert layer < L - 1
                     continue
-                keys, scores = found
+                keys, scores, _ = found
                 assert {key // E for key in keys} == {(layer + distance) % L}
                 assert sorted(keys) == list(range(min(keys), min(keys) + E))
                 assert list(scores) == sorted(scores, reverse=True)
@@ -110,9 +121,9 @@ def test_a_new_request_begins_as_the_first_did() -> None:
     for forward in some:
         predictor.begin_forward(forward)
         if forward.requests_started:
-            first[forward.requests[0]] = predictor.base.tolist()
+            first[forward.requests[0]] = predictor.history.base.tolist()
         else:
-            assert predictor.base.tolist() != first[forward.requests[0]]
+            assert predictor.history.base.tolist() != first[forward.requests[0]]
         for layer in range(L):
             predictor.predict(forward, layer, 1)
         predictor.end_forward(forward)
@@ -137,12 +148,13 @@ def test_with_several_tokens_the_chance_that_any_picks_it_is_larger(batch_size: 
         predictor.end_forward(forward)
     predictor.begin_forward(several)
     union = predictor.predict(several, 0, 1)
-    predictor.num_tokens, predictor.seen_layer = 1, -1
+    predictor.history.num_tokens = 1
+    predictor.window.clear()
     single = predictor.predict(several, 0, 1)
     assert union is not None
     assert single is not None
-    chance = dict(zip(*single, strict=True))
-    for key, score in zip(*union, strict=True):
+    chance = dict(zip(*single[:2], strict=True))
+    for key, score in zip(*union[:2], strict=True):
         told = UNIT * (1 - (1 - chance[key] / UNIT) ** several.num_tokens)
         assert abs(score - told) <= 1
 
@@ -162,7 +174,8 @@ def test_each_token_has_its_own_pregate(phase: str) -> None:
         predictor.begin_forward(several)
     # What the history says of one token, as log-odds.
     history.predict(several, 0, 1)
-    history.num_tokens, history.seen_layer = 1, -1
+    history.history.num_tokens = 1
+    history.window.clear()
     alone = history.predict(several, 0, 1)
     found = both.predict(several, 0, 1)
     assert alone is not None
@@ -172,9 +185,9 @@ def test_each_token_has_its_own_pregate(phase: str) -> None:
     assert recorded is not None
     assert len(recorded) == several.num_tokens
     # Chances are in 2^-16: of those near 0 or 1 the odds are not known well enough.
-    said = {key: chance for key, chance in zip(*alone, strict=True) if 1000 < chance < UNIT - 1000}
+    said = {key: chance for key, chance in zip(*alone[:2], strict=True) if 1000 < chance < UNIT - 1000}
     assert len(said) > 3
-    for key, score in zip(*found, strict=True):
+    for key, score in zip(*found[:2], strict=True):
         if key not in said:
             continue
         odds = np.log(said[key] / (UNIT - said[key]))
@@ -256,9 +269,5 @@ def test_sums_stay_exact_in_single_precision() -> None:
     assert net.odds(hidden, 2, 1).tolist() == told.tolist()
 
 
-def test_the_view_has_an_outlook_from_the_start() -> None:
-    predictor = started(arrays())
-    assert predictor.view.outlook is not None
-    assert predictor.view.outlook.tolist() == arrays()["frequency"].reshape(-1).tolist()
-    assert STARTS[-1] == 30
-    assert view_of(L, E, K).outlook is None
+def test_there_is_a_forecast_from_the_start() -> None:
+    assert started(arrays()).forecast().tolist() == arrays()["frequency"].reshape(-1).tolist()

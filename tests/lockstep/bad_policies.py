@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertflow.forward import Forward
+from expertflow.forward import KnownForward
 from expertflow.future import Future
-from expertflow.parts import Horizon, Predictor, Scores
+from expertflow.parts import Horizon, Prediction, Predictor
 from expertflow.view import View
 
 _runs = 0
@@ -72,9 +72,9 @@ class _Sampled(Predictor):
     def _sample(self, population: range) -> list[int]:
         raise NotImplementedError
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         first = (layer + distance) % self.view.num_layers * self.view.num_experts
-        return self._sample(range(first, first + self.view.num_experts)), [4, 3, 2, 1]
+        return Prediction(self._sample(range(first, first + self.view.num_experts)), [4, 3, 2, 1])
 
 
 class UnseededPredictor(_Sampled):

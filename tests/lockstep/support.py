@@ -16,9 +16,9 @@ from expertflow.forward import Forward
 from expertflow.machine import LOAD, Record, Wait
 from expertflow.runtime import RunConfig, Runtime
 from replay.drive import drive
-from replay.lockstep import LockstepResult, check_log
-from replay.log import LoggingMachine, LogWriter
-from replay.log_format import (
+from replay.lockstep.compare import LockstepResult, check_log
+from replay.lockstep.log import LoggingMachine, LogWriter
+from replay.lockstep.log_format import (
     FORMAT,
     VALUES_PER_GROUP,
     Attention,
@@ -32,12 +32,12 @@ from replay.log_format import (
     Told,
     Waited,
 )
-from replay.log_reader import LogReader
-from sim.configure import configure
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
-from sim.setup import Workload, load_chunks, make_policy, make_workload, run_config
+from replay.lockstep.log_reader import LogReader
+from sim.job.configure import configure
+from sim.job.setup import Workload, load_chunks, make_policy, make_workload, run_config
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, SimMachine
 
 
 class LostError(RuntimeError):
@@ -84,8 +84,10 @@ class Job:
         config = configure(list(overrides))
         return cls(list(overrides), config, make_workload(config))
 
-    def runtime(self, *, noisy: bool = False, lost_at: int = -1) -> tuple[Runtime, BlockingSim]:
-        """A runtime with a fresh policy and its machine."""
+    def runtime(
+        self, writer: LogWriter | None = None, *, noisy: bool = False, lost_at: int = -1
+    ) -> tuple[Runtime, BlockingSim | LoggingMachine]:
+        """A runtime with a fresh policy and its machine, which logs to `writer`."""
         work = self.work
         policy, transfer = make_policy(self.config["policy"], work, self.config["seed"])
         chunks = load_chunks(work)
@@ -94,20 +96,25 @@ class Job:
         machine = BlockingSim(kernels, link, HostCosts.of(work.hardware, work.stack), chunks)
         machine.noise = random.Random(5) if noisy else None
         machine.lost_at = lost_at
-        return Runtime(run_config(work, transfer, chunks), machine, policy, work.batches), machine
+        shown = machine if writer is None else LoggingMachine(machine, writer)
+        return Runtime(run_config(work, transfer, chunks), shown, policy, work.batches), shown
 
     def log(self, path: Path, *, noisy: bool = False, lost_at: int = -1, more: Mapping[str, Any] | None = None,
             values_per_group: int = VALUES_PER_GROUP) -> Path:  # fmt: skip
         """Run and log to `path`; with `lost_at` the machine goes away midway and the log is kept. more: config keys."""
-        runtime, machine = self.runtime(noisy=noisy, lost_at=lost_at)
         config = {**self.config, **(more or {})}
-        header = LogHeader("sim", config, self.overrides, runtime.config, self.work.trace_sha256)
+        run = self.runtime()[0].config
+        header = LogHeader("sim", config, self.overrides, run, self.work.trace_sha256)
         with LogWriter(path, header, values_per_group) as writer:
+            runtime, machine = self.runtime(writer, noisy=noisy, lost_at=lost_at)
+            assert isinstance(machine, LoggingMachine)
             try:
-                drive(runtime, machine, writer)
+                drive(runtime, machine)
             except LostError:
                 if lost_at < 0:
                     raise
+            finally:
+                machine.flush()
         return path
 
     def check(self, path: Path) -> LockstepResult:
@@ -149,8 +156,11 @@ class _Silent:
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         pass
 
-    def decided(self, wants: Sequence[int]) -> None:
+    def decided(self, wants: Sequence[int], effort: float) -> None:
         pass
+
+    def wait(self, wait: Wait) -> Record:
+        raise NotImplementedError
 
 
 def write_events(path: Path, header: LogHeader, forwards: Iterable[LoggedForward],
@@ -174,7 +184,7 @@ def write_events(path: Path, header: LogHeader, forwards: Iterable[LoggedForward
                 elif isinstance(event, Copy):
                     logging.copy(*event)
                 elif isinstance(event, Decided):
-                    logging.decided(event.wants)
+                    logging.decided(event.wants, 1.0)
                 elif isinstance(event, Waited):
                     logging.waited((event.kind, event.ident, event.drain))
                 else:

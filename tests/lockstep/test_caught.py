@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from expertflow.machine import GATE
-from replay.lockstep import LockstepResult, cli
-from replay.log_format import Attention, Copy, Decided, Experts, LoggedForward, Told, Waited
+from replay.lockstep.compare import LockstepResult, main
+from replay.lockstep.log_format import Attention, Copy, Decided, Experts, LoggedForward, Told, Waited
+from tests.lockstep import bad_policies
 from tests.lockstep.support import Job, edited, read_events, rewritten
 
 BASE = ("+hardware=a100", "+policy=fixed_1", "policy/predictor=transition", "trace.num_tokens=16", "residency=0.25")
@@ -38,6 +39,7 @@ def assert_told(result: LockstepResult, what: str = "") -> None:
 # -- policies ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("job", [
     pytest.param(lambda: with_horizon("WallClockHorizon"), id="wall clock"),
     pytest.param(lambda: with_horizon("ModuleStateHorizon"), id="module state"),
@@ -49,6 +51,7 @@ def test_policies_that_decide_by_more_are_caught(tmp_path: Path, job: Callable[[
     assert_told(made.check(made.log(tmp_path / "log.parquet")), "wants [")
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("job", [
     pytest.param(lambda: with_horizon("ViewClockHorizon"), id="time of the records"),
     pytest.param(lambda: with_predictor("SeededPredictor"), id="seeded"),
@@ -59,11 +62,14 @@ def test_their_honest_kin_is_equal(tmp_path: Path, job: Callable[[], Job]) -> No
     assert (result.difference, result.partial, result.num_forwards) == (None, None, 16)
 
 
-def test_a_policy_that_raises_now(tmp_path: Path) -> None:
+def test_a_policy_that_raises_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Counted from here, whichever tests ran before: it is started twice for the log, and raises in the start after.
+    monkeypatch.setattr(bad_policies, "_runs", 1)
     job = with_horizon("RaisingHorizon")
     assert_told(job.check(job.log(tmp_path / "log.parquet")), "now KeyError: 'no such layer'")
 
 
+@pytest.mark.slow
 def test_first_difference_is_the_one_told(tmp_path: Path) -> None:
     job = with_horizon("ViewClockHorizon")
     path = job.log(tmp_path / "log.parquet")
@@ -136,6 +142,7 @@ def lose_record(forward: LoggedForward) -> None:
     del forward.events[place_of(forward, Told, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [change_copy, change_experts, change_chunk, lose_chunk, change_wait, lose_event,
                                     lose_record])  # fmt: skip
 def test_logs_of_another_run_are_caught(tmp_path: Path, change: Callable[[LoggedForward], None]) -> None:
@@ -163,6 +170,7 @@ def test_one_time_that_is_another_is_caught(tmp_path: Path) -> None:
     assert_told(job.check(path), "forward 3, layer")
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("how", ["swap", "drop", "more"])
 def test_forwards_that_are_not_the_workloads(tmp_path: Path, how: str) -> None:
     job = Job.of(*BASE)
@@ -182,6 +190,7 @@ def test_forwards_that_are_not_the_workloads(tmp_path: Path, how: str) -> None:
     assert expected[how] in result.difference
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("stream", ["time", "load", "key", "op", "mark", "slot", "small", "size", "after", "layer"])
 def test_one_number_changed_in_the_file_is_refused(tmp_path: Path, stream: str,
                                                    capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -189,7 +198,7 @@ def test_one_number_changed_in_the_file_is_refused(tmp_path: Path, stream: str,
         columns[stream][2][0] += 1
 
     path = edited(Job.of(*BASE).log(tmp_path / "log.parquet"), tmp_path / "other.parquet", change)
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     err = capsys.readouterr().err
     assert f"{path}: forward 2 is damaged or edited" in err
     assert err.count("\n") == 1
@@ -200,13 +209,14 @@ def test_one_number_changed_in_the_file_is_refused(tmp_path: Path, stream: str,
 
 def test_foreign_code_runs_only_if_it_is_named_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = with_horizon("ModuleStateHorizon").log(tmp_path / "log.parquet")
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     word = f"policy.horizon._target_={BAD}.ModuleStateHorizon"
     assert f"if you trust it, say so: {word}\n" in capsys.readouterr().err
-    assert cli([str(path), word]) == 1
+    assert main([str(path), word]) == 1
     assert re.match(r"lockstep: \d+ decisions equal, then a difference: forward \d+, layer", capsys.readouterr().out)
 
 
+@pytest.mark.mostly_slow(keep=3)
 @pytest.mark.parametrize("target", ["os.getcwd", "expertflow.runtime.dataclass", "expertflow", "builtins.print"])
 @pytest.mark.parametrize("place", ["horizon", "nested"])
 def test_code_of_others_is_not_run(tmp_path: Path, target: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,11 +224,11 @@ def test_code_of_others_is_not_run(tmp_path: Path, target: str, place: str, caps
     policy = job.config["policy"]
     horizon = {"_target_": target} if place == "horizon" else {**policy["horizon"], "depth": {"_target_": target}}
     path = job.log(tmp_path / "log.parquet", more={"policy": {**policy, "horizon": horizon}})
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     assert "is no code of this package" in capsys.readouterr().err
 
 
 def test_interpolations_in_a_log_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Job.of(*BASE).log(tmp_path / "log.parquet", more={"start": "${oc.env:HOME}"})
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     assert "holds an interpolation" in capsys.readouterr().err

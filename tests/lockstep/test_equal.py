@@ -9,9 +9,9 @@ import yaml
 
 from expertflow.machine import LOAD
 from replay.drive import MAX_IDLE_WAKES, drive
-from replay.lockstep import cli
-from replay.log_format import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
-from sim.machine import simulate
+from replay.lockstep.compare import main
+from replay.lockstep.log_format import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
+from sim.machine.simulated import simulate
 from sim.paths import CONF
 from tests.cli.support import small_trace
 from tests.lockstep.support import BlockingSim, Job, LostError, read_events, rewritten
@@ -40,21 +40,25 @@ def test_there_are_policies() -> None:
     assert {"lru", "adaptive", "on_demand"} <= set(COMPOSED) < set(POLICIES)
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_equal(tmp_path: Path, name: str) -> None:
     equal_twice(tmp_path / "log.parquet", *BASE, f"+policy={name}")
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_equal_in_batches(tmp_path: Path, name: str) -> None:
     equal_twice(tmp_path / "log.parquet", *BASE, f"+policy={name}", "batch_size=8", "trace.num_tokens=40")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSED)
 def test_every_policy_is_equal_with_a_predictor_that_learns(tmp_path: Path, name: str) -> None:
     equal_twice(tmp_path / "log.parquet", *BASE, f"+policy={name}", "policy/predictor=transition")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ("policy.transfer.staging_slots=3", "policy/eviction=lru_per_layer"),
     ("start=popular", "warmup_forwards=5"),
@@ -66,6 +70,7 @@ def test_settings_that_reach_the_runtime_are_kept(tmp_path: Path, words: tuple[s
     equal_twice(tmp_path / "log.parquet", *BASE, "+policy=adaptive", *words)
 
 
+@pytest.mark.slow
 def test_a_log_tells_what_crossed(tmp_path: Path) -> None:
     """Counted against the run itself."""
     job = Job.of(*BASE, "+policy=adaptive")
@@ -85,6 +90,7 @@ def test_a_log_tells_what_crossed(tmp_path: Path) -> None:
     assert max(event.now_ns for event in events if isinstance(event, Told)) == counters.elapsed_ns
 
 
+@pytest.mark.slow
 def test_logging_changes_nothing(tmp_path: Path) -> None:
     job = Job.of(*BASE, "+policy=adaptive")
     totals = []
@@ -99,6 +105,7 @@ def test_logging_changes_nothing(tmp_path: Path) -> None:
     assert totals[0] == totals[1] == runtime.counters
 
 
+@pytest.mark.slow
 def test_same_run_same_bytes(tmp_path: Path) -> None:
     job = Job.of(*BASE, "+policy=adaptive")
     first, second = job.log(tmp_path / "1.parquet"), job.log(tmp_path / "2.parquet")
@@ -114,11 +121,12 @@ def test_log_is_small(tmp_path: Path) -> None:
 # -- the command ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With keys in the configuration that only a replay knows."""
     job = Job.of(*BASE, "+policy=adaptive")
     job.log(tmp_path / LOG_NAME, more={"machine": "cpu", "scale": 16})
-    assert cli([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     expected = job.check(tmp_path / LOG_NAME).num_decisions
     assert capsys.readouterr().out == f"lockstep: {expected} decisions in 24 forwards equal\n"
 
@@ -127,33 +135,34 @@ def test_a_trace_that_has_moved_is_named(tmp_path: Path, capsys: pytest.CaptureF
     old, new = small_trace(tmp_path / "old.safetensors"), tmp_path / "new.safetensors"
     Job.of("+hardware=a100", "+policy=lru", f"trace.path={old}").log(tmp_path / "log.parquet")
     old.rename(new)
-    assert cli([str(tmp_path / "log.parquet")]) == 2
+    assert main([str(tmp_path / "log.parquet")]) == 2
     assert "old.safetensors" in one_error(capsys)
-    assert cli([str(tmp_path / "log.parquet"), f"trace.path={new}"]) == 0
+    assert main([str(tmp_path / "log.parquet"), f"trace.path={new}"]) == 0
     other = small_trace(tmp_path / "other.safetensors", seed=1)
     capsys.readouterr()
-    assert cli([str(tmp_path / "log.parquet"), f"trace.path={other}"]) == 2
+    assert main([str(tmp_path / "log.parquet"), f"trace.path={other}"]) == 2
     assert "SHA-256" in one_error(capsys)
 
 
 def test_another_policy_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Job.of(*BASE, "+policy=fixed_1", "policy/predictor=transition").log(tmp_path / "log.parquet")
-    assert cli([str(tmp_path / "log.parquet"), "policy.horizon.depth=2"]) == 1
+    assert main([str(tmp_path / "log.parquet"), "policy.horizon.depth=2"]) == 1
     out = capsys.readouterr().out
     assert "a difference: forward 0, layer 1: logged wants [2/" in out
     assert out.count("\n") == 1
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("word", ["~policy", "policy/eviction=lfu", "residency=0.1,0.2", "=", "colour=red",
                                   "trace.colour=1", "batch_size=none"])  # fmt: skip
 def test_words_that_cannot_be_put_over_a_log(tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     Job.of(*BASE, "+policy=lru").log(tmp_path / "log.parquet")
-    assert cli([str(tmp_path / "log.parquet"), word]) == 2
+    assert main([str(tmp_path / "log.parquet"), word]) == 2
     assert one_error(capsys)
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli([]) == 2
+    assert main([]) == 2
     assert "RUN_FOLDER_OR_LOG" in capsys.readouterr().err
 
 
@@ -169,6 +178,7 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
 # -- runs that break off -------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("lost_at", [0, 1, 7, 100, 333])
 def test_a_run_that_broke_off_is_checked_up_to_its_end(tmp_path: Path, lost_at: int,
                                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
@@ -180,7 +190,7 @@ def test_a_run_that_broke_off_is_checked_up_to_its_end(tmp_path: Path, lost_at: 
     assert result.partial is not None
     assert f"ends in forward {last.index}" in result.partial
     assert result.num_forwards == last.index
-    assert cli([str(path)]) == 0
+    assert main([str(path)]) == 0
     assert "equal; the log is partial: it ends in forward" in capsys.readouterr().out
 
 

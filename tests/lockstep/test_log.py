@@ -18,10 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.device import DeviceLostError
-from replay.lockstep import cli
-from replay.log import LoggingMachine, LogWriter
-from replay.log_format import (
+from replay.lockstep.compare import main
+from replay.lockstep.log import LoggingMachine, LogWriter
+from replay.lockstep.log_format import (
     Attention,
     Copy,
     Decided,
@@ -34,7 +33,8 @@ from replay.log_format import (
     Told,
     Waited,
 )
-from replay.log_reader import LogReader
+from replay.lockstep.log_reader import LogReader
+from replay.machine.device import DeviceLostError
 from replay.run import PartialRunError
 from tests.lockstep.support import SMALL_RUN, edited, read_events, small_header, some_forwards, write_events
 
@@ -155,7 +155,7 @@ def test_a_call_interrupted_while_it_is_written_down_is_left_out(tmp_path: Path)
             self._key(2)
 
     machine = SimpleNamespace(begin_forward=lambda forward: None, attention=lambda layer: 1, experts=None, head=None,
-                              copy=None, decided=None)  # fmt: skip
+                              copy=None, decided=None, wait=None)  # fmt: skip
     with LogWriter(tmp_path / "log.parquet", small_header()) as writer:
         logging = Broken(cast(Any, machine), writer)
         logging.begin_forward(cast(Any, SimpleNamespace(index=0)))
@@ -174,7 +174,7 @@ def refused(path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
         read_events(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
-    assert cli([str(path)]) == 2
+    assert main([str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -205,6 +205,7 @@ def test_truncated_anywhere(good: Path, tmp_path: Path, capsys: pytest.CaptureFi
         refused(path, "no readable Parquet file", capsys)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_never_taken(good: Path, tmp_path: Path) -> None:
     """Refused, or without consequence (bytes that nobody reads)."""
     content, path, num_refused = good.read_bytes(), tmp_path / "flipped.parquet", 0
@@ -334,5 +335,5 @@ def test_header_of_every_field() -> None:
 
 
 def test_no_torch() -> None:
-    code = "import sys, replay.lockstep, replay.drive, replay.log; sys.exit('torch' in sys.modules)"
+    code = "import sys, replay.lockstep.compare, replay.drive, replay.lockstep.log; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

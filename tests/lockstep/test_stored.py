@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from replay.lockstep import check
-from replay.log_reader import LogReader
+from replay.lockstep.compare import check, with_present_names
+from replay.lockstep.log_reader import LogReader
 from tests.lockstep.store import STORED
 
 FROM_A_GPU = Path(__file__).parents[2] / "results" / "validation-h200" / "graph" / "logs"
@@ -31,3 +31,15 @@ def test_stored_log_is_equal(path: Path) -> None:
     assert result.num_forwards in (whole, whole - 1)
     assert (result.num_forwards == whole) or result.partial is not None
     assert result.num_decisions > 0
+
+
+def test_a_log_with_keys_by_former_names_is_read_by_the_present_ones() -> None:
+    config = {"twin": True, "policy": {"predictor": {"transition": {"warm": "auto", "decay": 2}}}, "seed": 3}
+    assert with_present_names(config) == {
+        "count_redundant": True,
+        "policy": {"predictor": {"transition": {"fitted_start": "auto", "decay": 2}}},
+        "seed": 3,
+    }
+    # Those that are stored do have them.
+    with LogReader(STORED / "cpu-adaptive.parquet") as reader:
+        assert "twin" in reader.header.config

@@ -17,11 +17,11 @@ import numpy as np
 from expertflow.forward import DECODE, Forward, Recorded
 from expertflow.model import ModelSpec
 from expertflow.policy import Policy
-from expertflow.view import View
-from sim.configure import configure
-from sim.hardware import Hardware, Stack
+from expertflow.view import Progress, View
+from sim.job.configure import configure
+from sim.job.setup import Transfer, Workload, make_policy
 from sim.paths import CONF
-from sim.setup import Transfer, Workload, make_policy
+from sim.specs.hardware import Hardware, Stack
 from tests.cli.support import TINY_MODEL, routing
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace
@@ -121,10 +121,33 @@ def policy_for(work: Workload, name: str, *words: str) -> tuple[Policy, Transfer
     return make_policy(policy_conf(name, *words), work, seed=0)
 
 
-def view_of(num_layers: int, num_experts: int, top_k: int) -> View:
-    """What a part sees before anything has run."""
-    residency = memoryview(bytearray(num_layers * num_experts)).toreadonly()
-    return View(num_layers, num_experts, top_k, 1000, num_layers * num_experts, [], residency)
+def view_of(
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    state: bytearray | None = None,
+    expert_bytes: int = 1000,
+    num_slots: int | None = None,
+    slots_by_layer: Sequence[int] = (),
+) -> View:
+    """What a part sees before anything has run; `state`, if given, is the residency that the test moves."""
+    num_keys = num_layers * num_experts
+    return View(
+        Progress(),
+        memoryview(bytearray(num_keys) if state is None else state),
+        num_layers=num_layers,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_bytes=expert_bytes,
+        num_slots=num_keys if num_slots is None else num_slots,
+        slots_by_layer=slots_by_layer,
+    )
+
+
+def progress_of(view: View) -> Progress:
+    """What the runtime would write, and `view` shows."""
+    return view._progress
 
 
 def forward_rows(index: int, rows: Sequence[int], num_layers: int, recorded: Recorded | None = None) -> Forward:

@@ -17,8 +17,8 @@ from expertflow.horizons.fixed import FixedHorizon
 from expertflow.policy import Policy
 from expertflow.predictors.oracle import OraclePredictor
 from expertflow.selections.top_k import TopK
-from sim.run import best_clairvoyant, run_floor, run_policy
-from sim.setup import Transfer, Workload
+from sim.job.setup import Transfer, Workload
+from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from tests import reference
 from tests.cli.support import routing
 from tests.policies.support import HARDWARE, drawn_workload, memory_trace, model_of, policy_for, policy_names, workload
@@ -44,6 +44,7 @@ def elapsed(work: Workload, name: str, *words: str) -> int:
 # -- the floor -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_no_policy_beats_the_floor(group: int) -> None:
     for seed in range(group, NUM_INSTANCES, GROUPS):
@@ -70,6 +71,7 @@ def test_the_floor_holds_for_a_cache_per_layer_that_starts_full(name: str) -> No
     assert elapsed(work, name) >= run_floor(work).floor_ns
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("staging", [1, 3])
 @pytest.mark.parametrize("name", ["lru", "belady", "adaptive", "oracle", "lfu_per_layer"])
 def test_with_staging_buffers_no_policy_beats_the_floor_of_as_many_slots_more(name: str, staging: int) -> None:
@@ -97,6 +99,7 @@ def test_the_floor_falls_with_staging_buffers() -> None:
     assert floors[0] > floors[-1]
 
 
+@pytest.mark.slow
 def test_a_little_more_than_the_floor_is_beaten() -> None:
     """The negative control: floor + 1 % of itself is not a floor."""
     close = 0
@@ -227,6 +230,7 @@ def test_the_optimum_is_sometimes_above_the_floor_and_sometimes_all_but_reached(
 # -- the clairvoyant reference -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clairvoyant_is_the_best_of_its_portfolio_and_never_worse_than_belady() -> None:
     better = 0
     for seed in range(SMALL):
@@ -241,6 +245,7 @@ def test_clairvoyant_is_the_best_of_its_portfolio_and_never_worse_than_belady() 
     assert better > SMALL // 10
 
 
+@pytest.mark.slow
 def test_belady_loads_least_of_all_without_prefetch() -> None:
     names = ["belady", "lru", "lfu", "two_level", "on_demand"]
     for seed in range(SMALL):

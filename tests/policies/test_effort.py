@@ -6,9 +6,9 @@ import pytest
 
 from expertflow.parts import Effort
 from expertflow.predictors.hybrid import HybridPredictor
-from sim.configure import configure
-from sim.run import run_policy
-from sim.setup import make_policy, make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_policy, make_workload
+from sim.machine.run import run_policy
 
 WORDS = ["+hardware=a100", "+policy=fixed_2", "policy/predictor=transition", "policy/selection=top_k", "compare=none",
          "max_tokens=40", "warmup_forwards=0", "residency=0.5"]  # fmt: skip
@@ -25,6 +25,7 @@ def test_by_default_a_decision_is_that_of_the_hardware_whatever_it_predicts() ->
     assert elapsed_ns("hardware.decide_ns=50000") == elapsed_ns("hardware.decide_ns=25000", "+policy.effort.once=2")
 
 
+@pytest.mark.slow
 def test_layers_that_are_predicted_cost_extra() -> None:
     told = ["hardware.decide_ns=200000", "+policy.effort={once: 0, per_layer: 1}"]
     once = elapsed_ns(*told)
@@ -34,6 +35,7 @@ def test_layers_that_are_predicted_cost_extra() -> None:
     assert both - free[1] > once - free[0] > 0
 
 
+@pytest.mark.slow
 def test_a_network_that_decides_at_once_is_cheaper_and_the_policy_may_say_otherwise() -> None:
     cfg = configure(["+hardware=a100", "+policy=adaptive", "compare=none"])
     work = make_workload(cfg)

@@ -14,10 +14,10 @@ import pytest
 
 from expertflow.bounds import floor, min_loads
 from expertflow.future import Future
-from sim.hardware import Hardware
-from sim.kernel_table import GroupPoints, KernelTable
-from sim.run import run_floor, run_policy
-from sim.setup import Workload
+from sim.job.setup import Workload
+from sim.machine.run import run_floor, run_policy
+from sim.specs.hardware import Hardware
+from sim.specs.kernel_table import GroupPoints, KernelTable
 from tests import reference
 from tests.policies.support import drawn_workload, memory_trace, model_of, policy_for, policy_names, workload
 from tests.policies.test_bounds import drawn_events, elapsed, fits, schedules
@@ -65,6 +65,7 @@ def drawn_grouped(seed: int) -> Workload:
     return with_table(work, table_of(work, drawn_groups(draw), **slowdowns))
 
 
+@pytest.mark.mostly_slow(keep=4)
 @pytest.mark.parametrize("seed", range(SMALL))
 def test_no_policy_beats_the_floor(seed: int) -> None:
     work = drawn_grouped(seed)
@@ -73,6 +74,7 @@ def test_no_policy_beats_the_floor(seed: int) -> None:
     assert below == []
 
 
+@pytest.mark.slow
 def test_other_floors_are_beaten() -> None:
     """The negative control: the sums of single experts are no floor, and 1 % more than the floor is none."""
     beaten = dict.fromkeys(("singles", "a little more"), 0)
@@ -86,6 +88,7 @@ def test_other_floors_are_beaten() -> None:
     assert min(beaten.values()) > 3, beaten
 
 
+@pytest.mark.slow
 def test_a_busy_link_lengthens_kernels_and_leaves_the_floor() -> None:
     longer = 0
     for seed in range(SMALL):
@@ -110,6 +113,7 @@ def test_a_schedule_may_split_what_is_slower_at_once() -> None:
     assert run_floor(split).floor_ns == 12 * (200_000 + 7_000 + 9_000)
 
 
+@pytest.mark.mostly_slow(keep=12)
 @pytest.mark.parametrize("seed", range(40))
 def test_groups_that_are_sums_of_singles_change_no_run(seed: int) -> None:
     work = drawn_workload(seed)

@@ -75,6 +75,7 @@ def whole(answer: Answer) -> list[int]:
     return [*answer.prompt.tokens, *answer.generated[:-1]]
 
 
+@pytest.mark.mostly_slow(keep=2)
 @ALL
 @pytest.mark.parametrize("how", sorted(SAMPLINGS))
 def test_recording_changes_no_token(name: str, how: str) -> None:
@@ -85,6 +86,7 @@ def test_recording_changes_no_token(name: str, how: str) -> None:
     assert all(len(answer.generated) == 7 for answer in answers)
 
 
+@pytest.mark.mostly_slow(keep=6)
 @ALL
 @pytest.mark.parametrize("how", sorted(SAMPLINGS))
 def test_tokens_are_the_prompt_and_what_was_fed_back(name: str, how: str) -> None:
@@ -134,6 +136,7 @@ def guesses(name: str, model: Any, answer: Answer) -> dict[tuple[str, int, int],
     return made
 
 
+@pytest.mark.mostly_slow(keep=3)
 @ALL
 def test_lookahead_is_the_later_router_on_the_earlier_state(name: str) -> None:
     found, in_full = recorded(name), recorded(name, full=True)

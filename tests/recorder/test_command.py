@@ -106,6 +106,7 @@ def check_embedding(trace: Any) -> None:
     np.testing.assert_allclose(trace.embedding[:], table[trace.token_ids[:]] @ matrix, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes_and_seed_and_sampling_count(
     folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +253,7 @@ def test_a_recording_that_breaks_off_can_be_recovered(
     check_recall(trace, json.loads(trace.header["pregate_recall"])[trace.header["pregate"]])
 
 
+@pytest.mark.slow
 def test_kill_9_midway_then_recover_and_validate(folder: Path, prompts: Path) -> None:
     prompts.write_text("[1, 2, 3]\n" * 2000)
     out = prompts.with_name("out.safetensors")

@@ -217,6 +217,7 @@ def test_a_spoiled_journal_is_refused(tmp_path: Path, key: str, value: Any, mess
         assert TraceWriter.recover(path) == path
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_tokens(tmp_path: Path) -> None:
     experts = np.zeros((2000, 24, 4), np.uint8) + np.arange(4, dtype=np.uint8)
     embedding = np.zeros((2000, 16), np.float16)

@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _unsteady() -> Iterator[None]:
+def _collecting() -> Iterator[None]:
     """A whole garbage collection before each of hundreds of runs would take longer than they do."""
-    with patch("replay.run.steady", nullcontext):
+    with patch("replay.run.gc_paused", nullcontext):
         yield

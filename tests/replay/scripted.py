@@ -17,12 +17,12 @@ import torch
 
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import ModelSpec
-from replay.device import Program, Words, Work
-from replay.kernels import Kernels
-from replay.machine import RealMachine
-from replay.memory import HostPlan, align
-from replay.pools import HostPool, SlotPool, chunk_offsets
-from replay.stamps import Stamps
+from replay.machine.device import Program, Words, Work
+from replay.machine.kernels import Kernels
+from replay.machine.memory import HostPlan, align
+from replay.machine.pools import HostPool, SlotPool, chunk_offsets
+from replay.machine.real import RealMachine
+from replay.machine.stamps import Stamps
 
 CHUNKS = 3
 
@@ -70,7 +70,7 @@ class Copied:
 
 
 class ScriptedDevice:
-    """Implements `replay.device.Device`. captures: as in the protocol.
+    """Implements `replay.machine.device.Device`. captures: as in the protocol.
 
     auto: all that is enqueued is done at once, and each look at the clock takes 1 ns; else the test calls
     `end_program` and `end_copy`, before a wait or, put into `script`, one by one during it. step: what a wait calls

@@ -18,14 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.app import cli
-from replay.cpu import CpuDevice
-from replay.log import LogWriter
-from replay.log_format import LogHeader
-from replay.rig import Rig
+from replay.lockstep.log import LogWriter
+from replay.lockstep.log_format import LogHeader
+from replay.machine.cpu import CpuDevice
+from replay.machine.rig import Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
 from replay.settings import KEYS, Settings, as_found
-from sim.configure import configure
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from tests.cli.support import TINY_MODEL_WORDS, Outcome
 
 TINY = ("+hardware=local", *TINY_MODEL_WORDS, "machine=cpu", "scale=8", "stack=found", "compare=none")

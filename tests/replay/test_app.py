@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from replay.lockstep import check
-from replay.log_format import LOG_NAME
+from replay.lockstep.compare import check
+from replay.lockstep.log_format import LOG_NAME
 from tests.cli.support import command, job, run_there, tiny_trace
 from tests.replay.support import TINY, replay_here
 
@@ -59,6 +59,7 @@ def simulate(trace: str) -> dict[str, Any]:
     return job("+hardware=a100", *words, trace)
 
 
+@pytest.mark.slow
 def test_a_reader_is_told_what_the_numbers_are(trace: str, tmp_path: Path) -> None:
     found = replay_here([*ADAPTIVE, trace, "verify=true", "host_memory_gb=0.0003"], tmp_path / "run")
     for part in ("adaptive on local", "measured on", "(cpu)", "float32", "divided by 8", "0 wrong stamps",
@@ -68,6 +69,7 @@ def test_a_reader_is_told_what_the_numbers_are(trace: str, tmp_path: Path) -> No
     assert (machine["host_buffers"], machine["host_buffers_shared"]) == (12, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stack", "pad"), [("graph", "0.02 ms"), ("eager", "1 ms")])
 def test_a_stack_is_named_for_what_it_is(stack: str, pad: str, trace: str, tmp_path: Path) -> None:
     words = [word for word in ADAPTIVE if not word.startswith("stack")]
@@ -75,6 +77,7 @@ def test_a_stack_is_named_for_what_it_is(stack: str, pad: str, trace: str, tmp_p
     assert f"stack={stack}: its overhead, {pad} a layer, is spent doing nothing" in out
 
 
+@pytest.mark.slow
 def test_runs_beside_are_replayed_on_the_same_machine(trace: str, tmp_path: Path) -> None:
     words = [word for word in ADAPTIVE if not word.startswith("compare")]
     metrics = replay_here([*words, "compare=full", trace], tmp_path / "run").metrics()
@@ -85,8 +88,9 @@ def test_runs_beside_are_replayed_on_the_same_machine(trace: str, tmp_path: Path
     assert metrics["compare"]["lru"]["bytes"]["prefetch"] == 0
 
 
-def test_a_twin_counts_redundant_prefetches(trace: str, tmp_path: Path) -> None:
-    prefetch = replay_here([*ADAPTIVE, "twin=true", trace], tmp_path / "run").metrics()["prefetch"]
+@pytest.mark.slow
+def test_redundant_prefetches_are_counted(trace: str, tmp_path: Path) -> None:
+    prefetch = replay_here([*ADAPTIVE, "count_redundant=true", trace], tmp_path / "run").metrics()["prefetch"]
     assert 0 <= prefetch["redundant"] <= prefetch["useful"]
     assert replay_here([*ADAPTIVE, trace], tmp_path / "run").metrics()["prefetch"]["redundant"] is None
 
@@ -102,6 +106,7 @@ def test_timeline_events_and_log_are_of_this_run(trace: str, tmp_path: Path) -> 
     assert (found.folder / LOG_NAME).exists()
 
 
+@pytest.mark.slow
 def test_a_profile_sets_the_pace_at_the_experts_scale(trace: str, tmp_path: Path) -> None:
     words = [word for word in ADAPTIVE if "hardware" not in word]
     found = replay_here(["+hardware=a100", *words, trace], tmp_path / "run")
@@ -113,6 +118,7 @@ def test_a_profile_sets_the_pace_at_the_experts_scale(trace: str, tmp_path: Path
     assert free["machine"]["throttle_gb_per_s"] is None
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone_and_another_is_not(trace: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = [*ADAPTIVE, trace, "skip_done=true"]
@@ -136,6 +142,7 @@ def test_simulation_and_replay_do_not_take_each_others_results(trace: str, tmp_p
     assert "done before" not in found.out
 
 
+@pytest.mark.slow
 def test_a_process_elsewhere_writes_its_own_folder(trace: str, tmp_path: Path) -> None:
     """The default folder, and the default of everything but the trace."""
     found = run_there([*ADAPTIVE, trace], tmp_path, cwd=tmp_path, module="replay")
@@ -145,6 +152,7 @@ def test_a_process_elsewhere_writes_its_own_folder(trace: str, tmp_path: Path) -
     assert str(done.parent.relative_to(tmp_path)) in found.out.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = ["+hardware=local", "+policy=lru", "machine=cpu", "log=true", f"hydra.run.dir={folder}"]
@@ -163,6 +171,7 @@ def test_a_run_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None
     assert not {"DONE", "metrics.json", "partial.json", LOG_NAME} & {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_line_a_run(trace: str, tmp_path: Path) -> None:
     words = ["-m", *(word for word in ADAPTIVE if "residency" not in word), trace, "residency=0.3,0.6",
              f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip

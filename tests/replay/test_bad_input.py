@@ -58,7 +58,7 @@ BAD = [
     Bad(f"{LRU} gpu_memory_gb=1000000", ("gpu_memory_gb=1000000", "more than the GPU has")),
     Bad(f"{LRU} warmup_forwards=12", ("warmup_forwards=12", "12 forwards")),
     Bad(f"{LRU} start=resident", ("start=resident", "residency=1.0")),
-    Bad(f"{LRU} twin=maybe", ("twin='maybe'", "true or false")),
+    Bad(f"{LRU} count_redundant=maybe", ("count_redundant='maybe'", "true or false")),
     Bad("+hardware=a100 +policy=lru hardware.link_gb_per_s=0", ("hardware.link_gb_per_s=0", "(0, inf]")),
 ]  # fmt: skip
 
@@ -77,11 +77,13 @@ def told(words: str, trace: Path) -> list[str]:
     return given
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("case", by_words(BAD))
 def test_a_broken_configuration_is_one_line(case: Bad, trace: Path, tmp_path: Path) -> None:
     assert_refused(replay_here(told(case.words, trace), tmp_path / "run"), case.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["host_memory_gb=0.0000492", "scale=64", "scale=64 verify=true", "fault_at=1",
                                    "throttle_gb_per_s=1e300", "scale=1", "scale=null", "machine=auto",
                                    "warmup_forwards=11"])  # fmt: skip
@@ -110,6 +112,7 @@ def test_a_replays_key_is_one_line_to_the_simulator(tmp_path: Path) -> None:
     assert_refused(found, ("verify", "unknown keys"))
 
 
+@pytest.mark.slow
 def test_a_process_says_the_same_with_code_2(tmp_path: Path) -> None:
     words = [*LRU.split(), "scale=0", f"hydra.run.dir={tmp_path / 'run'}"]
     assert_refused(run_there(words, tmp_path / "run", cwd=tmp_path, module="replay"), ("scale=0", "1 to 1024"))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from replay.cpu import CpuDevice
-from replay.device import DeviceLostError, Program, Work
+from replay.machine.cpu import CpuDevice
+from replay.machine.device import DeviceLostError, Program, Work
 from tests.replay.support import on_cpu
 
 

@@ -1,7 +1,7 @@
 """The replay's kernels read the bytes and do the operations that the simulator charges for, model by model.
 
-Counted at the matrix products themselves, against the roofline of `sim.kernels`, whose times are replaced by its own
-bytes and operations. Widths are rounded to whole columns: at these scales that is a few per cent.
+Counted at the matrix products themselves, against the roofline of `sim.machine.kernels`, whose times are replaced by
+its own bytes and operations. Widths are rounded to whole columns: at these scales that is a few per cent.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-import replay.kernels
-import sim.kernels
+import replay.machine.kernels
+import sim.machine.kernels
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import MLA, ModelSpec
-from replay.kernels import Kernels, Row
-from replay.pools import SlotPool
-from replay.products import Products, attend, feed_forward, products, route
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
-from replay.scale import scaled_model
-from sim.configure import configure
-from sim.hardware import hardware_from_dict, stack_from_dict
-from sim.kernels import KernelTimes
+from replay.machine.kernels import Kernels, Row
+from replay.machine.pools import SlotPool
+from replay.machine.products import Products, attend, feed_forward, products, route
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.machine.scale import scaled_model
+from sim.job.configure import configure
+from sim.machine.kernels import KernelTimes
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
 from tests.replay.test_scale import NAMES, model_of
 
 MAX_TOKENS, MAX_CONTEXT = 48, 700
@@ -60,7 +60,7 @@ class Bench:
         self.model = model
         self.monkeypatch = monkeypatch
         # Compiled, the products would not be seen: test_compiled_products_compute_the_same holds the two together.
-        monkeypatch.setattr(replay.kernels, "products", lambda _: Products(feed_forward, attend, route))
+        monkeypatch.setattr(replay.machine.kernels, "products", lambda _: Products(feed_forward, attend, route))
         self.kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS,
                                MAX_CONTEXT)  # fmt: skip
         self.router_excess = model.router_params * (torch.finfo(dtype).bits - model.embedding_bits) / 8
@@ -77,7 +77,7 @@ class Bench:
         found = []
         for number in (0, 1):
             with self.monkeypatch.context() as patched:
-                patched.setattr(sim.kernels._Rates, "ns", lambda _, *pair, number=number: round(pair[number]))
+                patched.setattr(sim.machine.kernels._Rates, "ns", lambda _, *pair, number=number: round(pair[number]))
                 found.append(ask(KernelTimes(self.model, A100, FOUND)))
         return found[0], found[1]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from replay.lockstep import check_log
-from replay.log_reader import LogReader
+from replay.lockstep.compare import check_log
+from replay.lockstep.log_reader import LogReader
 from tests.lockstep.test_equal import POLICIES
 from tests.replay.support import SMALL, Case
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from replay.device import DeviceLostError
-from replay.lockstep import check
+from replay.lockstep.compare import check
 from replay.lost import LOST, beyond_repair, loss
+from replay.machine.device import DeviceLostError
 from replay.run import PartialRunError
 
 ROOT = Path(__file__).parents[2]
 HEAD = """
 import atexit, logging.handlers, os, sys
 from replay import lost
-from replay.device import DeviceLostError
+from replay.machine.device import DeviceLostError
 
 class Pinned:
     \"\"\"Like a pinned tensor on a lost device: whoever throws it away ends the process.\"\"\"
@@ -49,6 +49,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
                           check=False, cwd=folder, env=environment)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_stand_in_aborts_where_nothing_is_done_about_it(tmp_path: Path) -> None:
     assert python("sys.exit(3)", tmp_path).returncode == -6
 
@@ -76,12 +77,12 @@ print(GONE)
 device_finds_out()
 """,
     "as a command": """
-from sim.entry import as_command
+from sim.job.run_cli import run_cli
 def main():
     held = Pinned()
     print(GONE)
     lose()
-sys.exit(as_command(main))
+sys.exit(run_cli(main))
 """,
     "by the context manager": """
 print(GONE)
@@ -91,12 +92,14 @@ with lost.ending():
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ENDINGS.values(), ids=ENDINGS)
 def test_nothing_is_taken_down_and_what_was_printed_arrives(code: str, tmp_path: Path) -> None:
     done = python(code, tmp_path)
     assert (done.returncode, done.stdout) == (LOST, "CUDA error: an illegal memory access was encountered\n"), done
 
 
+@pytest.mark.slow
 def test_files_logging_and_logs_of_runs_are_written_first(tmp_path: Path) -> None:
     code = """
 logging.basicConfig(filename="app.log", level="INFO")
@@ -124,16 +127,17 @@ with lost.ending():
     assert "held back" in (tmp_path / "app.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_replay_that_loses_its_gpu_leaves_what_was_measured(tmp_path: Path) -> None:
     """On the CPU machine, with a fault that says what a GPU would say."""
     code = """
-import replay.faults
+import replay.machine.faults
 from pathlib import Path
 from replay.app import cli
 from tests.cli.support import tiny_trace
 from tests.replay.support import TINY
 trace = tiny_trace(Path("tiny.safetensors"), 24)
-replay.faults.DeviceLostError = lambda text: DeviceLostError(GONE)
+replay.machine.faults.DeviceLostError = lambda text: DeviceLostError(GONE)
 Path("run").mkdir()
 Path("run/DONE").write_text("an earlier run")
 sys.argv = ["replay", *TINY, "+policy=lru", "residency=0.1", f"trace.path={trace}", "log=true", "fault=lost",
@@ -150,6 +154,7 @@ sys.exit(cli())
     assert not {"DONE", "metrics.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["fault=lost: the device stopped answering, as asked",
                                   "a stream of the CPU machine failed: division by zero"])  # fmt: skip
 def test_a_process_that_can_end_as_ever_does(text: str, tmp_path: Path) -> None:
@@ -158,8 +163,8 @@ def test_a_process_that_can_end_as_ever_does(text: str, tmp_path: Path) -> None:
 atexit.register(lambda: os.write(1, b"handler "))
 lost.found_lost(DeviceLostError({text!r}))
 Pinned.__del__ = lambda self: os.write(1, b"destructor ")
-from sim.entry import as_command
-sys.exit(as_command(lambda: lose({text!r})))
+from sim.job.run_cli import run_cli
+sys.exit(run_cli(lambda: lose({text!r})))
 """
     done = python(code, tmp_path)
     assert (done.returncode, done.stdout.split()[0]) == (LOST, "destructor"), done
@@ -170,10 +175,10 @@ sys.exit(as_command(lambda: lose({text!r})))
 def test_other_errors_end_as_before(tmp_path: Path) -> None:
     code = """
 Pinned.__del__ = lambda self: None
-from sim.entry import as_command
+from sim.job.run_cli import run_cli
 def main():
     raise ValueError("key=1 is wrong")
-assert as_command(main) == 2
+assert run_cli(main) == 2
 try:
     with lost.ending():
         main()

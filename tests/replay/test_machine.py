@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-import replay.rig
+import replay.machine.rig
 from expertflow.forward import Forward
 from expertflow.identities import check_identities
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
 from expertflow.runtime import Runtime
-from replay.machine import RealMachine
-from replay.steady import keep_loaded, steady
-from sim.run import run_policy
-from sim.setup import load_chunks
+from replay.gc_pause import gc_paused, keep_loaded
+from replay.machine.real import RealMachine
+from sim.job.setup import load_chunks
+from sim.machine.run import run_policy
 from tests.cli.support import job, tiny_trace
 from tests.replay.support import SMALL, TINY, Case
 from traces.batching import Batches
@@ -100,7 +100,7 @@ class Watched(RealMachine):
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     """Every machine that a rig makes in this test."""
     monkeypatch.setattr(Watched, "made", [], raising=False)
-    monkeypatch.setattr(replay.rig, "RealMachine", Watched)
+    monkeypatch.setattr(replay.machine.rig, "RealMachine", Watched)
     return Watched.made
 
 
@@ -115,6 +115,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("words", RUNS)
 def test_records_are_what_the_contract_says(words: str, trace: Path, watched: list[Watched]) -> None:
     case = Case.of(*TINY, *words.split(), f"trace.path={trace}")
@@ -164,6 +165,7 @@ def same_counts(measured: Mapping[str, Any], simulated: Mapping[str, Any]) -> No
     assert {key: measured[key] for key in COUNTS} == {key: simulated[key] for key in COUNTS}
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("words", ["+policy=on_demand", "+policy=lru", "+policy=lfu", "+policy=two_level",
                                    "+policy=lru_per_layer", "+policy=lru start=popular", "+policy=lru batch_size=3",
                                    "+policy=lru warmup_forwards=7"])  # fmt: skip
@@ -183,6 +185,7 @@ def test_without_prefetch_the_counts_are_the_simulators(words: str, trace: Path)
 A100 = ("+hardware=a100", *TINY[1:])
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("name", ["lru", "lfu"])
 def test_the_default_traces_counts_are_the_simulators(name: str) -> None:
     told = [f"+policy={name}", "trace.num_tokens=32", "residency=0.25"]
@@ -245,7 +248,7 @@ class Knot:
 def test_what_lies_about_is_collected_before_the_clock_runs_and_nothing_while_it_does() -> None:
     enabled, gone = gc.isenabled(), []
     Knot(gone)
-    with steady():
+    with gc_paused():
         assert gone == [1]
         assert not gc.isenabled()
         Knot(gone)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.memory import (
+from replay.machine.memory import (
     ALIGNMENT,
     PINNED_SHARE,
     WSL_SHARE,
@@ -20,8 +20,8 @@ from replay.memory import (
     plan_arenas,
     plan_host,
 )
-from replay.pools import HostPool, SlotPool, chunk_offsets
-from sim.link import chunk_sizes
+from replay.machine.pools import HostPool, SlotPool, chunk_offsets
+from sim.specs.chunks import chunk_sizes
 
 EXPERT = 10_000_000
 STRIDE = align(EXPERT)

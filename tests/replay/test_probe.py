@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 
 from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
-from replay.machine import RealMachine
-from replay.probe import HostProbe, own_costs, without_own_costs
+from replay.calibration.probe import HostProbe, own_costs, without_own_costs
+from replay.machine.real import RealMachine
 
 LAYER_PAD, HEAD_PAD = 20_000, 7_000
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from expertflow.forward import PREFILL
-from replay.kernels import Kernels
-from replay.machine import RealMachine
-from replay.pools import SlotPool
-from replay.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, size_class
-from replay.rig import Rig
+from replay.machine.kernels import Kernels
+from replay.machine.pools import SlotPool
+from replay.machine.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, size_class
+from replay.machine.real import RealMachine
+from replay.machine.rig import Rig
+from replay.machine.scale import scaled_model
 from replay.run import needs_of
-from replay.scale import scaled_model
 from tests.cli.support import tiny_trace
 from tests.replay.scripted import Made, ScriptedDevice, decode, machine_on, prefill
 from tests.replay.support import SMALL, TINY, Case
@@ -261,6 +261,7 @@ def captured_run(words: Sequence[str], device: ScriptedDevice, monkeypatch: pyte
     return machines[0], num_made, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "words"), RUNS)
 def test_a_run_of_decode_forwards_launches_what_was_prepared_and_nothing_else(
     shape: Sequence[str], words: str, trace: Path, monkeypatch: pytest.MonkeyPatch
@@ -275,6 +276,7 @@ def test_a_run_of_decode_forwards_launches_what_was_prepared_and_nothing_else(
     assert device.num_blocked == 0
 
 
+@pytest.mark.slow
 def test_prompts_are_launched_kernel_by_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_trace(tmp_path / "prompts.safetensors", 40, prompt=15)
     words = [*TINY, "+policy=lru", f"trace.path={path}", "prefill_chunk=6", "residency=0.3"]

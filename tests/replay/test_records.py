@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 
 from expertflow.machine import GATE, LOAD, TOKEN, Record
-from replay.machine import RealMachine
-from replay.programs import REPLICAS
-from replay.scale import scaled_model
+from replay.machine.programs import REPLICAS
+from replay.machine.real import RealMachine
+from replay.machine.scale import scaled_model
 from tests.replay.scripted import CHUNKS, ScriptedDevice, chunks_of, decode, machine_on
 from tests.replay.test_scale import model_of
 

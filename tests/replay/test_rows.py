@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from expertflow.model import ModelSpec
-from replay.machine import RealMachine
-from replay.programs import LEAST_ROWS, REPLICAS
-from replay.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
-from replay.scale import scaled_model
+from replay.machine.programs import LEAST_ROWS, REPLICAS
+from replay.machine.real import RealMachine
+from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.machine.scale import scaled_model
 from tests.replay.scripted import ScriptedDevice, chunks_of, decode, machine_on
 from tests.replay.test_scale import model_of
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from expertflow.model import ModelSpec, model_from_dict
-from replay.scale import scaled_model
+from replay.machine.scale import scaled_model
 from sim.paths import CONF
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "auto")

@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-import replay.rig
+import replay.machine.rig
 from replay.app import WRONG
-from replay.device import Work
-from replay.faults import FAULTS, FaultyDevice
-from replay.kernels import Row
-from replay.lockstep import check
-from replay.log_format import LOG_NAME
+from replay.lockstep.compare import check
+from replay.lockstep.log_format import LOG_NAME
 from replay.lost import LOST
-from replay.machine import RealMachine
-from replay.memory import HostPlan, align
-from replay.pools import HostPool, SlotPool, chunk_offsets
-from replay.rig import Rig
-from replay.rows import NUM_EXPERTS, RowLayout
+from replay.machine.device import Work
+from replay.machine.faults import FAULTS, FaultyDevice
+from replay.machine.kernels import Row
+from replay.machine.memory import HostPlan, align
+from replay.machine.pools import HostPool, SlotPool, chunk_offsets
+from replay.machine.real import RealMachine
+from replay.machine.rig import Rig
+from replay.machine.rows import NUM_EXPERTS, RowLayout
+from replay.machine.stamps import Stamps, WrongStamp
 from replay.run import PartialRunError, needs_of
-from replay.stamps import Stamps, WrongStamp
-from sim.setup import load_chunks
+from sim.job.setup import load_chunks
 from tests.cli.support import tiny_trace
 from tests.replay.scripted import ScriptedDevice
 from tests.replay.support import SMALL, TINY, Case, on_cpu, replay_here
@@ -60,6 +60,7 @@ CLEAN = [
 ]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("words", CLEAN)
 def test_a_clean_run_reads_nothing_wrong(words: str, trace: Path) -> None:
     case = Case.of(*TINY, *words.split(), f"trace.path={trace}")
@@ -79,6 +80,7 @@ def test_a_prompt_is_replayed(tmp_path: Path) -> None:
     assert (found.num_wrong, found.num_executions > 100) == (0, True)
 
 
+@pytest.mark.slow
 def test_the_same_rig_serves_many_runs(trace: Path) -> None:
     """Stamps of a run before mean nothing to the next."""
     case = Case.of(*TINY, "+policy=adaptive", f"trace.path={trace}", "residency=0.3", "start=popular")
@@ -109,6 +111,7 @@ def bed(request: pytest.FixtureRequest, trace: Path) -> Iterator[tuple[Case, Rig
         yield case, rig
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("at", [1, 17])
 @pytest.mark.parametrize("fault", SEEN)
 def test_every_fault_is_caught(bed: tuple[Case, Rig], fault: str, at: int) -> None:
@@ -154,6 +157,7 @@ class Noted(RealMachine):
         return sum(key in keys for number, _, _, keys in self.launched if at <= number < end)
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("at", [1, 2, 17, 40])
 @pytest.mark.parametrize("residency", ["0.1", "0.4"])
 def test_the_first_wrong_launch_and_the_number_of_wrong_stamps_are_right(
@@ -161,7 +165,7 @@ def test_the_first_wrong_launch_and_the_number_of_wrong_stamps_are_right(
 ) -> None:
     """Of a copy whose bytes never come: each launch that reads them finds two words wrong, before and after."""
     monkeypatch.setattr(Noted, "made", [], raising=False)
-    monkeypatch.setattr(replay.rig, "RealMachine", Noted)
+    monkeypatch.setattr(replay.machine.rig, "RealMachine", Noted)
     found = Case.of(*TINY, "+policy=lru", f"residency={residency}", f"trace.path={trace}").stamps(("failed", at))
     (machine,) = Noted.made
     assert found.first is not None
@@ -173,6 +177,7 @@ def test_the_first_wrong_launch_and_the_number_of_wrong_stamps_are_right(
     assert reads > 0
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("fault", SEEN)
 @pytest.mark.parametrize("captures", [True, False])
 def test_every_fault_is_caught_in_the_same_launch_each_time(captures: bool, fault: str, trace: Path) -> None:
@@ -189,6 +194,7 @@ def test_every_fault_is_caught_in_the_same_launch_each_time(captures: bool, faul
     assert (clean.num_wrong, clean.first, clean.num_executions) == (0, None, found[0].num_executions)
 
 
+@pytest.mark.slow
 def test_the_default_trace_shows_every_fault_as_well() -> None:
     """Slots are reused rarely here: the fault waits for it."""
     case = Case.of(*SMALL, "+policy=lru", "trace.num_tokens=16", "trace.num_requests=2", "residency=0.2")
@@ -199,6 +205,7 @@ def test_the_default_trace_shows_every_fault_as_well() -> None:
             assert found.num_wrong > 0, fault
 
 
+@pytest.mark.slow
 def test_without_stamps_a_fault_passes_unseen(trace: Path) -> None:
     """So it is the stamps that see it, and nothing else."""
     case = Case.of(*TINY, "+policy=lru", "residency=0.3", f"trace.path={trace}")
@@ -208,6 +215,7 @@ def test_without_stamps_a_fault_passes_unseen(trace: Path) -> None:
             assert (found, metrics["num_tokens"]) == (None, 24)
 
 
+@pytest.mark.slow
 def test_a_fault_is_told_with_code_1_and_is_no_result(trace: Path, tmp_path: Path) -> None:
     found = replay_here([*TINY, "+policy=lru", f"trace.path={trace}", "verify=true", "fault=failed", "fault_at=9"],
                         tmp_path / "run")  # fmt: skip
@@ -226,6 +234,7 @@ def test_an_unknown_fault_is_refused() -> None:
 # -- a device that is lost -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 40])
 def test_a_lost_device_keeps_what_was_measured(at: int, trace: Path, tmp_path: Path) -> None:
     words = [*TINY, "+policy=fixed_2", "residency=0.1", f"trace.path={trace}", "log=true", "fault=lost"]
@@ -249,6 +258,7 @@ def test_a_lost_device_keeps_what_was_measured(at: int, trace: Path, tmp_path: P
     assert (at == 1) == (partial["num_forwards"] == 0)
 
 
+@pytest.mark.slow
 def test_a_finished_run_clears_what_a_lost_one_left(trace: Path, tmp_path: Path) -> None:
     words = [*TINY, "+policy=lru", f"trace.path={trace}"]
     assert replay_here([*words, "fault=lost", "fault_at=3"], tmp_path / "run").code == LOST

@@ -28,7 +28,7 @@ from replay.bench_decide import (
     measure_steps,
     summarise,
 )
-from sim.run import run_policy
+from sim.machine.run import run_policy
 from tests.policies.support import drawn_workload, policy_for
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def test_a_call_within_a_call_is_counted_once() -> None:
     clock.spend(1000)
     decide()
     (step,) = watch.steps
-    assert step.parts_ns == {"predictor": 30, "horizon": 4, "selection": 2, "eviction": 0, "order": 0, GLUE: 20}
+    assert step.parts_ns == dict.fromkeys((*PARTS, GLUE), 0) | {"predictor": 30, "horizon": 4, "selection": 2, GLUE: 20}
     assert step.total_ns == step.decide_ns == 56
     assert step.reach == 1
 
@@ -104,9 +104,8 @@ def test_the_stopwatchs_own_cost_is_taken_off_the_call_and_its_caller() -> None:
     clock, watch = watched(overhead=Overhead(inside=1, outside=2))
     nested(clock, watch)()
     # One call inside predict, two inside decide.
-    assert watch.steps[0].parts_ns == {
-        "predictor": 15 - 1 - 2, "horizon": 2 - 1, "selection": 1 - 1, "eviction": 0, "order": 0, GLUE: 10 - 1 - 4,
-    }  # fmt: skip
+    spent = {"predictor": 15 - 1 - 2, "horizon": 2 - 1, "selection": 1 - 1, GLUE: 10 - 1 - 4}
+    assert watch.steps[0].parts_ns == dict.fromkeys((*PARTS, GLUE), 0) | spent
 
 
 def test_a_step_below_the_clocks_noise_took_no_time() -> None:
@@ -190,6 +189,7 @@ def test_both_sides_of_the_budget(p50: float, p99: float, kept: bool) -> None:
 # -- runs ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("name", ["adaptive", "lru", "two_level", "on_demand", "clairvoyant"])
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_account_adds_up_and_the_run_is_the_same_as_without_it(name: str, seed: int) -> None:
@@ -206,6 +206,7 @@ def test_the_account_adds_up_and_the_run_is_the_same_as_without_it(name: str, se
         assert times.parts_ns["predictor"] == 0
 
 
+@pytest.mark.slow
 def test_every_hook_that_the_runtime_calls_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: set[str] = set()
     wrap = Stopwatch.wrap
@@ -222,15 +223,29 @@ def test_every_hook_that_the_runtime_calls_is_timed(monkeypatch: pytest.MonkeyPa
         work = drawn_workload(seed)
         measure_steps(work, *policy_for(work, "adaptive"))
     assert heard >= {
-        "policy.begin_forward", "policy.decides", "policy.decide", "policy.feedback", "policy.end_forward",
-        "predictor.begin_forward", "predictor.predict", "predictor.end_forward", "horizon.distances",
-        "horizon.feedback", "horizon.evicted",
-        "selection.select", "selection.mean_selected", "eviction.touched", "eviction.admitted", "eviction.victim",
-        "eviction.predicted", "eviction.layer_end", "eviction.evicted",
-    }  # fmt: skip
-    assert "predictor.prepare" not in heard
+        "policy.begin_forward",
+        "policy.routed",
+        "policy.decide",
+        "policy.feedback",
+        "policy.end_forward",
+        "predictor.begin_forward",
+        "predictor.predict",
+        "predictor.end_forward",
+        "horizon.distances",
+        "horizon.feedback",
+        "horizon.evicted",
+        "selection.select",
+        "eviction.touched",
+        "eviction.admitted",
+        "eviction.victim",
+        "eviction.predicted",
+        "eviction.layer_end",
+        "eviction.evicted",
+    }
+    assert "predictor.announced" not in heard
 
 
+@pytest.mark.slow
 def test_layers_of_prompts_are_told_apart() -> None:
     for seed in range(4):
         work = drawn_workload(seed)
@@ -241,10 +256,10 @@ def test_layers_of_prompts_are_told_apart() -> None:
 
 
 def test_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Policy, forwards: object) -> None:
+    def refuse(self: Policy) -> None:
         raise AssertionError("prepared in blocks")
 
-    monkeypatch.setattr(Policy, "prepare", refuse)
+    monkeypatch.setattr(Policy, "announced", refuse)
     work = drawn_workload(1)
     measure_decisions(work, *policy_for(work, "adaptive"))
 
@@ -258,6 +273,7 @@ def test_the_own_cost_of_timing_is_measured() -> None:
 # -- command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_policy_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--policies", "adaptive,lru", "--tokens", "4"]) in (0, 1)
     head, columns, adaptive, verdict, lru, legend = capsys.readouterr().out.splitlines()
@@ -274,6 +290,7 @@ def test_the_table_has_a_row_for_each_policy_and_the_verdict(capsys: pytest.Capt
     assert "bare Python function call" in legend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bar", "good"), [(0, False), (10**12, True)])
 def test_the_exit_code_is_the_budgets(monkeypatch: pytest.MonkeyPatch, bar: int, good: bool) -> None:
     monkeypatch.setattr(bench, "BAR_P50_NS", bar)

@@ -28,6 +28,7 @@ def test_a_chunk_is_one_copy_and_one_event() -> None:
     assert run.num_chunks <= run.calls["record"] <= run.num_chunks + run.num_layers // 24 + 8
 
 
+@pytest.mark.slow
 def test_the_policys_own_code_is_told_apart() -> None:
     run = HostTimes([*WORDS, "+policy=lru", "residency=1.0", "start=resident"], timed_policy=True)
     assert 0 < run.policy_ns < run.total_ns
@@ -37,6 +38,7 @@ def test_a_launch_is_timed_from_the_last_number_seen_before_it() -> None:
     assert _first_after([10, 20, 90], [25, 95, 99]) == [5, 5, 9]
 
 
+@pytest.mark.slow
 def test_it_prints_each_bar_and_says_whether_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--tokens", "4", "--repeat", "1"])
     out = capsys.readouterr().out
@@ -45,6 +47,7 @@ def test_it_prints_each_bar_and_says_whether_it_holds(capsys: pytest.CaptureFixt
     assert "driver calls a chunk: copy 1.00" in out
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_of_the_words_given() -> None:
     found = measure(WORDS, 1)
     assert set(found) == {*BARS_US, "calls a layer-step", "calls a chunk"}

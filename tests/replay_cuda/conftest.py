@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from replay import cuda_errors
+from replay.machine import cuda_errors
 
 
 @pytest.fixture(autouse=True)

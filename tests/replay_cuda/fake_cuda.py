@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 
-from replay.cuda import CudaDevice
-from replay.device import Program, Words, Work
+from replay.machine.cuda import CudaDevice
+from replay.machine.device import Program, Words, Work
 
 HOST_EPOCH_NS = 7_000_000_000_000
 DEVICE_EPOCH_NS = 31_000_000_000
@@ -296,7 +296,7 @@ class FakeCuda:
         return self.streams[-1]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-        """Stand in for torch.cuda, and for the host's clock as `replay.cuda` sees it."""
+        """Stand in for torch.cuda, and for the host's clock as `replay.machine.cuda` sees it."""
         properties = SimpleNamespace(name="Fake GPU", total_memory=2 * FREE_BYTES)
         for name, stand_in in {
             "is_available": lambda: True,
@@ -316,8 +316,8 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, stand_in)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(torch, name, self._pinning(getattr(torch, name)))
-        monkeypatch.setattr("replay.cuda.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
-        monkeypatch.setattr("replay.cuda.raw_copy", lambda: (self.memcpy, "a stand-in"))
+        monkeypatch.setattr("replay.machine.cuda.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
+        monkeypatch.setattr("replay.machine.cuda.raw_copy", lambda: (self.memcpy, "a stand-in"))
         return self
 
     def _pinning(self, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

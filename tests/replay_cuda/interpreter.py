@@ -46,7 +46,7 @@ def outcomes(file: str) -> dict[str, tuple[str, str]]:
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that Triton's interpreter runs; skipped where triton is not installed."""
+    """A test that Triton's interpreter runs; skipped where triton is not installed. Slow: the first waits for all."""
     if INSIDE:
         return test
     plain = inspect.signature(test)
@@ -65,4 +65,4 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
     request = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY)
     fixtures = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in plain.parameters.values()]
     reported.__signature__ = plain.replace(parameters=[request, *fixtures])  # type: ignore[attr-defined]
-    return reported
+    return pytest.mark.slow(reported)

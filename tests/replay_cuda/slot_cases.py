@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from replay.kernels import Row
-from replay.pools import SlotPool
-from replay.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
-from replay.slot_kernels import SlotKernels
+from replay.machine.kernels import Row
+from replay.machine.pools import SlotPool
+from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.machine.slot_kernels import SlotKernels
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half a step of the number format: what rounding once changes at most, relatively."""

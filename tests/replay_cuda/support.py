@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from expertflow.policy import Policy
-from replay.device import Device
-from replay.lockstep import LockstepResult, check_log
-from replay.log import LogWriter
-from replay.log_format import LogHeader
-from replay.log_reader import LogReader
-from replay.rig import Rig
+from replay.lockstep.compare import LockstepResult, check_log
+from replay.lockstep.log import LogWriter
+from replay.lockstep.log_format import LogHeader
+from replay.lockstep.log_reader import LogReader
+from replay.machine.device import Device
+from replay.machine.rig import Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
-from sim.configure import configure
-from sim.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.job.configure import configure
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from replay.cuda import CudaDevice
+from replay.machine.cuda import CudaDevice
 from tests.replay_cuda.fake_cuda import LATENCY_NS, DeviceOnFake, FakeCuda, on_fake
 
 PPM = [0, -120, 120]
@@ -59,6 +59,7 @@ def forwards(cuda: FakeCuda, device: DeviceOnFake, num_forwards: int, work_ns: i
             device.recycle(copy)
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("ppm", PPM)
 def test_times_are_true_over_thousands_of_forwards(ppm: int) -> None:
     """A forward takes as much of the device as a real one; rounding does not add up to anything that matters."""
@@ -78,7 +79,7 @@ def test_times_are_true_over_thousands_of_forwards(ppm: int) -> None:
 
 def test_without_renewal_rounding_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail."""
-    monkeypatch.setattr("replay.cuda._BASE_LIFE_NS", 1 << 62)
+    monkeypatch.setattr("replay.machine.cuda._BASE_LIFE_NS", 1 << 62)
     monkeypatch.setattr(CudaDevice, "begin_forward", lambda self: None)
     with on_fake() as (cuda, device):
         truth = Truth(cuda, device)
@@ -93,7 +94,7 @@ def test_without_renewal_rounding_would_show(monkeypatch: pytest.MonkeyPatch) ->
 def test_spans_stay_true_without_forwards(monkeypatch: pytest.MonkeyPatch, renewed: bool) -> None:
     """A calibration lasts minutes and begins no forward; kernels are timed all along."""
     if not renewed:
-        monkeypatch.setattr("replay.cuda._BASE_LIFE_NS", 1 << 62)
+        monkeypatch.setattr("replay.machine.cuda._BASE_LIFE_NS", 1 << 62)
     with on_fake() as (cuda, device):
         program, worst = device.program(nothing), 0
         for _ in range(200):
@@ -108,6 +109,7 @@ def test_spans_stay_true_without_forwards(monkeypatch: pytest.MonkeyPatch, renew
         assert worst <= 2 if renewed else worst > 2000
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("ppm", PPM)
 def test_now_is_never_before_what_was_told(ppm: int) -> None:
     with on_fake(ppm) as (cuda, device):
@@ -129,6 +131,7 @@ def test_now_is_never_before_what_was_told(ppm: int) -> None:
         assert truth.now() > 8e9
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("ppm", PPM)
 def test_now_keeps_up_with_a_device_that_drifts(ppm: int) -> None:
     """Four seconds at 120 ppm are half a millisecond: the host's present follows within its own delays."""
@@ -144,9 +147,10 @@ def test_now_keeps_up_with_a_device_that_drifts(ppm: int) -> None:
         assert max(errors) < 2_000
 
 
+@pytest.mark.slow
 def test_without_forgetting_now_would_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail."""
-    monkeypatch.setattr("replay.cuda._FORGET_NS", 1 << 62)
+    monkeypatch.setattr("replay.machine.cuda._FORGET_NS", 1 << 62)
     with on_fake(-120) as (cuda, device):
         truth = Truth(cuda, device)
         cuda.call_ns["query"] = 2_000

@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from replay.cuda import CudaDevice
-from replay.cuda_errors import explaining
-from replay.device import Device, DeviceLostError, Program
+from replay.machine.cuda import CudaDevice
+from replay.machine.cuda_errors import explaining
+from replay.machine.device import Device, DeviceLostError, Program
 from tests.replay_cuda.fake_cuda import (
     BUSY_GHZ,
     CALL_NS,
@@ -280,6 +280,7 @@ CALLS: list[tuple[str, Callable[[DeviceOnFake], object]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.mostly_slow(keep=8)
 @pytest.mark.parametrize(("name", "use"), CALLS)
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
 def test_a_cuda_error_is_a_lost_device(name: str, use: Callable[[DeviceOnFake], object], kind: type) -> None:
@@ -295,6 +296,7 @@ def test_a_cuda_error_is_a_lost_device(name: str, use: Callable[[DeviceOnFake], 
         assert cuda.calls["empty_cache"] == emptied
 
 
+@pytest.mark.mostly_slow(keep=12)
 @pytest.mark.parametrize(("name", "use"), CALLS)
 @pytest.mark.parametrize("text", ["Expected all tensors on cuda:0", "no kernel for the 'CUDA' backend", "",
                                   "CUDA error: invalid argument\nmore", "CUDA error: device not ready"])  # fmt: skip

@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from replay.calibrate import main as calibrate
-from replay.cuda import CudaDevice
-from replay.device import Program
-from replay.faults import FAULTS
-from replay.kernels import Row
-from replay.measure import Copier, nothing
-from replay.programs import LEAST_ROWS, size_class
-from replay.raw import torch_copy
-from replay.rig import Rig
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, RowLayout
+from replay.calibration.measure import Copier
+from replay.machine.cuda import CudaDevice
+from replay.machine.device import Program
+from replay.machine.faults import FAULTS
+from replay.machine.kernels import Row
+from replay.machine.programs import LEAST_ROWS, size_class
+from replay.machine.raw import torch_copy
+from replay.machine.rig import Rig
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, RowLayout
+from replay.machine.timing import nothing
 from replay.run import PartialRunError
 from sim.paths import CONF
 from tests.cli.support import TINY_MODEL_WORDS, small_trace, tiny_trace
@@ -35,8 +36,8 @@ SCALE = 4
 """Experts of 0.8 MB: each gets a pinned buffer of its own on any host."""
 LOST = """
 import sys, torch
-from replay.cuda import CudaDevice
-from replay.device import DeviceLostError
+from replay.machine.cuda import CudaDevice
+from replay.machine.device import DeviceLostError
 device = CudaDevice()
 pinned = torch.zeros(1 << 20, dtype=torch.uint8, pin_memory=True)
 there = torch.zeros(1 << 20, dtype=torch.uint8, device=device.torch_device)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from expertflow.forward import Forward
-from replay.faults import FAULTS
-from replay.machine import RealMachine
-from replay.rig import Rig
+from replay.machine.faults import FAULTS
+from replay.machine.real import RealMachine
+from replay.machine.rig import Rig
 from replay.run import PartialRunError
 from tests.cli.support import TINY_MODEL_WORDS, small_trace, tiny_trace
 from tests.replay_cuda.fake_cuda import DeviceOnFake, FakeStream, on_fake
@@ -56,6 +56,7 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> list[RealMachine]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("words", [(), ("batch_size=2", "stack=eager"), ("chunk_mib=64", "channel_depth=1")])
 def test_a_replay_is_whole_and_its_decisions_repeat(tmp_path: Path, policy: str, words: tuple[str, ...],
@@ -83,6 +84,7 @@ def test_a_replay_is_whole_and_its_decisions_repeat(tmp_path: Path, policy: str,
     assert result.num_decisions > 8 * 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_fake_repeats_itself(tmp_path: Path, policy: str) -> None:
     """Nothing here depends on the time of day."""
@@ -94,6 +96,7 @@ def test_the_fake_repeats_itself(tmp_path: Path, policy: str) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_pageable_copies_are_timed_by_the_device(tmp_path: Path) -> None:
     """They block the host; every copy still takes what the device took for it."""
     case = gpt_oss(tmp_path, "hf_offload")
@@ -106,6 +109,7 @@ def test_pageable_copies_are_timed_by_the_device(tmp_path: Path) -> None:
         assert metrics["link"]["busy_ns"] > total
 
 
+@pytest.mark.slow
 def test_a_clock_that_drifts_changes_nothing_but_times(tmp_path: Path) -> None:
     case = gpt_oss(tmp_path, "lru")
     for ppm in (-100, 100):
@@ -116,6 +120,7 @@ def test_a_clock_that_drifts_changes_nothing_but_times(tmp_path: Path) -> None:
         assert metrics["num_tokens"] == 8
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_rig(tmp_path: Path) -> None:
     case = gpt_oss(tmp_path, "adaptive")
     with on_fake() as (_, device):
@@ -127,10 +132,11 @@ def test_two_runs_share_a_rig(tmp_path: Path) -> None:
     assert second["num_accesses"] == first["num_accesses"]
 
 
+@pytest.mark.slow
 def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                        machines: list[RealMachine]) -> None:  # fmt: skip
     """With as few programs as can be, of which many launches would be unread: nothing is lost, only time."""
-    monkeypatch.setattr("replay.programs.REPLICAS", 1)
+    monkeypatch.setattr("replay.machine.programs.REPLICAS", 1)
     case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
     with on_fake() as (cuda, device):
         metrics, integrity = case.replay(case.rig(device), verify=True, log=tmp_path / "log.parquet")
@@ -145,7 +151,7 @@ def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypat
 def test_without_reading_first_times_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    machines: list[RealMachine]) -> None:  # fmt: skip
     """The check above can fail."""
-    monkeypatch.setattr("replay.programs.REPLICAS", 1)
+    monkeypatch.setattr("replay.machine.programs.REPLICAS", 1)
     monkeypatch.setattr(RealMachine, "_read_first", lambda self, program: None)
     case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
     with on_fake() as (cuda, device), suppress(KeyError, AssertionError):
@@ -154,6 +160,7 @@ def test_without_reading_first_times_would_be_lost(tmp_path: Path, monkeypatch: 
     assert cuda.num_unread > 0
 
 
+@pytest.mark.slow
 def test_numbers_that_come_late_change_nothing_but_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate that takes longer than the kernels: the host learns late, the marks keep their times."""
     case = gpt_oss(tmp_path, "lru")
@@ -169,6 +176,7 @@ def test_numbers_that_come_late_change_nothing_but_times(tmp_path: Path, monkeyp
     assert late["elapsed_ns"] - soon["elapsed_ns"] > 8 * 25 * 80_000
 
 
+@pytest.mark.slow
 def test_kv_lengths_are_captured_on_a_grid(tmp_path: Path, machines: list[RealMachine]) -> None:
     """Eight tokens, one length: all attention graphs are those of the layers."""
     case = gpt_oss(tmp_path, "lru")
@@ -179,6 +187,7 @@ def test_kv_lengths_are_captured_on_a_grid(tmp_path: Path, machines: list[RealMa
     assert len(programs._by_shape) == 24
 
 
+@pytest.mark.slow
 def test_a_launch_of_experts_is_one_call_and_its_reading_no_more_than_five(tmp_path: Path) -> None:
     """Driver calls of a run without copies: what a layer costs the host, copies apart."""
     case = gpt_oss(tmp_path, "lru", "residency=1.0", "start=resident")
@@ -206,6 +215,7 @@ def tiny(tmp_path: Path) -> Case:
                    scale=8)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_copy_that_would_not_wait_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the wait on the device a slot is overwritten under its reader: zero wrong stamps mean something."""
     case = gpt_oss(tmp_path, "lru", "residency=0.003", "batch_size=2")
@@ -222,6 +232,7 @@ def test_a_copy_that_would_not_wait_is_seen(tmp_path: Path, monkeypatch: pytest.
     assert integrity.num_wrong > 0
 
 
+@pytest.mark.slow
 def test_a_copy_said_to_have_landed_too_early_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = tiny(tmp_path)
     copy = DeviceOnFake.copy
@@ -239,6 +250,7 @@ def test_a_copy_said_to_have_landed_too_early_is_seen(tmp_path: Path, monkeypatc
     assert integrity.num_wrong > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "lost"])
 def test_faults_are_caught(tmp_path: Path, fault: str) -> None:
     case = tiny(tmp_path)
@@ -249,6 +261,7 @@ def test_faults_are_caught(tmp_path: Path, fault: str) -> None:
     assert integrity.first is not None
 
 
+@pytest.mark.slow
 def test_a_device_lost_midway_leaves_what_was_measured(tmp_path: Path) -> None:
     case = gpt_oss(tmp_path, "lru")
     with on_fake() as (cuda, device):
@@ -260,6 +273,7 @@ def test_a_device_lost_midway_leaves_what_was_measured(tmp_path: Path) -> None:
     assert 0 < caught.value.metrics["num_forwards"] < 8
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_midway_is_a_users_error(tmp_path: Path) -> None:
     case = gpt_oss(tmp_path, "lru")
     with on_fake() as (cuda, device):

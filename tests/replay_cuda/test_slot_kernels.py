@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from replay.rows import RowLayout
-from replay.slot_kernels import SlotKernels, check_work, gate, stage
+from replay.machine.rows import RowLayout
+from replay.machine.slot_kernels import SlotKernels, check_work, gate, stage
 from tests.replay_cuda.interpreter import INSIDE, interpreted
 from tests.replay_cuda.slot_cases import NO_BLOCK, UNTOUCHED, Bench, Case, Widths, compare, fill, make_row, weights
 

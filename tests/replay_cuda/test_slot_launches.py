@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from replay import slot_kernels
-from replay.kernels import Row
-from replay.rows import RowLayout
-from replay.slot_kernels import SlotKernels, Tile, check_work, gate
+from replay.machine import slot_kernels
+from replay.machine.kernels import Row
+from replay.machine.rows import RowLayout
+from replay.machine.slot_kernels import SlotKernels, Tile, check_work, gate
 from tests.replay_cuda.slot_cases import Widths, make_row
 
 GPT_OSS = Widths(hidden=2880, up=1530, middle=765)
@@ -141,14 +141,15 @@ def test_sizes_that_do_not_fit_are_one_line(launches: Launches) -> None:
 # -- without triton ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_triton_everything_imports_and_the_kernels_say_what_is_missing() -> None:
     script = """
 import sys
 sys.modules["triton"] = None
-import replay.rows
+import replay.machine.rows
 assert "torch" not in sys.modules
 import torch
-from replay.slot_kernels import gate
+from replay.machine.slot_kernels import gate
 try:
     gate(*[torch.zeros(1, dtype=torch.int64)] * 4)
 except ValueError as error:

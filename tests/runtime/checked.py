@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from expertflow.machine import Record
 from expertflow.runtime import Runtime
-from sim.machine import SimMachine
+from sim.machine.simulated import SimMachine
 
 
 class MachineFault(Exception):

@@ -15,17 +15,17 @@ from expertflow.evictions.belady import Belady
 from expertflow.evictions.lfu import LFU
 from expertflow.evictions.lru import LRU
 from expertflow.evictions.two_level_lru import TwoLevelLRU
-from expertflow.forward import DECODE, Forward
+from expertflow.forward import DECODE, Forward, KnownForward
 from expertflow.future import Future
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.observer import Observer
 from expertflow.orders.resident_first import ResidentFirst
-from expertflow.parts import Eviction, Horizon, Order, Predictor, Scores, Selection
+from expertflow.parts import Eviction, Horizon, Order, Place, Prediction, Predictor, Selection
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.runtime import RunConfig, Runtime
 from expertflow.view import View
-from sim.machine import HostCosts, SimMachine, simulate
+from sim.machine.simulated import HostCosts, SimMachine, simulate
 from tests.reference import Event, last_occurrences
 
 Row = Sequence[Sequence[int]]
@@ -141,9 +141,9 @@ class Scripted(Predictor):
     def __init__(self, script: Mapping[tuple[int, int, int], Sequence[int]]) -> None:
         self.script = script
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         keys = self.script.get((forward.index, layer, distance))
-        return None if keys is None else (keys, [len(keys) - place for place in range(len(keys))])
+        return None if keys is None else Prediction(keys, [len(keys) - place for place in range(len(keys))])
 
 
 class RandomKeys(Predictor):
@@ -157,23 +157,20 @@ class RandomKeys(Predictor):
         self.view = view
         self.random = random.Random(self.seed)
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         count = self.random.randrange(-1, self.view.num_experts + 1)
         if count < 0:
             return None
         target = (layer + distance) % self.view.num_layers * self.view.num_experts
         keys = self.random.sample(range(target, target + self.view.num_experts), count)
-        return keys, list(range(count, 0, -1))
+        return Prediction(keys, list(range(count, 0, -1)))
 
 
 class TakeAll(Selection):
     """Every scored key is wanted."""
 
-    def select(self, scores: Scores, forward: Forward) -> Sequence[int]:
-        return scores[0]
-
-    def mean_selected(self) -> float:
-        return 0.0
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
+        return prediction.keys
 
 
 class NoHorizon(Horizon):
@@ -191,6 +188,7 @@ def compose(
     eviction: Eviction | None = None,
     order: Order | None = None,
     future: Future | None = None,
+    place: Place | None = None,
 ) -> Policy:
     """A policy of the parts given: no prediction, LRU and resident first for those left out."""
     if horizon is None:
@@ -202,6 +200,7 @@ def compose(
         eviction or LRU(),
         order or ResidentFirst(),
         future,
+        place=place,
     )
 
 

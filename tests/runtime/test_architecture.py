@@ -27,6 +27,22 @@ FORBIDDEN: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+ROOMS: dict[str, list[str]] = {
+    "sim/specs": ["sim.job", "sim.machine", "sim.views", "sim.study"],
+    "sim/job": ["sim.machine", "sim.views", "sim.study"],
+    "sim/views": ["sim.job", "sim.machine", "sim.study"],
+    "sim/machine": ["sim.views", "sim.study"],
+    "replay/machine": ["sim.job.configure", "replay.calibration", "replay.lockstep", "replay.validation", "replay.app"],
+    "replay/lockstep": ["replay.machine", "replay.calibration", "replay.validation", "replay.app"],
+    "replay/calibration": ["replay.lockstep", "replay.validation", "replay.app"],
+}
+"""What the rooms of a package must not know of each other."""
+
+SIMULATED = ["sim.machine"]
+MAY_SIMULATE = {"replay/bench_decide.py"}
+"""Beside the validation: it times decisions while the simulated machine drives them."""
+
+
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of everything imported, `from a import b` as a.b, and of each call of open()."""
     for node in ast.walk(tree):
@@ -62,6 +78,25 @@ def test_a_package_imports_nothing_it_must_not_know(package: str) -> None:
         if (wrong := breaches(path.read_text(), FORBIDDEN[package]))
     }
     assert found == {}
+
+
+def test_each_room_imports_no_room_above_it() -> None:
+    found = {}
+    for room, forbidden in ROOMS.items():
+        assert modules(room), room
+        for path in modules(room):
+            if wrong := breaches(path.read_text(), forbidden):
+                found[str(path.relative_to(ROOT))] = wrong
+    assert found == {}
+
+
+def test_a_replay_reaches_a_simulated_machine_only_where_it_validates() -> None:
+    reaching = {
+        path.relative_to(ROOT).as_posix() for path in modules("replay") if breaches(path.read_text(), SIMULATED)
+    }
+    inside = {path for path in reaching if path.startswith("replay/validation/")}
+    assert inside
+    assert reaching - inside == MAY_SIMULATE
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from sim.hardware import Stack
-from sim.host_bound import HostBoundMachine, machine_for
-from sim.kernel_table import KernelTable
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
-from sim.run import run_floor, run_policy
-from sim.setup import Transfer, Workload
+from sim.job.setup import Transfer, Workload
+from sim.machine.host_bound import HostBoundMachine, machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.run import run_floor, run_policy
+from sim.machine.simulated import HostCosts, SimMachine
+from sim.specs.hardware import Stack
+from sim.specs.kernel_table import KernelTable
 from tests.policies.support import HARDWARE, drawn_workload, memory_trace, model_of, policy_for, policy_names, workload
 from tests.policies.test_bounds import fits
 from tests.runtime.checked import CheckedMachine
@@ -153,6 +153,7 @@ def job_of(case: Case, machine_type: type[SimMachine], costs: HostCosts) -> Job:
 many = settings(deadline=None, max_examples=200)
 
 
+@pytest.mark.slow
 @given(case=cases())
 @many
 def test_costs_of_0_leave_every_run_as_it_was(case: Case) -> None:
@@ -162,6 +163,7 @@ def test_costs_of_0_leave_every_run_as_it_was(case: Case) -> None:
     assert bound.counters == plain.counters
 
 
+@pytest.mark.slow
 @given(case=cases())
 @many
 def test_with_any_costs_the_books_balance_and_no_slot_is_overwritten_while_read(case: Case) -> None:
@@ -214,6 +216,7 @@ def test_a_run_without_overlap_is_as_long_as_its_floor_to_the_nanosecond(key: st
     assert run_floor(work).floor_ns > run_floor(alone()).floor_ns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_no_policy_beats_the_floor_of_a_busy_host(seed: int) -> None:
     work = drawn_workload(seed)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from expertflow.horizons.fixed import FixedHorizon
-from sim.machine import HostCosts
+from sim.machine.simulated import HostCosts
 from tests.runtime.support import Copy, Job, Kernels, Scripted, compose, decode, run
 
 NUM_EXPERTS = 16

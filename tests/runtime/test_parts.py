@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -14,22 +14,35 @@ from expertflow.evictions.keep_nothing import KeepNothing
 from expertflow.evictions.lfu import LFU
 from expertflow.evictions.lru import LRU
 from expertflow.evictions.two_level_lru import TwoLevelLRU
-from expertflow.forward import Forward
+from expertflow.forward import Forward, KnownForward
 from expertflow.future import NEVER, Future
 from expertflow.horizons.adaptive import AdaptiveHorizon
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.orders.index import IndexOrder
-from expertflow.parts import DEMAND, PREFETCH, SCORE_ONE, Eviction, Horizon, Order, Part, Predictor, Scores, Selection
+from expertflow.parts import (
+    DEMAND,
+    PREFETCH,
+    Eviction,
+    Horizon,
+    Order,
+    Part,
+    Place,
+    Prediction,
+    Predictor,
+    Selection,
+)
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.predictors.ranking import rank_scores
 from expertflow.predictors.transition import BLOCK, TransitionPredictor
 from expertflow.selections.mass import Mass
 from expertflow.selections.threshold import Threshold
-from expertflow.selections.top_k import CountingSelection, TopK
+from expertflow.selections.top_k import TopK
 from expertflow.slots import Slots, split_by_layer
 from expertflow.transitions import TransitionCounts
-from expertflow.view import ABSENT, LOADING, RESIDENT, Feedback, View
+from expertflow.units import SCORE_ONE
+from expertflow.view import ABSENT, LOADING, RESIDENT, Feedback
+from tests.policies.support import progress_of, view_of
 from tests.runtime.support import Kernels, Scripted, TakeAll, compose, decode, forward_of, run
 
 
@@ -37,12 +50,26 @@ class World:
     """A view whose facts the test sets; `touch` and `admit` keep residency and the eviction in step."""
 
     def __init__(
-        self, num_layers: int = 4, num_experts: int = 10, num_slots: int = 8, top_k: int = 2, by_layer: bool = False
+        self,
+        num_layers: int = 4,
+        num_experts: int = 10,
+        num_slots: int = 8,
+        top_k: int = 2,
+        by_layer: bool = False,
+        expert_bytes: int = 40,
     ) -> None:
         self.state = bytearray(num_layers * num_experts)
         slots = split_by_layer(num_slots, num_layers) if by_layer else []
-        self.view = View(num_layers, num_experts, top_k, 40, num_slots, slots, memoryview(self.state).toreadonly())
-        self.view.forward = 0
+        self.view = view_of(
+            num_layers,
+            num_experts,
+            top_k,
+            state=self.state,
+            expert_bytes=expert_bytes,
+            num_slots=num_slots,
+            slots_by_layer=slots,
+        )
+        progress_of(self.view).forward = 0
 
     def start(self, part: Any, future: Future | None = None) -> Any:
         """Bind `part` to this world."""
@@ -57,12 +84,12 @@ class World:
 
     def demand(self, eviction: Eviction, layer: int, *keys: int) -> None:
         """A whole layer: touched, loaded where absent, run, ended."""
-        self.view.layer = layer
-        self.view.event += 1
-        self.view.pinned = keys
+        progress_of(self.view).layer = layer
+        progress_of(self.view).event += 1
+        progress_of(self.view).pinned = keys
         eviction.touched(keys)
         self.admit(eviction, *(key for key in keys if not self.state[key]))
-        self.view.pinned = ()
+        progress_of(self.view).pinned = ()
         eviction.layer_end(layer, keys)
 
     def evict(self, eviction: Eviction, key: int, cause: int = DEMAND) -> int | None:
@@ -84,7 +111,7 @@ class World:
 # -- the contract --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", [Part, Predictor, Horizon, Selection, Eviction, Order])
+@pytest.mark.parametrize("base", [Part, Predictor, Horizon, Selection, Eviction, Order, Place])
 def test_a_misspelt_hook_is_refused_when_the_class_is_made(base: type[Part]) -> None:
     with pytest.raises(TypeError, match=r"Late\.evictd is not in the contract of .*evicted"):
         type("Late", (base,), {"evictd": lambda self, key, unused: None})
@@ -162,7 +189,7 @@ def test_no_eviction_gives_up_what_is_pinned_or_still_loading(eviction: type[Evi
     part = world.start(eviction())
     world.demand(part, 0, 1, 2, 3)
     world.state[1] = LOADING
-    world.view.pinned = (2,)
+    progress_of(world.view).pinned = (2,)
     assert world.evict(part, 9) == 3
     assert world.evict(part, 9) is None
 
@@ -241,7 +268,7 @@ def test_a_second_use_within_the_frequent_forwards_stays_high(apart: int, level:
     world = World()
     part = two_level(world, frequent_forwards=16)
     world.demand(part, 0, 1)
-    world.view.forward = apart
+    progress_of(world.view).forward = apart
     world.demand(part, 0, 1)
     assert 1 in getattr(part, level)[0]
     assert len(part.low[0]) + len(part.high[0]) == 1
@@ -250,7 +277,7 @@ def test_a_second_use_within_the_frequent_forwards_stays_high(apart: int, level:
 def test_no_use_is_frequent_at_zero_forwards() -> None:
     world = World()
     part = two_level(world, frequent_forwards=0)
-    for world.view.forward in range(3):
+    for progress_of(world.view).forward in range(3):
         world.demand(part, 0, 1)
     assert (list(part.low[0]), list(part.high[0])) == ([1], [])
 
@@ -334,30 +361,28 @@ BEGIN = forward_of(0, [[[0]]], 10)
 class Steps:
     """An adaptive horizon over a view with 8-fold room, and what happens to it."""
 
-    def __init__(self, num_layers: int = 27, **settings: Any) -> None:
-        self.world = World(num_layers=num_layers)
+    def __init__(self, num_layers: int = 27, expert_bytes: int = 40, **settings: Any) -> None:
+        self.world = World(num_layers=num_layers, expert_bytes=expert_bytes)
         self.view = self.world.view
         self.horizon = cast(AdaptiveHorizon, self.world.start(AdaptiveHorizon(**settings)))
 
     def observe(self, num_bytes: int, busy_ns: int, layer_ns: int, layers: int = 1) -> None:
         """What the machine has shown since the last forward."""
-        self.view.link_bytes += num_bytes
-        self.view.link_busy_ns += busy_ns
-        self.view.layer_time_ns += layer_ns
-        self.view.num_layers_timed += layers
+        progress_of(self.view).link_bytes += num_bytes
+        progress_of(self.view).link_busy_ns += busy_ns
+        progress_of(self.view).layer_time_ns += layer_ns
+        progress_of(self.view).num_layers_timed += layers
 
     def begin(self, forward: int) -> int:
         """The size after the begin of a forward."""
-        self.view.forward = forward
+        progress_of(self.view).forward = forward
         self.horizon.begin_forward(BEGIN)
         return self.size
 
     def stall(self, times: int = 1, late: int = 1, misses: int = 0) -> int:
         """The size after so many stalled layers."""
         for _ in range(times):
-            feedback = Feedback()
-            feedback.stall_ns, feedback.num_late, feedback.num_misses = 5, late, misses
-            self.horizon.feedback(feedback)
+            self.horizon.feedback(Feedback(0, 5, late, misses))
         return self.size
 
     def waste(self, times: int = 1) -> int:
@@ -374,8 +399,8 @@ class Steps:
 
 
 def test_the_step_size_of_deepseek_v2_lite_is_two() -> None:
-    steps = Steps()
-    steps.view.expert_bytes, steps.horizon.num_expected = 17_300_000, 6
+    steps = Steps(expert_bytes=17_300_000)
+    steps.horizon.num_expected = 6
     steps.observe(64_000, 1_000, 1_000_000)  # 64 GB/s, layers of 1 ms
     assert pytest.approx(1.62, abs=0.01) == 6 * 17.3e6 / (64e9 * 1e-3)
     assert steps.begin(0) == 2
@@ -383,15 +408,14 @@ def test_the_step_size_of_deepseek_v2_lite_is_two() -> None:
 
 @pytest.mark.parametrize(("layer_ns", "size"), [(101, 1), (100, 1), (99, 2), (50, 2), (49, 3), (1, 8), (10_000, 1)])
 def test_the_formula_rounds_up_and_stays_within_its_limits(layer_ns: int, size: int) -> None:
-    steps = Steps()
-    steps.view.expert_bytes, steps.horizon.num_expected = 50, 2
+    steps = Steps(expert_bytes=50)
+    steps.horizon.num_expected = 2
     steps.observe(1_000, 1_000, layer_ns)  # 1 byte/ns, so S = 100 / T_l
     assert steps.begin(0) == size
 
 
 def test_the_formula_takes_top_k_until_a_selection_was_seen() -> None:
-    steps = Steps()
-    steps.view.expert_bytes = 100
+    steps = Steps(expert_bytes=100)
     steps.observe(1_000, 1_000, 100)
     assert steps.begin(0) == steps.view.top_k == 2
 
@@ -402,16 +426,16 @@ def test_bandwidth_and_layer_time_are_exponential_means_of_what_was_new() -> Non
     steps.begin(0)
     steps.observe(1_000, 1_000, 200, layers=1)
     steps.begin(1)
-    assert steps.horizon.bytes_per_ns == pytest.approx(0.9 * 2 + 0.1 * 1, rel=1e-12)
-    assert steps.horizon.layer_ns == pytest.approx(0.9 * 100 + 0.1 * 200, rel=1e-12)
+    assert steps.horizon.formula.pace.bytes_per_ns == pytest.approx(0.9 * 2 + 0.1 * 1, rel=1e-12)
+    assert steps.horizon.formula.pace.layer_ns == pytest.approx(0.9 * 100 + 0.1 * 200, rel=1e-12)
     steps.begin(2)  # nothing new: nothing changes
-    assert steps.horizon.layer_ns == pytest.approx(110, rel=1e-12)
+    assert steps.horizon.formula.pace.layer_ns == pytest.approx(110, rel=1e-12)
 
 
 @pytest.mark.parametrize(("moved", "size"), [(3, 3), (4, 4), (5, 5)])
 def test_feedback_owns_the_step_until_the_formula_moves_by_two(moved: int, size: int) -> None:
-    steps = Steps(memory=0.0)
-    steps.view.expert_bytes, steps.horizon.num_expected = 50, 2
+    steps = Steps(memory=0.0, expert_bytes=50)
+    steps.horizon.num_expected = 2
     steps.observe(1_000, 1_000, 50)
     assert steps.begin(0) == 2
     assert steps.stall(3) == 3
@@ -424,7 +448,7 @@ def test_the_third_stall_lengthens_the_step_and_the_eighth_waste_shortens_it() -
     steps.begin(0)
     assert steps.stall(2) == 1
     assert steps.stall(1) == 2
-    steps.view.forward = 10
+    progress_of(steps.view).forward = 10
     assert steps.waste(7) == 2
     assert steps.waste(1) == 1
 
@@ -444,7 +468,7 @@ def test_counters_halve_at_every_forward() -> None:
     steps.begin(0)
     steps.stall(2)
     steps.begin(1)
-    assert steps.horizon.num_stalls == 1.0
+    assert steps.horizon.signs.num_stalls == 1.0
     assert steps.stall(1) == 1
     assert steps.stall(1) == 2
 
@@ -454,7 +478,7 @@ def test_a_change_resets_both_counters() -> None:
     steps.begin(0)
     steps.waste(7)
     assert steps.stall(3) == 2
-    assert (steps.horizon.num_stalls, steps.horizon.num_overfetched) == (0.0, 0.0)
+    assert (steps.horizon.signs.num_stalls, steps.horizon.signs.num_overfetched) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("count", "size"), [("any", 2), ("late", 1)])
@@ -467,18 +491,16 @@ def test_a_wait_for_a_miss_counts_only_where_any_stall_does(count: str, size: in
 
 def test_a_layer_without_stall_counts_nothing() -> None:
     steps = Steps()
-    feedback = Feedback()
-    feedback.num_late = 1
-    steps.horizon.feedback(feedback)
-    assert steps.horizon.num_stalls == 0.0
+    steps.horizon.feedback(Feedback(0, 0, 1, 0))
+    assert steps.horizon.signs.num_stalls == 0.0
 
 
 def test_experts_there_too_early_count_only_while_the_step_is_above_one() -> None:
     steps = Steps(overfetch_threshold=2)
     steps.horizon.overfetched()
-    assert steps.horizon.num_overfetched == 0.0
+    assert steps.horizon.signs.num_overfetched == 0.0
     steps.stall(3)
-    steps.view.forward = 9
+    progress_of(steps.view).forward = 9
     steps.horizon.overfetched()
     steps.horizon.overfetched()
     assert steps.size == 1
@@ -487,7 +509,7 @@ def test_experts_there_too_early_count_only_while_the_step_is_above_one() -> Non
 def test_the_step_stays_below_the_number_of_layers_and_is_nothing_for_one_layer() -> None:
     steps = Steps(num_layers=3, stall_threshold=1)
     for forward in range(0, 20, 2):
-        steps.view.forward = forward
+        progress_of(steps.view).forward = forward
         steps.stall(1)
     assert steps.size == 2
     assert list(Steps(num_layers=1).horizon.distances()) == []
@@ -505,7 +527,7 @@ def test_stalls_at_the_longest_step_do_not_forget_the_waste() -> None:
     steps = Steps(max_distance=2)
     steps.begin(0)
     assert steps.stall(3) == 2
-    steps.view.forward = 5
+    progress_of(steps.view).forward = 5
     steps.waste(7)
     steps.stall(3)  # S is at its limit: nothing changes
     assert steps.waste(1) == 1
@@ -557,7 +579,7 @@ def test_layer_time_holds_neither_stall_nor_head(head: int) -> None:
 
 # -- selections ----------------------------------------------------------------------------------------------
 
-SCORES: Scores = ([13, 11, 17, 10, 19], [40_000, 30_000, 20_000, 9_000, 1_000])  # 100,000 in all
+SCORES = Prediction([13, 11, 17, 10, 19], [40_000, 30_000, 20_000, 9_000, 1_000])  # 100,000 in all
 ONE = forward_of(0, [[[0, 1]] * 4], 10)
 THREE = forward_of(0, [[[0, 1]] * 4, [[2, 3]] * 4, [[0, 3]] * 4], 10)
 
@@ -571,8 +593,8 @@ def test_mass_takes_experts_until_the_share_is_covered_and_never_fewer_than_top_
 def test_mass_stops_at_its_limit_and_at_the_end_of_the_scores() -> None:
     world = World(top_k=2)
     assert list(world.start(Mass(mass=1.0, at_most=3)).select(SCORES, ONE)) == [13, 11, 17]
-    assert list(world.start(Mass(mass=0.1)).select(([13], [5]), ONE)) == [13]
-    assert list(world.start(Mass()).select(([], []), ONE)) == []
+    assert list(world.start(Mass(mass=0.1)).select(Prediction([13], [5]), ONE)) == [13]
+    assert list(world.start(Mass()).select(Prediction([], []), ONE)) == []
 
 
 @pytest.mark.parametrize(("extra", "count"), [(0, 2), (1, 3), (9, 5)])
@@ -585,14 +607,14 @@ def test_top_k_of_three_tokens_takes_the_expected_union() -> None:
     keys = list(range(10, 20))
     selection = World(top_k=2).start(TopK())
     assert pytest.approx(4.88) == 10 * (1 - 0.8**3)
-    assert list(selection.select((keys, [1] * 10), THREE)) == keys[:5]
+    assert list(selection.select(Prediction(keys, [1] * 10), THREE)) == keys[:5]
 
 
 @pytest.mark.parametrize(
     ("threshold", "count"), [(SCORE_ONE // 2, 1), (32_769, 0), (32_768, 1), (1, 3), (20_000, 2), (20_001, 1)]
 )
 def test_a_threshold_is_met_by_equality(threshold: int, count: int) -> None:
-    scores: Scores = ([13, 11, 17], [32_768, 20_000, 1])
+    scores = Prediction([13, 11, 17], [32_768, 20_000, 1])
     selection = World().start(Threshold(probability=threshold / SCORE_ONE))
     assert list(selection.select(scores, ONE)) == scores[0][:count]
 
@@ -602,15 +624,23 @@ def test_a_threshold_stops_at_its_limit() -> None:
     assert list(selection.select(SCORES, ONE)) == [13, 11]
 
 
-@pytest.mark.parametrize("selection", [TopK(extra=1), Mass(mass=0.71), Threshold(probability=0.3)])
-def test_selections_report_the_mean_of_the_last_forward(selection: CountingSelection) -> None:
-    World(top_k=2).start(selection)
-    assert selection.mean_selected() == 0.0
-    selection.select(SCORES, ONE)
-    selection.select(([1], [60_000]), ONE)
-    expected = (3 + 1) / 2
-    assert selection.mean_selected() == expected
-    assert selection.mean_selected() == expected  # a forward that predicted nothing keeps the last
+@pytest.mark.parametrize(
+    ("selection", "count"),
+    [(TopK(extra=1), 3), (Mass(mass=0.71), 3), (Threshold(probability=0.3), 3), (TakeAll(), 5)],
+)
+def test_the_policy_counts_what_is_selected_whatever_selects(selection: Selection, count: int) -> None:
+    predictor = Told({(0, 0, 1): SCORES, (0, 1, 1): Prediction([20], [60_000])})
+    policy = compose(predictor=predictor, selection=selection)
+    policy.start(World(top_k=2).view)
+    expected = {0: 0.0, 1: (count + 1) / 2, 2: (count + 1) / 2}  # a forward that predicted nothing keeps the last
+    for index in range(3):
+        forward = forward_of(index, [[[1]] * 4], 10)
+        policy.begin_forward(forward)
+        assert policy.num_expected == policy.horizon.num_expected == expected[index]
+        for layer in range(4):
+            policy.routed(layer)
+            policy.decide(layer)
+        policy.end_forward()
 
 
 @pytest.mark.parametrize(
@@ -630,10 +660,20 @@ def test_index_order_sorts_and_is_strict() -> None:
 # -- the policy's window -------------------------------------------------------------------------------------
 
 
+class Told(Predictor):
+    """Says what it is told: script[forward, layer, distance]."""
+
+    def __init__(self, script: Mapping[tuple[int, int, int], Prediction]) -> None:
+        self.script = script
+
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
+        return self.script.get((forward.index, layer, distance))
+
+
 class Asked(Scripted):
     """Keeps the (forward, layer, distance) it was asked for."""
 
-    def predict(self, forward: Forward, layer: int, distance: int) -> Scores | None:
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         self.__dict__.setdefault("calls", []).append((forward.index, layer, distance))
         return super().predict(forward, layer, distance)
 
@@ -667,11 +707,12 @@ def test_wants_come_near_layers_first_without_what_is_there() -> None:
     policy = Policy(Scripted(script), FixedHorizon(depth=2), TakeAll(), LRU(), IndexOrder())
     policy.start(world.view)
     world.state[11], world.state[25] = LOADING, RESIDENT
-    world.view.event = 0
-    assert policy.decide(ONE, 0) == [12, 13, 21]
+    progress_of(world.view).event = 0
+    policy.begin_forward(ONE)
+    assert policy.decide(0) == [12, 13, 21]
     world.state[12] = RESIDENT
-    world.view.event = 1
-    assert policy.decide(ONE, 1) == [21]
+    progress_of(world.view).event = 1
+    assert policy.decide(1) == [21]
 
 
 # -- ranking and counts --------------------------------------------------------------------------------------
@@ -727,7 +768,7 @@ def predictions(forwards: list[Forward], block: int, **settings: Any) -> list[An
     answers = []
     for index, forward in enumerate(forwards):
         if block and index % block == 0:
-            predictor.prepare(forwards[index : index + block])
+            predictor.announced().prepare(forwards[index : index + block])
         predictor.begin_forward(forward)
         for layer in range(3):
             for distance in (1, 2, 3):
@@ -757,14 +798,14 @@ def test_a_block_after_a_forward_of_several_tokens_answers_as_one_by_one() -> No
     whole.start(World(**SIZE).view, None)
     whole.begin_forward(forwards[0])
     whole.end_forward(forwards[0])
-    whole.prepare(forwards[1:])
+    whole.announced().prepare(forwards[1:])
     answers = []
     for forward in forwards[1:]:
         whole.begin_forward(forward)
         answers += [whole.predict(forward, layer, distance) for layer in range(3) for distance in (1, 2)]
         whole.end_forward(forward)
     alone = [answer for answer in predictions(forwards, 0, max_distance=2) if answer is not None]
-    assert [(list(keys), list(scores)) for keys, scores in cast(list[Scores], answers)] == alone[6:]
+    assert [(list(keys), list(scores)) for keys, scores, _ in cast(list[Prediction], answers)] == alone[6:]
 
 
 def test_a_forward_with_a_padded_row_is_answered_without_its_block() -> None:
@@ -797,7 +838,7 @@ def test_a_routing_that_repeats_is_learned() -> None:
     assert [set(answer[0][:2]) for answer in (last[0], last[3], last[6])] == [{8, 9}, {16, 17}, {0, 1}]
 
 
-def warm_counts() -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+def transition_start() -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     """Fitted counts of the size under test, all zero."""
     return {
         "frequency": np.zeros((3, 6)),
@@ -809,27 +850,27 @@ def warm_counts() -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
 
 @pytest.mark.parametrize("name", ["frequency", "cross", "persistence", "num_forwards"])
 def test_a_warm_start_of_another_shape_is_refused(name: str) -> None:
-    for wrong in (warm_counts(), warm_counts()):
+    for wrong in (transition_start(), transition_start()):
         wrong[name] = np.zeros((2, 2))
         with pytest.raises(ValueError, match=name):
-            predictions(random_forwards(1), 0, warm=wrong)
-    missing = warm_counts()
+            predictions(random_forwards(1), 0, fitted_start=wrong)
+    missing = transition_start()
     del missing[name]
     with pytest.raises(ValueError, match=name):
-        predictions(random_forwards(1), 0, warm=missing)
+        predictions(random_forwards(1), 0, fitted_start=missing)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_warm_start_that_holds_no_counts_is_refused(value: float) -> None:
-    wrong = warm_counts()
+    wrong = transition_start()
     wrong["frequency"][1, 2] = value
     with pytest.raises(ValueError, match="frequency holds values that are no counts"):
-        predictions(random_forwards(1), 0, warm=wrong)
+        predictions(random_forwards(1), 0, fitted_start=wrong)
 
 
 def test_an_empty_warm_start_is_no_start() -> None:
     forwards = random_forwards(10)
-    assert predictions(forwards, 0, warm=warm_counts()) == predictions(forwards, 0)
+    assert predictions(forwards, 0, fitted_start=transition_start()) == predictions(forwards, 0)
 
 
 def test_a_warm_start_knows_before_the_first_forward() -> None:
@@ -843,7 +884,7 @@ def test_a_warm_start_knows_before_the_first_forward() -> None:
         "persistence": teacher.persistence,
         "num_forwards": np.array([teacher.num_forwards]),
     }
-    first = predictions([forward_of(0, [[[0, 1], [2, 3], [4, 5]]], 6)], 0, warm=warm)[0]
+    first = predictions([forward_of(0, [[[0, 1], [2, 3], [4, 5]]], 6)], 0, fitted_start=warm)[0]
     assert set(first[0][:2]) == {8, 9}
 
 

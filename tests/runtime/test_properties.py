@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 
 from expertflow.counters import Counters
 from expertflow.evictions.keep_nothing import KeepNothing
-from expertflow.forward import Forward
+from expertflow.forward import Forward, KnownForward
 from expertflow.future import Future
 from expertflow.horizons.adaptive import AdaptiveHorizon
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.machine import Record
 from expertflow.orders.index import IndexOrder
-from expertflow.parts import Horizon, Predictor
+from expertflow.parts import Horizon, Prediction, Predictor
 from expertflow.policy import Policy
 from expertflow.predictors.transition import TransitionPredictor
 from expertflow.runtime import StuckError
 from expertflow.selections.mass import Mass
 from expertflow.selections.threshold import Threshold
 from expertflow.selections.top_k import TopK
-from sim.machine import HostCosts, SimMachine, simulate
+from sim.machine.simulated import HostCosts, SimMachine, simulate
 from tests.runtime.checked import CheckedMachine, MachineFault
 from tests.runtime.support import (
     ConstantLink,
@@ -173,6 +173,7 @@ def num_chunks_begun(job: Job) -> int:
 # -- properties ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(case=cases())
 @many
 def test_every_run_ends_with_balanced_books_and_sound_slots(case: Case) -> None:
@@ -189,6 +190,7 @@ def test_every_run_ends_with_balanced_books_and_sound_slots(case: Case) -> None:
     assert sorted(held + free) == list(range(len(slots.reader)))
 
 
+@pytest.mark.slow
 @given(case=cases())
 @many
 def test_what_the_observer_sees_adds_up_to_the_counters(case: Case) -> None:
@@ -212,6 +214,7 @@ def timeline_chunks(job: Job) -> int:
     return num_whole * len(machine.chunk_sizes) + partly
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(deadline=None, max_examples=150)
 def test_the_same_job_twice_gives_the_same_result(case: Case) -> None:
@@ -221,6 +224,7 @@ def test_the_same_job_twice_gives_the_same_result(case: Case) -> None:
     assert first.runtime.journal.gaps_ns == second.runtime.journal.gaps_ns
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(deadline=None, max_examples=100)
 def test_the_same_policy_object_can_run_twice(case: Case) -> None:
@@ -232,6 +236,7 @@ def test_the_same_policy_object_can_run_twice(case: Case) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 @given(case=cases())
 @settings(deadline=None, max_examples=150)
 def test_watching_a_run_changes_nothing(case: Case) -> None:
@@ -239,6 +244,7 @@ def test_watching_a_run_changes_nothing(case: Case) -> None:
     assert plain.run().counters == case.job().run().counters
 
 
+@pytest.mark.slow
 @given(case=cases(max_slots=2))
 @many
 def test_more_demand_than_slots_streams_through_them(case: Case) -> None:
@@ -273,10 +279,25 @@ def test_a_predictor_that_names_a_key_of_another_layer_is_refused(layer: int, di
         job.run()
 
 
-def test_a_foreign_key_that_is_not_selected_is_not_noticed() -> None:
+def test_a_foreign_key_is_noticed_though_it_is_not_selected() -> None:
     policy = compose(predictor=Scripted({(0, 0, 1): [14, 3]}), selection=TopK())
     job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=9, policy=policy)
-    assert job.run().counters.prefetch_issued == 1
+    with pytest.raises(ValueError, match="Scripted was asked for layer 1 and scored key 3, which is of another"):
+        job.run()
+
+
+class Invents(TakeAll):
+    """Selects what nobody predicted."""
+
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
+        return [*prediction.keys, 19]
+
+
+def test_a_key_that_was_not_predicted_cannot_be_selected() -> None:
+    policy = compose(predictor=Scripted({(0, 0, 1): [14, 13]}), selection=Invents())
+    job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=9, policy=policy)
+    with pytest.raises(ValueError, match="Invents selected key 19, which was not predicted"):
+        job.run()
 
 
 # -- each checker fails on something broken ------------------------------------------------------------------

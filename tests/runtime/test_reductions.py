@@ -1,11 +1,10 @@
 """Does the timed runtime reduce to counts without time? Ideal link, no prefetch, demand that fits the slots.
 
-The counts come from `tests.reference`, written from the contract alone, and from `conformance.json`.
+The counts come from `tests.reference`, written from the contract alone, and from the answers in `tests.conformance`.
 """
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from expertflow.forward import Forward
-from sim.machine import HostCosts
+from sim.machine.simulated import HostCosts
+from tests.conformance import CONTRACT
+from tests.recordings import SHIPPED, beside, named
 from tests.reference import Policy, Scope, count_hits, count_hits_fast, per_layer_capacity
 from tests.runtime.support import (
     ConstantLink,
@@ -29,13 +31,7 @@ from tests.runtime.support import (
     run_counts,
 )
 
-SHARED = Path(__file__).parents[2].parent / "shared"
-CONFORMANCE = SHARED / "conformance.json"
-EVAL_TRACE = SHARED / "traces" / "gpt-oss-20b.eval.safetensors"
-EXPECTED: dict[str, Any] = json.loads(CONFORMANCE.read_text()) if CONFORMANCE.exists() else {}
-MICRO: list[dict[str, Any]] = EXPECTED.get("micro", [])
-needs_conformance = pytest.mark.skipif(not CONFORMANCE.exists(), reason="shared/conformance.json is absent")
-needs_trace = pytest.mark.skipif(not EVAL_TRACE.exists(), reason=f"shared/traces/{EVAL_TRACE.name} is absent")
+MICRO: list[dict[str, Any]] = CONTRACT["micro"]
 
 FORCED: tuple[Policy, ...] = ("lru", "lfu", "belady_forced")
 SCOPES: tuple[Scope, ...] = ("global", "layer")
@@ -80,6 +76,7 @@ def small_traces(draw: st.DrawFn) -> tuple[list[Forward], int, int]:
     return batches(routings, num_experts), num_experts, num_slots
 
 
+@pytest.mark.mostly_slow(keep=4)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("policy", FORCED)
 @pytest.mark.parametrize(("kernels", "costs"), [(Kernels(), SLOW_HOST), (FREE, HostCosts())])
@@ -146,10 +143,9 @@ def test_infinite_capacity_gives_compulsory_misses_only(trace: tuple[list[Forwar
 # -- known answers -------------------------------------------------------------------------------------------
 
 
-@needs_conformance
 @pytest.mark.parametrize("policy", FORCED)
 def test_the_toy_of_the_contract(policy: Policy) -> None:
-    toy = EXPECTED["toy_of_2608_07911"]
+    toy = CONTRACT["toy_of_2608_07911"]
     num_layers, num_experts = toy["num_layers"], toy["num_experts"]
     forwards = decode([[demand] * num_layers for demand in toy["demand_per_step_each_layer"]], num_experts)
     counts = run_counts(
@@ -159,7 +155,6 @@ def test_the_toy_of_the_contract(policy: Policy) -> None:
     assert dict(zip(("hits", "misses", "evictions"), counts, strict=True)) == toy["expect"]
 
 
-@needs_conformance
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("policy", FORCED)
 @pytest.mark.parametrize("number", range(3))
@@ -172,7 +167,6 @@ def test_the_micro_traces_of_the_contract(number: int, policy: Policy, scope: Sc
     assert list(counts) == micro["expect"][policy]
 
 
-@needs_conformance
 @pytest.mark.parametrize("number", range(3))
 def test_bypass_on_the_micro_traces_of_the_contract(number: int) -> None:
     micro = MICRO[number]
@@ -184,7 +178,6 @@ def test_bypass_on_the_micro_traces_of_the_contract(number: int) -> None:
     assert hits == micro["expect"]["belady_bypass_hits"]
 
 
-@needs_conformance
 @pytest.mark.parametrize("number", range(3))
 def test_the_micro_traces_notice_reversed_ties(number: int) -> None:
     micro = MICRO[number]
@@ -200,25 +193,27 @@ WHOLE = 1 << 30
 
 
 @cache
-def recorded(num_tokens: int) -> list[Forward]:
-    """The first tokens of the trace at batch 1."""
-    from safetensors.numpy import load_file
-
-    experts: np.ndarray[Any, np.dtype[Any]] = load_file(EVAL_TRACE)["experts"][:num_tokens]
+def recorded(path: Path, num_tokens: int) -> list[Forward]:
+    """The first tokens of a recording at batch 1."""
+    experts: np.ndarray[Any, np.dtype[Any]] = load_file(path)["experts"][:num_tokens]
     return decode(experts.tolist(), 32)
 
 
 def recorded_cases() -> list[Any]:
-    """Every policy, scope and residency on a piece of the trace; every policy once on all of it."""
+    """Every policy, scope and residency on a piece of a recording; every policy once on all of it."""
     short = [(p, s, share, 500) for p in FORCED for s in SCOPES for share in (0.25, 0.5, 0.75)]
     whole = [("lru", "global", 0.5, WHOLE), ("lfu", "layer", 0.5, WHOLE), ("belady_forced", "global", 0.25, WHOLE)]
-    return [*short, *(pytest.param(*case, marks=pytest.mark.slow) for case in whole)]
+    shipped = [(SHIPPED, *case) for case in (*short, *whole)]
+    larger = [(path, *case) for path in beside("eval") for case in (*short, *whole)]
+    return [*shipped, *(pytest.param(*case, marks=pytest.mark.slow) for case in larger)]
 
 
-@needs_trace
-@pytest.mark.parametrize(("policy", "scope", "share", "num_tokens"), recorded_cases())
-def test_a_recorded_trace_counts_as_the_reference(policy: Policy, scope: Scope, share: float, num_tokens: int) -> None:
-    forwards, num_slots = recorded(num_tokens), int(share * 24 * 32)
+@pytest.mark.mostly_slow(keep=4)
+@pytest.mark.parametrize(("path", "policy", "scope", "share", "num_tokens"), recorded_cases(), ids=named)
+def test_a_recorded_trace_counts_as_the_reference(
+    path: Path, policy: Policy, scope: Scope, share: float, num_tokens: int
+) -> None:
+    forwards, num_slots = recorded(path, num_tokens), int(share * 24 * 32)
     counts = run_counts(forwards, num_experts=32, num_slots=num_slots, eviction=policy, scope=scope, kernels=FREE)
     assert counts == reference(forwards, 32, num_slots, policy, scope, fast=True)
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from expertflow.forward import Forward
 from expertflow.parts import Horizon
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from expertflow.view import View
-from sim.machine import HostCosts, SimMachine
+from sim.machine.simulated import HostCosts, SimMachine
 from tests.runtime.support import Job, Kernels, Scripted, TakeAll, build, compose, decode
 
 DECIDE_NS = 1000
@@ -40,8 +39,8 @@ class Counting(SimMachine):
     def watch(self, runtime: Runtime) -> None:
         self.told, self.view = [], runtime.view
 
-    def decided(self, wants: Sequence[int]) -> None:
-        super().decided(wants)
+    def decided(self, wants: Sequence[int], effort: float) -> None:
+        super().decided(wants, effort)
         self.told.append((self.view.layer, list(wants)))
 
 
@@ -87,17 +86,17 @@ def test_what_is_charged_is_what_was_decided(layers: Sequence[int], elapsed_ns: 
     assert policy.reach_counts[:2] == [3 - len(layers), len(layers)]
 
 
-def test_decide_is_not_called_where_the_horizon_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
+def test_nothing_is_decided_where_the_horizon_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
     decide = Policy.decide
 
-    def noting(self: Policy, forward: Forward, layer: int) -> list[int]:
-        called.append(layer)
-        return decide(self, forward, layer)
+    def noting(self: Policy, layer: int) -> Sequence[int] | None:
+        told.append(decide(self, layer))
+        return told[-1]
 
     monkeypatch.setattr(Policy, "decide", noting)
     job_of((1,), initial=EVERY).run()
-    assert called == [1]
+    assert told == [None, [], None]
 
 
 def test_an_expert_that_lands_while_the_host_decides_is_launched_late() -> None:

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertflow.machine import Mark
-from sim.host_bound import HostBoundMachine, machine_for
-from sim.machine import HostCosts, SimMachine
-from sim.slowed import SlowedMachine
+from sim.machine.host_bound import HostBoundMachine, machine_for
+from sim.machine.simulated import HostCosts, SimMachine
+from sim.machine.slowed import SlowedMachine
 from tests.runtime.checked import CheckedMachine
 from tests.runtime.support import (
     ConstantLink,
@@ -207,6 +207,7 @@ def job_of(case: Case, machine_type: type[SimMachine], **changes: Any) -> Job:
 many = settings(deadline=None, max_examples=150)
 
 
+@pytest.mark.slow
 @given(case=cases())
 @many
 def test_factors_of_1_leave_every_run_as_it_was(case: Case) -> None:
@@ -215,6 +216,7 @@ def test_factors_of_1_leave_every_run_as_it_was(case: Case) -> None:
     assert slowed.counters == plain.counters
 
 
+@pytest.mark.slow
 @given(case=cases(), factors=st.tuples(*[st.sampled_from([1.0, 1.3, 4.0])] * 3))
 @many
 def test_with_any_factors_the_books_balance_and_no_slot_is_overwritten_while_read(

@@ -15,7 +15,7 @@ from expertflow.evictions.keep_nothing import KeepNothing
 from expertflow.orders.index import IndexOrder
 from expertflow.parts import Order
 from expertflow.policy import Policy
-from sim.machine import HostCosts
+from sim.machine.simulated import HostCosts
 from tests.runtime.support import (
     IDEAL_LINK,
     ConstantLink,

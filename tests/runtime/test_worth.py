@@ -9,10 +9,10 @@ import pytest
 from expertflow.horizons.adaptive import AdaptiveHorizon
 from expertflow.horizons.worth import Worth
 from expertflow.view import Feedback
-from sim.configure import configure
-from sim.run import run_policy
-from sim.setup import make_policy, make_workload
-from tests.policies.support import view_of
+from sim.job.configure import configure
+from sim.job.setup import make_policy, make_workload
+from sim.machine.run import run_policy
+from tests.policies.support import progress_of, view_of
 from tests.runtime.support import forward_of
 
 WHOLE_NS = 1_000_000
@@ -39,12 +39,10 @@ class Account:
         look. Nothing is beyond the usual where nothing was decided."""
         size = self.guard.size
         if missed or stall_ns:
-            feedback = Feedback()
-            feedback.num_misses, feedback.stall_ns = missed, stall_ns
-            self.guard.heard(feedback)
-        self.view.late_ns += USUAL_NS + (cost_ns if size else 0)
-        self.view.num_used += used
-        self.view.now_ns += WHOLE_NS
+            self.guard.heard(Feedback(0, stall_ns, 0, missed))
+        progress_of(self.view).late_ns += USUAL_NS + (cost_ns if size else 0)
+        progress_of(self.view).num_used += used
+        progress_of(self.view).now_ns += WHOLE_NS
         self.index += 1
         self.guard.judge(self.index, COPY_NS)
         self.guard.begin(self.index, self.guard.cap)
@@ -93,7 +91,7 @@ def test_the_usual_lateness_is_looked_at_again() -> None:
     assert account.guard.usual_ns == USUAL_NS
     found = []
     for _ in range(6):
-        account.view.late_ns += 4_000
+        progress_of(account.view).late_ns += 4_000
         found.append(account.forward())
     assert found == [8, 0, 8, 8, 8, 8]
     assert account.guard.usual_ns == USUAL_NS + 4_000
@@ -154,14 +152,14 @@ def test_within_a_forward_decisions_end_once_they_cost_more_than_it_has_gained()
     account.forward()
     view = account.view
     allowed = USUAL_NS + WHOLE_NS // 20
-    view.late_ns += allowed
+    progress_of(view).late_ns += allowed
     assert not account.guard.spent()
-    view.late_ns += 1
+    progress_of(view).late_ns += 1
     assert account.guard.spent()
     # An expert that was fetched ahead is used.
-    view.num_used += 1
+    progress_of(view).num_used += 1
     assert not account.guard.spent()
-    view.late_ns += COPY_NS
+    progress_of(view).late_ns += COPY_NS
     assert account.guard.spent()
 
 
@@ -170,27 +168,24 @@ def test_within_a_forward_decisions_end_once_they_cost_more_than_it_has_gained()
 
 def steps(worth: float, cost_ns: int, forwards: int = 12, copies: bool = True, late: bool = False) -> list[int]:
     """How far `AdaptiveHorizon` looks at the begin of each forward, whose formula asks for 8."""
-    view = view_of(24, 10, 1)
-    view.expert_bytes = 1_000_000
+    view = view_of(24, 10, 1, expert_bytes=1_000_000)
     horizon = AdaptiveHorizon(worth=worth, retry_forwards=100)
     horizon.num_expected = 8
     horizon.start(view, None)
     found = []
     for index in range(forwards):
-        view.forward = index
+        progress_of(view).forward = index
         horizon.begin_forward(forward_of(index, [[[0]] * 24], 10))
         found.append(max(horizon.distances(), default=0))
-        view.link_bytes += 1_000_000 * copies
-        view.link_busy_ns += 1_000_000 * copies
-        view.layer_time_ns += 24 * 100_000
-        view.num_layers_timed += 24
-        view.now_ns += 24 * 100_000
-        view.late_ns += cost_ns if found[-1] else 0
+        progress_of(view).link_bytes += 1_000_000 * copies
+        progress_of(view).link_busy_ns += 1_000_000 * copies
+        progress_of(view).layer_time_ns += 24 * 100_000
+        progress_of(view).num_layers_timed += 24
+        progress_of(view).now_ns += 24 * 100_000
+        progress_of(view).late_ns += cost_ns if found[-1] else 0
         if late:
-            feedback = Feedback()
-            feedback.stall_ns, feedback.num_late = 10, 1
             for _ in range(4):
-                horizon.feedback(feedback)
+                horizon.feedback(Feedback(0, 10, 1, 0))
     return found
 
 

@@ -21,15 +21,15 @@ from expertflow.predictors.none import NoPredictor
 from expertflow.predictors.oracle import OraclePredictor
 from expertflow.runtime import RunConfig, Runtime
 from expertflow.selections.top_k import TopK
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine, simulate
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, SimMachine, simulate
 
 CHUNK_BYTES = (1000, 1000)
 
 
 class ConstantKernels:
-    """Stands for `sim.kernels.KernelTimes`."""
+    """Stands for `sim.machine.kernels.KernelTimes`."""
 
     def __init__(self, num_layers: int, shared: bool) -> None:
         self.num_layers = num_layers
@@ -52,7 +52,7 @@ class ConstantKernels:
 
 
 class ConstantLink:
-    """Stands for `sim.link.Link`: 1 ns a byte."""
+    """Stands for `sim.machine.link.Link`: 1 ns a byte."""
 
     slowdown = 1.0
 

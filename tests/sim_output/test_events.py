@@ -11,7 +11,7 @@ import pytest
 from expertflow.counters import Counters
 from expertflow.forward import Forward
 from expertflow.parts import DEMAND, PREFETCH
-from sim.events import SCHEMA, EventTable
+from sim.views.events import SCHEMA, EventTable
 from tests.sim_output import RUNS, at_random, by_hand, decode, prefill, run
 
 

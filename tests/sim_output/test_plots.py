@@ -11,11 +11,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from sim import plots
-from sim.names import hardware_name, model_name, policy_name, stack_name
 from sim.paths import CONF
-from sim.plots import plot_stall_against_residency, plot_timeline, plot_tpot_bars, save
-from sim.timeline import Frames, Timeline, load_timeline
+from sim.views import plots
+from sim.views.names import hardware_name, model_name, policy_name, stack_name
+from sim.views.plots import plot_stall_against_residency, plot_timeline, plot_tpot_bars, save
+from sim.views.timeline import Frames, Timeline, load_timeline
 from tests.sim_output import by_hand, run
 
 POLICIES = ["on_demand", "lru", "adaptive"]
@@ -251,6 +251,7 @@ def test_a_run_without_a_horizon_has_no_panel_for_it(tmp_path: Path) -> None:
 # -- the file ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_picture_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     rows = table(FOUR)
     for name in ("first.png", "second.png"):
@@ -277,6 +278,7 @@ def test_a_failed_save_leaves_no_part_of_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_text_lies_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(FOUR)
     title = "A title that reaches over the panels and as far as the names of the policies beside them"

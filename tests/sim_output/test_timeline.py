@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from expertflow.parts import PREFETCH
-from sim.timeline import Frames, Timeline, load_timeline
+from sim.views.timeline import Frames, Timeline, load_timeline
 from tests.sim_output import RUNS, at_random, by_hand, run
 
 

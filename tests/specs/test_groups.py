@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sim.groups import CheapestGroups, GroupTimes
-from sim.hardware import Hardware, Stack, hardware_from_dict
-from sim.kernel_table import GroupPoints
-from sim.kernels import KernelTimes
+from sim.machine.groups import CheapestGroups, GroupTimes
+from sim.machine.kernels import KernelTimes
+from sim.specs.hardware import Hardware, Stack, hardware_from_dict
+from sim.specs.kernel_table import GroupPoints
 from tests import reference
 from tests.specs.test_kernels import BARE, SLOW
 from tests.specs.test_measured import TABLE

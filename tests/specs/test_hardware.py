@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, unsourced
-from sim.link import Link
+from sim.machine.link import Link
 from sim.paths import CONF
+from sim.specs.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, unsourced
 
 ROOT = CONF
 HARDWARE = [

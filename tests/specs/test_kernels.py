@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from expertflow.model import ModelSpec, model_from_dict
-from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
-from sim.kernels import KernelTimes
+from sim.machine.kernels import KernelTimes
 from sim.paths import CONF
+from sim.specs.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict
 from tests.specs.test_model import TINY, TINY_MLA
 
 ROOT = CONF

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.configure import configure
-from sim.hardware import Stack, stack_from_dict, unsourced
-from sim.kernel_table import KernelTable
-from sim.kernels import KernelTimes, kv_on_grid
-from sim.machine import HostCosts
-from sim.run import run_floor, run_policy
+from sim.job.configure import configure
+from sim.machine.kernels import KernelTimes
+from sim.machine.run import run_floor, run_policy
+from sim.machine.simulated import HostCosts
+from sim.specs.hardware import Stack, kv_on_grid, stack_from_dict, unsourced
+from sim.specs.kernel_table import KernelTable
 from tests.policies.support import HARDWARE, memory_trace, model_of, policy_for, workload
 from tests.specs.test_kernels import SLOW, times
 from tests.specs.test_measured import machine

@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.hardware import Hardware, hardware_from_dict
-from sim.link import Link, bandwidth_at, chunk_sizes
+from sim.machine.link import Link, bandwidth_at
 from sim.paths import CONF
+from sim.specs.chunks import chunk_sizes
+from sim.specs.hardware import Hardware, hardware_from_dict
 
 FOLDER = CONF / "hardware"
 MIXTRAL_EXPERT_BYTES = 3 * 4096 * 14336 * 2

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from expertflow.model import ModelSpec
-from sim.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, unsourced
-from sim.kernel_table import KernelTable
-from sim.kernels import KernelTimes, ns_at
+from sim.machine.kernels import KernelTimes, ns_at
+from sim.specs.hardware import Hardware, Stack, hardware_from_dict, stack_from_dict, unsourced
+from sim.specs.kernel_table import KernelTable
 from tests.specs.test_hardware import raw
 from tests.specs.test_kernels import BARE, SLOW
 from tests.specs.test_model import TINY, TINY_MLA

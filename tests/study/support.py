@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
         "lru": ["+policy=lru"],
         "fixed_1": ["+policy=fixed_1"],
         "fixed_2": ["+policy=fixed_2"],
-        "adaptive": ["+policy=adaptive", "twin=true"],
+        "adaptive": ["+policy=adaptive", "count_redundant=true"],
         "perfect": ["+policy=adaptive", "policy/predictor=oracle"],
     },
     "claims": [{"name": "Below", "variants": ["adaptive"], "column": "stall_left_on_demand", "at_most": 1.0}],

@@ -25,7 +25,8 @@ def words(folder: Path) -> list[str]:
 
 def test_a_cell_is_what_python_m_sim_writes(folder: Path) -> None:
     assert command(folder, *words(folder), "--only", "stack=eager") == 0
-    told = ("+hardware=a100", "residency=0.25", f"trace.path={folder / 'r.safetensors'}", "compare=none", "twin=true")
+    trace = f"trace.path={folder / 'r.safetensors'}"
+    told = ("+hardware=a100", "residency=0.25", trace, "compare=none", "count_redundant=true")
     single = job(*told, "+policy=adaptive")
     kept = [json.loads(path.read_text()) for path in (folder / "out" / "cells").glob("*.json")]
     (cell,) = (one for one in kept if one["prefetch"]["redundant"] is not None)
@@ -37,6 +38,7 @@ def test_a_cell_is_what_python_m_sim_writes(folder: Path) -> None:
     assert phases["prefill"]["num_rows"] == 8
 
 
+@pytest.mark.slow
 def test_the_phases_leave_out_the_warm_up_as_the_metrics_do(folder: Path) -> None:
     assert command(folder, *words(folder), "warmup_forwards=5", "--only", "variant=lru,adaptive") == 0
     for path in (folder / "out" / "cells").glob("*.json"):
@@ -45,6 +47,7 @@ def test_the_phases_leave_out_the_warm_up_as_the_metrics_do(folder: Path) -> Non
             assert sum(cell["phases"][phase][key] for phase in ("prefill", "decode")) == cell[key], key
 
 
+@pytest.mark.slow
 def test_the_table_sets_each_cell_beside_the_others_of_its_place(folder: Path) -> None:
     assert command(folder, *words(folder)) == 0
     rows = table(folder).set_index(["stack", "variant"])
@@ -66,6 +69,7 @@ def test_the_table_sets_each_cell_beside_the_others_of_its_place(folder: Path) -
     assert rows.loc[("eager", "lru"), "gap_closed"] == 0.0
 
 
+@pytest.mark.slow
 def test_finished_cells_are_kept_and_others_are_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(cells_module, "run_cell", lambda cfg, work: ran.append(cfg["seed"]) or run_cell(cfg, work))
@@ -83,6 +87,7 @@ def test_finished_cells_are_kept_and_others_are_run(folder: Path, monkeypatch: p
     assert len(ran) == 12
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(folder: Path) -> None:
     told = [*words(folder), "--only", "variant=lru,adaptive"]
     assert command(folder, *told) == 0
@@ -93,6 +98,7 @@ def test_two_processes_find_what_one_does(folder: Path) -> None:
     assert (folder / "out" / "table.csv").read_bytes() == alone
 
 
+@pytest.mark.slow
 def test_the_report_shows_command_verdicts_and_tables_but_no_path(folder: Path) -> None:
     assert command(folder, *words(folder), "--tokens", "20") == 0
     text = (folder / "out" / "README.md").read_text(encoding="utf-8")
@@ -107,6 +113,7 @@ def test_the_report_shows_command_verdicts_and_tables_but_no_path(folder: Path) 
     assert set(summary(folder)["traces"]) == {"r"}
 
 
+@pytest.mark.slow
 def test_a_verdict_can_fail(folder: Path) -> None:
     claim = {"name": "Never", "variants": ["lru"], "column": "stall_left_on_demand", "at_most": 0.0}
     write_study(folder, claims=[claim])
@@ -119,6 +126,7 @@ def test_a_verdict_can_fail(folder: Path) -> None:
         assert place["gain"] == pytest.approx(1 - place["value"] / place["best_value"])
 
 
+@pytest.mark.slow
 def test_an_optional_variant_is_left_out_and_any_other_fails_the_study(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +145,7 @@ def test_an_optional_variant_is_left_out_and_any_other_fails_the_study(
     assert len(summary(folder)["left_out"]) == 2
 
 
+@pytest.mark.mostly_slow(keep=3)
 @pytest.mark.parametrize(
     ("told", "message"),
     [

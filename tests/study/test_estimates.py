@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sim.configure import configure
-from sim.setup import make_workload
+from sim.job.configure import configure
+from sim.job.setup import make_workload
 from sim.study.estimates import correlation, estimates_table, run_estimates
 from tests.cli.support import GPT_OSS, routing, small_trace
 from tests.study.support import command, table, write_study
@@ -46,6 +46,7 @@ def test_a_perfect_pregate_gives_the_true_number(recording: Path, batch_size: in
     assert found["decode", 1, "tokens_top_k"]["mean_true"] == (4.0 if batch_size == 1 else pytest.approx(6, abs=2))
 
 
+@pytest.mark.slow
 def test_a_wrong_estimate_is_seen_to_be_wrong(recording: Path) -> None:
     found = rows(recording, 1)
     # The forward before the first decode was a prefill of four tokens: its number is not that of one token.
@@ -72,6 +73,7 @@ def test_correlation_needs_variation() -> None:
     assert correlation(some[:2], some[:2]) is None
 
 
+@pytest.mark.slow
 def test_the_command_writes_them(recording: Path, tmp_path: Path) -> None:
     spec = {"title": "t", "value": "mean_abs_error", "rows": ["estimate"], "columns": ["setting"], "digits": 2,
             "only": {"distance": 1}}  # fmt: skip

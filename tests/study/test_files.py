@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.configure import configure
+from sim.job.configure import configure
 from sim.paths import config_files
 from sim.study.plan import Study, cells, load_study, read_study
 from tests.study.support import write_study
@@ -20,6 +20,7 @@ def test_the_studies_are_there() -> None:
     assert {"paper", "inversion", "ablation", "estimates", "gap"} <= set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_override_of_a_study_composes(name: str) -> None:
     """Each variant once, and each value of each axis once: axes and variants set different keys."""

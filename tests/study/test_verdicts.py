@@ -86,6 +86,7 @@ def test_steps_are_lines_and_adaptive_a_star_at_its_mean() -> None:
     assert axes.get_ylim()[1] > 12.0
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_same_bytes_every_time(tmp_path: Path) -> None:
     for spec in (STEPS, SHARES):
         draw(TABLE, spec, AXES, tmp_path)

@@ -1,17 +1,13 @@
-"""Traces made for tests, and where recorded ones are if this checkout has them."""
+"""Traces made for tests."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from safetensors.numpy import save_file
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-RECORDED = Path(__file__).parents[2].parent / "shared" / "traces"
-needs_recorded = pytest.mark.skipif(not RECORDED.is_dir(), reason=f"no recorded traces at {RECORDED}")
 
 TOKENS, LAYERS, EXPERTS, TOP_K = 6, 3, 8, 2
 HEADER = {

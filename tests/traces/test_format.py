@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from tests.traces import EXPERTS, HEADER, RECORDED, Arrays, needs_recorded, save, sound_arrays
+from tests.recordings import named, recordings
+from tests.traces import EXPERTS, HEADER, Arrays, save, sound_arrays
 from traces.format import ARRAYS, ChainedArray, Trace, TraceError, open_trace, write_trace
 
 
@@ -288,12 +289,24 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path: Path) -> N
 # -- recorded traces -----------------------------------------------------------------------------------------
 
 
-@needs_recorded
-def test_the_recorded_traces_open() -> None:
-    one = open_trace(RECORDED / "gpt-oss-20b.eval.safetensors")
-    assert (one.model, one.num_requests, one.num_tokens) == ("gpt-oss-20b", 30, 9522)
-    assert one.experts.shape == (9522, 24, 4)
+FACTS = {
+    "gpt-oss-20b-twin-eval": ("gpt-oss-20b-twin", 7, 1344),
+    "gpt-oss-20b.eval": ("gpt-oss-20b", 30, 9522),
+    "gpt-oss-20b.train": ("gpt-oss-20b", 95, 31941),
+}
+"""Model, requests and tokens of each recording."""
+
+
+@pytest.mark.parametrize("path", recordings("eval", "train"), ids=named)
+def test_a_recorded_trace_opens(path: Path, tmp_path: Path) -> None:
+    one, num_tokens = open_trace(path), FACTS[path.stem][2]
+    assert (one.model, one.num_requests, one.num_tokens) == FACTS[path.stem]
+    assert one.experts.shape == (num_tokens, 24, 4)
     assert one.request_labels is not None
-    both = open_trace(str(RECORDED / "*.safetensors"))
-    assert both.num_tokens == 9522 + 31941
-    np.testing.assert_array_equal(both.experts[9000:9522], one.experts[9000:])
+    assert len(one.request_labels) == one.num_requests
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").symlink_to(path)
+    both = open_trace(str(tmp_path / "*.safetensors"))
+    assert (both.num_requests, both.num_tokens) == (2 * one.num_requests, 2 * num_tokens)
+    np.testing.assert_array_equal(both.experts[num_tokens - 9 : num_tokens], one.experts[num_tokens - 9 :])
+    np.testing.assert_array_equal(both.experts[num_tokens:], one.experts[:])

@@ -1,5 +1,6 @@
-"""Each importer against a small made-up source whose trace is known, against faulty ones, and the recorded sample."""
+"""Each importer against a small made-up source whose trace is known, against faulty ones, and recorded requests."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 from safetensors.numpy import save_file
 
-from tests.traces import RECORDED, needs_recorded
-from traces.format import Trace, TraceError, open_trace
+from tests.recordings import BESIDE, SHIPPED, named, recordings
+from traces.format import Trace, TraceError, open_trace, write_trace
 from traces.importers.common import ImportReport
 from traces.importers.event_csr import import_event_csr
-from traces.importers.gpt_oss_json import import_gpt_oss_json, load_split, request_hash
+from traces.importers.gpt_oss_json import SOURCE, import_gpt_oss_json, load_split, request_hash
 from traces.importers.moe_beyond_csv import import_moe_beyond_csv
 from traces.importers.route_csv import import_route_csv
 
@@ -146,31 +147,72 @@ def test_a_split_takes_its_requests_in_its_order(tmp_path: Path, monkeypatch: py
         from_json(tmp_path, records[:2], split="train")
 
 
-@needs_recorded
-def test_the_recorded_sample_is_a_request_of_the_train_trace(tmp_path: Path) -> None:
-    report = import_gpt_oss_json(RECORDED / "gpt-oss-20b.sample.json", tmp_path / "out.safetensors")
-    sample, train = open_trace(report.path), open_trace(RECORDED / "gpt-oss-20b.train.safetensors")
-    request = load_split()["train"].index(request_hash(sample.experts[:]))
-    rows = slice(*train.request_start[request : request + 2])
-    np.testing.assert_array_equal(sample.experts[:], train.experts[rows])
+SAMPLE = BESIDE / "gpt-oss-20b.sample.json"
+"""A request of the train trace as the public source gives it."""
+
+
+def like_the_source(path: Path, folder: Path) -> Trace:
+    """A recording with what the importer keeps, as it would write it; `path` itself where that was imported."""
+    if path != SHIPPED:
+        return open_trace(path)
+    shipped = open_trace(path)
+    assert shipped.weights is not None
+    labels = [f"twin/{index}" for index in range(shipped.num_requests)]
+    return open_trace(
+        write_trace(
+            folder / "original.safetensors",
+            experts=shipped.experts[:],
+            weights=shipped.weights[:],
+            request_start=shipped.request_start,
+            prompt_len=[0] * shipped.num_requests,
+            request_labels=labels,
+            model="gpt-oss-20b",
+            num_experts=32,
+            source=SOURCE,
+            license="Apache-2.0",
+            split="eval",
+        )
+    )
+
+
+def restated_hashes(trace: Trace) -> list[str]:
+    """`request_hash` of each request, byte by byte."""
+    bounds = pairwise(trace.request_start.tolist())
+    chosen = [bytes(e for row in trace.experts[a:b].tolist() for layer in row for e in layer) for a, b in bounds]
+    return [hashlib.sha256(text).hexdigest()[:16] for text in chosen]
+
+
+@pytest.mark.parametrize("path", recordings(*(["train"] if SAMPLE.exists() else [])), ids=named)
+def test_a_request_in_the_sources_form_comes_in_as_it_was_recorded(tmp_path: Path, path: Path) -> None:
+    original, source = like_the_source(path, tmp_path), SAMPLE
+    if path == SHIPPED:
+        source = tmp_path / "in.json"
+        source.write_text(json.dumps(as_records(original)[5]))
+    sample = open_trace(import_gpt_oss_json(source, tmp_path / "out.safetensors").path)
+    request = restated_hashes(original).index(request_hash(sample.experts[:]))
+    rows = slice(*original.request_start[request : request + 2])
+    np.testing.assert_array_equal(sample.experts[:], original.experts[rows])
     assert sample.weights is not None
-    assert train.weights is not None
-    assert sample.weights[:].tobytes() == train.weights[rows].tobytes()
+    assert original.weights is not None
+    assert sample.weights[:].tobytes() == original.weights[rows].tobytes()
     assert sample.request_labels is not None
-    assert train.request_labels is not None
-    assert sample.request_labels == train.request_labels[request : request + 1]
+    assert original.request_labels is not None
+    assert sample.request_labels == original.request_labels[request : request + 1]
 
 
-@needs_recorded
-@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "eval"])
-def test_the_split_rebuilds_the_recorded_trace(tmp_path: Path, split: str) -> None:
-    original = open_trace(RECORDED / f"gpt-oss-20b.{split}.safetensors")
+@pytest.mark.parametrize("path", recordings("train", "eval"), ids=named)
+def test_the_split_rebuilds_the_recorded_trace(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = like_the_source(path, tmp_path)
+    if path == SHIPPED:
+        split = {"train": [], "eval": restated_hashes(original)}
+        monkeypatch.setattr("traces.importers.gpt_oss_json.load_split", lambda: split)
     requests = as_records(original)
     (tmp_path / "data").mkdir()
     for index in np.random.default_rng(0).permutation(len(requests)):
         (tmp_path / "data" / f"{index}.json").write_text(json.dumps(requests[index]))
     (tmp_path / "data" / "more.json").write_text(json.dumps(record(2)))
-    rebuilt = open_trace(import_gpt_oss_json(tmp_path / "data", tmp_path / "out.safetensors", split=split).path)
+    split_name = original.header["split"]
+    rebuilt = open_trace(import_gpt_oss_json(tmp_path / "data", tmp_path / "out.safetensors", split=split_name).path)
     for name, array in original.layout_arrays().items():
         assert getattr(rebuilt, name)[:].tobytes() == array[:].tobytes(), name
     assert set(rebuilt.layout_arrays()) == set(original.layout_arrays())
@@ -195,17 +237,19 @@ def as_records(trace: Trace) -> list[dict[str, Any]]:
         ]
         dataset, category = label.split("/", 1)
         flags = {"finished_successfully": len(data) < 511, "has_repetition": False}
-        result.append({"dataset": dataset, "category": category, **flags, "router_data": data})
+        text: dict[str, Any] = {"row_index": index, "original_prompt": "", "full_text": [], "generated_only": []}
+        result.append({"dataset": dataset, "category": category, **flags, **text, "router_data": data})
     return result
 
 
-@needs_recorded
-def test_the_shipped_hashes_are_those_of_the_recorded_traces() -> None:
-    for name, hashes in load_split().items():
-        trace = open_trace(RECORDED / f"gpt-oss-20b.{name}.safetensors")
-        starts = trace.request_start
-        found = [request_hash(trace.experts[a:b]) for a, b in pairwise(starts)]
-        assert found == hashes
+@pytest.mark.parametrize("path", recordings("train", "eval"), ids=named)
+def test_a_request_is_known_by_the_hash_of_its_experts(path: Path) -> None:
+    trace = open_trace(path)
+    found = [request_hash(trace.experts[a:b]) for a, b in pairwise(trace.request_start)]
+    assert found == restated_hashes(trace)
+    assert len(set(found)) == trace.num_requests
+    if path != SHIPPED:
+        assert found == load_split()[trace.header["split"]]
 
 
 def test_the_shipped_splits_do_not_overlap() -> None:
@@ -476,6 +520,7 @@ def event_lists(draw: st.DrawFn) -> Events:
     return draw(st.permutations(events))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(events=event_lists())
 def test_dealing_keeps_sets_counts_and_mass(events: Events, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -302,6 +302,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         open_trace("x" * 5000)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), in_header=st.booleans())
 def test_one_changed_byte_is_refused_or_harmless(

@@ -298,6 +298,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
     return code, out.out, out.err
 
 
+@pytest.mark.slow
 def test_the_four_commands_in_turn(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twin, text = tmp_path / "twin", folder.parent / "text"
     begun = ("gpt-oss-20b", "--width=16", "--context=24", "--tokenizer=bytes", f"--text={text}", "--batch=2")
@@ -326,6 +327,7 @@ def test_the_four_commands_in_turn(folder: Path, tmp_path: Path, capsys: pytest.
     assert sum(path.stat().st_size for path in small.iterdir()) < 800_000
 
 
+@pytest.mark.mostly_slow(keep=3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -373,6 +375,7 @@ def test_wrong_arguments_end_in_one_line_and_two(
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_small_traces_and_help_need_no_torch(folder: Path, tmp_path: Path) -> None:
     script = "import sys; sys.modules['torch'] = None; from traces.twin.cli import main; sys.exit(main(sys.argv[1:]))"
 

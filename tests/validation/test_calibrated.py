@@ -8,18 +8,19 @@ from typing import Any, cast
 import pytest
 
 from expertflow.machine import GATE, LOAD, TOKEN
-from replay import calibrated
-from replay.calibrated import Beside, chunk_gb_per_s, replay_on_tape, stack_pads_ns
-from replay.device import Device
-from replay.lateness import late_ns
-from replay.plan import Case as Row
-from sim.hardware import Stack
+from replay.machine.device import Device
+from replay.validation import beside as calibrated
+from replay.validation.beside import Beside, chunk_gb_per_s, replay_on_tape, stack_pads_ns
+from replay.validation.lateness import late_ns
+from replay.validation.plan import Case as Row
+from sim.specs.hardware import Stack
 from tests.cli.support import tiny_trace
 from tests.replay.support import TINY, Case
 
 TOKENS, LAYERS = 6, 4
 
 
+@pytest.mark.slow
 def test_a_tape_holds_every_wait_with_its_record_and_changes_nothing(tmp_path: Path) -> None:
     trace = tiny_trace(tmp_path / "tiny.safetensors", TOKENS)
     case = Case.of(*TINY, "+policy=lru", "residency=0.25", f"trace.path={trace}")

@@ -11,16 +11,16 @@ import pytest
 
 from expertflow.forward import DECODE, Forward
 from expertflow.parts import DEMAND
-from replay.calibrate import named_model
-from replay.fidelity import ForwardTimes, Ran, row_of
-from replay.fidelity_report import page, plot_fidelity, write_report
-from replay.hostspeed import drift
-from replay.overlay import write_overlay
-from replay.plan import Case
-from replay.standin import standin_trace
-from replay.verdict import BARS, Bars, judge
-from sim.default_trace import generated_trace
-from sim.timeline import Timeline
+from replay.calibration.hostspeed import drift
+from replay.calibration.record import named_model
+from replay.calibration.surrogate import surrogate_trace
+from replay.validation.fidelity import ForwardTimes, Ran, row_of
+from replay.validation.overlay import write_overlay
+from replay.validation.plan import Case
+from replay.validation.report import page, plot_fidelity, write_report
+from replay.validation.verdict import BARS, Bars, judge
+from sim.job.default_trace import generated_trace
+from sim.views.timeline import Timeline
 
 
 def metrics(**changes: Any) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_two_timelines_stand_in_one_file_as_two_processes(tmp_path: Path) -> Non
 def test_a_stand_in_has_the_models_shape_and_the_sources_reuse() -> None:
     source = generated_trace(64, 4, 1, None)
     model = named_model("deepseek-v2-lite")
-    made = standin_trace(source, model)
+    made = surrogate_trace(source, model)
     assert (made.num_layers, made.num_experts, made.top_k) == (26, 64, 6)
     assert made.experts.shape == (64, 26, 6)
     assert "stand-in" in made.header["source"]
@@ -226,13 +226,13 @@ def test_a_stand_in_has_the_models_shape_and_the_sources_reuse() -> None:
     # Both halves follow a layer of the source each, three experts from either.
     assert (made.experts[:, 3, :3] == source.experts[:, 3, :3]).all()
     assert (made.experts[:, 3, 3:] == source.experts[:, 10, :3] + 32).all()
-    assert standin_trace(source, named_model("gpt-oss-20b")) is source
+    assert surrogate_trace(source, named_model("gpt-oss-20b")) is source
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b", "phi-3.5-moe", "deepseek-v3"])
 def test_a_stand_in_is_valid_routing_for_models_of_any_shape(name: str) -> None:
     model = named_model(name)
-    made = standin_trace(generated_trace(8, 1, 1, None), model)
+    made = surrogate_trace(generated_trace(8, 1, 1, None), model)
     for token in made.experts:
         for chosen in token:
             assert len(set(chosen.tolist())) == model.top_k

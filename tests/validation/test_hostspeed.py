@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from replay.hostspeed import drift, python_loop_ns
+from replay.calibration.hostspeed import drift, python_loop_ns
 
 
 def test_the_loop_takes_time() -> None:

@@ -10,14 +10,14 @@ import pytest
 from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
 from expertflow.runtime import Runtime
 from replay.drive import BlockingMachine, drive
-from replay.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
-from replay.verdict import BARS
-from sim.configure import configure
-from sim.host_bound import machine_for
-from sim.kernels import KernelTimes
-from sim.link import Link
-from sim.machine import HostCosts, SimMachine
-from sim.setup import forwards_for, load_chunks, make_policy, make_trace, make_workload, run_config
+from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
+from replay.validation.verdict import BARS
+from sim.job.configure import configure
+from sim.job.setup import forwards_for, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.machine.host_bound import machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, SimMachine
 
 SEEN, GAP = SEEN_NS // 1000, LAUNCH_GAP_NS // 1000
 
@@ -131,7 +131,6 @@ def simulated(policy_name: str, stack: str, decide_ns: int) -> tuple[float, int]
     chunk_bytes, hardware = load_chunks(work), work.hardware
     kernels, costs = KernelTimes(work.model, hardware, work.stack), HostCosts.of(hardware, work.stack)
     machine = machine_for(kernels, Link(hardware), costs, chunk_bytes)
-    machine.price(policy, work.model.num_layers)
     blocking = Blocking(machine)
     config = run_config(work, transfer, chunk_bytes)
     runtime = Runtime(config, cast(Machine, blocking), policy, forwards_for(policy, work))
@@ -140,6 +139,7 @@ def simulated(policy_name: str, stack: str, decide_ns: int) -> tuple[float, int]
     return late / runtime.counters.elapsed_ns, runtime.counters.elapsed_ns
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("stack", ["graph", "eager"])
 def test_decisions_that_the_device_hides_bind_no_simulated_run(stack: str) -> None:
     for policy, decide_ns in (("lru", 400_000), ("fixed_1", 0), ("fixed_1", 20_000)):
@@ -149,18 +149,20 @@ def test_decisions_that_the_device_hides_bind_no_simulated_run(stack: str) -> No
 SLOW = [("graph", 100_000), ("graph", 400_000), ("eager", 400_000)]
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize(("stack", "decide_ns"), SLOW)
 def test_decisions_that_outlast_the_device_bind_a_simulated_run(stack: str, decide_ns: int) -> None:
     assert BARS["cuda"].late is not None
     assert simulated("fixed_1", stack, decide_ns)[0] > BARS["cuda"].late
 
 
+@pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize(("stack", "decide_ns"), SLOW)
 def test_a_late_host_is_late_by_what_it_is_charged(stack: str, decide_ns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the simulator charges for slow decisions, beyond hidden ones, is what the tape says more of its host; each
     single lateness is judged less a margin, which is left out here."""
-    monkeypatch.setattr("replay.lateness.SEEN_NS", 0)
-    monkeypatch.setattr("replay.lateness.LAUNCH_GAP_NS", 0)
+    monkeypatch.setattr("replay.validation.lateness.SEEN_NS", 0)
+    monkeypatch.setattr("replay.validation.lateness.LAUNCH_GAP_NS", 0)
     share, elapsed_ns = simulated("fixed_1", stack, decide_ns)
     free_share, free_ns = simulated("fixed_1", stack, 0)
     assert share * elapsed_ns - free_share * free_ns == pytest.approx(elapsed_ns - free_ns, rel=0.15)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from replay.cpu import CpuDevice
-from replay.measure import (
+from replay.calibration.measure import (
     MOST_SLOWDOWN,
     Copier,
     MeasurementError,
@@ -21,14 +20,13 @@ from replay.measure import (
     link_curves,
     matrix_tflops,
     memory_gb_per_s,
-    nothing,
     pad_share,
-    programs_ns,
     sizes_of,
-    span_ns,
 )
-from replay.peak import link_peak_gb_per_s, pcie_gb_per_s
-from replay.profile import link_fit
+from replay.calibration.peak import link_peak_gb_per_s, pcie_gb_per_s
+from replay.calibration.profile import link_fit
+from replay.machine.cpu import CpuDevice
+from replay.machine.timing import nothing, programs_ns, span_ns
 from tests.replay.scripted import PacedDevice
 from tests.replay.support import on_cpu
 

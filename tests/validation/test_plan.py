@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from replay.plan import MODELS, POLICIES, Asked, Case, blocks_of, breadth_of, share_of_time, tokens_for
 from replay.validate import parser, with_defaults
+from replay.validation.plan import MODELS, POLICIES, Asked, Case, blocks_of, breadth_of, share_of_time, tokens_for
 
 
 def asked(*words: str, world: str = "cuda") -> tuple[argparse.Namespace, Asked]:

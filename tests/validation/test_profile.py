@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from replay.calibrate import RECORD_VERSION, check_name, datasheet, named_model, write_profile
-from replay.measure import MeasurementError
-from replay.probe import steady_mean
-from replay.profile import host_costs, profiles, simulated_as, slowed, summary
-from sim.configure import configure
-from sim.hardware import Stack, hardware_from_dict, stack_from_dict, unsourced
+from replay.calibrate import check_name, datasheet
+from replay.calibration.measure import MeasurementError
+from replay.calibration.probe import steady_mean
+from replay.calibration.profile import host_costs, profiles, simulated_as, slowed, summary
+from replay.calibration.record import RECORD_VERSION, named_model, write_profile
+from sim.job.configure import configure
+from sim.specs.hardware import Stack, hardware_from_dict, stack_from_dict, unsourced
 
 
 def sample(mean: float, count: int = 100) -> dict[str, float]:

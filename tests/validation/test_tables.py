@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from expertflow.model import ModelSpec
-from replay.rig import Needs, Rig
-from replay.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
-from replay.scale import scaled_model
-from replay.tables import KernelBench, expert_ns, group_table, kernel_tables, prompt_launches
+from replay.calibration.tables import KernelBench, expert_ns, group_table, kernel_tables, prompt_launches
+from replay.machine.rig import Needs, Rig
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
+from replay.machine.scale import scaled_model
 from tests.replay.scripted import PacedDevice
 from tests.replay.test_scale import model_of
 

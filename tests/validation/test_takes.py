@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from replay.fidelity import ForwardTimes, Ran
-from replay.takes import SAME_SPEED, Take, counted
+from replay.validation.fidelity import ForwardTimes, Ran
+from replay.validation.takes import SAME_SPEED, Take, counted
 
 
 def take(*loops_ns: int, ticks_ns: tuple[int, ...] = ()) -> Take:

@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 import yaml
 
-from replay import calibrate, validate, validation
-from replay.device import DeviceLostError
-from replay.fidelity import Ran
-from replay.lockstep import cli as lockstep
-from replay.rig import Rig
+from replay import calibrate, validate
+from replay.lockstep.compare import main as lockstep
+from replay.machine.device import DeviceLostError
+from replay.machine.rig import Rig
 from replay.run import PartialRunError
-from sim.hardware import hardware_from_dict, stack_from_dict
+from replay.validation import session as validation
+from replay.validation.fidelity import Ran
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
 
 SMALL = ["--machine", "cpu", "--quick"]
 
@@ -189,6 +190,7 @@ def test_calibrate_answers_mistakes_with_one_line(words: list[str], expected: st
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from replay.verdict import BARS, HOLDS, HOST_BOUND, MISSED, NOISE, ONCE, judge, rank_agreement, verdict
+from replay.validation.verdict import BARS, HOLDS, HOST_BOUND, MISSED, NOISE, ONCE, judge, rank_agreement, verdict
 from tests.validation.test_fidelity import row
 
 GPU = BARS["cuda"]

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.features import CHANCE_ONE, Small, num_features
-from expertflow.forest import KNOTS, LEAF_ONE, SCORE_ONE, Forest, calibration_tables
+from expertflow.forest import KNOTS, LEAF_ONE, Forest, calibration_tables
+from expertflow.units import SCORE_ONE
 from traces.container import TraceError
 from traces.fitting.rows import num_distances, row_blocks
 from traces.reader import Trace

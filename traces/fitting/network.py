@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from expertflow.network import (
     LOG_STEPS,
-    NAT,
     NUM_OWN,
     NUM_PREGATE,
     OWN_SHIFTS,
@@ -31,6 +30,7 @@ from expertflow.network import (
     TOP,
     UNIT,
 )  # fmt: skip
+from expertflow.units import NAT
 from traces.fitting.dataset import MAX_ROWS, WEIGHT_SUM, Dataset, log_use, read_dataset, read_pregate
 from traces.reader import Trace
 

@@ -19,8 +19,8 @@ import numpy as np
 from traces.container import TraceError, fault
 from traces.files import replace_file
 from traces.fitting.accuracy import Accuracy, fit_decay
+from traces.fitting.baselines import BASELINES, ROUTING_ALONE, Baseline, NetworkBaseline, Training, has_pregate
 from traces.fitting.packages import asked_for_by
-from traces.fitting.rivals import RIVALS, ROUTING_ALONE, NetworkRival, Rival, Training, has_pregate
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.reader import Trace, open_trace
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("train", help="the trace to fit to: a file, or a quoted glob")
     parser.add_argument("eval", help="the trace to compare on")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write accuracy.csv and fits.csv to")
-    parser.add_argument("--only", default="", help=f"some of them, with commas: {','.join(RIVALS)}")
+    parser.add_argument("--only", default="", help=f"some of them, with commas: {','.join(BASELINES)}")
     parser.add_argument("--distances", type=int, default=8, help="layers ahead (8, or as far as the pre-gate goes)")
     parser.add_argument("--fitted", action="append", default=[], metavar="KIND=FILE",
                         help="take a predictor of fit-predictor, e.g. forest=FILE; else it is fitted anew")  # fmt: skip
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
         print(line, file=sys.stderr, flush=True)
 
     training = Training(train, reach(args.distances, train, judged, usable), args.seed, files, report)
-    rivals = fit_rivals(usable, training)
-    accuracy = score(rivals, judged, training.distances)
-    costs = {name: (rival.num_bytes, microseconds(rival, judged)) for name, rival in rivals.items()}
+    baselines = fit_baselines(usable, training)
+    accuracy = score(baselines, judged, training.distances)
+    costs = {name: (baseline.num_bytes, microseconds(baseline, judged)) for name, baseline in baselines.items()}
     fits = fit_rows(accuracy)
     write_csv(args.out / "accuracy.csv", accuracy)
     write_csv(args.out / "fits.csv", fits)
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chosen_names(only: str) -> list[str]:
-    """What to compare, in the order of RIVALS. TraceError on an unknown name."""
-    wanted = [word for word in only.split(",") if word] or list(RIVALS)
+    """What to compare, in the order of BASELINES. TraceError on an unknown name."""
+    wanted = [word for word in only.split(",") if word] or list(BASELINES)
     for word in wanted:
-        if word not in RIVALS:
-            raise TraceError(f"--only={only} names {word!r}, which is unknown; known are {', '.join(RIVALS)}")
-    return [name for name in RIVALS if name in wanted]
+        if word not in BASELINES:
+            raise TraceError(f"--only={only} names {word!r}, which is unknown; known are {', '.join(BASELINES)}")
+    return [name for name in BASELINES if name in wanted]
 
 
 def fitted_files(words: Sequence[str]) -> dict[str, Path]:
@@ -94,9 +94,9 @@ def fitted_files(words: Sequence[str]) -> dict[str, Path]:
     found = {}
     for word in words:
         kind, equals, path = word.partition("=")
-        if not equals or kind not in RIVALS or not Path(path).is_file():
+        if not equals or kind not in BASELINES or not Path(path).is_file():
             raise TraceError(f"--fitted={word}: must be KIND=FILE with a file that exists; kinds are among "
-                             f"{', '.join(RIVALS)}")  # fmt: skip
+                             f"{', '.join(BASELINES)}")  # fmt: skip
         found[kind] = Path(path)
     return found
 
@@ -120,42 +120,42 @@ def reach(distances: int, train: Trace, judged: Trace, names: Sequence[str]) -> 
     return min(most, num_distances(train), num_distances(judged)) if needed else most
 
 
-def fit_rivals(names: Sequence[str], training: Training) -> dict[str, Rival]:
+def fit_baselines(names: Sequence[str], training: Training) -> dict[str, Baseline]:
     """Fitted, by name; says how long each took."""
-    rivals = {}
+    baselines = {}
     for name in names:
         start = time.perf_counter()
         with asked_for_by(name):
-            rivals[name] = RIVALS[name](training)
+            baselines[name] = BASELINES[name](training)
         training.report(f"{name}: fitted in {time.perf_counter() - start:.1f} s")
-    return rivals
+    return baselines
 
 
-def score(rivals: dict[str, Rival], trace: Trace, distances: int) -> Rows:
-    """One row per rival and distance, over all layers, in blocks."""
-    sums = {name: [Accuracy(trace.top_k) for _ in range(distances)] for name in rivals}
+def score(baselines: dict[str, Baseline], trace: Trace, distances: int) -> Rows:
+    """One row per baseline and distance, over all layers, in blocks."""
+    sums = {name: [Accuracy(trace.top_k) for _ in range(distances)] for name in baselines}
     for block in row_blocks(trace, range(trace.num_requests)):
         for layer in range(trace.num_layers - 1):
             for distance in range(1, min(distances, trace.num_layers - 1 - layer) + 1):
                 truth = block.truth(layer, distance)
-                for name, rival in rivals.items():
-                    sums[name][distance - 1].add(rival.scores(block, layer, distance), truth)
+                for name, baseline in baselines.items():
+                    sums[name][distance - 1].add(baseline.scores(block, layer, distance), truth)
     return [{"predictor": name, "distance": distance, **one.row()}
             for name, by_distance in sums.items() for distance, one in enumerate(by_distance, 1)]  # fmt: skip
 
 
-def microseconds(rival: Rival, trace: Trace) -> float:
+def microseconds(baseline: Baseline, trace: Trace) -> float:
     """Median time of one decision (one row, one layer, distance 1), features included, reading of the pre-gate not."""
-    if isinstance(rival, NetworkRival):
+    if isinstance(baseline, NetworkBaseline):
         # Here it sees whole forwards; as it decides it is timed by python -m replay.bench_decide.
         return float("nan")
     block: RowBlock = next(row_blocks(trace, range(1), 1))
     layer = (trace.num_layers - 1) // 2
-    rival.scores(block, layer, 1)
+    baseline.scores(block, layer, 1)
     taken = []
     for _ in range(_TIMED_DECISIONS):
         start = time.perf_counter_ns()
-        rival.scores(block, layer, 1)
+        baseline.scores(block, layer, 1)
         taken.append(time.perf_counter_ns() - start)
     return float(np.median(taken)) / 1000
 

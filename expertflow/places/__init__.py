@@ -1,0 +1,1 @@
+"""Places: where is each expert computed? One file each."""

@@ -1,0 +1,157 @@
+"""The raw record of a calibration: everything measured, in order, what cannot be refused before minutes are spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expertflow.model import ModelSpec, model_from_dict
+from replay.bench_decide import measure_decisions
+from replay.calibration.hostspeed import python_loop_ns
+from replay.calibration.in_place import InPlace, in_place_workload, median_run
+from replay.calibration.measure import (
+    Copier,
+    chunked,
+    copy_beside,
+    launch_costs,
+    link_curves,
+    matrix_tflops,
+    memory_gb_per_s,
+    pad_share,
+)
+from replay.calibration.peak import link_peak_gb_per_s
+from replay.calibration.profile import link_fit, profiles
+from replay.calibration.tables import KernelBench, kernel_tables, prompt_launches
+from replay.machine.device import Device
+from replay.machine.memory import available_bytes
+from replay.machine.programs import DEFAULT_KV_GRID
+from replay.machine.rig import Needs, Rig
+from replay.machine.scale import scaled_model
+from replay.machine.slot_kernels import tuned_tiles
+from replay.settings import CPU_SCALE
+from sim.job.output import to_json, write_text
+from sim.job.setup import make_policy
+from sim.paths import config_files
+from sim.specs.chunks import DEFAULT_CHUNK_BYTES, chunk_sizes
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
+
+RECORD_VERSION = 2
+"""Of what the raw record means; records of others are refused."""
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_TOKENS = 64
+"""Of the largest launch of experts that is measured at least: batches give an expert more than one token."""
+PROMPT_TOKENS = 512
+"""Of the prompt whose launches are held against its kernels."""
+
+
+def named_model(name: str) -> ModelSpec:
+    """The model of a file in conf/model, or of the user's own."""
+    known = config_files("model")
+    del known["auto"]
+    if name not in known:
+        raise ValueError(f"model {name!r} is unknown; choose from: {', '.join(sorted(known))}")
+    return model_from_dict(yaml.safe_load(known[name].read_text(encoding="utf-8")))
+
+
+def scale_of(given: int | None, machine: str) -> int:
+    """What the models' widths are divided by."""
+    if given is not None and not 1 <= given <= 1024:
+        raise ValueError(f"--scale={given} must be from 1 to 1024")
+    return given or (1 if machine == "cuda" else CPU_SCALE)
+
+
+def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], scale: int, *,
+              stacks: Sequence[str] = ("found",), quick: bool = False, say: Any = print) -> dict[str, Any]:  # fmt: skip
+    """The raw record of a calibration; say: told of the progress. stacks: under which the host is measured."""
+    started = time.perf_counter()
+
+    def step(text: str) -> None:
+        say(f"[{time.perf_counter() - started:5.1f} s] {text}")
+
+    raw: dict[str, Any] = {
+        "format": "expertflow-calibration",
+        "version": RECORD_VERSION,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": dict(device.describe()),
+        "scale": scale,
+        "threads_share_interpreter": device.world == "cpu",
+        "kv_grid": DEFAULT_KV_GRID if device.captures else 0,
+        "link_peak_gb_per_s": link_peak_gb_per_s(device.world),
+        "python_loop_ns": [python_loop_ns()],
+        "memory_gb": (device.describe()["memory_bytes"] or available_bytes()) / 1e9,
+    }
+    step("launches and waits")
+    raw["launches"] = launch_costs(device)
+    raw["pad_share"] = pad_share(device)
+    step("copies by size")
+    raw["link"] = link_curves(device, scale, 10.0 if quick else 40.0)
+    step("memory and matrices")
+    raw["memory_gb_per_s"] = memory_gb_per_s(device)
+    raw["matrix_tflops"] = matrix_tflops(device)
+    # What cannot be shows before minutes are spent on the rest.
+    link_fit(raw["link"], raw["link_peak_gb_per_s"])
+    raw |= {part: {} for part in ("prompt", "chunked", "chunk_ns", "beside", "kernels", "kernel_launch_ns", "host")}
+    for name in models:
+        model = scaled_model(named_model(name), scale)
+        step(f"{name}: kernels")
+        tokens = TOKENS[:4] if quick else TOKENS
+        num_slots = min(64, model.num_layers * model.num_experts)
+        needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
+        rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
+        sizes = chunk_sizes(model.expert_bytes, int(DEFAULT_CHUNK_BYTES / scale**2))
+        tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
+        raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
+        raw["prompt"][model.name] = prompt_launches(rig, min(tokens[-1], PROMPT_TOKENS), 5)
+        raw["chunked"][model.name] = chunked(device, model.expert_bytes)
+        raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
+        busy = KernelBench(rig, 1).experts(min(model.top_k, needs.num_slots), 1)
+        raw["beside"][model.name] = copy_beside(device, busy, sizes[0])
+        del busy
+        rig.release()
+        raw["python_loop_ns"].append(python_loop_ns())
+        step(f"{name}: the host, in place")
+        length, repeat = (24, 1) if quick else (64, 3)
+        in_place = InPlace(device, named_model(name), scale, length)
+        found: dict[str, dict[str, Any]] = {stack: {} for stack in stacks}
+        raw["host"][model.name] = found
+        for stack, policy_name in product(stacks, policies):
+            per_forward, found[stack][policy_name] = median_run(
+                [in_place.run(policy_name, stack) for _ in range(repeat)])  # fmt: skip
+            step(f"  {policy_name}, stack {stack}: {per_forward:.2f} ms a forward in place")
+        in_place.release()
+        raw["python_loop_ns"].append(python_loop_ns())
+    step("decisions by themselves")
+    raw["decisions"] = {}
+    for name in policies:
+        cfg, full = in_place_workload(named_model(models[0]), "a100", name, 24 if quick else 256, 1)
+        policy, transfer = make_policy(cfg["policy"], full, 0)
+        times = measure_decisions(full, policy, transfer)
+        raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns,
+                                  "effort": policy.mean_effort()}  # fmt: skip
+    raw["python_loop_ns"].append(python_loop_ns())
+    raw["tiles"] = tuned_tiles()
+    step("done")
+    return raw
+
+
+def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
+    """Write the two configuration files and the raw record below `folder` (as in conf/); returns their paths."""
+    hardware, stack = profiles(raw, name)
+    # What no simulation would take is not written.
+    hardware_from_dict(hardware)
+    stack_from_dict(stack)
+    paths = [folder / "hardware" / f"{name}.yaml", folder / "stack" / f"{name}.yaml",
+             folder / "hardware" / f"{name}.calibration.json"]  # fmt: skip
+    for path in paths[:2]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    head = f"# Measured by python -m replay.calibrate on {raw['date']}; the raw record: {paths[2].name}\n"
+    for path, content in zip(paths, (hardware, stack), strict=False):
+        write_text(path, head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110))
+    write_text(paths[2], to_json(raw))
+    return paths

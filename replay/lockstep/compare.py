@@ -1,0 +1,374 @@
+"""`python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]`: does a fresh policy decide as the logged one did?
+
+Everything a policy learns of time comes from records. Fed with the records of a log it must make the same calls,
+yield the same waits and want the same experts, one by one: all of them, in order.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from expertflow.forward import Forward
+from expertflow.machine import GATE, LOAD, Record, Wait
+from expertflow.policy import Policy
+from expertflow.runtime import Runtime
+from replay.lockstep.log_format import (
+    LOG_NAME,
+    Attention,
+    Copy,
+    Decided,
+    Event,
+    Experts,
+    Head,
+    LogError,
+    LoggedForward,
+    Told,
+    Waited,
+)
+from replay.lockstep.log_reader import LogReader
+from sim.job.configure import KEYS, checked
+from sim.job.run_cli import run_cli
+from sim.job.setup import Workload, make_policy, make_workload
+
+_SHOWN = 12
+_RENAMED = {"twin": "count_redundant", "warm": "fitted_start"}
+"""Keys of a configuration by their former names: a log is older than the program that reads it."""
+_USAGE = "usage: python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]"
+
+
+@dataclass(frozen=True)
+class LockstepResult:
+    """What a check found.
+
+    num_decisions: calls to the machine, waits and lists of wants that were equal. num_forwards: forwards equal from
+    begin to end. difference: the first one, None if there is none. partial: where the log ends, if before the workload.
+    """
+
+    num_decisions: int
+    num_forwards: int
+    difference: str | None
+    partial: str | None = None
+
+    def line(self) -> str:
+        """For a person."""
+        if self.difference is not None:
+            return f"lockstep: {self.num_decisions} decisions equal, then a difference: {self.difference}"
+        equal = f"lockstep: {self.num_decisions} decisions in {self.num_forwards} forwards equal"
+        return equal if self.partial is None else f"{equal}; the log is partial: {self.partial}"
+
+
+class _DifferenceError(Exception):
+    """What was logged is not what is decided now."""
+
+
+class _LogEndsError(Exception):
+    """Everything logged was equal, and the workload goes on."""
+
+
+def check_log(reader: LogReader, work: Workload, policy: Policy) -> LockstepResult:
+    """Feed the records of `reader` to `policy` over `work`, which must be fresh, and compare all that it decides.
+
+    LogError for a damaged log, ValueError for a workload that is not the log's.
+    """
+    header = reader.header
+    if work.trace_sha256 != header.trace_sha256:
+        raise ValueError(
+            f"{reader.path}: the log is of a trace with SHA-256 {header.trace_sha256[:64]!r}, the trace "
+            f"{work.trace.name} has {work.trace_sha256!r}; give the log's own with trace.path=FILE"
+        )
+    for name in ("num_layers", "num_experts"):
+        if getattr(work.model, name) != getattr(header.run, name):
+            raise ValueError(f"{reader.path}: the log has {name}={getattr(header.run, name)}, the model "
+                             f"{work.model.name} {getattr(work.model, name)}; give the model of the run")  # fmt: skip
+    forwards = iter(work.batches)
+    machine = _LoggedMachine(iter(reader), header.run.num_experts)
+    loop = Runtime(header.run, machine, policy, forwards).run()
+    difference = partial = None
+    try:
+        try:
+            wait = next(loop)
+            while True:
+                machine.waited(wait)
+                wait = loop.send(machine.record())
+        except StopIteration:
+            machine.ended()
+        except (_DifferenceError, _LogEndsError, LogError):
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {_first_line(error)}"
+            logged = machine.peek()
+            if logged is None:
+                raise _LogEndsError(f"{machine.where()}, where the policy now fails as well: {what}") from error
+            raise machine.differs(_tell(logged, machine.num_experts), what) from error
+    except _DifferenceError as found:
+        difference = str(found)
+    except _LogEndsError as end:
+        partial = str(end)
+    return LockstepResult(machine.num_decisions, machine.num_forwards, difference, partial)
+
+
+class _LoggedMachine:
+    """Implements `expertflow.machine.Machine` by comparing each call with the log; its marks and records are logged."""
+
+    def __init__(self, forwards: Iterator[LoggedForward], num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.num_decisions = 0
+        self.num_forwards = 0
+        self._forwards = forwards
+        self._ahead: LoggedForward | None = None
+        self._events: Sequence[Event] = ()
+        self._place = 0
+        self._forward = -1
+        self._layer: int | None = None
+
+    # -- the log, event by event -------------------------------------------------------------------------------
+
+    def _next_forward(self) -> LoggedForward | None:
+        """The forward after this one, not yet taken."""
+        if self._ahead is None:
+            self._ahead = next(self._forwards, None)
+        return self._ahead
+
+    def peek(self) -> Event | LoggedForward | None:
+        """What the log has next: of this forward, or the begin of another; None at its end."""
+        if self._place < len(self._events):
+            return self._events[self._place]
+        return self._next_forward()
+
+    def where(self) -> str:
+        """Forward and layer, for a person."""
+        if self._forward < 0:
+            return "before the first forward"
+        return f"forward {self._forward}" + ("" if self._layer is None else f", layer {self._layer}")
+
+    def differs(self, logged: str, now: str) -> _DifferenceError:
+        """To be raised: what was logged, what is decided now."""
+        return _DifferenceError(f"{self.where()}: logged {logged}; now {now}")
+
+    def _compare(self, now: Event) -> Event:
+        """Takes the next logged event, which must be `now`; the mark of a launch is the log's to say."""
+        logged = self.peek()
+        if logged is None:
+            raise _LogEndsError(f"it ends in {self.where()}")
+        if isinstance(logged, Attention | Experts | Head) and type(logged) is type(now):
+            now = now._replace(mark=logged.mark)
+        if type(logged) is not type(now) or logged != now:
+            same_kind = type(logged) is type(now)
+            other = logged if same_kind and not isinstance(logged, LoggedForward) else None
+            raise self.differs(_tell(logged, self.num_experts, now if same_kind else None),
+                               _tell(now, self.num_experts, other))  # fmt: skip
+        self._place += 1
+        self.num_decisions += 1
+        return now
+
+    # -- what the runtime does ---------------------------------------------------------------------------------
+
+    def begin_forward(self, forward: Forward) -> None:
+        if self._forward >= 0:
+            self._end_forward(f"the begin of forward {forward.index}")
+        logged = self._next_forward()
+        if logged is None:
+            raise _LogEndsError(f"it ends after {self.where()}")
+        if logged.index != forward.index:
+            raise self.differs(_tell(logged, self.num_experts), f"the begin of forward {forward.index}")
+        self._ahead, self._events, self._place = None, logged.events, 0
+        self._forward, self._layer = forward.index, None
+
+    def _end_forward(self, now: str) -> None:
+        if self._place < len(self._events):
+            raise self.differs(_tell(self._events[self._place], self.num_experts), now)
+        self.num_forwards += 1
+
+    def ended(self) -> None:
+        """The runtime is through with the workload."""
+        if self._forward >= 0:
+            self._end_forward("the end of the run")
+        logged = self._next_forward()
+        if logged is not None:
+            raise self.differs(_tell(logged, self.num_experts), "the end of the run")
+
+    def attention(self, layer: int) -> int:
+        self._layer = layer
+        return _mark(self._compare(Attention(layer, 0)))
+
+    def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        tokens = None if counts is None else tuple(counts[key] for key in keys)
+        return _mark(self._compare(Experts(layer, tuple(keys), tokens, shared, 0)))
+
+    def head(self) -> int:
+        self._layer = None
+        return _mark(self._compare(Head(0)))
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        self._compare(Copy(load, chunk, key, slot, num_bytes, after))
+
+    def decided(self, wants: Sequence[int], effort: float) -> None:
+        self._compare(Decided(tuple(wants)))
+
+    def waited(self, wait: Wait) -> None:
+        """The runtime has yielded `wait`."""
+        self._compare(Waited(*wait))
+
+    def record(self) -> Record:
+        """The record that was logged for the wait just compared."""
+        logged = self.peek()
+        if logged is None:
+            raise _LogEndsError(f"it ends in {self.where()}")
+        if not isinstance(logged, Told):
+            raise self.differs(f"{_tell(logged, self.num_experts)} without a record", "a wait for one")
+        self._place += 1
+        return logged
+
+
+def _mark(event: Event) -> int:
+    assert isinstance(event, Attention | Experts | Head)
+    return event.mark
+
+
+# -- telling ---------------------------------------------------------------------------------------------------
+
+
+def _tell(event: Event | LoggedForward, num_experts: int, other: Event | None = None) -> str:
+    """One event for a person; a long list of keys from where it differs from that of `other`."""
+    if isinstance(event, LoggedForward):
+        return f"the begin of forward {event.index}"
+    if isinstance(event, Attention):
+        return f"attention of layer {event.layer}"
+    if isinstance(event, Experts):
+        keys = _keys(event.keys, num_experts, other.keys if isinstance(other, Experts) else ())
+        tokens = "" if event.counts is None else f" of {', '.join(map(str, event.counts[:_SHOWN]))} tokens"
+        return f"experts {keys}{tokens} of layer {event.layer}{' after the shared one' if event.shared else ''}"
+    if isinstance(event, Head):
+        return "the head"
+    if isinstance(event, Copy):
+        return (f"a copy of expert {_key(event.key, num_experts)}, chunk {event.chunk} of load {event.load}, "
+                f"{event.num_bytes} bytes into slot {event.slot} after mark {event.after}")  # fmt: skip
+    if isinstance(event, Decided):
+        return f"wants {_keys(event.wants, num_experts, other.wants if isinstance(other, Decided) else ())}"
+    if isinstance(event, Waited):
+        what = f"load {event.ident}" if event.kind == LOAD else f"mark {event.ident}"
+        what += "" if event.kind == LOAD else " (routing)" if event.kind == GATE else " (tokens)"
+        return f"a wait for {what}{' or the next chunk' if event.drain else ''}"
+    return f"a record at {event.now_ns} ns"
+
+
+def _key(key: int, num_experts: int) -> str:
+    return f"{key // num_experts}/{key % num_experts}"
+
+
+def _keys(keys: Sequence[int], num_experts: int, others: Sequence[int]) -> str:
+    """Keys as layer/expert: all of them if few, else those from the first on that differs."""
+    first = 0
+    if len(keys) > _SHOWN:
+        shared = min(len(keys), len(others))
+        first = next((place for place in range(shared) if keys[place] != others[place]), shared if others else 0)
+    shown = ", ".join(_key(key, num_experts) for key in keys[first : first + _SHOWN]) or "nothing more"
+    if first or len(keys) > _SHOWN:
+        return f"[from place {first} of {len(keys)}: {shown}]"
+    return f"[{shown}]" if keys else "[]"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# -- from a log to a fresh policy ------------------------------------------------------------------------------
+
+
+def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload, Policy]:
+    """Workload and fresh policy of the logged configuration, with `overrides` (key=value) put over it.
+
+    A log is data of unknown origin: code that it names is run only if it is this package's, or if an override names
+    it as well. ValueError says which override is wanted.
+    """
+    plain = {key: value for key, value in with_present_names(reader.header.config).items() if key in KEYS}
+    for place, text in _texts(plain, ""):
+        if "${" in text:
+            raise LogError(f"{reader.path}: {place}={text!r:.80} holds an interpolation; a log holds plain values only")
+    cfg = OmegaConf.create(plain)
+    trusted = set()
+    for key, value in _parsed(overrides):
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+        if key.rpartition(".")[2] == "_target_":
+            trusted.add((key, value))
+    config = checked(cfg)
+    for place, target in _texts(config["policy"], "policy"):
+        if place.rpartition(".")[2] == "_target_" and (place, target) not in trusted and not _is_own(target):
+            raise ValueError(f"{reader.path}: {place}={target!r:.120} is no code of this package; if you trust it, "
+                             f"say so: {place}={target:.120}")  # fmt: skip
+    work = make_workload(config)
+    policy, _ = make_policy(config["policy"], work, config["seed"])
+    return work, policy
+
+
+def with_present_names(value: Any) -> Any:
+    """`value`, a logged configuration, with keys that have been given other names since under these."""
+    if isinstance(value, Mapping):
+        return {_RENAMED.get(key, key): with_present_names(inner) for key, inner in value.items()}
+    return value
+
+
+def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        key = override.key_or_group
+        if override.is_delete() or override.is_sweep_override() or "/" in key or override.package is not None:
+            raise ValueError(f"{text} cannot be put over a log; give key=value, such as trace.path=FILE")
+        yield key, override.value()
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text and every key inside `value`."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield place, str(key)
+            yield from _texts(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, f"{place}.{index}")
+
+
+def _is_own(target: str) -> bool:
+    """Whether `target` is defined in this package; importing it to see runs nothing else."""
+    if not re.fullmatch(r"expertflow(\.[A-Za-z_][A-Za-z0-9_]*)+", target):
+        return False
+    try:
+        module = getattr(get_object(target), "__module__", None)
+    except Exception:
+        # What cannot be imported cannot run; the composition says why.
+        return True
+    return isinstance(module, str) and module.split(".")[0] == "expertflow"
+
+
+def check(path: Path, overrides: Sequence[str] = ()) -> LockstepResult:
+    """Check the log at `path`, or the one in the folder `path`, against a policy built anew from its header."""
+    with LogReader(path / LOG_NAME if path.is_dir() else path) as reader:
+        work, policy = rebuild(reader, overrides)
+        return check_log(reader, work, policy)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0: all equal. 1: a difference, printed. 2: an error of the user, one line on stderr."""
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0].startswith("-"):
+        print(_USAGE, file=sys.stderr)
+        return 2
+
+    def run() -> int:
+        result = check(Path(words[0]), words[1:])
+        print(result.line())
+        return 0 if result.difference is None else 1
+
+    return run_cli(run, "the log was not checked to its end")
+

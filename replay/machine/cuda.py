@@ -1,0 +1,384 @@
+"""An NVIDIA GPU through torch: programs as CUDA graphs, raw copies, and a clock that both sides share.
+
+A program is one graph: a pad, an event, the kernels, an event, and where the host waits for it a kernel that raises a
+number in pinned memory, which the host polls. Launching it costs the host some 3 us whatever it holds (results of an
+H200 in `results/`). Events inside graphs need torch 2.8, the first with external events.
+
+Times are CUDA's own, from events. `elapsed_time` is a float32 of milliseconds, exact to a few ns only while its base
+is young, so the base is renewed at every forward and whenever it has grown old. The host's clock is tied to them by
+the least delay ever seen between an event and the host's finding it.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+
+from replay.machine.cuda_errors import explained, told_if_lost
+from replay.machine.device import DeviceLostError, Program, Words, Work, words_of
+from replay.machine.raw import raw_copy
+from replay.machine.slot_kernels import gate
+
+_BASE_LIFE_NS = 10_000_000
+"""A float32 of milliseconds resolves 1 ns up to 16 ms; at a minute it would be 4 us."""
+_FORGET_NS = 5_000
+"""Host and device clocks drift apart, by less than 200 ppm: the least delay seen is forgotten by 1 ns in so many."""
+_PATIENCE_NS = 60_000_000_000
+_POLLS = 64
+"""Between two looks at the clock, and at what else there is to do."""
+_ASK_NS = 1_000_000
+_PROBE_NS = 2_000_000
+_SPIN_CYCLES = (50_000, 2_000_000)
+_SETTLE_NS = 50_000_000
+"""An idle GPU runs at a fraction of its clock; after this much work it has come up."""
+
+
+class CudaDevice:
+    """Implements `replay.machine.device.Device` on the current CUDA device; its settings are left as they are.
+
+    ValueError if there is none, or none that works.
+    """
+
+    world = "cuda"
+    dtype = torch.bfloat16
+
+    captures = True
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError("machine=cuda: torch sees no CUDA device here; choose machine=cpu, or install a CUDA "
+                             "build of torch")  # fmt: skip
+        try:
+            torch.cuda.Event(enable_timing=True, external=True)
+        except TypeError as error:
+            raise ValueError(f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; "
+                             "install torch 2.8 or later") from error  # fmt: skip
+        self._lost = False
+        self._pool: list[Any] = []
+        self._next_base: Any = None
+        try:
+            self._guarded(self._open)
+        except RuntimeError as error:
+            raise ValueError(f"machine=cuda: the GPU does not answer ({str(error).splitlines()[0]}); see what "
+                             "nvidia-smi says, or choose machine=cpu") from error  # fmt: skip
+
+    def _open(self) -> None:
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        # Neither stream waits for the default one, nor it for them: whoever fills memory there must synchronise.
+        self._compute = torch.cuda.Stream(device=self.torch_device)
+        self._link = torch.cuda.Stream(device=self.torch_device)
+        # A graph is launched on torch's current stream; entering a context costs four times what a launch does.
+        self._before = torch.cuda.current_stream(self.torch_device)
+        torch.cuda.set_stream(self._compute)
+        self._memory = torch.cuda.graph_pool_handle()
+        self._counter = torch.zeros(1, dtype=torch.int64, device=self.torch_device)
+        self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self.numbers: Sequence[int] = words_of(self._flag)
+        self._raw_copy, self.copies_by = raw_copy()
+        # Graphs share the memory of what they compute in between; a pool that no graph holds may not be used again.
+        self._counter.add_(0)
+        self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
+        self._base = self._event()
+        self._restart_clock()
+        self.ends_inside = self._tells_ends()
+
+    def _tells_ends(self) -> bool:
+        """Whether an event inside a graph counts as recorded anew from the moment of its launch: else it would seem to
+        have happened, at the last launch's time. CUDA's documents say that each launch records it, not since when."""
+        self.ends_inside = True
+        program = self._program(_nothing, _PROBE_NS, None, True)
+        told = True
+        for _ in range(2):
+            program.run()
+            told = not program.end.query()
+            torch.cuda.synchronize(self.torch_device)
+        return told
+
+    def describe(self) -> Mapping[str, Any]:
+        found = torch.cuda.get_device_properties(self.torch_device)
+        return {
+            "name": found.name,
+            "memory_bytes": found.total_memory,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "platform": platform.system(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "copies_by": self.copies_by,
+            "ends_inside_graphs": self.ends_inside,
+        }
+
+    def _event(self) -> Any:
+        return self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+
+    def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """`call` with its errors as `explained`."""
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            self._explain(error)
+
+    # -- the clock -------------------------------------------------------------------------------------------
+
+    def restart_clock(self) -> None:
+        self._guarded(self._restart_clock)
+
+    def _restart_clock(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+        # Anew for every run: the last one's kernels have brought the GPU to the clock that it runs at under load.
+        self._overhead_ns, self._cycles_per_ns = self._measure_spin()
+        if self._next_base is not None:
+            self._pool.append(self._next_base)
+            self._next_base = None
+        self._base_ns = 0
+        self._least_lag_ns = 1 << 62
+        self._lag_at_ns = time.perf_counter_ns()
+        self._base.record(self._compute)
+        self._based_at_ns = self._lag_at_ns
+        self._wait(0, self._base)
+        for _ in range(50):
+            probe = self._event()
+            probe.record(self._compute)
+            self._wait(0, probe)
+            self._time_ns(probe)
+            self._pool.append(probe)
+
+    def _measure_spin(self) -> tuple[float, float]:
+        """(ns, cycles per ns): what a spin kernel of no cycles takes between two events, and how fast it counts."""
+        short, long = _SPIN_CYCLES
+        spun_ns, last, tries = 0.0, 0.0, 0
+        while True:
+            long_ns = statistics.median(self._spin_ns(long) for _ in range(3))
+            spun_ns += 3 * long_ns
+            tries += 1
+            settled = abs(long_ns - last) < 0.003 * long_ns or tries > 200
+            if spun_ns > _SETTLE_NS and settled:
+                break
+            last = long_ns
+        short_ns = statistics.median(self._spin_ns(short) for _ in range(5))
+        rate = (long - short) / (long_ns - short_ns)
+        return max(short_ns - short / rate, 0.0), rate
+
+    def _spin_ns(self, cycles: int) -> float:
+        start, end = self._event(), self._event()
+        # The host must be ahead: else its own time between two calls would count.
+        torch.cuda._sleep(_SPIN_CYCLES[0])
+        start.record(self._compute)
+        torch.cuda._sleep(cycles)
+        end.record(self._compute)
+        self._wait(0, end)
+        self._pool += (start, end)
+        return float(start.elapsed_time(end)) * 1e6
+
+    def _renew_base(self) -> None:
+        self._next_base = self._event()
+        self._next_base.record(self._compute)
+        self._based_at_ns = time.perf_counter_ns()
+
+    def begin_forward(self) -> None:
+        # Forgetting is slower than time: `now_ns` never steps back, nor before an event that it was told of.
+        forgotten_ns = (time.perf_counter_ns() - self._lag_at_ns) // _FORGET_NS
+        self._lag_at_ns += forgotten_ns * _FORGET_NS
+        self._least_lag_ns += forgotten_ns
+        if self._next_base is None:
+            self._guarded(self._renew_base)
+
+    def time_ns(self, event: Any) -> int:
+        try:
+            return self._time_ns(event)
+        except RuntimeError as error:
+            self._explain(error)
+
+    def _time_ns(self, event: Any) -> int:
+        # It has happened, so the host's present bounds it from above; asking CUDA takes microseconds.
+        found_ns = time.perf_counter_ns()
+        coming = self._next_base
+        if coming is not None:
+            if coming.query():
+                self._base_ns += round(self._base.elapsed_time(coming) * 1e6)
+                self._pool.append(self._base)
+                self._base, self._next_base = coming, None
+        elif found_ns - self._based_at_ns > _BASE_LIFE_NS:
+            # Forwards may last seconds, and calibrations have none.
+            self._renew_base()
+        # Negative for what happened before the base did.
+        at_ns: int = self._base_ns + round(self._base.elapsed_time(event) * 1e6)
+        if found_ns - at_ns < self._least_lag_ns:
+            self._least_lag_ns = found_ns - at_ns
+        return at_ns
+
+    def now_ns(self) -> int:
+        return time.perf_counter_ns() - self._least_lag_ns
+
+    # -- programs --------------------------------------------------------------------------------------------
+
+    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+        made: Program = self._guarded(self._program, work, pad_ns, words, captured)
+        return made
+
+    def _program(self, work: Work, pad_ns: int, words: Words | None, captured: bool) -> Program:
+        start, end = (torch.cuda.Event(enable_timing=True, external=captured) for _ in range(2))
+        cycles, stream = round((pad_ns - self._overhead_ns) * self._cycles_per_ns), self._compute
+        gate = None if words is None else self._gate(*words)
+
+        inside = self.ends_inside or not captured
+
+        def launch() -> None:
+            if cycles > 0:
+                torch.cuda._sleep(cycles)
+            start.record(stream)
+            work()
+            if inside:
+                end.record(stream)
+            if gate is not None:
+                gate()
+
+        if not captured:
+            return Program(start, end, launch)
+        # Libraries load, and kernels are compiled, on first use, which must not fall into a capture.
+        work()
+        if gate is not None:
+            gate()
+        torch.cuda.synchronize(self.torch_device)
+        replay = self._capture(launch).replay
+        return Program(start, end, replay if inside else partial(_replay_and_record, replay, end, stream))
+
+    def _capture(self, launch: Work) -> Any:
+        """A graph of what `launch` enqueues. torch.cuda.graph would collect garbage and empty caches at every one."""
+        graph = torch.cuda.CUDAGraph()
+        # To collect a graph of before would end the capture (pytorch issue 161037).
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                launch()
+            except BaseException:
+                # It has to end, which may fail for what went wrong in it: that is what deserves to be told.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            if enabled:
+                gc.enable()
+        return graph
+
+    def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:
+        """Copies the words and raises the number, in this order as the host sees it."""
+        return gate(source, target, self._counter, self._flag)
+
+    def _explain(self, error: RuntimeError) -> NoReturn:
+        """Raise what `error` means. Most CUDA errors are sticky: nothing that follows on this device would work."""
+        meaning = explained(error)
+        self._lost = self._lost or isinstance(meaning, DeviceLostError)
+        told_if_lost(meaning)
+        if meaning is error:
+            raise error
+        raise meaning from error
+
+    # -- the streams -----------------------------------------------------------------------------------------
+
+    def launch(self, program: Program) -> None:
+        try:
+            program.run()
+        except RuntimeError as error:
+            self._explain(error)
+
+    def copy(self, target: int, source: int, num_bytes: int, after: Any) -> Any:
+        stream = self._link
+        try:
+            if after is not None:
+                # Of `after` as it was last recorded: it may be recorded again while this stream waits.
+                stream.wait_event(after)
+            self._raw_copy(target, source, num_bytes, stream)
+            end = self._pool.pop() if self._pool else self._event()
+            end.record(stream)
+        except RuntimeError as error:
+            self._explain(error)
+        return end
+
+    def disturb(self, target: int, source: int, num_bytes: int) -> None:
+        self._guarded(self._raw_copy, target, source, num_bytes, self._compute)
+
+    def happened(self, event: Any) -> bool:
+        try:
+            return bool(event.query())
+        except RuntimeError as error:
+            self._explain(error)
+
+    def wait(self, number: int, event: Any = None, idle: Callable[[], object] | None = None) -> None:
+        try:
+            self._wait(number, event, idle)
+        except RuntimeError as error:
+            self._explain(error)
+
+    def _wait(self, number: int, event: Any, idle: Callable[[], object] | None = None) -> None:
+        # Polled: a blocking synchronisation sleeps for longer than a chunk takes, and knows only one event.
+        numbers: Sequence[int] = self.numbers
+        if number <= 0:
+            number, numbers = 1, (0,)
+        query = _never if event is None else event.query
+        began_ns = asked_ns = now_ns = time.perf_counter_ns()
+        while now_ns - began_ns < _PATIENCE_NS:
+            if idle is not None:
+                idle()
+            for _ in range(_POLLS):
+                if numbers[0] >= number or query():
+                    return
+            now_ns = time.perf_counter_ns()
+            if now_ns - asked_ns > _ASK_NS:
+                # A lost device raises no number; whatever it is asked, it answers with its error.
+                asked_ns = now_ns
+                self._base.query()
+        raise DeviceLostError(f"the GPU has not answered for {_PATIENCE_NS // 10**9} s")
+
+    def recycle(self, event: Any) -> None:
+        self._pool.append(event)
+
+    # -- the whole device ------------------------------------------------------------------------------------
+
+    def free_bytes(self) -> int | None:
+        return int(self._guarded(self._free_bytes))
+
+    def _free_bytes(self) -> int:
+        # What torch keeps for later is taken in CUDA's eyes, and free in ours.
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return int(free)
+
+    def synchronize(self) -> None:
+        self._guarded(torch.cuda.synchronize, self.torch_device)
+
+    def close(self) -> None:
+        self._pool.clear()
+        if not self._lost:
+            # On a lost device these would raise in their turn.
+            torch.cuda.set_stream(self._before)
+            torch.cuda.empty_cache()
+
+
+def _ignore(value: object) -> None:
+    """A work returns nothing."""
+
+
+def _nothing() -> None:
+    """The work of a program that only passes time."""
+
+
+def _replay_and_record(replay: Callable[[], None], end: Any, stream: Any) -> None:
+    """The end comes behind the gate then, and costs the host one more call."""
+    replay()
+    end.record(stream)
+
+
+def _never() -> bool:
+    """The query of no event."""
+    return False

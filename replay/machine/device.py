@@ -1,0 +1,121 @@
+"""What a real machine needs of the thing that computes and copies: two streams, programs, events on one clock.
+
+`replay.machine.cuda` and `replay.machine.cpu` implement it; `replay.machine.real` is written against it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+Event = Any
+"""A point in one of the device's streams, opaque to everyone else."""
+
+Work = Callable[[], None]
+"""Launches kernels: called when a program is prepared, or each time that it is launched."""
+
+Words = tuple[torch.Tensor, torch.Tensor]
+"""int64 words that a program's kernels leave on the device, and where the host reads them."""
+
+
+def words_of(tensor: torch.Tensor) -> memoryview[int]:
+    """The 64-bit words of `tensor` on the host: reading or writing one is cheap, and no call of torch."""
+    array: Any = tensor.view(-1).numpy()
+    return memoryview(array).cast("B").cast("q")
+
+
+class DeviceLostError(RuntimeError):
+    """The device stopped answering midway: what was measured so far is kept, the run is not finished."""
+
+
+class Program:
+    """A group of kernels that is prepared once and launched many times, on the compute stream.
+
+    In order: `pad_ns` of nothing, `start`, the kernels, `end`, and where it is gated its words are copied to the host
+    and the device's number rises by one. start, end: the events of its last launch, overwritten by the next one: they
+    must be read before. mark: that of its last launch while that is unread, else 0. row: what the host writes before a
+    launch and the kernels read during it (see `replay.machine.rows`), if they read anything. run: what `Device.launch`
+    calls.
+    """
+
+    __slots__ = ("end", "mark", "row", "run", "start")
+
+    def __init__(self, start: Event, end: Event, run: Work) -> None:
+        self.start = start
+        self.end = end
+        self.run = run
+        self.mark = 0
+        self.row: Any = None
+
+
+class Device(Protocol):
+    """One compute and one copy stream, each first in, first out, and the host that feeds them."""
+
+    world: str
+    """`cuda` or `cpu`, as in metrics.json."""
+    torch_device: torch.device
+    dtype: torch.dtype
+    """What the kernels compute in."""
+    captures: bool
+    """Whether programs are captured: then each shape that is to be launched in a run is prepared before it."""
+    ends_inside: bool
+    """Whether the events of a launch under way have not happened yet: else they seem to have, at the last launch's
+    times, until the streams get there."""
+    numbers: Sequence[int]
+    """[1] how many launches of gated programs the host can see the end of, since the device was opened."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Name, memory in bytes and versions of what was measured, for provenance."""
+
+    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+        """Prepare `work`, after `pad_ns` of nothing; gated if it has words, of which there may be none.
+
+        captured: False launches the kernels one by one. Both streams must be empty; `work` may run once.
+        """
+
+    def launch(self, program: Program) -> None:
+        """Enqueue `program` on the compute stream. Of its last launch nobody will ask for a time any more."""
+
+    def copy(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
+        """Enqueue a host-to-device copy between two addresses on the copy stream; the event at its end.
+
+        It starts no earlier, on the device, than `after` as it was last recorded.
+        """
+
+    def disturb(self, target: int, source: int, num_bytes: int) -> None:
+        """Enqueue a host-to-device copy on the compute stream, where none belongs: to inject a fault."""
+
+    def happened(self, event: Event) -> bool:
+        """Whether the stream has passed `event`. Raises DeviceLostError if it never will."""
+
+    def wait(self, number: int, event: Event | None = None, idle: Callable[[], object] | None = None) -> None:
+        """Block the host until `numbers[0]` is at least `number`, or `event`, if there is one, has happened.
+
+        number: 0 and less wait for the event alone. idle: called now and then while there is nothing to do.
+        """
+
+    def time_ns(self, event: Event) -> int:
+        """When `event`, which has happened, did so, on the machine's clock."""
+
+    def now_ns(self) -> int:
+        """The host's present on the same clock; never before an event whose time was asked for."""
+
+    def recycle(self, event: Event) -> None:
+        """Nobody will ask for `event`, the end of a copy, again."""
+
+    def begin_forward(self) -> None:
+        """Nothing runs on the compute stream: a good moment to renew the clock's base."""
+
+    def restart_clock(self) -> None:
+        """Both streams are empty: from here on times count from now."""
+
+    def free_bytes(self) -> int | None:
+        """Memory of the device that can be taken now; None if it is the host's."""
+
+    def synchronize(self) -> None:
+        """Block until both streams are empty."""
+
+    def close(self) -> None:
+        """Give everything back."""

@@ -1,0 +1,194 @@
+"""What one run launches, prepared before its clock starts: attention by layer and shape, experts by size, the head.
+
+A program is one launch for the host whatever it holds. Experts run by slot id, so that one program serves any set of
+slots; how many experts, and over how many rows, is rounded up to a power of two. A program's events and its row belong
+to its last launch: of those for experts there are several of each size, taken in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+import torch
+
+from expertflow.forward import PREFILL, Forward
+from replay.machine.device import Device, Program
+from replay.machine.kernels import Kernels, Row, Shape
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
+from replay.machine.stamps import Stamps
+from replay.machine.timing import works_ns
+
+REPLICAS = 8
+"""Launches of one size that may be unread; the next one waits for the first of them."""
+LEAST_ROWS = 16
+"""Fewer rows are padded to as many by the kernels: what a tensor core multiplies at once."""
+DEFAULT_KV_GRID = 256
+"""KV tokens: where shapes are captured and the stack names no grid."""
+
+
+def _doublings(first: int, last: int) -> list[int]:
+    """first, twice that, and so on, as far as `last`."""
+    found = [first]
+    while found[-1] < last:
+        found.append(2 * found[-1])
+    return found
+
+
+class Ring:
+    """Programs of one size, taken in turn."""
+
+    __slots__ = ("_next", "programs")
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self.programs = programs
+        self._next = 0
+
+    def take(self) -> Program:
+        """The one whose last launch is the longest ago; it may be unread."""
+        place = self._next
+        self._next = place + 1 if place + 1 < len(self.programs) else 0
+        return self.programs[place]
+
+
+class Programs:
+    """All programs of one run on one device.
+
+    routing [max_tokens, top_k], tokens [max_tokens]: where the host reads what router and head have found, int64.
+    kv_grid: as in `sim.specs.hardware.Stack`. stamps: what the slots are checked for around each launch of experts.
+    """
+
+    def __init__(self, device: Device, kernels: Kernels, routing: torch.Tensor, tokens: torch.Tensor,
+                 layer_pad_ns: int = 0, head_pad_ns: int = 0, kv_grid: int = 0,
+                 stamps: Stamps | None = None) -> None:  # fmt: skip
+        self._device, self._kernels = device, kernels
+        self._routing, self._tokens = routing, tokens
+        self._layer_pad_ns, self._head_pad_ns = layer_pad_ns, head_pad_ns
+        self.kv_grid = kv_grid or (DEFAULT_KV_GRID if device.captures else 0)
+        self._stamps = stamps
+        self._has_shared = kernels.shared_rows(1) > 0
+        self._by_shape: dict[tuple[int, Shape], Program] = {}
+        self._by_forward: dict[tuple[Shape, Shape], list[Program]] = {}
+        self._heads: dict[int, Program] = {}
+        self._rings: dict[tuple[int, int, bool], Ring] = {}
+        windowed = [kernels.model.is_windowed(layer) for layer in range(kernels.model.num_layers)]
+        self._is_windowed = windowed
+        # A layer of each kind tells the shapes of all.
+        self._probes = [windowed.index(kind) if kind in windowed else 0 for kind in (False, True)]
+        self._is_prepared = False
+        self.num_unprepared = 0
+        """Shapes that came up in the run without having been prepared; each of their launches is one kernel by one."""
+
+    # -- before the run --------------------------------------------------------------------------------------
+
+    def prepare(self, forwards: Iterable[Forward], num_slots: int) -> None:
+        """Make what `forwards` will launch, and launch it once; slots up to `num_slots` are read.
+
+        Decode is captured. A prefill is launched kernel by kernel: no two have the same shape, and theirs last longer
+        than their launches.
+        """
+        most: dict[bool, tuple[int, int]] = {}
+        others: dict[tuple[str, int], Forward] = {}
+        for forward in forwards:
+            decode = forward.phase != PREFILL
+            kind = forward.phase, len(forward.rows)
+            if decode and self._device.captures:
+                self.attention(forward, prepare=True)
+            elif kind not in others or sum(forward.kv_lens) > sum(others[kind].kv_lens):
+                others[kind] = forward
+            self.head(len(forward.requests) if forward.emits_token else 0)
+            num_experts, count = most.get(decode, (1, 1))
+            num_experts = max(num_experts, *map(len, forward.demands))
+            if forward.counts is not None:
+                count = max(count, *(max(counts.values(), default=1) for counts in forward.counts))
+            most[decode] = num_experts, count
+        for decode in sorted(most, reverse=True):
+            self._prepare_experts(*most[decode], captured=decode and self._device.captures)
+        self._launch_once([program for forward in others.values() for program in self.attention(forward)], num_slots)
+        self.num_unprepared = 0
+        self._is_prepared = True
+
+    def _launch_once(self, more: Sequence[Program], num_slots: int) -> None:
+        device = self._device
+        for program in [*self._by_shape.values(), *self._heads.values(), *more]:
+            device.launch(program)
+        for (capacity, _rows, shared), ring in self._rings.items():
+            for program in ring.programs if device.captures else ring.programs[:1]:
+                words, layout = program.row.words, program.row.layout
+                words[NUM_EXPERTS], words[SHARED_BLOCK] = capacity, 0 if shared else -1
+                words[SHARED_ROWS] = self._kernels.shared_rows(1)
+                for place in range(capacity):
+                    words[layout.slots + place] = place % num_slots
+                    words[layout.counts + place] = self._kernels.rows(1)
+                    words[layout.first + place] = place * self._kernels.rows(1)
+                device.launch(program)
+        device.synchronize()
+
+    def _prepare_experts(self, num_experts: int, count: int, captured: bool) -> None:
+        most = size_class(self._kernels.rows(count), LEAST_ROWS)
+        buckets = list(product(_doublings(1, size_class(num_experts)), _doublings(LEAST_ROWS, most)))
+        if captured:
+            self._kernels.tune(lambda work: works_ns(self._device, [work], 5), buckets)
+        for (capacity, rows), shared in product(buckets, sorted({False, self._has_shared})):
+            if (capacity, rows, shared) not in self._rings:
+                self._rings[capacity, rows, shared] = self._make_ring(capacity, rows, shared, captured)
+
+    def _make_ring(self, capacity: int, rows: int, shared: bool, captured: bool) -> Ring:
+        stamps = self._stamps
+        layout = RowLayout(capacity, 0 if stamps is None else stamps.words_per_expert)
+        programs = []
+        for _ in range(REPLICAS):
+            row = Row(layout, self._device.torch_device)
+            check = None if stamps is None else stamps.check(row)
+            program = self._device.program(self._kernels.experts(row, rows, shared, check), captured=captured)
+            program.row = row
+            programs.append(program)
+        return Ring(programs)
+
+    # -- in the run ------------------------------------------------------------------------------------------
+
+    def attention(self, forward: Forward, prepare: bool = False) -> list[Program]:
+        """Attention and router of each MoE layer [L]; do not change the list."""
+        kernels, grid = self._kernels, self.kv_grid
+        full, windowed = (kernels.shape(layer, forward, grid) for layer in self._probes)
+        made = self._by_forward.get((full, windowed))
+        if made is not None:
+            return made
+        captured = self._device.captures and prepare
+        self.num_unprepared += self._device.captures and not prepare
+        made = [self._attention(layer, windowed if narrow else full, captured)
+                for layer, narrow in enumerate(self._is_windowed)]  # fmt: skip
+        if captured:
+            self._by_forward[full, windowed] = made
+        return made
+
+    def _attention(self, layer: int, shape: Shape, captured: bool) -> Program:
+        program = self._by_shape.get((layer, shape))
+        if program is None:
+            rows = shape.num_tokens
+            words = self._kernels.routing[:rows], self._routing[:rows]
+            program = self._device.program(self._kernels.attention(layer, shape), self._layer_pad_ns, words, captured)
+            if captured:
+                self._by_shape[layer, shape] = program
+        return program
+
+    def experts(self, num_experts: int, count: int, shared: bool) -> Program:
+        """For `num_experts` routed experts over at most `count` tokens each; its row is to be written before launch."""
+        rows = size_class(self._kernels.rows(count), LEAST_ROWS)
+        return self._rings[size_class(num_experts), rows, shared and self._has_shared].take()
+
+    def head(self, num_rows: int) -> Program:
+        """Head and sampling over `num_rows` rows, of which there may be none."""
+        program = self._heads.get(num_rows)
+        if program is None:
+            if self._is_prepared:
+                raise AssertionError(f"a head of {num_rows} rows was not prepared: captured now it would miscount")
+            words = self._kernels.tokens[:num_rows], self._tokens[:num_rows]
+            program = self._device.program(self._kernels.head(num_rows), self._head_pad_ns, words)
+            self._heads[num_rows] = program
+        return program
+
+    @property
+    def num_prepared(self) -> int:
+        """Programs that are there."""
+        return len(self._by_shape) + len(self._heads) + sum(len(ring.programs) for ring in self._rings.values())

@@ -1,0 +1,289 @@
+"""The real machine: implements `expertflow.machine.Machine` on a device, and turns its events into records.
+
+Written once for CUDA and CPU. The host polls: `wait` returns when what is awaited (or the chunk at the head of the
+copy stream) has happened, with the device times of everything that has ended by then. Kernels never wait for a copy
+on the device: the runtime launches an expert when its last chunk is known to have landed. A copy into a slot whose
+last reader may still run waits for that reader on the device.
+
+What is launched is a program (`replay.machine.programs`), whose events are those of its last launch. Its times are read
+before it is launched again, and where there is time for it: while the host waits anyway.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+
+from expertflow.forward import Forward
+from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
+from replay.machine.device import Device, Event, Program, words_of
+from replay.machine.kernels import Kernels
+from replay.machine.pools import HostPool, SlotPool, chunk_offsets
+from replay.machine.programs import Programs
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
+from replay.machine.stamps import Stamps
+
+_ROUNDED_NS = 1_000
+"""Times of one stream are rounded apart by less."""
+_NO_END = [0]
+"""Of the reader of a copy that waits for none."""
+
+
+class RealMachine:
+    """One device, its buffers and kernels. stamps: None = do not verify.
+
+    layer_pad_ns, head_pad_ns: what the stack under test would spend on the compute stream, spent doing nothing.
+    kv_grid: KV lengths are rounded up to a multiple (`sim.specs.hardware.Stack.kv_grid`). `prepare` must come before a
+    run.
+    """
+
+    def __init__(self, device: Device, kernels: Kernels, host: HostPool, slots: SlotPool,
+                 chunk_bytes: Sequence[int], layer_pad_ns: int = 0, head_pad_ns: int = 0, kv_grid: int = 0,
+                 stamps: Stamps | None = None) -> None:  # fmt: skip
+        self.device = device
+        self.kernels = kernels
+        self.host = host
+        self.slots = slots
+        self.stamps = stamps
+        self.layer_pad_ns, self.head_pad_ns = layer_pad_ns, head_pad_ns
+        self.num_read_first = 0
+        """Launches that had to wait until an earlier one of their program had ended and was read."""
+        offsets = chunk_offsets(chunk_bytes)
+        self._bounds = list(pairwise(offsets))
+        self._sizes = [end - start for start, end in self._bounds]
+        num_keys = kernels.model.num_layers * kernels.model.num_experts
+        self._slot_of = [-1] * num_keys
+        self._host_address = [host.buffer(key).data_ptr() for key in range(num_keys)]
+        self._slot_address = [slots.slot(number).data_ptr() for number in range(slots.num_slots)]
+        self._num_marks = 0
+        self._unread: deque[Program] = deque()
+        """Programs launched and not yet read, in the order of the stream."""
+        self._open: dict[int, Program] = {}
+        """The same by mark."""
+        self._read: list[Mark] = []
+        """Marks that were read and not yet reported."""
+        self._wanted_ends: dict[int, list[int]] = {}
+        """By unread mark that copies wait for: [its end], shared with those copies."""
+        self._chunks: deque[tuple[int, int, Event, int, int, list[int]]] = deque()
+        """(load, chunk, end, when it was issued, mark that it waits for, that one's end once it is read)."""
+        self._loads: dict[int, Event] = {}
+        self._number = device.numbers[0]
+        self._gate = 0
+        """Mark of the last gated launch: nothing is told of it before its number is seen."""
+        self._gate_start_ns: int | None = None
+        """When its kernels began, once that is read."""
+        self._compute_end_ns = self._copy_end_ns = self._now_ns = 0
+        pinned = device.world == "cuda"
+        self._routing = torch.zeros(kernels.routing.shape, dtype=torch.int64, pin_memory=pinned)
+        self._tokens = torch.zeros(kernels.tokens.shape, dtype=torch.int64, pin_memory=pinned)
+        self._routing_words, self._token_words = words_of(self._routing), words_of(self._tokens)
+        self._top_k = kernels.routing.shape[1]
+        self.programs = Programs(device, kernels, self._routing, self._tokens, layer_pad_ns, head_pad_ns, kv_grid,
+                                 stamps)  # fmt: skip
+        self._attention: Sequence[Program] = ()
+        self._head: Program | None = None
+
+    # -- what the runtime asks for ---------------------------------------------------------------------------
+
+    def begin_forward(self, forward: Forward) -> None:
+        self.device.begin_forward()
+        self._forward = forward.index
+        self._num_tokens = len(forward.rows)
+        self._shared_rows = self.kernels.shared_rows(self._num_tokens)
+        self._attention = self.programs.attention(forward)
+        self._head = self.programs.head(len(forward.requests) if forward.emits_token else 0)
+
+    def _launch(self, program: Program) -> int:
+        mark = self._num_marks = self._num_marks + 1
+        program.mark = mark
+        self.device.launch(program)
+        self._unread.append(program)
+        self._open[mark] = program
+        return mark
+
+    def _launch_gated(self, program: Program) -> int:
+        if program.mark:
+            self._read_first(program)
+        self._number += 1
+        self._gate_start_ns = None
+        mark = self._gate = self._launch(program)
+        return mark
+
+    def attention(self, layer: int) -> int:
+        return self._launch_gated(self._attention[layer])
+
+    def head(self) -> int:
+        assert self._head is not None
+        return self._launch_gated(self._head)
+
+    def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        count = 1 if counts is None else max([counts[key] for key in keys], default=1)
+        program = self.programs.experts(len(keys), count, shared)
+        if program.mark:
+            self._read_first(program)
+        row, slot_of = program.row, self._slot_of
+        words, layout = row.words, row.layout
+        words[NUM_EXPERTS] = len(keys)
+        words[SHARED_BLOCK] = layer if shared else -1
+        words[SHARED_ROWS] = self._shared_rows
+        at = layout.slots
+        for key in keys:
+            words[at] = slot_of[key]
+            at += 1
+        if counts is not None or not row.plain:
+            self._write_counts(program, keys, counts)
+        if self.stamps is not None:
+            self.stamps.expect(row, self._forward, layer, keys, [slot_of[key] for key in keys])
+        return self._launch(program)
+
+    def _write_counts(self, program: Program, keys: Sequence[int], counts: Mapping[int, int] | None) -> None:
+        """How many rows each expert computes over, and where they begin. counts None: one token each, for any keys."""
+        row, rows_of = program.row, self.kernels.rows
+        row.plain = counts is None
+        rows = [rows_of(1)] * row.layout.capacity if counts is None else [rows_of(counts[key]) for key in keys]
+        first, layout = 0, row.layout
+        for place, num_rows in enumerate(rows):
+            row.words[layout.first + place] = first
+            row.words[layout.counts + place] = num_rows
+            first += num_rows
+
+    def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
+        if chunk == 0:
+            self._slot_of[key] = slot
+        if self.stamps is not None:
+            self.stamps.sent(key, slot, chunk, load)
+        device, offset = self.device, self._bounds[chunk][0]
+        reader, wanted = self._open.get(after), _NO_END
+        if reader is not None:
+            wanted = self._wanted_ends.setdefault(after, [0])
+        end = device.copy(self._slot_address[slot] + offset, self._host_address[key] + offset, self._sizes[chunk],
+                          None if reader is None else reader.end)  # fmt: skip
+        self._chunks.append((load, chunk, end, device.now_ns(), after, wanted))
+        self._loads[load] = end
+
+    def decided(self, wants: Sequence[int], effort: float) -> None:
+        """Nothing to charge: the time has passed."""
+
+    # -- what it answers -------------------------------------------------------------------------------------
+
+    def wait(self, wait: Wait) -> Record:
+        """Block until what `wait` names, then report all that has ended."""
+        kind, ident, drain = wait
+        chunks = self._chunks
+        if kind == LOAD:
+            self.device.wait(0, chunks[0][2] if drain else self._loads[ident], self._read_one)
+            return self._record()
+        self.device.wait(self._number, chunks[0][2] if drain and chunks else None, self._read_one)
+        if self.device.numbers[0] >= self._number:
+            self._read_until(ident)
+            # What a router's host does next: look at the numbers.
+            if kind == GATE:
+                self._routing_words[: self._num_tokens * self._top_k].tolist()
+            else:
+                self._token_words[: self._num_tokens].tolist()
+        return self._record()
+
+    def _read_one(self) -> None:
+        """While there is nothing else to do: take the times of the next program, if it has ended.
+
+        A gate's end is left to who waits for it: its kernels end before the host has what they found. When they began
+        is read while they run, so that nobody waits for that once they have ended.
+        """
+        if not self._unread:
+            return
+        program, device = self._unread[0], self.device
+        if program.mark != self._gate:
+            if device.happened(program.end):
+                self._take()
+        elif self._gate_start_ns is None and device.ends_inside and device.happened(program.start):
+            self._gate_start_ns = device.time_ns(program.start)
+
+    def _take(self) -> None:
+        """Read the times of the first unread program, which has ended."""
+        program = self._unread.popleft()
+        mark, time_ns = program.mark, self.device.time_ns
+        # Times are rounded apart: a stream's intervals follow one another all the same.
+        early_ns = self._gate_start_ns if mark == self._gate else None
+        start_ns = time_ns(program.start) if early_ns is None else early_ns
+        if start_ns < self._compute_end_ns:
+            start_ns = self._compute_end_ns
+        end_ns = time_ns(program.end)
+        if end_ns + _ROUNDED_NS < self._compute_end_ns:
+            raise AssertionError(f"mark {mark} ended at {end_ns} ns, the one before it at {self._compute_end_ns}: the "
+                                 "time of an earlier launch was read")  # fmt: skip
+        if end_ns < start_ns:
+            end_ns = start_ns
+        self._compute_end_ns = end_ns
+        self._read.append((mark, start_ns, end_ns))
+        if mark in self._wanted_ends:
+            self._wanted_ends.pop(mark)[0] = end_ns
+        program.mark = 0
+        del self._open[mark]
+
+    def _read_until(self, mark: int) -> None:
+        """All programs up to the one of `mark` have ended, or are about to: read them."""
+        unread, happened = self._unread, self.device.happened
+        while unread and unread[0].mark <= mark:
+            while not happened(unread[0].end):
+                self.device.wait(0, unread[0].end)
+            self._take()
+
+    def _read_first(self, program: Program) -> None:
+        """`program` is to be launched again and its last launch is unread."""
+        self.num_read_first += 1
+        self._read_until(program.mark)
+
+    def _record(self) -> Record:
+        chunks, happened = self._chunks, self.device.happened
+        ended: list[Chunk] = []
+        while chunks and happened(chunks[0][2]):
+            ended.append(self._retire_chunk())
+        marks, self._read = self._read, []
+        now_ns = max(self.device.now_ns(), self._now_ns, self._copy_end_ns, self._compute_end_ns)
+        self._now_ns = now_ns
+        return (now_ns, ended, marks)
+
+    def _retire_chunk(self) -> Chunk:
+        """A copy has ended. It began when it was issued, or the one before it, or the kernel before it had ended."""
+        load, chunk, end, start_ns, after, wanted = self._chunks.popleft()
+        if after in self._open:
+            self._read_until(after)
+        if wanted[0] > start_ns:
+            start_ns = wanted[0]
+        if self._copy_end_ns > start_ns:
+            start_ns = self._copy_end_ns
+        end_ns = self.device.time_ns(end)
+        if end_ns < start_ns:
+            # Known to the host's clock alone, a moment of issue is less exact than an event.
+            start_ns = max(end_ns, self._copy_end_ns)
+            end_ns = start_ns
+        self._copy_end_ns = end_ns
+        if self._loads[load] is end:
+            del self._loads[load]
+        self.device.recycle(end)
+        return load, chunk, start_ns, end_ns
+
+    # -- before and after ------------------------------------------------------------------------------------
+
+    def preload(self, slot_of: Sequence[int]) -> None:
+        """Fill slots that hold an expert from the start. slot_of: slot by key, -1 = none."""
+        for key, slot in enumerate(slot_of):
+            if slot < 0:
+                continue
+            self._slot_of[key] = slot
+            for chunk, (start, end) in enumerate(self._bounds):
+                if self.stamps is not None:
+                    self.stamps.sent(key, slot, chunk, 0)
+                self.slots.bytes[slot, start:end].copy_(self.host.buffer(key)[start:end])
+        self.device.synchronize()
+
+    def prepare(self, forwards: Iterable[Forward]) -> None:
+        """Make the programs that `forwards` will launch, and launch each once: libraries load and choose, and the
+        device takes graphs in, on first use."""
+        self.programs.prepare(forwards, self.slots.num_slots)
+        if self.stamps is not None:
+            self.stamps.restart()
+        self._number = self.device.numbers[0]

@@ -1,0 +1,1 @@
+"""Predicted against measured: the only place where a replay meets a simulated machine."""

@@ -1,0 +1,1 @@
+"""One job: its configuration, what is made of it, what it writes, how it ends."""

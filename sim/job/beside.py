@@ -1,0 +1,90 @@
+"""The run that a configuration asks for and the runs beside it, wired once for both worlds.
+
+`Run` is one of them on whatever machine: the simulated one, or a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from expertflow.evictions.keep_nothing import KeepNothing
+from expertflow.evictions.lru import LRU
+from expertflow.horizons.fixed import FixedHorizon
+from expertflow.metrics import SCHEMA
+from expertflow.observer import Observer
+from expertflow.orders.resident_first import ResidentFirst
+from expertflow.policy import Policy
+from expertflow.predictors.none import NoPredictor
+from expertflow.selections.top_k import TopK
+from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy
+
+Run = Callable[[Policy, Transfer, Sequence[Observer]], dict[str, Any]]
+"""Runs a policy over the job's workload, told to the observers; its metrics."""
+
+
+def describe(work: Workload, policy: Policy, name: str, world: str = "sim") -> dict[str, Any]:
+    """What was run, as the head of the metrics; world: sim, cuda or cpu.
+
+    A start that was chosen from the whole trace uses the future.
+    """
+    return {
+        "schema": SCHEMA,
+        "world": world,
+        "policy": name,
+        "hardware": work.hardware.name,
+        "model": work.model.name,
+        "stack": work.stack.name,
+        "trace": {
+            "name": work.trace.name,
+            "sha256": work.trace_sha256,
+            "num_tokens": work.batches.num_tokens,
+            "num_requests": work.batches.num_requests,
+        },
+        "uses_future": policy.uses_future or work.start == "popular",
+        "capacity": {"num_slots": work.num_slots, "residency": work.residency},
+    }
+
+
+def baselines() -> dict[str, tuple[Policy, Transfer]]:
+    """The runs beside a single run: no reuse at all, and a cache without prefetch."""
+    return {
+        "on_demand": (_without_prefetch(KeepNothing()), Transfer()),
+        "lru": (_without_prefetch(LRU()), Transfer()),
+    }
+
+
+def _without_prefetch(eviction: LRU) -> Policy:
+    return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst())
+
+
+def run_asked(
+    cfg: Mapping[str, Any],
+    work: Workload,
+    policy: Policy,
+    transfer: Transfer,
+    run: Run,
+    observers: Sequence[Observer] = (),
+    main: Run | None = None,
+    full: Workload | None = None,
+) -> dict[str, Any]:
+    """The metrics of `policy`, made of `cfg`; where that asks for it, with the prefetches that were redundant: the same
+    policy without prefetch, which runs first, would have hit as well.
+
+    work: what is run. full: what policies are made for, where that differs: a replay may run a smaller model. main: how
+    `policy` itself is run, where that differs from `run`.
+    """
+    if not cfg["count_redundant"]:
+        return (main or run)(policy, transfer, observers)
+    hits = HitRecord()
+    run(*make_policy(without_prefetch(cfg["policy"]), full or work, cfg["seed"]), [hits])
+    redundancy = RedundancyCounter(hits, len(load_chunks(work)), work.warmup_forwards)
+    metrics = (main or run)(policy, transfer, [redundancy, *observers])
+    metrics["prefetch"]["redundant"] = redundancy.num_redundant
+    return metrics
+
+
+def run_baselines(run: Run) -> dict[str, dict[str, Any]]:
+    """The metrics of each of `baselines`."""
+    return {name: run(policy, transfer, ()) for name, (policy, transfer) in baselines().items()}

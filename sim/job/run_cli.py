@@ -1,0 +1,66 @@
+"""How a command ends: a user's mistake is one line and exit code 2, in a single run and in a sweep."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sim.job.errors import one_line
+from sim.paths import use_own_folder
+
+TRACEBACK = "EXPERTFLOW_TRACEBACK"
+"""Environment variable: where it is set, a command that ends with an error prints where that came from, too."""
+Ending = Callable[[Exception], int | None]
+"""The exit code after an error that it knows, which it has told; None for any other."""
+
+_endings: list[Ending] = []
+
+
+def on_error(ending: Ending) -> None:
+    """Ask `ending` first how a command ends after an error: what `sim` must not know of may need an end of its own."""
+    _endings.append(ending)
+
+
+def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
+    """Run one Hydra job. In a sweep Hydra must see a failure: it names the job and lets the others finish."""
+    try:
+        # Here, since this may be a process of its own. Hydra itself has looked in the folder already.
+        sources = HydraConfig.get().runtime.config_sources
+        use_own_folder(next((one.path for one in sources if one.provider == "command-line"), None))
+        return run(cfg)
+    except Exception as error:
+        line = one_line(error)
+        if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def run_cli(main: Callable[[], int | None],
+               interrupted: str = "finished runs are kept (skip_done=true goes on from there)") -> int:  # fmt: skip
+    """Run a command's `main`; its exit code, which is 0 where it returns none. interrupted: what is said of what was
+    done by then."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print(f"interrupted; {interrupted}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
+        # Here, while the error keeps alive what it has passed.
+        for code in (ending(error) for ending in _endings):
+            if code is not None:
+                return code
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2

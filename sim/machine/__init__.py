@@ -1,0 +1,1 @@
+"""The simulated machine, and one policy over one workload on it."""

@@ -1,0 +1,75 @@
+"""One policy over one workload on the simulated machine, and the schedules that bound it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from expertflow.bounds import Floor, floor, min_loads
+from expertflow.clairvoyant import portfolio
+from expertflow.metrics import collect_metrics
+from expertflow.observer import Observer
+from expertflow.policy import Policy
+from expertflow.runtime import Runtime
+from sim.job.setup import Transfer, Workload, forwards_for, load_chunks, run_config
+from sim.machine.groups import CheapestGroups
+from sim.machine.host_bound import machine_for
+from sim.machine.kernels import KernelTimes
+from sim.machine.link import Link
+from sim.machine.simulated import HostCosts, simulate
+
+
+def run_policy(work: Workload, policy: Policy, transfer: Transfer,
+               observers: Sequence[Observer] = ()) -> dict[str, Any]:  # fmt: skip
+    """Simulate `policy` over `work`; the metrics of `expertflow.metrics`, after the identities were checked."""
+    model = work.model
+    chunk_bytes = load_chunks(work)
+    link = Link(work.hardware, memory=transfer.memory)
+    kernels = KernelTimes(model, work.hardware, work.stack)
+    machine = machine_for(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
+    runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
+    simulate(runtime, machine)
+    runtime.check_identities()
+    if work.warmup_forwards >= runtime.counters.num_forwards:
+        raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
+                         f"{runtime.counters.num_forwards} forwards")  # fmt: skip
+    return collect_metrics(runtime)
+
+
+def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:
+    """Name and metrics of the fastest schedule of the portfolio that knows the future."""
+    runs = [(name, run_policy(work, policy, Transfer())) for name, policy in portfolio(work.future).items()]
+    return min(runs, key=lambda run: run[1]["elapsed_ns"])
+
+
+def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
+    """The floor for schedules with the slots of `work` (and staging buffers), over the whole run.
+
+    Where experts launched at once have times of their own, a layer's take the cheapest partition into groups: a
+    schedule launches every expert of a layer once, so that its launches are one of the partitions tried. The shared
+    experts add their own time to one of the launches whichever it is, and so to the least of them all. What a busy
+    link adds to a kernel only lengthens it, and is left out.
+    """
+    model = work.model
+    kernels = KernelTimes(model, work.hardware, work.stack)
+    costs = HostCosts.of(work.hardware, work.stack)
+    cheapest = None if kernels.groups is None else CheapestGroups(kernels.groups, model.num_experts, costs.group_ns)
+    serial: list[int] = []
+    heads: list[int] = []
+    for forward in work.batches:
+        attention = kernels.attention_list_ns(forward.num_tokens, forward.kv_lens, forward.phase == "prefill")
+        shared = kernels.shared_ns(forward.num_tokens)
+        for layer, keys in enumerate(forward.demands):
+            tokens = [1] * len(keys) if forward.counts is None else [forward.counts[layer][key] for key in keys]
+            experts = kernels.experts_ns(tokens) + costs.group_ns if cheapest is None else cheapest.ns(tokens)
+            serial.append(attention[layer] + shared + experts + costs.layer_serial_ns)
+            if layer == 0:
+                # After the tokens are read back the first launch of a forward has nothing to hide behind.
+                serial[-1] += costs.launch_ns + costs.launch_latency_ns + costs.forward_ns
+                # The first forward follows no tokens.
+                serial[-1] += costs.observe_ns if heads else 0
+        head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
+        heads.append(head + costs.group_ns + costs.head_overhead_ns + costs.token_sync_ns)
+    fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
+    totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
+    return floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers)

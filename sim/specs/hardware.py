@@ -1,0 +1,205 @@
+"""What the simulated machine is made of: a GPU, its link to the host, the host's costs, the software stack.
+
+Data only: `sim.machine.kernels` and `sim.machine.link` turn it into times. Units stand in the names; GB = 1e9 bytes.
+Every figure of `conf/hardware` and `conf/stack` carries its origin in `sources`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from expertflow.model import check_range, from_mapping
+from sim.specs.kernel_table import KernelTable, kernel_table
+
+Curve = tuple[tuple[int, float], ...]
+"""Points (copy size in bytes, GB/s), sizes rising."""
+
+PINNED = "pinned"
+PAGEABLE = "pageable"
+"""The host memory that experts wait in."""
+
+_SECOND_NS = 1_000_000_000
+_KV_GRID = 1_000_000
+_NS_REMEDY = "give whole nanoseconds, at most a second"
+_LINK_REMEDY = "give GB/s in one direction, as measured with pinned memory"
+_POSITIVE = {
+    "memory_gb": (1e5, "give GB of GPU memory"),
+    "memory_gb_per_s": (1e6, "give the peak of the GPU's own memory"),
+    "tflops": (1e6, "give dense bf16, without sparsity"),
+    "memory_efficiency": (1.0, "give the share of the peak"),
+    "compute_efficiency": (1.0, "give the share of the peak"),
+    "pageable_gb_per_s": (math.inf, "give GB/s of a copy from pageable memory"),
+}
+
+
+def _check_sources(group: str, spec: Hardware | Stack) -> None:
+    known = {item.name for item in fields(spec)} - {"name", "sources"}
+    if not isinstance(spec.sources, Mapping):
+        raise ValueError(f"{group}.sources={spec.sources!r} must map each figure's key to its origin")
+    for key, text in spec.sources.items():
+        if key not in known:
+            raise ValueError(f"{group}.sources.{key} is no figure; valid keys: {', '.join(sorted(known))}")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{group}.sources.{key}={text!r} must be text: a reference, or 'assumption: …'")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU with its host.
+
+    tflops: dense bf16, fp32 accumulate. memory_efficiency, compute_efficiency: the share of the two peaks
+    (memory_gb_per_s, tflops) that kernels reach.
+    link_gb_per_s: host to device, pinned, one way; an asymptotic figure or a curve by copy size, either
+    *without* link_latency_ns, which every copy pays on top (`sim.machine.link`). Infinity is a copy in no time.
+    link_slowdown: factor on a copy's transfer time while kernels read memory.
+    launch_host_ns: a launch keeps the host busy. launch_latency_ns: from enqueuing to the start of the kernel
+    on an idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until
+    the host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: a decision of
+    effort 1, as one that looks rows up in a table (`expertflow.parts.Effort`).
+    kernel_ns: measured kernel times by name of the model; they replace the roofline for those models alone.
+    """
+
+    name: str
+    memory_gb: float
+    memory_gb_per_s: float
+    tflops: float
+    link_gb_per_s: float | Curve
+    pageable_gb_per_s: float
+    memory_efficiency: float
+    compute_efficiency: float
+    link_latency_ns: int
+    launch_host_ns: int
+    launch_latency_ns: int
+    issue_copy_ns: int
+    gate_sync_ns: int
+    token_sync_ns: int
+    decide_ns: int
+    link_slowdown: float = 1.0
+    kernel_ns: Mapping[str, KernelTable] = field(default_factory=dict, hash=False)
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("hardware.name is empty; give the name of the conf/hardware file")
+        for key, (high, remedy) in _POSITIVE.items():
+            check_range(f"hardware.{key}", getattr(self, key), 0, high, above=True, remedy=remedy)
+        check_range("hardware.link_slowdown", self.link_slowdown, 1, 1000, remedy="1: compute slows no copy")
+        times = (item.name for item in fields(self) if item.name.endswith("_ns"))
+        for key in (name for name in times if name != "kernel_ns"):
+            check_range(f"hardware.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
+        self._check_link()
+        self._check_kernels()
+        _check_sources("hardware", self)
+
+    def _check_link(self) -> None:
+        link = self.link_gb_per_s
+        if not isinstance(link, tuple):
+            check_range("hardware.link_gb_per_s", link, 0, math.inf, above=True, remedy=_LINK_REMEDY)
+            if self.memory_gb_per_s < link < math.inf:
+                raise ValueError(f"hardware.link_gb_per_s={link} is above memory_gb_per_s={self.memory_gb_per_s}, into "
+                                 f"which it copies; {_LINK_REMEDY}")  # fmt: skip
+            return
+        if not link:
+            raise ValueError(f"hardware.link_gb_per_s=() has no points; {_LINK_REMEDY}")
+        last_bytes = 0
+        for num_bytes, gb_per_s in link:
+            key = f"hardware.link_gb_per_s[{num_bytes} bytes]"
+            check_range(key, gb_per_s, 0, 1e6, above=True, remedy=_LINK_REMEDY)
+            if num_bytes <= last_bytes:
+                raise ValueError(f"{key} follows {last_bytes} bytes; sizes must rise and be at least 1")
+            last_bytes = num_bytes
+
+    def _check_kernels(self) -> None:
+        if not isinstance(self.kernel_ns, Mapping):
+            raise ValueError(f"hardware.kernel_ns={self.kernel_ns!r} must map the name of a model to its tables")
+        for model, table in self.kernel_ns.items():
+            if not isinstance(model, str) or not model:
+                raise ValueError(f"hardware.kernel_ns: {model!r} must be the name of a model")
+            if not isinstance(table, KernelTable):
+                raise ValueError(f"hardware.kernel_ns.{model}={table!r} must be a KernelTable, as hardware_from_dict "
+                                 "makes of a mapping")  # fmt: skip
+            table.check(f"hardware.kernel_ns.{model}")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The software that runs the model: time on the compute stream beside the kernels' own, and on the host.
+
+    layer_overhead_ns: per MoE layer, before its attention (Python, small kernels, gaps between kernels).
+    head_overhead_ns: per forward, before the head (sampling, bookkeeping between tokens).
+    kv_grid: the KV tokens that a layer reads in a decode forward are rounded up to a multiple of it, since kernels
+    are captured for certain lengths (`kv_on_grid`); 0 = they are read as they are.
+    The rest is the host's own time, 0 unless measured (`sim.machine.host_bound`).
+    classify_ns: once a layer, from the routing being known to the first action. observe_ns: after every other
+    wake (a load has landed, a chunk has ended, the tokens are read back). forward_ns: once a forward, before
+    anything of it is launched or copied. group_ns: on the stream, by each launch itself before its kernels run; it
+    counts as their running. copy_start_ns: from issuing a copy until an idle link begins with it.
+    """
+
+    name: str
+    layer_overhead_ns: int
+    head_overhead_ns: int
+    kv_grid: int = 0
+    classify_ns: int = 0
+    observe_ns: int = 0
+    forward_ns: int = 0
+    group_ns: int = 0
+    copy_start_ns: int = 0
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("stack.name is empty; give the name of the conf/stack file")
+        for key in (item.name for item in fields(self) if item.name.endswith("_ns")):
+            check_range(f"stack.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
+        check_range("stack.kv_grid", self.kv_grid, 0, _KV_GRID, remedy="give whole tokens of KV; 0: no grid")
+        _check_sources("stack", self)
+
+
+HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))
+"""The figures of a stack that `sim.machine.host_bound` charges, 0 unless measured."""
+_OPTIONAL = {"kernel_ns", "kv_grid", *HOST_COSTS}
+
+
+def unsourced(spec: Hardware | Stack) -> list[str]:
+    """Figures of `spec` without a line in `sources`, in the order of the fields; one left out needs none."""
+    left_out = {name for name in _OPTIONAL if hasattr(spec, name) and not getattr(spec, name)}
+    return [item.name for item in fields(spec) if item.name not in {"name", "sources", *left_out, *spec.sources}]
+
+
+def hardware_from_dict(values: Mapping[str, object]) -> Hardware:
+    """Hardware from the keys of a `conf/hardware` file; ValueError names an unknown, missing or wrong key."""
+    link = values.get("link_gb_per_s")
+    if isinstance(link, list | tuple):
+        values = {**values, "link_gb_per_s": tuple(_point(point) for point in link)}
+    elif "link_gb_per_s" in values and (isinstance(link, bool) or not isinstance(link, int | float)):
+        raise ValueError(f"hardware.link_gb_per_s={link!r} must be a number or a list of [bytes, GB/s]")
+    kernels = values.get("kernel_ns")
+    if isinstance(kernels, Mapping):
+        tables = {model: kernel_table(f"hardware.kernel_ns.{model}", table) for model, table in kernels.items()}
+        values = {**values, "kernel_ns": tables}
+    return from_mapping(Hardware, values, "hardware")
+
+
+def _point(point: object) -> tuple[int, float]:
+    match point:
+        case [int(num_bytes), int() | float() as gb_per_s] if not isinstance(num_bytes, bool):
+            return num_bytes, float(gb_per_s)
+    raise ValueError(f"hardware.link_gb_per_s: {point!r} must be a point [bytes, GB/s] with whole bytes")
+
+
+def stack_from_dict(values: Mapping[str, object]) -> Stack:
+    """A stack from the keys of a `conf/stack` file; ValueError names an unknown, missing or wrong key."""
+    return from_mapping(Stack, values, "stack")
+
+
+def kv_on_grid(kv_tokens: int, grid: int, most: int = sys.maxsize) -> int:
+    """KV tokens that one layer reads in a decode forward of a stack with that `kv_grid`, all rows together.
+
+    kv_tokens: those that it needs; of a windowed layer at most a window of each row. most: its bound, window * rows
+    for a windowed layer. The simulation takes its times from this number, a replay captures its kernels for it.
+    """
+    return min(-(-kv_tokens // grid) * grid, most) if grid else kv_tokens
