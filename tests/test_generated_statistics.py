@@ -15,7 +15,7 @@ import pytest
 from tests.conformance import statistics_of
 from tests.recordings import SHIPPED as RECORDING
 from tests.recordings import named, recordings
-from traces.fit import fit_trace
+from traces.fitting.generator import fit_trace
 from traces.generate import SHIPPED, generate, load_params, split_tokens
 from traces.reader import open_trace
 from traces.stats import check_routing, lru_distances, next_layer_recall, popularity_entropy, reuse

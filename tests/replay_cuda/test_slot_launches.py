@@ -169,7 +169,7 @@ def compiled(call: tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]])
     compiler = pytest.importorskip("triton.compiler", reason="pip install 'expertflow[kernels]'")
     from triton.backends.compiler import GPUTarget
 
-    from replay import slot_programs
+    from replay.machine import slot_programs
 
     name, _, arguments, options = call
     kernel = getattr(slot_programs, name)
