@@ -23,13 +23,14 @@ from typing import Any
 import torch
 
 from expertflow.runtime import Runtime
-from replay.bench_decide import Stopwatch, measure_overhead
 from replay.drive import drive
 from replay.gc_pause import gc_paused
 from replay.machine.cuda import CudaDevice
+from replay.machine.cuda_clock import CudaClock
 from replay.machine.device import Program, Words, Work, words_of
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
+from replay.stopwatch import Stopwatch, measure_overhead
 from sim.job.configure import configure
 from sim.job.run_cli import run_cli
 from sim.job.setup import load_chunks, make_policy, make_workload, run_config
@@ -73,7 +74,6 @@ class EmptyDriver(CudaDevice):
     def __init__(self, counting: bool = False) -> None:
         self._lost = False
         self._pool: list[Any] = []
-        self._next_base: Any = None
         self.torch_device = torch.device("cpu")
         self._compute: Any = _Stream()
         self._link: Any = self._compute
@@ -81,15 +81,13 @@ class EmptyDriver(CudaDevice):
         self._number = words_of(self._flag)
         self.numbers: Sequence[int] = self._number
         self._raw_copy = _nothing
-        self._base, self._base_ns = self._event(), 0
-        self._base.record(None)
-        self._based_at_ns = self._lag_at_ns = time.perf_counter_ns()
-        self._least_lag_ns = self._base.at_ns
         self.seen_ns: list[int] = []
         self.launched_ns: list[int] = []
         self.calls: Counter[str] = Counter()
         if counting:
             self._count()
+        self._clock = CudaClock(None, self._pool, self._event)
+        self._clock.count_from_now(_nothing)
 
     def _event(self) -> Any:
         return self._pool.pop() if self._pool else _Event()
@@ -100,8 +98,6 @@ class EmptyDriver(CudaDevice):
         })  # fmt: skip
         self._event = lambda: self._pool.pop() if self._pool else counted()  # type: ignore[method-assign]
         self._raw_copy = self._counted("copy", _nothing)
-        self._base = self._event()
-        self._base.record(None)
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         calls = self.calls

@@ -11,7 +11,7 @@ from typing import Any
 from expertflow.forward import DECODE, PREFILL, Forward
 from replay.calibration.measure import beside_copies_ns
 from replay.machine.device import Program, Work
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.programs import LEAST_ROWS
 from replay.machine.rig import Rig
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class

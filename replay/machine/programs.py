@@ -14,7 +14,8 @@ import torch
 
 from expertflow.forward import PREFILL, Forward
 from replay.machine.device import Device, Program
-from replay.machine.kernels import Kernels, Row, Shape
+from replay.machine.kernels import Kernels, Shape
+from replay.machine.launch_row import Row
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 from replay.machine.stamps import Stamps
 from replay.machine.timing import works_ns
