@@ -17,6 +17,20 @@ _FITS = 0.03
 """How far a size may be from latency + bytes / rate for the link to be just that."""
 
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
+_SOURCES = {
+    "memory_gb": "as the device reports it",
+    "memory_gb_per_s": "one large copy inside the device, bytes read plus bytes written",
+    "tflops": "one large matrix product",
+    "memory_efficiency": "definition: the figure it belongs to is measured, not a peak",
+    "compute_efficiency": "definition: the figure it belongs to is measured, not a peak",
+    "link_gb_per_s": "copies of each size in a row, the host far ahead; latency + bytes / rate by least squares",
+    "link_latency_ns": "the same fit: the part of a copy's time that does not grow with size",
+    "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
+    "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
+    "kernel_ns": "each kernel of the model's shapes, as a run launches it",
+    "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
+}
+"""How each figure of a hardware file was measured, where it is not the mean of a replay in place."""
 
 
 def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> tuple[int, float | list[list[float]]]:
@@ -100,19 +114,40 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two configuration files of a calibration, as plain mappings."""
+    """The two configuration files of a calibration, as plain mappings: (hardware, stack)."""
     by_model = {model: _costs(raw, model, "found", DEFAULT_POLICY) for model in raw["kernels"]}
     costs = next(iter(by_model.values()))[0]
     # A profile's decide_ns is that of a decision of effort 1.
     effort = raw["decisions"].get(DEFAULT_POLICY, {}).get("effort", 1.0)
     costs = {**costs, "decide_ns": round(costs["decide_ns"] / effort)}
-    latency, curve = link_fit(raw["link"], raw.get("link_peak_gb_per_s"))
+    device = raw["device"]
+    how = f"measured {raw['date']} by python -m replay.calibrate on {device['name']}, torch {device['torch']}"
+    hardware = {
+        "name": name,
+        "memory_gb": round(raw["memory_gb"], 3),
+        "memory_gb_per_s": round(raw["memory_gb_per_s"], 3),
+        "tflops": round(raw["matrix_tflops"], 6),
+        "memory_efficiency": 1.0,
+        "compute_efficiency": 1.0,
+        **_link_figures(raw),
+        **{key: costs[key] for key in _HARDWARE_COSTS},
+        "kernel_ns": {model: table for model, (_, table) in by_model.items()},
+    }
+    hardware["sources"] = {
+        key: f"{how}: {_SOURCES.get(key, 'mean of a replay in place')}" for key in hardware if key != "name"
+    }
+    return hardware, _stack_figures(raw, name, costs, how)
+
+
+def _link_figures(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The link of a hardware file, from copies alone and beside kernels. MeasurementError on what no link does."""
+    peak = raw.get("link_peak_gb_per_s")
+    latency, curve = link_fit(raw["link"], peak)
     expert = next(iter(raw["beside"].values()))
     # One rate for every size: that of a chunk as the runs cut them by default.
     chunk = (4 << 20) / raw["scale"] ** 2
     row = min(raw["link"], key=lambda row: abs(row["bytes"] - chunk))
     pageable = row["bytes"] / row["pageable_ns"]
-    peak = raw.get("link_peak_gb_per_s")
     if peak is not None and pageable > peak:
         raise MeasurementError(f"pageable copies seem to run at {pageable:.4g} GB/s on a link of {peak:.4g} at most; "
                                "calibrate again when the machine is idle")  # fmt: skip
@@ -120,37 +155,16 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     if slowdown > MOST_SLOWDOWN:
         raise MeasurementError(f"link_slowdown={slowdown:.4g}: no kernel slows a copy so; calibrate again when the "
                                "machine is idle")  # fmt: skip
-    device = raw["device"]
-    how = f"measured {raw['date']} by python -m replay.calibrate on {device['name']}, torch {device['torch']}"
-    hardware: dict[str, Any] = {
-        "name": name,
-        "memory_gb": round(raw["memory_gb"], 3),
-        "memory_gb_per_s": round(raw["memory_gb_per_s"], 3),
-        "tflops": round(raw["matrix_tflops"], 6),
-        "memory_efficiency": 1.0,
-        "compute_efficiency": 1.0,
+    return {
         "link_gb_per_s": curve,
         "link_latency_ns": latency,
         "pageable_gb_per_s": round(pageable, 6),
         "link_slowdown": round(slowdown, 4),
-        **{key: costs[key] for key in _HARDWARE_COSTS},
-        "kernel_ns": {model: table for model, (_, table) in by_model.items()},
     }
-    texts = {
-        "memory_gb": "as the device reports it",
-        "memory_gb_per_s": "one large copy inside the device, bytes read plus bytes written",
-        "tflops": "one large matrix product",
-        "memory_efficiency": "definition: the figure it belongs to is measured, not a peak",
-        "compute_efficiency": "definition: the figure it belongs to is measured, not a peak",
-        "link_gb_per_s": "copies of each size in a row, the host far ahead; latency + bytes / rate by least squares",
-        "link_latency_ns": "the same fit: the part of a copy's time that does not grow with size",
-        "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
-        "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
-        "kernel_ns": "each kernel of the model's shapes, as a run launches it",
-        "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
-    }
-    hardware["sources"] = {key: f"{how}: {texts.get(key, 'mean of a replay in place')}"
-                           for key in hardware if key != "name"}  # fmt: skip
+
+
+def _stack_figures(raw: Mapping[str, Any], name: str, costs: Mapping[str, int], how: str) -> dict[str, Any]:
+    """The stack file. how: the words that every measured figure's source begins with."""
     stack: dict[str, Any] = {"name": name, "layer_overhead_ns": 0, "head_overhead_ns": 0}
     if raw.get("kv_grid"):
         stack["kv_grid"] = raw["kv_grid"]
@@ -159,7 +173,7 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     stack["sources"] |= dict.fromkeys(("layer_overhead_ns", "head_overhead_ns"), "definition: a replay adds none")
     if raw.get("kv_grid"):
         stack["sources"]["kv_grid"] = "definition: the lengths that a replay captures its kernels for"
-    return hardware, stack
+    return stack
 
 
 def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple[dict[str, int], dict[str, Any]]:
