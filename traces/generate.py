@@ -31,7 +31,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from traces.format import write_trace
+from traces.format import About, write_trace
 
 PARAMETER_FORMAT = "expertflow-routing-parameters"
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
@@ -285,14 +285,12 @@ def run(args: argparse.Namespace) -> int:
     usual = max(1, round(args.tokens / float(params["topic_length"].mean())))
     requests = usual if args.requests is None else args.requests
     made = generate(params, split_tokens(args.tokens, requests), args.seed)
-    arrays: dict[str, Any] = dict(made)
-    write_trace(
-        args.output,
-        **arrays,
+    about = About(
         model=header["model"],
         num_experts=params["bias"].shape[1],
         source=f"generated with seed {args.seed} from parameters fitted to: {header['source']}",
         license=header["license"],
     )
+    write_trace(args.output, made, about)
     print(f"{args.output}: {args.tokens} tokens in {requests} requests")
     return 0

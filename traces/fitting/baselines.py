@@ -22,7 +22,7 @@ from expertflow.forest import KNOTS, Forest, calibration_tables
 from expertflow.network import LOG_UNIT, Block, HistoryNetwork, chance_of
 from expertflow.units import SCORE_ONE
 from traces.container import TraceError
-from traces.fitting.forest import fit_forest, knot_counts, rising_shares
+from traces.fitting.forest import ForestOptions, fit_forest, knot_counts, rising_shares
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.reader import Trace
 
@@ -180,7 +180,8 @@ class ForestBaseline:
         if "forest" in training.files:
             arrays = dict(load_file(training.files["forest"]))
         else:
-            arrays = fit_forest(trace, training.report, distances=training.distances, seed=training.seed)[0]
+            options = ForestOptions(distances=training.distances, seed=training.seed)
+            arrays = fit_forest(trace, training.report, options)[0]
         self.forest = Forest(arrays, trace.num_layers, trace.num_experts)
         if training.distances > self.forest.D:
             raise TraceError(f"{training.files['forest']}: is fitted to {self.forest.D} distances, "
@@ -200,10 +201,10 @@ class NetworkBaseline:
         if "hybrid" in training.files:
             arrays = dict(load_file(training.files["hybrid"]))
         else:
-            from traces.fitting.network import fit_hybrid
+            from traces.fitting.network import HybridOptions, fit_hybrid
 
-            distances = training.distances
-            arrays = fit_hybrid(self.trace, training.report, distances=distances, seed=training.seed)[0]
+            options = HybridOptions(distances=training.distances, seed=training.seed)
+            arrays = fit_hybrid(self.trace, training.report, options)[0]
         self.net = HistoryNetwork(arrays, self.trace.num_layers, self.trace.num_experts)
         if training.distances > self.net.D:
             raise TraceError(f"{training.files['hybrid']}: is fitted to {self.net.D} distances, "

@@ -278,29 +278,54 @@ def _rows_to_bytes(
     return np.rint(weights / np.expand_dims(steps, axis)).astype(np.int8), np.rint(UNIT * NAT * steps).astype(np.int64)
 
 
-def fit_hybrid(
-    trace: Trace, report: Callable[[str], None], *, epochs: int = 12, hidden: int = 192, mixed: int = 128,
-    distances: int = 8, dropout: int = 10, rows: int = MAX_ROWS, seed: int = 0, threads: int = 0,
-) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:  # fmt: skip
-    """Fit a history network, corrected towards the pre-gate where the trace has one; its arrays and header.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridOptions:
+    """What `fit-predictor kind=hybrid` may be told.
 
     dropout: in percent; more where rows are few. rows: of whole requests, from the first, at most so many. threads: of
-    torch, 0 = its own choice. ValueError where the trace has nothing to look ahead to, or no whole request.
+    torch, 0 = its own choice. The others as in `Training`.
+    """
+
+    epochs: int = 12
+    hidden: int = 192
+    mixed: int = 128
+    distances: int = 8
+    dropout: int = 10
+    rows: int = MAX_ROWS
+    seed: int = 0
+    threads: int = 0
+
+    def training(self, num_layers: int) -> Training:
+        """How a network for so many layers is trained."""
+        distances = min(self.distances, num_layers - 1)
+        return Training(
+            epochs=self.epochs,
+            hidden=self.hidden,
+            mixed=self.mixed,
+            distances=distances,
+            seed=self.seed,
+            dropout=self.dropout / 100,
+            distances_a_step=min(Training.distances_a_step, distances),
+        )
+
+
+def fit_hybrid(
+    trace: Trace, report: Callable[[str], None], options: HybridOptions
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """Fit a history network, corrected towards the pre-gate where the trace has one; its arrays and header.
+
+    ValueError where the trace has nothing to look ahead to, or no whole request.
     """
     if trace.num_layers < 2:
         raise ValueError(f"{trace.name} has one MoE layer: there is nothing to look ahead to")
-    if threads:
-        torch.set_num_threads(threads)
-    if not 0 <= dropout < 100:
-        raise ValueError(f"dropout={dropout} must be a share in percent, 0 … 99")
-    requests = int(np.searchsorted(trace.request_start, min(rows, MAX_ROWS), side="right")) - 1
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not 0 <= options.dropout < 100:
+        raise ValueError(f"dropout={options.dropout} must be a share in percent, 0 … 99")
+    requests = int(np.searchsorted(trace.request_start, min(options.rows, MAX_ROWS), side="right")) - 1
     if requests < 1:
-        raise ValueError(f"rows={rows} hold no whole request of {trace.name}; give more")
-    training = Training(
-        epochs=epochs, hidden=hidden, mixed=mixed, distances=min(distances, trace.num_layers - 1), seed=seed,
-        dropout=dropout / 100,
-        distances_a_step=min(Training.distances_a_step, distances, trace.num_layers - 1),
-    )  # fmt: skip
+        raise ValueError(f"rows={options.rows} hold no whole request of {trace.name}; give more")
+    training = options.training(trace.num_layers)
     data = read_dataset(trace, range(requests), training.discount)
     pregate = read_pregate(trace, 0, data.num_rows)
     if pregate is not None and pregate.shape[2] < training.distances:
