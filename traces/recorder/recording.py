@@ -8,7 +8,7 @@ forward (batch × sequence, in this order), L MoE layers, K top-k, E experts, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 from traces.layout import MAX_EXPERTS
 from traces.recorder.lookahead import KINDS, dense, listed, num_right
 from traces.recorder.outputs import Reader, first_tensor, tensors, with_first_tensor
+from traces.recorder.seen import SeenLayer
 from traces.recorder.taps import EXPLICIT, Tap
 
 __all__ = ["Recording", "Rows", "Tap"]
@@ -54,19 +55,6 @@ class Rows:
             {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays},
             {kind: np.concatenate([part.hits[kind] for part in parts]) for kind in first.hits},
         )
-
-
-@dataclass
-class _Layer:
-    """What has been seen of one tap in the running forward."""
-
-    residual: torch.Tensor | None = None
-    normed: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    routed: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    executed: tuple[torch.Tensor, torch.Tensor | None] | None = None
-    counts: torch.Tensor | None = None
-    guesses: dict[tuple[str, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
 
 class Recording:
@@ -113,7 +101,7 @@ class Recording:
         self.kinds = KINDS if all(tap.norm is not None for tap in taps) else ("normed",)
         self.on_forward = on_forward
         self._handles: list[Any] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[SeenLayer] = []
         self._rows: Rows | None = None
 
     # -- hooks -------------------------------------------------------------------------------------------------
@@ -154,7 +142,7 @@ class Recording:
         return rows
 
     def _start(self, module: nn.Module, args: Any) -> None:
-        self._layers = [_Layer() for _ in self.taps]
+        self._layers = [SeenLayer() for _ in self.taps]
 
     def _norm_hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -238,7 +226,7 @@ class Recording:
             return (dense(logits, chosen),)
         return listed(logits, chosen, self.top_k, self.num_listed)
 
-    def _states(self, index: int, source: _Layer, kind: str) -> torch.Tensor:
+    def _states(self, index: int, source: SeenLayer, kind: str) -> torch.Tensor:
         """What the router of tap `index` is asked from the layer `source`."""
         norm = self.taps[index].norm
         if kind == "normed":
@@ -266,7 +254,7 @@ class Recording:
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         with torch.no_grad():
-            choices = [self._settle(tap, layer) for tap, layer in zip(self.taps, self._layers, strict=True)]
+            choices = [layer.settled(tap, self._reader) for tap, layer in zip(self.taps, self._layers, strict=True)]
             rows = self._collect(choices)
         self._layers = []
         if self.on_forward is not None:
@@ -275,37 +263,6 @@ class Recording:
             raise ValueError("the rows of the forward before were not taken; call take() after each, or on_forward=")
         else:
             self._rows = rows
-
-    def _settle(self, tap: Tap, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The experts of one layer [n,K] best first, and their weights."""
-        if layer.normed is None or layer.logits is None:
-            raise ValueError(f"layer {tap.layer}: its router was not called; {EXPLICIT}")
-        ids, weights = layer.routed
-        if layer.executed is not None:
-            executed, applied = layer.executed
-            if ids is not None and not torch.equal(ids.sort(dim=1).values, executed.sort(dim=1).values):
-                problem = "its experts were given other ids than its router returned"
-                raise ValueError(f"layer {tap.layer}: {problem}; {EXPLICIT}")
-            same_order = ids is not None and torch.equal(ids, executed)
-            ids, weights = executed, weights if applied is None and same_order else applied
-        elif ids is None and tap.choose is not None:
-            ids, weights = tap.choose(layer.logits)
-            ids, weights = ids.long(), weights.float()
-        elif ids is None:
-            ids = layer.logits.topk(self.top_k, dim=1).indices
-        if layer.counts is not None:
-            counts = torch.bincount(ids[ids >= 0].cpu(), minlength=self.num_experts)
-            if not torch.equal(counts, layer.counts):
-                expert = int((counts != layer.counts).nonzero()[0])
-                problem = f"expert {expert} ran {int(layer.counts[expert])} tokens, the record says {counts[expert]}"
-                raise ValueError(f"layer {tap.layer}: {problem}; give its Tap a `choose` that routes as the model does")
-        if weights is None:
-            return ids, None
-        # What is not there goes last, whatever its weight.
-        key = torch.where(ids >= 0, weights, torch.full_like(weights, -torch.inf))
-        order = torch.argsort(key, dim=1, descending=True, stable=True)
-        ids, weights = ids.gather(1, order), weights.gather(1, order)
-        return ids, torch.where(ids >= 0, weights, 0.0)
 
     def _collect(self, choices: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Rows:
         lengths = {len(ids) for ids, _ in choices}
