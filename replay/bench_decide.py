@@ -91,7 +91,7 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
 
 
 def _noted(forwards: Iterable[Forward], running: list[Forward]) -> Iterator[Forward]:
-    """The same forwards; `running` holds the one that was taken last."""
+    """Yield the same forwards, and put the one taken last into `running`."""
     for forward in forwards:
         running[:] = [forward]
         yield forward

@@ -37,7 +37,7 @@ from sim.job.setup import load_chunks, make_policy, make_workload, run_config
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
 SCALE = 64
-"""Of the model's widths: no byte of it is computed or copied here."""
+"""What the model's widths are divided by. No byte of the model is computed or copied here."""
 
 
 class _Event:
@@ -59,7 +59,7 @@ class _Event:
 
 
 class _Stream:
-    """Takes what is enqueued."""
+    """A stream that accepts what is enqueued and runs nothing."""
 
     def wait_event(self, event: object) -> None:
         """Nothing is left to wait for."""
@@ -140,14 +140,14 @@ class EmptyDriver(CudaDevice):
 
 
 def _nothing(*given: Any) -> None:
-    """A call of the driver."""
+    """Stand in for a call of the driver, and do nothing."""
 
 
 class HostTimes:
-    """Of one run: Python time in ns of its layer-steps, and the calls of the driver.
+    """Python time of the layer-steps of one run in ns, and how often the driver was called.
 
-    launched_ns: by layer-step, from the number seen to the first launch of experts. total_ns: of the whole run.
-    policy_ns: of it, the policy's own code.
+    launched_ns: by layer-step, from the moment at which the gate's number was seen to the first launch of experts.
+    total_ns: the whole run. policy_ns: the part of it that was spent in the policy's own code.
     """
 
     def __init__(self, words: Sequence[str], counting: bool = False, timed_policy: bool = False) -> None:
@@ -181,7 +181,7 @@ class HostTimes:
 
 
 def _first_after(seen: Sequence[int], launched: Sequence[int]) -> list[int]:
-    """For each launch that follows a wait at once: the time between."""
+    """The time in ns from the last entry of `seen` before each launch to that launch."""
     found, place = [], 0
     for at in launched:
         while place + 1 < len(seen) and seen[place + 1] <= at:
@@ -191,7 +191,7 @@ def _first_after(seen: Sequence[int], launched: Sequence[int]) -> list[int]:
 
 
 def measure(words: Sequence[str], repeat: int) -> dict[str, dict[str, float]]:
-    """us of Python and calls of the driver by what they are for: medians of `repeat` runs."""
+    """Medians over `repeat` runs, by what the time is spent on: us of Python, and calls of the driver."""
     resident = ["residency=1.0", "start=resident", "+policy=lru", *words]
     copying = ["residency=0.5", "+policy=lru", *words]
     seen, rest, chunk = [], [], []

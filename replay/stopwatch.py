@@ -24,7 +24,7 @@ _CONTRACTS: dict[str, type[Part]] = {
 }
 _POLICY_HOOKS = ("begin_forward", "routed", "decide", "feedback", "place_experts", "end_forward")
 _UNTIMED = ("start", "announced", "fuse", "thresholds", "worths")
-"""Once before the run, or never: none is part of a layer."""
+"""Methods that are called once before the run, or never, and so belong to no layer."""
 _PER_FORWARD = ("begin_forward", "end_forward")
 _CALLS = 20_000
 
@@ -51,20 +51,20 @@ class Step:
 
     @property
     def total_ns(self) -> int:
-        """All of it, once; a step shorter than the clock's noise took no time."""
+        """Time of the layer-step in all parts together; 0 where the clock's noise makes it negative."""
         return max(sum(self.parts_ns.values()), 0)
 
 
 class Stopwatch:
-    """Books each moment that passes in wrapped code to the innermost part that runs.
+    """Counts the time that passes in wrapped code for the innermost part that runs.
 
-    clock: integer ns, monotonic. Event: the number of the layer-step as `view.event`; -1 before the first.
+    clock: integer ns, monotonic. event_of: gives the number of the layer-step as `view.event`; -1 before the first.
     """
 
     def __init__(self, clock: Callable[[], int] = time.perf_counter_ns, overhead: Overhead | None = None) -> None:
         self.steps: list[Step] = []
         self.forwards_ns: list[int] = []
-        """begin_forward and end_forward, by forward."""
+        """ns of begin_forward and end_forward together, by forward."""
         self.event_of: Callable[[], int] = lambda: -1
         self.reach_of: Callable[[], int] = lambda: 0
         self.in_prompt: Callable[[], bool] = lambda: False
@@ -113,7 +113,7 @@ class Stopwatch:
             setattr(policy, hook, self.wrap(getattr(policy, hook), GLUE, hook))
 
     def _close(self, hook: str) -> None:
-        """A call from outside has ended: file what it took."""
+        """Add the time of a call from outside, which has ended, to its layer-step or forward."""
         event, spent = self.event_of(), self._spent
         if hook in _PER_FORWARD:
             if hook == "begin_forward":
@@ -137,7 +137,7 @@ def _hooks(contract: type[Part]) -> Iterator[str]:
 
 
 def _nothing(first: Any, second: Any) -> None:
-    """The bare function call."""
+    """The function whose bare call is timed."""
 
 
 def call_ns(function: Callable[..., Any] = _nothing, batches: int = 25) -> float:

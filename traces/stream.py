@@ -249,7 +249,7 @@ def folder_of(path: Path) -> Path:
 
 
 def _lock(path: Path, folder: Path) -> Any:
-    """An open file that keeps others off the recording; it dies with the process."""
+    """Open the lock file of the recording, which keeps other processes off it; the lock ends with the process."""
     try:
         file = (folder / _LOCK).open("wb")
         if fcntl is not None:

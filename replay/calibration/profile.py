@@ -12,9 +12,9 @@ from replay.calibration.probe import steady_mean
 from sim.specs.hardware import HOST_COSTS, Hardware, Stack, hardware_from_dict, stack_from_dict
 
 DEFAULT_POLICY = "adaptive"
-"""Whose costs stand in the profile; a validation takes each policy's own."""
+"""The policy whose host costs stand in the profile. A validation takes the costs of each policy itself."""
 _FITS = 0.03
-"""How far a size may be from latency + bytes / rate for the link to be just that."""
+"""Share by which the time of a size may differ from latency + bytes / rate, for the link to be described so."""
 
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
 _SOURCES = {
@@ -108,7 +108,7 @@ def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """The tenth, the middle and the ninetieth of a hundred."""
+    """The 10th, 50th and 90th percentile."""
     ordered = sorted(values)
     return {f"p{percent}": ordered[min(len(ordered) * percent // 100, len(ordered) - 1)] for percent in (10, 50, 90)}
 
@@ -140,7 +140,10 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
 
 
 def _link_figures(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The link of a hardware file, from copies alone and beside kernels. MeasurementError on what no link does."""
+    """The figures of the link for a hardware file, from copies alone and beside kernels.
+
+    MeasurementError where they cannot be those of a link.
+    """
     peak = raw.get("link_peak_gb_per_s")
     latency, curve = link_fit(raw["link"], peak)
     expert = next(iter(raw["beside"].values()))
@@ -188,8 +191,11 @@ def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple
 
 
 def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, Any], float]:
-    """(`table` as its kernels run in place, what a launch takes by itself). For a machine whose streams are threads
-    beside the host's: they wait for each other. The share is that of the rows measured, for every number of rows."""
+    """The kernel table with the times that kernels take in place, and the ns that a launch takes by itself.
+
+    Meant for a machine whose streams are threads beside the host's thread, where all wait for one interpreter. How much
+    longer a kernel takes is measured at a few numbers of rows and applied to all of them.
+    """
     points = [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
               if name.startswith("run experts[") and row["count"] >= 8]  # fmt: skip
     points += [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
@@ -210,7 +216,8 @@ def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]])
 
 
 def _line(points: list[tuple[float, int, float]]) -> tuple[float, float]:
-    """(at 0, per one more) of the least-squares line through (weight, count, time); neither below 0."""
+    """(value at 0, growth per unit of x) of the least-squares line through points (weight, x, y); neither is negative.
+    (value at 0, growth per unit of x) of the least-squares line through points (weight, x, y); neither is negative."""
     total = sum(weight for weight, _, _ in points)
     mean_x = sum(weight * x for weight, x, _ in points) / total
     mean_y = sum(weight * y for weight, _, y in points) / total
@@ -221,7 +228,7 @@ def _line(points: list[tuple[float, int, float]]) -> tuple[float, float]:
 
 
 def _host(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> Mapping[str, Mapping[str, float]]:
-    """The samples of one run in place; a stack or policy that was not measured takes the nearest that was."""
+    """Samples of one run in place. For a stack or policy that was not measured: those of the first one measured."""
     by_stack = raw["host"][model]
     by_policy = by_stack.get(stack) or next(iter(by_stack.values()))
     found: Mapping[str, Mapping[str, float]] = by_policy.get(policy) or next(iter(by_policy.values()))
@@ -229,7 +236,8 @@ def _host(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> Mappin
 
 
 def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, stack: Stack) -> tuple[Hardware, Stack]:
-    """Hardware and stack to simulate a replay of `policy` under `stack` with: its own host costs, pads as they last."""
+    """Hardware and stack that simulate a replay of `policy` under `stack`: with the host costs measured for this
+    policy, and with pads as long as they really last."""
     plain_hardware, plain_stack = profiles(raw, name)
     hardware, found = hardware_from_dict(plain_hardware), stack_from_dict(plain_stack)
     if model not in raw["kernels"]:

@@ -43,12 +43,12 @@ from sim.specs.chunks import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.specs.hardware import hardware_from_dict, stack_from_dict
 
 RECORD_VERSION = 2
-"""Of what the raw record means; records of others are refused."""
+"""Version of the raw record's format; records of other versions are refused."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_TOKENS = 64
-"""Of the largest launch of experts that is measured at least: batches give an expert more than one token."""
+"""The largest launch of experts that is measured has at least so many tokens: in batches an expert has several."""
 PROMPT_TOKENS = 512
-"""Of the prompt whose launches are held against its kernels."""
+"""Tokens of the prompt for which the time of the launches is compared with the time of the kernels."""
 _RECORD_REMEDY = "write one with python -m replay.calibrate: NAME.calibration.json"
 
 

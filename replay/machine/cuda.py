@@ -25,7 +25,7 @@ from replay.machine.slot_kernels import gate
 
 _PATIENCE_NS = 60_000_000_000
 _POLLS = 64
-"""Between two looks at the clock, and at what else there is to do."""
+"""Polls of the device between two looks at the clock and at what else there is to do."""
 _ASK_NS = 1_000_000
 _PROBE_NS = 2_000_000
 
@@ -79,8 +79,12 @@ class CudaDevice:
         self.ends_inside = self._tells_ends()
 
     def _tells_ends(self) -> bool:
-        """Whether an event inside a graph counts as recorded anew from the moment of its launch: else it would seem to
-        have happened, at the last launch's time. CUDA's documents say that each launch records it, not since when."""
+        """Whether an event inside a graph counts as not yet happened from the moment at which its graph is launched
+        again.
+
+        If not, it seems to have happened at the time of the launch before. CUDA's documents say that each launch
+        records the event anew, but not from when on that can be seen.
+        """
         self.ends_inside = True
         program = self._program(_nothing, _PROBE_NS, None, True)
         told = True
@@ -107,7 +111,7 @@ class CudaDevice:
         return self._pool.pop() if self._pool else _timing_event()
 
     def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """`call` with its errors as `explained`."""
+        """Call `call` and raise its errors as `explained` gives them."""
         try:
             return call(*arguments)
         except RuntimeError as error:
@@ -287,19 +291,20 @@ def _timing_event() -> Any:
 
 
 def _ignore(value: object) -> None:
-    """A work returns nothing."""
+    """Drop the result of a call, since a work returns nothing."""
 
 
 def _nothing() -> None:
-    """The work of a program that only passes time."""
+    """The work of a program that only lets time pass."""
 
 
 def _replay_and_record(replay: Callable[[], None], end: Any, stream: Any) -> None:
-    """The end comes behind the gate then, and costs the host one more call."""
+    """Replay a graph, then record its end outside of it: the end stands behind the gate, and the host makes one more
+    call."""
     replay()
     end.record(stream)
 
 
 def _never() -> bool:
-    """The query of no event."""
+    """Answer for no event that it has not happened."""
     return False

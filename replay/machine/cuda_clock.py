@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 _BASE_LIFE_NS = 10_000_000
-"""A float32 of milliseconds resolves 1 ns up to 16 ms; at a minute it would be 4 us."""
+"""Age at which the base is renewed: a float32 of milliseconds resolves 1 ns up to 16 ms, and 4 us after a minute."""
 _FORGET_NS = 5_000
-"""Host and device clocks drift apart, by less than 200 ppm: the least delay seen is forgotten by 1 ns in so many."""
+"""The least delay seen is raised by 1 ns every so many ns, since the clocks of host and device drift apart by up to
+200 ppm."""
 _SPIN_CYCLES = (50_000, 2_000_000)
 _SETTLE_NS = 50_000_000
-"""An idle GPU runs at a fraction of its clock; after this much work it has come up."""
+"""Work after which an idle GPU, which runs at a fraction of its clock rate, has reached its full rate."""
 _NUM_PROBES = 50
 
 Wait = Callable[[Any], None]

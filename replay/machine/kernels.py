@@ -86,7 +86,7 @@ class _Block:
 
 
 class _Own(NamedTuple):
-    """Blocks of which each layer has its own: values [count, num_values], and each one's two matrices."""
+    """Weights of which each layer has its own block: values [count, num_values], and each block's two matrices."""
 
     block: _Block
     values: torch.Tensor
@@ -200,7 +200,10 @@ class Kernels:
         return max(1, math.ceil(tokens * self.model.kv_bits / torch.finfo(self._dtype).bits))
 
     def shape(self, layer: int, forward: Forward, kv_grid: int = 0) -> Shape:
-        """Of the attention of MoE layer `layer` in `forward`. kv_grid: see `sim.machine.kernels.kv_on_grid`."""
+        """The shape of the attention of MoE layer `layer` in `forward`.
+
+        kv_grid: see `sim.machine.kernels.kv_on_grid`.
+        """
         num_tokens = len(forward.rows)
         window = self.model.window if self.model.is_windowed(layer) else None
         lens = forward.kv_lens if window is None else [min(kv_len, window) for kv_len in forward.kv_lens]
@@ -258,7 +261,7 @@ class Kernels:
         return self._expert.feed.rows(num_tokens)
 
     def shared_rows(self, num_tokens: int) -> int:
-        """The same of the shared experts; 0 if the model has none."""
+        """Rows that the shared experts compute over for so many tokens; 0 if the model has none."""
         return 0 if self._shared is None else self._shared.block.feed.rows(num_tokens)
 
     def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:

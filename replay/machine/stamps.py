@@ -111,12 +111,12 @@ class Stamps:
         return work
 
     def restart(self) -> None:
-        """What was launched so far was no part of the run."""
+        """Forget what was launched so far: it was no part of the run."""
         self._wrong.zero_()
         self._first_bad.fill_(1 << 62)
 
     def collect(self) -> None:
-        """The run is over, the device idle: take over what it has found."""
+        """Read from the device what it has found wrong. The run must be over and the device idle."""
         self.num_wrong = int(self._wrong.item())
         if self.num_wrong:
             forward, layer, keys = self._launches[int(self._first_bad.item())]

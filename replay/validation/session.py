@@ -26,9 +26,9 @@ from sim.views.timeline import Timeline
 
 TIMELINE_FORWARDS = 8
 _LAST_PAGE_S = 8.0
-"""Kept back of the minutes: the tables and the picture are drawn at the end."""
+"""Seconds of the given minutes that are kept for drawing the tables and the picture at the end."""
 _TAKES_A_REPLAY = 3
-"""Of a row whose host keeps changing its speed: so many replays are made at most for each one that is to count."""
+"""At most so many replays of a row are made for each one that is to count, where the host keeps changing its speed."""
 
 
 class Validation:
@@ -87,7 +87,10 @@ class Validation:
         return summary
 
     def _calibrated_stacks(self) -> list[str]:
-        """A pad does not change what a GPU's host does; a CPU's threads take longer to wake from it."""
+        """Stacks under which the host is measured.
+
+        A pad does not change what a GPU's host does, but a CPU's threads take longer to wake from it.
+        """
         return list(self.asked.stacks) if self.device.world == "cpu" else ["found"]
 
     # -- cases -----------------------------------------------------------------------------------------------
@@ -135,7 +138,10 @@ class Validation:
         return True
 
     def _take_again(self, cases: Sequence[Case], wanted: int, until_s: float) -> None:
-        """Those of `cases` of which fewer than `wanted` replays count, the fewest first, while time and hope last."""
+        """Replay those of `cases` again of which fewer than `wanted` replays count, the fewest first.
+
+        Stop when the time is up, or when a case has been replayed too often.
+        """
         while True:
             takes = {case: self._found.takes[case] for case in cases if case in self._found.takes}
             short = {case: len(counted(found)) for case, found in takes.items()
@@ -179,7 +185,7 @@ class Validation:
         self._lasted_s[case.policy] = self._found.elapsed_s() - began
 
     def _timeline(self, cfg: dict[str, Any], case: Case) -> None:
-        """The first forwards of both worlds, one above the other."""
+        """Write the first forwards of the replay and of the simulation, one above the other."""
         _, full = self._bench.workload(case, TIMELINE_FORWARDS * case.batch_size)
         work = scaled_workload(full, self.scale)
         pair = (Timeline(f"measured: {case}", work.model.num_experts),
@@ -213,7 +219,7 @@ class Validation:
             self.say(f"{name}: lockstep {found.num_decisions} decisions {equal}")
 
     def _make_rig(self, model: str, stamps_too: bool) -> None:
-        """One for all that is to come of `model`."""
+        """Make one rig for all runs of `model` that are to come."""
         runs = [(case, self._bench.tokens(case)) for case in self.asked.cases(model)]
         self._bench.make_rig([*runs, *([(_stamped(model), self.args.verify_tokens)] if stamps_too else [])])
 
@@ -233,5 +239,5 @@ class Validation:
         self.say(f"{case}: {found.num_wrong} wrong stamps in {found.num_executions} executions")
 
 def _stamped(model: str) -> Case:
-    """What is run to check many executions: as many experts to a launch as there are."""
+    """The case that is run to check many executions: with it a launch holds as many experts as possible."""
     return Case(model, "found", 0.75, 8, "lru")

@@ -60,7 +60,7 @@ class Training:
 
 
 class FloatNetwork(nn.Module):
-    """The network before rounding."""
+    """The network in floating point, before its weights are rounded to integers."""
 
     def __init__(self, num_layers: int, num_experts: int, training: Training, pregate: bool) -> None:
         super().__init__()
@@ -116,9 +116,9 @@ def pregate_logits(chance: Tensor) -> Tensor:
 
 
 def calibrate_pregate(net: FloatNetwork, data: Dataset, pregate: npt.NDArray[np.float16], seed: int) -> None:
-    """Set the weights of the pre-gate, and the biases, to a logistic regression of each distance and target layer.
+    """Set the weights of the pre-gate, and the biases, by logistic regression for each distance and target layer.
 
-    Weights that set out from little do not arrive: the history is learned by heart before, and leaves them nothing.
+    Without this they start near zero and stay there: the history is learned first, and no error is left for them.
     """
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
@@ -163,7 +163,7 @@ def _own(use: npt.NDArray[np.float32], shares: npt.NDArray[np.float32]) -> Tenso
 
 
 def losses(net: FloatNetwork, batch: Batch, distances: list[int], dropout: float) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy of the distances, that of the outlook), nats an expert."""
+    """(mean cross-entropy of the experts chosen, that of the experts used soon), in nats an expert."""
     hidden = torch.relu(net.sums(batch.routing, batch.states))
     after = torch.relu(net.base(batch.after) + net.place[0])
     if dropout:
@@ -266,7 +266,7 @@ def to_integers(net: FloatNetwork, data: Dataset) -> dict[str, npt.NDArray[Any]]
 
 
 def _peaks(active: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """What nearly all activations [n, H] stay below."""
+    """The value [H] that nearly all activations [n, H] stay below."""
     return np.maximum(np.percentile(active, _PEAK_SHARE, axis=0), 1e-3).astype(np.float64)
 
 

@@ -263,7 +263,7 @@ def _deal(events: _Events, forwards: _Forwards, bases: Ints, part: slice) -> tup
 
 
 def _account(forwards: _Forwards) -> list[str]:
-    """What the trace is not."""
+    """Notes on how the trace differs from the recording it was made of."""
     notes = []
     single = int((forwards.tokens == 1).sum())
     several, rows = forwards.tokens.size - single, int(forwards.tokens[forwards.tokens > 1].sum())

@@ -49,7 +49,7 @@ class Rows:
 
     @staticmethod
     def join(parts: Sequence[Rows]) -> Rows:
-        """One after the other."""
+        """The rows of `parts`, one part after the other."""
         first = parts[0]
         return Rows(
             {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays},

@@ -117,7 +117,10 @@ class Session:
 
 
 def _in_memory(answers: Iterator[Answer]) -> Iterator[Answer]:
-    """The answers; a device that is too small is the user's to know of, not a fault of ours."""
+    """Yield the answers.
+
+    A device with too little memory becomes a TraceError with a remedy: the user chose the sizes.
+    """
     try:
         yield from answers
     except torch.OutOfMemoryError as error:

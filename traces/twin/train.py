@@ -249,7 +249,10 @@ class Trainer:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Of the step with that number, from 0: a linear rise, then 1/√step, which needs no end to be known."""
+    """The learning rate of the step with this number, counted from 0: it rises linearly, then falls as 1/√step.
+
+    This needs no last step to be known.
+    """
     count = step + 1
     return settings.lr * min(count / settings.warmup, math.sqrt(settings.warmup / count))
 
