@@ -143,8 +143,14 @@ def _measure_kernels(raw: dict[str, Any], device: Device, model: ModelSpec, quic
     rig.release()
 
 
-def _measure_host(raw: dict[str, Any], device: Device, name: str, runs: Sequence[tuple[str, str]], quick: bool,
-                  step: Callable[[str], None]) -> None:  # fmt: skip
+def _measure_host(
+    raw: dict[str, Any],
+    device: Device,
+    name: str,
+    runs: Sequence[tuple[str, str]],
+    quick: bool,
+    step: Callable[[str], None],
+) -> None:
     """What the host does in short replays of the model `name`. runs: (stack, policy) of each."""
     length, repeat = (24, 1) if quick else (64, 3)
     in_place = InPlace(device, named_model(name), raw["scale"], length)

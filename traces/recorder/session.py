@@ -51,9 +51,7 @@ class Session:
             moe_layer_ids=located.moe_layer_ids,
             **self._header(),
         ) as writer:
-            batches = record_batches(
-                self._network, self._recording, iter(prompts), options.batch_size, self._sampling
-            )
+            batches = record_batches(self._network, self._recording, iter(prompts), options.batch_size, self._sampling)
             for answer in _in_memory(batches):
                 self._append(writer, answer)
                 if progress is not None and task is not None:
