@@ -86,7 +86,7 @@ class EmptyDriver(CudaDevice):
         self.calls: Counter[str] = Counter()
         if counting:
             self._count()
-        self._clock = CudaClock(None, self._pool, self._event)
+        self._use_clock(CudaClock(None, self._pool, self._event))
         self._clock.count_from_now(_nothing)
 
     def _event(self) -> Any:
