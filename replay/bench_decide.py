@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.network import compiled_functions
-from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.gc_pause import gc_paused
+from replay.stopwatch import GLUE, PARTS, Stopwatch, call_ns, measure_overhead, quantile
 from sim.job.configure import configure
 from sim.job.run_cli import run_cli
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
@@ -43,25 +42,6 @@ BAR_P99_NS = 100_000
 BAR_POLICY = "adaptive"
 BAR_REACH = 2
 BAR_BATCH = 1
-
-PARTS = ("predictor", "horizon", "selection", "eviction", "order", "place")
-GLUE = "policy"
-"""Code of the policy itself, which asks the parts and puts their answers together."""
-
-_CONTRACTS: dict[str, type[Part]] = {
-    "predictor": Predictor,
-    "horizon": Horizon,
-    "selection": Selection,
-    "eviction": Eviction,
-    "order": Order,
-    "place": Place,
-}
-_POLICY_HOOKS = ("begin_forward", "routed", "decide", "feedback", "place_experts", "end_forward")
-_UNTIMED = ("start", "announced", "fuse", "thresholds", "worths")
-"""Once before the run, or never: none is part of a layer."""
-_PER_FORWARD = ("begin_forward", "end_forward")
-_CALLS = 20_000
-
 
 @dataclass(frozen=True)
 class DecisionTimes:
@@ -89,152 +69,6 @@ class DecisionTimes:
     forward_max_ns: float
 
 
-@dataclass(frozen=True)
-class Overhead:
-    """What timing one call costs in ns: `inside` is read as the call's own time, `outside` as its caller's."""
-
-    inside: int = 0
-    outside: int = 0
-
-
-class Step:
-    """Time in ns of one layer-step by part; reach: how many layers ahead its decision looked, 0 = there was none;
-    is_prompt: the forward computes a prompt."""
-
-    __slots__ = ("decide_ns", "is_prompt", "parts_ns", "reach")
-
-    def __init__(self, is_prompt: bool = False) -> None:
-        self.parts_ns = dict.fromkeys((*PARTS, GLUE), 0)
-        self.decide_ns = 0
-        self.reach = 0
-        self.is_prompt = is_prompt
-
-    @property
-    def total_ns(self) -> int:
-        """All of it, once; a step shorter than the clock's noise took no time."""
-        return max(sum(self.parts_ns.values()), 0)
-
-
-class Stopwatch:
-    """Books each moment that passes in wrapped code to the innermost part that runs.
-
-    clock: integer ns, monotonic. Event: the number of the layer-step as `view.event`; -1 before the first.
-    """
-
-    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns, overhead: Overhead | None = None) -> None:
-        self.steps: list[Step] = []
-        self.forwards_ns: list[int] = []
-        """begin_forward and end_forward, by forward."""
-        self.event_of: Callable[[], int] = lambda: -1
-        self.reach_of: Callable[[], int] = lambda: 0
-        self.in_prompt: Callable[[], bool] = lambda: False
-        self._clock = clock
-        self._overhead = overhead or Overhead()
-        self._stack: list[str] = []
-        self._spent = dict.fromkeys((*PARTS, GLUE), 0)
-        self._since = 0
-
-    def wrap(self, function: Callable[..., Any], part: str, hook: str) -> Callable[..., Any]:
-        """`function`, timed as code of `part`."""
-        clock, stack, spent = self._clock, self._stack, self._spent
-        inside, outside = self._overhead.inside, self._overhead.outside
-
-        def timed(*args: Any, **named: Any) -> Any:
-            entered = clock()
-            if stack:
-                spent[stack[-1]] += entered - self._since
-            stack.append(part)
-            self._since = clock()
-            try:
-                return function(*args, **named)
-            finally:
-                left = clock()
-                spent[part] += left - self._since - inside
-                stack.pop()
-                if stack:
-                    self._since = left + outside
-                else:
-                    self._close(hook)
-
-        return timed
-
-    def attach(self, policy: Policy) -> None:
-        """Time every method that the runtime, or the policy itself, calls. Before the runtime is made: it binds some.
-
-        A part's helpers are its own time. Inherited hooks that nobody hears are left alone.
-        """
-        for name in PARTS:
-            part = getattr(policy, name)
-            contract = _CONTRACTS[name]
-            for hook in sorted({*_hooks(Part), *_hooks(contract)}):
-                if hook not in _UNTIMED and policy.overrides(part, hook):
-                    setattr(part, hook, self.wrap(getattr(part, hook), name, hook))
-        for hook in _POLICY_HOOKS:
-            setattr(policy, hook, self.wrap(getattr(policy, hook), GLUE, hook))
-
-    def _close(self, hook: str) -> None:
-        """A call from outside has ended: file what it took."""
-        event, spent = self.event_of(), self._spent
-        if hook in _PER_FORWARD:
-            if hook == "begin_forward":
-                self.forwards_ns.append(0)
-            self.forwards_ns[-1] += sum(spent.values())
-        elif event >= 0:
-            while len(self.steps) <= event:
-                self.steps.append(Step(self.in_prompt()))
-            step = self.steps[event]
-            for part, ns in spent.items():
-                step.parts_ns[part] += ns
-            if hook == "decide":
-                step.decide_ns += sum(spent.values())
-                step.reach = self.reach_of()
-        for part in spent:
-            spent[part] = 0
-
-
-def _hooks(contract: type[Part]) -> Iterator[str]:
-    return (name for name, value in vars(contract).items() if callable(value) and not name.startswith("_"))
-
-
-def _nothing(first: Any, second: Any) -> None:
-    """The bare function call."""
-
-
-def call_ns(function: Callable[..., Any] = _nothing, batches: int = 25) -> float:
-    """Time in ns of one call with two arguments, the loop around it subtracted: the median of many batches."""
-    times = []
-    for _ in range(batches):
-        started = time.perf_counter_ns()
-        for _ in range(_CALLS // batches):
-            pass
-        looped = time.perf_counter_ns()
-        for _ in range(_CALLS // batches):
-            function(1, 2)
-        times.append((time.perf_counter_ns() - looped - (looped - started)) / (_CALLS // batches))
-    return max(_quantile(sorted(times), 0.5), 1.0)
-
-
-def measure_overhead() -> Overhead:
-    """What the stopwatch adds to a call, and to the caller of a call: on a function that does nothing."""
-    bare = call_ns()
-    insides, outsides = [], []
-    for _ in range(25):
-        watch = Stopwatch()
-        inner = watch.wrap(_nothing, PARTS[0], "predict")
-
-        def outer(call: Callable[..., Any] = inner) -> None:
-            for _ in range(_CALLS // 25):
-                call(1, 2)
-
-        watch.event_of = lambda: 0
-        watch.wrap(outer, GLUE, "decide")()
-        spent = watch.steps[0].parts_ns
-        insides.append(spent[PARTS[0]] / (_CALLS // 25))
-        outsides.append(spent[GLUE] / (_CALLS // 25))
-    # A call that is not timed costs its caller nothing but the call, which is part of what `inside` reads.
-    return Overhead(max(round(_quantile(sorted(insides), 0.5) - bare), 0), round(_quantile(sorted(outsides), 0.5)))
-
-
 def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwatch:
     """Run `policy`, which must be fresh, over `work` on the simulated machine, forward by forward, and time it."""
     watch = Stopwatch(overhead=measure_overhead())
@@ -257,7 +91,7 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
 
 
 def _noted(forwards: Iterable[Forward], running: list[Forward]) -> Iterator[Forward]:
-    """The same forwards; `running` holds the one that was taken last."""
+    """Yield the same forwards, and put the one taken last into `running`."""
     for forward in forwards:
         running[:] = [forward]
         yield forward
@@ -289,9 +123,9 @@ def summarise(watch: Stopwatch, max_reach: int | None = None) -> DecisionTimes:
     parts = {part: sum(step.parts_ns[part] for step in steps) / count for part in (*PARTS, GLUE)}
     forwards = sorted(float(max(ns, 0)) for ns in watch.forwards_ns) or [0.0]
     return DecisionTimes(
-        p50_ns=_quantile(totals, 0.5),
-        p90_ns=_quantile(totals, 0.9),
-        p99_ns=_quantile(totals, 0.99),
+        p50_ns=quantile(totals, 0.5),
+        p90_ns=quantile(totals, 0.9),
+        p99_ns=quantile(totals, 0.99),
         mean_ns=sum(parts.values()),
         max_ns=totals[-1],
         decide_ns=sum(step.decide_ns for step in steps) / count,
@@ -300,14 +134,9 @@ def summarise(watch: Stopwatch, max_reach: int | None = None) -> DecisionTimes:
         num_idle=num_idle,
         num_beyond=len(watch.steps) - count - num_prompt - num_idle,
         parts_ns=parts,
-        forward_p50_ns=_quantile(forwards, 0.5),
+        forward_p50_ns=quantile(forwards, 0.5),
         forward_max_ns=forwards[-1],
     )
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    """The value that `share` of `ordered` (ascending, not empty) does not exceed: a value that occurred."""
-    return ordered[max(-int(-share * len(ordered) // 1) - 1, 0)]
 
 
 def holds(times: DecisionTimes) -> bool:

@@ -23,20 +23,21 @@ from typing import Any
 import torch
 
 from expertflow.runtime import Runtime
-from replay.bench_decide import Stopwatch, measure_overhead
 from replay.drive import drive
 from replay.gc_pause import gc_paused
 from replay.machine.cuda import CudaDevice
+from replay.machine.cuda_clock import CudaClock
 from replay.machine.device import Program, Words, Work, words_of
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
+from replay.stopwatch import Stopwatch, measure_overhead
 from sim.job.configure import configure
 from sim.job.run_cli import run_cli
 from sim.job.setup import load_chunks, make_policy, make_workload, run_config
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
 SCALE = 64
-"""Of the model's widths: no byte of it is computed or copied here."""
+"""What the model's widths are divided by. No byte of the model is computed or copied here."""
 
 
 class _Event:
@@ -58,7 +59,7 @@ class _Event:
 
 
 class _Stream:
-    """Takes what is enqueued."""
+    """A stream that accepts what is enqueued and runs nothing."""
 
     def wait_event(self, event: object) -> None:
         """Nothing is left to wait for."""
@@ -73,7 +74,6 @@ class EmptyDriver(CudaDevice):
     def __init__(self, counting: bool = False) -> None:
         self._lost = False
         self._pool: list[Any] = []
-        self._next_base: Any = None
         self.torch_device = torch.device("cpu")
         self._compute: Any = _Stream()
         self._link: Any = self._compute
@@ -81,15 +81,13 @@ class EmptyDriver(CudaDevice):
         self._number = words_of(self._flag)
         self.numbers: Sequence[int] = self._number
         self._raw_copy = _nothing
-        self._base, self._base_ns = self._event(), 0
-        self._base.record(None)
-        self._based_at_ns = self._lag_at_ns = time.perf_counter_ns()
-        self._least_lag_ns = self._base.at_ns
         self.seen_ns: list[int] = []
         self.launched_ns: list[int] = []
         self.calls: Counter[str] = Counter()
         if counting:
             self._count()
+        self._use_clock(CudaClock(None, self._pool, self._event))
+        self._clock.count_from_now(_nothing)
 
     def _event(self) -> Any:
         return self._pool.pop() if self._pool else _Event()
@@ -100,8 +98,6 @@ class EmptyDriver(CudaDevice):
         })  # fmt: skip
         self._event = lambda: self._pool.pop() if self._pool else counted()  # type: ignore[method-assign]
         self._raw_copy = self._counted("copy", _nothing)
-        self._base = self._event()
-        self._base.record(None)
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         calls = self.calls
@@ -144,14 +140,14 @@ class EmptyDriver(CudaDevice):
 
 
 def _nothing(*given: Any) -> None:
-    """A call of the driver."""
+    """Stand in for a call of the driver, and do nothing."""
 
 
 class HostTimes:
-    """Of one run: Python time in ns of its layer-steps, and the calls of the driver.
+    """Python time of the layer-steps of one run in ns, and how often the driver was called.
 
-    launched_ns: by layer-step, from the number seen to the first launch of experts. total_ns: of the whole run.
-    policy_ns: of it, the policy's own code.
+    launched_ns: by layer-step, from the moment at which the gate's number was seen to the first launch of experts.
+    total_ns: the whole run. policy_ns: the part of it that was spent in the policy's own code.
     """
 
     def __init__(self, words: Sequence[str], counting: bool = False, timed_policy: bool = False) -> None:
@@ -185,7 +181,7 @@ class HostTimes:
 
 
 def _first_after(seen: Sequence[int], launched: Sequence[int]) -> list[int]:
-    """For each launch that follows a wait at once: the time between."""
+    """The time in ns from the last entry of `seen` before each launch to that launch."""
     found, place = [], 0
     for at in launched:
         while place + 1 < len(seen) and seen[place + 1] <= at:
@@ -195,7 +191,7 @@ def _first_after(seen: Sequence[int], launched: Sequence[int]) -> list[int]:
 
 
 def measure(words: Sequence[str], repeat: int) -> dict[str, dict[str, float]]:
-    """us of Python and calls of the driver by what they are for: medians of `repeat` runs."""
+    """Medians over `repeat` runs, by what the time is spent on: us of Python, and calls of the driver."""
     resident = ["residency=1.0", "start=resident", "+policy=lru", *words]
     copying = ["residency=0.5", "+policy=lru", *words]
     seen, rest, chunk = [], [], []

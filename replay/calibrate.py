@@ -35,7 +35,8 @@ MODELS = ("gpt-oss-20b",)
 
 
 def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
-    """The profile in conf/hardware whose name is a word of the device's."""
+    """The profile of conf/hardware whose name stands in the device's name, as a word or within it; None if there is
+    none."""
     words = device_name.lower().replace("-", " ").split()
     joined = "".join(words)
     for path in sorted((CONF / "hardware").glob("*.yaml"), key=lambda p: -len(p.stem)):

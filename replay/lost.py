@@ -40,7 +40,7 @@ class Closable(Protocol):
 
 
 _kept: list[BaseException] = []
-"""What was raised when the device was lost: its traceback keeps alive what must not be taken down."""
+"""The errors raised when the device was lost: their tracebacks keep alive the objects that must not be freed."""
 _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 

@@ -124,7 +124,8 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
 
 
 def _launches(machine: RealMachine) -> dict[str, int]:
-    """How a run launched its kernels: programs prepared, forwards without them, launches that waited for an earlier."""
+    """How a run launched its kernels: its pads in ns and KV grid, the programs prepared, the shapes that were not, and
+    the launches that had to wait until an earlier one of the same program had ended."""
     programs = machine.programs
     return {
         "layer_pad_ns": machine.layer_pad_ns,
@@ -136,7 +137,7 @@ def _launches(machine: RealMachine) -> dict[str, int]:
 
 
 def _so_far(runtime: Runtime) -> dict[str, Any]:
-    """Of a run that broke off: everything up to its last whole forward that does not need the end."""
+    """Metrics of a run that broke off, up to its last whole forward."""
     counters, journal = runtime.counters, runtime.journal
     gaps = journal.gaps_ns
     return {
@@ -151,5 +152,5 @@ def _so_far(runtime: Runtime) -> dict[str, Any]:
 
 
 def _ahead(forwards: Iterator[Forward]) -> Iterator[Forward]:
-    """The first forwards are built here and now, those beyond when they are due."""
+    """The same forwards: the first ones are built at once, the others when they are due."""
     return chain(list(islice(forwards, _FORWARDS_AHEAD)), forwards)

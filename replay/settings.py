@@ -72,7 +72,7 @@ def _gigabytes(key: str, value: Any) -> float | None:
 
 
 def _throttle(cfg: Mapping[str, Any], machine: str, scale: int) -> float | None:
-    """The link's pace on a CPU: as asked for, else that of the profile at the experts' scale."""
+    """GB/s of the link on a CPU: as asked for, else the profile's rate at the scale of the experts."""
     given = cfg["throttle_gb_per_s"]
     if given is not None:
         if machine != "cpu":
@@ -88,7 +88,7 @@ def _throttle(cfg: Mapping[str, Any], machine: str, scale: int) -> float | None:
 
 
 def is_local(hardware: Mapping[str, Any]) -> bool:
-    """Whether the profile says no more than: the machine this runs on."""
+    """Whether the configuration names no hardware but `local`, the machine that this runs on."""
     return set(hardware) == {"name"} and hardware["name"] == "local"
 
 

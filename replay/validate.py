@@ -135,7 +135,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _pace(hardware: str, scale: int) -> float:
-    """GB/s of the profile's link at the experts' scale."""
+    """GB/s of the profile's link at the scale of the experts."""
     link = configure([f"+hardware={hardware}", "+policy=lru"])["hardware"]["link_gb_per_s"]
     peak = link if isinstance(link, int | float) else max(rate for _, rate in link)
     return float(peak) / scale**2

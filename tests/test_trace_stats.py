@@ -12,7 +12,7 @@ import pytest
 from tests.reference import count_hits, per_layer_capacity, trace_events
 from traces import cli
 from traces.fitting.generator import fit_trace
-from traces.format import write_trace
+from traces.format import About, write_trace
 from traces.generate import generate
 from traces.reader import open_trace
 from traces.stats import cache_table, check_routing, lru_distances, popularity_entropy, reuse
@@ -80,9 +80,8 @@ def small_trace(path: Path) -> Path:
     """Two requests of 60 tokens, 3 layers, 2 of 8 experts, with weights."""
     experts = drawn(120, 3, 8, 2, seed=3)
     weights = np.tile(np.array([0.75, 0.25], np.float16), (120, 3, 1))
-    write_trace(path, experts=experts, weights=weights, request_start=[0, 60, 120], prompt_len=[0, 0], model="tiny",
-                num_experts=8, source="made up", license="CC0")  # fmt: skip
-    return path
+    arrays = {"experts": experts, "weights": weights, "request_start": [0, 60, 120], "prompt_len": [0, 0]}
+    return write_trace(path, arrays, About("tiny", 8, "made up", "CC0"))
 
 
 def test_stats_prints_tables_and_writes_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,7 +185,9 @@ def _options_of(importer: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def parse_options(
     kind: str, importer: Callable[..., Any], words: Sequence[str], zero_allowed: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`key=value` words as keyword arguments of a function; TraceError on an unknown key or a wrong value.
+    """`key=value` words as keyword arguments of a function, or as the fields of a dataclass (kw_only).
+
+    TraceError on an unknown key or a wrong value.
 
     Whole numbers begin at 1, those of the keys in `zero_allowed` at 0.
     """

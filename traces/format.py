@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from traces.container import DTYPE_NAMES, DTYPES, TraceError, fault
 from traces.layout import ARRAYS, COUNTS, FORMAT, FORMAT_VERSION, check_layout
@@ -25,6 +25,7 @@ __all__ = [
     "ARRAYS",
     "FORMAT",
     "FORMAT_VERSION",
+    "About",
     "ChainedArray",
     "RowArray",
     "Trace",
@@ -35,80 +36,69 @@ __all__ = [
     "write_trace",
 ]
 
+_FIELDS = ("model", "num_experts", "source", "license", "request_labels", "moe_layer_ids")
+"""Those of `About`: no keys of its further header."""
 _RESERVED = {"format", "format_version", "__metadata__", *COUNTS}
 _MAX_UINT8_EXPERTS = 255
 
 
-def write_trace(
-    path: str | Path,
-    *,
-    experts: RowArray,
-    request_start: npt.ArrayLike,
-    prompt_len: npt.ArrayLike,
-    model: str,
-    num_experts: int,
-    source: str,
-    license: str,
-    weights: RowArray | None = None,
-    context_len: npt.ArrayLike | None = None,
-    forward_id: npt.ArrayLike | None = None,
-    token_ids: npt.ArrayLike | None = None,
-    embedding: RowArray | None = None,
-    logits: RowArray | None = None,
-    lookahead: RowArray | None = None,
-    lookahead_ids: RowArray | None = None,
-    lookahead_scores: RowArray | None = None,
-    request_labels: Sequence[str] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    **extra_header: str,
-) -> Path:
+@dataclass(frozen=True)
+class About:
+    """What a trace says of itself beside its arrays.
+
+    model: its name in conf/model. num_experts: E, of a layer. source: where the routing comes from. request_labels:
+    one a request. moe_layer_ids: the index of each MoE layer among all layers of the model. header: further strings.
+    """
+
+    model: str
+    num_experts: int
+    source: str
+    license: str
+    request_labels: Sequence[str] | None = None
+    moe_layer_ids: Sequence[int] | None = None
+    header: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_trace(path: str | Path, arrays: Mapping[str, Any], about: About) -> Path:
     """Check and write a trace; the path written. TraceError, and no file, where the content is faulty.
 
-    experts [T,L,K], best first: uint8 and uint16 are stored as they are, other integers in the smaller of the two
-    that fits, with −1 as padding. Floats are stored as float16. Further keywords become header strings. The same
-    content gives the same bytes; a reader never sees half a file.
+    arrays: by their names in `traces.layout.ARRAYS`, None for absent ones. experts [T,L,K], best first: uint8 and
+    uint16 are stored as they are, other integers in the smaller of the two that fits, with −1 as padding. Floats are
+    stored as float16. The same content gives the same bytes; a reader never sees half a file.
     """
     path = Path(path)
-    given = dict(experts=experts, weights=weights, request_start=request_start, prompt_len=prompt_len,
-                 context_len=context_len, forward_id=forward_id, token_ids=token_ids, embedding=embedding,
-                 logits=logits, lookahead=lookahead, lookahead_ids=lookahead_ids,
-                 lookahead_scores=lookahead_scores)  # fmt: skip
-    trace = checked_trace(
-        path, given, model=model, num_experts=num_experts, source=source, license=license,
-        request_labels=request_labels, moe_layer_ids=moe_layer_ids, **extra_header,
-    )  # fmt: skip
+    trace = checked_trace(path, arrays, about)
     _write_atomically(path, trace.header, trace.layout_arrays())
     return path
 
 
-def checked_trace(
-    path: Path,
-    arrays: Mapping[str, Any],
-    *,
-    model: str,
-    num_experts: int,
-    source: str,
-    license: str,
-    request_labels: Sequence[str] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    **extra_header: str,
-) -> Trace:
+def checked_trace(path: Path, arrays: Mapping[str, Any], about: About) -> Trace:
     """The trace that `write_trace` would write, in memory, its arrays in the types they are stored in.
 
     arrays: by name, None for absent ones. TraceError, with `path` as the place, where the content is faulty.
     """
-    stored = {n: _stored(path, n, a, num_experts) for n, a in arrays.items() if a is not None}
-    header = {"model": model, "source": source, "license": license, **extra_header}
-    if request_labels is not None:
-        header["request_labels"] = json.dumps(list(request_labels), ensure_ascii=False)
-    if moe_layer_ids is not None:
-        header["moe_layer_ids"] = json.dumps([int(layer) for layer in moe_layer_ids])
-    _check_header(path, header)
-    header |= _counts(path, stored, num_experts)
+    stored = {n: _stored(path, n, a, about.num_experts) for n, a in arrays.items() if a is not None}
+    header = _header(path, about)
+    header |= _counts(path, stored, about.num_experts)
     check_layout(path, header, stored)
     trace = Trace((path,), header, stored)
     validate_trace(trace)
     return trace
+
+
+def _header(path: Path, about: About) -> dict[str, str]:
+    """The strings of the header but for the counts, which the arrays give."""
+    own = {"model": about.model, "source": about.source, "license": about.license}
+    if about.request_labels is not None:
+        own["request_labels"] = json.dumps(list(about.request_labels), ensure_ascii=False)
+    if about.moe_layer_ids is not None:
+        own["moe_layer_ids"] = json.dumps([int(layer) for layer in about.moe_layer_ids])
+    for key in about.header:
+        if key in _FIELDS:
+            raise fault(path, "header", f"{key} is a field of its own", "give it there")
+    header = {**own, **about.header}
+    _check_header(path, header)
+    return header
 
 
 def _check_header(path: Path, header: Mapping[str, str]) -> None:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from traces.format import write_trace
+from traces.format import About, write_trace
 
 PARAMETER_FORMAT = "expertflow-routing-parameters"
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
@@ -143,18 +143,18 @@ def _prepare(arrays: Arrays) -> _Model:
 
 
 def _decay(latent: Floats, tokens: float, half_life: float, rng: np.random.Generator) -> Floats:
-    """The latent state `tokens` later: it forgets, and stays standard normal."""
+    """The latent state after so many `tokens`: it forgets part of its value and stays standard normal."""
     kept = 0.5 ** (tokens / half_life)
     later: Floats = kept * latent + np.sqrt(1 - kept * kept) * rng.standard_normal(latent.shape)
     return later
 
 
 def _draw_topics(model: _Model, lengths: Integers, rng: np.random.Generator) -> Integers:
-    """A topic for each request; `lengths` [R] must fall.
+    """A topic for each request; `lengths` [R] must be in falling order.
 
-    Source and requests lie side by side, longest first, each as wide as its share of the tokens; a request takes the
-    topic at a random point of its width. So the source's lengths give each topic once, and equal lengths a sample
-    spread over the source's tokens.
+    The requests of the source are laid on a line, longest first, each as long as its share of the tokens; so are the
+    new requests, and each takes the topic at a random point of its stretch. With the lengths of the source each topic
+    is drawn once; with equal lengths the topics are a sample spread over the tokens of the source.
     """
     of_source = model.params["topic_length"]
     order = np.argsort(-of_source, kind="stable")
@@ -285,14 +285,12 @@ def run(args: argparse.Namespace) -> int:
     usual = max(1, round(args.tokens / float(params["topic_length"].mean())))
     requests = usual if args.requests is None else args.requests
     made = generate(params, split_tokens(args.tokens, requests), args.seed)
-    arrays: dict[str, Any] = dict(made)
-    write_trace(
-        args.output,
-        **arrays,
+    about = About(
         model=header["model"],
         num_experts=params["bias"].shape[1],
         source=f"generated with seed {args.seed} from parameters fitted to: {header['source']}",
         license=header["license"],
     )
+    write_trace(args.output, made, about)
     print(f"{args.output}: {args.tokens} tokens in {requests} requests")
     return 0

@@ -28,7 +28,7 @@ def is_installed(root: Path) -> bool:
 
 
 def start() -> None:
-    """Keep compiled functions in the user's cache, not beside the source; warn of a mixed installation."""
+    """Keep compiled functions in the user's cache, not beside the source, and warn of a mixed installation."""
     if is_installed(ROOT) and "NUMBA_CACHE_DIR" not in os.environ:
         with suppress(RuntimeError):
             os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / "numba")

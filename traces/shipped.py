@@ -61,7 +61,7 @@ def cache_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def _temporary() -> tempfile.TemporaryDirectory[str]:
-    """A folder that goes with the process."""
+    """A temporary folder that is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="expertflow-")
 
 

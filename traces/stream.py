@@ -20,22 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces.container import DTYPE_NAMES, DTYPES, Array, TraceError, check_file, fault
-from traces.format import RowArray, checked_trace, write_trace
-from traces.layout import ARRAYS, PER_REQUEST, PER_TOKEN
+from traces.container import DTYPE_NAMES, Array, TraceError, fault
+from traces.format import About, checked_trace, write_trace
+from traces.journal import JOURNAL, JOURNAL_VERSION, LABELS, TAKEN, Journal
+from traces.layout import PER_REQUEST, PER_TOKEN
 
 try:
     import fcntl
 except ImportError:  # pragma: no cover - not on this system: two recordings of one file are then not told apart
     fcntl = None  # type: ignore[assignment]
 
-_JOURNAL, _LOCK, _LABELS = "journal.json", "lock", "labels.jsonl"
-_JOURNAL_VERSION = 1
-_MAX_JOURNAL_BYTES = 1 << 20
-_FACTS = ("model", "num_experts", "source", "license", "moe_layer_ids")
-_TAKEN = frozenset({*_FACTS, *ARRAYS, "request_labels", "path", "arrays"})
-"""Keywords of `write_trace` and the like: no header keys."""
-_SPOILED = "the folder was changed; delete it and record again"
+_LOCK = "lock"
 
 
 class TraceWriter:
@@ -119,7 +114,7 @@ class TraceWriter:
             raise _unwritable(self.path, error) from None
         self.num_requests += 1
         self.num_tokens += len(rows["experts"])
-        self._labels_end = self._files[_LABELS].tell() if self._has_labels else 0
+        self._labels_end = self._files[LABELS].tell() if self._has_labels else 0
 
     def close(self) -> Path:
         """Assemble the trace; the path written. TraceError if it would hold no request, or the disk is full."""
@@ -166,10 +161,10 @@ class TraceWriter:
             raise fault(path, "file", f"no unfinished recording of it: {folder} does not exist", "check the path")
         lock = _lock(path, folder)
         try:
-            journal = _Journal(folder)
+            journal = Journal(folder)
             header = dict(journal.header) | ({"recovered": "true"} if recovered else {})
-            content: dict[str, Any] = {**journal.arrays(), **journal.facts, **header}
-            write_trace(path, request_labels=journal.labels(), **content)
+            about = About(**journal.facts, request_labels=journal.labels(), header=header)
+            write_trace(path, journal.arrays(), about)
         finally:
             lock.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -185,7 +180,7 @@ class TraceWriter:
             plain, at, variant = name.partition("@")
             if plain not in PER_TOKEN or (at and not variant.isidentifier()):
                 raise fault(place, f"array {name!r}", "is unknown", f"known are {', '.join(PER_TOKEN)}")
-        if taken := sorted(self.header.keys() & _TAKEN):
+        if taken := sorted(self.header.keys() & TAKEN):
             raise fault(place, "header", f"{taken[0]} is the name of a keyword of its own", "call it something else")
         if "experts" not in rows or rows["experts"].ndim != 3 or not len(rows["experts"]):
             raise fault(place, "experts", "is missing or holds nothing", "give [n, L, K] with n of at least 1")
@@ -197,14 +192,13 @@ class TraceWriter:
         if context is not None:
             stored["context_len"] = np.array(context, np.int32)
         requests = {"request_start": [0, len(rows["experts"])], "prompt_len": [prompt_len], "context_len": context}
-        facts: dict[str, Any] = {**self._facts, **self.header}
+        about = About(**self._facts, request_labels=None if label is None else [label], header=dict(self.header))
         for variant in sorted({name.partition("@")[2] for name in rows if "@" in name}) or [""]:
             named = {name: array for name, array in rows.items() if name.partition("@")[2] in ("", variant)}
             trace = checked_trace(
                 Path(place),
                 {name.partition("@")[0]: array for name, array in named.items()} | requests,
-                request_labels=None if label is None else [label],
-                **facts,
+                about,
             )
             found = trace.layout_arrays()
             stored |= {name: found[name.partition("@")[0]] for name in named}
@@ -220,7 +214,7 @@ class TraceWriter:
             file.write(np.ascontiguousarray(array).data)
             file.flush()
         if label is not None:
-            file = self._file(_LABELS)
+            file = self._file(LABELS)
             file.seek(self._labels_end)
             file.write(json.dumps(label).encode() + b"\n")
             file.flush()
@@ -232,13 +226,13 @@ class TraceWriter:
 
     def _write_journal(self, num_requests: int, num_tokens: int) -> None:
         journal = {
-            "version": _JOURNAL_VERSION, "num_requests": num_requests, "num_tokens": num_tokens, "facts": self._facts,
+            "version": JOURNAL_VERSION, "num_requests": num_requests, "num_tokens": num_tokens, "facts": self._facts,
             "header": self.header, "variant": self.variant, "has_labels": bool(self._has_labels),
             "columns": {name: [DTYPE_NAMES[dtype], list(row)] for name, (dtype, row) in self._columns.items()},
         }  # fmt: skip
-        unfinished = self._folder / f"{_JOURNAL}.tmp"
+        unfinished = self._folder / f"{JOURNAL}.tmp"
         unfinished.write_text(json.dumps(journal), encoding="utf-8")
-        os.replace(unfinished, self._folder / _JOURNAL)
+        os.replace(unfinished, self._folder / JOURNAL)
 
     def _release(self) -> None:
         for file in self._files.values():
@@ -255,7 +249,7 @@ def folder_of(path: Path) -> Path:
 
 
 def _lock(path: Path, folder: Path) -> Any:
-    """An open file that keeps others off the recording; it dies with the process."""
+    """Open the lock file of the recording, which keeps other processes off it; the lock ends with the process."""
     try:
         file = (folder / _LOCK).open("wb")
         if fcntl is not None:
@@ -279,82 +273,3 @@ def _difference(columns: Mapping[str, Any], first: Mapping[str, Any]) -> str:
                      for item in (columns.get(name), first.get(name))]  # fmt: skip
             return f"{name} is {shown[0]}, in the first request it was {shown[1]}"
     return "some requests have a label and some have none"
-
-
-class _Journal:
-    """A journal that was read back, and the files it speaks of; nothing in it is believed unchecked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / _JOURNAL
-        if not self.path.exists():
-            raise fault(folder, "recording", "holds no whole request", "delete the folder and record again")
-        if check_file(self.path) > _MAX_JOURNAL_BYTES:
-            raise self._spoiled("is too long")
-        try:
-            read = json.loads(self.path.read_text(encoding="utf-8"))
-            self.header, self.variant = read["header"], read["variant"]
-            self.num_requests, self.num_tokens = read["num_requests"], read["num_tokens"]
-            self.facts, self.has_labels = read["facts"], read["has_labels"]
-            self.columns = {
-                name: (DTYPES[dtype], tuple(map(_size, row))) for name, (dtype, row) in read["columns"].items()
-            }
-            known = read["version"] == _JOURNAL_VERSION
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise self._spoiled("is no journal") from None
-        if not known:
-            raise fault(self.path, "journal", "is of another release", "recover with the release that recorded")
-        if not (
-            isinstance(self.header, dict) and isinstance(self.facts, dict) and self.facts.keys() == {*_FACTS}
-            and isinstance(self.variant, str) and type(self.num_requests) is int and type(self.num_tokens) is int
-            and type(self.facts["num_experts"]) is int and not self.header.keys() & _TAKEN
-        ):  # fmt: skip
-            raise self._spoiled("is no journal")
-        if self.num_requests < 1:
-            raise fault(folder, "recording", "holds no whole request", "delete the folder and record again")
-
-    def arrays(self) -> dict[str, RowArray]:
-        """What `write_trace` takes, mapped; of variants the chosen one."""
-        lengths = np.array(self._map("request_rows"))
-        arrays: dict[str, Any] = {"request_start": np.cumsum([0, *lengths.tolist()])}
-        for name in self.columns:
-            plain, _, variant = name.partition("@")
-            if name != "request_rows" and variant in ("", self.variant):
-                arrays[plain] = self._map(name)
-        return arrays
-
-    def labels(self) -> list[str] | None:
-        """One label per request, if there are any."""
-        if not self.has_labels:
-            return None
-        labels = []
-        try:
-            with (self.folder / _LABELS).open(encoding="utf-8") as file:
-                for _, line in zip(range(self.num_requests), file, strict=False):
-                    labels.append(str(json.loads(line)))
-        except (OSError, ValueError, RecursionError):
-            raise self._spoiled("does not fit its labels") from None
-        return labels
-
-    def _map(self, name: str) -> Array:
-        plain, at, variant = name.partition("@")
-        # A name becomes that of a file: it must not leave the folder.
-        if name not in self.columns or plain not in {*ARRAYS, "request_rows"} or (at and not variant.isidentifier()):
-            raise self._spoiled(f"does not know {name[:40]!r}")
-        dtype, row = self.columns[name]
-        rows = self.num_requests if name in PER_REQUEST or name == "request_rows" else self.num_tokens
-        file = self.folder / f"{name}.raw"
-        needed = rows * int(np.prod(row, dtype=np.int64)) * dtype.itemsize
-        if check_file(file) < needed:
-            raise self._spoiled(f"needs {needed} bytes of {file.name}, which has fewer")
-        # A plain ndarray over the mapping, as in traces.container; longer files end in an unfinished request.
-        return np.memmap(file, dtype=dtype, mode="r", shape=(rows, *row)).view(np.ndarray)
-
-    def _spoiled(self, problem: str) -> TraceError:
-        return fault(self.path, "journal", problem, _SPOILED)
-
-
-def _size(value: object) -> int:
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise ValueError("no size")
-    return value

@@ -27,14 +27,14 @@ def python_loop_ns() -> int:
 
 
 def tick_ns() -> int:
-    """ns that a 200th of the loop takes: short enough for a moment in which a host waits anyway."""
+    """ns that a 200th of the fixed loop takes. It is short enough to fit into a moment in which a host waits anyway."""
     began = time.perf_counter_ns()
     _loop(_TICK_ROUNDS)
     return time.perf_counter_ns() - began
 
 
 def _loop(rounds: int) -> int:
-    """What a policy's bookkeeping is made of: integers, a list, a dictionary."""
+    """The fixed loop. It does what a policy's bookkeeping consists of: integers, a list, a dictionary."""
     seen: dict[int, int] = {}
     ring = [0] * 64
     for number in range(rounds):

@@ -20,7 +20,7 @@ from sim.job.configure import configure
 from sim.job.setup import Workload, load_chunks, make_policy, make_trace, make_workload, run_config
 
 SEED = 1
-"""Of the generated trace that is replayed in place: not the one that results are published on."""
+"""Seed of the generated trace that is replayed in place. Results are published on another trace."""
 
 
 def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: int, batch_size: int,
@@ -35,7 +35,10 @@ def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: 
 
 
 class InPlace:
-    """Short replays of policies on another trace than results are published on: what the host spends on what."""
+    """Short replays of policies that show what the host spends its time on.
+
+    They run over another trace than the one that results are published on.
+    """
 
     def __init__(self, device: Device, model: ModelSpec, scale: int, num_tokens: int) -> None:
         self.device, self.model, self.scale, self.num_tokens = device, model, scale, num_tokens
@@ -84,6 +87,9 @@ def median_run(runs: Sequence[HostRun]) -> HostRun:
 
 
 def _host_budget_gb(model: ModelSpec) -> float | None:
-    """A few GB do: which buffer a copy is from makes no difference to its time, and pinning takes long."""
+    """Host memory in GB for the experts of a short replay.
+
+    A few GB are enough: the time of a copy does not depend on its buffer, and pinning memory takes long.
+    """
     enough = 4.0
     return enough if model.total_expert_bytes > enough * 1e9 and available_bytes() > 2 * enough * 1e9 else None

@@ -22,7 +22,7 @@ _HOLD_NS = 20_000_000
 """How long the first of a series of copies is held back: the host enqueues the others meanwhile."""
 _SERIES = 16
 _SOURCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
-"""Host memory that copies are from, by the kind of device: more than a host's cache holds."""
+"""Bytes of host memory that copies read from, by kind of device: more than the cache of a host holds."""
 _LINE = 64
 """Bytes: copies begin at such addresses."""
 MOST_SLOWDOWN = 10.0
@@ -201,11 +201,11 @@ def matrix_tflops(device: Device) -> float:
 
 
 def _ignore(value: object) -> None:
-    """A work returns nothing."""
+    """Drop the result of a call, since a work returns nothing."""
 
 
 def launch_costs(device: Device) -> dict[str, float]:
-    """Host time of a launch and of a wait, and how long an idle stream takes to start a kernel. ns."""
+    """ns of host time that a launch and a wait take, and ns that an idle stream takes to start a kernel."""
     program = device.program(nothing)
     launch, sync, start_after = [], [], []
     for _ in range(400):
@@ -224,7 +224,7 @@ def launch_costs(device: Device) -> dict[str, float]:
 
 
 def pad_share(device: Device) -> float:
-    """How long a pad of 1 ms really lasts, as a share of 1 ms: by the start of the kernel behind it."""
+    """How long a pad of 1 ms lasts, as a share of 1 ms, measured up to the start of the kernel that follows it."""
     first, second = device.program(nothing, 500_000), device.program(nothing, 1_000_000)
     lasting = []
     for _ in range(15):

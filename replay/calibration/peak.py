@@ -15,14 +15,17 @@ _C2C_GB_PER_S = 450.0
 
 
 def pcie_gb_per_s(generation: int, lanes: int) -> float:
-    """Of a PCIe link, one way, headers included. ValueError for a generation that is not known."""
+    """GB/s of a PCIe link in one direction, packet headers included. ValueError for an unknown generation."""
     if generation not in _LANE_GB_PER_S:
         raise ValueError(f"PCIe generation {generation} is unknown; known: {', '.join(map(str, _LANE_GB_PER_S))}")
     return _LANE_GB_PER_S[generation] * lanes
 
 
 def link_peak_gb_per_s(world: str, answer: str | None = None) -> float | None:
-    """Of the first GPU's link to its host; None where nobody knows. answer: what nvidia-smi says, if it was asked."""
+    """GB/s of the link between the first GPU and its host; None where it cannot be found out.
+
+    answer: what nvidia-smi printed, if it was asked before.
+    """
     if world != "cuda":
         return None
     if answer is None:

@@ -145,13 +145,13 @@ class HostProbe:
 
 
 class _Clock:
-    """The host's own."""
+    """A device whose clock is the host's."""
 
     now_ns = staticmethod(time.perf_counter_ns)
 
 
 class _NoMachine:
-    """Does nothing, at once: what a probe finds it to cost is the probe's own doing."""
+    """A machine that does nothing and returns at once. What a probe measures on it is the cost of the probe itself."""
 
     layer_pad_ns = head_pad_ns = 0
     device = _Clock()
@@ -207,6 +207,6 @@ def own_costs() -> dict[str, float]:
 
 
 def without_own_costs(samples: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """`samples` less what the probe itself has cost, as measured now: a host has one speed for both."""
+    """`samples` less the cost of the probe itself, measured now, while the host still has the speed of the samples."""
     own = own_costs()
     return {name: [value - own.get(name, 0.0) for value in values] for name, values in samples.items()}

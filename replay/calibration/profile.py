@@ -12,11 +12,25 @@ from replay.calibration.probe import steady_mean
 from sim.specs.hardware import HOST_COSTS, Hardware, Stack, hardware_from_dict, stack_from_dict
 
 DEFAULT_POLICY = "adaptive"
-"""Whose costs stand in the profile; a validation takes each policy's own."""
+"""The policy whose host costs stand in the profile. A validation takes the costs of each policy itself."""
 _FITS = 0.03
-"""How far a size may be from latency + bytes / rate for the link to be just that."""
+"""Share by which the time of a size may differ from latency + bytes / rate, for the link to be described so."""
 
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
+_SOURCES = {
+    "memory_gb": "as the device reports it",
+    "memory_gb_per_s": "one large copy inside the device, bytes read plus bytes written",
+    "tflops": "one large matrix product",
+    "memory_efficiency": "definition: the figure it belongs to is measured, not a peak",
+    "compute_efficiency": "definition: the figure it belongs to is measured, not a peak",
+    "link_gb_per_s": "copies of each size in a row, the host far ahead; latency + bytes / rate by least squares",
+    "link_latency_ns": "the same fit: the part of a copy's time that does not grow with size",
+    "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
+    "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
+    "kernel_ns": "each kernel of the model's shapes, as a run launches it",
+    "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
+}
+"""How each figure of a hardware file was measured, where it is not the mean of a replay in place."""
 
 
 def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> tuple[int, float | list[list[float]]]:
@@ -94,25 +108,49 @@ def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """The tenth, the middle and the ninetieth of a hundred."""
+    """The 10th, 50th and 90th percentile."""
     ordered = sorted(values)
     return {f"p{percent}": ordered[min(len(ordered) * percent // 100, len(ordered) - 1)] for percent in (10, 50, 90)}
 
 
 def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two configuration files of a calibration, as plain mappings."""
+    """The two configuration files of a calibration, as plain mappings: (hardware, stack)."""
     by_model = {model: _costs(raw, model, "found", DEFAULT_POLICY) for model in raw["kernels"]}
     costs = next(iter(by_model.values()))[0]
     # A profile's decide_ns is that of a decision of effort 1.
     effort = raw["decisions"].get(DEFAULT_POLICY, {}).get("effort", 1.0)
     costs = {**costs, "decide_ns": round(costs["decide_ns"] / effort)}
-    latency, curve = link_fit(raw["link"], raw.get("link_peak_gb_per_s"))
+    device = raw["device"]
+    how = f"measured {raw['date']} by python -m replay.calibrate on {device['name']}, torch {device['torch']}"
+    hardware = {
+        "name": name,
+        "memory_gb": round(raw["memory_gb"], 3),
+        "memory_gb_per_s": round(raw["memory_gb_per_s"], 3),
+        "tflops": round(raw["matrix_tflops"], 6),
+        "memory_efficiency": 1.0,
+        "compute_efficiency": 1.0,
+        **_link_figures(raw),
+        **{key: costs[key] for key in _HARDWARE_COSTS},
+        "kernel_ns": {model: table for model, (_, table) in by_model.items()},
+    }
+    hardware["sources"] = {
+        key: f"{how}: {_SOURCES.get(key, 'mean of a replay in place')}" for key in hardware if key != "name"
+    }
+    return hardware, _stack_figures(raw, name, costs, how)
+
+
+def _link_figures(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the link for a hardware file, from copies alone and beside kernels.
+
+    MeasurementError where they cannot be those of a link.
+    """
+    peak = raw.get("link_peak_gb_per_s")
+    latency, curve = link_fit(raw["link"], peak)
     expert = next(iter(raw["beside"].values()))
     # One rate for every size: that of a chunk as the runs cut them by default.
     chunk = (4 << 20) / raw["scale"] ** 2
     row = min(raw["link"], key=lambda row: abs(row["bytes"] - chunk))
     pageable = row["bytes"] / row["pageable_ns"]
-    peak = raw.get("link_peak_gb_per_s")
     if peak is not None and pageable > peak:
         raise MeasurementError(f"pageable copies seem to run at {pageable:.4g} GB/s on a link of {peak:.4g} at most; "
                                "calibrate again when the machine is idle")  # fmt: skip
@@ -120,37 +158,16 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     if slowdown > MOST_SLOWDOWN:
         raise MeasurementError(f"link_slowdown={slowdown:.4g}: no kernel slows a copy so; calibrate again when the "
                                "machine is idle")  # fmt: skip
-    device = raw["device"]
-    how = f"measured {raw['date']} by python -m replay.calibrate on {device['name']}, torch {device['torch']}"
-    hardware: dict[str, Any] = {
-        "name": name,
-        "memory_gb": round(raw["memory_gb"], 3),
-        "memory_gb_per_s": round(raw["memory_gb_per_s"], 3),
-        "tflops": round(raw["matrix_tflops"], 6),
-        "memory_efficiency": 1.0,
-        "compute_efficiency": 1.0,
+    return {
         "link_gb_per_s": curve,
         "link_latency_ns": latency,
         "pageable_gb_per_s": round(pageable, 6),
         "link_slowdown": round(slowdown, 4),
-        **{key: costs[key] for key in _HARDWARE_COSTS},
-        "kernel_ns": {model: table for model, (_, table) in by_model.items()},
     }
-    texts = {
-        "memory_gb": "as the device reports it",
-        "memory_gb_per_s": "one large copy inside the device, bytes read plus bytes written",
-        "tflops": "one large matrix product",
-        "memory_efficiency": "definition: the figure it belongs to is measured, not a peak",
-        "compute_efficiency": "definition: the figure it belongs to is measured, not a peak",
-        "link_gb_per_s": "copies of each size in a row, the host far ahead; latency + bytes / rate by least squares",
-        "link_latency_ns": "the same fit: the part of a copy's time that does not grow with size",
-        "pageable_gb_per_s": "one copy of a chunk of 4 MiB (at the scale of the experts), alone",
-        "link_slowdown": "a copy of one expert while experts are computed, against an idle device",
-        "kernel_ns": "each kernel of the model's shapes, as a run launches it",
-        "decide_ns": f"mean of a replay of {DEFAULT_POLICY}",
-    }
-    hardware["sources"] = {key: f"{how}: {texts.get(key, 'mean of a replay in place')}"
-                           for key in hardware if key != "name"}  # fmt: skip
+
+
+def _stack_figures(raw: Mapping[str, Any], name: str, costs: Mapping[str, int], how: str) -> dict[str, Any]:
+    """The stack file. how: the words that every measured figure's source begins with."""
     stack: dict[str, Any] = {"name": name, "layer_overhead_ns": 0, "head_overhead_ns": 0}
     if raw.get("kv_grid"):
         stack["kv_grid"] = raw["kv_grid"]
@@ -159,7 +176,7 @@ def profiles(raw: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[st
     stack["sources"] |= dict.fromkeys(("layer_overhead_ns", "head_overhead_ns"), "definition: a replay adds none")
     if raw.get("kv_grid"):
         stack["sources"]["kv_grid"] = "definition: the lengths that a replay captures its kernels for"
-    return hardware, stack
+    return stack
 
 
 def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple[dict[str, int], dict[str, Any]]:
@@ -174,8 +191,11 @@ def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple
 
 
 def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, Any], float]:
-    """(`table` as its kernels run in place, what a launch takes by itself). For a machine whose streams are threads
-    beside the host's: they wait for each other. The share is that of the rows measured, for every number of rows."""
+    """The kernel table with the times that kernels take in place, and the ns that a launch takes by itself.
+
+    Meant for a machine whose streams are threads beside the host's thread, where all wait for one interpreter. How much
+    longer a kernel takes is measured at a few numbers of rows and applied to all of them.
+    """
     points = [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
               if name.startswith("run experts[") and row["count"] >= 8]  # fmt: skip
     points += [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
@@ -196,7 +216,8 @@ def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]])
 
 
 def _line(points: list[tuple[float, int, float]]) -> tuple[float, float]:
-    """(at 0, per one more) of the least-squares line through (weight, count, time); neither below 0."""
+    """(value at 0, growth per unit of x) of the least-squares line through points (weight, x, y); neither is negative.
+    (value at 0, growth per unit of x) of the least-squares line through points (weight, x, y); neither is negative."""
     total = sum(weight for weight, _, _ in points)
     mean_x = sum(weight * x for weight, x, _ in points) / total
     mean_y = sum(weight * y for weight, _, y in points) / total
@@ -207,7 +228,7 @@ def _line(points: list[tuple[float, int, float]]) -> tuple[float, float]:
 
 
 def _host(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> Mapping[str, Mapping[str, float]]:
-    """The samples of one run in place; a stack or policy that was not measured takes the nearest that was."""
+    """Samples of one run in place. For a stack or policy that was not measured: those of the first one measured."""
     by_stack = raw["host"][model]
     by_policy = by_stack.get(stack) or next(iter(by_stack.values()))
     found: Mapping[str, Mapping[str, float]] = by_policy.get(policy) or next(iter(by_policy.values()))
@@ -215,7 +236,8 @@ def _host(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> Mappin
 
 
 def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, stack: Stack) -> tuple[Hardware, Stack]:
-    """Hardware and stack to simulate a replay of `policy` under `stack` with: its own host costs, pads as they last."""
+    """Hardware and stack that simulate a replay of `policy` under `stack`: with the host costs measured for this
+    policy, and with pads as long as they really last."""
     plain_hardware, plain_stack = profiles(raw, name)
     hardware, found = hardware_from_dict(plain_hardware), stack_from_dict(plain_stack)
     if model not in raw["kernels"]:

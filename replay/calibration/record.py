@@ -1,9 +1,10 @@
-"""The raw record of a calibration: everything measured, in order, what cannot be refused before minutes are spent."""
+"""The raw record of a calibration: measured in order, written beside the profile it gives, and read again."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -42,12 +43,13 @@ from sim.specs.chunks import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.specs.hardware import hardware_from_dict, stack_from_dict
 
 RECORD_VERSION = 2
-"""Of what the raw record means; records of others are refused."""
+"""Version of the raw record's format; records of other versions are refused."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_TOKENS = 64
-"""Of the largest launch of experts that is measured at least: batches give an expert more than one token."""
+"""The largest launch of experts that is measured has at least so many tokens: in batches an expert has several."""
 PROMPT_TOKENS = 512
-"""Of the prompt whose launches are held against its kernels."""
+"""Tokens of the prompt for which the time of the launches is compared with the time of the kernels."""
+_RECORD_REMEDY = "write one with python -m replay.calibrate: NAME.calibration.json"
 
 
 def named_model(name: str) -> ModelSpec:
@@ -74,7 +76,27 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
     def step(text: str) -> None:
         say(f"[{time.perf_counter() - started:5.1f} s] {text}")
 
-    raw: dict[str, Any] = {
+    raw = _described(device, scale)
+    _measure_device(raw, device, quick, step)
+    raw |= {part: {} for part in ("prompt", "chunked", "chunk_ns", "beside", "kernels", "kernel_launch_ns", "host")}
+    for name in models:
+        step(f"{name}: kernels")
+        _measure_kernels(raw, device, scaled_model(named_model(name), scale), quick)
+        raw["python_loop_ns"].append(python_loop_ns())
+        step(f"{name}: the host, in place")
+        _measure_host(raw, device, name, list(product(stacks, policies)), quick, step)
+        raw["python_loop_ns"].append(python_loop_ns())
+    step("decisions by themselves")
+    raw["decisions"] = {name: _decision_times(models[0], name, 24 if quick else 256) for name in policies}
+    raw["python_loop_ns"].append(python_loop_ns())
+    raw["tiles"] = tuned_tiles()
+    step("done")
+    return raw
+
+
+def _described(device: Device, scale: int) -> dict[str, Any]:
+    """The head of a record: which machine it is of, and how fast its host is."""
+    return {
         "format": "expertflow-calibration",
         "version": RECORD_VERSION,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -86,58 +108,71 @@ def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], sc
         "python_loop_ns": [python_loop_ns()],
         "memory_gb": (device.describe()["memory_bytes"] or available_bytes()) / 1e9,
     }
+
+
+def _measure_device(raw: dict[str, Any], device: Device, quick: bool, step: Callable[[str], None]) -> None:
+    """What no model is needed for. MeasurementError where the copies' times cannot be those of a link."""
     step("launches and waits")
     raw["launches"] = launch_costs(device)
     raw["pad_share"] = pad_share(device)
     step("copies by size")
-    raw["link"] = link_curves(device, scale, 10.0 if quick else 40.0)
+    raw["link"] = link_curves(device, raw["scale"], 10.0 if quick else 40.0)
     step("memory and matrices")
     raw["memory_gb_per_s"] = memory_gb_per_s(device)
     raw["matrix_tflops"] = matrix_tflops(device)
     # What cannot be shows before minutes are spent on the rest.
     link_fit(raw["link"], raw["link_peak_gb_per_s"])
-    raw |= {part: {} for part in ("prompt", "chunked", "chunk_ns", "beside", "kernels", "kernel_launch_ns", "host")}
-    for name in models:
-        model = scaled_model(named_model(name), scale)
-        step(f"{name}: kernels")
-        tokens = TOKENS[:4] if quick else TOKENS
-        num_slots = min(64, model.num_layers * model.num_experts)
-        needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
-        rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
-        sizes = chunk_sizes(model.expert_bytes, int(DEFAULT_CHUNK_BYTES / scale**2))
-        tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
-        raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
-        raw["prompt"][model.name] = prompt_launches(rig, min(tokens[-1], PROMPT_TOKENS), 5)
-        raw["chunked"][model.name] = chunked(device, model.expert_bytes)
-        raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
-        busy = KernelBench(rig, 1).experts(min(model.top_k, needs.num_slots), 1)
-        raw["beside"][model.name] = copy_beside(device, busy, sizes[0])
-        del busy
-        rig.release()
-        raw["python_loop_ns"].append(python_loop_ns())
-        step(f"{name}: the host, in place")
-        length, repeat = (24, 1) if quick else (64, 3)
-        in_place = InPlace(device, named_model(name), scale, length)
-        found: dict[str, dict[str, Any]] = {stack: {} for stack in stacks}
-        raw["host"][model.name] = found
-        for stack, policy_name in product(stacks, policies):
-            per_forward, found[stack][policy_name] = median_run(
-                [in_place.run(policy_name, stack) for _ in range(repeat)])  # fmt: skip
-            step(f"  {policy_name}, stack {stack}: {per_forward:.2f} ms a forward in place")
-        in_place.release()
-        raw["python_loop_ns"].append(python_loop_ns())
-    step("decisions by themselves")
-    raw["decisions"] = {}
-    for name in policies:
-        cfg, full = in_place_workload(named_model(models[0]), "a100", name, 24 if quick else 256, 1)
-        policy, transfer = make_policy(cfg["policy"], full, 0)
-        times = measure_decisions(full, policy, transfer)
-        raw["decisions"][name] = {"p50_ns": times.p50_ns, "p99_ns": times.p99_ns, "decide_ns": times.decide_ns,
-                                  "effort": policy.mean_effort()}  # fmt: skip
-    raw["python_loop_ns"].append(python_loop_ns())
-    raw["tiles"] = tuned_tiles()
-    step("done")
-    return raw
+
+
+def _measure_kernels(raw: dict[str, Any], device: Device, model: ModelSpec, quick: bool) -> None:
+    """The kernels and the copies of one model, alone and beside each other. model: at the scale of the record."""
+    tokens = TOKENS[:4] if quick else TOKENS
+    num_slots = min(64, model.num_layers * model.num_experts)
+    needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
+    rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
+    sizes = chunk_sizes(model.expert_bytes, int(DEFAULT_CHUNK_BYTES / raw["scale"] ** 2))
+    tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
+    raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
+    raw["prompt"][model.name] = prompt_launches(rig, min(tokens[-1], PROMPT_TOKENS), 5)
+    raw["chunked"][model.name] = chunked(device, model.expert_bytes)
+    raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
+    busy = KernelBench(rig, 1).experts(min(model.top_k, needs.num_slots), 1)
+    raw["beside"][model.name] = copy_beside(device, busy, sizes[0])
+    # Its kernels hold memory of the rig.
+    del busy
+    rig.release()
+
+
+def _measure_host(
+    raw: dict[str, Any],
+    device: Device,
+    name: str,
+    runs: Sequence[tuple[str, str]],
+    quick: bool,
+    step: Callable[[str], None],
+) -> None:
+    """What the host does in short replays of the model `name`. runs: (stack, policy) of each."""
+    length, repeat = (24, 1) if quick else (64, 3)
+    in_place = InPlace(device, named_model(name), raw["scale"], length)
+    found: dict[str, dict[str, Any]] = {stack: {} for stack, _ in runs}
+    raw["host"][scaled_model(named_model(name), raw["scale"]).name] = found
+    for stack, policy_name in runs:
+        per_forward, found[stack][policy_name] = median_run([in_place.run(policy_name, stack) for _ in range(repeat)])
+        step(f"  {policy_name}, stack {stack}: {per_forward:.2f} ms a forward in place")
+    in_place.release()
+
+
+def _decision_times(model: str, policy_name: str, length: int) -> dict[str, float]:
+    """What a policy's own code takes over `length` tokens, on the simulated machine."""
+    cfg, full = in_place_workload(named_model(model), "a100", policy_name, length, 1)
+    policy, transfer = make_policy(cfg["policy"], full, 0)
+    times = measure_decisions(full, policy, transfer)
+    return {
+        "p50_ns": times.p50_ns,
+        "p99_ns": times.p99_ns,
+        "decide_ns": times.decide_ns,
+        "effort": policy.mean_effort(),
+    }
 
 
 def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
@@ -155,3 +190,31 @@ def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
         write_text(path, head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110))
     write_text(paths[2], to_json(raw))
     return paths
+
+
+def load_record(path: Path, scale: int) -> dict[str, Any]:
+    """The raw record of a calibration; ValueError if it is something else, or of another scale."""
+    try:
+        raw: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); {_RECORD_REMEDY}") from None
+    if not isinstance(raw, dict) or raw.get("format") != "expertflow-calibration":
+        raise ValueError(f"{path} is no calibration record; {_RECORD_REMEDY}")
+    if raw.get("version") != RECORD_VERSION:
+        raise ValueError(f"{path} is a record of version {raw.get('version', 1)}, this program writes "
+                         f"{RECORD_VERSION}; {_RECORD_REMEDY}")  # fmt: skip
+    if raw.get("scale") != scale:
+        raise ValueError(f"{path} was measured at scale {raw.get('scale')}, this run has {scale}; calibrate at that "
+                         "scale")  # fmt: skip
+    try:
+        hardware, stack = profiles(raw, "record")
+        hardware_from_dict(hardware)
+        stack_from_dict(stack)
+        missing = [key for key in ("pad_share", "python_loop_ns", "decisions", "date") if key not in raw]
+        if missing:
+            raise KeyError(missing[0])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, StopIteration) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(f"{path} is damaged, or of another version of this program: {what}; calibrate "
+                         "again") from None  # fmt: skip
+    return raw

@@ -11,7 +11,7 @@ from typing import Any
 from expertflow.forward import DECODE, PREFILL, Forward
 from replay.calibration.measure import beside_copies_ns
 from replay.machine.device import Program, Work
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.programs import LEAST_ROWS
 from replay.machine.rig import Rig
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
@@ -20,7 +20,7 @@ from replay.machine.timing import programs_ns, works_ns
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Experts launched at once; as many as the model can choose in one layer."""
 _LAYERS = 6
-"""Of so many layers each kernel is measured in turn: together their weights fill no cache."""
+"""Each kernel is measured in so many layers in turn, whose weights together do not fit into a cache."""
 
 
 def decode_forward(num_tokens: int, kv_len: int) -> Forward:
@@ -54,7 +54,7 @@ class KernelBench:
         return self.kernels.experts(self._row(num_experts, tokens, 0, 0), most, shared=False)
 
     def _row(self, num_experts: int, tokens: int, shared_tokens: int, number: int) -> Row:
-        """A launch whose experts are in the `number`-th slots."""
+        """The description of a launch: group `number` of `num_experts` slots, each with the rows of `tokens` tokens."""
         num_slots, rows = self.rig.slots.num_slots, self.kernels.rows(tokens)
         row = Row(RowLayout(size_class(num_experts)), self.device.torch_device)
         row.words[NUM_EXPERTS] = num_experts

@@ -6,19 +6,13 @@ yield the same waits and want the same experts, one by one: all of them, in orde
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import get_object
-from omegaconf import OmegaConf
 
 from expertflow.forward import Forward
-from expertflow.machine import GATE, LOAD, Record, Wait
+from expertflow.machine import Record, Wait
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.lockstep.log_format import (
@@ -35,13 +29,11 @@ from replay.lockstep.log_format import (
     Waited,
 )
 from replay.lockstep.log_reader import LogReader
-from sim.job.configure import KEYS, checked
+from replay.lockstep.rebuild import rebuild
+from replay.lockstep.telling import tell
 from sim.job.run_cli import run_cli
-from sim.job.setup import Workload, make_policy, make_workload
+from sim.job.setup import Workload
 
-_SHOWN = 12
-_RENAMED = {"twin": "count_redundant", "warm": "fitted_start"}
-"""Keys of a configuration by their former names: a log is older than the program that reads it."""
 _USAGE = "usage: python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]"
 
 
@@ -71,7 +63,7 @@ class _DifferenceError(Exception):
 
 
 class _LogEndsError(Exception):
-    """Everything logged was equal, and the workload goes on."""
+    """The log has ended before the workload, and everything in it was equal."""
 
 
 def check_log(reader: LogReader, work: Workload, policy: Policy) -> LockstepResult:
@@ -108,7 +100,7 @@ def check_log(reader: LogReader, work: Workload, policy: Policy) -> LockstepResu
             logged = machine.peek()
             if logged is None:
                 raise _LogEndsError(f"{machine.where()}, where the policy now fails as well: {what}") from error
-            raise machine.differs(_tell(logged, machine.num_experts), what) from error
+            raise machine.differs(tell(logged, machine.num_experts), what) from error
     except _DifferenceError as found:
         difference = str(found)
     except _LogEndsError as end:
@@ -151,11 +143,11 @@ class _LoggedMachine:
         return f"forward {self._forward}" + ("" if self._layer is None else f", layer {self._layer}")
 
     def differs(self, logged: str, now: str) -> _DifferenceError:
-        """To be raised: what was logged, what is decided now."""
+        """The error to raise where `logged` was logged and `now` is decided."""
         return _DifferenceError(f"{self.where()}: logged {logged}; now {now}")
 
     def _compare(self, now: Event) -> Event:
-        """Takes the next logged event, which must be `now`; the mark of a launch is the log's to say."""
+        """Take the next event of the log and compare it with `now`; the mark of a launch is taken from the log."""
         logged = self.peek()
         if logged is None:
             raise _LogEndsError(f"it ends in {self.where()}")
@@ -164,8 +156,8 @@ class _LoggedMachine:
         if type(logged) is not type(now) or logged != now:
             same_kind = type(logged) is type(now)
             other = logged if same_kind and not isinstance(logged, LoggedForward) else None
-            raise self.differs(_tell(logged, self.num_experts, now if same_kind else None),
-                               _tell(now, self.num_experts, other))  # fmt: skip
+            raise self.differs(tell(logged, self.num_experts, now if same_kind else None),
+                               tell(now, self.num_experts, other))  # fmt: skip
         self._place += 1
         self.num_decisions += 1
         return now
@@ -179,13 +171,13 @@ class _LoggedMachine:
         if logged is None:
             raise _LogEndsError(f"it ends after {self.where()}")
         if logged.index != forward.index:
-            raise self.differs(_tell(logged, self.num_experts), f"the begin of forward {forward.index}")
+            raise self.differs(tell(logged, self.num_experts), f"the begin of forward {forward.index}")
         self._ahead, self._events, self._place = None, logged.events, 0
         self._forward, self._layer = forward.index, None
 
     def _end_forward(self, now: str) -> None:
         if self._place < len(self._events):
-            raise self.differs(_tell(self._events[self._place], self.num_experts), now)
+            raise self.differs(tell(self._events[self._place], self.num_experts), now)
         self.num_forwards += 1
 
     def ended(self) -> None:
@@ -194,7 +186,7 @@ class _LoggedMachine:
             self._end_forward("the end of the run")
         logged = self._next_forward()
         if logged is not None:
-            raise self.differs(_tell(logged, self.num_experts), "the end of the run")
+            raise self.differs(tell(logged, self.num_experts), "the end of the run")
 
     def attention(self, layer: int) -> int:
         self._layer = layer
@@ -224,7 +216,7 @@ class _LoggedMachine:
         if logged is None:
             raise _LogEndsError(f"it ends in {self.where()}")
         if not isinstance(logged, Told):
-            raise self.differs(f"{_tell(logged, self.num_experts)} without a record", "a wait for one")
+            raise self.differs(f"{tell(logged, self.num_experts)} without a record", "a wait for one")
         self._place += 1
         return logged
 
@@ -234,121 +226,8 @@ def _mark(event: Event) -> int:
     return event.mark
 
 
-# -- telling ---------------------------------------------------------------------------------------------------
-
-
-def _tell(event: Event | LoggedForward, num_experts: int, other: Event | None = None) -> str:
-    """One event for a person; a long list of keys from where it differs from that of `other`."""
-    if isinstance(event, LoggedForward):
-        return f"the begin of forward {event.index}"
-    if isinstance(event, Attention):
-        return f"attention of layer {event.layer}"
-    if isinstance(event, Experts):
-        keys = _keys(event.keys, num_experts, other.keys if isinstance(other, Experts) else ())
-        tokens = "" if event.counts is None else f" of {', '.join(map(str, event.counts[:_SHOWN]))} tokens"
-        return f"experts {keys}{tokens} of layer {event.layer}{' after the shared one' if event.shared else ''}"
-    if isinstance(event, Head):
-        return "the head"
-    if isinstance(event, Copy):
-        return (f"a copy of expert {_key(event.key, num_experts)}, chunk {event.chunk} of load {event.load}, "
-                f"{event.num_bytes} bytes into slot {event.slot} after mark {event.after}")  # fmt: skip
-    if isinstance(event, Decided):
-        return f"wants {_keys(event.wants, num_experts, other.wants if isinstance(other, Decided) else ())}"
-    if isinstance(event, Waited):
-        what = f"load {event.ident}" if event.kind == LOAD else f"mark {event.ident}"
-        what += "" if event.kind == LOAD else " (routing)" if event.kind == GATE else " (tokens)"
-        return f"a wait for {what}{' or the next chunk' if event.drain else ''}"
-    return f"a record at {event.now_ns} ns"
-
-
-def _key(key: int, num_experts: int) -> str:
-    return f"{key // num_experts}/{key % num_experts}"
-
-
-def _keys(keys: Sequence[int], num_experts: int, others: Sequence[int]) -> str:
-    """Keys as layer/expert: all of them if few, else those from the first on that differs."""
-    first = 0
-    if len(keys) > _SHOWN:
-        shared = min(len(keys), len(others))
-        first = next((place for place in range(shared) if keys[place] != others[place]), shared if others else 0)
-    shown = ", ".join(_key(key, num_experts) for key in keys[first : first + _SHOWN]) or "nothing more"
-    if first or len(keys) > _SHOWN:
-        return f"[from place {first} of {len(keys)}: {shown}]"
-    return f"[{shown}]" if keys else "[]"
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# -- from a log to a fresh policy ------------------------------------------------------------------------------
-
-
-def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload, Policy]:
-    """Workload and fresh policy of the logged configuration, with `overrides` (key=value) put over it.
-
-    A log is data of unknown origin: code that it names is run only if it is this package's, or if an override names
-    it as well. ValueError says which override is wanted.
-    """
-    plain = {key: value for key, value in with_present_names(reader.header.config).items() if key in KEYS}
-    for place, text in _texts(plain, ""):
-        if "${" in text:
-            raise LogError(f"{reader.path}: {place}={text!r:.80} holds an interpolation; a log holds plain values only")
-    cfg = OmegaConf.create(plain)
-    trusted = set()
-    for key, value in _parsed(overrides):
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-        if key.rpartition(".")[2] == "_target_":
-            trusted.add((key, value))
-    config = checked(cfg)
-    for place, target in _texts(config["policy"], "policy"):
-        if place.rpartition(".")[2] == "_target_" and (place, target) not in trusted and not _is_own(target):
-            raise ValueError(f"{reader.path}: {place}={target!r:.120} is no code of this package; if you trust it, "
-                             f"say so: {place}={target:.120}")  # fmt: skip
-    work = make_workload(config)
-    policy, _ = make_policy(config["policy"], work, config["seed"])
-    return work, policy
-
-
-def with_present_names(value: Any) -> Any:
-    """`value`, a logged configuration, with keys that have been given other names since under these."""
-    if isinstance(value, Mapping):
-        return {_RENAMED.get(key, key): with_present_names(inner) for key, inner in value.items()}
-    return value
-
-
-def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    for text in overrides:
-        override = OverridesParser.create().parse_override(text)
-        key = override.key_or_group
-        if override.is_delete() or override.is_sweep_override() or "/" in key or override.package is not None:
-            raise ValueError(f"{text} cannot be put over a log; give key=value, such as trace.path=FILE")
-        yield key, override.value()
-
-
-def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every text and every key inside `value`."""
-    if isinstance(value, str):
-        yield place, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield place, str(key)
-            yield from _texts(inner, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _texts(inner, f"{place}.{index}")
-
-
-def _is_own(target: str) -> bool:
-    """Whether `target` is defined in this package; importing it to see runs nothing else."""
-    if not re.fullmatch(r"expertflow(\.[A-Za-z_][A-Za-z0-9_]*)+", target):
-        return False
-    try:
-        module = getattr(get_object(target), "__module__", None)
-    except Exception:
-        # What cannot be imported cannot run; the composition says why.
-        return True
-    return isinstance(module, str) and module.split(".")[0] == "expertflow"
 
 
 def check(path: Path, overrides: Sequence[str] = ()) -> LockstepResult:

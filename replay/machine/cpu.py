@@ -22,7 +22,7 @@ from replay.machine.device import DeviceLostError, Program, Words, Work
 
 _SLACK_NS = 1000
 _LATE_NS = 2_000_000
-"""A copy that is later than this was not done in time: the link's clock is the thread's again."""
+"""ns by which a copy may end late. If it is later, the clock of the link is set to the time of the thread again."""
 _SWITCH_S = 20e-6
 """How long a thread may wait for the interpreter: the default of 5 ms would dwarf what is measured here."""
 _PR_SET_TIMERSLACK = 29
@@ -96,8 +96,10 @@ class _Stream(threading.Thread):
 
 
 class CpuDevice:
-    """Implements `replay.machine.device.Device` on the host's own memory. throttle_gb_per_s: None = as fast as it
-    goes."""
+    """Implements `replay.machine.device.Device` in the host's own memory.
+
+    throttle_gb_per_s: rate of the link in GB/s; None = as fast as the memory goes.
+    """
 
     world = "cpu"
     dtype = torch.float32
@@ -215,7 +217,7 @@ class CpuDevice:
 
 
 def _nothing() -> None:
-    """The work of a task that only marks a point in its stream."""
+    """A task that does nothing: it marks a point in its stream."""
 
 
 def _sleep_until(due_ns: int) -> None:

@@ -1,19 +1,14 @@
-"""An NVIDIA GPU through torch: programs as CUDA graphs, raw copies, and a clock that both sides share.
+"""An NVIDIA GPU through torch: programs as CUDA graphs and raw copies, timed by `replay.machine.cuda_clock`.
 
 A program is one graph: a pad, an event, the kernels, an event, and where the host waits for it a kernel that raises a
 number in pinned memory, which the host polls. Launching it costs the host some 3 us whatever it holds (results of an
 H200 in `results/`). Events inside graphs need torch 2.8, the first with external events.
-
-Times are CUDA's own, from events. `elapsed_time` is a float32 of milliseconds, exact to a few ns only while its base
-is young, so the base is renewed at every forward and whenever it has grown old. The host's clock is tied to them by
-the least delay ever seen between an event and the host's finding it.
 """
 
 from __future__ import annotations
 
 import gc
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,23 +17,17 @@ from typing import Any, NoReturn
 
 import torch
 
+from replay.machine.cuda_clock import CudaClock
 from replay.machine.cuda_errors import explained, told_if_lost
 from replay.machine.device import DeviceLostError, Program, Words, Work, words_of
 from replay.machine.raw import raw_copy
 from replay.machine.slot_kernels import gate
 
-_BASE_LIFE_NS = 10_000_000
-"""A float32 of milliseconds resolves 1 ns up to 16 ms; at a minute it would be 4 us."""
-_FORGET_NS = 5_000
-"""Host and device clocks drift apart, by less than 200 ppm: the least delay seen is forgotten by 1 ns in so many."""
 _PATIENCE_NS = 60_000_000_000
 _POLLS = 64
-"""Between two looks at the clock, and at what else there is to do."""
+"""Polls of the device between two looks at the clock and at what else there is to do."""
 _ASK_NS = 1_000_000
 _PROBE_NS = 2_000_000
-_SPIN_CYCLES = (50_000, 2_000_000)
-_SETTLE_NS = 50_000_000
-"""An idle GPU runs at a fraction of its clock; after this much work it has come up."""
 
 
 class CudaDevice:
@@ -63,7 +52,6 @@ class CudaDevice:
                              "install torch 2.8 or later") from error  # fmt: skip
         self._lost = False
         self._pool: list[Any] = []
-        self._next_base: Any = None
         try:
             self._guarded(self._open)
         except RuntimeError as error:
@@ -86,13 +74,17 @@ class CudaDevice:
         # Graphs share the memory of what they compute in between; a pool that no graph holds may not be used again.
         self._counter.add_(0)
         self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
-        self._base = self._event()
+        self._use_clock(CudaClock(self._compute, self._pool, _timing_event))
         self._restart_clock()
         self.ends_inside = self._tells_ends()
 
     def _tells_ends(self) -> bool:
-        """Whether an event inside a graph counts as recorded anew from the moment of its launch: else it would seem to
-        have happened, at the last launch's time. CUDA's documents say that each launch records it, not since when."""
+        """Whether an event inside a graph counts as not yet happened from the moment at which its graph is launched
+        again.
+
+        If not, it seems to have happened at the time of the launch before. CUDA's documents say that each launch
+        records the event anew, but not from when on that can be seen.
+        """
         self.ends_inside = True
         program = self._program(_nothing, _PROBE_NS, None, True)
         told = True
@@ -116,10 +108,10 @@ class CudaDevice:
         }
 
     def _event(self) -> Any:
-        return self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+        return self._pool.pop() if self._pool else _timing_event()
 
     def _guarded(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """`call` with its errors as `explained`."""
+        """Call `call` and raise its errors as `explained` gives them."""
         try:
             return call(*arguments)
         except RuntimeError as error:
@@ -127,68 +119,20 @@ class CudaDevice:
 
     # -- the clock -------------------------------------------------------------------------------------------
 
+    def _use_clock(self, clock: CudaClock) -> None:
+        # The host asks both for each chunk: bound here, they cost no call more than the clock's own.
+        self._clock, self._time_ns = clock, clock.time_ns
+        self.now_ns = clock.now_ns  # type: ignore[method-assign]
+
     def restart_clock(self) -> None:
         self._guarded(self._restart_clock)
 
     def _restart_clock(self) -> None:
         torch.cuda.synchronize(self.torch_device)
-        # Anew for every run: the last one's kernels have brought the GPU to the clock that it runs at under load.
-        self._overhead_ns, self._cycles_per_ns = self._measure_spin()
-        if self._next_base is not None:
-            self._pool.append(self._next_base)
-            self._next_base = None
-        self._base_ns = 0
-        self._least_lag_ns = 1 << 62
-        self._lag_at_ns = time.perf_counter_ns()
-        self._base.record(self._compute)
-        self._based_at_ns = self._lag_at_ns
-        self._wait(0, self._base)
-        for _ in range(50):
-            probe = self._event()
-            probe.record(self._compute)
-            self._wait(0, probe)
-            self._time_ns(probe)
-            self._pool.append(probe)
-
-    def _measure_spin(self) -> tuple[float, float]:
-        """(ns, cycles per ns): what a spin kernel of no cycles takes between two events, and how fast it counts."""
-        short, long = _SPIN_CYCLES
-        spun_ns, last, tries = 0.0, 0.0, 0
-        while True:
-            long_ns = statistics.median(self._spin_ns(long) for _ in range(3))
-            spun_ns += 3 * long_ns
-            tries += 1
-            settled = abs(long_ns - last) < 0.003 * long_ns or tries > 200
-            if spun_ns > _SETTLE_NS and settled:
-                break
-            last = long_ns
-        short_ns = statistics.median(self._spin_ns(short) for _ in range(5))
-        rate = (long - short) / (long_ns - short_ns)
-        return max(short_ns - short / rate, 0.0), rate
-
-    def _spin_ns(self, cycles: int) -> float:
-        start, end = self._event(), self._event()
-        # The host must be ahead: else its own time between two calls would count.
-        torch.cuda._sleep(_SPIN_CYCLES[0])
-        start.record(self._compute)
-        torch.cuda._sleep(cycles)
-        end.record(self._compute)
-        self._wait(0, end)
-        self._pool += (start, end)
-        return float(start.elapsed_time(end)) * 1e6
-
-    def _renew_base(self) -> None:
-        self._next_base = self._event()
-        self._next_base.record(self._compute)
-        self._based_at_ns = time.perf_counter_ns()
+        self._clock.restart(partial(self._wait, 0))
 
     def begin_forward(self) -> None:
-        # Forgetting is slower than time: `now_ns` never steps back, nor before an event that it was told of.
-        forgotten_ns = (time.perf_counter_ns() - self._lag_at_ns) // _FORGET_NS
-        self._lag_at_ns += forgotten_ns * _FORGET_NS
-        self._least_lag_ns += forgotten_ns
-        if self._next_base is None:
-            self._guarded(self._renew_base)
+        self._guarded(self._clock.begin_forward)
 
     def time_ns(self, event: Any) -> int:
         try:
@@ -196,26 +140,8 @@ class CudaDevice:
         except RuntimeError as error:
             self._explain(error)
 
-    def _time_ns(self, event: Any) -> int:
-        # It has happened, so the host's present bounds it from above; asking CUDA takes microseconds.
-        found_ns = time.perf_counter_ns()
-        coming = self._next_base
-        if coming is not None:
-            if coming.query():
-                self._base_ns += round(self._base.elapsed_time(coming) * 1e6)
-                self._pool.append(self._base)
-                self._base, self._next_base = coming, None
-        elif found_ns - self._based_at_ns > _BASE_LIFE_NS:
-            # Forwards may last seconds, and calibrations have none.
-            self._renew_base()
-        # Negative for what happened before the base did.
-        at_ns: int = self._base_ns + round(self._base.elapsed_time(event) * 1e6)
-        if found_ns - at_ns < self._least_lag_ns:
-            self._least_lag_ns = found_ns - at_ns
-        return at_ns
-
     def now_ns(self) -> int:
-        return time.perf_counter_ns() - self._least_lag_ns
+        return self._clock.now_ns()
 
     # -- programs --------------------------------------------------------------------------------------------
 
@@ -225,7 +151,7 @@ class CudaDevice:
 
     def _program(self, work: Work, pad_ns: int, words: Words | None, captured: bool) -> Program:
         start, end = (torch.cuda.Event(enable_timing=True, external=captured) for _ in range(2))
-        cycles, stream = round((pad_ns - self._overhead_ns) * self._cycles_per_ns), self._compute
+        cycles, stream = self._clock.cycles(pad_ns), self._compute
         gate = None if words is None else self._gate(*words)
 
         inside = self.ends_inside or not captured
@@ -337,7 +263,7 @@ class CudaDevice:
             if now_ns - asked_ns > _ASK_NS:
                 # A lost device raises no number; whatever it is asked, it answers with its error.
                 asked_ns = now_ns
-                self._base.query()
+                self._clock.ask()
         raise DeviceLostError(f"the GPU has not answered for {_PATIENCE_NS // 10**9} s")
 
     def recycle(self, event: Any) -> None:
@@ -365,20 +291,25 @@ class CudaDevice:
             torch.cuda.empty_cache()
 
 
+def _timing_event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
+
+
 def _ignore(value: object) -> None:
-    """A work returns nothing."""
+    """Drop the result of a call, since a work returns nothing."""
 
 
 def _nothing() -> None:
-    """The work of a program that only passes time."""
+    """The work of a program that only lets time pass."""
 
 
 def _replay_and_record(replay: Callable[[], None], end: Any, stream: Any) -> None:
-    """The end comes behind the gate then, and costs the host one more call."""
+    """Replay a graph, then record its end outside of it: the end stands behind the gate, and the host makes one more
+    call."""
     replay()
     end.record(stream)
 
 
 def _never() -> bool:
-    """The query of no event."""
+    """Answer for no event that it has not happened."""
     return False

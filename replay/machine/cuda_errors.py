@@ -19,9 +19,10 @@ _OUR_MISTAKES = ("device not ready", "invalid argument", "invalid configuration 
 
 
 def explained(error: RuntimeError) -> Exception:
-    """What `error`, raised by torch, means here: DeviceLostError, a ValueError with a remedy, or itself.
+    """What an error raised by torch means here: DeviceLostError, a ValueError with a remedy, or the error itself.
 
-    Told apart by text: versions of torch differ in the class of a CUDA error, none in how it begins.
+    Errors are told apart by their text: versions of torch differ in the class of a CUDA error, none in how its text
+    begins.
     """
     if isinstance(error, DeviceLostError):
         return error
@@ -45,7 +46,10 @@ def explained(error: RuntimeError) -> Exception:
 
 
 def told_if_lost(meaning: Exception) -> None:
-    """A GPU that is gone, told before anything is taken down. Without a context there is nothing to take down."""
+    """Report a GPU that is gone before anything is taken down.
+
+    Nothing is to be taken down where no CUDA context exists.
+    """
     if isinstance(meaning, DeviceLostError) and torch.cuda.is_initialized():
         found_lost(meaning)
 

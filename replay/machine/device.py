@@ -70,13 +70,13 @@ class Device(Protocol):
         """Name, memory in bytes and versions of what was measured, for provenance."""
 
     def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
-        """Prepare `work`, after `pad_ns` of nothing; gated if it has words, of which there may be none.
+        """Prepare `work`, to run after `pad_ns` of nothing. With `words` the program is gated; they may be empty.
 
         captured: False launches the kernels one by one. Both streams must be empty; `work` may run once.
         """
 
     def launch(self, program: Program) -> None:
-        """Enqueue `program` on the compute stream. Of its last launch nobody will ask for a time any more."""
+        """Enqueue `program` on the compute stream. The times of its last launch can no longer be asked for."""
 
     def copy(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
         """Enqueue a host-to-device copy between two addresses on the copy stream; the event at its end.
@@ -103,13 +103,13 @@ class Device(Protocol):
         """The host's present on the same clock; never before an event whose time was asked for."""
 
     def recycle(self, event: Event) -> None:
-        """Nobody will ask for `event`, the end of a copy, again."""
+        """Take back `event`, the end of a copy, whose time nobody will ask for again."""
 
     def begin_forward(self) -> None:
-        """Nothing runs on the compute stream: a good moment to renew the clock's base."""
+        """Called when nothing runs on the compute stream, which is a good moment to renew the clock's base."""
 
     def restart_clock(self) -> None:
-        """Both streams are empty: from here on times count from now."""
+        """Count times from now on. Both streams must be empty."""
 
     def free_bytes(self) -> int | None:
         """Memory of the device that can be taken now; None if it is the host's."""

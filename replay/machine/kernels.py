@@ -16,16 +16,18 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.model import GQA, ModelSpec
-from replay.machine.device import Work, words_of
+from replay.machine.device import Work
+from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
 from replay.machine.products import products
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, size_class
+from replay.machine.slot_kernels import SlotKernels
 from sim.specs.hardware import kv_on_grid
 
 _SEED = 2_510_26730
@@ -37,25 +39,6 @@ class Shape(NamedTuple):
     num_tokens: int
     rows: int
     columns: int
-
-
-class Row:
-    """The words that describe one launch of experts: `host` [num_words] int64, where the device reads them.
-
-    device: where its first kernel copies them to; None where kernels read the host's memory. words: the same memory as
-    `host`, cheap to write one by one.
-    """
-
-    __slots__ = ("device", "host", "layout", "plain", "words")
-
-    def __init__(self, layout: RowLayout, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self.layout = layout
-        self.host = torch.zeros(layout.num_words, dtype=torch.int64, pin_memory=on_gpu)
-        self.device = torch.zeros_like(self.host, device=device) if on_gpu else None
-        self.words = words_of(self.host)
-        self.plain = False
-        """Whether its counts and first rows are those of one token for each expert."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +86,7 @@ class _Block:
 
 
 class _Own(NamedTuple):
-    """Blocks of which each layer has its own: values [count, num_values], and each one's two matrices."""
+    """Weights of which each layer has its own block: values [count, num_values], and each block's two matrices."""
 
     block: _Block
     values: torch.Tensor
@@ -139,9 +122,7 @@ class Kernels:
         ]
         self._shared = self._own_blocks(model.shared_params, model.num_layers)
         self._dense = self._own_blocks(model.dense_params, model.num_dense_layers)
-        self._on_slots: Any = None
-        if self._device.type == "cuda":
-            self._on_slots = self._slot_kernels(slots, max_tokens)
+        self._on_slots = self._slot_kernels(slots, max_tokens) if self._device.type == "cuda" else None
         self._make_attention(max_context)
         self._head_values = self._random(hidden, self._columns(model.head_params, model.embedding_bits))
         self._head_out = self._outputs(model.head_params, self._head_values)
@@ -173,9 +154,7 @@ class Kernels:
         values = self._random(count, feed.num_values)
         return _Own(block, values, [block.split(one) for one in values])
 
-    def _slot_kernels(self, slots: SlotPool, max_tokens: int) -> Any:
-        from replay.machine.slot_kernels import SlotKernels
-
+    def _slot_kernels(self, slots: SlotPool, max_tokens: int) -> SlotKernels:
         shared = None if self._shared is None else (self._shared.block.feed, self._shared.values)
         # Rows are rounded up for each expert, and the padded places of a launch are filled once before a run.
         most = max_tokens * self.model.top_k
@@ -221,7 +200,10 @@ class Kernels:
         return max(1, math.ceil(tokens * self.model.kv_bits / torch.finfo(self._dtype).bits))
 
     def shape(self, layer: int, forward: Forward, kv_grid: int = 0) -> Shape:
-        """Of the attention of MoE layer `layer` in `forward`. kv_grid: see `sim.machine.kernels.kv_on_grid`."""
+        """The shape of the attention of MoE layer `layer` in `forward`.
+
+        kv_grid: see `sim.machine.kernels.kv_on_grid`.
+        """
         num_tokens = len(forward.rows)
         window = self.model.window if self.model.is_windowed(layer) else None
         lens = forward.kv_lens if window is None else [min(kv_len, window) for kv_len in forward.kv_lens]
@@ -279,7 +261,7 @@ class Kernels:
         return self._expert.feed.rows(num_tokens)
 
     def shared_rows(self, num_tokens: int) -> int:
-        """The same of the shared experts; 0 if the model has none."""
+        """Rows that the shared experts compute over for so many tokens; 0 if the model has none."""
         return 0 if self._shared is None else self._shared.block.feed.rows(num_tokens)
 
     def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:
@@ -294,8 +276,7 @@ class Kernels:
         check: runs before and after, on the same row.
         """
         if self._on_slots is not None:
-            work: Work = self._on_slots.experts(row, max_rows, shared, check)
-            return work
+            return self._on_slots.experts(row, max_rows, shared, check)
         return self._one_by_one(row, check)
 
     def _one_by_one(self, row: Row, check: Work | None) -> Work:
@@ -330,8 +311,8 @@ class Kernels:
     @property
     def experts_out(self) -> torch.Tensor:
         """Outputs of routed experts launched by slot id [rows, hidden], each expert's from its first row."""
-        found: torch.Tensor = self._on_slots.out
-        return found
+        assert self._on_slots is not None, "only a GPU launches experts by slot id"
+        return self._on_slots.out
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PINNED_SHARE = 0.6
-"""Of the memory that is available, what may be pinned without being asked: the rest of the host must live."""
+"""Share of the available memory that is pinned where no budget is given; the rest is left to the host."""
 WSL_SHARE = 0.45
 """WSL and Windows refuse to pin more than about half of the memory (GitHub FreeToken#27, #55)."""
 ALIGNMENT = 512

@@ -14,17 +14,19 @@ import torch
 
 from expertflow.forward import PREFILL, Forward
 from replay.machine.device import Device, Program
-from replay.machine.kernels import Kernels, Row, Shape
+from replay.machine.kernels import Kernels, Shape
+from replay.machine.launch_row import Row
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 from replay.machine.stamps import Stamps
 from replay.machine.timing import works_ns
+from sim.specs.hardware import Stack
 
 REPLICAS = 8
-"""Launches of one size that may be unread; the next one waits for the first of them."""
+"""So many launches of one size may have unread times; one more waits until those of the first are read."""
 LEAST_ROWS = 16
-"""Fewer rows are padded to as many by the kernels: what a tensor core multiplies at once."""
+"""Rows that a tensor core multiplies at once: the kernels pad fewer rows to so many."""
 DEFAULT_KV_GRID = 256
-"""KV tokens: where shapes are captured and the stack names no grid."""
+"""KV tokens to which lengths are rounded where shapes are captured and the stack names no grid."""
 
 
 def _doublings(first: int, last: int) -> list[int]:
@@ -55,16 +57,23 @@ class Programs:
     """All programs of one run on one device.
 
     routing [max_tokens, top_k], tokens [max_tokens]: where the host reads what router and head have found, int64.
-    kv_grid: as in `sim.specs.hardware.Stack`. stamps: what the slots are checked for around each launch of experts.
+    stack: its overheads become pads, and KV lengths are rounded up to a multiple of its kv_grid. stamps: what the slots
+    are checked for around each launch of experts.
     """
 
-    def __init__(self, device: Device, kernels: Kernels, routing: torch.Tensor, tokens: torch.Tensor,
-                 layer_pad_ns: int = 0, head_pad_ns: int = 0, kv_grid: int = 0,
-                 stamps: Stamps | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        device: Device,
+        kernels: Kernels,
+        routing: torch.Tensor,
+        tokens: torch.Tensor,
+        stack: Stack,
+        stamps: Stamps | None = None,
+    ) -> None:
         self._device, self._kernels = device, kernels
         self._routing, self._tokens = routing, tokens
-        self._layer_pad_ns, self._head_pad_ns = layer_pad_ns, head_pad_ns
-        self.kv_grid = kv_grid or (DEFAULT_KV_GRID if device.captures else 0)
+        self._layer_pad_ns, self._head_pad_ns = stack.layer_overhead_ns, stack.head_overhead_ns
+        self.kv_grid = stack.kv_grid or (DEFAULT_KV_GRID if device.captures else 0)
         self._stamps = stamps
         self._has_shared = kernels.shared_rows(1) > 0
         self._by_shape: dict[tuple[int, Shape], Program] = {}
@@ -77,7 +86,7 @@ class Programs:
         self._probes = [windowed.index(kind) if kind in windowed else 0 for kind in (False, True)]
         self._is_prepared = False
         self.num_unprepared = 0
-        """Shapes that came up in the run without having been prepared; each of their launches is one kernel by one."""
+        """Shapes that came up in the run without having been prepared; their kernels are launched one by one."""
 
     # -- before the run --------------------------------------------------------------------------------------
 

@@ -25,30 +25,37 @@ from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.programs import Programs
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
 from replay.machine.stamps import Stamps
+from sim.specs.hardware import Stack
 
 _ROUNDED_NS = 1_000
-"""Times of one stream are rounded apart by less."""
+"""ns: two times of one stream that differ by less than this may only be rounded differently."""
 _NO_END = [0]
-"""Of the reader of a copy that waits for none."""
+"""The end of the kernel that a copy waits for, where it waits for none."""
 
 
 class RealMachine:
-    """One device, its buffers and kernels. stamps: None = do not verify.
+    """One device, its buffers and kernels. stamps: None = do not verify. `prepare` must come before a run.
 
-    layer_pad_ns, head_pad_ns: what the stack under test would spend on the compute stream, spent doing nothing.
-    kv_grid: KV lengths are rounded up to a multiple (`sim.specs.hardware.Stack.kv_grid`). `prepare` must come before a
-    run.
+    stack: the stack under test; what it would spend on the compute stream is spent doing nothing, and KV lengths are
+    rounded up to a multiple of its kv_grid.
     """
 
-    def __init__(self, device: Device, kernels: Kernels, host: HostPool, slots: SlotPool,
-                 chunk_bytes: Sequence[int], layer_pad_ns: int = 0, head_pad_ns: int = 0, kv_grid: int = 0,
-                 stamps: Stamps | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        device: Device,
+        kernels: Kernels,
+        host: HostPool,
+        slots: SlotPool,
+        chunk_bytes: Sequence[int],
+        stack: Stack,
+        stamps: Stamps | None = None,
+    ) -> None:
         self.device = device
         self.kernels = kernels
         self.host = host
         self.slots = slots
         self.stamps = stamps
-        self.layer_pad_ns, self.head_pad_ns = layer_pad_ns, head_pad_ns
+        self.layer_pad_ns, self.head_pad_ns = stack.layer_overhead_ns, stack.head_overhead_ns
         self.num_read_first = 0
         """Launches that had to wait until an earlier one of their program had ended and was read."""
         offsets = chunk_offsets(chunk_bytes)
@@ -62,7 +69,7 @@ class RealMachine:
         self._unread: deque[Program] = deque()
         """Programs launched and not yet read, in the order of the stream."""
         self._open: dict[int, Program] = {}
-        """The same by mark."""
+        """The programs of `_unread` by the mark of their launch."""
         self._read: list[Mark] = []
         """Marks that were read and not yet reported."""
         self._wanted_ends: dict[int, list[int]] = {}
@@ -72,7 +79,7 @@ class RealMachine:
         self._loads: dict[int, Event] = {}
         self._number = device.numbers[0]
         self._gate = 0
-        """Mark of the last gated launch: nothing is told of it before its number is seen."""
+        """Mark of the last gated launch. It is not reported before the host has seen its number."""
         self._gate_start_ns: int | None = None
         """When its kernels began, once that is read."""
         self._compute_end_ns = self._copy_end_ns = self._now_ns = 0
@@ -81,8 +88,7 @@ class RealMachine:
         self._tokens = torch.zeros(kernels.tokens.shape, dtype=torch.int64, pin_memory=pinned)
         self._routing_words, self._token_words = words_of(self._routing), words_of(self._tokens)
         self._top_k = kernels.routing.shape[1]
-        self.programs = Programs(device, kernels, self._routing, self._tokens, layer_pad_ns, head_pad_ns, kv_grid,
-                                 stamps)  # fmt: skip
+        self.programs = Programs(device, kernels, self._routing, self._tokens, stack, stamps)
         self._attention: Sequence[Program] = ()
         self._head: Program | None = None
 
@@ -165,7 +171,7 @@ class RealMachine:
         self._loads[load] = end
 
     def decided(self, wants: Sequence[int], effort: float) -> None:
-        """Nothing to charge: the time has passed."""
+        """Do nothing: on a real machine the time of a decision has passed already."""
 
     # -- what it answers -------------------------------------------------------------------------------------
 
@@ -224,7 +230,7 @@ class RealMachine:
         del self._open[mark]
 
     def _read_until(self, mark: int) -> None:
-        """All programs up to the one of `mark` have ended, or are about to: read them."""
+        """Read the times of all programs up to the one of `mark`, which have ended or are about to."""
         unread, happened = self._unread, self.device.happened
         while unread and unread[0].mark <= mark:
             while not happened(unread[0].end):
@@ -232,7 +238,7 @@ class RealMachine:
             self._take()
 
     def _read_first(self, program: Program) -> None:
-        """`program` is to be launched again and its last launch is unread."""
+        """Read the times of the last launch of `program`, which is about to be launched again."""
         self.num_read_first += 1
         self._read_until(program.mark)
 
@@ -247,7 +253,11 @@ class RealMachine:
         return (now_ns, ended, marks)
 
     def _retire_chunk(self) -> Chunk:
-        """A copy has ended. It began when it was issued, or the one before it, or the kernel before it had ended."""
+        """Report a copy that has ended.
+
+        It began when it was issued, when the copy before it had ended or when the kernel that it waits for had ended,
+        whichever came last.
+        """
         load, chunk, end, start_ns, after, wanted = self._chunks.popleft()
         if after in self._open:
             self._read_until(after)

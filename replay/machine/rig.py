@@ -31,7 +31,10 @@ _GRAPH_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Needs:
-    """The most that the runs on a rig ask for. max_context: KV tokens of all requests of a forward together."""
+    """The largest sizes that the runs on a rig ask for.
+
+    max_context: KV tokens of all requests of a forward together.
+    """
 
     num_slots: int
     max_tokens: int
@@ -59,7 +62,7 @@ def make_device(name: str, throttle_gb_per_s: float | None = None) -> Device:
 
 
 def _nothing() -> None:
-    """Where torch has no such function."""
+    """Do nothing where this version of torch lacks the function."""
 
 
 class Rig:
@@ -117,8 +120,7 @@ class Rig:
         """A machine for one run. device: this rig's, wrapped (to inject faults)."""
         host = self.host(memory == "pinned")
         stamps = Stamps(host, self.slots, chunk_offsets(chunk_bytes)) if verify else None
-        return RealMachine(device or self.device, self.kernels, host, self.slots, chunk_bytes,
-                           stack.layer_overhead_ns, stack.head_overhead_ns, stack.kv_grid, stamps)  # fmt: skip
+        return RealMachine(device or self.device, self.kernels, host, self.slots, chunk_bytes, stack, stamps)
 
     def describe(self, memory: str = "pinned") -> dict[str, Any]:
         """What was measured, for a result: the device, and how the experts were held."""

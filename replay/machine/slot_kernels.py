@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from replay.machine.device import Work
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
 from replay.machine.rows import NUM_EXPERTS, RowLayout
 

@@ -17,7 +17,7 @@ SHARED_BLOCK = tl.constexpr(rows.SHARED_BLOCK)
 SHARED_ROWS = tl.constexpr(rows.SHARED_ROWS)
 NUMBER = tl.constexpr(rows.NUMBER)
 SLOTS = tl.constexpr(rows.RowLayout(1).slots)
-"""Those of each expert begin here, then the first rows, the numbers of rows, and the expected words."""
+"""Where the slots of the experts begin in a row; the first rows, numbers of rows and expected words follow."""
 
 
 @triton.jit(do_not_specialize=["num_words"])

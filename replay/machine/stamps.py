@@ -16,9 +16,10 @@ from itertools import pairwise
 import torch
 
 from replay.machine.device import Work
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.pools import HostPool, SlotPool
 from replay.machine.rows import NUM_EXPERTS, NUMBER
+from replay.machine.slot_kernels import check_work
 
 _TAG_STEP = 1 << 20
 LEAST_CHUNK = 32
@@ -95,8 +96,6 @@ class Stamps:
     def check(self, row: Row) -> Work:
         """Compares the slots named in `row` with the words expected there, on the device."""
         if row.device is not None:
-            from replay.machine.slot_kernels import check_work
-
             return check_work(row, self._words, self._words_per_slot, self._within, self._wrong, self._first_bad)
 
         def work() -> None:
@@ -112,12 +111,12 @@ class Stamps:
         return work
 
     def restart(self) -> None:
-        """What was launched so far was no part of the run."""
+        """Forget what was launched so far: it was no part of the run."""
         self._wrong.zero_()
         self._first_bad.fill_(1 << 62)
 
     def collect(self) -> None:
-        """The run is over, the device idle: take over what it has found."""
+        """Read from the device what it has found wrong. The run must be over and the device idle."""
         self.num_wrong = int(self._wrong.item())
         if self.num_wrong:
             forward, layer, keys = self._launches[int(self._first_bad.item())]

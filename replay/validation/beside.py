@@ -82,7 +82,7 @@ def replay_on_tape(rig: Rig, work: Workload, policy: Policy, transfer: Transfer,
 
 
 def stack_pads_ns(raw: Mapping[str, Any], stack: Stack) -> tuple[float, float]:
-    """How long the pads of a layer and of the head really last."""
+    """ns that the pads of a layer and of the head last in fact."""
     share = float(raw["pad_share"])
     return stack.layer_overhead_ns * share, stack.head_overhead_ns * share
 
@@ -94,7 +94,7 @@ def chunk_gb_per_s(raw: Mapping[str, Any], model: str) -> float | None:
 
 
 class Beside:
-    """The host's costs, measured anew beside each run, on the calibration's trace; told to, `raw` takes them in."""
+    """Host costs that are measured anew beside each run, over the calibration's trace; `use` puts them into `raw`."""
 
     def __init__(self, device: Device, raw: Mapping[str, Any], scale: int) -> None:
         self._device, self._raw, self._scale = device, raw, scale

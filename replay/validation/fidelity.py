@@ -23,7 +23,8 @@ from sim.job.setup import Workload, make_policy
 from sim.machine.run import run_policy
 
 STALL_COUNTS_FROM = 0.01
-"""A stall below this share of the elapsed time is judged as a share of it: its own error would be noise over noise."""
+"""A stall below this share of the elapsed time is judged as a share of that time: relative to itself, its error would
+be noise."""
 _TIMES = ("elapsed_ns", "compute_ns", "overhead_ns", "stall_ns", "late_stall_ns", "miss_stall_ns")
 _COUNTS = ("num_hits", "num_late", "num_misses")
 
@@ -117,7 +118,7 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float], middle: float) -> float:
-    """0 where there is nothing to differ: nothing was measured to be there."""
+    """(most - least) / middle, a share; 0 where `middle` is 0, as for a stall that does not occur."""
     return (max(values) - min(values)) / middle if middle > 0 else 0.0
 
 

@@ -58,8 +58,11 @@ def _found_late(tape: Tape, marks: Sequence[Mark]) -> int:
 
 def _idle_from(load: int, now: int, ended: Sequence[Chunk], landed: Mapping[int, int],
                following: int | None) -> int | None:  # fmt: skip
-    """Since when a host that waits for `load`, and resumes at `now`, has been waited for itself: it has landed, or the
-    link has run dry. None if neither. following: when the next chunk starts."""
+    """The time since when a link or a device has waited for the host, which waits for `load` and resumes at `now`.
+
+    It is the time at which the load landed, or at which the link had nothing left to copy; None if neither. following:
+    when the next chunk starts.
+    """
     for one, _, _, end in ended:
         if one == load and end == landed[load]:
             return end

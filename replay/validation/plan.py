@@ -83,5 +83,5 @@ def tokens_for(world: str, minutes: float) -> int:
 
 
 def share_of_time(left_s: float, num_models: int) -> float:
-    """Seconds for the next of `num_models` that are to come: the first named is wanted most, none is left out."""
+    """Seconds for the next of `num_models` models: the first one named gets most, and each gets some."""
     return left_s * 2 / (num_models + 1)

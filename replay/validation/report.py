@@ -202,7 +202,8 @@ def _row(row: pd.Series[Any]) -> str:
 
 
 def _busiest(table: pd.DataFrame, chunk_gb_per_s: dict[str, float | None]) -> str | None:
-    """How fast the link was where it was the bottleneck: most link time per elapsed time."""
+    """A line on the rate of the link in the row where it was busy for the largest share of the time; None if unknown.
+    A line on the rate of the link in the row where it was busy for the largest share of the time; None if unknown."""
     if table.empty:
         return None
     row = table.iloc[int((table["link_ms_measured"] / table["elapsed_ms_measured"]).to_numpy().argmax())]

@@ -17,7 +17,7 @@ from replay.calibration.probe import HostRun
 from replay.validation.fidelity import Ran
 
 SAME_SPEED = 1.2
-"""What differs by at most this factor was run by a host of one speed: its two speeds were 1.7 apart."""
+"""Loop times that differ by at most this factor count as one speed of the host; those of that H200 differ by 1.7."""
 
 
 @dataclass(frozen=True)

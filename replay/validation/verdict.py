@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 HOLDS, MISSED, NOISE, ONCE, HOST_BOUND = "holds", "missed", "noise", "measured once", "host-bound"
 JUDGED = (HOLDS, MISSED)
 NOISY_SHARE = 0.10
-"""Of the rows that could have been judged: with more noise than this nothing is shown."""
+"""Share of the rows that may be too noisy to be judged; above it nothing counts as shown."""
 CONDITIONS = ("model", "stack", "residency", "batch_size")
 
 
@@ -38,8 +38,11 @@ BARS = {"cuda": Bars(0.02, 0.05, 0.02), "cpu": Bars(0.10, 0.15)}
 
 
 def figures(row: Row, bars: Bars) -> Iterator[tuple[str, float, float, float]]:
-    """(name, error, noise, bar) of TPOT and of stall; a stall too small to have an error of its own is held against
-    the bar of TPOT, as a share of it."""
+    """(name, error, noise, bar) of TPOT and of stall.
+
+    Where the stall is too small to have an error of its own, its error is taken as a share of TPOT and compared with
+    the bar of TPOT.
+    """
     yield "TPOT", row["tpot_error"], row["tpot_noise"], bars.tpot
     if row["stall_counts"]:
         yield "stall", row["stall_error"], row["stall_noise"], bars.stall

@@ -110,6 +110,6 @@ class Workbench:
 
 
 def _most(needs: list[Needs]) -> Needs:
-    """What suffices for each of `needs`."""
+    """The largest of each size in `needs`: a rig that has these suffices for every one of them."""
     return Needs(max(one.num_slots for one in needs), max(one.max_tokens for one in needs),
                  max(one.max_context for one in needs))  # fmt: skip

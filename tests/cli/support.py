@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from sim.app import cli, run_job
 from sim.job.configure import configure
 from sim.job.setup import make_workload
-from traces.format import write_trace
+from traces.format import About, write_trace
 
 ROOT = Path(__file__).parents[2]
 GPT_OSS = (24, 32, 4)
@@ -117,7 +117,7 @@ def small_trace(path: Path, num_tokens: int = 12, num_requests: int = 2, *, shap
     starts = [round(index * num_tokens / num_requests) for index in range(num_requests + 1)]
     given: dict[str, Any] = {"experts": routing(shape, num_tokens, seed), "request_start": starts,
                              "prompt_len": [prompt] * num_requests, **arrays}  # fmt: skip
-    return write_trace(path, model=model, num_experts=shape[1], source="tests", license="none", **given)
+    return write_trace(path, given, About(model, shape[1], "tests", "none"))
 
 
 def tiny_trace(path: Path, num_tokens: int = 12, **settings: Any) -> Path:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.policies.support import memory_trace
-from traces.format import write_trace
+from traces.format import About, write_trace
 from traces.reader import Trace
 
 L, E, K, D = 6, 8, 2, 3
@@ -75,9 +75,9 @@ def written(path: Path, num_requests: int = 12, seed: int = 0, *, pregate: bool 
     made = arrays(num_requests, seed, **kind)
     if not pregate:
         made = {key: value for key, value in made.items() if not key.startswith("lookahead")}
-    return write_trace(path, model=model, num_experts=E, source="tests", license="none",
-                       request_start=[LENGTH * index for index in range(num_requests + 1)],
-                       prompt_len=[4] * num_requests, **made)  # fmt: skip
+    starts = [LENGTH * index for index in range(num_requests + 1)]
+    requests = {"request_start": starts, "prompt_len": [4] * num_requests}
+    return write_trace(path, made | requests, About(model, E, "tests", "none"))
 
 
 def needs_fit() -> None:

@@ -20,7 +20,7 @@ from tests.fitting.support import LENGTH, SMALL, D, E, K, L, knowable, needs_fit
 from tests.policies.support import forward_rows, view_of
 from traces import cli
 from traces.batching import BatchConfig, Batches, RecordedRows
-from traces.fitting.forest import fit_forest
+from traces.fitting.forest import ForestOptions, fit_forest
 from traces.fitting.rows import row_blocks
 from traces.reader import Trace
 
@@ -30,7 +30,7 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 @pytest.fixture(scope="module")
 def fitted() -> Arrays:
     needs_fit()
-    return fit_forest(knowable(24, 1), quiet, max_mb=1, **SMALL)[0]
+    return fit_forest(knowable(24, 1), quiet, ForestOptions(max_mb=1, **SMALL))[0]
 
 
 def started(fitted: Arrays, cache_size: int = 100) -> ForestPredictor:
@@ -97,7 +97,7 @@ def test_it_beats_a_pregate_that_is_misled_where_history_knows_better(fitted: Ar
 def test_it_gains_nothing_where_there_is_nothing_to_know() -> None:
     """The negative control: routing that has to do with nothing, in fitting and in use."""
     needs_fit()
-    fitted = fit_forest(knowable(24, 1, random=True), quiet, max_mb=1, **SMALL)[0]
+    fitted = fit_forest(knowable(24, 1, random=True), quiet, ForestOptions(max_mb=1, **SMALL))[0]
     pregate, forest = recalls(fitted, knowable(8, 99, random=True))
     assert abs(pregate - 0.25) < 0.05
     assert abs(forest - 0.25) < 0.05

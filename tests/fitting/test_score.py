@@ -18,9 +18,9 @@ from tests.policies.support import forward_rows, memory_trace, view_of
 from tests.traces.test_traces_cli import check_error, run
 from traces.batching import RecordedRows
 from traces.fitting.accuracy import Accuracy, fit_decay
-from traces.fitting.baselines import BASELINES, ROUTING_ALONE, Training, Transition
+from traces.fitting.baselines import Training, Transition
 from traces.fitting.rows import row_blocks
-from traces.fitting.score import markdown, score
+from traces.fitting.score import BASELINES, ROUTING_ALONE, markdown, score
 
 OPTIONS = tuple(f"{key}={value}" for key, value in SMALL.items())
 

@@ -14,7 +14,7 @@ from sim.job.fitted_start import transition_start
 from sim.paths import DATA
 from tests.traces.test_traces_cli import check_error, run
 from traces.fitting.transition import to_arrays
-from traces.format import write_trace
+from traces.format import About, write_trace
 
 E = 4
 
@@ -23,16 +23,8 @@ E = 4
 def chain(tmp_path: Path) -> Path:
     """Three tokens of one request, two layers of four experts, one each: expert t in layer 0, t + 1 in layer 1."""
     experts = np.array([[[token], [token + 1]] for token in range(3)], np.uint8)
-    return write_trace(
-        tmp_path / "chain.safetensors",
-        experts=experts,
-        request_start=[0, 3],
-        prompt_len=[0],
-        model="toy",
-        num_experts=E,
-        source="made by hand",
-        license="none",
-    )
+    arrays = {"experts": experts, "request_start": [0, 3], "prompt_len": [0]}
+    return write_trace(tmp_path / "chain.safetensors", arrays, About("toy", E, "made by hand", "none"))
 
 
 def test_the_command_counts_what_follows_what(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

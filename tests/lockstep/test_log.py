@@ -42,7 +42,8 @@ BIG = 2**62
 keys = st.integers(0, 23)
 marks = st.integers(1, BIG)
 loads = st.integers(-BIG, BIG)
-spans = st.tuples(st.integers(-BIG, BIG), st.integers(0, BIG)).map(lambda span: (span[0], span[0] + span[1]))
+spans = st.tuples(st.integers(-BIG, BIG), st.integers(0, BIG - 1)).map(lambda span: (span[0], span[0] + span[1]))
+"""(start, end): a log holds 64 bits, and 2^62 + 2^62 is one too many."""
 
 
 @st.composite

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from replay.lockstep.compare import check, with_present_names
+from replay.lockstep.compare import check
 from replay.lockstep.log_reader import LogReader
+from replay.lockstep.rebuild import with_present_names
 from tests.lockstep.store import STORED
 
 FROM_A_GPU = Path(__file__).parents[2] / "results" / "validation-h200" / "graph" / "logs"

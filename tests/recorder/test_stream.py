@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.traces import EXPERTS, sound_arrays
-from traces.format import TraceError, open_trace, write_trace
+from traces.format import About, TraceError, open_trace, write_trace
 from traces.layout import PER_REQUEST
 from traces.stream import TraceWriter, folder_of
 
@@ -47,10 +47,8 @@ def test_it_writes_the_bytes_that_write_trace_writes(tmp_path: Path, lists: bool
         assert not writer.path.exists()
         writer.header["late"] = "y"
     given = ["première 0\n", "première 1\n"] if labels else None
-    at_once = write_trace(
-        tmp_path / "b.safetensors", **sound_arrays(lists), **FACTS, moe_layer_ids=[1, 2, 4], note="x", late="y",
-        request_labels=given,
-    )  # fmt: skip
+    about = About(**FACTS, request_labels=given, moe_layer_ids=[1, 2, 4], header={"note": "x", "late": "y"})
+    at_once = write_trace(tmp_path / "b.safetensors", sound_arrays(lists), about)
     assert writer.path.read_bytes() == at_once.read_bytes()
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 

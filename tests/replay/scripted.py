@@ -23,6 +23,7 @@ from replay.machine.memory import HostPlan, align
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.real import RealMachine
 from replay.machine.stamps import Stamps
+from sim.specs.hardware import Stack
 
 CHUNKS = 3
 
@@ -297,7 +298,8 @@ def machine_on(device: ScriptedDevice, model: ModelSpec, forwards: Sequence[Forw
     max_tokens = max(len(forward.rows) for forward in forwards)
     kernels = Kernels(model, slots, device.dtype, max_tokens, 1024)
     stamps = Stamps(host, slots, chunk_offsets(chunks_of(model))) if verify else None
-    machine = RealMachine(device, kernels, host, slots, chunks_of(model), 3_000, 5_000, kv_grid, stamps)
+    stack = Stack("scripted", 3_000, 5_000, kv_grid)
+    machine = RealMachine(device, kernels, host, slots, chunks_of(model), stack, stamps)
     machine.prepare(forwards)
     device.auto, device.clock_ns = False, 0
     device.launches.clear()

@@ -17,7 +17,8 @@ import replay.machine.kernels
 import sim.machine.kernels
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import MLA, ModelSpec
-from replay.machine.kernels import Kernels, Row
+from replay.machine.kernels import Kernels
+from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
 from replay.machine.products import Products, attend, feed_forward, products, route
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout

@@ -17,7 +17,7 @@ from replay.lockstep.log_format import LOG_NAME
 from replay.lost import LOST
 from replay.machine.device import Work
 from replay.machine.faults import FAULTS, FaultyDevice
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.memory import HostPlan, align
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.real import RealMachine

@@ -14,20 +14,15 @@ import pytest
 import replay.bench_decide as bench
 from expertflow.policy import Policy
 from replay.bench_decide import (
-    GLUE,
-    PARTS,
     DecisionTimes,
-    Overhead,
-    Step,
-    Stopwatch,
     compare_policies,
     holds,
     main,
     measure_decisions,
-    measure_overhead,
     measure_steps,
     summarise,
 )
+from replay.stopwatch import GLUE, PARTS, Overhead, Step, Stopwatch, measure_overhead
 from sim.machine.run import run_policy
 from tests.policies.support import drawn_workload, policy_for
 

@@ -296,7 +296,7 @@ class FakeCuda:
         return self.streams[-1]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-        """Stand in for torch.cuda, and for the host's clock as `replay.machine.cuda` sees it."""
+        """Stand in for torch.cuda, and for the host's clock as `replay.machine` sees it."""
         properties = SimpleNamespace(name="Fake GPU", total_memory=2 * FREE_BYTES)
         for name, stand_in in {
             "is_available": lambda: True,
@@ -316,7 +316,10 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, stand_in)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(torch, name, self._pinning(getattr(torch, name)))
-        monkeypatch.setattr("replay.machine.cuda.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
+        for module in ("cuda", "cuda_clock"):
+            monkeypatch.setattr(
+                f"replay.machine.{module}.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns)
+            )
         monkeypatch.setattr("replay.machine.cuda.raw_copy", lambda: (self.memcpy, "a stand-in"))
         return self
 

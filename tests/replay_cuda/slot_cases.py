@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
 from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
 from replay.machine.slot_kernels import SlotKernels

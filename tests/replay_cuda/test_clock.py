@@ -79,7 +79,7 @@ def test_times_are_true_over_thousands_of_forwards(ppm: int) -> None:
 
 def test_without_renewal_rounding_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail."""
-    monkeypatch.setattr("replay.machine.cuda._BASE_LIFE_NS", 1 << 62)
+    monkeypatch.setattr("replay.machine.cuda_clock._BASE_LIFE_NS", 1 << 62)
     monkeypatch.setattr(CudaDevice, "begin_forward", lambda self: None)
     with on_fake() as (cuda, device):
         truth = Truth(cuda, device)
@@ -94,7 +94,7 @@ def test_without_renewal_rounding_would_show(monkeypatch: pytest.MonkeyPatch) ->
 def test_spans_stay_true_without_forwards(monkeypatch: pytest.MonkeyPatch, renewed: bool) -> None:
     """A calibration lasts minutes and begins no forward; kernels are timed all along."""
     if not renewed:
-        monkeypatch.setattr("replay.machine.cuda._BASE_LIFE_NS", 1 << 62)
+        monkeypatch.setattr("replay.machine.cuda_clock._BASE_LIFE_NS", 1 << 62)
     with on_fake() as (cuda, device):
         program, worst = device.program(nothing), 0
         for _ in range(200):
@@ -104,7 +104,7 @@ def test_spans_stay_true_without_forwards(monkeypatch: pytest.MonkeyPatch, renew
             true_ns = program.end.at_ns - program.start.at_ns
             # The first question of an old base renews it, for the next one.
             device.time_ns(program.start)
-            device.wait(0, device._next_base or program.end)
+            device.wait(0, device._clock._next_base or program.end)
             worst = max(worst, abs(device.time_ns(program.end) - device.time_ns(program.start) - true_ns))
         assert worst <= 2 if renewed else worst > 2000
 
@@ -150,7 +150,7 @@ def test_now_keeps_up_with_a_device_that_drifts(ppm: int) -> None:
 @pytest.mark.slow
 def test_without_forgetting_now_would_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail."""
-    monkeypatch.setattr("replay.machine.cuda._FORGET_NS", 1 << 62)
+    monkeypatch.setattr("replay.machine.cuda_clock._FORGET_NS", 1 << 62)
     with on_fake(-120) as (cuda, device):
         truth = Truth(cuda, device)
         cuda.call_ns["query"] = 2_000
@@ -167,11 +167,11 @@ def test_what_began_before_the_base_keeps_its_time() -> None:
         long, short = device.program(nothing, 900_000), device.program(nothing)
         device.launch(long)
         device.begin_forward()
-        base = device._next_base
+        base = device._clock._next_base
         device.launch(short)
         device.wait(0, short.end)
         device.time_ns(short.end)
-        assert device._base is base
+        assert device._clock._base is base
         assert long.start.at_ns < long.end.at_ns <= base.at_ns
         for event in (long.start, long.end):
             assert device.time_ns(event) == pytest.approx(truth.of(event), abs=2)

@@ -179,10 +179,10 @@ def test_pads_last_what_was_asked(pad_ns: int) -> None:
 def test_pads_follow_the_clock_of_a_gpu_that_has_come_up() -> None:
     """The first spins run at the idle clock: a pad measured by them would last a third."""
     with on_fake() as (cuda, device):
-        assert device._cycles_per_ns == pytest.approx(BUSY_GHZ, rel=1e-3)
-        device._cycles_per_ns = IDLE_GHZ
+        assert device._clock._cycles_per_ns == pytest.approx(BUSY_GHZ, rel=1e-3)
+        device._clock._cycles_per_ns = IDLE_GHZ
         device.restart_clock()
-        assert device._cycles_per_ns == pytest.approx(BUSY_GHZ, rel=1e-3)
+        assert device._clock._cycles_per_ns == pytest.approx(BUSY_GHZ, rel=1e-3)
         spins = cuda.calls["_sleep"]
         for pad_ns in (0, 1):
             device.launch(device.program(nothing, pad_ns, captured=False))

@@ -17,7 +17,7 @@ from replay.calibration.measure import Copier
 from replay.machine.cuda import CudaDevice
 from replay.machine.device import Program
 from replay.machine.faults import FAULTS
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.programs import LEAST_ROWS, size_class
 from replay.machine.raw import torch_copy
 from replay.machine.rig import Rig

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from replay.machine import slot_kernels
-from replay.machine.kernels import Row
+from replay.machine.launch_row import Row
 from replay.machine.rows import RowLayout
 from replay.machine.slot_kernels import SlotKernels, Tile, check_work, gate
 from tests.replay_cuda.slot_cases import Widths, make_row

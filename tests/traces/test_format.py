@@ -12,17 +12,25 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tests.recordings import named, recordings
-from tests.traces import EXPERTS, HEADER, Arrays, save, sound_arrays
-from traces.format import ARRAYS, ChainedArray, Trace, TraceError, open_trace, write_trace
+from tests.traces import EXPERTS, HEADER, save, sound_arrays
+from traces.format import ARRAYS, About, ChainedArray, Trace, TraceError, open_trace, write_trace
+
+TOY: dict[str, Any] = {
+    "model": "toy",
+    "num_experts": EXPERTS,
+    "source": "made for a test",
+    "license": "Apache-2.0",
+}
 
 
-def keywords(arrays: Arrays, **more: Any) -> dict[str, Any]:
-    facts = {"model": "toy", "num_experts": EXPERTS, "source": "made for a test", "license": "Apache-2.0"}
-    return {**arrays, **facts, **more}
+def about(*, request_labels: list[str] | None = None, moe_layer_ids: list[int] | None = None, **more: Any) -> About:
+    """Of `sound_arrays`, with further header strings; those named as a fact replace it."""
+    facts = {key: more.pop(key, value) for key, value in TOY.items()}
+    return About(**facts, request_labels=request_labels, moe_layer_ids=moe_layer_ids, header=more.pop("header", more))
 
 
 def written(path: Path, **more: Any) -> Trace:
-    return open_trace(write_trace(path, **keywords(sound_arrays(), **more)))
+    return open_trace(write_trace(path, sound_arrays(), about(**more)))
 
 
 # -- write, then open ----------------------------------------------------------------------------------------
@@ -31,7 +39,7 @@ def written(path: Path, **more: Any) -> Trace:
 @pytest.mark.parametrize("lists", [False, True])
 def test_every_array_comes_back(tmp_path: Path, lists: bool) -> None:
     arrays = sound_arrays(lists)
-    trace = open_trace(write_trace(tmp_path / "a.safetensors", **keywords(arrays)))
+    trace = open_trace(write_trace(tmp_path / "a.safetensors", arrays, about()))
     for name in ARRAYS:
         got = getattr(trace, name)
         if name not in arrays:
@@ -51,23 +59,23 @@ def test_header_and_sizes_come_back(tmp_path: Path) -> None:
 
 
 def test_the_safetensors_library_reads_the_file(tmp_path: Path) -> None:
-    path = write_trace(tmp_path / "a.safetensors", **keywords(sound_arrays()))
+    path = write_trace(tmp_path / "a.safetensors", sound_arrays(), about())
     for name, array in load_file(path).items():
         np.testing.assert_array_equal(array, sound_arrays()[name], err_msg=name)
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
     arrays = sound_arrays()
-    one = write_trace(tmp_path / "a.safetensors", **keywords(arrays, x="1", y="2"))
+    one = write_trace(tmp_path / "a.safetensors", arrays, about(x="1", y="2"))
     turned = dict(reversed(arrays.items()))
-    two = write_trace(tmp_path / "b.safetensors", **keywords(turned, y="2", x="1"))
-    other = write_trace(tmp_path / "c.safetensors", **keywords(turned, y="2", x="3"))
+    two = write_trace(tmp_path / "b.safetensors", turned, about(y="2", x="1"))
+    other = write_trace(tmp_path / "c.safetensors", turned, about(y="2", x="3"))
     assert one.read_bytes() == two.read_bytes()
     assert one.read_bytes() != other.read_bytes()
 
 
 @st.composite
-def traces(draw: st.DrawFn) -> dict[str, Any]:
+def traces(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     tokens, layers = sum(lengths), draw(st.integers(1, 4))
     num_experts = draw(st.sampled_from([1, 2, 8, 255, 256, 300]))
@@ -87,33 +95,34 @@ def traces(draw: st.DrawFn) -> dict[str, Any]:
     }
     kept = {name: array for name, array in optional.items() if draw(st.booleans())}
     prompts = [draw(st.integers(0, length)) for length in lengths]
-    return {"experts": experts, "request_start": np.cumsum([0, *lengths]), "prompt_len": prompts,
-            "num_experts": num_experts, **kept}  # fmt: skip
+    arrays = {"experts": experts, "request_start": np.cumsum([0, *lengths]), "prompt_len": prompts, **kept}
+    return arrays, num_experts
 
 
 @settings(max_examples=60, deadline=None)
 @given(made=traces())
 def test_any_sound_trace_survives_the_round_trip(
-    made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    made: tuple[dict[str, Any], int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    arrays, num_experts = made
     path = tmp_path_factory.mktemp("trace") / "t.safetensors"
-    trace = open_trace(write_trace(path, model="m", source="s", license="l", **made))
+    trace = open_trace(write_trace(path, arrays, About("m", num_experts, "s", "l")))
     ids = trace.experts[:].astype(np.int64)
-    np.testing.assert_array_equal(np.where(ids == trace.padding, -1, ids), made["experts"])
-    assert trace.experts.dtype == (np.uint8 if made["num_experts"] <= 255 else np.uint16)
+    np.testing.assert_array_equal(np.where(ids == trace.padding, -1, ids), arrays["experts"])
+    assert trace.experts.dtype == (np.uint8 if num_experts <= 255 else np.uint16)
     for name in ("weights", "context_len", "token_ids", "forward_id", "request_start", "prompt_len"):
-        if name in made:
-            np.testing.assert_array_equal(getattr(trace, name)[:], made[name])
+        if name in arrays:
+            np.testing.assert_array_equal(getattr(trace, name)[:], arrays[name])
         else:
             assert getattr(trace, name) is None
-    if "embedding" in made:
-        np.testing.assert_array_equal(trace.embedding[:], made["embedding"].astype(np.float16))  # type: ignore[index]
+    if "embedding" in arrays:
+        np.testing.assert_array_equal(trace.embedding[:], arrays["embedding"].astype(np.float16))  # type: ignore[index]
 
 
 def test_all_256_ids_of_uint8_may_be_experts(tmp_path: Path) -> None:
     experts = np.array([[[255, 0]], [[1, 255]]], np.uint8)
-    write_trace(tmp_path / "t.safetensors", experts=experts, request_start=[0, 2], prompt_len=[0], model="m",
-                num_experts=256, source="s", license="l")  # fmt: skip
+    arrays = {"experts": experts, "request_start": [0, 2], "prompt_len": [0]}
+    write_trace(tmp_path / "t.safetensors", arrays, About("m", 256, "s", "l"))
     trace = open_trace(tmp_path / "t.safetensors")
     assert trace.padding < trace.num_experts
     np.testing.assert_array_equal(trace.experts[:], experts)
@@ -123,6 +132,7 @@ def test_all_256_ids_of_uint8_may_be_experts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"num_tokens": "7"}, "header: num_tokens is derived"),
+        ({"header": {"license": "mine"}}, "header: license is a field of its own; give it there"),
         ({"note": 3}, "header: note is a int"),
         ({"note": "\ud800"}, "header: note holds a broken character"),
         ({"model": " "}, "header: model is missing"),
@@ -138,8 +148,10 @@ def test_all_256_ids_of_uint8_may_be_experts(tmp_path: Path) -> None:
 def test_what_is_faulty_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "t.safetensors"
     path.write_text("before")
+    arrays = sound_arrays() | {name: change[name] for name in change.keys() & ARRAYS.keys()}
+    change = {name: value for name, value in change.items() if name not in ARRAYS}
     with pytest.raises(TraceError, match=message):
-        write_trace(path, **(keywords(sound_arrays()) | change))
+        write_trace(path, arrays, about(**change))
     assert path.read_text() == "before"
     assert [item.name for item in tmp_path.iterdir()] == ["t.safetensors"]
 
@@ -150,13 +162,13 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(TraceError, match="cannot be written"):
-        write_trace(tmp_path / "t.safetensors", **keywords(sound_arrays()))
+        write_trace(tmp_path / "t.safetensors", sound_arrays(), about())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"the folder .*nowhere does not exist; create it"):
-        write_trace(tmp_path / "nowhere" / "t.safetensors", **keywords(sound_arrays()))
+        write_trace(tmp_path / "nowhere" / "t.safetensors", sound_arrays(), about())
 
 
 # -- mapping -------------------------------------------------------------------------------------------------
@@ -192,7 +204,7 @@ def three(tmp_path: Path) -> Path:
     for index, name in enumerate("abc"):
         arrays = sound_arrays()
         arrays["token_ids"] = arrays["token_ids"] + 100 * index
-        write_trace(tmp_path / f"{name}.safetensors", **keywords(arrays, request_labels=[f"{name}0", f"{name}1"]))
+        write_trace(tmp_path / f"{name}.safetensors", arrays, about(request_labels=[f"{name}0", f"{name}1"]))
     return tmp_path
 
 
@@ -220,7 +232,7 @@ def test_forward_ids_of_different_files_do_not_meet(three: Path) -> None:
 def test_a_chain_can_be_written_as_one_file(three: Path, tmp_path: Path) -> None:
     chain = open_trace(str(three / "*.safetensors"))
     arrays = {name: array for name, array in chain.layout_arrays().items() if name != "forward_id"}
-    whole = open_trace(write_trace(tmp_path / "whole", **keywords(arrays)))
+    whole = open_trace(write_trace(tmp_path / "whole", arrays, about()))
     np.testing.assert_array_equal(whole.experts[:], chain.experts[:])
 
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from safetensors.numpy import save_file
 
 from tests.recordings import BESIDE, SHIPPED, named, recordings
-from traces.format import Trace, TraceError, open_trace, write_trace
+from traces.format import About, Trace, TraceError, open_trace, write_trace
 from traces.importers.common import ImportReport
 from traces.importers.event_csr import import_event_csr
 from traces.importers.gpt_oss_json import SOURCE, import_gpt_oss_json, load_split, request_hash
@@ -158,21 +158,14 @@ def like_the_source(path: Path, folder: Path) -> Trace:
     shipped = open_trace(path)
     assert shipped.weights is not None
     labels = [f"twin/{index}" for index in range(shipped.num_requests)]
-    return open_trace(
-        write_trace(
-            folder / "original.safetensors",
-            experts=shipped.experts[:],
-            weights=shipped.weights[:],
-            request_start=shipped.request_start,
-            prompt_len=[0] * shipped.num_requests,
-            request_labels=labels,
-            model="gpt-oss-20b",
-            num_experts=32,
-            source=SOURCE,
-            license="Apache-2.0",
-            split="eval",
-        )
-    )
+    arrays = {
+        "experts": shipped.experts[:],
+        "weights": shipped.weights[:],
+        "request_start": shipped.request_start,
+        "prompt_len": [0] * shipped.num_requests,
+    }
+    about = About("gpt-oss-20b", 32, SOURCE, "Apache-2.0", request_labels=labels, header={"split": "eval"})
+    return open_trace(write_trace(folder / "original.safetensors", arrays, about))
 
 
 def restated_hashes(trace: Trace) -> list[str]:

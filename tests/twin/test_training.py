@@ -14,7 +14,7 @@ from tests.twin.tiny import documents, tiny, train, weights, write_text
 from traces.container import TraceError
 from traces.twin import checkpoint
 from traces.twin.text import Tokenizer, load_documents, text_digest, token_stream
-from traces.twin.train import CURVE, Pace, Trainer, begin, load_text
+from traces.twin.train import CURVE, Pace, Start, Trainer, begin, load_text
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(text: Path, trained:
     first = weights(checkpoint.read_model(trained, checkpoint.read_settings(trained))[0])
     assert first.keys() == again.keys()
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    begin(tmp_path / "other", tiny(), seed=1, batch=4, warmup=2, lr=0.01, tokenizer="bytes", text=str(text))
+    begin(tmp_path / "other", tiny(), Start(seed=1, batch=4, warmup=2, lr=0.01, tokenizer="bytes", text=str(text)))
     other = weights(train(tmp_path / "other", text, 6).model)
     assert not np.array_equal(first["head.weight"], other["head.weight"])
 
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_as_one_that_was_not(text: Path, trained: Path, tm
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(text: Path, trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    begin(folder, tiny(), batch=4, warmup=2, lr=0.01, tokenizer="bytes", text=str(text))
+    begin(folder, tiny(), Start(batch=4, warmup=2, lr=0.01, tokenizer="bytes", text=str(text)))
     trainer = Trainer(folder, Pace(steps=6, threads=1, log_every=1, save_every=2))
 
     def kill(line: str) -> None:
@@ -146,7 +146,7 @@ def assert_same_files(folder: Path, other: Path) -> None:
 
 
 def test_minutes_end_a_run_and_no_step_is_lost(text: Path, tmp_path: Path) -> None:
-    begin(tmp_path / "twin", tiny(), batch=2, warmup=2, tokenizer="bytes", text=str(text))
+    begin(tmp_path / "twin", tiny(), Start(batch=2, warmup=2, tokenizer="bytes", text=str(text)))
     trainer = Trainer(tmp_path / "twin", Pace(minutes=0.01, threads=1))
     step = trainer.run(lambda line: None)
     assert step > 0
@@ -232,7 +232,7 @@ MODEL, MOMENTS = "checkpoint-00000006/model.safetensors", "checkpoint-00000006/o
 
 
 def test_a_folder_without_a_checkpoint_or_without_a_twin_is_refused(text: Path, tmp_path: Path) -> None:
-    begin(tmp_path / "twin", tiny(), tokenizer="bytes", text=str(text))
+    begin(tmp_path / "twin", tiny(), Start(tokenizer="bytes", text=str(text)))
     with pytest.raises(TraceError, match="checkpoint: there is none"):
         checkpoint.read_model(tmp_path / "twin", checkpoint.read_settings(tmp_path / "twin"))
     with pytest.raises(TraceError, match="is not the folder of a twin"):

@@ -12,7 +12,7 @@ import torch
 from traces.twin.config import TwinConfig
 from traces.twin.model import Block, Twin
 from traces.twin.text import SPLITS, Document, load_documents
-from traces.twin.train import Pace, Trainer, begin
+from traces.twin.train import Pace, Start, Trainer, begin
 
 FORMS = {
     "deepseek": {"num_dense_layers": 1, "dense_width": 24, "shared_width": 12, "routed_scale": 4.0},
@@ -48,7 +48,7 @@ def documents(folder: Path) -> dict[str, list[Document]]:
 def train(folder: Path, text: Path, steps: int, form: str = "qwen", **pace: object) -> Trainer:
     """Begin a twin in `folder`, or go on, to `steps` in all."""
     if not (folder / "twin.json").exists():
-        begin(folder, tiny(form), batch=4, warmup=2, lr=0.01, tokenizer="bytes", text=str(text))
+        begin(folder, tiny(form), Start(batch=4, warmup=2, lr=0.01, tokenizer="bytes", text=str(text)))
     # One thread: sums of several would still be repeatable, but the machine's number of cores would show.
     trainer = Trainer(folder, Pace(steps=steps, threads=1, log_every=1, **pace))  # type: ignore[arg-type]
     trainer.run(lambda line: None)

@@ -12,9 +12,8 @@ import yaml
 from replay.bench_host import main as bench_host
 from replay.calibrate import check_free
 from replay.calibrate import main as calibrate
-from replay.calibration.record import write_profile
+from replay.calibration.record import load_record, write_profile
 from replay.validate import main as validate
-from replay.validation.session import load_record
 from sim.job.configure import configure
 from sim.job.setup import make_workload
 from sim.paths import CONF

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from replay import calibrate, validate
+from replay.calibration.record import load_record
 from replay.lockstep.compare import main as lockstep
 from replay.machine.device import DeviceLostError
 from replay.machine.rig import Rig
@@ -218,4 +219,4 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
     for content in ("{", "[]", "{}", '{"format": "other"}'):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"replay\.calibrate"):
-            validation.load_record(path, 16)
+            load_record(path, 16)

@@ -1,6 +1,7 @@
 """`python -m traces fit-predictor`: fit a predictor to a trace and write it as a safetensors file.
 
-Knows no kind of predictor: each is a function `fit(trace, report, *, options) -> (arrays, header)`, loaded when asked.
+Knows no kind of predictor: each is a function `fit(trace, report, options) -> (arrays, header)` with a dataclass of
+its options, loaded when asked.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from traces.fitting.packages import asked_for_by
 from traces.reader import open_trace
 
 FITS = {
-    "forest": "traces.fitting.forest:fit_forest",
-    "hybrid": "traces.fitting.network:fit_hybrid",
-    "transition": "traces.fitting.transition:fit_transition",
+    "forest": ("traces.fitting.forest", "fit_forest", "ForestOptions"),
+    "hybrid": ("traces.fitting.network", "fit_hybrid", "HybridOptions"),
+    "transition": ("traces.fitting.transition", "fit_transition", "TransitionOptions"),
 }
-"""Kinds, and the function of each. The first is the default."""
+"""Kinds; module, function and options of each. The first is the default."""
 ZERO_ALLOWED = ("seed", "threads", "dropout")
 _EXAMPLES = """examples:
   python -m traces fit-predictor train.safetensors my-model.forest.safetensors kind=forest
@@ -33,14 +34,14 @@ _EXAMPLES = """examples:
   python -m traces fit-predictor train.safetensors my-model.transition.safetensors kind=transition"""
 
 
-def function_of(kind: str) -> Callable[..., Any]:
-    """The function that fits `kind`. TraceError on an unknown one."""
+def fit_of(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The function that fits `kind`, and its options. TraceError on an unknown one."""
     if kind not in FITS:
         raise TraceError(f"kind={kind} is unknown; known are {', '.join(FITS)}")
-    module, _, name = FITS[kind].partition(":")
+    name, function, options = FITS[kind]
     with asked_for_by(f"kind={kind}"):
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
+        module = importlib.import_module(name)
+    return getattr(module, function), getattr(module, options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("options", nargs="*", metavar="key=value", help="kind=, and options of the kind, listed below")
     lines = ["options, by kind (defaults shown; max_mb: 10^6 bytes of the file; rows: pairs of row and distance that",
              "each target layer is fitted on; distances: layers ahead):",
-             *(f"  kind={kind} {listed_options(function_of(kind))}" for kind in FITS), "", _EXAMPLES]  # fmt: skip
+             *(f"  kind={kind} {listed_options(fit_of(kind)[1])}" for kind in FITS), "", _EXAMPLES]  # fmt: skip
     parser.epilog = "\n".join(lines)
 
 
@@ -64,15 +65,15 @@ def run(args: argparse.Namespace) -> int:
     if len(kinds) > 1:
         raise TraceError("option kind is given twice; keep one")
     kind = kinds[0] if kinds else next(iter(FITS))
-    function = function_of(kind)
+    function, make_options = fit_of(kind)
     words = [word for word in args.options if not word.startswith("kind=")]
-    options = parse_options(kind, function, words, ZERO_ALLOWED)
+    options = make_options(**parse_options(kind, make_options, words, ZERO_ALLOWED))
     if not args.output.absolute().parent.is_dir():
         raise fault(args.output, "file", f"the folder {args.output.absolute().parent} does not exist",
                     "create it first")  # fmt: skip
     trace = open_trace(args.trace)
     with asked_for_by(f"kind={kind}"):
-        arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), **options)
+        arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), options)
     told = {"format": f"expertflow-{kind}", "model": trace.model, "trace_sha256": trace.sha256(),
             "source": trace.header["source"], "license": trace.header["license"]}  # fmt: skip
     write_fitted(args.output, arrays, told | header)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -204,23 +204,42 @@ def grow_layers(samples: list[Sample], growing: Growing, num_experts: int, repor
         yield calibration, forest
 
 
-def fit_forest(
-    trace: Trace, report: Report, *, distances: int = 8, max_mb: int = 8, seed: int = 0, rows: int = 24_000,
-    trees: int = 12, depth: int = 12, leaf: int = 5, calibrated: bool = True,
-) -> tuple[Arrays, dict[str, str]]:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class ForestOptions:
+    """What `fit-predictor kind=forest` may be told. max_mb: 10^6 bytes of the file; leaf: least rows of a leaf; the
+    others as in `Growing`."""
+
+    distances: int = 8
+    max_mb: int = 8
+    seed: int = 0
+    rows: int = 24_000
+    trees: int = 12
+    depth: int = 12
+    leaf: int = 5
+    calibrated: bool = True
+
+    def growing(self, distances: int) -> Growing:
+        """How the forest grows, for the `distances` that the trace has. ValueError on what cannot be."""
+        return Growing(
+            distances, self.max_mb, self.seed, self.rows, self.trees, self.depth, self.leaf, calibrated=self.calibrated
+        )
+
+
+def fit_forest(trace: Trace, report: Report, options: ForestOptions) -> tuple[Arrays, dict[str, str]]:
     """Arrays of a `Forest`, and what the file's header says. TraceError where the trace cannot be fitted."""
     if not num_distances(trace):
         raise TraceError(f"{trace.paths[0]}: holds no pre-gate (lookahead), which the forest corrects; record it with "
                          "one, or fit another kind")  # fmt: skip
     L, E = trace.num_layers, trace.num_experts
-    distances = min(distances, num_distances(trace), L - 1)
+    distances = min(options.distances, num_distances(trace), L - 1)
     if distances < 1:
         raise TraceError(f"{trace.paths[0]}: has one layer; there is nothing to look ahead to")
-    growing = Growing(distances, max_mb, seed, rows, trees, depth, leaf, calibrated=calibrated)
+    growing = options.growing(distances)
     growing.leaves_a_tree(L, E)
     # Held out by request, so that no text is on both sides.
     held = max(trace.num_requests // 8, 1) if trace.num_requests > 1 else 0
     fitted = range(trace.num_requests - held)
+    seed, rows = options.seed, options.rows
     samples = draw_samples(trace, fitted, distances, rows, seed)
     judged = draw_samples(trace, range(fitted.stop, trace.num_requests), distances, rows // 8 + 1, seed) if held else []
     calibrations, packed, judge = [], [], Judge(distances, E, trace.top_k)
@@ -231,8 +250,9 @@ def fit_forest(
         if held:
             judge.add(judged[layer], calibration, forest, join(mine, calibration[:, None]))
     arrays = join(packed, np.stack(calibrations, axis=1))
-    told = {"distances": distances, "seed": seed, "rows": rows, "trees": trees, "depth": depth, "leaf": leaf,
-            "calibrated": calibrated}  # fmt: skip
+    told = asdict(options) | {"distances": distances}
+    # The size shows in the file itself.
+    del told["max_mb"]
     header = {"fitted_to": trace.name, "num_tokens": str(int(trace.request_start[fitted.stop])),
               "settings": json.dumps(told), **(judge.header() if held else {})}  # fmt: skip
     for line in judge.lines(len(judged), held) if held else ["one request: nothing is held out"]:

@@ -183,7 +183,8 @@ def _look(experts: Integers, starts: Integers, num_experts: int) -> _Seen:
 
 
 def _nudge(params: Arrays, source: _Seen, made: _Seen, gain: float) -> None:
-    """Move each strength against the error of what it governs; what is unknown moves nothing."""
+    """Move each strength of `params` in the direction that lowers the error of the statistic it controls; unknown
+    statistics move nothing."""
     rare = 1e-3
     params["bias"] += 0.7 * gain * np.log((source.activation + rare) / (made.activation + rare))
     error = source.reuse - made.reuse

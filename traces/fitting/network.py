@@ -60,7 +60,7 @@ class Training:
 
 
 class FloatNetwork(nn.Module):
-    """The network before rounding."""
+    """The network in floating point, before its weights are rounded to integers."""
 
     def __init__(self, num_layers: int, num_experts: int, training: Training, pregate: bool) -> None:
         super().__init__()
@@ -116,9 +116,9 @@ def pregate_logits(chance: Tensor) -> Tensor:
 
 
 def calibrate_pregate(net: FloatNetwork, data: Dataset, pregate: npt.NDArray[np.float16], seed: int) -> None:
-    """Set the weights of the pre-gate, and the biases, to a logistic regression of each distance and target layer.
+    """Set the weights of the pre-gate, and the biases, by logistic regression for each distance and target layer.
 
-    Weights that set out from little do not arrive: the history is learned by heart before, and leaves them nothing.
+    Without this they start near zero and stay there: the history is learned first, and no error is left for them.
     """
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
@@ -163,7 +163,7 @@ def _own(use: npt.NDArray[np.float32], shares: npt.NDArray[np.float32]) -> Tenso
 
 
 def losses(net: FloatNetwork, batch: Batch, distances: list[int], dropout: float) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy of the distances, that of the outlook), nats an expert."""
+    """(mean cross-entropy of the experts chosen, that of the experts used soon), in nats an expert."""
     hidden = torch.relu(net.sums(batch.routing, batch.states))
     after = torch.relu(net.base(batch.after) + net.place[0])
     if dropout:
@@ -266,7 +266,7 @@ def to_integers(net: FloatNetwork, data: Dataset) -> dict[str, npt.NDArray[Any]]
 
 
 def _peaks(active: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """What nearly all activations [n, H] stay below."""
+    """The value [H] that nearly all activations [n, H] stay below."""
     return np.maximum(np.percentile(active, _PEAK_SHARE, axis=0), 1e-3).astype(np.float64)
 
 
@@ -278,29 +278,54 @@ def _rows_to_bytes(
     return np.rint(weights / np.expand_dims(steps, axis)).astype(np.int8), np.rint(UNIT * NAT * steps).astype(np.int64)
 
 
-def fit_hybrid(
-    trace: Trace, report: Callable[[str], None], *, epochs: int = 12, hidden: int = 192, mixed: int = 128,
-    distances: int = 8, dropout: int = 10, rows: int = MAX_ROWS, seed: int = 0, threads: int = 0,
-) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:  # fmt: skip
-    """Fit a history network, corrected towards the pre-gate where the trace has one; its arrays and header.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridOptions:
+    """What `fit-predictor kind=hybrid` may be told.
 
     dropout: in percent; more where rows are few. rows: of whole requests, from the first, at most so many. threads: of
-    torch, 0 = its own choice. ValueError where the trace has nothing to look ahead to, or no whole request.
+    torch, 0 = its own choice. The others as in `Training`.
+    """
+
+    epochs: int = 12
+    hidden: int = 192
+    mixed: int = 128
+    distances: int = 8
+    dropout: int = 10
+    rows: int = MAX_ROWS
+    seed: int = 0
+    threads: int = 0
+
+    def training(self, num_layers: int) -> Training:
+        """How a network for so many layers is trained."""
+        distances = min(self.distances, num_layers - 1)
+        return Training(
+            epochs=self.epochs,
+            hidden=self.hidden,
+            mixed=self.mixed,
+            distances=distances,
+            seed=self.seed,
+            dropout=self.dropout / 100,
+            distances_a_step=min(Training.distances_a_step, distances),
+        )
+
+
+def fit_hybrid(
+    trace: Trace, report: Callable[[str], None], options: HybridOptions
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """Fit a history network, corrected towards the pre-gate where the trace has one; its arrays and header.
+
+    ValueError where the trace has nothing to look ahead to, or no whole request.
     """
     if trace.num_layers < 2:
         raise ValueError(f"{trace.name} has one MoE layer: there is nothing to look ahead to")
-    if threads:
-        torch.set_num_threads(threads)
-    if not 0 <= dropout < 100:
-        raise ValueError(f"dropout={dropout} must be a share in percent, 0 … 99")
-    requests = int(np.searchsorted(trace.request_start, min(rows, MAX_ROWS), side="right")) - 1
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not 0 <= options.dropout < 100:
+        raise ValueError(f"dropout={options.dropout} must be a share in percent, 0 … 99")
+    requests = int(np.searchsorted(trace.request_start, min(options.rows, MAX_ROWS), side="right")) - 1
     if requests < 1:
-        raise ValueError(f"rows={rows} hold no whole request of {trace.name}; give more")
-    training = Training(
-        epochs=epochs, hidden=hidden, mixed=mixed, distances=min(distances, trace.num_layers - 1), seed=seed,
-        dropout=dropout / 100,
-        distances_a_step=min(Training.distances_a_step, distances, trace.num_layers - 1),
-    )  # fmt: skip
+        raise ValueError(f"rows={options.rows} hold no whole request of {trace.name}; give more")
+    training = options.training(trace.num_layers)
     data = read_dataset(trace, range(requests), training.discount)
     pregate = read_pregate(trace, 0, data.num_rows)
     if pregate is not None and pregate.shape[2] < training.distances:

@@ -10,7 +10,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,34 @@ import numpy as np
 from traces.container import TraceError, fault
 from traces.files import replace_file
 from traces.fitting.accuracy import Accuracy, fit_decay
-from traces.fitting.baselines import BASELINES, ROUTING_ALONE, Baseline, NetworkBaseline, Training, has_pregate
+from traces.fitting.baselines import (
+    Baseline,
+    ForestBaseline,
+    NetworkBaseline,
+    Popularity,
+    Pregate,
+    Training,
+    has_pregate,
+)
 from traces.fitting.packages import asked_for_by
+from traces.fitting.pointwise import Boosting, Logistic, Perceptron, Ridge
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.reader import Trace, open_trace
 
+BASELINES: dict[str, Callable[[Training], Baseline]] = {
+    "popularity": Popularity,
+    "transition": lambda training: training.transitions,
+    "pregate": Pregate,
+    "calibrated": lambda training: training.calibrated,
+    "forest": ForestBaseline,
+    "hybrid": NetworkBaseline,
+    "ridge": Ridge,
+    "logistic": Logistic,
+    "boosting": Boosting,
+    "perceptron": Perceptron,
+}
+ROUTING_ALONE = ("popularity", "transition", "hybrid")
+"""Those of them that need no pre-gate."""
 READER_REPORTED = {
     "pregate": {"deepseek": 0.264, "qwen1.5": 0.333, "qwen2": 0.296},
     "forest": {"deepseek": 0.634, "qwen1.5": 0.653, "qwen2": 0.605},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,18 @@ _BLOCK = 256
 _LARGEST = np.iinfo(np.uint16).max
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransitionOptions:
+    """What `fit-predictor kind=transition` may be told. distances: layers ahead that are counted."""
+
+    distances: int = 8
+
+
 def fit_transition(
-    trace: Trace, report: Callable[[str], None], *, distances: int = 8
+    trace: Trace, report: Callable[[str], None], options: TransitionOptions
 ) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, str]]:
-    """Counts up to `distances` layers ahead over the whole trace at batch 1; the file's arrays and header."""
-    counts = count_transitions(trace, distances)
+    """Counts over the whole trace at batch 1; the file's arrays and header."""
+    counts = count_transitions(trace, options.distances)
     report(f"{trace.num_tokens} tokens of {trace.name}, {counts.D} distances")
     return to_arrays(counts), {"fitted_to": trace.name, "num_tokens": str(trace.num_tokens)}
 

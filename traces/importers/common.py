@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from traces.container import TraceError, check_file, fault
-from traces.format import write_trace
+from traces.format import About, write_trace
 
 Item = TypeVar("Item")
 PADDING = -1
@@ -51,20 +51,11 @@ class Request:
 
 
 def write_requests(
-    output: str | Path,
-    requests: Sequence[Request],
-    *,
-    model: str,
-    num_experts: int,
-    source: str,
-    license: str,
-    notes: Sequence[str] = (),
-    moe_layer_ids: Sequence[int] | None = None,
-    header: Mapping[str, Any] | None = None,
+    output: str | Path, requests: Sequence[Request], about: About, notes: Sequence[str] = ()
 ) -> ImportReport:
     """Join the requests, pad them to one K, write and check the trace. Optional arrays only where all have them.
 
-    header: further header strings. TraceError as of `write_trace`.
+    about: all but the labels, which the requests bring. TraceError as of `write_trace`.
     """
     if not requests:
         raise fault(output, "file", "would hold no request", "check source and options")
@@ -74,22 +65,16 @@ def write_requests(
     weights = [request.weights for request in requests if request.weights is not None]
     forwards = [request.forward_id for request in requests if request.forward_id is not None]
     whole = len(requests)
-    path = write_trace(
-        output,
-        experts=np.concatenate([widen(request.experts, top_k, PADDING) for request in requests]),
-        weights=np.concatenate([widen(w, top_k, 0) for w in weights]) if len(weights) == whole else None,
-        request_start=np.cumsum([0, *lengths]),
-        prompt_len=[request.prompt_len for request in requests],
-        context_len=contexts if len(contexts) == whole else None,
-        forward_id=np.concatenate(forwards) if len(forwards) == whole else None,
-        model=model,
-        num_experts=num_experts,
-        source=source,
-        license=license,
-        request_labels=[r.label for r in requests] if all(r.label for r in requests) else None,
-        moe_layer_ids=moe_layer_ids,
-        **(header or {}),
-    )
+    arrays = {
+        "experts": np.concatenate([widen(request.experts, top_k, PADDING) for request in requests]),
+        "weights": np.concatenate([widen(w, top_k, 0) for w in weights]) if len(weights) == whole else None,
+        "request_start": np.cumsum([0, *lengths]),
+        "prompt_len": [request.prompt_len for request in requests],
+        "context_len": contexts if len(contexts) == whole else None,
+        "forward_id": np.concatenate(forwards) if len(forwards) == whole else None,
+    }
+    labels = [r.label for r in requests] if all(r.label for r in requests) else None
+    path = write_trace(output, arrays, replace(about, request_labels=labels))
     return ImportReport(path, whole, sum(lengths), tuple(notes))
 
 

@@ -26,7 +26,7 @@ import binascii
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from traces.container import TraceError, check_file, fault
+from traces.format import About
 from traces.importers.common import (
     PADDING,
     UNKNOWN_LICENSE,
@@ -89,19 +90,11 @@ def import_engine_dumps(
         raise fault(
             source, "source", "holds no routed experts", "ask the engine for them, see the importer's docstring"
         )
-    first = dumps[0]
     for dump in dumps:
-        _check_shape(dump, first, num_layers, top_k)
+        _check_shape(dump, dumps[0], num_layers, top_k)
     layers, notes = _moe_layers(source, dumps, dense_layers)
-    requests, num_cut = [], 0
-    for dump in dumps:
-        request, cut = _request(dump, layers, len(dumps) > 1)
-        num_cut += cut
-        requests.append(request)
-    if num_cut:
-        notes.append(f"{num_cut} last tokens without a choice left out: they never ran")
-    if unknown := sum(dump.prompt is None for dump in dumps):
-        notes.append(f"{unknown} requests without a prompt length: all their rows count as decode")
+    requests, more = _requests(dumps, layers)
+    notes += more
     highest = max(int(request.experts.max()) for request in requests)
     if not num_experts:
         num_experts = highest + 1
@@ -110,11 +103,15 @@ def import_engine_dumps(
         dump = dumps[[int(request.experts.max()) for request in requests].index(highest)]
         problem = f"holds expert {highest}, outside 0 … {num_experts - 1}"
         raise fault(dump.path, dump.place, problem, "correct num_experts, or remove what marks missing experts")
-    return write_requests(
-        output, requests, model=model, num_experts=num_experts, license=license, notes=notes,
-        source="routed experts returned by a serving engine", moe_layer_ids=layers,
+    about = About(
+        model=model,
+        num_experts=num_experts,
+        source="routed experts returned by a serving engine",
+        license=license,
+        moe_layer_ids=layers,
         header={"capture": "engine dump; the order within a row is the engine's"},
-    )  # fmt: skip
+    )
+    return write_requests(output, requests, about, notes)
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -292,6 +289,20 @@ def _unset(ids: Ids) -> npt.NDArray[np.bool_]:
     """Which rows [..., K] hold no choice: one value throughout. With K = 1 that is a negative one."""
     same: npt.NDArray[np.bool_] = np.all(ids == ids[..., :1], axis=-1)
     return same if ids.shape[-1] > 1 else ids[..., 0] < 0
+
+
+def _requests(dumps: Sequence[_Dump], layers: list[int]) -> tuple[list[Request], list[str]]:
+    """The request of each dump, and notes on what was left out or is not known."""
+    requests, notes, num_cut = [], [], 0
+    for dump in dumps:
+        request, cut = _request(dump, layers, len(dumps) > 1)
+        num_cut += cut
+        requests.append(request)
+    if num_cut:
+        notes.append(f"{num_cut} last tokens without a choice left out: they never ran")
+    if unknown := sum(dump.prompt is None for dump in dumps):
+        notes.append(f"{unknown} requests without a prompt length: all their rows count as decode")
+    return requests, notes
 
 
 def _request(dump: _Dump, layers: list[int], many: bool) -> tuple[Request, int]:

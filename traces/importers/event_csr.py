@@ -26,6 +26,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from traces.container import Array, fault, map_file
+from traces.format import About
 from traces.importers.common import (
     UNKNOWN_LICENSE,
     ImportReport,
@@ -102,11 +103,15 @@ def import_event_csr(
     forwards = _forwards(events, int(prefill_phase))
     requests = _requests(events, forwards, progress)
     notes += _account(forwards)
-    return write_requests(
-        output, requests, model=model, num_experts=num_experts, license=license, notes=notes,
-        source="event CSR (arXiv 2608.07911)", moe_layer_ids=[int(layer) for layer in forwards.layers],
+    about = About(
+        model=model,
+        num_experts=num_experts,
+        source="event CSR (arXiv 2608.07911)",
+        license=license,
+        moe_layer_ids=[int(layer) for layer in forwards.layers],
         header={"capture": _CAPTURE},
-    )  # fmt: skip
+    )
+    return write_requests(output, requests, about, notes)
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ def _deal(events: _Events, forwards: _Forwards, bases: Ints, part: slice) -> tup
 
 
 def _account(forwards: _Forwards) -> list[str]:
-    """What the trace is not."""
+    """Notes on how the trace differs from the recording it was made of."""
     notes = []
     single = int((forwards.tokens == 1).sum())
     several, rows = forwards.tokens.size - single, int(forwards.tokens[forwards.tokens > 1].sum())

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from traces.container import fault
+from traces.format import About
 from traces.importers.common import (
     MAX_WEIGHT,
     ImportReport,
@@ -63,10 +64,9 @@ def import_gpt_oss_json(
     left_out = ", ".join(f"{count} {what}" for what, count in skipped.items())
     if not requests:
         raise fault(source, "source", "gives no request", f"left out: {left_out or 'nothing'}; see keep_all and split")
-    return write_requests(
-        output, requests, model=model, num_experts=num_experts, source=SOURCE, license=license,
-        notes=[f"left out: {left_out}"] if left_out else [], header={} if split == "all" else {"split": split},
-    )  # fmt: skip
+    header = {} if split == "all" else {"split": split}
+    about = About(model=model, num_experts=num_experts, source=SOURCE, license=license, header=header)
+    return write_requests(output, requests, about, [f"left out: {left_out}"] if left_out else [])
 
 
 def _candidates(

@@ -21,6 +21,7 @@ import numpy as np
 from rich.progress import Progress
 
 from traces.container import fault
+from traces.format import About
 from traces.importers.common import (
     UNKNOWN_LICENSE,
     CsvTable,
@@ -71,9 +72,15 @@ def import_moe_beyond_csv(
     notes = ["experts of a row stand in recorded order, not known to be best first; no weights"]
     if ignored:
         notes.append(f"columns left out: {', '.join(sorted(ignored))}")
-    return write_requests(output, requests, model=model, num_experts=num_experts, license=license, notes=notes,
-                          source="MoE-Beyond CSV (arXiv 2508.17137)", moe_layer_ids=first[1],
-                          header={"expert_order": "as recorded, not sorted by weight"})  # fmt: skip
+    about = About(
+        model=model,
+        num_experts=num_experts,
+        source="MoE-Beyond CSV (arXiv 2508.17137)",
+        license=license,
+        moe_layer_ids=first[1],
+        header={"expert_order": "as recorded, not sorted by weight"},
+    )
+    return write_requests(output, requests, about, notes)
 
 
 def _batches(table: CsvTable, num_experts: int) -> dict[int, dict[int, list[Row]]]:

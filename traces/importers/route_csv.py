@@ -27,6 +27,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from traces.container import TraceError, fault
+from traces.format import About
 from traces.importers.common import (
     UNKNOWN_LICENSE,
     CsvTable,
@@ -82,8 +83,10 @@ def import_route_csv(
         notes.append(f"{num_changed} prompt tokens lack a layer: {_DONE[incomplete]}")
     if not all(request.weights is not None for request in requests):
         notes.append("weights left out: some are nan")
-    return write_requests(output, requests, model=model, num_experts=num_experts, license=license, notes=notes,
-                          source="route trace CSV", moe_layer_ids=layers)  # fmt: skip
+    about = About(
+        model=model, num_experts=num_experts, source="route trace CSV", license=license, moe_layer_ids=layers
+    )
+    return write_requests(output, requests, about, notes)
 
 
 _DONE = {

@@ -7,8 +7,8 @@ forward (batch × sequence, in this order), L MoE layers, K top-k, E experts, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
 from typing import Any
@@ -20,31 +20,11 @@ from torch import nn
 
 from traces.layout import MAX_EXPERTS
 from traces.recorder.lookahead import KINDS, dense, listed, num_right
+from traces.recorder.outputs import Reader, first_tensor, tensors, with_first_tensor
+from traces.recorder.seen import SeenLayer
+from traces.recorder.taps import EXPLICIT, Tap
 
-_EXPLICIT = "give the layer as an explicit Tap (traces.recorder.recording)"
-
-
-@dataclass(frozen=True)
-class Tap:
-    """One MoE layer.
-
-    layer: its index among the model's layers. router: the module that is called once a forward with the router's
-    input [..., d]; it returns the logits [..., E], alone or in a tuple, and may return the chosen ids [..., K]
-    and their weights beside them, or the weights among zeros [..., E]. norm: the module whose output is that input,
-    called once with the residual stream (None: there is none, or it is of no interest). experts: the module that is
-    called with the chosen ids (and weights) as the router's choice is carried out, or a list of E modules, one an
-    expert, called with their tokens. weight: the router's weight [E,d], where it is a bare parameter of `router`,
-    which is then a larger module that is never called for look-ahead. choose: logits float32 [n,E] → (ids [n,K],
-    weights [n,K]), for a router that returns logits alone; without one its choice is the top K of the logits, and
-    weights are not recorded.
-    """
-
-    layer: int
-    router: nn.Module
-    norm: nn.Module | None = None
-    experts: nn.Module | None = None
-    weight: torch.Tensor | None = None
-    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+__all__ = ["Recording", "Rows", "Tap"]
 
 
 @dataclass(frozen=True)
@@ -69,25 +49,12 @@ class Rows:
 
     @staticmethod
     def join(parts: Sequence[Rows]) -> Rows:
-        """One after the other."""
+        """The rows of `parts`, one part after the other."""
         first = parts[0]
         return Rows(
             {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays},
             {kind: np.concatenate([part.hits[kind] for part in parts]) for kind in first.hits},
         )
-
-
-@dataclass
-class _Layer:
-    """What has been seen of one tap in the running forward."""
-
-    residual: torch.Tensor | None = None
-    normed: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    routed: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    executed: tuple[torch.Tensor, torch.Tensor | None] | None = None
-    counts: torch.Tensor | None = None
-    guesses: dict[tuple[str, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
 
 class Recording:
@@ -130,10 +97,11 @@ class Recording:
         self.num_experts, self.top_k, self.lookahead, self.full = num_experts, top_k, lookahead, full
         self.num_listed = num_listed or min(2 * top_k, num_experts)
         self.keep_logits = logits
+        self._reader = Reader(num_experts, top_k)
         self.kinds = KINDS if all(tap.norm is not None for tap in taps) else ("normed",)
         self.on_forward = on_forward
         self._handles: list[Any] = []
-        self._layers: list[_Layer] = []
+        self._layers: list[SeenLayer] = []
         self._rows: Rows | None = None
 
     # -- hooks -------------------------------------------------------------------------------------------------
@@ -174,7 +142,7 @@ class Recording:
         return rows
 
     def _start(self, module: nn.Module, args: Any) -> None:
-        self._layers = [_Layer() for _ in self.taps]
+        self._layers = [SeenLayer() for _ in self.taps]
 
     def _norm_hook(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -182,7 +150,7 @@ class Recording:
             if layer.residual is not None:
                 raise _twice(self.taps[index], "norm")
             # Copied: a model may add to its residual stream in place.
-            layer.residual = _first_tensor(args, kwargs).detach().clone()
+            layer.residual = first_tensor(args, kwargs).detach().clone()
 
         return hook
 
@@ -191,7 +159,7 @@ class Recording:
             layer = self._layers[index]
             if layer.normed is not None:
                 raise _twice(self.taps[index], "router")
-            layer.normed = _first_tensor(args, kwargs).detach().clone()
+            layer.normed = first_tensor(args, kwargs).detach().clone()
 
         return hook
 
@@ -200,7 +168,7 @@ class Recording:
             tap, layer = self.taps[index], self._layers[index]
             assert layer.normed is not None
             with torch.no_grad():
-                layer.logits, ids, weights = self._routing(tap, layer.normed, output)
+                layer.logits, ids, weights = self._reader.routing(tap, layer.normed, output)
                 if ids is not None:
                     layer.routed = (ids, weights)
                 self._guess(index, args, kwargs)
@@ -211,9 +179,9 @@ class Recording:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             layer = self._layers[index]
             if layer.normed is None and self.taps[index].weight is None:
-                raise ValueError(f"layer {self.taps[index].layer}: its experts ran before its router; {_EXPLICIT}")
-            states = _first_tensor(args, kwargs)
-            ids, weights = self._choice(_tensors((args, kwargs)), states.numel() // states.shape[-1])
+                raise ValueError(f"layer {self.taps[index].layer}: its experts ran before its router; {EXPLICIT}")
+            states = first_tensor(args, kwargs)
+            ids, weights = self._reader.choice(tensors((args, kwargs)), states.numel() // states.shape[-1])
             if ids is None:
                 return
             if layer.executed is not None:
@@ -228,88 +196,12 @@ class Recording:
             layer = self._layers[index]
             if layer.counts is None:
                 layer.counts = torch.zeros(self.num_experts, dtype=torch.int64)
-            states = _first_tensor(args, kwargs)
+            states = first_tensor(args, kwargs)
             layer.counts[expert] += states.numel() // states.shape[-1]
 
         return hook
 
-    # -- reading what was seen ---------------------------------------------------------------------------------
-
-    def _routing(
-        self, tap: Tap, states: torch.Tensor, output: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Logits float32 [n,E], and the chosen ids and weights [n,K] where they can be read off."""
-        num_tokens = states.numel() // states.shape[-1]
-        if tap.weight is not None:
-            logits = torch.nn.functional.linear(states.float(), tap.weight.float()).reshape(num_tokens, -1)
-            return logits, None, None
-        found = list(_tensors(output))
-        ids, weights = self._choice(found, num_tokens)
-        if ids is None:
-            ids, weights = self._scattered(found, num_tokens)
-        returned = self._logits(found, num_tokens)
-        return self._derived(tap, states) if returned is None else returned, ids, weights
-
-    def _choice(
-        self, tensors: Iterable[torch.Tensor], num_tokens: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of some tensors the chosen ids int64 [n,K], −1 = none, and their weights float32 [n,K]."""
-        tensors = list(tensors)
-        ids = next((t for t in tensors if _is_whole(t) and self._has(t, num_tokens, self.top_k)), None)
-        if ids is None:
-            return None, None
-        ids = ids.reshape(num_tokens, self.top_k).long()
-        # Some implementations mark what another device computes with an id of num_experts.
-        ids = torch.where((ids < 0) | (ids >= self.num_experts), -1, ids)
-        floats = [t for t in tensors if t.is_floating_point()]
-        narrow = [t for t in floats if self._has(t, num_tokens, self.top_k)]
-        if narrow:
-            # With K = E the logits have this shape too; they come first.
-            return ids, narrow[-1].reshape(num_tokens, self.top_k).float()
-        wide = [t for t in floats if self._has(t, num_tokens, self.num_experts) and self._is_scattered(t)]
-        if wide:
-            return ids, wide[0].reshape(num_tokens, -1).float().gather(1, ids.clamp(min=0))
-        return ids, None
-
-    def _scattered(
-        self, tensors: Iterable[torch.Tensor], num_tokens: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The choice from a tensor [n,E] of the weights of the chosen and zeros, if there is one."""
-        for tensor in tensors:
-            if tensor.is_floating_point() and self._has(tensor, num_tokens, self.num_experts):
-                rows = tensor.detach().reshape(num_tokens, self.num_experts).float()
-                if self.top_k < self.num_experts and bool(((rows != 0).sum(dim=1) == self.top_k).all()):
-                    weights, ids = rows.topk(self.top_k, dim=1)
-                    return ids, weights
-        return None, None
-
-    def _logits(self, tensors: Iterable[torch.Tensor], num_tokens: int) -> torch.Tensor | None:
-        for tensor in tensors:
-            if tensor.is_floating_point() and self._has(tensor, num_tokens, self.num_experts):
-                flat = tensor.detach().reshape(num_tokens, self.num_experts)
-                if not self._is_scattered(flat):
-                    return flat.float()
-        return None
-
-    def _is_scattered(self, scores: torch.Tensor) -> bool:
-        """Whether the rows hold the weights of the chosen and zeros: no logits."""
-        rows = scores.reshape(-1, self.num_experts)
-        return self.top_k < self.num_experts and bool(((rows != 0).sum(dim=1) <= self.top_k).all())
-
-    def _derived(self, tap: Tap, states: torch.Tensor) -> torch.Tensor:
-        """Logits from the router's weight, for routers that return only what they chose."""
-        for module in tap.router.modules():
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            if isinstance(weight, torch.Tensor) and weight.shape == (self.num_experts, states.shape[-1]):
-                extra = bias.float() if isinstance(bias, torch.Tensor) else None
-                logits = torch.nn.functional.linear(states.float(), weight.float(), extra)
-                return logits.reshape(-1, self.num_experts)
-        problem = f"its router {type(tap.router).__name__} returns no logits [tokens, {self.num_experts}] and has no "
-        raise ValueError(f"layer {tap.layer}: {problem}weight to compute them from; {_EXPLICIT}")
-
-    @staticmethod
-    def _has(tensor: torch.Tensor, num_tokens: int, width: int) -> bool:
-        return tensor.numel() == num_tokens * width and (tensor.shape[-1] == width or width == 1)
+    # -- look-ahead --------------------------------------------------------------------------------------------
 
     def _guess(self, index: int, args: Any, kwargs: Any) -> None:
         """Apply this layer's router to the states of the D layers before it: all are at hand only now."""
@@ -334,14 +226,14 @@ class Recording:
             return (dense(logits, chosen),)
         return listed(logits, chosen, self.top_k, self.num_listed)
 
-    def _states(self, index: int, source: _Layer, kind: str) -> torch.Tensor:
+    def _states(self, index: int, source: SeenLayer, kind: str) -> torch.Tensor:
         """What the router of tap `index` is asked from the layer `source`."""
         norm = self.taps[index].norm
         if kind == "normed":
             assert source.normed is not None
             return source.normed
         if source.residual is None or norm is None:
-            raise ValueError(f"layer {self.taps[index].layer}: its norm was not called before its router; {_EXPLICIT}")
+            raise ValueError(f"layer {self.taps[index].layer}: its norm was not called before its router; {EXPLICIT}")
         # forward, not a call: our own hooks must not see it. A copy, as a norm may work in place.
         normed: torch.Tensor = norm.forward(source.residual.clone())
         return normed
@@ -349,11 +241,11 @@ class Recording:
     def _route(self, tap: Tap, states: torch.Tensor, args: Any, kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [n,E] and choice [n,K] of a router on states that are not its own."""
         if tap.weight is None:
-            args, kwargs = _with_first_tensor(args, kwargs, states.clone())
+            args, kwargs = with_first_tensor(args, kwargs, states.clone())
             output = tap.router.forward(*args, **kwargs)
         else:
             output = None
-        logits, ids, _ = self._routing(tap, states, output)
+        logits, ids, _ = self._reader.routing(tap, states, output)
         if ids is None:
             ids = tap.choose(logits)[0] if tap.choose is not None else logits.topk(self.top_k, dim=1).indices
         return logits, ids
@@ -362,7 +254,7 @@ class Recording:
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         with torch.no_grad():
-            choices = [self._settle(tap, layer) for tap, layer in zip(self.taps, self._layers, strict=True)]
+            choices = [layer.settled(tap, self._reader) for tap, layer in zip(self.taps, self._layers, strict=True)]
             rows = self._collect(choices)
         self._layers = []
         if self.on_forward is not None:
@@ -371,37 +263,6 @@ class Recording:
             raise ValueError("the rows of the forward before were not taken; call take() after each, or on_forward=")
         else:
             self._rows = rows
-
-    def _settle(self, tap: Tap, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The experts of one layer [n,K] best first, and their weights."""
-        if layer.normed is None or layer.logits is None:
-            raise ValueError(f"layer {tap.layer}: its router was not called; {_EXPLICIT}")
-        ids, weights = layer.routed
-        if layer.executed is not None:
-            executed, applied = layer.executed
-            if ids is not None and not torch.equal(ids.sort(dim=1).values, executed.sort(dim=1).values):
-                problem = "its experts were given other ids than its router returned"
-                raise ValueError(f"layer {tap.layer}: {problem}; {_EXPLICIT}")
-            same_order = ids is not None and torch.equal(ids, executed)
-            ids, weights = executed, weights if applied is None and same_order else applied
-        elif ids is None and tap.choose is not None:
-            ids, weights = tap.choose(layer.logits)
-            ids, weights = ids.long(), weights.float()
-        elif ids is None:
-            ids = layer.logits.topk(self.top_k, dim=1).indices
-        if layer.counts is not None:
-            counts = torch.bincount(ids[ids >= 0].cpu(), minlength=self.num_experts)
-            if not torch.equal(counts, layer.counts):
-                expert = int((counts != layer.counts).nonzero()[0])
-                problem = f"expert {expert} ran {int(layer.counts[expert])} tokens, the record says {counts[expert]}"
-                raise ValueError(f"layer {tap.layer}: {problem}; give its Tap a `choose` that routes as the model does")
-        if weights is None:
-            return ids, None
-        # What is not there goes last, whatever its weight.
-        key = torch.where(ids >= 0, weights, torch.full_like(weights, -torch.inf))
-        order = torch.argsort(key, dim=1, descending=True, stable=True)
-        ids, weights = ids.gather(1, order), weights.gather(1, order)
-        return ids, torch.where(ids >= 0, weights, 0.0)
 
     def _collect(self, choices: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Rows:
         lengths = {len(ids) for ids, _ in choices}
@@ -444,40 +305,7 @@ class Recording:
 
 
 def _twice(tap: Tap, what: str) -> ValueError:
-    return ValueError(f"layer {tap.layer}: its {what} was called twice in one forward; {_EXPLICIT}")
-
-
-def _is_whole(tensor: torch.Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested tuples, lists and tables, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _first_tensor(args: Any, kwargs: Any) -> torch.Tensor:
-    """The states that a module was called with: its first floating-point argument."""
-    for tensor in (*args, *kwargs.values()):
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            return tensor
-    raise ValueError(f"a router, norm or expert was called without a tensor of states; {_EXPLICIT}")
-
-
-def _with_first_tensor(args: Any, kwargs: Any, states: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with other states."""
-    first = _first_tensor(args, kwargs)
-    return (
-        tuple(states if item is first else item for item in args),
-        {key: states if item is first else item for key, item in kwargs.items()},
-    )
+    return ValueError(f"layer {tap.layer}: its {what} was called twice in one forward; {EXPLICIT}")
 
 
 def _host(layers: list[torch.Tensor]) -> npt.NDArray[Any]:

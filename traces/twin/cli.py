@@ -89,47 +89,56 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
 
-    train = add("train", "train a twin, or go on training it")
-    train.add_argument("folder", type=Path, help="the twin's folder")
-    train.add_argument("topology", nargs="?", help=f"to begin one: {', '.join(TOPOLOGIES)}")
-    train.add_argument("--minutes", type=float, help="stop after so long")
-    train.add_argument("--steps", type=int, help="stop at so many steps in all")
-    for key, (kind, text) in _FIXED.items():
-        train.add_argument(f"--{key}", type=kind, help=text)
-    train.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
-    train.add_argument("--log-every", type=int, default=10, help="steps between lines (10)")
-    train.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    train.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
-    train.add_argument("--threads", type=int, default=0, help="of torch (its own choice)")
-    train.set_defaults(run=run_train)
-
-    record = add("record", "record a twin on documents it has not learned")
-    record.add_argument("folder", type=Path, help="the twin's folder; the traces go there")
-    record.add_argument("--train-tokens", type=int, default=6144, help="rows to fit predictors on (6144)")
-    record.add_argument("--eval-tokens", type=int, default=2048, help="rows to judge them on (2048)")
-    record.add_argument("--prompt", type=int, default=64, help="rows of prefill of a request (64)")
-    record.add_argument("--decode", type=int, default=128, help="rows of decode of a request (128)")
-    record.add_argument("--how", default="teacher", help="teacher, greedy or sample (teacher)")
-    record.add_argument("--temperature", type=float, default=1.0, help="of --how=sample (1)")
-    record.add_argument("--seed", type=int, default=0, help="of --how=sample (0)")
-    record.add_argument("--ahead", type=int, default=8, help="layers ahead of the pre-gate (8)")
-    record.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    record.set_defaults(run=run_record)
-
-    check = add("check", "print whether routing was learned and is even, and write check.json")
-    check.add_argument("folder", type=Path, help="the twin's folder, recorded")
-    check.add_argument("--tokens", type=int, default=2048, help="rows of the eval split to look at (2048)")
-    check.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    check.set_defaults(run=run_check)
-
-    ship = add("ship", "write small traces of recorded twins")
-    ship.add_argument("output", type=Path, help="the folder to write to")
-    ship.add_argument("folders", nargs="+", type=Path, help="folders of twins, recorded")
-    ship.add_argument("--max-mb", type=float, default=24.0, help="10^6 bytes of all together (24)")
-    ship.add_argument("--train-share", type=float, default=0.75, help="of a twin's bytes, for its train file (0.75)")
-    ship.add_argument("--pregate", default="residual", help="the kind to keep: residual or normed (residual)")
-    ship.set_defaults(run=run_ship)
+    _add_train(add("train", "train a twin, or go on training it"))
+    _add_record(add("record", "record a twin on documents it has not learned"))
+    _add_check(add("check", "print whether routing was learned and is even, and write check.json"))
+    _add_ship(add("ship", "write small traces of recorded twins"))
     return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the twin's folder")
+    parser.add_argument("topology", nargs="?", help=f"to begin one: {', '.join(TOPOLOGIES)}")
+    parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument("--steps", type=int, help="stop at so many steps in all")
+    for key, (kind, text) in _FIXED.items():
+        parser.add_argument(f"--{key}", type=kind, help=text)
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between lines (10)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (its own choice)")
+    parser.set_defaults(run=run_train)
+
+
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the twin's folder; the traces go there")
+    parser.add_argument("--train-tokens", type=int, default=6144, help="rows to fit predictors on (6144)")
+    parser.add_argument("--eval-tokens", type=int, default=2048, help="rows to judge them on (2048)")
+    parser.add_argument("--prompt", type=int, default=64, help="rows of prefill of a request (64)")
+    parser.add_argument("--decode", type=int, default=128, help="rows of decode of a request (128)")
+    parser.add_argument("--how", default="teacher", help="teacher, greedy or sample (teacher)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of --how=sample (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of --how=sample (0)")
+    parser.add_argument("--ahead", type=int, default=8, help="layers ahead of the pre-gate (8)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.set_defaults(run=run_record)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="the twin's folder, recorded")
+    parser.add_argument("--tokens", type=int, default=2048, help="rows of the eval split to look at (2048)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.set_defaults(run=run_check)
+
+
+def _add_ship(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, help="the folder to write to")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of twins, recorded")
+    parser.add_argument("--max-mb", type=float, default=24.0, help="10^6 bytes of all together (24)")
+    parser.add_argument("--train-share", type=float, default=0.75, help="of a twin's bytes, for its train file (0.75)")
+    parser.add_argument("--pregate", default="residual", help="the kind to keep: residual or normed (residual)")
+    parser.set_defaults(run=run_ship)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -164,7 +173,7 @@ def _begin(args: argparse.Namespace) -> None:
         given["balance_weight"] = given.pop("balance")
     if given.get("tokenizer") == "bytes":
         shape["vocab_size"] = 257
-    train.begin(args.folder, preset(args.topology, **shape), **given)
+    train.begin(args.folder, preset(args.topology, **shape), train.Start(**given))
 
 
 def _check_unchanged(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.container import fault
-from traces.format import write_trace
+from traces.format import About, write_trace
 from traces.layout import COUNTS, padding_of
 from traces.reader import Trace, open_trace
 
@@ -66,17 +66,25 @@ def compact_trace(source: Path, target: Path, max_bytes: int) -> Trace:
         for row in range(0, stop, _BLOCK_ROWS)
     ]
     ids, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    kept = {name: array[:stop] for name in ("experts", "weights", "forward_id", "token_ids", "embedding")
-            if (array := getattr(trace, name)) is not None}  # fmt: skip
-    moe_layers = json.loads(trace.header["moe_layer_ids"]) if "moe_layer_ids" in trace.header else None
-    extra: dict[str, Any] = {key: value for key, value in trace.header.items() if key not in _OWN}
-    write_trace(
-        target, **kept, request_start=trace.request_start[: requests + 1], prompt_len=trace.prompt_len[:requests],
-        context_len=None if trace.context_len is None else trace.context_len[:requests],
-        lookahead_ids=ids, lookahead_scores=scores, model=trace.model, num_experts=trace.num_experts,
-        source=trace.header["source"], license=trace.header["license"], moe_layer_ids=moe_layers,
-        request_labels=None if labels is None else labels[:requests], **extra,
-    )  # fmt: skip
+    kept = ("experts", "weights", "forward_id", "token_ids", "embedding")
+    arrays = {name: array[:stop] for name in kept if (array := getattr(trace, name)) is not None}
+    arrays |= {
+        "request_start": trace.request_start[: requests + 1],
+        "prompt_len": trace.prompt_len[:requests],
+        "context_len": None if trace.context_len is None else trace.context_len[:requests],
+        "lookahead_ids": ids,
+        "lookahead_scores": scores,
+    }
+    about = About(
+        model=trace.model,
+        num_experts=trace.num_experts,
+        source=trace.header["source"],
+        license=trace.header["license"],
+        request_labels=None if labels is None else labels[:requests],
+        moe_layer_ids=json.loads(trace.header["moe_layer_ids"]) if "moe_layer_ids" in trace.header else None,
+        header={key: value for key, value in trace.header.items() if key not in _OWN},
+    )
+    write_trace(target, arrays, about)
     return open_trace(target)
 
 

@@ -74,25 +74,40 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def begin(
-    folder: Path,
-    config: TwinConfig,
-    *,
-    seed: int = 0,
-    batch: int = 8,
-    lr: float = 2e-3,
-    warmup: int = 100,
-    balance_weight: float = 0.01,
-    tokenizer: str = "bpe",
-    text: str = "",
-) -> Settings:
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a twin's training is set up, once and for all its calls; the defaults are those of the command.
+
+    seed: of weights and windows. batch: sequences a step. lr: peak learning rate, reached after `warmup` steps.
+    balance_weight: of each layer's load-balancing loss. tokenizer: bpe or bytes. text: a folder, empty for the
+    standard library of this Python.
+    """
+
+    seed: int = 0
+    batch: int = 8
+    lr: float = 2e-3
+    warmup: int = 100
+    balance_weight: float = 0.01
+    tokenizer: str = "bpe"
+    text: str = ""
+
+
+def begin(folder: Path, config: TwinConfig, start: Start) -> Settings:
     """Make `folder` that of a new twin; its settings. The vocabulary may come out smaller than config asks for."""
-    documents = load_documents(Path(text) if text else None)
+    documents = load_documents(Path(start.text) if start.text else None)
     settings = Settings(
-        config, seed, batch, float(lr), warmup, float(balance_weight), tokenizer, text, text_digest(documents)
+        config,
+        start.seed,
+        start.batch,
+        float(start.lr),
+        start.warmup,
+        float(start.balance_weight),
+        start.tokenizer,
+        start.text,
+        text_digest(documents),
     )
     learned = [document.text for document in documents if document.split == "learn"]
-    made = Tokenizer.train(learned, config.vocab_size) if tokenizer == "bpe" else Tokenizer()
+    made = Tokenizer.train(learned, config.vocab_size) if start.tokenizer == "bpe" else Tokenizer()
     settings = dataclasses.replace(settings, config=dataclasses.replace(config, vocab_size=made.size))
     try:
         folder.mkdir(exist_ok=True)
@@ -234,7 +249,10 @@ class Trainer:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Of the step with that number, from 0: a linear rise, then 1/√step, which needs no end to be known."""
+    """The learning rate of the step with this number, counted from 0: it rises linearly, then falls as 1/√step.
+
+    This needs no last step to be known.
+    """
     count = step + 1
     return settings.lr * min(count / settings.warmup, math.sqrt(settings.warmup / count))
 
