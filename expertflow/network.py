@@ -27,6 +27,7 @@ from expertflow.units import NAT, SCORE_ONE
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 SHIFTS = (0, 1, 3, 5)
@@ -44,11 +45,12 @@ UNIT = SCORE_ONE
 LOG_STEPS = 1024
 LOG_UNIT = 64
 LOG_FLOOR = 0.01
-_SPAN = 14 * NAT
+SPAN = 14 * NAT
+"""Log-odds beyond which chances do not differ."""
 
 LOGS = np.array([round(LOG_UNIT * math.log(step / LOG_STEPS + LOG_FLOOR)) for step in range(LOG_STEPS + 1)], np.float64)
 """Logarithm of remembered use, floored, in 1/64 nat, by its upper 10 bits."""
-CHANCES = np.array([round(UNIT / (1 + math.exp(-x / NAT))) for x in range(-_SPAN, _SPAN + 1)], np.int64)
+CHANCES = np.array([round(UNIT / (1 + math.exp(-x / NAT))) for x in range(-SPAN, SPAN + 1)], np.int64)
 """Sigmoid of log-odds -14 … 14 nats, in 2^-16."""
 PREGATE_ODDS = np.array(
     [round(LOG_UNIT * math.log((step + 4) / (LOG_STEPS - step + 4))) for step in range(LOG_STEPS + 1)], np.float64
@@ -60,7 +62,7 @@ NUM_PREGATE = 2
 
 def chance_of(odds: Floats) -> Ints:
     """Log-odds in 1/1024 nat → chances in 2^-16."""
-    return CHANCES[np.clip(odds, -_SPAN, _SPAN).astype(np.intp) + _SPAN]
+    return CHANCES[np.clip(odds, -SPAN, SPAN).astype(np.intp) + SPAN]
 
 
 class HistoryNetwork:

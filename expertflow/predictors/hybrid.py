@@ -66,7 +66,7 @@ class HybridPredictor(Predictor):
         self.block = AnnouncedBlock(self.history, num_kept)
 
     def announced(self) -> Announced | None:
-        return self.block if self.compiled is None else None
+        return self.block
 
     def begin_forward(self, forward: KnownForward) -> None:
         if not self.block.begin_forward(forward.index):
@@ -97,17 +97,21 @@ class HybridPredictor(Predictor):
         return True
 
     def step(self, forward: KnownForward, layer: int, reach: int) -> Step | None:
+        last = self.net.L - 1
+        if layer < last and reach > last - layer:
+            reach = last - layer
+        reach = min(reach, self.net.D)
+        if self.block.runs:
+            return self.block.step(layer, reach)
         history = self.history
-        quick, last = history.quick, self.net.L - 1
+        quick = history.quick
         if quick is None:
             return None
         keys = history.take(forward, layer)
         # What `predict` has looked at is not kept up.
         self.window.clear()
-        if layer < last and reach > last - layer:
-            reach = last - layer
         pregate = quick.pregate(forward, layer)
-        return quick.decide(keys, layer, history.sums, history.used, history.features, pregate, min(reach, self.net.D))
+        return quick.decide(keys, layer, history.sums, history.used, history.features, pregate, reach)
 
 
 class _Window:
