@@ -18,7 +18,7 @@ from numba.extending import intrinsic  # type: ignore[import-untyped, import-not
 
 from expertflow.forest import LEAF_ONE
 from expertflow.network import LOG_STEPS, LOG_UNIT, RECENT, SPAN, STATE_BITS, TOP, UNIT
-from expertflow.units import SCORE_ONE, TAKEN
+from expertflow.units import SCORE_ONE
 from expertflow.view import ABSENT, RESIDENT
 
 
@@ -310,10 +310,10 @@ def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mi
 def decide_scored(shared, block, row, source, reach):
     """`decide` where the log-odds stand already in `block` (`score_block`).
 
-    shared: what `hold` takes. block: num_kept; addresses of scored [any, L, D, E], chances, thresholds [any, by
-    distance], order [E] and wants [D · E]; D and the length of chances. The targets are those behind `source`, from the
-    first layer after the last. Returns how many are wanted, how many keys were selected, and whether all that was
-    selected two layers ahead is resident, and something was.
+    shared: as of `settle`. block: num_kept; addresses of scored [any, L, at least D, E], chances, thresholds [any, by
+    distance], order [E] and wants [D · E]; the third length of scored, that of chances. The targets are those behind
+    `source`, from the first layer after the last. Returns how many are wanted, how many keys were selected, and whether
+    all that was selected two layers ahead is resident, and something was.
     """
     num_layers, num_experts = shared[7], shared[8]
     num_keys = num_layers * num_experts
@@ -325,7 +325,7 @@ def decide_scored(shared, block, row, source, reach):
     chances = carray(_pointer(block[2]), size, np.int32)
     thresholds = carray(_pointer(block[3]), num_layers + 1, np.int64)
     order = carray(_pointer(block[4]), num_experts, np.int64)
-    wants = carray(_pointer(block[5]), depth * num_experts, np.int64)
+    wants = carray(_pointer(block[5]), reach * num_experts, np.int64)
     first = (source + 1) % num_layers
     num_wants = num_selected = overfetched = 0
     for ahead in range(reach):
@@ -341,23 +341,12 @@ def decide_scored(shared, block, row, source, reach):
     return num_wants, num_selected, overfetched
 
 
-@_compile("void(i8[::1], i8)")
-def hold(shared, num_demanded):
-    """`Outlook.touched` of the first num_demanded keys.
-
-    shared: addresses of soon, chance, worth, bar, held, residency [N] and keys [N]; L and E.
-    """
-    num_keys = shared[7] * shared[8]
-    bar, held = carray(_pointer(shared[3]), num_keys, np.int64), carray(_pointer(shared[4]), num_keys, np.int64)
-    keys = carray(_pointer(shared[6]), num_keys, np.int64)
-    for key in keys[:num_demanded]:
-        bar[key] = held[key] = TAKEN
-
-
 @_compile("void(i8[::1], i8, i8, i8)")
 def settle(shared, num_demanded, layer, used):
     """A layer has run that demanded the first num_demanded keys: `Outlook.layer_end`, where soon is up to date.
-    Arguments as of `hold`."""
+
+    shared: addresses of soon, chance, worth, bar, held, residency [N] and keys [any]; L and E.
+    """
     num_experts = shared[8]
     num_keys = shared[7] * num_experts
     soon, worth = carray(_pointer(shared[0]), num_keys, np.int64), carray(_pointer(shared[2]), num_keys, np.int64)

@@ -108,11 +108,13 @@ class Unveiling:
     def reveal(self, layer: int) -> None:
         """The routing of `layer`, the next one, has been read."""
         forward, known = self._forward, self.known
-        keys = forward.demands[layer]
+        keys, order = forward.demands[layer], forward.issue_order[layer]
         shown = tuple(keys)
-        order = forward.issue_order[layer]
-        _set_demands(known, (*known.demands, shown))
-        _set_order(known, (*known.issue_order, shown if order is keys else tuple(order)))
+        demands = (*known.demands, shown)
+        # One object for both, as long as they are alike.
+        alike = order is keys and known.issue_order is known.demands
+        _set_order(known, demands if alike else (*known.issue_order, shown if order is keys else tuple(order)))
+        _set_demands(known, demands)
         if known.counts is not None and forward.counts is not None:
             _set_counts(known, (*known.counts, MappingProxyType(forward.counts[layer])))
 

@@ -69,6 +69,7 @@ class Outlook(Eviction):
         self.demanded: Sequence[int] = ()
         self.keys = np.zeros(self.num_experts, np.int64)
         """Begins with the keys demanded, for compiled functions."""
+        self.one_key = self.keys.data
         self.states = np.frombuffer(view.residency, np.uint8)
         functions = compiled_functions()
         self.compiled = functions is not None
@@ -85,29 +86,20 @@ class Outlook(Eviction):
                 view.num_layers,
                 view.num_experts,
             )
-            self.hold, self.settle = functions.hold, functions.settle
+            self.settle = functions.settle
 
     def touched(self, keys: Sequence[int]) -> None:
         self.demanded = keys
-        if self.compiled:
-            num = len(keys)
-            self.keys[:num] = keys
-            self.hold(self.shared, num)
-            return
-        for key in keys:
-            self._hold(key)
-
-    def _hold(self, key: int) -> None:
-        self.one_bar[key] = self.one_held[key] = TAKEN
-
-    def _let_go(self, key: int) -> None:
-        self.one_bar[key] = 0
-        self.one_held[key] = self.one_worth[key]
+        bar, held, noted = self.one_bar, self.one_held, self.one_key
+        for index, key in enumerate(keys):
+            bar[key] = held[key] = TAKEN
+            noted[index] = key
 
     def admitted(self, key: int, cause: int) -> None:
         """Not to leave before it has landed; what is there from the start has."""
         if self.view.residency[key] == RESIDENT:
-            self._let_go(key)
+            self.one_bar[key] = 0
+            self.one_held[key] = self.one_worth[key]
 
     def landed(self, key: int) -> None:
         if key not in self.view.pinned:

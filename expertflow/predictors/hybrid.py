@@ -58,6 +58,8 @@ class HybridPredictor(Predictor):
         self.view = view
         self.net = net = HistoryNetwork(self.fitted, view.num_layers, view.num_experts)
         num_kept = min(net.E, self.keep or net.E)
+        # Of the next forward nothing is known before the last layer.
+        self._most = [min(net.L - 1 - layer, net.D) for layer in range(net.L - 1)] + [net.D]
         functions = compiled_functions() if len(net.rank_weights) == view.top_k else None
         self.compiled = None if functions is None else CompiledNetwork(net, functions, num_kept)
         """What runs compiled, for one token; None: numpy does it all."""
@@ -97,10 +99,9 @@ class HybridPredictor(Predictor):
         return True
 
     def step(self, forward: KnownForward, layer: int, reach: int) -> Step | None:
-        last = self.net.L - 1
-        if layer < last and reach > last - layer:
-            reach = last - layer
-        reach = min(reach, self.net.D)
+        most = self._most[layer]
+        if reach > most:
+            reach = most
         if self.block.runs:
             return self.block.step(layer, reach)
         history = self.history

@@ -7,17 +7,24 @@ by numpy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import Any, Protocol
 
 import numpy as np
 
 from expertflow.forward import Forward
-from expertflow.network import Flags, Ints, chance_of
-from expertflow.parts import Prediction, Step
+from expertflow.network import Flags, HistoryNetwork, Ints, chance_of
+from expertflow.parts import Kept, Prediction, Step
 from expertflow.predictors.history import RoutingHistory
-from expertflow.predictors.hybrid_compiled import CompiledBlock
+from expertflow.predictors.hybrid_compiled import (
+    NOTHING,
+    CompiledBlock,
+    CompiledNetwork,
+    Odds,
+    ScoredForwards,
+    chances_of,
+)
 from expertflow.predictors.ranking import rank_scores
 
 RANKED = 64
@@ -42,6 +49,13 @@ class AnnouncedBlock:
     runs: whether the forward that runs is one of those taken in. num_taken: how many have been, in all.
     """
 
+    code: tuple[str, ...] = (
+        "expertflow.compiled",
+        "expertflow.network",
+        "expertflow.predictors.hybrid_compiled",
+        __name__,
+    )
+
     def __init__(self, history: RoutingHistory, num_kept: int) -> None:
         self.history = history
         self.net = history.net
@@ -51,7 +65,15 @@ class AnnouncedBlock:
         self._row = 0
         self._first = self._stop = 0
         self._announced: Sequence[Forward] = ()
-        self._compiled = None if history.compiled is None else CompiledBlock(history.compiled)
+        self._takes = self.net.pregate is None and len(self.net.rank_weights) == history.top_k
+        self._kept: _KeptForwards | None = None
+        """All forwards of the run, where they are kept from another."""
+        self._network = network = history.compiled
+        self._compiled = None if network is None else CompiledBlock(network)
+        self._decide: Any = None if network is None else network.functions.decide_scored
+        self._packed: Ints = NOTHING
+        self._reach = 0
+        """How far a decision of the forward that runs has looked."""
         self._scores: _Scores
         self._ranked: dict[int, tuple[Ints, Ints, Ints]] = {}
         """By distance: keys and scores [row, source, kept], chances [row, source, E], from the row on that ran when
@@ -62,32 +84,46 @@ class AnnouncedBlock:
         """As `expertflow.parts.Announced`."""
         self._announced = forwards
 
+    def prepare_all(self, forwards: Iterable[Forward], num_forwards: int, kept: Kept, name: str) -> bool:
+        """As `expertflow.parts.Announced`: for compiled functions, and where every forward is of one token."""
+        network, net = self._network, self.net
+        if network is None or not self._takes:
+            return False
+        name = f"odds {name} {network.hash}"
+        shape = (num_forwards, net.L, net.D + 1, net.E)
+        odds = kept.find(name, shape, np.int16)
+        if odds is None and kept.keep(name, shape, np.int16, _all_odds(network, forwards)):
+            odds = kept.find(name, shape, np.int16)
+        if odds is None:
+            return False
+        self._scores = self._kept = _KeptForwards(network, odds)
+        self._stop = num_forwards
+        return True
+
     def begin_forward(self, index: int) -> bool:
         """Whether forward `index` is one that is, or can be, taken in with others."""
         if not self._first <= index < self._stop:
+            assert self._kept is None
             self._take(index)
         self.runs = self._first <= index < self._stop
-        self._row = index - self._first
+        self._row, self._reach = index - self._first, 0
         return self.runs
 
     def _take(self, index: int) -> None:
         """Take in the forwards that were announced, from `index` to the first that cannot be."""
         self._first = self._stop = index
-        net, top_k = self.net, self.history.top_k
-        if not self._announced or net.pregate is not None or len(net.rank_weights) != top_k:
+        net = self.net
+        if not self._announced or not self._takes:
             return
         forwards: list[Forward] = []
         for forward in self._announced[max(index - self._announced[0].index, 0) :]:
-            single = forward.counts is None and all(len(keys) == top_k for keys in forward.demands)
-            if not single or forward.index != index + len(forwards):
+            if not _is_plain(forward, net) or forward.index != index + len(forwards):
                 break
             forwards.append(forward)
         num = len(forwards)
         if not num:
             return
-        flat = chain.from_iterable(keys for f in forwards for keys in f.demands)
-        keys = np.fromiter(flat, np.int64, num * net.L * top_k).reshape(num, net.L, top_k)
-        starts = np.array([len(f.requests_started) == len(f.requests) for f in forwards])
+        keys, starts = _routing(forwards, net)
         if self._compiled is None:
             self._scores = _NumpyBlock(self.history, keys, starts)
         else:
@@ -103,9 +139,16 @@ class AnnouncedBlock:
         return self._scores.forecast(self._row)
 
     def step(self, layer: int, reach: int) -> Step:
-        """As `Predictor.step`, of the forward that runs; for compiled functions alone."""
-        assert self._compiled is not None
-        return self._compiled.decide(self._row, layer, reach)
+        """The decision for distances 1 … reach, none past what is fitted or the last layer, as `Predictor.step`; for
+        compiled functions alone."""
+        network, row = self._network, self._row
+        assert network is not None
+        if reach > self._reach:
+            scores = self._kept or self._compiled
+            assert scores is not None
+            self._packed, self._reach = scores.score(reach, row).packed, reach
+        num_wants, num_selected, overfetched = self._decide(network.shared, self._packed, row, layer, reach)
+        return Step(network.one_want[:num_wants].tolist() if num_wants else [], num_selected, reach, overfetched)
 
     def predict(self, layer: int, distance: int) -> Prediction:
         """Of the forward that runs."""
@@ -123,6 +166,53 @@ class AnnouncedBlock:
         first_keys = (np.arange(net.L) + distance) % net.L * net.E
         keys, scores = rank_scores(chances, first_keys[:, None], self.num_kept)
         return keys, scores, chances
+
+
+def _is_plain(forward: Forward, net: HistoryNetwork) -> bool:
+    """Whether it is of one token, with as many experts a layer as the network was fitted to."""
+    top_k = len(net.rank_weights)
+    return forward.counts is None and all(len(keys) == top_k for keys in forward.demands)
+
+
+def _routing(forwards: Sequence[Forward], net: HistoryNetwork) -> tuple[Ints, Flags]:
+    """keys [n, L, K], best first, and whether a request begins [n]."""
+    num, top_k = len(forwards), len(net.rank_weights)
+    flat = chain.from_iterable(keys for forward in forwards for keys in forward.demands)
+    keys = np.fromiter(flat, np.int64, num * net.L * top_k).reshape(num, net.L, top_k)
+    return keys, np.array([len(forward.requests_started) == len(forward.requests) for forward in forwards])
+
+
+def _all_odds(network: CompiledNetwork, forwards: Iterable[Forward]) -> Iterator[Odds]:
+    """Log-odds [n, L, D + 1, E] of the forwards, in blocks: by distance, then what is forecast of each layer. Ends with
+    the first forward that is not plain."""
+    net, block, memory = network.net, CompiledBlock(network), network.net.begin()
+    waiting, num_seen = iter(forwards), 0
+    while some := list(islice(waiting, RANKED)):
+        if not all(_is_plain(forward, net) and forward.index == num_seen + row for row, forward in enumerate(some)):
+            return
+        num_seen += len(some)
+        block.take(*_routing(some, net), memory)
+        made = np.zeros((len(some), net.L, net.D + 1, net.E), np.int16)
+        forecast: Odds = np.zeros(net.L * net.E, np.int16)
+        for row in range(len(some)):
+            made[row, :, : net.D] = block.score(net.D, row).odds[row]
+            block.forecast_odds(row, forecast)
+            made[row, :, net.D] = forecast.reshape(net.L, net.E)
+        yield made
+
+
+class _KeptForwards:
+    """Implements `_Scores` by what `_all_odds` gave."""
+
+    def __init__(self, network: CompiledNetwork, odds: Odds) -> None:
+        self.scored = ScoredForwards(network, odds)
+        self.chances = self.scored.chances
+
+    def score(self, reach: int, row: int) -> ScoredForwards:
+        return self.scored
+
+    def forecast(self, row: int) -> Ints:
+        return chances_of(self.scored.odds[row, :, -1].reshape(-1))
 
 
 class _NumpyBlock:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,15 @@ Odds = npt.NDArray[np.int16]
 NOTHING: Ints = np.zeros(0, np.int64)
 GROUP = 8
 """Forwards that are scored together."""
+
+
+def arrays_hash(arrays: Iterable[npt.NDArray[Any]]) -> str:
+    """Hash of types, shapes and values."""
+    told = hashlib.sha256()
+    for array in arrays:
+        told.update(f"{array.dtype.str} {array.shape}".encode())
+        told.update(np.ascontiguousarray(array).data)
+    return told.hexdigest()
 
 
 class CompiledNetwork:
@@ -69,9 +79,16 @@ class CompiledNetwork:
         self.ranked = np.zeros((net.D, 2, net.E), np.int64)
         self.keys: Ints = np.zeros(len(self.rank_weights), np.int64)
         self.wants: Ints = np.zeros(net.D * net.E, np.int64)
+        self.one_want = self.wants.data
         self.decided_by: tuple[npt.NDArray[Any], ...] = ()
         self.shared: Ints = NOTHING
-        """The same for the functions that take addresses (`compiled.hold`)."""
+        """The same for the functions that take addresses (`compiled.settle`)."""
+
+    @property
+    def hash(self) -> str:
+        """Of all that scores depend on beside the forwards and the code."""
+        told = (self.tables, self.rank_weights, self.place, self.net.prior, self.net.frequency, *self.rates, LOGS)
+        return f"{self.table_bits} {arrays_hash([*told, *self.weights, *self.forecast])}"
 
     def pregate(self, forward: KnownForward, layer: int) -> npt.NDArray[np.float32] | None:
         """Chances [any, E] by distance that are to be added, empty where none are recorded; None: none are added."""
@@ -143,7 +160,7 @@ class CompiledNetwork:
             self.tables, self.rank_weights, new, self.places[layer + 1], sums, used, self.table_bits, self.hidden,
             *self.weights, features, told, *self.scales, (layer + 1) % self.net.L, reach, pregate is not None,
             self.num_kept, *self.decided_by, self.wants)  # fmt: skip
-        wants = self.wants[:num_wants].tolist() if num_wants else []
+        wants = self.one_want[:num_wants].tolist() if num_wants else []
         return Step(wants, num_selected, num_found, bool(overfetched))
 
 
@@ -206,45 +223,41 @@ class CompiledBlock:
         self.forecast_odds(row, self.network.forecast_odds)
         return chances_of(self.network.forecast_odds)
 
-    def score(self, reach: int, group: int) -> None:
-        """Score all distances up to `reach` that are not, for the forwards of that group."""
-        network = self.network
+    def score(self, reach: int, row: int) -> ScoredForwards:
+        """Score all distances up to `reach` that are not, for the forwards of the group of `row` at least."""
+        network, group = self.network, row // GROUP
         start, stop = group * GROUP, min((group + 1) * GROUP, len(self.hidden))
         for ahead in range(self.reach[group], reach):
             network.functions.score_block(
                 self.hidden, *network.weights, *self.features, ahead, start, stop, self.scored.odds
             )
         self.reach[group] = max(reach, self.reach[group])
+        return self.scored
 
     def chances(self, distance: int, start: int, stop: int) -> Ints:
         """As `AnnouncedBlock` asks."""
-        for group in range(start // GROUP, -(-stop // GROUP)):
-            self.score(distance, group)
+        for row in range(start - start % GROUP, stop, GROUP):
+            self.score(distance, row)
         return self.scored.chances(distance, start, stop)
-
-    def decide(self, row: int, layer: int, reach: int) -> Step:
-        """One decision for distances 1 … reach, seen from `layer` of forward `row`."""
-        if reach > self.reach[row // GROUP]:
-            self.score(reach, row // GROUP)
-        return self.scored.decide(row, layer, reach)
 
 
 class ScoredForwards:
-    """odds [n, L, D, E]: log-odds by forward, layer from which they are seen, and distance, of the experts there."""
+    """odds [n, L, at least D, E]: log-odds by forward, layer from which they are seen, and distance, of the experts
+    there."""
 
     def __init__(self, network: CompiledNetwork, odds: Odds) -> None:
         self.network = network
         self.odds = odds
         self._order: Ints = np.zeros(network.net.E, np.int64)
         self._packed: Ints = NOTHING
-        self._step = network.functions.decide_scored
 
     def chances(self, distance: int, start: int, stop: int) -> Ints:
         """Chances [stop - start, L, E] of forwards start … stop - 1."""
         return chances_of(self.odds[start:stop, :, distance - 1])
 
-    def decide(self, row: int, layer: int, reach: int) -> Step:
-        """One decision for distances 1 … reach, seen from `layer` of forward `row`."""
+    @property
+    def packed(self) -> Ints:
+        """What `compiled.decide_scored` takes of it."""
         network = self.network
         if not len(self._packed):
             chances = network.scales[1]
@@ -255,8 +268,7 @@ class ScoredForwards:
                 network.decided_by[0],
                 self._order,
                 network.wants,
-                network.net.D,
+                self.odds.shape[2],
                 len(chances),
             )
-        num_wants, num_selected, overfetched = self._step(network.shared, self._packed, row, layer, reach)
-        return Step(network.wants[:num_wants].tolist() if num_wants else [], num_selected, reach, overfetched)
+        return self._packed
