@@ -41,17 +41,9 @@ class Prediction(NamedTuple):
     chances: Ints | None = None
 
 
-class Step(NamedTuple):
-    """A decision made at once (`Predictor.step`).
-
-    wants: as of `Policy.decide`. num_selected: keys that were selected, in num_layers layers. overfetched: as
-    `Horizon.overfetched` is told.
-    """
-
-    wants: list[int]
-    num_selected: int
-    num_layers: int
-    overfetched: bool
+Step = tuple[list[int], int, int, bool]
+"""A decision made at once (`Predictor.step`): wants, as of `Policy.decide`; how many keys were selected, in how many
+layers; and what `Horizon.overfetched` would be told. A bare tuple: one is made between any two layers."""
 
 
 class Worths(NamedTuple):

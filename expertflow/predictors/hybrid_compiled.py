@@ -161,7 +161,7 @@ class CompiledNetwork:
             *self.weights, features, told, *self.scales, (layer + 1) % self.net.L, reach, pregate is not None,
             self.num_kept, *self.decided_by, self.wants)  # fmt: skip
         wants = self.one_want[:num_wants].tolist() if num_wants else []
-        return Step(wants, num_selected, num_found, bool(overfetched))
+        return wants, num_selected, num_found, bool(overfetched)
 
 
 def chances_of(odds: Odds) -> Ints:
