@@ -510,18 +510,18 @@ def score_block(
                 scored[row, source, ahead, expert] = min(max(total[expert], -SPAN), SPAN)
 
 
-@_compile("void(i4[::1], i1[:,::1], i8[::1], i8[::1], i8[:,::1], f8[:,::1], i2[::1])")
-def outlook(hidden, forecast, scale, bias, own, features, found):
-    """found [N]: the log-odds behind `HistoryNetwork.outlook` of hidden [H] and features [F, N], as far as chances
-    differ; forecast [H, N], own [F, N]."""
+@_compile("void(i4[::1], i1[:,::1], i8[::1], i8[::1], i8[:,::1], f8[:,::1], i4[::1], i8[::1])")
+def outlook(hidden, forecast, scale, bias, own, features, chances, found):
+    """found [N]: `HistoryNetwork.outlook` of hidden [H] and features [F, N]; forecast [H, N], own [F, N]."""
     odds = np.empty(len(found), np.int32)
     _multiply(hidden, forecast, np.empty(len(hidden) + 1, np.int64), odds)
+    span = len(chances) // 2
     for key in range(len(found)):
         remembered = np.int64(0)
         for feature in range(len(own)):
             remembered += np.int64(features[feature, key]) * own[feature, key]
         total = ((odds[key] * scale[key]) >> _UNIT_BITS) + bias[key] + (remembered >> _LOG_BITS)
-        found[key] = min(max(total, -SPAN), SPAN)
+        found[key] = chances[min(max(total, -span), span) + span]
 
 
 @_compile("void(i4[:,::1], i4[::1], i1[:,::1], i4[::1], i2[::1], i8[::1])")

@@ -23,7 +23,6 @@ from expertflow.predictors.hybrid_compiled import (
     CompiledNetwork,
     Odds,
     ScoredForwards,
-    chances_of,
 )
 from expertflow.predictors.ranking import rank_scores
 
@@ -90,7 +89,7 @@ class AnnouncedBlock:
         if network is None or not self._takes:
             return False
         name = f"odds {name} {network.hash}"
-        shape = (num_forwards, net.L, net.D + 1, net.E)
+        shape = (num_forwards, net.L, net.D + 2, net.E)
         odds = kept.find(name, shape, np.int16)
         if odds is None and kept.keep(name, shape, np.int16, _all_odds(network, forwards)):
             odds = kept.find(name, shape, np.int16)
@@ -183,8 +182,8 @@ def _routing(forwards: Sequence[Forward], net: HistoryNetwork) -> tuple[Ints, Fl
 
 
 def _all_odds(network: CompiledNetwork, forwards: Iterable[Forward]) -> Iterator[Odds]:
-    """Log-odds [n, L, D + 1, E] of the forwards, in blocks: by distance, then what is forecast of each layer. Ends with
-    the first forward that is not plain."""
+    """Log-odds [n, L, D + 2, E] of the forwards, in blocks: by distance, and then, in two places of 16 bits each, the
+    chances [n, L · E] that are forecast. Ends with the first forward that is not plain."""
     net, block, memory = network.net, CompiledBlock(network), network.net.begin()
     waiting, num_seen = iter(forwards), 0
     while some := list(islice(waiting, RANKED)):
@@ -192,12 +191,11 @@ def _all_odds(network: CompiledNetwork, forwards: Iterable[Forward]) -> Iterator
             return
         num_seen += len(some)
         block.take(*_routing(some, net), memory)
-        made = np.zeros((len(some), net.L, net.D + 1, net.E), np.int16)
-        forecast: Odds = np.zeros(net.L * net.E, np.int16)
+        made = np.zeros((len(some), net.L, net.D + 2, net.E), np.int16)
         for row in range(len(some)):
             made[row, :, : net.D] = block.score(net.D, row).odds[row]
-            block.forecast_odds(row, forecast)
-            made[row, :, net.D] = forecast.reshape(net.L, net.E)
+            chances = block.forecast(row).astype(np.int32)
+            made[row, :, net.D :] = chances.view(np.int16).reshape(net.L, 2, net.E)
         yield made
 
 
@@ -212,7 +210,7 @@ class _KeptForwards:
         return self.scored
 
     def forecast(self, row: int) -> Ints:
-        return chances_of(self.scored.odds[row, :, -1].reshape(-1))
+        return self.scored.odds[row, :, -2:].reshape(-1).view(np.int32).astype(np.int64)
 
 
 class _NumpyBlock:

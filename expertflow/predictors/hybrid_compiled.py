@@ -75,7 +75,6 @@ class CompiledNetwork:
         self.scales = PREGATE_ODDS.astype(np.int32), CHANCES.astype(np.int32)
         self.no_pregate = np.zeros((0, net.E), np.float32)
         self.hidden = np.zeros(net.H, np.int32)
-        self.forecast_odds: Odds = np.zeros(net.L * net.E, np.int16)
         self.ranked = np.zeros((net.D, 2, net.E), np.int64)
         self.keys: Ints = np.zeros(len(self.rank_weights), np.int64)
         self.wants: Ints = np.zeros(net.D * net.E, np.int64)
@@ -110,9 +109,14 @@ class CompiledNetwork:
         memory.shares = used.reshape(self.net.L, self.net.E)
 
     def outlook(self, features: Floats) -> Ints:
-        """Chances [N] of use in the next forwards, as `HistoryNetwork.outlook`."""
-        self.functions.outlook(self.hidden, *self.forecast, features.reshape(NUM_OWN, -1), self.forecast_odds)
-        return chances_of(self.forecast_odds)
+        """Chances [N] of use in the next forwards, as `HistoryNetwork.outlook`; features [F, L, E]."""
+        return self.outlook_of(self.hidden, features.reshape(NUM_OWN, -1))
+
+    def outlook_of(self, hidden: npt.NDArray[np.int32], features: Floats) -> Ints:
+        """The same of activations after a forward [H] and features [F, N]."""
+        found: Ints = np.empty(self.net.L * self.net.E, np.int64)
+        self.functions.outlook(hidden, *self.forecast, features, self.scales[1], found)
+        return found
 
     def look(
         self, features: Floats, pregate: npt.NDArray[np.float32] | None, layer: int, seen: int, chance: Ints
@@ -213,15 +217,9 @@ class CompiledBlock:
             self.after,
         )
 
-    def forecast_odds(self, row: int, found: Odds) -> None:
-        """found [N]: log-odds of use in the next forwards, after forward `row`."""
-        network = self.network
-        network.functions.outlook(self.hidden[row, -1], *network.forecast, self.after[row], found)
-
     def forecast(self, row: int) -> Ints:
-        """As `AnnouncedBlock.forecast`."""
-        self.forecast_odds(row, self.network.forecast_odds)
-        return chances_of(self.network.forecast_odds)
+        """Chances [N] of use in the next forwards, after forward `row`."""
+        return self.network.outlook_of(self.hidden[row, -1], self.after[row])
 
     def score(self, reach: int, row: int) -> ScoredForwards:
         """Score all distances up to `reach` that are not, for the forwards of the group of `row` at least."""
