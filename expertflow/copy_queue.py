@@ -197,17 +197,18 @@ class CopyQueue:
 
     def evict(self, key: int) -> None:
         """`key` loses its slot now; a kernel of this layer that may still read it hands on its mark."""
-        slots, counters = self.slots, self.counters
+        slots, state, counters = self.slots, self.state, self.counters
         reader = 0
         if self._launched and key // slots.num_experts == self.progress.layer:
             for mark, keys in self._launched:
                 if key in keys:
                     reader = mark
-        if self.state[key] != RESIDENT:
-            raise AssertionError(f"key {key} gives up a slot in state {self.state[key]}")
-        slot = slots.slot_of[key]
-        slots.slot_of[key] = -1
-        self.state[key] = ABSENT
+        if state[key] != RESIDENT:
+            raise AssertionError(f"key {key} gives up a slot in state {state[key]}")
+        slot_of = slots.slot_of
+        slot = slot_of[key]
+        slot_of[key] = -1
+        state[key] = ABSENT
         slots.reader[slot] = reader
         slots.free[key // slots.span].append(slot)
         unused = False

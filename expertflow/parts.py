@@ -83,7 +83,7 @@ class Kept(Protocol):
 class Announced(Protocol):
     """Takes forwards before they run; see `Predictor.announced`.
 
-    code: the modules that compute what it keeps.
+    code: the modules that compute what it keeps; empty: it keeps nothing, and `prepare_all` need not be asked.
     """
 
     code: tuple[str, ...]

@@ -348,7 +348,8 @@ def _prepared_all(takes: Announced, batches: Batches, trace_sha256: str) -> bool
     Not for few forwards, which are scored sooner than a file is written, and not where `KEEP_SCORES` is 0.
     """
     num_forwards = batches.num_tokens
-    if batches.config.batch_size > 1 or num_forwards < LEAST_KEPT or os.environ.get(KEEP_SCORES) == "0":
+    few = batches.config.batch_size > 1 or num_forwards < LEAST_KEPT
+    if few or not takes.code or os.environ.get(KEEP_SCORES) == "0":
         return False
     try:
         folder = cache_folder() / "scores"

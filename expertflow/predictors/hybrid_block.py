@@ -48,13 +48,6 @@ class AnnouncedBlock:
     runs: whether the forward that runs is one of those taken in. num_taken: how many have been, in all.
     """
 
-    code: tuple[str, ...] = (
-        "expertflow.compiled",
-        "expertflow.network",
-        "expertflow.predictors.hybrid_compiled",
-        __name__,
-    )
-
     def __init__(self, history: RoutingHistory, num_kept: int) -> None:
         self.history = history
         self.net = history.net
@@ -69,6 +62,10 @@ class AnnouncedBlock:
         """All forwards of the run, where they are kept from another."""
         self._network = network = history.compiled
         self._compiled = None if network is None else CompiledBlock(network)
+        self.code: tuple[str, ...] = ()
+        """Empty where nothing is kept: without compiled functions, and where no block is taken."""
+        if network is not None and self._takes:
+            self.code = ("expertflow.compiled", "expertflow.network", CompiledBlock.__module__, __name__)
         self._decide: Any = None if network is None else network.functions.decide_scored
         self._packed: Ints = NOTHING
         self._reach = 0
@@ -86,7 +83,7 @@ class AnnouncedBlock:
     def prepare_all(self, forwards: Iterable[Forward], num_forwards: int, kept: Kept, name: str) -> bool:
         """As `expertflow.parts.Announced`: for compiled functions, and where every forward is of one token."""
         network, net = self._network, self.net
-        if network is None or not self._takes:
+        if network is None or not self.code:
             return False
         name = f"odds {name} {network.hash}"
         shape = (num_forwards, net.L, net.D + 2, net.E)

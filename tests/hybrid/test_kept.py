@@ -18,6 +18,7 @@ from sim.run import run_policy
 from sim.setup import KEEP_SCORES, LEAST_KEPT, make_policy, make_workload
 from tests.hybrid.support import PROMPTS, answers, arrays, forwards, started
 from tests.hybrid.test_fused import WINDOWS, InheritedSelection, World, run
+from tests.hybrid.test_predictor import without_numba
 from traces.kept import KeptArrays
 
 pytest.importorskip("numba")
@@ -176,6 +177,12 @@ def test_a_run_that_finds_scores_is_the_run_that_makes_them(tmp_path: Path, monk
     assert told[0] == told[1] == told[2]
     assert told[0]["prefetch"]["issued"] > 100
     (file,) = scores.iterdir()
+    without_numba(monkeypatch)
+    policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
+    assert run_policy(work, policy, transfer) == told[0]
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(KEEP_SCORES, "1")
     few = make_workload(cfg | {"max_tokens": LEAST_KEPT - 1})
     policy, transfer = make_policy(cfg["policy"], few, cfg["seed"])
     run_policy(few, policy, transfer)

@@ -273,3 +273,13 @@ def test_sums_stay_exact_in_single_precision() -> None:
 
 def test_there_is_a_forecast_from_the_start() -> None:
     assert started(arrays()).forecast().tolist() == arrays()["frequency"].reshape(-1).tolist()
+
+
+def test_products_in_parts_are_whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, draw = HistoryNetwork(arrays(), L, E), np.random.default_rng(0)
+    hidden = draw.integers(0, 128, (23, H)).astype(np.float32)
+    whole = net.odds(hidden, 2, 1)
+    assert whole.tolist() == [net.odds(row, 2, 1).tolist() for row in hidden]
+    for limit in (1, H * 10, 5 * H * 10, 22 * H * 10):
+        monkeypatch.setattr("expertflow.network.SINGLE_THREADED", limit)
+        assert net.odds(hidden, 2, 1).tolist() == whole.tolist()
