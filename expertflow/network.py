@@ -283,7 +283,7 @@ class Block:
 
 
 def _product(values: Singles, weights: Singles) -> Singles:
-    """values [..., A] @ weights [A, B], of [n, A] a few rows at a time: for more the linear algebra would start threads,
+    """values [..., A] @ weights [A, B], a few rows of [n, A] at once: for more the linear algebra would start threads,
     which gain nothing here, and beside other busy processes wait for each other ten times as long."""
     rows = max(SINGLE_THREADED // weights.size, 1)
     if values.ndim != 2 or len(values) <= rows:
