@@ -12,9 +12,12 @@ from typing import Any
 
 import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import numpy as np
+import numpy.typing as npt
+from numba.core import cgutils  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from numba.extending import intrinsic  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 from expertflow.forest import LEAF_ONE
-from expertflow.network import LOG_STEPS, LOG_UNIT, RECENT, STATE_BITS, TOP, UNIT
+from expertflow.network import LOG_STEPS, LOG_UNIT, RECENT, SPAN, STATE_BITS, TOP, UNIT
 from expertflow.units import SCORE_ONE
 from expertflow.view import ABSENT, RESIDENT
 
@@ -32,6 +35,25 @@ def _compile(types: str) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def _as_pointer(_context, address):
+    """An address as the pointer that `numba.carray` takes."""
+
+    def convert(_context, builder, _signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(numba.types.int64), convert
+
+
+_pointer: Any = intrinsic(_as_pointer)
+carray: Any = numba.carray  # type: ignore[attr-defined, unused-ignore]
+
+
+def packed(*values: npt.NDArray[Any] | int) -> npt.NDArray[np.int64]:
+    """Whole numbers, and the addresses of arrays in C order, as one argument: each array that is an argument of its own
+    costs a call 0.1 us. Who calls keeps the arrays alive, and in place."""
+    return np.array([value if isinstance(value, int) else value.ctypes.data for value in values], np.int64)
+
+
 def _bits(power: int) -> int:
     """log2 of a power of two: what divides here is shifted."""
     if power < 1 or power & (power - 1):
@@ -45,10 +67,12 @@ _RECENT_KEPT, _RECENT_BITS = RECENT[0], _bits(RECENT[1])
 _UNIT_BITS, _LOG_BITS, _STEP_BITS = _bits(UNIT), _bits(LOG_UNIT), _bits(UNIT // LOG_STEPS)
 _SCORE_PER_LEAF = SCORE_ONE // LEAF_ONE
 # Types of what `_find` takes first: activations, a network, its features, a pre-gate, two tables.
-_NETWORK = ("i4[::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], "
-            "i4[:,:,::1], f8[:,:,::1], f4[:,:], i4[::1], i4[::1]")  # fmt: skip
+_WEIGHTS = "i1[:,:,::1], i4[:,::1], i4[:,:,::1], i1[:,:,::1], i4[:,::1], i4[:,:,::1], i4[:,:,:,::1], i4[:,:,::1]"
+_NETWORK = f"i4[::1], {_WEIGHTS}, f8[:,:,::1], f4[:,:], i4[::1], i4[::1]"
 # What a view lets nobody write.
 _STATES = "Array(u1, 1, 'C', True)"
+# What `_take` writes to and reads by key.
+_WORTHS = f"{_STATES}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1]"
 
 
 @_compile("void(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, i4[::1])")
@@ -99,6 +123,42 @@ def _multiply(values, weights, active, total):
             total[column] += values[a] * np.int32(weights[a, column])
 
 
+@_compile(f"void(i4[::1], {_WEIGHTS}, f8[:,:,::1], i8, i8, i8[::1], i4[::1], i4[::1], i8[::1])")
+def _weigh(
+    hidden,
+    mix,
+    mix_scale,
+    mix_bias,
+    out,
+    out_scale,
+    bias,
+    own,
+    pregate_weights,
+    features,
+    target,
+    ahead,
+    active,
+    mixed,
+    odds,
+    total,
+):
+    """total [E] becomes the log-odds of the experts of layer `target`, seen from distance ahead + 1, without pre-gate.
+    Arguments as in `look`; active [max(H, M) + 1], mixed [M], odds [E]: room."""
+    num_experts = len(total)
+    _multiply(hidden, mix[target], active, mixed)
+    for row in range(len(mixed)):
+        scaled = (np.int64(mixed[row] + mix_bias[ahead, target, row]) * mix_scale[target, row]) >> _UNIT_BITS
+        mixed[row] = min(max(scaled, 0), TOP)
+    _multiply(mixed, out[target], active, odds)
+    total[:] = 0
+    for feature in range(own.shape[1]):
+        for expert in range(num_experts):
+            total[expert] += np.int64(features[feature, target, expert]) * own[ahead, feature, target, expert]
+    for expert in range(num_experts):
+        scaled = (np.int64(odds[expert]) * out_scale[target, expert]) >> _UNIT_BITS
+        total[expert] = (total[expert] >> _LOG_BITS) + scaled + bias[ahead, target, expert]
+
+
 @_compile(f"b1({_NETWORK}, i8, i8, b1, i8[::1], i4[::1], i4[::1], i8[::1])")
 def _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate, pregate_odds,
           chances, target, ahead, gated, active, mixed, odds, chance):  # fmt: skip
@@ -112,17 +172,26 @@ def _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_w
         for expert in range(num_experts):
             if np.isnan(pregate[ahead, expert]):
                 return False
-    _multiply(hidden, mix[target], active, mixed)
-    for row in range(len(mixed)):
-        scaled = (np.int64(mixed[row] + mix_bias[ahead, target, row]) * mix_scale[target, row]) >> _UNIT_BITS
-        mixed[row] = min(max(scaled, 0), TOP)
-    _multiply(mixed, out[target], active, odds)
+    _weigh(
+        hidden,
+        mix,
+        mix_scale,
+        mix_bias,
+        out,
+        out_scale,
+        bias,
+        own,
+        pregate_weights,
+        features,
+        target,
+        ahead,
+        active,
+        mixed,
+        odds,
+        chance,
+    )
     for expert in range(num_experts):
-        remembered = np.int64(0)
-        for feature in range(own.shape[1]):
-            remembered += np.int64(features[feature, target, expert]) * own[ahead, feature, target, expert]
-        total = ((np.int64(odds[expert]) * out_scale[target, expert]) >> _UNIT_BITS) + (remembered >> _LOG_BITS)
-        total += bias[ahead, target, expert]
+        total = chance[expert]
         if gated:
             level = min(max(np.int64(np.floor(np.float64(pregate[ahead, expert]) * log_steps)), 0), log_steps)
             weighed = np.int64(pregate_odds[level]) * pregate_weights[ahead, target, 0]
@@ -181,6 +250,28 @@ def _select(chance, limit, order):
     return count
 
 
+@_compile(f"UniTuple(i8, 3)(i8, i8, i8, i8[::1], {_WORTHS}, i8[::1], i8)")
+def _take(begin, limit, num_kept, order, residency, soon, chance, worth, bar, held, wants, num_wants):
+    """The chances [E] of one layer, whose first key is `begin`, have been written to `chance`: what a selection by
+    threshold wants of the num_kept best, and what `Outlook.predicted` makes of it.
+
+    order [E]: room. wants, from num_wants on, becomes the keys wanted and absent, best first, the lower on a tie.
+    Returns how many wants there are now, how many keys were selected, and how many of these are resident.
+    """
+    num_experts = len(order)
+    for key in range(begin, begin + num_experts):
+        worth[key] = max(soon[key], chance[key])
+        held[key] = worth[key] | bar[key]
+    count = min(_select(chance[begin : begin + num_experts], limit, order), num_kept)
+    num_there = 0
+    for key in begin + order[:count]:
+        if residency[key] == ABSENT:
+            wants[num_wants] = key
+            num_wants += 1
+        num_there += residency[key] == RESIDENT
+    return num_wants, count, num_there
+
+
 @_compile(f"UniTuple(i8, 4)(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, {_NETWORK}, i8, i8, b1, i8, "
           f"i8[::1], {_STATES}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])")  # fmt: skip
 def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mix, mix_scale, mix_bias, out, out_scale,
@@ -207,27 +298,64 @@ def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mi
         if not _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate,
                      pregate_odds, chances, first + ahead, ahead, gated, active, mixed, odds, found):  # fmt: skip
             return num_wants, ahead, num_selected, overfetched
-        for key in range(begin, begin + num_experts):
-            worth[key] = max(soon[key], chance[key])
-            held[key] = worth[key] | bar[key]
-        count = min(_select(found, thresholds[ahead + 1], order), num_kept)
+        num_wants, count, num_there = _take(
+            begin, thresholds[ahead + 1], num_kept, order, residency, soon, chance, worth, bar, held, wants, num_wants
+        )
         num_selected += count
-        num_there = 0
-        for key in begin + order[:count]:
-            if residency[key] == ABSENT:
-                wants[num_wants] = key
-                num_wants += 1
-            num_there += residency[key] == RESIDENT
         overfetched |= ahead == 1 and count > 0 and num_there == count
     return num_wants, reach, num_selected, overfetched
 
 
-@_compile(f"void(i8[::1], i8[::1], i8[::1], i8[::1], {_STATES}, i8[::1], i8, i8, i8)")
-def settle(soon, worth, bar, held, residency, keys, first, num_experts, used):
-    """A layer has run: `Outlook.layer_end` of its keys, where soon [N] is up to date."""
+@_compile("UniTuple(i8, 3)(i8[::1], i8[::1], i8, i8, i8)")
+def decide_scored(shared, block, row, source, reach):
+    """`decide` where the log-odds stand already in `block` (`score_block`).
+
+    shared: as of `settle`. block: num_kept; addresses of scored [any, L, at least D, E], chances, thresholds [any, by
+    distance], order [E] and wants [D · E]; the third length of scored, that of chances. The targets are those behind
+    `source`, from the first layer after the last. Returns how many are wanted, how many keys were selected, and whether
+    all that was selected two layers ahead is resident, and something was.
+    """
+    num_layers, num_experts = shared[7], shared[8]
+    num_keys = num_layers * num_experts
+    soon, chance = carray(_pointer(shared[0]), num_keys, np.int64), carray(_pointer(shared[1]), num_keys, np.int64)
+    worth, bar = carray(_pointer(shared[2]), num_keys, np.int64), carray(_pointer(shared[3]), num_keys, np.int64)
+    held, residency = carray(_pointer(shared[4]), num_keys, np.int64), carray(_pointer(shared[5]), num_keys, np.uint8)
+    num_kept, depth, size = block[0], block[6], block[7]
+    scored = carray(_pointer(block[1]), (row + 1, num_layers, depth, num_experts), np.int16)
+    chances = carray(_pointer(block[2]), size, np.int32)
+    thresholds = carray(_pointer(block[3]), num_layers + 1, np.int64)
+    order = carray(_pointer(block[4]), num_experts, np.int64)
+    wants = carray(_pointer(block[5]), reach * num_experts, np.int64)
+    first = (source + 1) % num_layers
+    num_wants = num_selected = overfetched = 0
+    for ahead in range(reach):
+        begin = (first + ahead) * num_experts
+        odds = scored[row, source, ahead]
+        for expert in range(num_experts):
+            chance[begin + expert] = chances[odds[expert] + size // 2]
+        num_wants, count, num_there = _take(
+            begin, thresholds[ahead + 1], num_kept, order, residency, soon, chance, worth, bar, held, wants, num_wants
+        )
+        num_selected += count
+        overfetched |= ahead == 1 and count > 0 and num_there == count
+    return num_wants, num_selected, overfetched
+
+
+@_compile("void(i8[::1], i8, i8, i8)")
+def settle(shared, num_demanded, layer, used):
+    """A layer has run that demanded the first num_demanded keys: `Outlook.layer_end`, where soon is up to date.
+
+    shared: addresses of soon, chance, worth, bar, held, residency [N] and keys [any]; L and E.
+    """
+    num_experts = shared[8]
+    num_keys = shared[7] * num_experts
+    soon, worth = carray(_pointer(shared[0]), num_keys, np.int64), carray(_pointer(shared[2]), num_keys, np.int64)
+    bar, held = carray(_pointer(shared[3]), num_keys, np.int64), carray(_pointer(shared[4]), num_keys, np.int64)
+    residency, keys = carray(_pointer(shared[5]), num_keys, np.uint8), carray(_pointer(shared[6]), num_keys, np.int64)
+    first = layer * num_experts
     for key in range(first, first + num_experts):
         worth[key] = soon[key]
-    for key in keys:
+    for key in keys[:num_demanded]:
         worth[key] = max(worth[key], used)
         if residency[key] == RESIDENT:
             bar[key] = 0
@@ -264,6 +392,122 @@ def close(states, use, used, sums, rates, own_rates, logs, place, table_bits, fe
             total += np.int64(states[rate, column])
         total = ((total >> STATE_BITS) + place[column]) >> table_bits
         hidden[column] = min(max(total, 0), TOP)
+
+
+@_compile(
+    "void(i8[:,:,::1], b1[::1], i2[:,::1], i4[::1], i8[:,::1], i8, f8[:,::1], f8[::1], f8[::1], f8[::1], f8[::1], "
+    "f8[:,::1], f8[:,::1], f8[::1], i4[:,:,::1], f8[:,:,::1], f8[:,:,::1])"
+)
+def learn_block(
+    keys,
+    starts,
+    tables,
+    rank_weights,
+    place,
+    table_bits,
+    prior,
+    frequency,
+    rates,
+    own_rates,
+    logs,
+    states,
+    use,
+    shares,
+    hidden,
+    before,
+    after,
+):
+    """`learn` and `close` of whole forwards of one token each, one after the other.
+
+    keys [n, L, K], best first; starts [n]: a request begins, and what came before is forgotten (prior [R, H], frequency
+    [N]). states [R, H], use [F - 1, N] and shares [N] are the memory, and brought up to date. hidden [n, L + 1, H]
+    becomes the activations after each layer and after the forward; before and after [n, F, N] the own features.
+    """
+    num_layers = keys.shape[1]
+    num_rates, width = states.shape
+    num_use, num_keys = use.shape
+    sums = np.empty((2 + num_rates) * width, np.int64)
+    for row in range(len(keys)):
+        if starts[row]:
+            states[:] = prior
+            use[:] = frequency
+            shares[:] = 0
+        if row == 0 or starts[row]:
+            for feature in range(num_use):
+                for key in range(num_keys):
+                    before[row, feature, key] = logs[np.int64(use[feature, key]) >> _STEP_BITS]
+            for key in range(num_keys):
+                before[row, num_use, key] = np.floor(shares[key] * (1 << _LOG_BITS))
+        else:
+            before[row] = after[row - 1]
+        sums[:] = 0
+        for column in range(width):
+            total = np.int64(0)
+            for rate in range(num_rates):
+                total += np.int64(states[rate, column])
+            sums[column] = total >> STATE_BITS
+        shares[:] = 0
+        for layer in range(num_layers):
+            learn(
+                tables, rank_weights, keys[row, layer], place[layer + 1], sums, shares, table_bits, hidden[row, layer]
+            )
+        close(
+            states, use, shares, sums, rates, own_rates, logs, place[0], table_bits, after[row], hidden[row, num_layers]
+        )
+
+
+@_compile(f"void(i4[:,:,::1], {_WEIGHTS}, f8[:,:,:,::1], f8[:,:,:,::1], i8, i8, i8, i2[:,:,:,::1])")
+def score_block(
+    hidden,
+    mix,
+    mix_scale,
+    mix_bias,
+    out,
+    out_scale,
+    bias,
+    own,
+    pregate_weights,
+    before,
+    after,
+    ahead,
+    start,
+    stop,
+    scored,
+):
+    """scored [n, L, D, E], in rows start … stop - 1, becomes the log-odds at distance ahead + 1, as far as chances
+    differ, of what `learn_block` wrote, by the layer that they are seen from; from the last layer they are of the next
+    forward's layers. Where a forward's layers end, nothing is written. before and after [n, F, L, E].
+
+    Layer by layer, so that its weights stay in the cache.
+    """
+    num_layers, num_experts = scored.shape[1], scored.shape[3]
+    num_mixed = mix.shape[2]
+    active = np.empty(max(hidden.shape[2], num_mixed) + 1, np.int64)
+    mixed, odds = np.empty(num_mixed, np.int32), np.empty(num_experts, np.int32)
+    total = np.empty(num_experts, np.int64)
+    for target in range(ahead, num_layers):
+        source = target - 1 - ahead
+        for row in range(start, stop):
+            _weigh(
+                hidden[row, source],
+                mix,
+                mix_scale,
+                mix_bias,
+                out,
+                out_scale,
+                bias,
+                own,
+                pregate_weights,
+                after[row] if source < 0 else before[row],
+                target,
+                ahead,
+                active,
+                mixed,
+                odds,
+                total,
+            )
+            for expert in range(num_experts):
+                scored[row, source, ahead, expert] = min(max(total[expert], -SPAN), SPAN)
 
 
 @_compile("void(i4[::1], i1[:,::1], i8[::1], i8[::1], i8[:,::1], f8[:,::1], i4[::1], i8[::1])")

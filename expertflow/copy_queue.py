@@ -128,8 +128,8 @@ class CopyQueue:
 
     def pump(self) -> None:
         """Issue chunks up to the depth."""
-        flight, depth, counters = self.flight, self.depth, self.counters
-        while len(flight) < depth and (self.demand or self.wanted or self.started is not None):
+        flight, depth, counters, demand = self.flight, self.depth, self.counters, self.demand
+        while len(flight) < depth and (demand or self.wanted or self.started is not None):
             load = self._next()
             if load is None:
                 break
@@ -143,13 +143,14 @@ class CopyQueue:
             load.issued = chunk = chunk + 1
             flight.append(load)
             if chunk == self.num_chunks:
-                if self.demand and self.demand[0] is load:
-                    self.demand.popleft()
-                else:
+                # It waits in no queue any longer.
+                if load is self.started:
+                    self.started = None
+                elif demand:
                     self._leave(load)
-            elif load.cause == PREFETCH and not (self.demand and load in self.demand):
+            elif load.cause == PREFETCH and not (demand and load in demand):
                 self.started = load
-        self.has_work = bool(self.demand or self.wanted) or self.started is not None
+        self.has_work = bool(demand or self.wanted) or self.started is not None
 
     def _next(self) -> Load | None:
         for load in self.demand:
@@ -196,17 +197,18 @@ class CopyQueue:
 
     def evict(self, key: int) -> None:
         """`key` loses its slot now; a kernel of this layer that may still read it hands on its mark."""
-        slots, counters = self.slots, self.counters
+        slots, state, counters = self.slots, self.state, self.counters
         reader = 0
         if self._launched and key // slots.num_experts == self.progress.layer:
             for mark, keys in self._launched:
                 if key in keys:
                     reader = mark
-        if self.state[key] != RESIDENT:
-            raise AssertionError(f"key {key} gives up a slot in state {self.state[key]}")
-        slot = slots.slot_of[key]
-        slots.slot_of[key] = -1
-        self.state[key] = ABSENT
+        if state[key] != RESIDENT:
+            raise AssertionError(f"key {key} gives up a slot in state {state[key]}")
+        slot_of = slots.slot_of
+        slot = slot_of[key]
+        slot_of[key] = -1
+        state[key] = ABSENT
         slots.reader[slot] = reader
         slots.free[key // slots.span].append(slot)
         unused = False
@@ -235,11 +237,12 @@ class CopyQueue:
         return victim
 
     def _leave(self, load: Load) -> None:
-        """The last chunk of `load` is issued: it no longer waits in any queue."""
-        if load is self.started:
-            self.started = None
-        elif load in self.demand:
-            self.demand.remove(load)
+        """The last chunk of `load` is issued: it is demanded no longer."""
+        demand = self.demand
+        if demand[0] is load:
+            demand.popleft()
+        elif load in demand:
+            demand.remove(load)
 
     def retire(self, chunks: Sequence[Chunk]) -> None:
         """Take note of chunks that have ended, in stream order."""

@@ -99,33 +99,27 @@ class KnownForward(Protocol):
 class Unveiling:
     """One forward on its way to the parts of a policy: `known` is what they are given, `reveal` shows a layer more."""
 
-    __slots__ = ("_forward", "known")
+    __slots__ = ("known",)
 
     def __init__(self, forward: Forward) -> None:
-        self._forward = forward
         self.known: KnownForward = _Known(forward)
 
     def reveal(self, layer: int) -> None:
         """The routing of `layer`, the next one, has been read."""
-        forward, known = self._forward, self.known
-        keys = forward.demands[layer]
-        shown = tuple(keys)
-        order = forward.issue_order[layer]
-        _set_demands(known, (*known.demands, shown))
-        _set_order(known, (*known.issue_order, shown if order is keys else tuple(order)))
-        if known.counts is not None and forward.counts is not None:
-            _set_counts(known, (*known.counts, MappingProxyType(forward.counts[layer])))
+        _set_num_known(self.known, layer + 1)
 
 
 class _Known:
-    """Implements `KnownForward`. Its fields cannot be set."""
+    """Implements `KnownForward`. Its fields cannot be set; what is known is copied when it is first looked at."""
 
     __slots__ = (
-        "counts",
-        "demands",
+        "_counts",
+        "_demands",
+        "_forward",
+        "_issue_order",
+        "_num_known",
         "emits_token",
         "index",
-        "issue_order",
         "kv_lens",
         "num_tokens",
         "phase",
@@ -141,14 +135,16 @@ class _Known:
     rows: Sequence[int]
     requests: tuple[int, ...]
     kv_lens: tuple[int, ...]
-    demands: tuple[tuple[int, ...], ...]
-    issue_order: tuple[tuple[int, ...], ...]
-    counts: tuple[Mapping[int, int], ...] | None
     requests_started: tuple[int, ...]
     requests_ended: tuple[int, ...]
     emits_token: bool
     recorded: Recorded | None
     num_tokens: int
+    _forward: Forward
+    _num_known: int
+    _demands: tuple[tuple[int, ...], ...]
+    _issue_order: tuple[tuple[int, ...], ...]
+    _counts: tuple[Mapping[int, int], ...]
 
     def __init__(self, forward: Forward) -> None:
         keep = object.__setattr__
@@ -157,19 +153,47 @@ class _Known:
         rows = forward.rows if isinstance(forward.rows, range) else tuple(forward.rows)
         keep(self, "rows", rows)
         keep(self, "num_tokens", len(rows))
-        keep(self, "demands", ())
-        keep(self, "issue_order", ())
-        keep(self, "counts", None if forward.counts is None else ())
+        keep(self, "_forward", forward)
+        keep(self, "_num_known", 0)
+        for name in ("_demands", "_issue_order", "_counts"):
+            keep(self, name, ())
         keep(self, "recorded", None if forward.recorded is None else _KnownRecorded(forward.recorded, self))
+
+    @property
+    def demands(self) -> tuple[tuple[int, ...], ...]:
+        shown, num = self._demands, self._num_known
+        if len(shown) < num:
+            shown = (*shown, *map(tuple, self._forward.demands[len(shown) : num]))
+            _set_demands(self, shown)
+        return shown
+
+    @property
+    def issue_order(self) -> tuple[tuple[int, ...], ...]:
+        shown, num = self._issue_order, self._num_known
+        if len(shown) < num:
+            shown = (*shown, *map(tuple, self._forward.issue_order[len(shown) : num]))
+            _set_order(self, shown)
+        return shown
+
+    @property
+    def counts(self) -> tuple[Mapping[int, int], ...] | None:
+        if self._forward.counts is None:
+            return None
+        shown, num = self._counts, self._num_known
+        if len(shown) < num:
+            shown = (*shown, *map(MappingProxyType, self._forward.counts[len(shown) : num]))
+            _set_counts(self, shown)
+        return shown
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"forward.{name} cannot be set: a forward is given to be read")
 
 
-# Past `__setattr__`: for `Unveiling` alone.
-_set_demands = vars(_Known)["demands"].__set__
-_set_order = vars(_Known)["issue_order"].__set__
-_set_counts = vars(_Known)["counts"].__set__
+# Past `__setattr__`: for this file alone.
+_set_num_known = vars(_Known)["_num_known"].__set__
+_set_demands = vars(_Known)["_demands"].__set__
+_set_order = vars(_Known)["_issue_order"].__set__
+_set_counts = vars(_Known)["_counts"].__set__
 
 
 class _KnownRecorded:
@@ -190,7 +214,7 @@ class _KnownRecorded:
 
     def lookahead(self, rows: Sequence[int], layer: int) -> npt.NDArray[np.float32] | None:
         self._check_rows(rows)
-        if not 0 <= layer < len(self._forward.demands):
+        if not 0 <= layer < self._forward._num_known:
             raise ValueError(
                 f"forward {self._forward.index} was asked for the pre-gate recorded at layer {layer}, whose routing is "
                 "not known yet"

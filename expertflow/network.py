@@ -27,6 +27,7 @@ from expertflow.units import NAT, SCORE_ONE
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 SHIFTS = (0, 1, 3, 5)
@@ -44,23 +45,26 @@ UNIT = SCORE_ONE
 LOG_STEPS = 1024
 LOG_UNIT = 64
 LOG_FLOOR = 0.01
-_SPAN = 14 * NAT
+SPAN = 14 * NAT
+"""Log-odds beyond which chances do not differ."""
 
 LOGS = np.array([round(LOG_UNIT * math.log(step / LOG_STEPS + LOG_FLOOR)) for step in range(LOG_STEPS + 1)], np.float64)
 """Logarithm of remembered use, floored, in 1/64 nat, by its upper 10 bits."""
-CHANCES = np.array([round(UNIT / (1 + math.exp(-x / NAT))) for x in range(-_SPAN, _SPAN + 1)], np.int64)
+CHANCES = np.array([round(UNIT / (1 + math.exp(-x / NAT))) for x in range(-SPAN, SPAN + 1)], np.int64)
 """Sigmoid of log-odds -14 … 14 nats, in 2^-16."""
 PREGATE_ODDS = np.array(
     [round(LOG_UNIT * math.log((step + 4) / (LOG_STEPS - step + 4))) for step in range(LOG_STEPS + 1)], np.float64
 )
 """Log-odds of a pre-gate's chance, in 1/64 nat, by its upper 10 bits; the ends are held at 5.6 nats."""
+SINGLE_THREADED = 1 << 18
+"""Multiplications up to which OpenBLAS, which numpy brings, starts no threads."""
 NUM_OWN = 1 + len(OWN_SHIFTS)
 NUM_PREGATE = 2
 
 
 def chance_of(odds: Floats) -> Ints:
     """Log-odds in 1/1024 nat → chances in 2^-16."""
-    return CHANCES[np.clip(odds, -_SPAN, _SPAN).astype(np.intp) + _SPAN]
+    return CHANCES[np.clip(odds, -SPAN, SPAN).astype(np.intp) + SPAN]
 
 
 class HistoryNetwork:
@@ -220,9 +224,9 @@ class HistoryNetwork:
 
     def odds(self, hidden: Singles, target: int, distance: int) -> Floats:
         """Log-odds [..., E] of the target layer's experts without their own features; hidden [..., H]."""
-        mixed = hidden @ self.mix[target] + self.mix_bias[distance - 1, target]
+        mixed = _product(hidden, self.mix[target]) + self.mix_bias[distance - 1, target]
         active = np.clip(np.floor(mixed * self.mix_scale[target] / UNIT), 0, TOP).astype(np.float32)
-        odds: Floats = np.floor((active @ self.out[target]) * self.out_scale[target] / UNIT)
+        odds: Floats = np.floor(_product(active, self.out[target]) * self.out_scale[target] / UNIT)
         odds += self.bias[distance - 1, target]
         return odds
 
@@ -276,6 +280,18 @@ class Block:
     after: Singles
     features: Floats
     features_after: Floats
+
+
+def _product(values: Singles, weights: Singles) -> Singles:
+    """values [..., A] @ weights [A, B], a few rows of [n, A] at once: for more the linear algebra would start threads,
+    which gain nothing here, and beside other busy processes wait for each other ten times as long."""
+    rows = max(SINGLE_THREADED // weights.size, 1)
+    if values.ndim != 2 or len(values) <= rows:
+        return values @ weights
+    found: Singles = np.empty((len(values), weights.shape[1]), np.float32)
+    for start in range(0, len(values), rows):
+        np.matmul(values[start : start + rows], weights, out=found[start : start + rows])
+    return found
 
 
 def _diagonal(values: npt.NDArray[Any], first: int) -> npt.NDArray[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import sub
+
 from expertflow.view import View
 
 
@@ -28,7 +30,7 @@ class Pace:
         """A forward is over."""
         view, memory = self.view, self.memory
         now = (view.link_bytes, view.link_busy_ns, view.layer_time_ns, view.num_layers_timed, view.now_ns)
-        num_bytes, busy_ns, layer_ns, layers, elapsed_ns = (new - old for new, old in zip(now, self._seen, strict=True))
+        num_bytes, busy_ns, layer_ns, layers, elapsed_ns = map(sub, now, self._seen)
         self._seen = now
         if busy_ns > 0:
             self.bytes_per_ns = running_mean(self.bytes_per_ns, num_bytes / busy_ns, memory)

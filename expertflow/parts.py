@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from expertflow.forward import Forward, KnownForward
 from expertflow.view import Feedback, View
@@ -41,17 +41,9 @@ class Prediction(NamedTuple):
     chances: Ints | None = None
 
 
-class Step(NamedTuple):
-    """A decision made at once (`Predictor.step`).
-
-    wants: as of `Policy.decide`. num_selected: keys that were selected, in num_layers layers. overfetched: as
-    `Horizon.overfetched` is told.
-    """
-
-    wants: list[int]
-    num_selected: int
-    num_layers: int
-    overfetched: bool
+Step = tuple[list[int], int, int, bool]
+"""A decision made at once (`Predictor.step`): wants, as of `Policy.decide`; how many keys were selected, in how many
+layers; and what `Horizon.overfetched` would be told. A bare tuple: one is made between any two layers."""
 
 
 class Worths(NamedTuple):
@@ -78,11 +70,30 @@ class Placing(NamedTuple):
     missing: Sequence[int]
 
 
+class Kept(Protocol):
+    """Arrays that take long to make, kept from run to run under names that say all that they depend on."""
+
+    def find(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
+        """The array, read-only; None where there is none of that shape and type."""
+
+    def keep(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> bool:
+        """Keep an array of which `parts` are the consecutive rows. False: it is not, for want of room or of parts."""
+
+
 class Announced(Protocol):
-    """Takes forwards before they run; see `Predictor.announced`."""
+    """Takes forwards before they run; see `Predictor.announced`.
+
+    code: the modules that compute what it keeps; empty: it keeps nothing, and `prepare_all` need not be asked.
+    """
+
+    code: tuple[str, ...]
 
     def prepare(self, forwards: Sequence[Forward]) -> None:
         """The next forwards, in order, with all their routing."""
+
+    def prepare_all(self, forwards: Iterable[Forward], num_forwards: int, kept: Kept, name: str) -> bool:
+        """All forwards of the run, which are so many if each is of one token; `name` tells them and `code` from others.
+        True: it has, or finds in `kept`, what it says of all of them, and takes no `prepare`."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ prefetch may only push out what is worth less than itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,8 @@ import numpy.typing as npt
 from expertflow.future import Future
 from expertflow.network import compiled_functions
 from expertflow.parts import DEMAND, Eviction, Prediction, Worths
-from expertflow.units import SCORE_ONE
+from expertflow.units import SCORE_ONE, TAKEN
 from expertflow.view import RESIDENT, View
-
-_TAKEN = 1 << 40
 
 
 class Outlook(Eviction):
@@ -57,7 +55,7 @@ class Outlook(Eviction):
         self.worth = self.soon.copy()
         self.chance = np.zeros(num_keys, np.int64)
         """Chances that experts are used when their layer runs next, as last predicted."""
-        self.bar = np.full(num_keys, _TAKEN, np.int64)
+        self.bar = np.full(num_keys, TAKEN, np.int64)
         """0 for what may leave (resident, not demanded by this layer)."""
         self.held = self.bar | self.worth
         """Worth of what may leave, more than any for the rest."""
@@ -67,32 +65,46 @@ class Outlook(Eviction):
             (self.soon[own], self.chance[own], self.worth[own], self.bar[own], self.held[own]) for own in layers
         ]
         self.one_worth, self.one_bar, self.one_held = self.worth.data, self.bar.data, self.held.data
+        self.one_chance, self._least = self.chance.data, self.held.argmin
         self.demanded: Sequence[int] = ()
-        functions = compiled_functions()
-        self.settle: Any = None if functions is None else functions.settle
-        """`layer_end`, compiled; None: numpy does it."""
+        self.keys = np.zeros(self.num_experts, np.int64)
+        """Begins with the keys demanded, for compiled functions."""
+        self.one_key = self.keys.data
         self.states = np.frombuffer(view.residency, np.uint8)
+        functions = compiled_functions()
+        self.compiled = functions is not None
+        """Whether the work between two layers is done by compiled functions; else Python and numpy do it."""
+        if functions is not None:
+            self.shared = functions.packed(
+                self.soon,
+                self.chance,
+                self.worth,
+                self.bar,
+                self.held,
+                self.states,
+                self.keys,
+                view.num_layers,
+                view.num_experts,
+            )
+            self.settle = functions.settle
 
     def touched(self, keys: Sequence[int]) -> None:
         self.demanded = keys
-        for key in keys:
-            self._hold(key)
-
-    def _hold(self, key: int) -> None:
-        self.one_bar[key] = self.one_held[key] = _TAKEN
-
-    def _let_go(self, key: int) -> None:
-        self.one_bar[key] = 0
-        self.one_held[key] = self.one_worth[key]
+        bar, held, noted = self.one_bar, self.one_held, self.one_key
+        for index, key in enumerate(keys):
+            bar[key] = held[key] = TAKEN
+            noted[index] = key
 
     def admitted(self, key: int, cause: int) -> None:
         """Not to leave before it has landed; what is there from the start has."""
         if self.view.residency[key] == RESIDENT:
-            self._let_go(key)
+            self.one_bar[key] = 0
+            self.one_held[key] = self.one_worth[key]
 
     def landed(self, key: int) -> None:
         if key not in self.view.pinned:
-            self._let_go(key)
+            self.one_bar[key] = 0
+            self.one_held[key] = self.one_worth[key]
 
     def foreseen(self, forecast: npt.NDArray[np.int64]) -> None:
         self.has_forecast = True
@@ -113,10 +125,12 @@ class Outlook(Eviction):
         return Worths(self.soon, self.chance, self.worth, self.bar, self.held)
 
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:
-        self.demanded = ()
-        if self.settle is not None and self.has_forecast:
-            self.settle(self.soon, self.worth, self.bar, self.held, self.states, np.array(keys, np.int64),
-                        layer * self.num_experts, self.num_experts, self.used)  # fmt: skip
+        touched, self.demanded = self.demanded, ()
+        if self.compiled and self.has_forecast:
+            num = len(keys)
+            if keys is not touched:
+                self.keys[:num] = keys
+            self.settle(self.shared, num, layer, self.used)
             return
         soon, _, worth, bar, held = self.by_layer[layer]
         if not self.has_forecast:
@@ -136,14 +150,14 @@ class Outlook(Eviction):
         np.bitwise_or(worth, bar, out=held)
 
     def victim(self, key: int, cause: int) -> int | None:
-        found = int(self.held.argmin())
+        found = int(self._least())
         worth = self.one_held[found]
-        if worth < _TAKEN:
-            return found if cause == DEMAND or self.chance[key] > worth * self.margin else None
+        if worth < TAKEN:
+            return found if cause == DEMAND or self.one_chance[key] > worth * self.margin else None
         # More demand than slots: what this layer has launched may leave after all.
         residency, pinned = self.view.residency, self.view.pinned
         free = [k for k in self.demanded if residency[k] == RESIDENT and k not in pinned]
         return min(free, key=self.one_worth.__getitem__, default=None)
 
     def evicted(self, key: int, unused: bool) -> None:
-        self._hold(key)
+        self.one_bar[key] = self.one_held[key] = TAKEN

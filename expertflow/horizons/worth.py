@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import sub
 from typing import ClassVar
 
 from expertflow.pace import running_mean
@@ -56,7 +57,7 @@ class Worth:
         """The forward before `index` is over, a copy takes copy_ns: bring `cap` up to date. True if it was raised."""
         view = self.view
         now = (view.late_ns, view.num_used, view.now_ns)
-        late_ns, num_used, whole_ns = (new - old for new, old in zip(now, self._seen, strict=True))
+        late_ns, num_used, whole_ns = map(sub, now, self._seen)
         gain_ns = copy_ns * (num_used + self._num_missed) - self._stalled_ns
         self._seen, self._stalled_ns, self._num_missed, self.copy_ns = now, 0, 0, copy_ns
         self.whole_ns = running_mean(self.whole_ns, whole_ns, self.memory)

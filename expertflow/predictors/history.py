@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from expertflow.forward import PREFILL, KnownForward
-from expertflow.network import SHIFTS, Block, Floats, HistoryNetwork, Ints, Singles
+from expertflow.network import SHIFTS, Block, Flags, Floats, HistoryNetwork, Ints, Singles
 from expertflow.predictors.hybrid_compiled import CompiledNetwork
 
 
@@ -109,8 +109,12 @@ class RoutingHistory:
             return self.quick.outlook(self.features)
         return self.net.outlook(self.after, self.features)
 
-    def run_block(self, keys: Ints, starts: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Block:
+    def run_block(self, keys: Ints, starts: Flags) -> Block:
         """Take in whole forwards at once; arguments as of `HistoryNetwork.run_block`."""
-        self._features = None
         self.memory, block = self.net.run_block(self.memory, keys, starts)
+        self.replaced()
         return block
+
+    def replaced(self) -> None:
+        """The memory is that after other forwards."""
+        self._features = None

@@ -58,6 +58,8 @@ class HybridPredictor(Predictor):
         self.view = view
         self.net = net = HistoryNetwork(self.fitted, view.num_layers, view.num_experts)
         num_kept = min(net.E, self.keep or net.E)
+        # Of the next forward nothing is known before the last layer.
+        self._most = [min(net.L - 1 - layer, net.D) for layer in range(net.L - 1)] + [net.D]
         functions = compiled_functions() if len(net.rank_weights) == view.top_k else None
         self.compiled = None if functions is None else CompiledNetwork(net, functions, num_kept)
         """What runs compiled, for one token; None: numpy does it all."""
@@ -66,7 +68,7 @@ class HybridPredictor(Predictor):
         self.block = AnnouncedBlock(self.history, num_kept)
 
     def announced(self) -> Announced | None:
-        return self.block if self.compiled is None else None
+        return self.block
 
     def begin_forward(self, forward: KnownForward) -> None:
         if not self.block.begin_forward(forward.index):
@@ -97,17 +99,20 @@ class HybridPredictor(Predictor):
         return True
 
     def step(self, forward: KnownForward, layer: int, reach: int) -> Step | None:
+        most = self._most[layer]
+        if reach > most:
+            reach = most
+        if self.block.runs:
+            return self.block.step(layer, reach)
         history = self.history
-        quick, last = history.quick, self.net.L - 1
+        quick = history.quick
         if quick is None:
             return None
         keys = history.take(forward, layer)
         # What `predict` has looked at is not kept up.
         self.window.clear()
-        if layer < last and reach > last - layer:
-            reach = last - layer
         pregate = quick.pregate(forward, layer)
-        return quick.decide(keys, layer, history.sums, history.used, history.features, pregate, min(reach, self.net.D))
+        return quick.decide(keys, layer, history.sums, history.used, history.features, pregate, reach)
 
 
 class _Window:

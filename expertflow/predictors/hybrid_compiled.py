@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from expertflow.network import (
     OWN_SHIFTS,
     PREGATE_ODDS,
     SHIFTS,
+    SPAN,
+    Flags,
     Floats,
     HistoryNetwork,
     Ints,
@@ -24,7 +27,20 @@ from expertflow.network import (
 )  # fmt: skip
 from expertflow.parts import Prediction, Step, Worths
 
+Odds = npt.NDArray[np.int16]
+
 NOTHING: Ints = np.zeros(0, np.int64)
+GROUP = 8
+"""Forwards that are scored together."""
+
+
+def arrays_hash(arrays: Iterable[npt.NDArray[Any]]) -> str:
+    """Hash of types, shapes and values."""
+    told = hashlib.sha256()
+    for array in arrays:
+        told.update(f"{array.dtype.str} {array.shape}".encode())
+        told.update(np.ascontiguousarray(array).data)
+    return told.hexdigest()
 
 
 class CompiledNetwork:
@@ -42,11 +58,15 @@ class CompiledNetwork:
         self.place, self.table_bits = net.place.astype(np.int64), int(net.unit).bit_length() - 1
         self.places = list(self.place)
         self.weights = (
-            net.mix.astype(np.int8), net.mix_scale.astype(np.int32), net.mix_bias.astype(np.int32),
-            net.out.astype(np.int8), net.out_scale.astype(np.int32), net.bias.astype(np.int32),
+            net.mix.astype(np.int8),
+            net.mix_scale.astype(np.int32),
+            net.mix_bias.astype(np.int32),
+            net.out.astype(np.int8),
+            net.out_scale.astype(np.int32),
+            net.bias.astype(np.int32),
             net.own_by_feature.astype(np.int32),
             np.zeros((1, 1, 1), np.int32) if net.pregate is None else net.pregate.astype(np.int32),
-        )  # fmt: skip
+        )
         self.forecast = (
             net.forecast.astype(np.int8), net.forecast_scale.astype(np.int64), net.forecast_bias.astype(np.int64),
             net.forecast_own.astype(np.int64),
@@ -58,7 +78,16 @@ class CompiledNetwork:
         self.ranked = np.zeros((net.D, 2, net.E), np.int64)
         self.keys: Ints = np.zeros(len(self.rank_weights), np.int64)
         self.wants: Ints = np.zeros(net.D * net.E, np.int64)
+        self.one_want = self.wants.data
         self.decided_by: tuple[npt.NDArray[Any], ...] = ()
+        self.shared: Ints = NOTHING
+        """The same for the functions that take addresses (`compiled.settle`)."""
+
+    @property
+    def hash(self) -> str:
+        """Of all that scores depend on beside the forwards and the code."""
+        told = (self.tables, self.rank_weights, self.place, self.net.prior, self.net.frequency, *self.rates, LOGS)
+        return f"{self.table_bits} {arrays_hash([*told, *self.weights, *self.forecast])}"
 
     def pregate(self, forward: KnownForward, layer: int) -> npt.NDArray[np.float32] | None:
         """Chances [any, E] by distance that are to be added, empty where none are recorded; None: none are added."""
@@ -80,9 +109,13 @@ class CompiledNetwork:
         memory.shares = used.reshape(self.net.L, self.net.E)
 
     def outlook(self, features: Floats) -> Ints:
-        """Chances [N] of use in the next forwards, as `HistoryNetwork.outlook`."""
+        """Chances [N] of use in the next forwards, as `HistoryNetwork.outlook`; features [F, L, E]."""
+        return self.outlook_of(self.hidden, features.reshape(NUM_OWN, -1))
+
+    def outlook_of(self, hidden: npt.NDArray[np.int32], features: Floats) -> Ints:
+        """The same of activations after a forward [H] and features [F, N]."""
         found: Ints = np.empty(self.net.L * self.net.E, np.int64)
-        self.functions.outlook(self.hidden, *self.forecast, features.reshape(NUM_OWN, -1), self.scales[1], found)
+        self.functions.outlook(hidden, *self.forecast, features, self.scales[1], found)
         return found
 
     def look(
@@ -106,6 +139,9 @@ class CompiledNetwork:
         """Bind what `decide` reads and writes beside the network."""
         states = np.frombuffer(residency, np.uint8)
         self.decided_by = (thresholds, states, worths.soon, worths.chance, worths.worth, worths.bar, worths.held)
+        self.shared = self.functions.packed(
+            worths.soon, worths.chance, worths.worth, worths.bar, worths.held, states, 0, self.net.L, self.net.E
+        )
 
     def decide(
         self,
@@ -128,5 +164,109 @@ class CompiledNetwork:
             self.tables, self.rank_weights, new, self.places[layer + 1], sums, used, self.table_bits, self.hidden,
             *self.weights, features, told, *self.scales, (layer + 1) % self.net.L, reach, pregate is not None,
             self.num_kept, *self.decided_by, self.wants)  # fmt: skip
-        wants = self.wants[:num_wants].tolist() if num_wants else []
-        return Step(wants, num_selected, num_found, bool(overfetched))
+        wants = self.one_want[:num_wants].tolist() if num_wants else []
+        return wants, num_selected, num_found, bool(overfetched)
+
+
+def chances_of(odds: Odds) -> Ints:
+    """Chances in 2^-16 of log-odds within the span in which they differ."""
+    return CHANCES[odds + SPAN]
+
+
+class CompiledBlock:
+    """Forwards of one token each, taken in together; a distance is scored for `GROUP` of them when it is first asked
+    for: enough to read a layer's weights once for many, and few enough that little is scored which nobody asks for.
+
+    hidden [n, L + 1, H]: activations after each layer and after the forward; before and after [n, F, N]: own features.
+    """
+
+    def __init__(self, network: CompiledNetwork) -> None:
+        self.network = network
+        net = self.net = network.net
+        self.fixed = (
+            network.tables, network.rank_weights, network.place, network.table_bits, net.prior,
+            net.frequency.reshape(-1), *network.rates, LOGS,
+        )  # fmt: skip
+        self.reach: list[int] = []
+        """Distances 1 … reach are scored, by group."""
+        self._make_room(0)
+
+    def _make_room(self, num: int) -> None:
+        net = self.net
+        self.hidden = np.zeros((num, net.L + 1, net.H), np.int32)
+        self.before, self.after = (np.zeros((num, NUM_OWN, net.L * net.E)) for _ in range(2))
+        self.features = tuple(of.reshape(num, NUM_OWN, net.L, net.E) for of in (self.before, self.after))
+        """The same, as `score_block` sees them."""
+        self.scored = ScoredForwards(self.network, np.zeros((num, net.L, net.D, net.E), np.int16))
+
+    def take(self, keys: Ints, starts: Flags, memory: Memory) -> None:
+        """Take in forwards: keys [n, L, K], best first; starts [n]: a request begins. memory is brought up to date in
+        place."""
+        if len(keys) != len(self.hidden):
+            self._make_room(len(keys))
+        self.reach = [0] * -(-len(keys) // GROUP)
+        self.network.functions.learn_block(
+            keys,
+            starts,
+            *self.fixed,
+            memory.states,
+            memory.use.reshape(NUM_OWN - 1, -1),
+            memory.shares.reshape(-1),
+            self.hidden,
+            self.before,
+            self.after,
+        )
+
+    def forecast(self, row: int) -> Ints:
+        """Chances [N] of use in the next forwards, after forward `row`."""
+        return self.network.outlook_of(self.hidden[row, -1], self.after[row])
+
+    def score(self, reach: int, row: int) -> ScoredForwards:
+        """Score all distances up to `reach` that are not, for the forwards of the group of `row` at least."""
+        network, group = self.network, row // GROUP
+        start, stop = group * GROUP, min((group + 1) * GROUP, len(self.hidden))
+        for ahead in range(self.reach[group], reach):
+            network.functions.score_block(
+                self.hidden, *network.weights, *self.features, ahead, start, stop, self.scored.odds
+            )
+        self.reach[group] = max(reach, self.reach[group])
+        return self.scored
+
+    def chances(self, distance: int, start: int, stop: int) -> Ints:
+        """As `AnnouncedBlock` asks."""
+        for row in range(start - start % GROUP, stop, GROUP):
+            self.score(distance, row)
+        return self.scored.chances(distance, start, stop)
+
+
+class ScoredForwards:
+    """odds [n, L, at least D, E]: log-odds by forward, layer from which they are seen, and distance, of the experts
+    there."""
+
+    def __init__(self, network: CompiledNetwork, odds: Odds) -> None:
+        self.network = network
+        self.odds = odds
+        self._order: Ints = np.zeros(network.net.E, np.int64)
+        self._packed: Ints = NOTHING
+
+    def chances(self, distance: int, start: int, stop: int) -> Ints:
+        """Chances [stop - start, L, E] of forwards start … stop - 1."""
+        return chances_of(self.odds[start:stop, :, distance - 1])
+
+    @property
+    def packed(self) -> Ints:
+        """What `compiled.decide_scored` takes of it."""
+        network = self.network
+        if not len(self._packed):
+            chances = network.scales[1]
+            self._packed = network.functions.packed(
+                network.num_kept,
+                self.odds,
+                chances,
+                network.decided_by[0],
+                self._order,
+                network.wants,
+                self.odds.shape[2],
+                len(chances),
+            )
+        return self._packed

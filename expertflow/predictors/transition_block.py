@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
 
 from expertflow.forward import Forward
-from expertflow.parts import Prediction
+from expertflow.parts import Kept, Prediction
 from expertflow.predictors.ranking import rank_scores
 from expertflow.predictors.transition_odds import Activations, Floats, Ints, TransitionOdds
 
@@ -25,6 +25,8 @@ class AnnouncedBlock:
     last: activations of the forward that ran last, kept up to date by the predictor. runs: whether the forward that
     runs is one of the block.
     """
+
+    code: tuple[str, ...] = ()
 
     def __init__(self, odds: TransitionOdds, num_kept: int) -> None:
         self.odds = odds
@@ -55,6 +57,10 @@ class AnnouncedBlock:
         np.put_along_axis(block, keys, 1.0, axis=1)
         self._block = block.reshape(len(forwards), self.L, self.E)
         self._first, self._stop = forwards[0].index, forwards[-1].index + 1
+
+    def prepare_all(self, forwards: Iterable[Forward], num_forwards: int, kept: Kept, name: str) -> bool:
+        """As `expertflow.parts.Announced`: nothing is kept, since the tables change with every forward."""
+        return False
 
     def forget(self) -> None:
         """The tables have changed: what is ready is out of date."""

@@ -56,8 +56,15 @@ class StallSaved(Selection):
         pace.look()
         # Products, not a power: these are the same on every machine.
         cost = self.price * prod([pace.busy] * self.queue) * pace.copy_ns
-        self.limits = [self._limit(cost, distance) for distance in range(self.view.num_layers + 1)]
-        self.least_scores[:] = self.limits
+        self.limits = limits = [self._limit(cost, 0)]
+        num_limits = len(self.least_scores)
+        while len(limits) < num_limits:
+            distance = len(limits)
+            limits.append(self._limit(cost, distance))
+            if pace.layer_ns * distance >= pace.copy_ns:
+                # A whole copy is saved from here on.
+                limits += limits[-1:] * (num_limits - len(limits))
+        self.least_scores[:] = limits
 
     def thresholds(self) -> npt.NDArray[np.int64]:
         return self.least_scores

@@ -5,6 +5,7 @@ Every user error is a ValueError with one line that names the key, the value and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from hydra.utils import get_object, instantiate
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
-from expertflow.parts import Effort
+from expertflow.parts import Announced, Effort
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
@@ -27,11 +28,16 @@ from sim.paths import config_files
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from traces.batching import BatchConfig, Batches
+from traces.kept import KeptArrays, code_hash
 from traces.reader import Trace, open_trace
-from traces.shipped import shipped
+from traces.shipped import cache_folder, shipped
 
 STARTS = ("cold", "popular", "resident")
 WORKSPACE_GB = 1.5
+KEEP_SCORES = "EXPERTFLOW_KEEP_SCORES"
+"""Environment variable: 0 = nothing that a predictor computes is kept in the user's cache for the next run."""
+LEAST_KEPT = 256
+"""Forwards of a run whose scores are kept."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +327,7 @@ def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Fo
     """The forwards of the workload, announced to the policy in blocks: it may compute ahead what no timing
     can change."""
     takes = policy.announced()
-    if takes is None:
+    if takes is None or _prepared_all(takes, work.batches, work.trace_sha256):
         yield from work.batches
         return
     pending: list[Forward] = []
@@ -334,6 +340,23 @@ def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Fo
     if pending:
         takes.prepare(pending)
         yield from pending
+
+
+def _prepared_all(takes: Announced, batches: Batches, trace_sha256: str) -> bool:
+    """Whether what `takes` says of all forwards is at hand, kept from an earlier run or for later ones.
+
+    Not for few forwards, which are scored sooner than a file is written, and not where `KEEP_SCORES` is 0.
+    """
+    num_forwards = batches.num_tokens
+    few = batches.config.batch_size > 1 or num_forwards < LEAST_KEPT
+    if few or not takes.code or os.environ.get(KEEP_SCORES) == "0":
+        return False
+    try:
+        folder = cache_folder() / "scores"
+    except RuntimeError:
+        return False
+    code = code_hash("traces.batching", "traces.reader", *takes.code)
+    return takes.prepare_all(batches, num_forwards, KeptArrays(folder), f"{trace_sha256} {batches.config} {code}")
 
 
 def _whole(cfg: Mapping[str, Any], key: str, least: int, prefix: str = "") -> int:

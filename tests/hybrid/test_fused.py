@@ -150,6 +150,25 @@ def test_several_tokens_are_decided_by_asking_and_the_next_single_one_at_once(ba
     assert fused.num_steps == sum(forward.num_tokens == 1 for forward in some) * L
 
 
+@pytest.mark.parametrize("block", [1, 5, 64])
+@pytest.mark.parametrize("prompts", [PROMPTS, (0, 0, 0, 0)])
+def test_announced_forwards_are_decided_as_one_after_the_other(prompts: tuple[int, ...], block: int) -> None:
+    """The replay, which knows no forward before it runs, decides as the simulator does."""
+    fitted, some = arrays(5), forwards(seed=2, prompts=prompts)
+    alone, announced, asked = World(fitted), World(fitted), World(fitted, InheritedSelection())
+    worlds = [alone, announced, asked]
+    takes = [world.policy.announced() for world in worlds[1:]]
+    for first in range(0, len(some), block):
+        for one in takes:
+            assert one is not None
+            one.prepare(some[first : first + block])
+        run(worlds, some[first : first + block], first, WINDOWS)
+    assert alone.num_steps == announced.num_steps > 0
+    predictor = announced.policy.predictor
+    assert isinstance(predictor, HybridPredictor)
+    assert predictor.block.num_taken == sum(forward.num_tokens == 1 for forward in some)
+
+
 def test_ties_and_the_edge_of_a_threshold() -> None:
     """Networks whose every expert has one of a few chances, and thresholds that are these chances."""
     for seed in range(4):

@@ -63,29 +63,31 @@ def test_chances_are_those_of_the_scores_and_of_the_rest(keep: int) -> None:
         predictor.end_forward(forward)
 
 
-@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("prompts", [(0, 0, 0, 0), PROMPTS])
+@pytest.mark.parametrize("block", [1, 3, 12, 64])
 @pytest.mark.parametrize("keep", [0, 4])
+@pytest.mark.parametrize("compiled", [True, False])
 def test_a_block_gives_the_integers_of_one_forward_after_another(
-    block: int, keep: int, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, keep: int, block: int, prompts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = forwards(prompts=(0, 0, 0, 0))
+    """A prompt among them is taken alone, and those behind it together again."""
+    some = forwards(prompts=prompts)
+    assert any(forward.counts is not None for forward in some) is any(prompts)
     alone = list(answers(started(arrays(), keep=keep), some))
-    without_numba(monkeypatch)
-    assert list(answers(started(arrays(), keep=keep), some, block)) == alone
+    if not compiled:
+        without_numba(monkeypatch)
+    predictor = started(arrays(), keep=keep)
+    assert (predictor.compiled is not None) is compiled
+    assert list(answers(predictor, some, block)) == alone
+    assert predictor.block.num_taken == sum(forward.counts is None for forward in some)
 
 
-def test_a_block_that_holds_a_prompt_is_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = forwards()
-    assert any(forward.counts is not None for forward in some)
-    alone = list(answers(started(arrays()), some))
-    without_numba(monkeypatch)
-    assert list(answers(started(arrays()), some, 4)) == alone
-
-
-def test_forwards_are_announced_only_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert started(arrays()).announced() is None
-    without_numba(monkeypatch)
-    assert started(arrays()).announced() is not None
+def test_several_tokens_and_a_pregate_are_not_taken_in_blocks() -> None:
+    for fitted, some in ((arrays(), forwards(2)), (arrays(pregate=True), forwards(pregate=True))):
+        predictor = started(fitted)
+        told = list(answers(predictor, some, 4))
+        assert predictor.block.num_taken == 0 if "pregate" in fitted else predictor.block.num_taken < len(some)
+        assert told == list(answers(started(fitted), some))
 
 
 def test_scores_are_ranked_chances_of_the_target_layer() -> None:
@@ -271,3 +273,13 @@ def test_sums_stay_exact_in_single_precision() -> None:
 
 def test_there_is_a_forecast_from_the_start() -> None:
     assert started(arrays()).forecast().tolist() == arrays()["frequency"].reshape(-1).tolist()
+
+
+def test_products_in_parts_are_whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, draw = HistoryNetwork(arrays(), L, E), np.random.default_rng(0)
+    hidden = draw.integers(0, 128, (23, H)).astype(np.float32)
+    whole = net.odds(hidden, 2, 1)
+    assert whole.tolist() == [net.odds(row, 2, 1).tolist() for row in hidden]
+    for limit in (1, H * 10, 5 * H * 10, 22 * H * 10):
+        monkeypatch.setattr("expertflow.network.SINGLE_THREADED", limit)
+        assert net.odds(hidden, 2, 1).tolist() == whole.tolist()

@@ -1,0 +1,96 @@
+"""`python -m sim.bench` holds its ratios against the committed ones; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sim import bench
+from sim.job.setup import KEEP_SCORES
+
+
+@pytest.fixture
+def ratios(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What is measured, in place of a measurement."""
+    found = {"lru": 10.0, "adaptive": 20.0, bench.ALONE: 30.0}
+
+    def measure(trace: str | None, hardware: str, repeat: int) -> dict[str, float]:
+        return dict(found)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "compare_length", lambda trace, hardware: None)
+    return found
+
+
+def committed(path: Path, ratios: Mapping[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text(json.dumps(ratios))
+    monkeypatch.setattr(bench, "COMMITTED", path)
+
+
+@pytest.mark.parametrize(
+    ("was", "code"),
+    [
+        ({"lru": 10.0, "adaptive": 20.0, bench.ALONE: 30.0}, 0),
+        ({"lru": 8.4, "adaptive": 16.7, bench.ALONE: 25.1}, 0),
+        ({"lru": 8.3, "adaptive": 20.0, bench.ALONE: 30.0}, 1),
+        ({"lru": 10.0, "adaptive": 20.0, bench.ALONE: 24.9}, 1),
+        ({"lru": 10.0, "adaptive": 20.0}, 1),
+    ],
+)
+def test_worse_by_a_fifth_fails_the_check_alone(
+    was: dict[str, float],
+    code: int,
+    ratios: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    committed(tmp_path / "bench.json", was, monkeypatch)
+    assert bench.main([]) == 0
+    assert bench.main(["--check"]) == code
+    assert ("worse by more than a fifth" in capsys.readouterr().out) is bool(code)
+
+
+def test_a_missed_bar_fails(ratios: dict[str, float]) -> None:
+    assert bench.main([]) == 0
+    ratios["adaptive"] = bench.BARS["adaptive"] + 0.1
+    assert bench.main([]) == 1
+
+
+def test_update_writes_what_check_then_holds(
+    ratios: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed(tmp_path / "bench.json", {}, monkeypatch)
+    assert bench.main(["--check"]) == 1
+    assert bench.main(["--update"]) == 0
+    assert bench.main(["--check"]) == 0
+    ratios["lru"] *= 1.21
+    assert bench.main(["--check"]) == 1
+
+
+def test_the_committed_ratios_are_of_what_is_measured_and_within_the_bars() -> None:
+    told = json.loads(bench.COMMITTED.read_text())
+    assert list(told) == list(bench.BARS)
+    assert all(0 < told[name] <= bar for name, bar in bench.BARS.items())
+
+
+@pytest.mark.slow
+def test_it_runs_and_leaves_the_environment_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "TRACE", ("trace.num_tokens=300", "trace.num_requests=2"))
+    before = dict(os.environ)
+    assert bench.main(["--repeat", "1"]) in (0, 1)
+    assert dict(os.environ) == before
+    assert os.environ[KEEP_SCORES] == "0"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:16].strip() for line in lines[1:4]] == list(bench.BARS)
+
+
+def test_a_trace_of_ones_own_has_nothing_committed() -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["some.safetensors", "--check"])

@@ -1,0 +1,112 @@
+"""Arrays that take long to make, kept in a folder from run to run.
+
+One .npy file each, under a name that says all that the array depends on; whoever finds the file maps it. A file appears
+whole or not at all, so that processes that make the same one at once only do the work twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MOST_BYTES = 2 << 30
+"""What a folder may hold; the files that were used longest ago go first."""
+
+_FINISHED, _UNFINISHED = ".npy", ".tmp"
+
+
+class KeptArrays:
+    """Implements `expertflow.parts.Kept` by the files of one folder, which need not exist yet and hold no more than
+    `most_bytes` in all.
+
+    Nothing here fails because of the folder: what cannot be kept is not.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
+        self.folder = folder
+        self.most_bytes = most_bytes
+
+    def find(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
+        """The array, mapped and read-only; None where there is none of that shape and type."""
+        path = self._path(name)
+        try:
+            found: npt.NDArray[Any] = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return None
+        if found.shape != shape or found.dtype != np.dtype(dtype) or not found.flags.c_contiguous:
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return found
+
+    def keep(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> bool:
+        """Write an array of which `parts` are the consecutive rows. False: it is not kept, for want of room or since
+        the parts ended early."""
+        kind = np.dtype(dtype)
+        num_bytes = int(np.prod(shape)) * kind.itemsize
+        if num_bytes > self.most_bytes // 4:
+            return False
+        path = self._path(name)
+        unfinished = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(num_bytes)
+            with NamedTemporaryFile(dir=self.folder, suffix=_UNFINISHED, delete=False) as file:
+                unfinished = Path(file.name)
+                # Written, not mapped: a full disk is then an error that can be caught.
+                header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call, unused-ignore]
+                written = sum(file.write(np.ascontiguousarray(part, kind).data) for part in parts)
+            if written != num_bytes:
+                return False
+            os.replace(unfinished, path)
+        except OSError:
+            return False
+        finally:
+            if unfinished is not None:
+                unfinished.unlink(missing_ok=True)
+        return True
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}{_FINISHED}"
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Remove files until so much more may be written, and what nobody has finished for a day. Who has mapped one
+        keeps what it maps."""
+        for written, _, path in self._files(_UNFINISHED):
+            if written < time.time() - 86_400:
+                path.unlink(missing_ok=True)
+        files = sorted(self._files(_FINISHED))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total + num_bytes <= self.most_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _files(self, suffix: str) -> Iterator[tuple[float, int, Path]]:
+        for path in self.folder.glob(f"*{suffix}"):
+            with suppress(OSError):
+                told = path.stat()
+                yield told.st_mtime, told.st_size, path
+
+
+@lru_cache
+def code_hash(*modules: str) -> str:
+    """Hash of the files of loaded modules: what they compute is out of date when one changes."""
+    told = hashlib.sha256()
+    for name in modules:
+        file = sys.modules[name].__file__
+        told.update(b"" if file is None else Path(file).read_bytes())
+    return told.hexdigest()
