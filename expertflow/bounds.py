@@ -57,8 +57,14 @@ def min_loads(forwards: Iterable[Forward], future: Future, num_slots: int, initi
     return totals
 
 
-def floor(totals: Sequence[int], serial_ns: Sequence[int], head_ns: Sequence[int], fastest_load_ns: int,
-          kernel_ns: int, num_layers: int) -> Floor:  # fmt: skip
+def floor(
+    totals: Sequence[int],
+    serial_ns: Sequence[int],
+    head_ns: Sequence[int],
+    fastest_load_ns: int,
+    kernel_ns: int,
+    num_layers: int,
+) -> Floor:
     """totals: `min_loads`. serial_ns [events]: attention, routed experts, shared expert and unavoidable overhead
     of each event, however its experts are grouped. head_ns [forwards]: head with its overhead. kernel_ns: the shortest
     launch of a routed expert."""

@@ -43,8 +43,9 @@ class Clairvoyant(Policy):
     """Wants the next experts that the trace will demand and that are not there, up to `max_wanted`, within
     `lookahead` layer events (None: as far as `max_events`, twice around a deep model)."""
 
-    def __init__(self, future: Future, lookahead: int | None = None, max_wanted: int = 8,
-                 max_events: int = 256) -> None:  # fmt: skip
+    def __init__(
+        self, future: Future, lookahead: int | None = None, max_wanted: int = 8, max_events: int = 256
+    ) -> None:
         self._watched = WatchedBelady()
         super().__init__(OraclePredictor(), Unused(), TopK(), self._watched, ResidentFirst(), future)
         if lookahead is not None and lookahead < 1:

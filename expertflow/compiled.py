@@ -114,9 +114,11 @@ def _multiply(values, weights, active, total):
         a, b, c, d = active[start], active[start + 1], active[start + 2], active[start + 3]
         for column in range(len(total)):
             total[column] += (
-                values[a] * np.int32(weights[a, column]) + values[b] * np.int32(weights[b, column])
-                + values[c] * np.int32(weights[c, column]) + values[d] * np.int32(weights[d, column])
-            )  # fmt: skip
+                values[a] * np.int32(weights[a, column])
+                + values[b] * np.int32(weights[b, column])
+                + values[c] * np.int32(weights[c, column])
+                + values[d] * np.int32(weights[d, column])
+            )
     for start in range(count - count % 4, count):
         a = active[start]
         for column in range(len(total)):
@@ -160,8 +162,28 @@ def _weigh(
 
 
 @_compile(f"b1({_NETWORK}, i8, i8, b1, i8[::1], i4[::1], i4[::1], i8[::1])")
-def _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate, pregate_odds,
-          chances, target, ahead, gated, active, mixed, odds, chance):  # fmt: skip
+def _find(
+    hidden,
+    mix,
+    mix_scale,
+    mix_bias,
+    out,
+    out_scale,
+    bias,
+    own,
+    pregate_weights,
+    features,
+    pregate,
+    pregate_odds,
+    chances,
+    target,
+    ahead,
+    gated,
+    active,
+    mixed,
+    odds,
+    chance,
+):
     """chance [E] becomes the chances in 2^-16 of the experts of layer `target`, seen from distance ahead + 1; False:
     there is no pre-gate for it. Arguments as in `look`; active [max(H, M) + 1], mixed [M], odds [E]: room."""
     num_experts = len(chance)
@@ -201,8 +223,26 @@ def _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_w
 
 
 @_compile(f"i8({_NETWORK}, i8, i8, b1, i8[:,::1], i8[:,:,::1])")
-def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate, pregate_odds,
-         chances, first, seen, gated, chance, ranked):  # fmt: skip
+def look(
+    hidden,
+    mix,
+    mix_scale,
+    mix_bias,
+    out,
+    out_scale,
+    bias,
+    own,
+    pregate_weights,
+    features,
+    pregate,
+    pregate_odds,
+    chances,
+    first,
+    seen,
+    gated,
+    chance,
+    ranked,
+):
     """Chances of the experts of layers first + seen, first + seen + 1, … at distances seen + 1, …, and their order.
 
     hidden [H], mix [L, H, M], mix_scale [L, M], mix_bias [D, L, M], out [L, M, E], out_scale [L, E], bias [D, L, E],
@@ -217,9 +257,28 @@ def look(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_we
     mixed, odds = np.empty(num_mixed, np.int32), np.empty(num_experts, np.int32)
     for step in range(reach):
         target = first + seen + step
-        if not _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate,
-                     pregate_odds, chances, target, seen + step, gated, active, mixed, odds,
-                     chance[step]):  # fmt: skip
+        if not _find(
+            hidden,
+            mix,
+            mix_scale,
+            mix_bias,
+            out,
+            out_scale,
+            bias,
+            own,
+            pregate_weights,
+            features,
+            pregate,
+            pregate_odds,
+            chances,
+            target,
+            seen + step,
+            gated,
+            active,
+            mixed,
+            odds,
+            chance[step],
+        ):
             return step
         for expert in range(num_experts):
             found = chance[step, expert]
@@ -272,11 +331,44 @@ def _take(begin, limit, num_kept, order, residency, soon, chance, worth, bar, he
     return num_wants, count, num_there
 
 
-@_compile(f"UniTuple(i8, 4)(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, {_NETWORK}, i8, i8, b1, i8, "
-          f"i8[::1], {_STATES}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])")  # fmt: skip
-def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mix, mix_scale, mix_bias, out, out_scale,
-           bias, own, pregate_weights, features, pregate, pregate_odds, chances, first, reach, gated, num_kept,
-           thresholds, residency, soon, chance, worth, bar, held, wants):  # fmt: skip
+@_compile(
+    f"UniTuple(i8, 4)(i2[:,::1], i4[::1], i8[::1], i8[::1], i8[::1], f8[::1], i8, {_NETWORK}, i8, i8, b1, i8, "
+    f"i8[::1], {_STATES}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])"
+)
+def decide(
+    tables,
+    rank_weights,
+    keys,
+    place,
+    sums,
+    used,
+    table_bits,
+    hidden,
+    mix,
+    mix_scale,
+    mix_bias,
+    out,
+    out_scale,
+    bias,
+    own,
+    pregate_weights,
+    features,
+    pregate,
+    pregate_odds,
+    chances,
+    first,
+    reach,
+    gated,
+    num_kept,
+    thresholds,
+    residency,
+    soon,
+    chance,
+    worth,
+    bar,
+    held,
+    wants,
+):
     """One decision: `learn` of keys [K] (none: known already), `look` at the layers first … first + reach - 1, what a
     selection by thresholds [any, by distance] wants of the num_kept best, and what `Outlook.predicted` makes of it.
 
@@ -295,8 +387,28 @@ def decide(tables, rank_weights, keys, place, sums, used, table_bits, hidden, mi
     for ahead in range(reach):
         begin = (first + ahead) * num_experts
         found = chance[begin : begin + num_experts]
-        if not _find(hidden, mix, mix_scale, mix_bias, out, out_scale, bias, own, pregate_weights, features, pregate,
-                     pregate_odds, chances, first + ahead, ahead, gated, active, mixed, odds, found):  # fmt: skip
+        if not _find(
+            hidden,
+            mix,
+            mix_scale,
+            mix_bias,
+            out,
+            out_scale,
+            bias,
+            own,
+            pregate_weights,
+            features,
+            pregate,
+            pregate_odds,
+            chances,
+            first + ahead,
+            ahead,
+            gated,
+            active,
+            mixed,
+            odds,
+            found,
+        ):
             return num_wants, ahead, num_selected, overfetched
         num_wants, count, num_there = _take(
             begin, thresholds[ahead + 1], num_kept, order, residency, soon, chance, worth, bar, held, wants, num_wants

@@ -22,8 +22,10 @@ Words = npt.NDArray[np.int32]
 
 LEAF_ONE = 1 << 7
 """Leaves are int8 in units of 1/128."""
-KNOTS = np.array([0, 1, 2, 4, 8, 16, *range(32, 128, 16), *range(128, 512, 32), *range(512, 1024, 64),
-                  *range(1024, 4097, 256)], np.int64)  # fmt: skip
+KNOTS = np.array(
+    [0, 1, 2, 4, 8, 16, *range(32, 128, 16), *range(128, 512, 32), *range(512, 1024, 64), *range(1024, 4097, 256)],
+    np.int64,
+)
 """Pre-gate chances, in 1/4096, at which the calibrated chance is stored; linear between them."""
 _ORDER_SHIFT = 6
 _REMEDY = "fit one on a trace of the same model (python -m traces fit-predictor)"
@@ -62,8 +64,9 @@ class Forest:
         self.D = len(calibration)
         self.B = (len(first_node) - 1) // num_layers
         if self.B < 1 or self.B > 1024 or len(first_node) != num_layers * self.B + 1 or self.D < 1:
-            raise ValueError(f"fitted forest: {len(first_node) - 1} trees cannot be shared among {num_layers} layers; "
-                             f"{_REMEDY}")  # fmt: skip
+            raise ValueError(
+                f"fitted forest: {len(first_node) - 1} trees cannot be shared among {num_layers} layers; {_REMEDY}"
+            )
         self.nodes = _absolute(nodes.astype(np.int64), first_node, first_leaf, len(self.leaves), num_experts)
         self.roots = first_node[:-1].reshape(num_layers, self.B).astype(np.int32)
         self.tables = calibration_tables(calibration)
@@ -88,13 +91,17 @@ def _array(arrays: Arrays, name: str, shape: Sequence[int | None], kinds: str) -
 
 
 def _absolute(nodes: Ints, first_node: Ints, first_leaf: Ints, num_leaves: int, num_experts: int) -> Words:
-    """Nodes whose children are counted from the first of all; ValueError where a walk might leave its tree, or not end.
-    """
+    """Nodes whose children count from the first of all; ValueError where a walk might leave its tree, or not end."""
     sizes, leaves = np.diff(first_node), np.diff(first_leaf)
     sound = (
-        len(first_leaf) == len(first_node) and first_node[0] == 0 and first_leaf[0] == 0
-        and first_node[-1] == len(nodes) and first_leaf[-1] == num_leaves and (sizes > 0).all() and (leaves > 0).all()
-    )  # fmt: skip
+        len(first_leaf) == len(first_node)
+        and first_node[0] == 0
+        and first_leaf[0] == 0
+        and first_node[-1] == len(nodes)
+        and first_leaf[-1] == num_leaves
+        and (sizes > 0).all()
+        and (leaves > 0).all()
+    )
     if sound:
         tree = np.repeat(np.arange(len(sizes)), sizes)
         place = np.arange(len(nodes)) - first_node[tree]

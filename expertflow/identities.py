@@ -19,8 +19,10 @@ def check_identities(counters: Counters, queue: CopyQueue) -> None:
         "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),
         "bytes = chunks x size": (c.demand_bytes + c.prefetch_bytes, loaded),
         "requested = issued + dropped + queued at end": (
-            c.prefetch_requested, c.prefetch_issued + dropped + len(queue.wanted)),
-    }  # fmt: skip
+            c.prefetch_requested,
+            c.prefetch_issued + dropped + len(queue.wanted),
+        ),
+    }
     for name, (left, right) in checks.items():
         if left != right:
             raise AssertionError(f"identity broken: {name}: {left} != {right}")

@@ -23,9 +23,7 @@ _MLA_FIELDS = ("kv_rank", "rope_dim", "nope_dim", "v_dim")
 _GQA_FIELDS = ("num_kv_heads", "head_dim")
 
 
-def check_range(
-    key: str, value: float, low: float, high: float, *, remedy: str = "", above: bool = False
-) -> None:
+def check_range(key: str, value: float, low: float, high: float, *, remedy: str = "", above: bool = False) -> None:
     """ValueError naming key, value, range and remedy unless low <= value <= high (`above`: low < value)."""
     if (low < value if above else low <= value) and value <= high:
         return
@@ -152,9 +150,7 @@ class ModelSpec:
         for key, value in zip((first, second), values, strict=True):
             check_range(f"model.{key}", value, 0, 10_000_000)
         if (values[0] == 0) != (values[1] == 0):
-            raise ValueError(
-                f"model.{first}={values[0]} and model.{second}={values[1]}: give both above 0, or neither"
-            )
+            raise ValueError(f"model.{first}={values[0]} and model.{second}={values[1]}: give both above 0, or neither")
 
     # -- parameters, of one layer where layers have them ----------------------------------------------------
 

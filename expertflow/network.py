@@ -119,8 +119,10 @@ class HistoryNetwork:
 
     @staticmethod
     def _misfit(name: str, found: tuple[int, ...], wanted: object) -> ValueError:
-        return ValueError(f"fitted network: {name} has shape {found}, the trace needs {wanted}; "
-                          "fit one on a trace of the same model (python -m traces fit-predictor)")  # fmt: skip
+        return ValueError(
+            f"fitted network: {name} has shape {found}, the trace needs {wanted}; "
+            "fit one on a trace of the same model (python -m traces fit-predictor)"
+        )
 
     def _array(self, arrays: Arrays, name: str, shape: tuple[int | None, ...], most: int) -> Floats:
         """As float64, whole and at most `most` in size."""
@@ -259,7 +261,6 @@ class HistoryNetwork:
         odds = np.floor((hidden @ self.forecast) * self.forecast_scale / UNIT) + self.forecast_bias
         own = (features.reshape(NUM_OWN, -1) * self.forecast_own).sum(axis=0)
         return chance_of(odds + np.floor(own / LOG_UNIT))
-
 
 
 @dataclass

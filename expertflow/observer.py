@@ -21,8 +21,15 @@ class Observer:
     def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
         """One chunk was copied for `cause` (DEMAND or PREFETCH)."""
 
-    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
-                 missing: Sequence[int]) -> None:  # fmt: skip
+    def demanded(
+        self,
+        forward: Forward,
+        layer: int,
+        now_ns: int,
+        hits: Sequence[int],
+        late: Sequence[int],
+        missing: Sequence[int],
+    ) -> None:
         """The routing of a layer became known and was classified."""
 
     def horizon(self, now_ns: int, distances: Sequence[int]) -> None:
@@ -68,8 +75,15 @@ class Watch:
         for observer in self.observers:
             observer.stalled(start_ns, end_ns, key, is_miss)
 
-    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
-                 missing: Sequence[int]) -> None:  # fmt: skip
+    def demanded(
+        self,
+        forward: Forward,
+        layer: int,
+        now_ns: int,
+        hits: Sequence[int],
+        late: Sequence[int],
+        missing: Sequence[int],
+    ) -> None:
         """A layer was classified."""
         for observer in self.observers:
             observer.demanded(forward, layer, now_ns, hits, late, missing)

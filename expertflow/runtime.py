@@ -248,8 +248,9 @@ class Runtime:
         self.queue.demand_after(self._pending_serial.pop(0), after)
         self.queue.pump()
 
-    def _launch_ready(self, forward: Forward, layer: int, ready: list[int], missing: Sequence[int],
-                      late: Sequence[int]) -> list[int]:  # fmt: skip
+    def _launch_ready(
+        self, forward: Forward, layer: int, ready: list[int], missing: Sequence[int], late: Sequence[int]
+    ) -> list[int]:
         arrange = self.answers.arrange
         first: Sequence[int]
         if self.policy.order.strict:
@@ -267,8 +268,9 @@ class Runtime:
         loading = self.queue.loading
         return sorted(late, key=lambda key: loading[key].id) + list(missing)
 
-    def _launch_landed(self, forward: Forward, layer: int, waiting: list[int], missing: Sequence[int],
-                       in_turn: bool) -> list[int]:  # fmt: skip
+    def _launch_landed(
+        self, forward: Forward, layer: int, waiting: list[int], missing: Sequence[int], in_turn: bool
+    ) -> list[int]:
         state = self.slots.state
         landed: Sequence[int]
         rest: list[int]

@@ -28,12 +28,16 @@ class TransitionCounts:
         for name, shape in shapes.items():
             if name not in arrays or arrays[name].shape != shape:
                 found = arrays[name].shape if name in arrays else "nothing"
-                raise ValueError(f"fitted transition counts: {name} has shape {found}, the trace needs {shape}; "
-                                 "fit them on a trace of the same model (python -m traces fit-predictor)")  # fmt: skip
+                raise ValueError(
+                    f"fitted transition counts: {name} has shape {found}, the trace needs {shape}; "
+                    "fit them on a trace of the same model (python -m traces fit-predictor)"
+                )
         cross = arrays.get("cross")
         if cross is None or cross.ndim != 4 or cross.shape[1:] != (self.L, self.E, self.E):
-            raise ValueError(f"fitted transition counts: cross must be [D, {self.L}, {self.E}, {self.E}]; "
-                             "fit them on a trace of the same model (python -m traces fit-predictor)")  # fmt: skip
+            raise ValueError(
+                f"fitted transition counts: cross must be [D, {self.L}, {self.E}, {self.E}]; "
+                "fit them on a trace of the same model (python -m traces fit-predictor)"
+            )
         values = {name: np.asarray(arrays[name], np.float64) for name in (*shapes, "cross")}
         for name, value in values.items():
             if not np.isfinite(value).all() or (value < 0).any():

@@ -93,8 +93,10 @@ def _write_partial(job: Job, folder: Path, error: PartialRunError | DeviceLostEr
     """Keep what was measured until the device was lost, and say where it is."""
     so_far = error.metrics if isinstance(error, PartialRunError) else {"partial": True, "num_forwards": 0}
     write_text(folder / "partial.json", to_json({**job.head, "reason": str(error), **so_far}))
-    print(f"error: the device was lost: {error}; what was measured until then is in "
-          f"{relative(folder / 'partial.json')}", file=sys.stderr)  # fmt: skip
+    print(
+        f"error: the device was lost: {error}; what was measured until then is in {relative(folder / 'partial.json')}",
+        file=sys.stderr,
+    )
 
 
 def _check(cfg: dict[str, Any]) -> None:
@@ -105,8 +107,14 @@ def _check(cfg: dict[str, Any]) -> None:
 class Job:
     """One configured replay, and those that its configuration asks for beside it, on one rig."""
 
-    def __init__(self, cfg: dict[str, Any], settings: Settings, work: Workload, folder: Path | None,
-                 overrides: Sequence[str] = ()) -> None:  # fmt: skip
+    def __init__(
+        self,
+        cfg: dict[str, Any],
+        settings: Settings,
+        work: Workload,
+        folder: Path | None,
+        overrides: Sequence[str] = (),
+    ) -> None:
         self.cfg, self.settings, self.folder = cfg, settings, folder
         self.full, self.work = work, scaled_workload(work, settings.scale)
         self.overrides = list(overrides)
@@ -118,8 +126,9 @@ class Job:
         """The metrics of all of it."""
         cfg, settings, work = self.cfg, self.settings, self.work
         beside = baselines() if cfg["compare"] == "full" else {}
-        needs = _most([needs_of(work, policy, transfer)
-                       for policy, transfer in [(self.policy, self.transfer), *beside.values()]])  # fmt: skip
+        needs = _most(
+            [needs_of(work, policy, transfer) for policy, transfer in [(self.policy, self.transfer), *beside.values()]]
+        )
         rig = Rig(device, work.model, needs, settings.host_memory_gb, self.transfer.memory == "pinned")
 
         def run(policy: Policy, transfer: Transfer, observers: Sequence[Observer]) -> dict[str, Any]:
@@ -149,8 +158,8 @@ class Job:
             log = LogWriter(self.folder / LOG_NAME, header)
         try:
             metrics, self.integrity = replay_policy(
-                rig, work, self.policy, self.transfer, observers,
-                verify=settings.verify, log=log, fault=settings.fault)  # fmt: skip
+                rig, work, self.policy, self.transfer, observers, verify=settings.verify, log=log, fault=settings.fault
+            )
         except PartialRunError:
             if log is not None:
                 log.close()
@@ -165,8 +174,9 @@ class Job:
 
 
 def _most(needs: Sequence[Needs]) -> Needs:
-    return Needs(max(one.num_slots for one in needs), max(one.max_tokens for one in needs),
-                 max(one.max_context for one in needs))  # fmt: skip
+    return Needs(
+        max(one.num_slots for one in needs), max(one.max_tokens for one in needs), max(one.max_context for one in needs)
+    )
 
 
 def _print(console: Console, metrics: dict[str, Any], folder: Path) -> None:
@@ -182,17 +192,23 @@ def _print(console: Console, metrics: dict[str, Any], folder: Path) -> None:
 def notes(metrics: dict[str, Any]) -> list[str]:
     """What a reader of a replay's numbers must know."""
     machine, stack, integrity = metrics["machine"], metrics["stack"], metrics["integrity"]
-    lines = [f"measured on {machine['name']} ({metrics['world']}), torch {machine['torch']}, computing in "
-             f"{machine['dtype']}, experts in {machine['host_memory']} host memory"]  # fmt: skip
+    lines = [
+        f"measured on {machine['name']} ({metrics['world']}), torch {machine['torch']}, computing in "
+        f"{machine['dtype']}, experts in {machine['host_memory']} host memory"
+    ]
     if metrics["scale"] > 1:
         lines.append(f"the model's widths are divided by {metrics['scale']}: times are this machine's, not the model's")
     launches = metrics["launches"]
     if launches["layer_pad_ns"]:
-        lines.append(f"stack={stack}: its overhead, {launches['layer_pad_ns'] / 1e6:g} ms a layer, is spent doing "
-                     "nothing on the compute stream")  # fmt: skip
+        lines.append(
+            f"stack={stack}: its overhead, {launches['layer_pad_ns'] / 1e6:g} ms a layer, is spent doing "
+            "nothing on the compute stream"
+        )
     if launches["kv_grid"] and metrics["world"] == "cuda":
-        lines.append(f"decode reads KV lengths rounded up to multiples of {launches['kv_grid']} tokens, for which its "
-                     "kernels are captured")  # fmt: skip
+        lines.append(
+            f"decode reads KV lengths rounded up to multiples of {launches['kv_grid']} tokens, for which its "
+            "kernels are captured"
+        )
     if launches["kv_grid"] and launches["num_unprepared"]:
         lines.append(f"{launches['num_unprepared']} forwards, those of prompts, launched attention kernel by kernel")
     lines.extend(machine["warnings"])
@@ -203,8 +219,10 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         )
         if integrity["first"] is not None:
             first = integrity["first"]
-            lines.append(f"first wrong stamp: forward {first['forward']}, layer {first['layer']}, one of expert keys "
-                         f"{', '.join(map(str, first['keys']))}")  # fmt: skip
+            lines.append(
+                f"first wrong stamp: forward {first['forward']}, layer {first['layer']}, one of expert keys "
+                f"{', '.join(map(str, first['keys']))}"
+            )
     return lines
 
 

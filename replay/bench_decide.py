@@ -43,6 +43,7 @@ BAR_POLICY = "adaptive"
 BAR_REACH = 2
 BAR_BATCH = 1
 
+
 @dataclass(frozen=True)
 class DecisionTimes:
     """Host time of the policy's code in ns, the timing's own cost subtracted.
@@ -97,8 +98,9 @@ def _noted(forwards: Iterable[Forward], running: list[Forward]) -> Iterator[Forw
         yield forward
 
 
-def measure_decisions(work: Workload, policy: Policy, transfer: Transfer,
-                      max_reach: int | None = None) -> DecisionTimes:  # fmt: skip
+def measure_decisions(
+    work: Workload, policy: Policy, transfer: Transfer, max_reach: int | None = None
+) -> DecisionTimes:
     """What `policy`, which must be fresh, takes over `work`, as its own code on the host of this process.
 
     max_reach: leave out prompts, layer-steps without a decision, and those that looked farther. ValueError if none is
@@ -116,8 +118,10 @@ def summarise(watch: Stopwatch, max_reach: int | None = None) -> DecisionTimes:
         steps = [step for step in decided if step.reach <= max_reach]
         num_prompt, num_idle = len(watch.steps) - len(decode), len(decode) - len(decided)
     if not steps:
-        raise ValueError(f"none of {len(watch.steps)} layer-steps decoded and looked 1 to {max_reach} layers ahead; "
-                         "choose a policy with a nearer horizon, or a trace with rows after the prompt")  # fmt: skip
+        raise ValueError(
+            f"none of {len(watch.steps)} layer-steps decoded and looked 1 to {max_reach} layers ahead; "
+            "choose a policy with a nearer horizon, or a trace with rows after the prompt"
+        )
     totals = sorted(float(step.total_ns) for step in steps)
     count = len(steps)
     parts = {part: sum(step.parts_ns[part] for step in steps) / count for part in (*PARTS, GLUE)}
@@ -146,18 +150,28 @@ def holds(times: DecisionTimes) -> bool:
 
 def compare_policies(trace: str | None, policies: Sequence[str], batch_size: int, num_tokens: int) -> bool:
     """Print the times of each policy; False if the budget applies to one of them and does not hold."""
-    words = ["+hardware=a100", "stack=eager", "residency=0.5", "compare=none", f"batch_size={batch_size}",
-             f"max_tokens={num_tokens}"]  # fmt: skip
+    words = [
+        "+hardware=a100",
+        "stack=eager",
+        "residency=0.5",
+        "compare=none",
+        f"batch_size={batch_size}",
+        f"max_tokens={num_tokens}",
+    ]
     words.append(f"trace.path={trace}" if trace else f"trace.num_tokens={max(num_tokens, 1024)}")
     chosen = {name: configure([*words, f"+policy={name}"]) for name in policies}
     work = make_workload(chosen[policies[0]])
-    print(f"{work.trace.name}: {work.batches.num_tokens} tokens, batch {batch_size}, {work.num_slots} slots; "
-          "host time of the policy's code in us")  # fmt: skip
+    print(
+        f"{work.trace.name}: {work.batches.num_tokens} tokens, batch {batch_size}, {work.num_slots} slots; "
+        "host time of the policy's code in us"
+    )
     if compiled_functions() is None:
         print("numba is not installed: networks decide in numpy, several times slower; pip install 'expertflow[fast]'")
     parts = " ".join(f"{part:>9}" for part in (*PARTS, GLUE))
-    print(f"{'a layer':14} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>8} {'mean':>7} {'calls':>6}  {parts} "
-          f"{'decide':>7}  {'a forward p50':>13} {'max':>8}")  # fmt: skip
+    print(
+        f"{'a layer':14} {'p50':>7} {'p90':>7} {'p99':>7} {'max':>8} {'mean':>7} {'calls':>6}  {parts} "
+        f"{'decide':>7}  {'a forward p50':>13} {'max':>8}"
+    )
     good = True
     for name, cfg in chosen.items():
         policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
@@ -168,10 +182,12 @@ def compare_policies(trace: str | None, policies: Sequence[str], batch_size: int
         print(_row(name, times, (before + call_ns()) / 2))
         if limited:
             good &= holds(times)
-            print(f"  budget of {name}, p50 <= {BAR_P50_NS / 1e3:.0f} us and p99 <= {BAR_P99_NS / 1e3:.0f} us: "
-                  f"{'holds' if holds(times) else 'missed'}; {times.num_layers} layer-steps 1 to {BAR_REACH} layers "
-                  f"ahead; left out {times.num_beyond} beyond, {times.num_idle} without a decision, "
-                  f"{times.num_prompt} of prompts")  # fmt: skip
+            print(
+                f"  budget of {name}, p50 <= {BAR_P50_NS / 1e3:.0f} us and p99 <= {BAR_P99_NS / 1e3:.0f} us: "
+                f"{'holds' if holds(times) else 'missed'}; {times.num_layers} layer-steps 1 to {BAR_REACH} layers "
+                f"ahead; left out {times.num_beyond} beyond, {times.num_idle} without a decision, "
+                f"{times.num_prompt} of prompts"
+            )
     print("calls: p50 as a multiple of a bare Python function call; the parts and decide: means")
     return good
 
@@ -179,9 +195,11 @@ def compare_policies(trace: str | None, policies: Sequence[str], batch_size: int
 def _row(name: str, times: DecisionTimes, bare_ns: float) -> str:
     quantiles = " ".join(f"{ns / 1e3:7.1f}" for ns in (times.p50_ns, times.p90_ns, times.p99_ns))
     means = " ".join(f"{times.parts_ns[part] / 1e3:9.2f}" for part in (*PARTS, GLUE))
-    return (f"{name:14} {quantiles} {times.max_ns / 1e3:8.1f} {times.mean_ns / 1e3:7.1f} "
-            f"{times.p50_ns / bare_ns:6.0f}  {means} {times.decide_ns / 1e3:7.1f}  {times.forward_p50_ns / 1e3:13.1f} "
-            f"{times.forward_max_ns / 1e3:8.1f}")  # fmt: skip
+    return (
+        f"{name:14} {quantiles} {times.max_ns / 1e3:8.1f} {times.mean_ns / 1e3:7.1f} "
+        f"{times.p50_ns / bare_ns:6.0f}  {means} {times.decide_ns / 1e3:7.1f}  {times.forward_p50_ns / 1e3:13.1f} "
+        f"{times.forward_max_ns / 1e3:8.1f}"
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -207,11 +225,17 @@ def _whole(text: str) -> int:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = _Parser(prog="python -m replay.bench_decide", description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = _Parser(
+        prog="python -m replay.bench_decide", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trace", nargs="?", type=Path, help="a recorded trace (default: the generated one)")
-    parser.add_argument("--policies", type=_policies, default=["adaptive", "lru"], metavar="NAME,NAME",
-                        help="policies of conf/policy (default: adaptive,lru)")  # fmt: skip
+    parser.add_argument(
+        "--policies",
+        type=_policies,
+        default=["adaptive", "lru"],
+        metavar="NAME,NAME",
+        help="policies of conf/policy (default: adaptive,lru)",
+    )
     parser.add_argument("--batch-size", type=_whole, default=1, help="requests run together (default: 1)")
     parser.add_argument("--tokens", type=_whole, default=512, help="tokens of the trace to run (default: 512)")
     args = parser.parse_args(words)

@@ -93,9 +93,11 @@ class EmptyDriver(CudaDevice):
         return self._pool.pop() if self._pool else _Event()
 
     def _count(self) -> None:
-        counted = type("_Counted", (_Event,), {
-            name: self._counted(name, getattr(_Event, name)) for name in ("record", "query", "elapsed_time")
-        })  # fmt: skip
+        counted = type(
+            "_Counted",
+            (_Event,),
+            {name: self._counted(name, getattr(_Event, name)) for name in ("record", "query", "elapsed_time")},
+        )
         self._event = lambda: self._pool.pop() if self._pool else counted()  # type: ignore[method-assign]
         self._raw_copy = self._counted("copy", _nothing)
 
@@ -207,8 +209,10 @@ def measure(words: Sequence[str], repeat: int) -> dict[str, dict[str, float]]:
         chunk.append(more * with_copies.num_layers / with_copies.num_chunks)
     calls = [HostTimes(given, counting=True) for given in (resident, copying)]
     per_layer = {name: count / calls[0].num_layers for name, count in calls[0].calls.items()}
-    added = {name: (count / calls[1].num_layers - per_layer.get(name, 0)) * calls[1].num_layers / calls[1].num_chunks
-             for name, count in calls[1].calls.items()}  # fmt: skip
+    added = {
+        name: (count / calls[1].num_layers - per_layer.get(name, 0)) * calls[1].num_layers / calls[1].num_chunks
+        for name, count in calls[1].calls.items()
+    }
     return {
         "seen to launched": {"us": statistics.median(seen) / 1e3},
         "all else": {"us": statistics.median(rest) / 1e3},
@@ -233,8 +237,9 @@ def _print(found: dict[str, dict[str, float]]) -> bool:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m replay.bench_host", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m replay.bench_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trace", nargs="?", type=Path, help="a recorded trace (default: the generated one)")
     parser.add_argument("--tokens", type=int, default=48, help="of the trace to run (default: 48)")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each kind; medians count (default: 5)")
@@ -243,8 +248,11 @@ def main(words: list[str] | None = None) -> int:
         if getattr(args, key) < 1:
             print(f"error: --{key}={getattr(args, key)} must be at least 1", file=sys.stderr)
             return 2
-    given = [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"] if args.trace else [
-        f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]  # fmt: skip
+    given = (
+        [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"]
+        if args.trace
+        else [f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]
+    )
     return run_cli(lambda: 0 if _print(measure(given, args.repeat)) else 1, "nothing was measured")
 
 

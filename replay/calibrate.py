@@ -45,8 +45,9 @@ def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any],
-                 last: dict[str, Any] | None = None) -> None:  # fmt: skip
+def print_beside(
+    console: Console, hardware: dict[str, Any], raw: dict[str, Any], last: dict[str, Any] | None = None
+) -> None:
     """Each measured figure beside the last calibration's, and the datasheet's or the assumption in its place."""
     sheet = datasheet(raw["device"]["name"])
     title = "no profile to compare with" if sheet is None else f"conf/hardware/{sheet[0]}.yaml"
@@ -63,11 +64,19 @@ def print_beside(console: Console, hardware: dict[str, Any], raw: dict[str, Any]
         before = "–" if last is None else _figure(key, last.get(key))
         table.add_row(key, _figure(key, value), before, said if isinstance(said, str) else _figure(key, said))
     for name, times in raw["decisions"].items():
-        table.add_row(f"decisions of {name}, a layer", f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 "
-                      f"{times['p99_ns'] / 1e3:.1f} us", "", "")  # fmt: skip
+        table.add_row(
+            f"decisions of {name}, a layer",
+            f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 {times['p99_ns'] / 1e3:.1f} us",
+            "",
+            "",
+        )
     for kernels, times in next(iter(raw["prompt"].values())).items():
-        table.add_row(f"prompt's {kernels}, launched", f"host {times['host_ns'] / 1e3:.0f} us, device "
-                      f"{times['device_ns'] / 1e3:.0f} us", "", "")  # fmt: skip
+        table.add_row(
+            f"prompt's {kernels}, launched",
+            f"host {times['host_ns'] / 1e3:.0f} us, device {times['device_ns'] / 1e3:.0f} us",
+            "",
+            "",
+        )
     table.add_row("pads last", f"{100 * raw['pad_share']:.1f} %", "", "")
     table.add_row("the host's speed varied by", f"{100 * drift(raw['python_loop_ns'])['drift']:.0f} %", "", "")
     console.print(table)
@@ -95,8 +104,10 @@ def check_free(name: str, folder: Path) -> None:
     names = [f"{kind}/{name}.yaml" for kind in ("hardware", "stack")]
     shipped = folder.resolve() != CONF and any((CONF / path).exists() for path in names)
     if shipped or (not record.exists() and any((folder / path).exists() for path in names)):
-        raise ValueError(f"NAME={name!r} is a profile that was not measured here, and would be overwritten; choose "
-                         f"another name, such as {name}-measured")  # fmt: skip
+        raise ValueError(
+            f"NAME={name!r} is a profile that was not measured here, and would be overwritten; choose "
+            f"another name, such as {name}-measured"
+        )
 
 
 def main(words: list[str] | None = None) -> int:
@@ -140,8 +151,10 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     for path in paths:
         print(f"written {path}")
     if scale > 1:
-        print(f"the models' widths were divided by {scale}: python -m replay.validate simulates them at that scale, "
-              "python -m sim knows only their own")  # fmt: skip
+        print(
+            f"the models' widths were divided by {scale}: python -m replay.validate simulates them at that scale, "
+            "python -m sim knows only their own"
+        )
 
 
 if __name__ == "__main__":

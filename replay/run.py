@@ -73,9 +73,17 @@ def needs_of(work: Workload, policy: Policy, transfer: Transfer) -> Needs:
     return Needs(work.num_slots + transfer.staging_slots * pools, max_tokens, max_context)
 
 
-def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer] = (),
-                  *, verify: bool = False, log: LogWriter | None = None,
-                  fault: tuple[str, int] | None = None) -> tuple[dict[str, Any], Integrity | None]:  # fmt: skip
+def replay_policy(
+    rig: Rig,
+    work: Workload,
+    policy: Policy,
+    transfer: Transfer,
+    observers: Sequence[Observer] = (),
+    *,
+    verify: bool = False,
+    log: LogWriter | None = None,
+    fault: tuple[str, int] | None = None,
+) -> tuple[dict[str, Any], Integrity | None]:
     """Run `policy` over `work` on `rig`: the metrics of `expertflow.metrics`, and what the stamps said if verified.
 
     PartialRunError if the device is lost on the way.
@@ -83,8 +91,10 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     device: Device = rig.device if fault is None else FaultyDevice(rig.device, *fault)
     chunk_bytes = load_chunks(work)
     if len(chunk_bytes) > 1 and chunk_bytes[-1] < LEAST_CHUNK:
-        raise ValueError(f"chunk_mib={work.chunk_mib:.3g} (scaled with the model) makes chunks of {chunk_bytes[-1]} "
-                         f"bytes; a copy has {LEAST_CHUNK} at least: raise chunk_mib")  # fmt: skip
+        raise ValueError(
+            f"chunk_mib={work.chunk_mib:.3g} (scaled with the model) makes chunks of {chunk_bytes[-1]} "
+            f"bytes; a copy has {LEAST_CHUNK} at least: raise chunk_mib"
+        )
     config = run_config(work, transfer, chunk_bytes)
     # What runs before have left behind goes now, not while this one captures its programs.
     gc.collect()
@@ -112,11 +122,15 @@ def replay_policy(rig: Rig, work: Workload, policy: Policy, transfer: Transfer, 
     if stamps is None or not stamps.num_wrong:
         runtime.check_identities()
     if isinstance(device, FaultyDevice) and not device.struck:
-        raise ValueError(f"fault={device.fault} found no occasion from copy fault_at={device.at} on; lower fault_at or "
-                         "residency, so that more is copied")  # fmt: skip
+        raise ValueError(
+            f"fault={device.fault} found no occasion from copy fault_at={device.at} on; lower fault_at or "
+            "residency, so that more is copied"
+        )
     if work.warmup_forwards >= runtime.counters.num_forwards:
-        raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
-                         f"{runtime.counters.num_forwards} forwards")  # fmt: skip
+        raise ValueError(
+            f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
+            f"{runtime.counters.num_forwards} forwards"
+        )
     metrics = collect_metrics(runtime) | {"launches": _launches(machine)}
     if stamps is None:
         return metrics, None

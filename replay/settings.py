@@ -17,10 +17,16 @@ KEYS = ("machine", "host_memory_gb", "verify", "log", "fault", "fault_at", "scal
 CPU_SCALE = 16
 LEAST_PACE = 1e-4
 """GB/s: slower links would make a copy of one small expert last for minutes."""
-_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns",
-          "link_latency_ns")  # fmt: skip
-_RATES = ("memory_gb_per_s", "tflops", "link_gb_per_s", "pageable_gb_per_s", "memory_efficiency",
-          "compute_efficiency")  # fmt: skip
+_COSTS = (
+    "launch_host_ns",
+    "launch_latency_ns",
+    "issue_copy_ns",
+    "gate_sync_ns",
+    "token_sync_ns",
+    "decide_ns",
+    "link_latency_ns",
+)
+_RATES = ("memory_gb_per_s", "tflops", "link_gb_per_s", "pageable_gb_per_s", "memory_efficiency", "compute_efficiency")
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,15 @@ class Settings:
             scale = 1 if machine == "cuda" else CPU_SCALE
         if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 1024:
             raise ValueError(f"scale={scale!r} must be a whole number from 1 to 1024, or null")
-        return cls(machine, _gigabytes("host_memory_gb", cfg["host_memory_gb"]), cfg["verify"], cfg["log"],
-                   None if fault is None else (fault, at), scale, _throttle(cfg, machine, scale))  # fmt: skip
+        return cls(
+            machine,
+            _gigabytes("host_memory_gb", cfg["host_memory_gb"]),
+            cfg["verify"],
+            cfg["log"],
+            None if fault is None else (fault, at),
+            scale,
+            _throttle(cfg, machine, scale),
+        )
 
     def device(self) -> Device:
         """The device that these settings ask for."""

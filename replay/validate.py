@@ -33,8 +33,9 @@ def numbers(flag: str, text: str, kind: type[float] | type[int]) -> list[float]:
     try:
         return [kind(one) for one in text.split(",")]
     except ValueError:
-        raise ValueError(f"{flag}={text!r} must be {'whole ' if kind is int else ''}numbers, with commas between "
-                         "them") from None  # fmt: skip
+        raise ValueError(
+            f"{flag}={text!r} must be {'whole ' if kind is int else ''}numbers, with commas between them"
+        ) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,12 +47,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--policies", default=",".join(POLICIES))
     made.add_argument("--residency", default="0.25,0.5")
     made.add_argument("--batch-sizes", default="1,8")
-    made.add_argument("--stacks", help="default: on a GPU graph and found, and eager for lru and adaptive at 50 %%; on "
-                                       "a CPU eager and found")  # fmt: skip
+    made.add_argument(
+        "--stacks",
+        help="default: on a GPU graph and found, and eager for lru and adaptive at 50 %%; on a CPU eager and found",
+    )
     made.add_argument("--tokens", type=int, help="of each run (default: by the minutes)")
     made.add_argument("--repeat", type=int, default=3, help="replays of each case (default: 3); one judges nothing")
-    made.add_argument("--beside", action=argparse.BooleanOptionalAction,
-                      help="measure the host's costs anew beside each replay (default: on a GPU)")  # fmt: skip
+    made.add_argument(
+        "--beside",
+        action=argparse.BooleanOptionalAction,
+        help="measure the host's costs anew beside each replay (default: on a GPU)",
+    )
     made.add_argument("--trace", type=Path, help="a recorded trace (default: the generated one)")
     made.add_argument("--start", choices=STARTS, help="what the cache holds at first (default: as python -m sim)")
     made.add_argument("--minutes", type=float, default=8.0, help="it is done by then (default: 8)")
@@ -60,13 +66,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--throttle", type=float, metavar="GB/s", help="another pace for it, at the experts' scale")
     made.add_argument("--scale", type=int, help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)")
     made.add_argument("--host-memory-gb", type=float)
-    made.add_argument("--verify-executions", type=float,
-                      help="expert executions to check at least, in a sixth of the time at most (default: on a GPU "
-                           "1e6)")  # fmt: skip
+    made.add_argument(
+        "--verify-executions",
+        type=float,
+        help="expert executions to check at least, in a sixth of the time at most (default: on a GPU 1e6)",
+    )
     made.add_argument("--verify-tokens", type=int, default=1024)
     made.add_argument("--log-tokens", type=int, default=32, help="of each policy's lockstep log")
-    made.add_argument("--quick", action="store_true",
-                      help=f"a short calibration (so it is below {SHORT_MINUTES:.0f} minutes)")  # fmt: skip
+    made.add_argument(
+        "--quick", action="store_true", help=f"a short calibration (so it is below {SHORT_MINUTES:.0f} minutes)"
+    )
     made.add_argument("--out", type=Path, help="default: results/validation-NAME")
     add_config_dir(made)
     return made

@@ -109,9 +109,11 @@ def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
 def main(words: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m sim.collect", description=__doc__,
+        prog="python -m sim.collect",
+        description=__doc__,
         epilog="example: python -m sim -m +hardware=a100 +policy=lru,adaptive residency=0.25,0.5 hydra.sweep.dir=sweep "
-               "compare=none && python -m sim.collect sweep")  # fmt: skip
+        "compare=none && python -m sim.collect sweep",
+    )
     parser.add_argument("folder", type=Path, help="the folder of a sweep (hydra.sweep.dir) or of several")
     parser.add_argument("--name", default="table", help="file name without suffix (default: table)")
     parser.add_argument("--beside", action="store_true", help="also a row for each run beside one (compare=full)")

@@ -115,9 +115,7 @@ def _streams(
     else:
         if scope != "layer" or len(capacity) != num_layers:
             raise ValueError(f"a list needs scope 'layer' and {num_layers} entries, got {capacity}")
-        streams = [
-            (room, [keys for layer, keys in keyed if layer == wanted]) for wanted, room in enumerate(capacity)
-        ]
+        streams = [(room, [keys for layer, keys in keyed if layer == wanted]) for wanted, room in enumerate(capacity)]
     if any(room < 1 for room, _ in streams):
         raise ValueError(f"every cache needs a capacity of at least 1, got {capacity}")
     return streams

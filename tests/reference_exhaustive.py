@@ -96,7 +96,11 @@ class Problem(NamedTuple):
 
 
 def _problem(
-    events: Iterable[Event], attention: Sequence[int], kernel: Sequence[int], load: int, slots: int,
+    events: Iterable[Event],
+    attention: Sequence[int],
+    kernel: Sequence[int],
+    load: int,
+    slots: int,
     group: Sequence[int],
 ) -> Problem:
     """The instance with its values checked."""
@@ -236,7 +240,11 @@ def min_loads(events: Iterable[Event], slots: int) -> int:
 
 
 def floor_bound(
-    events: Iterable[Event], attention: Sequence[int], kernel: Sequence[int], load: int, slots: int,
+    events: Iterable[Event],
+    attention: Sequence[int],
+    kernel: Sequence[int],
+    load: int,
+    slots: int,
     group: Sequence[int] = (),
 ) -> int:
     """A time no schedule can beat: the largest over prefixes 1..i of loads + one kernel + compute after i.

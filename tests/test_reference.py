@@ -141,9 +141,7 @@ def test_layers_share_a_global_cache_and_not_their_experts() -> None:
     assert count_hits(events, capacity=[1, 1], scope="layer", **arguments) == Counts(1, 2, 0)
 
 
-@pytest.mark.parametrize(
-    ("slots", "expected"), [(6, [2, 2, 2]), (7, [3, 2, 2]), (8, [3, 3, 2]), (2, [1, 1, 0])]
-)
+@pytest.mark.parametrize(("slots", "expected"), [(6, [2, 2, 2]), (7, [3, 2, 2]), (8, [3, 3, 2]), (2, [1, 1, 0])])
 def test_first_layers_get_the_slots_left_over(slots: int, expected: list[int]) -> None:
     assert per_layer_capacity(slots, 3) == expected
 
@@ -213,9 +211,7 @@ def test_belady_hits_most(events: list[Event], capacity: int) -> None:
 @given(streams, st.integers(1, 10))
 def test_more_capacity_never_hurts_lru(events: list[Event], capacity: int) -> None:
     accesses = [layer * NUM_EXPERTS + expert for layer, experts in events for expert in experts]
-    assert (
-        count_hits_per_access(accesses, capacity).hits <= count_hits_per_access(accesses, capacity + 1).hits
-    )
+    assert count_hits_per_access(accesses, capacity).hits <= count_hits_per_access(accesses, capacity + 1).hits
     assert one_cache(events, capacity, "lru").hits <= one_cache(events, capacity + 1, "lru").hits
 
 
@@ -292,9 +288,7 @@ def random_instance(seed: int) -> Instance:
 def serial_times(instance: Instance) -> list[int]:
     """Compute of each event of an instance."""
     events, attention, kernel, _, _ = instance
-    return [
-        start + each * len(demand) for (_, demand), start, each in zip(events, attention, kernel, strict=True)
-    ]
+    return [start + each * len(demand) for (_, demand), start, each in zip(events, attention, kernel, strict=True)]
 
 
 @pytest.mark.parametrize(("load", "expected"), [(4, 7), (5, 7), (6, 8)])

@@ -175,12 +175,14 @@ class Batches:
         requests = tuple(request.index for request in active)
         kv_lens = tuple(request.kv_len for request in active)
         if len(taken) == 1:
-            return Forward(index, DECODE, rows, requests, kv_lens, taken[0], taken[0], None, started, ended, True,
-                           self._recorded)  # fmt: skip
+            return Forward(
+                index, DECODE, rows, requests, kv_lens, taken[0], taken[0], None, started, ended, True, self._recorded
+            )
         demands, counts = self._union(taken)
         order = self._by_weight(demands, taken, rows)
-        return Forward(index, DECODE, rows, requests, kv_lens, demands, order, counts, started, ended, True,
-                       self._recorded)  # fmt: skip
+        return Forward(
+            index, DECODE, rows, requests, kv_lens, demands, order, counts, started, ended, True, self._recorded
+        )
 
     def _prefill(self, index: int, request: _Request, started: tuple[int, ...]) -> Forward:
         first = request.next
@@ -192,8 +194,20 @@ class Batches:
         demands, counts = self._union(taken)
         order = self._by_weight(demands, taken, rows)
         kv_lens = tuple(request.context + row - request.start + 1 for row in rows)
-        return Forward(index, PREFILL, rows, (request.index,), kv_lens, demands, order, counts, started, ended, done,
-                       self._recorded)  # fmt: skip
+        return Forward(
+            index,
+            PREFILL,
+            rows,
+            (request.index,),
+            kv_lens,
+            demands,
+            order,
+            counts,
+            started,
+            ended,
+            done,
+            self._recorded,
+        )
 
     def _union(self, taken: list[list[list[int]]]) -> tuple[list[list[int]], list[dict[int, int]]]:
         """Per layer: each key once, at its last occurrence in row then column order, and its token count."""

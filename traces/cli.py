@@ -103,9 +103,12 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
     def add(name: str, about: str, examples: str) -> argparse.ArgumentParser:
         return commands.add_parser(
-            name, help=about, description=about[0].upper() + about[1:] + ".", epilog=examples,
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
 
     validate = add("validate", "check trace files: each PATH is a file or a quoted glob", EXAMPLES["validate"])
     validate.add_argument("paths", nargs="+", metavar="PATH")

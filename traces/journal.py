@@ -49,10 +49,15 @@ class Journal:
         if not known:
             raise fault(self.path, "journal", "is of another release", "recover with the release that recorded")
         if not (
-            isinstance(self.header, dict) and isinstance(self.facts, dict) and self.facts.keys() == {*FACTS}
-            and isinstance(self.variant, str) and type(self.num_requests) is int and type(self.num_tokens) is int
-            and type(self.facts["num_experts"]) is int and not self.header.keys() & TAKEN
-        ):  # fmt: skip
+            isinstance(self.header, dict)
+            and isinstance(self.facts, dict)
+            and self.facts.keys() == {*FACTS}
+            and isinstance(self.variant, str)
+            and type(self.num_requests) is int
+            and type(self.num_tokens) is int
+            and type(self.facts["num_experts"]) is int
+            and not self.header.keys() & TAKEN
+        ):
             raise self._spoiled("is no journal")
         if self.num_requests < 1:
             raise fault(folder, "recording", "holds no whole request", "delete the folder and record again")

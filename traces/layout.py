@@ -71,8 +71,14 @@ def check_layout(path: Path, header: Mapping[str, str], arrays: Mapping[str, Arr
     """Header and shapes against each other; the sizes on success, TraceError on the first fault."""
     _check_format(path, header, arrays)
     sizes = _read_sizes(path, header)
-    dims = {"T": sizes.num_tokens, "L": sizes.num_layers, "K": sizes.top_k, "E": sizes.num_experts,
-            "R": sizes.num_requests, "R+1": sizes.num_requests + 1}  # fmt: skip
+    dims = {
+        "T": sizes.num_tokens,
+        "L": sizes.num_layers,
+        "K": sizes.top_k,
+        "E": sizes.num_experts,
+        "R": sizes.num_requests,
+        "R+1": sizes.num_requests + 1,
+    }
     for name, spec in ARRAYS.items():
         if name in arrays:
             _check_array(path, name, spec, arrays[name], dims)

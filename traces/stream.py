@@ -61,9 +61,12 @@ class TraceWriter:
         self.variant = ""
         self.num_requests = self.num_tokens = 0
         self._facts: dict[str, Any] = {
-            "model": model, "num_experts": int(num_experts), "source": source, "license": license,
+            "model": model,
+            "num_experts": int(num_experts),
+            "source": source,
+            "license": license,
             "moe_layer_ids": None if moe_layer_ids is None else [int(layer) for layer in moe_layer_ids],
-        }  # fmt: skip
+        }
         self._columns: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._files: dict[str, Any] = {}
         self._has_labels: bool | None = None
@@ -226,10 +229,15 @@ class TraceWriter:
 
     def _write_journal(self, num_requests: int, num_tokens: int) -> None:
         journal = {
-            "version": JOURNAL_VERSION, "num_requests": num_requests, "num_tokens": num_tokens, "facts": self._facts,
-            "header": self.header, "variant": self.variant, "has_labels": bool(self._has_labels),
+            "version": JOURNAL_VERSION,
+            "num_requests": num_requests,
+            "num_tokens": num_tokens,
+            "facts": self._facts,
+            "header": self.header,
+            "variant": self.variant,
+            "has_labels": bool(self._has_labels),
             "columns": {name: [DTYPE_NAMES[dtype], list(row)] for name, (dtype, row) in self._columns.items()},
-        }  # fmt: skip
+        }
         unfinished = self._folder / f"{JOURNAL}.tmp"
         unfinished.write_text(json.dumps(journal), encoding="utf-8")
         os.replace(unfinished, self._folder / JOURNAL)
@@ -269,7 +277,9 @@ def _unwritable(path: Path, error: OSError) -> TraceError:
 def _difference(columns: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     for name in sorted({*columns, *first}):
         if columns.get(name) != first.get(name):
-            shown = [("absent" if item is None else f"{item[0]} {list(item[1])}")
-                     for item in (columns.get(name), first.get(name))]  # fmt: skip
+            shown = [
+                ("absent" if item is None else f"{item[0]} {list(item[1])}")
+                for item in (columns.get(name), first.get(name))
+            ]
             return f"{name} is {shown[0]}, in the first request it was {shown[1]}"
     return "some requests have a label and some have none"

@@ -55,11 +55,14 @@ class AdaptiveHorizon(Horizon):
         if dist_exponent < 0:
             raise ValueError(f"AdaptiveHorizon dist_exponent={dist_exponent} must be 0 (off) or more")
         if formula_jump < 1 or cooldown_forwards < 0:
-            raise ValueError(f"AdaptiveHorizon formula_jump={formula_jump} must be at least 1, "
-                             f"cooldown_forwards={cooldown_forwards} at least 0")  # fmt: skip
+            raise ValueError(
+                f"AdaptiveHorizon formula_jump={formula_jump} must be at least 1, "
+                f"cooldown_forwards={cooldown_forwards} at least 0"
+            )
         if worth < 0 or retry_forwards < 1:
-            raise ValueError(f"AdaptiveHorizon worth={worth} must be 0 (off) or more, "
-                             f"retry_forwards={retry_forwards} at least 1")  # fmt: skip
+            raise ValueError(
+                f"AdaptiveHorizon worth={worth} must be 0 (off) or more, retry_forwards={retry_forwards} at least 1"
+            )
         if count not in ("any", "late"):
             raise ValueError(f"AdaptiveHorizon count={count!r} is unknown; choose any or late")
         self.max_distance = max_distance

@@ -37,8 +37,9 @@ class ForestPredictor(Predictor):
     fitted_kind: ClassVar[str] = "forest"
     effort: Effort = Effort(1.0, 0.4)
 
-    def __init__(self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, cache_size: int = 4096,
-                 refreshes: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, cache_size: int = 4096, refreshes: bool = False
+    ) -> None:
         if cache_size < 0:
             raise ValueError(f"ForestPredictor cache_size={cache_size} must be 0 (no cache) or more")
         self.fitted = fitted
@@ -90,8 +91,9 @@ class ForestPredictor(Predictor):
         assert forest is not None
         assert evaluate is not None
         target %= self.L
-        evaluate(forest.nodes, forest.roots[target], forest.leaves, forest.tables[distance - 1, target], vector,
-                 self.scores)  # fmt: skip
+        evaluate(
+            forest.nodes, forest.roots[target], forest.leaves, forest.tables[distance - 1, target], vector, self.scores
+        )
         return self.ranking.rank(self.scores, target * self.E, self.E)
 
     def _pregate_alone(self, chance: Chances | None, target: int) -> Prediction | None:

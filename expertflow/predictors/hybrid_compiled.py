@@ -24,7 +24,7 @@ from expertflow.network import (
     Ints,
     Memory,
     rates_of,
-)  # fmt: skip
+)
 from expertflow.parts import Prediction, Step, Worths
 
 Odds = npt.NDArray[np.int16]
@@ -68,9 +68,11 @@ class CompiledNetwork:
             np.zeros((1, 1, 1), np.int32) if net.pregate is None else net.pregate.astype(np.int32),
         )
         self.forecast = (
-            net.forecast.astype(np.int8), net.forecast_scale.astype(np.int64), net.forecast_bias.astype(np.int64),
+            net.forecast.astype(np.int8),
+            net.forecast_scale.astype(np.int64),
+            net.forecast_bias.astype(np.int64),
             net.forecast_own.astype(np.int64),
-        )  # fmt: skip
+        )
         self.rates = (rates_of(SHIFTS, 1), rates_of(OWN_SHIFTS, 1))
         self.scales = PREGATE_ODDS.astype(np.int32), CHANCES.astype(np.int32)
         self.no_pregate = np.zeros((0, net.E), np.float32)
@@ -99,13 +101,24 @@ class CompiledNetwork:
     def learn(self, keys: Sequence[int], layer: int, sums: Ints, used: Floats) -> None:
         """The experts of one token at one layer, best first, have become known."""
         self.keys[:] = keys
-        self.functions.learn(self.tables, self.rank_weights, self.keys, self.places[layer + 1], sums, used,
-                             self.table_bits, self.hidden)  # fmt: skip
+        self.functions.learn(
+            self.tables, self.rank_weights, self.keys, self.places[layer + 1], sums, used, self.table_bits, self.hidden
+        )
 
     def close(self, memory: Memory, used: Floats, sums: Ints, features: Floats) -> None:
         """A forward has ended; memory and features are brought up to date in place, which nobody else holds."""
-        self.functions.close(memory.states, memory.use.reshape(NUM_OWN - 1, -1), used, sums, *self.rates, LOGS,
-                             self.place[0], self.table_bits, features.reshape(NUM_OWN, -1), self.hidden)  # fmt: skip
+        self.functions.close(
+            memory.states,
+            memory.use.reshape(NUM_OWN - 1, -1),
+            used,
+            sums,
+            *self.rates,
+            LOGS,
+            self.place[0],
+            self.table_bits,
+            features.reshape(NUM_OWN, -1),
+            self.hidden,
+        )
         memory.shares = used.reshape(self.net.L, self.net.E)
 
     def outlook(self, features: Floats) -> Ints:
@@ -127,8 +140,18 @@ class CompiledNetwork:
         """
         ranked = self.ranked[: len(chance)]
         told = pregate if pregate is not None else self.no_pregate
-        found = self.functions.look(self.hidden, *self.weights, features, told, *self.scales, (layer + 1) % self.net.L,
-                                    seen, pregate is not None, chance, ranked)  # fmt: skip
+        found = self.functions.look(
+            self.hidden,
+            *self.weights,
+            features,
+            told,
+            *self.scales,
+            (layer + 1) % self.net.L,
+            seen,
+            pregate is not None,
+            chance,
+            ranked,
+        )
         made: list[Prediction | None] = [
             Prediction(keys, scores, chance[row])
             for row, (keys, scores) in enumerate(ranked[:found, :, : self.num_kept].tolist())
@@ -161,9 +184,25 @@ class CompiledNetwork:
             new[:] = keys
         told = pregate if pregate is not None else self.no_pregate
         num_wants, num_found, num_selected, overfetched = self.functions.decide(
-            self.tables, self.rank_weights, new, self.places[layer + 1], sums, used, self.table_bits, self.hidden,
-            *self.weights, features, told, *self.scales, (layer + 1) % self.net.L, reach, pregate is not None,
-            self.num_kept, *self.decided_by, self.wants)  # fmt: skip
+            self.tables,
+            self.rank_weights,
+            new,
+            self.places[layer + 1],
+            sums,
+            used,
+            self.table_bits,
+            self.hidden,
+            *self.weights,
+            features,
+            told,
+            *self.scales,
+            (layer + 1) % self.net.L,
+            reach,
+            pregate is not None,
+            self.num_kept,
+            *self.decided_by,
+            self.wants,
+        )
         wants = self.one_want[:num_wants].tolist() if num_wants else []
         return wants, num_selected, num_found, bool(overfetched)
 
@@ -184,9 +223,15 @@ class CompiledBlock:
         self.network = network
         net = self.net = network.net
         self.fixed = (
-            network.tables, network.rank_weights, network.place, network.table_bits, net.prior,
-            net.frequency.reshape(-1), *network.rates, LOGS,
-        )  # fmt: skip
+            network.tables,
+            network.rank_weights,
+            network.place,
+            network.table_bits,
+            net.prior,
+            net.frequency.reshape(-1),
+            *network.rates,
+            LOGS,
+        )
         self.reach: list[int] = []
         """Distances 1 … reach are scored, by group."""
         self._make_room(0)

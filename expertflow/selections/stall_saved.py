@@ -31,8 +31,9 @@ class StallSaved(Selection):
 
     at_once: ClassVar[bool] = True
 
-    def __init__(self, price: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0,
-                 memory: float = 0.9) -> None:  # fmt: skip
+    def __init__(
+        self, price: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0, memory: float = 0.9
+    ) -> None:
         if price < 0:
             raise ValueError(f"StallSaved price={price} must be at least 0")
         if not isinstance(queue, int) or not 0 <= queue <= 64:

@@ -23,13 +23,28 @@ SEED = 1
 """Seed of the generated trace that is replayed in place. Results are published on another trace."""
 
 
-def in_place_workload(model: ModelSpec, hardware: str, policy: str, num_tokens: int, batch_size: int,
-                      stack: str = "found", residency: float = 0.5,
-                      start: str | None = None) -> tuple[dict[str, Any], Workload]:  # fmt: skip
+def in_place_workload(
+    model: ModelSpec,
+    hardware: str,
+    policy: str,
+    num_tokens: int,
+    batch_size: int,
+    stack: str = "found",
+    residency: float = 0.5,
+    start: str | None = None,
+) -> tuple[dict[str, Any], Workload]:
     """A short generated trace of the model's shape. start: what the cache holds at first (None: as configured)."""
-    overrides = [f"+hardware={hardware}", f"+policy={policy}", f"trace.seed={SEED}", f"stack={stack}", "compare=none",
-                 f"batch_size={batch_size}", f"trace.num_tokens={num_tokens}", f"residency={residency}",
-                 f"trace.num_requests={batch_size}"]  # fmt: skip
+    overrides = [
+        f"+hardware={hardware}",
+        f"+policy={policy}",
+        f"trace.seed={SEED}",
+        f"stack={stack}",
+        "compare=none",
+        f"batch_size={batch_size}",
+        f"trace.num_tokens={num_tokens}",
+        f"residency={residency}",
+        f"trace.num_requests={batch_size}",
+    ]
     cfg = configure(overrides if start is None else [*overrides, f"start={start}"])
     return cfg, make_workload(cfg, surrogate_trace(make_trace(cfg["trace"]), model))
 
@@ -45,14 +60,16 @@ class InPlace:
         self._rig: Rig | None = None
         self._workloads: dict[tuple[Any, ...], tuple[dict[str, Any], Workload]] = {}
 
-    def run(self, policy_name: str, stack: str, batch_size: int = 1, residency: float = 0.5,
-            start: str | None = None) -> HostRun:  # fmt: skip
+    def run(
+        self, policy_name: str, stack: str, batch_size: int = 1, residency: float = 0.5, start: str | None = None
+    ) -> HostRun:
         """(ms a forward, samples by kind) of one replay."""
         num_tokens = self.num_tokens if batch_size == 1 else self.num_tokens * batch_size // 2
         key = policy_name, stack, batch_size, residency, start
         if key not in self._workloads:
-            self._workloads[key] = in_place_workload(self.model, "a100", policy_name, num_tokens, batch_size, stack,
-                                                     residency, start)  # fmt: skip
+            self._workloads[key] = in_place_workload(
+                self.model, "a100", policy_name, num_tokens, batch_size, stack, residency, start
+            )
         cfg, full = self._workloads[key]
         work = scaled_workload(full, self.scale)
         policy, transfer = make_policy(cfg["policy"], full, 0)

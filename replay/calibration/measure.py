@@ -108,13 +108,15 @@ def link_curves(device: Device, scale: int, budget_s: float) -> list[dict[str, A
     for size in sizes:
         if rows and (time.perf_counter() - started) + rows[-1]["in_a_row_ns"] * 2e-9 * 9 * _SERIES > budget_s:
             break
-        rows.append({
-            "bytes": size,
-            "in_a_row_ns": pinned.in_a_row_ns(size, _SERIES, 5),
-            "alone_ns": pinned.alone_ns(size, 7),
-            # The call itself copies, into pinned memory of the driver's.
-            "pageable_ns": pageable.alone_ns(size, 3, with_call=True),
-        })  # fmt: skip
+        rows.append(
+            {
+                "bytes": size,
+                "in_a_row_ns": pinned.in_a_row_ns(size, _SERIES, 5),
+                "alone_ns": pinned.alone_ns(size, 7),
+                # The call itself copies, into pinned memory of the driver's.
+                "pageable_ns": pageable.alone_ns(size, 3, with_call=True),
+            }
+        )
     return rows
 
 
@@ -149,9 +151,11 @@ def copy_beside(device: Device, programs: Sequence[Program], num_bytes: int) -> 
         device.synchronize()
     found = {"bytes": num_bytes, "idle_ns": idle_ns, "busy_ns": statistics.median(busy)}
     if found["busy_ns"] > MOST_SLOWDOWN * idle_ns:
-        raise MeasurementError(f"a copy of {num_bytes} bytes took {idle_ns:.0f} ns alone and {found['busy_ns']:.0f} "
-                               "beside kernels: something else uses this machine; calibrate again when it is "
-                               "idle")  # fmt: skip
+        raise MeasurementError(
+            f"a copy of {num_bytes} bytes took {idle_ns:.0f} ns alone and {found['busy_ns']:.0f} "
+            "beside kernels: something else uses this machine; calibrate again when it is "
+            "idle"
+        )
     return found
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 
 _LANE_GB_PER_S = {
-    1: 2.5 * 8 / 10 / 8, 2: 5 * 8 / 10 / 8, 3: 8 * 128 / 130 / 8, 4: 16 * 128 / 130 / 8, 5: 32 * 128 / 130 / 8,
+    1: 2.5 * 8 / 10 / 8,
+    2: 5 * 8 / 10 / 8,
+    3: 8 * 128 / 130 / 8,
+    4: 16 * 128 / 130 / 8,
+    5: 32 * 128 / 130 / 8,
     6: 64 * 242 / 256 / 8,
-}  # fmt: skip
+}
 """By PCIe generation: 1e9 transfers a second of one lane, times the share that its coding leaves, in bytes."""
 _QUERY = ("nvidia-smi", "--query-gpu=name,pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader,nounits")
 _C2C_GB_PER_S = 450.0

@@ -202,8 +202,11 @@ def own_costs() -> dict[str, float]:
         probe.wait((LOAD, number, False))
         probe.experts(0, keys, None, False)
         probe.wait((TOKEN, probe.head(), False))
-    return {name: statistics.median(values) for name, values in probe.samples.items()
-            if name not in ("lone_copy",) and not name.startswith(("run ", "from "))}  # fmt: skip
+    return {
+        name: statistics.median(values)
+        for name, values in probe.samples.items()
+        if name not in ("lone_copy",) and not name.startswith(("run ", "from "))
+    }
 
 
 def without_own_costs(samples: Mapping[str, list[float]]) -> dict[str, list[float]]:

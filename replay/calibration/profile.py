@@ -57,11 +57,15 @@ def link_fit(rows: Sequence[Mapping[str, Any]], peak_gb_per_s: float | None) -> 
         curve = [[row["bytes"], round(row["bytes"] / (row["in_a_row_ns"] - latency), 6)] for row in rows]
         rate = max(gb_per_s for _, gb_per_s in curve)
     if math.isinf(rate):
-        raise MeasurementError("copies seem to take no longer for more bytes: they were not timed back to back; "
-                               "calibrate again when the machine is idle")  # fmt: skip
+        raise MeasurementError(
+            "copies seem to take no longer for more bytes: they were not timed back to back; "
+            "calibrate again when the machine is idle"
+        )
     if peak_gb_per_s is not None and rate > peak_gb_per_s:
-        raise MeasurementError(f"copies seem to run at {rate:.4g} GB/s on a link of {peak_gb_per_s:.4g} at most: they "
-                               "were not timed back to back; calibrate again when the machine is idle")  # fmt: skip
+        raise MeasurementError(
+            f"copies seem to run at {rate:.4g} GB/s on a link of {peak_gb_per_s:.4g} at most: they "
+            "were not timed back to back; calibrate again when the machine is idle"
+        )
     return round(latency), curve
 
 
@@ -103,8 +107,10 @@ def _count(name: str) -> int:
 
 def summary(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     """Mean, count and spread of each kind of sample, as it goes into the record."""
-    return {name: {"mean": steady_mean(values), "count": len(values), **_spread(values)}
-            for name, values in sorted(samples.items())}  # fmt: skip
+    return {
+        name: {"mean": steady_mean(values), "count": len(values), **_spread(values)}
+        for name, values in sorted(samples.items())
+    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -152,12 +158,15 @@ def _link_figures(raw: Mapping[str, Any]) -> dict[str, Any]:
     row = min(raw["link"], key=lambda row: abs(row["bytes"] - chunk))
     pageable = row["bytes"] / row["pageable_ns"]
     if peak is not None and pageable > peak:
-        raise MeasurementError(f"pageable copies seem to run at {pageable:.4g} GB/s on a link of {peak:.4g} at most; "
-                               "calibrate again when the machine is idle")  # fmt: skip
+        raise MeasurementError(
+            f"pageable copies seem to run at {pageable:.4g} GB/s on a link of {peak:.4g} at most; "
+            "calibrate again when the machine is idle"
+        )
     slowdown = max(1.0, (expert["busy_ns"] - latency) / max(expert["idle_ns"] - latency, 1.0))
     if slowdown > MOST_SLOWDOWN:
-        raise MeasurementError(f"link_slowdown={slowdown:.4g}: no kernel slows a copy so; calibrate again when the "
-                               "machine is idle")  # fmt: skip
+        raise MeasurementError(
+            f"link_slowdown={slowdown:.4g}: no kernel slows a copy so; calibrate again when the machine is idle"
+        )
     return {
         "link_gb_per_s": curve,
         "link_latency_ns": latency,
@@ -196,10 +205,16 @@ def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]])
     Meant for a machine whose streams are threads beside the host's thread, where all wait for one interpreter. How much
     longer a kernel takes is measured at a few numbers of rows and applied to all of them.
     """
-    points = [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
-              if name.startswith("run experts[") and row["count"] >= 8]  # fmt: skip
-    points += [(row["count"], _count(name), row["mean"]) for name, row in samples.items()
-               if name.startswith("run experts_shared[") and "shared" not in table and row["count"] >= 8]  # fmt: skip
+    points = [
+        (row["count"], _count(name), row["mean"])
+        for name, row in samples.items()
+        if name.startswith("run experts[") and row["count"] >= 8
+    ]
+    points += [
+        (row["count"], _count(name), row["mean"])
+        for name, row in samples.items()
+        if name.startswith("run experts_shared[") and "shared" not in table and row["count"] >= 8
+    ]
     launch, more = _line(points)
     shares = {"expert": more / table["expert"][0][1]}
     rows = round(samples["rows"]["mean"]) if "rows" in samples else 1
@@ -241,8 +256,9 @@ def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, sta
     plain_hardware, plain_stack = profiles(raw, name)
     hardware, found = hardware_from_dict(plain_hardware), stack_from_dict(plain_stack)
     if model not in raw["kernels"]:
-        raise ValueError(f"model {model} is not in the calibration, which has: {', '.join(raw['kernels'])}; calibrate "
-                         "with --models")  # fmt: skip
+        raise ValueError(
+            f"model {model} is not in the calibration, which has: {', '.join(raw['kernels'])}; calibrate with --models"
+        )
     costs, table = _costs(raw, model, stack.name, policy)
     hardware = replace(hardware, kernel_ns=hardware_from_dict(plain_hardware | {"kernel_ns": {model: table}}).kernel_ns)
     known = {field.name for field in fields(Hardware)}

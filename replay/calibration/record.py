@@ -68,8 +68,16 @@ def scale_of(given: int | None, machine: str) -> int:
     return given or (1 if machine == "cuda" else CPU_SCALE)
 
 
-def calibrate(device: Device, models: Sequence[str], policies: Sequence[str], scale: int, *,
-              stacks: Sequence[str] = ("found",), quick: bool = False, say: Any = print) -> dict[str, Any]:  # fmt: skip
+def calibrate(
+    device: Device,
+    models: Sequence[str],
+    policies: Sequence[str],
+    scale: int,
+    *,
+    stacks: Sequence[str] = ("found",),
+    quick: bool = False,
+    say: Any = print,
+) -> dict[str, Any]:
     """The raw record of a calibration; say: told of the progress. stacks: under which the host is measured."""
     started = time.perf_counter()
 
@@ -181,8 +189,11 @@ def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
     # What no simulation would take is not written.
     hardware_from_dict(hardware)
     stack_from_dict(stack)
-    paths = [folder / "hardware" / f"{name}.yaml", folder / "stack" / f"{name}.yaml",
-             folder / "hardware" / f"{name}.calibration.json"]  # fmt: skip
+    paths = [
+        folder / "hardware" / f"{name}.yaml",
+        folder / "stack" / f"{name}.yaml",
+        folder / "hardware" / f"{name}.calibration.json",
+    ]
     for path in paths[:2]:
         path.parent.mkdir(parents=True, exist_ok=True)
     head = f"# Measured by python -m replay.calibrate on {raw['date']}; the raw record: {paths[2].name}\n"
@@ -201,11 +212,14 @@ def load_record(path: Path, scale: int) -> dict[str, Any]:
     if not isinstance(raw, dict) or raw.get("format") != "expertflow-calibration":
         raise ValueError(f"{path} is no calibration record; {_RECORD_REMEDY}")
     if raw.get("version") != RECORD_VERSION:
-        raise ValueError(f"{path} is a record of version {raw.get('version', 1)}, this program writes "
-                         f"{RECORD_VERSION}; {_RECORD_REMEDY}")  # fmt: skip
+        raise ValueError(
+            f"{path} is a record of version {raw.get('version', 1)}, this program writes "
+            f"{RECORD_VERSION}; {_RECORD_REMEDY}"
+        )
     if raw.get("scale") != scale:
-        raise ValueError(f"{path} was measured at scale {raw.get('scale')}, this run has {scale}; calibrate at that "
-                         "scale")  # fmt: skip
+        raise ValueError(
+            f"{path} was measured at scale {raw.get('scale')}, this run has {scale}; calibrate at that scale"
+        )
     try:
         hardware, stack = profiles(raw, "record")
         hardware_from_dict(hardware)
@@ -215,6 +229,5 @@ def load_record(path: Path, scale: int) -> dict[str, Any]:
             raise KeyError(missing[0])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, StopIteration) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise ValueError(f"{path} is damaged, or of another version of this program: {what}; calibrate "
-                         "again") from None  # fmt: skip
+        raise ValueError(f"{path} is damaged, or of another version of this program: {what}; calibrate again") from None
     return raw

@@ -38,8 +38,11 @@ def surrogate_trace(trace: Trace, model: ModelSpec) -> Trace:
     arrays = {"experts": experts, "request_start": trace.request_start, "prompt_len": trace.prompt_len}
     if trace.context_len is not None:
         arrays["context_len"] = trace.context_len
-    return GeneratedTrace([Path(f"{trace.name}-as-{model.name}.trace")],
-                          header | {key: str(value) for key, value in shape.items()}, arrays)  # fmt: skip
+    return GeneratedTrace(
+        [Path(f"{trace.name}-as-{model.name}.trace")],
+        header | {key: str(value) for key, value in shape.items()},
+        arrays,
+    )
 
 
 def _fill(ids: npt.NDArray[np.int64], count: int, size: int) -> npt.NDArray[np.int64]:

@@ -129,8 +129,9 @@ def group_table(bench: KernelBench, tokens: Sequence[int]) -> list[list[int]]:
     return [[num, count, round(bench.ns(bench.experts(num, count)))] for num in sizes for count in each]
 
 
-def kernel_tables(rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int,
-                  chunk_bytes: int) -> tuple[dict[str, Any], float]:  # fmt: skip
+def kernel_tables(
+    rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int, chunk_bytes: int
+) -> tuple[dict[str, Any], float]:
     """Kernel times of the rig's model by number of tokens, in the form of `hardware.kernel_ns`, and what a launch takes
     by itself on the stream: the tables are without it. Captured programs have no such launch: theirs is in the table.
 
@@ -192,5 +193,7 @@ def _slowdowns(bench: KernelBench, layers: Sequence[int], chunk_bytes: int) -> d
         "experts_slowdown": bench.experts(min(bench.kernels.model.top_k, bench.rig.slots.num_slots), 1),
         "head_slowdown": bench.head(1),
     }
-    return {name: round(max(1.0, bench.beside_ns(programs, chunk_bytes) / bench.ns(programs)), 4)
-            for name, programs in kinds.items()}  # fmt: skip
+    return {
+        name: round(max(1.0, bench.beside_ns(programs, chunk_bytes) / bench.ns(programs)), 4)
+        for name, programs in kinds.items()
+    }

@@ -79,8 +79,10 @@ def check_log(reader: LogReader, work: Workload, policy: Policy) -> LockstepResu
         )
     for name in ("num_layers", "num_experts"):
         if getattr(work.model, name) != getattr(header.run, name):
-            raise ValueError(f"{reader.path}: the log has {name}={getattr(header.run, name)}, the model "
-                             f"{work.model.name} {getattr(work.model, name)}; give the model of the run")  # fmt: skip
+            raise ValueError(
+                f"{reader.path}: the log has {name}={getattr(header.run, name)}, the model "
+                f"{work.model.name} {getattr(work.model, name)}; give the model of the run"
+            )
     forwards = iter(work.batches)
     machine = _LoggedMachine(iter(reader), header.run.num_experts)
     loop = Runtime(header.run, machine, policy, forwards).run()
@@ -156,8 +158,9 @@ class _LoggedMachine:
         if type(logged) is not type(now) or logged != now:
             same_kind = type(logged) is type(now)
             other = logged if same_kind and not isinstance(logged, LoggedForward) else None
-            raise self.differs(tell(logged, self.num_experts, now if same_kind else None),
-                               tell(now, self.num_experts, other))  # fmt: skip
+            raise self.differs(
+                tell(logged, self.num_experts, now if same_kind else None), tell(now, self.num_experts, other)
+            )
         self._place += 1
         self.num_decisions += 1
         return now
@@ -250,4 +253,3 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0 if result.difference is None else 1
 
     return run_cli(run, "the log was not checked to its end")
-

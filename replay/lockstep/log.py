@@ -85,13 +85,19 @@ class LogWriter:
         self.values_per_group = values_per_group
         self._partial = self.path.with_name(f".{self.path.name}.tmp")
         self._crc = zlib.crc32(text)
-        schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in TYPES.items()],
-                           metadata={FORMAT: text})  # fmt: skip
+        schema = pa.schema(
+            [pa.field(name, kind, nullable=False) for name, kind in TYPES.items()], metadata={FORMAT: text}
+        )
         plain = {f"{name}.list.element": "PLAIN" for name in STREAMS if name not in DIFFERENCED and name != "op"}
         differenced = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in DIFFERENCED}
         self._writer: pq.ParquetWriter | None = pq.ParquetWriter(
-            self._partial, schema, compression="zstd", use_dictionary=["op.list.element"], write_statistics=False,
-            column_encoding=differenced | plain)  # fmt: skip
+            self._partial,
+            schema,
+            compression="zstd",
+            use_dictionary=["op.list.element"],
+            write_statistics=False,
+            column_encoding=differenced | plain,
+        )
         close_at_end(self)
 
     def write(self, buffer: _Buffer) -> None:
@@ -100,8 +106,9 @@ class LogWriter:
             return
         if self._writer is None:
             raise AssertionError(f"{self.path} is closed")
-        values = {name: np.array(stream, dtype="u1" if name == "op" else "<i8")
-                  for name, stream in buffer.streams.items()}  # fmt: skip
+        values = {
+            name: np.array(stream, dtype="u1" if name == "op" else "<i8") for name, stream in buffer.streams.items()
+        }
         bounds = {name: [*starts, len(values[name])] for name, starts in buffer.starts.items()}
         crcs = []
         for row, forward in enumerate(buffer.forwards):
@@ -154,8 +161,18 @@ class LoggingMachine:
         self.writer = writer
         self._buffer = buffer = _Buffer()
         # The op of a call is appended last: an interrupted call then leaves numbers without an op, see `trim`.
-        self._op, self._layer, self._key, self._mark, self._load, self._slot, self._after, self._small, self._size, \
-            self._time = (buffer.streams[name].append for name in STREAMS)  # fmt: skip
+        (
+            self._op,
+            self._layer,
+            self._key,
+            self._mark,
+            self._load,
+            self._slot,
+            self._after,
+            self._small,
+            self._size,
+            self._time,
+        ) = (buffer.streams[name].append for name in STREAMS)
         self._keys = buffer.streams["key"].extend
         # Bound once: these are called thousands of times a second.
         self._run_attention, self._run_experts, self._run_head = machine.attention, machine.experts, machine.head

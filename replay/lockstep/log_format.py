@@ -46,9 +46,11 @@ _PACKAGES = ("expertflow", "numpy", "pyarrow")
 TYPES: dict[str, pa.DataType] = {
     "forward": pa.int64(),
     "crc": pa.int64(),
-    **{name: pa.list_(pa.field("element", pa.uint8() if name == "op" else pa.int64(), nullable=False))
-       for name in STREAMS},
-}  # fmt: skip
+    **{
+        name: pa.list_(pa.field("element", pa.uint8() if name == "op" else pa.int64(), nullable=False))
+        for name in STREAMS
+    },
+}
 
 
 class LogError(ValueError):
@@ -171,8 +173,13 @@ class LogHeader:
         if found != VERSION or isinstance(found, bool):
             raise ValueError(f"its version is {found!r:.40}, this reads {VERSION}")
         _same_names(given, [one.name for one in fields(cls)], "header")
-        for name, kind in (("world", str), ("config", dict), ("overrides", list), ("trace_sha256", str),
-                           ("versions", dict)):  # fmt: skip
+        for name, kind in (
+            ("world", str),
+            ("config", dict),
+            ("overrides", list),
+            ("trace_sha256", str),
+            ("versions", dict),
+        ):
             if not isinstance(given[name], kind):
                 raise ValueError(f"its header's {name} is no {kind.__name__}")
         if not all(isinstance(one, str) for one in (*given["overrides"], *given["versions"].values())):
@@ -189,15 +196,23 @@ def _run_config(given: Any) -> RunConfig:
     if not isinstance(given, dict):
         raise ValueError("its header's run is no dict")
     _same_names(given, [one.name for one in fields(RunConfig)], "run")
-    least = {"num_layers": 1, "num_experts": 1, "top_k": 1, "num_slots": 1, "channel_depth": 1, "num_staging": 0,
-             "warmup_forwards": 0}  # fmt: skip
+    least = {
+        "num_layers": 1,
+        "num_experts": 1,
+        "top_k": 1,
+        "num_slots": 1,
+        "channel_depth": 1,
+        "num_staging": 0,
+        "warmup_forwards": 0,
+    }
     for name, low in least.items():
         if type(given[name]) is not int or not low <= given[name] <= MAX_KEYS:
             raise ValueError(f"its run.{name}={given[name]!r:.40} is no whole number from {low} to {MAX_KEYS}")
     num_keys = given["num_layers"] * given["num_experts"]
     if num_keys > MAX_KEYS or given["num_slots"] > num_keys:
-        raise ValueError(f"its run has {num_keys} experts and {given['num_slots']} slots; "
-                         f"at most {MAX_KEYS}, and a slot each")  # fmt: skip
+        raise ValueError(
+            f"its run has {num_keys} experts and {given['num_slots']} slots; at most {MAX_KEYS}, and a slot each"
+        )
     for name in ("has_shared", "serial"):
         if not isinstance(given[name], bool):
             raise ValueError(f"its run.{name}={given[name]!r:.40} is neither true nor false")

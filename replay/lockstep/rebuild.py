@@ -43,8 +43,10 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     config = checked(cfg)
     for place, target in _texts(config["policy"], "policy"):
         if place.rpartition(".")[2] == "_target_" and (place, target) not in trusted and not _is_own(target):
-            raise ValueError(f"{reader.path}: {place}={target!r:.120} is no code of this package; if you trust it, "
-                             f"say so: {place}={target:.120}")  # fmt: skip
+            raise ValueError(
+                f"{reader.path}: {place}={target!r:.120} is no code of this package; if you trust it, "
+                f"say so: {place}={target:.120}"
+            )
     work = make_workload(config)
     policy, _ = make_policy(config["policy"], work, config["seed"])
     return work, policy

@@ -24,8 +24,10 @@ def tell(event: Event | LoggedForward, num_experts: int, other: Event | None = N
     if isinstance(event, Head):
         return "the head"
     if isinstance(event, Copy):
-        return (f"a copy of expert {_key(event.key, num_experts)}, chunk {event.chunk} of load {event.load}, "
-                f"{event.num_bytes} bytes into slot {event.slot} after mark {event.after}")  # fmt: skip
+        return (
+            f"a copy of expert {_key(event.key, num_experts)}, chunk {event.chunk} of load {event.load}, "
+            f"{event.num_bytes} bytes into slot {event.slot} after mark {event.after}"
+        )
     if isinstance(event, Decided):
         return f"wants {_keys(event.wants, num_experts, other.wants if isinstance(other, Decided) else ())}"
     if isinstance(event, Waited):

@@ -161,8 +161,9 @@ class CpuDevice:
         if self.throttle_gb_per_s is not None:
             least_ns = self.latency_ns + round(num_bytes / self.throttle_gb_per_s)
         now_ns = time.perf_counter_ns()
-        self._link.tasks.put((now_ns, after, 0, start, partial(ctypes.memmove, target, source, num_bytes), least_ns,
-                              end, None))  # fmt: skip
+        self._link.tasks.put(
+            (now_ns, after, 0, start, partial(ctypes.memmove, target, source, num_bytes), least_ns, end, None)
+        )
         return end
 
     def disturb(self, target: int, source: int, num_bytes: int) -> None:

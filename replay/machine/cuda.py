@@ -43,20 +43,25 @@ class CudaDevice:
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
-            raise ValueError("machine=cuda: torch sees no CUDA device here; choose machine=cpu, or install a CUDA "
-                             "build of torch")  # fmt: skip
+            raise ValueError(
+                "machine=cuda: torch sees no CUDA device here; choose machine=cpu, or install a CUDA build of torch"
+            )
         try:
             torch.cuda.Event(enable_timing=True, external=True)
         except TypeError as error:
-            raise ValueError(f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; "
-                             "install torch 2.8 or later") from error  # fmt: skip
+            raise ValueError(
+                f"machine=cuda: torch {torch.__version__} has no timing events inside CUDA graphs; "
+                "install torch 2.8 or later"
+            ) from error
         self._lost = False
         self._pool: list[Any] = []
         try:
             self._guarded(self._open)
         except RuntimeError as error:
-            raise ValueError(f"machine=cuda: the GPU does not answer ({str(error).splitlines()[0]}); see what "
-                             "nvidia-smi says, or choose machine=cpu") from error  # fmt: skip
+            raise ValueError(
+                f"machine=cuda: the GPU does not answer ({str(error).splitlines()[0]}); see what "
+                "nvidia-smi says, or choose machine=cpu"
+            ) from error
 
     def _open(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())

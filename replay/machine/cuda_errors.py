@@ -11,10 +11,20 @@ from replay.lost import found_lost
 from replay.machine.device import DeviceLostError
 
 _MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-_OUR_MISTAKES = ("device not ready", "invalid argument", "invalid configuration argument", "invalid resource handle",
-                 "CUBLAS_STATUS_INVALID_VALUE", "CUBLAS_STATUS_NOT_SUPPORTED", "captur", "invalid device function",
-                 "too many resources", "named symbol not found", "kernel image is invalid",
-                 "operation not supported")  # fmt: skip
+_OUR_MISTAKES = (
+    "device not ready",
+    "invalid argument",
+    "invalid configuration argument",
+    "invalid resource handle",
+    "CUBLAS_STATUS_INVALID_VALUE",
+    "CUBLAS_STATUS_NOT_SUPPORTED",
+    "captur",
+    "invalid device function",
+    "too many resources",
+    "named symbol not found",
+    "kernel image is invalid",
+    "operation not supported",
+)
 """CUDA errors that a wrong call earns and the device survives: they deserve their traceback."""
 
 
@@ -30,8 +40,10 @@ def explained(error: RuntimeError) -> Exception:
     line = text.splitlines()[0].strip() if text.strip() else type(error).__name__
     if isinstance(error, torch.cuda.OutOfMemoryError):
         # Its first line is a paragraph: what was tried, what is free, who has the rest.
-        return ValueError(f"GPU memory: {'. '.join(line.split('. ')[:2]).rstrip('.')}; lower residency, batch_size or "
-                          "prefill_chunk, or close what else uses the GPU")  # fmt: skip
+        return ValueError(
+            f"GPU memory: {'. '.join(line.split('. ')[:2]).rstrip('.')}; lower residency, batch_size or "
+            "prefill_chunk, or close what else uses the GPU"
+        )
     # Triton speaks of the same errors in its own words.
     line = line.replace("Triton Error [CUDA]", "CUDA error")
     if not line.startswith("CUDA error") or any(mistake in line for mistake in _OUR_MISTAKES):
@@ -40,8 +52,10 @@ def explained(error: RuntimeError) -> Exception:
         # The allocator speaks for GPU memory with a class of its own: what is left is pinned memory and libraries.
         return ValueError(f"memory that the GPU must reach: {line}; lower host_memory_gb (pinned memory) or residency")
     if "no kernel image" in line:
-        return ValueError(f"machine=cuda: {line}: this build of torch has no kernels for this GPU; install one that "
-                          "has, or choose machine=cpu")  # fmt: skip
+        return ValueError(
+            f"machine=cuda: {line}: this build of torch has no kernels for this GPU; install one that "
+            "has, or choose machine=cpu"
+        )
     return DeviceLostError(line)
 
 

@@ -81,8 +81,10 @@ class _Block:
         """The two matrices in a flat stretch of weights."""
         feed = self.feed
         cut = feed.hidden * feed.up
-        return (values[:cut].view(feed.hidden, feed.up),
-                values[cut : cut + feed.middle * feed.hidden].view(feed.middle, feed.hidden))  # fmt: skip
+        return (
+            values[:cut].view(feed.hidden, feed.up),
+            values[cut : cut + feed.middle * feed.hidden].view(feed.middle, feed.hidden),
+        )
 
 
 class _Own(NamedTuple):
@@ -99,8 +101,9 @@ class Kernels:
     max_tokens: rows of the largest forward. max_context: KV tokens of all requests of a forward together.
     """
 
-    def __init__(self, model: ModelSpec, slots: SlotPool, dtype: torch.dtype, max_tokens: int,
-                 max_context: int) -> None:  # fmt: skip
+    def __init__(
+        self, model: ModelSpec, slots: SlotPool, dtype: torch.dtype, max_tokens: int, max_context: int
+    ) -> None:
         self.model = model
         self._dtype = dtype
         self._device = slots.bytes.device
@@ -110,8 +113,10 @@ class Kernels:
         hidden, matrices = model.hidden_size, model.expert_matrices
         expert = _Feed.of(matrices, hidden, model.expert_bytes, model.expert_params, dtype)
         if expert.num_values * width > model.expert_bytes:
-            raise ValueError(f"model {model.name}: an expert of {model.expert_bytes} bytes is too small to compute "
-                             f"with in {dtype}; choose a smaller scale")  # fmt: skip
+            raise ValueError(
+                f"model {model.name}: an expert of {model.expert_bytes} bytes is too small to compute "
+                f"with in {dtype}; choose a smaller scale"
+            )
         self._max_tokens = max_tokens
         self._products = products(self._device.type)
         self._inputs = self._random(max(expert.rows(max_tokens), max_tokens), hidden)
@@ -230,8 +235,13 @@ class Kernels:
                     self._attend(place, layer, num_tokens, rows, columns)
                     self._feed(dense.block, [pair], [dense.block.feed.rows(num_tokens)])
             self._attend(index, layer, num_tokens, rows, columns)
-            route(self._inputs[:num_tokens], self._router[layer], self._logits[:num_tokens],
-                  self._values[:num_tokens], self.routing[:num_tokens])  # fmt: skip
+            route(
+                self._inputs[:num_tokens],
+                self._router[layer],
+                self._logits[:num_tokens],
+                self._values[:num_tokens],
+                self.routing[:num_tokens],
+            )
 
         return work
 
@@ -249,8 +259,17 @@ class Kernels:
         above = _rows(num_tokens, self.model.attention_params, weights)
         values = cache[rows : 2 * rows] if self._is_gqa else cache[:rows, : self._value_width]
         # More columns than a forward has queries come from an expansion: piece by piece, or memory would run out.
-        self._products.attend(self._inputs[:above], weights, self._attention_out[:above], cache[:rows], values,
-                              self._queries, columns, self._scores, self._attended)  # fmt: skip
+        self._products.attend(
+            self._inputs[:above],
+            weights,
+            self._attention_out[:above],
+            cache[:rows],
+            values,
+            self._queries,
+            columns,
+            self._scores,
+            self._attended,
+        )
 
     def _feed(self, block: _Block, weights: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: Sequence[int]) -> None:
         first, second = [pair[0] for pair in weights], [pair[1] for pair in weights]

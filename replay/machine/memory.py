@@ -75,8 +75,14 @@ def _system_bytes() -> int:
         return 1 << 62
 
 
-def plan_host(num_keys: int, expert_bytes: int, host_memory_gb: float | None, pinned: bool,
-              available: int | None = None, wsl: bool | None = None) -> HostPlan:  # fmt: skip
+def plan_host(
+    num_keys: int,
+    expert_bytes: int,
+    host_memory_gb: float | None,
+    pinned: bool,
+    available: int | None = None,
+    wsl: bool | None = None,
+) -> HostPlan:
     """How many experts get a host buffer of their own. host_memory_gb: the budget; None = what is prudent.
 
     ValueError if the budget is not there, or holds not even two experts.
@@ -96,9 +102,11 @@ def plan_host(num_keys: int, expert_bytes: int, host_memory_gb: float | None, pi
     else:
         budget = int(host_memory_gb * 1e9)
         if budget > available:
-            raise ValueError(f"host_memory_gb={host_memory_gb} is more than the host has left "
-                             f"({available / 1e9:.2f} GB); host_memory_gb={max(prudent // 10**7 / 100, 0.01)} "
-                             "would fit")  # fmt: skip
+            raise ValueError(
+                f"host_memory_gb={host_memory_gb} is more than the host has left "
+                f"({available / 1e9:.2f} GB); host_memory_gb={max(prudent // 10**7 / 100, 0.01)} "
+                "would fit"
+            )
     num_buffers = min(num_keys, budget // stride)
     if num_buffers < 2:
         raise ValueError(
@@ -106,8 +114,10 @@ def plan_host(num_keys: int, expert_bytes: int, host_memory_gb: float | None, pi
             f"give host_memory_gb={_gigabytes_above(2 * stride)} or more (the host has {available / 1e9:.2f} GB left)"
         )
     if num_buffers < num_keys:
-        warnings.append(f"the host holds {num_buffers} of {num_keys} experts ({num_buffers * stride / 1e9:.2f} of "
-                        f"{whole / 1e9:.2f} GB): buffers are shared round-robin, same bytes, same copies")  # fmt: skip
+        warnings.append(
+            f"the host holds {num_buffers} of {num_keys} experts ({num_buffers * stride / 1e9:.2f} of "
+            f"{whole / 1e9:.2f} GB): buffers are shared round-robin, same bytes, same copies"
+        )
     return HostPlan(num_keys, num_buffers, stride, available, tuple(warnings))
 
 
@@ -134,8 +144,9 @@ def plan_arenas(num_buffers: int, stride: int, largest: int = 1 << 30) -> list[t
     return arenas
 
 
-def check_gpu(need: Sequence[tuple[str, int]], free: int, stride: int, num_slots: int,
-              memory: str = "GPU memory") -> None:  # fmt: skip
+def check_gpu(
+    need: Sequence[tuple[str, int]], free: int, stride: int, num_slots: int, memory: str = "GPU memory"
+) -> None:
     """ValueError if the parts of `need` (name, bytes) do not fit into `free` bytes of `memory`; says what would."""
     total = sum(num_bytes for _, num_bytes in need)
     if total <= free:

@@ -15,8 +15,15 @@ from typing import Any, List, NamedTuple  # noqa: UP035  (TorchScript reads typi
 import torch
 
 
-def feed_forward(inputs: torch.Tensor, first: List[torch.Tensor], second: List[torch.Tensor], rows: List[int],  # noqa: UP006
-                 up: torch.Tensor, middle: torch.Tensor, out: torch.Tensor) -> None:  # fmt: skip
+def feed_forward(
+    inputs: torch.Tensor,
+    first: List[torch.Tensor],  # noqa: UP006
+    second: List[torch.Tensor],  # noqa: UP006
+    rows: List[int],  # noqa: UP006
+    up: torch.Tensor,
+    middle: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
     """One block after the other, each over the first `rows` of `inputs` [max_rows, hidden].
 
     first [hidden, up], second [middle, hidden]; `up` twice as wide as `middle` is gate and up of a gated block.
@@ -32,8 +39,17 @@ def feed_forward(inputs: torch.Tensor, first: List[torch.Tensor], second: List[t
         torch.mm(middle[:count], second[place], out=out[:count])
 
 
-def attend(inputs: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-           queries: torch.Tensor, columns: int, scores: torch.Tensor, attended: torch.Tensor) -> None:  # fmt: skip
+def attend(
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    columns: int,
+    scores: torch.Tensor,
+    attended: torch.Tensor,
+) -> None:
     """The projections, then scores and weighted values over the cache, `columns` queries in pieces of what there is."""
     torch.mm(inputs, weights, out=out)
     rows = keys.size(0)
@@ -47,8 +63,9 @@ def attend(inputs: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, keys:
         first += widest
 
 
-def route(inputs: torch.Tensor, router: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor,
-          routing: torch.Tensor) -> None:  # fmt: skip
+def route(
+    inputs: torch.Tensor, router: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor, routing: torch.Tensor
+) -> None:
     """Router logits and the best of them: `chosen` (values) and `routing` (experts) [tokens, top_k]."""
     torch.mm(inputs, router, out=logits)
     best, experts = torch.topk(logits, routing.size(1))

@@ -165,8 +165,10 @@ class Programs:
             return made
         captured = self._device.captures and prepare
         self.num_unprepared += self._device.captures and not prepare
-        made = [self._attention(layer, windowed if narrow else full, captured)
-                for layer, narrow in enumerate(self._is_windowed)]  # fmt: skip
+        made = [
+            self._attention(layer, windowed if narrow else full, captured)
+            for layer, narrow in enumerate(self._is_windowed)
+        ]
         if captured:
             self._by_forward[full, windowed] = made
         return made

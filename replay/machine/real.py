@@ -165,8 +165,12 @@ class RealMachine:
         reader, wanted = self._open.get(after), _NO_END
         if reader is not None:
             wanted = self._wanted_ends.setdefault(after, [0])
-        end = device.copy(self._slot_address[slot] + offset, self._host_address[key] + offset, self._sizes[chunk],
-                          None if reader is None else reader.end)  # fmt: skip
+        end = device.copy(
+            self._slot_address[slot] + offset,
+            self._host_address[key] + offset,
+            self._sizes[chunk],
+            None if reader is None else reader.end,
+        )
         self._chunks.append((load, chunk, end, device.now_ns(), after, wanted))
         self._loads[load] = end
 
@@ -218,8 +222,10 @@ class RealMachine:
             start_ns = self._compute_end_ns
         end_ns = time_ns(program.end)
         if end_ns + _ROUNDED_NS < self._compute_end_ns:
-            raise AssertionError(f"mark {mark} ended at {end_ns} ns, the one before it at {self._compute_end_ns}: the "
-                                 "time of an earlier launch was read")  # fmt: skip
+            raise AssertionError(
+                f"mark {mark} ended at {end_ns} ns, the one before it at {self._compute_end_ns}: the "
+                "time of an earlier launch was read"
+            )
         if end_ns < start_ns:
             end_ns = start_ns
         self._compute_end_ns = end_ns

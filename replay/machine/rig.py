@@ -71,8 +71,9 @@ class Rig:
     ValueError, before anything is allocated, if host or GPU memory does not suffice.
     """
 
-    def __init__(self, device: Device, model: ModelSpec, needs: Needs, host_memory_gb: float | None = None,
-                 pinned: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self, device: Device, model: ModelSpec, needs: Needs, host_memory_gb: float | None = None, pinned: bool = True
+    ) -> None:
         self.device = device
         self.model = model
         self.needs = needs
@@ -88,8 +89,13 @@ class Rig:
             check_gpu([("slots", stride * needs.num_slots), *parts.items()], free, stride, needs.num_slots)
         else:
             room = plan.available_bytes - plan.num_buffers * plan.stride
-            check_gpu([("slots", stride * needs.num_slots), *parts.items()], max(room, 0), stride, needs.num_slots,
-                      "host memory beside the experts")  # fmt: skip
+            check_gpu(
+                [("slots", stride * needs.num_slots), *parts.items()],
+                max(room, 0),
+                stride,
+                needs.num_slots,
+                "host memory beside the experts",
+            )
         with explaining():
             self._hosts = {pinned: HostPool(plan, model.expert_bytes, device.dtype, pinned)}
             self.slots = SlotPool(needs.num_slots, model.expert_bytes, device.torch_device)
@@ -99,8 +105,11 @@ class Rig:
     def suffices(self, needs: Needs) -> bool:
         """Whether runs that ask for `needs` fit."""
         have = self.needs
-        return (have.num_slots >= needs.num_slots and have.max_tokens >= needs.max_tokens
-                and have.max_context >= needs.max_context)  # fmt: skip
+        return (
+            have.num_slots >= needs.num_slots
+            and have.max_tokens >= needs.max_tokens
+            and have.max_context >= needs.max_context
+        )
 
     def _plan(self, pinned: bool) -> HostPlan:
         model = self.model
@@ -115,8 +124,14 @@ class Rig:
                 self._hosts[pinned] = HostPool(self._plan(pinned), self.model.expert_bytes, self.device.dtype, pinned)
         return self._hosts[pinned]
 
-    def machine(self, chunk_bytes: Sequence[int], stack: Stack, memory: str = "pinned", verify: bool = False,
-                device: Device | None = None) -> RealMachine:  # fmt: skip
+    def machine(
+        self,
+        chunk_bytes: Sequence[int],
+        stack: Stack,
+        memory: str = "pinned",
+        verify: bool = False,
+        device: Device | None = None,
+    ) -> RealMachine:
         """A machine for one run. device: this rig's, wrapped (to inject faults)."""
         host = self.host(memory == "pinned")
         stamps = Stamps(host, self.slots, chunk_offsets(chunk_bytes)) if verify else None

@@ -8,9 +8,18 @@ from typing import Any
 from expertflow.model import ModelSpec
 
 _WIDTHS = (
-    "hidden_size", "expert_intermediate", "shared_intermediate", "dense_intermediate", "vocab_size", "head_dim",
-    "kv_rank", "rope_dim", "nope_dim", "v_dim", "q_rank",
-)  # fmt: skip
+    "hidden_size",
+    "expert_intermediate",
+    "shared_intermediate",
+    "dense_intermediate",
+    "vocab_size",
+    "head_dim",
+    "kv_rank",
+    "rope_dim",
+    "nope_dim",
+    "v_dim",
+    "q_rank",
+)
 
 
 def scaled_model(model: ModelSpec, scale: int) -> ModelSpec:

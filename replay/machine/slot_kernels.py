@@ -81,8 +81,9 @@ def _programs() -> Any:
     try:
         return import_module("replay.machine.slot_programs")
     except ImportError as error:
-        raise ValueError(f"device=cuda needs triton, which torch's CUDA build brings ({error}); "
-                         "pip install 'expertflow[kernels]'") from None  # fmt: skip
+        raise ValueError(
+            f"device=cuda needs triton, which torch's CUDA build brings ({error}); pip install 'expertflow[kernels]'"
+        ) from None
 
 
 def gate(source: torch.Tensor, words: torch.Tensor, counter: torch.Tensor, flag: torch.Tensor) -> Work:
@@ -106,8 +107,14 @@ def gate(source: torch.Tensor, words: torch.Tensor, counter: torch.Tensor, flag:
     return work
 
 
-def check_work(row: Row, words: torch.Tensor, words_per_slot: int, within: torch.Tensor, wrong: torch.Tensor,
-               first_bad: torch.Tensor) -> Work:  # fmt: skip
+def check_work(
+    row: Row,
+    words: torch.Tensor,
+    words_per_slot: int,
+    within: torch.Tensor,
+    wrong: torch.Tensor,
+    first_bad: torch.Tensor,
+) -> Work:
     """Compare the words at `within` [W] of the slots named in `row` with those expected there, on the device.
 
     words: the pool as int64. wrong [1] grows by the number that differ; first_bad [1] becomes the least number of a
@@ -115,13 +122,24 @@ def check_work(row: Row, words: torch.Tensor, words_per_slot: int, within: torch
     """
     layout, num_words, there = row.layout, row.layout.words_per_expert, _there(row)
     if within.numel() != num_words:
-        raise ValueError(f"a row holds {num_words} expected words an expert, the check compares {within.numel()}; "
-                         "make both from the same chunks")  # fmt: skip
+        raise ValueError(
+            f"a row holds {num_words} expected words an expert, the check compares {within.numel()}; "
+            "make both from the same chunks"
+        )
     kernel = _programs().check
 
     def work() -> None:
-        kernel[(layout.capacity,)](there, words, within, wrong, first_bad, words_per_slot, WORDS=num_words,
-                                   BLOCK=_power(num_words), num_warps=4)  # fmt: skip
+        kernel[(layout.capacity,)](
+            there,
+            words,
+            within,
+            wrong,
+            first_bad,
+            words_per_slot,
+            WORDS=num_words,
+            BLOCK=_power(num_words),
+            num_warps=4,
+        )
 
     return work
 
@@ -142,12 +160,12 @@ class _Block:
     def __init__(self, feed: Feed, weights: torch.Tensor, max_rows: int, name: str) -> None:
         self.hidden, self.up, self.middle = feed.hidden, feed.up, feed.middle
         if self.up not in (self.middle, 2 * self.middle):
-            raise ValueError(f"{name}: up={self.up} is neither middle={self.middle} nor twice that; "
-                             "give a gated or an ungated block")  # fmt: skip
+            raise ValueError(
+                f"{name}: up={self.up} is neither middle={self.middle} nor twice that; give a gated or an ungated block"
+            )
         self.num_values = self.hidden * (self.up + self.middle)
         if weights.size(1) < self.num_values:
-            raise ValueError(f"{name}: {weights.size(1)} values in a slot, {self.num_values} needed; "
-                             "enlarge the slots")  # fmt: skip
+            raise ValueError(f"{name}: {weights.size(1)} values in a slot, {self.num_values} needed; enlarge the slots")
         self.weights, self.stride = weights, weights.stride(0)
         # Where `up` begins in a row of intermediate values: rows and halves at addresses for wide reads.
         self.half = -(-self.middle // _ALIGNED) * _ALIGNED
@@ -166,8 +184,15 @@ class SlotKernels:
     sizes do not fit.
     """
 
-    def __init__(self, feed: Feed, slots: SlotPool, inputs: torch.Tensor, max_rows: int, dtype: torch.dtype,
-                 shared: tuple[Feed, torch.Tensor] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        feed: Feed,
+        slots: SlotPool,
+        inputs: torch.Tensor,
+        max_rows: int,
+        dtype: torch.dtype,
+        shared: tuple[Feed, torch.Tensor] | None = None,
+    ) -> None:
         self._programs = _programs()
         self._inputs, self._max_rows, self._num_slots = inputs, max_rows, slots.num_slots
         self._routed = self._shared = _Block(feed, slots.bytes.view(dtype), max_rows, "routed experts")
@@ -176,8 +201,10 @@ class SlotKernels:
             self._shared = _Block(*shared, inputs.size(0), "shared experts")
         routed, other = self._routed, self._shared
         if not inputs.size(1) == routed.hidden == other.hidden:
-            raise ValueError(f"inputs are {inputs.size(1)} wide, experts {routed.hidden}, shared experts "
-                             f"{other.hidden}; give one hidden size")  # fmt: skip
+            raise ValueError(
+                f"inputs are {inputs.size(1)} wide, experts {routed.hidden}, shared experts "
+                f"{other.hidden}; give one hidden size"
+            )
         if (routed.up > routed.middle) != (other.up > other.middle):
             raise ValueError("routed and shared experts differ in having a gate; give both or neither one")
         self._shape = self._routed.hidden, self._routed.up, self._routed.middle, str(dtype)
@@ -223,8 +250,10 @@ class SlotKernels:
                 continue
             launches = self._tuning_rows(capacity, max_rows)
             for name in ("up", "down"):
-                candidates = [_all([self._product(name, row, capacity, max_rows, False, tile) for row in launches])
-                              for tile in _TILES[rows]]  # fmt: skip
+                candidates = [
+                    _all([self._product(name, row, capacity, max_rows, False, tile) for row in launches])
+                    for tile in _TILES[rows]
+                ]
                 for body in candidates:
                     # Compiled before any of them is timed: a device that idles meanwhile slows down.
                     body()
@@ -248,8 +277,9 @@ class SlotKernels:
             made.append(words.to(self._inputs.device))
         return made
 
-    def _product(self, name: str, row: torch.Tensor, capacity: int, max_rows: int, has_shared: bool,
-                 tile: Tile | None = None) -> Work:  # fmt: skip
+    def _product(
+        self, name: str, row: torch.Tensor, capacity: int, max_rows: int, has_shared: bool, tile: Tile | None = None
+    ) -> Work:
         """The launch of `up` or `down`."""
         own, other = self._routed, self._shared
         tile = tile or self.tile(capacity, max_rows, name)
@@ -264,13 +294,22 @@ class SlotKernels:
         grid = (-(-width // tile.columns), capacity + has_shared, -(-max_rows // rows))
         numbers = (own.stride, other.stride, self._inputs.size(0), self._max_rows)
         sizes = {
-            "HAS_SHARED": has_shared, "HIDDEN": own.hidden,
-            "UP": own.up, "MIDDLE": own.middle, "HALF": own.half, "PITCH": own.pitch,
-            "SHARED_UP": other.up, "SHARED_MIDDLE": other.middle, "SHARED_HALF": other.half,
+            "HAS_SHARED": has_shared,
+            "HIDDEN": own.hidden,
+            "UP": own.up,
+            "MIDDLE": own.middle,
+            "HALF": own.half,
+            "PITCH": own.pitch,
+            "SHARED_UP": other.up,
+            "SHARED_MIDDLE": other.middle,
+            "SHARED_HALF": other.half,
             "SHARED_PITCH": other.pitch,
-            "BT": rows, "BN": tile.columns, "BK": tile.depth_bytes // self._inputs.element_size(),
-            "num_warps": tile.warps, "num_stages": tile.stages,
-        }  # fmt: skip
+            "BT": rows,
+            "BN": tile.columns,
+            "BK": tile.depth_bytes // self._inputs.element_size(),
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
         kernel = getattr(self._programs, name)
 
         def work() -> None:

@@ -59,11 +59,31 @@ def _task(row, most_inputs, most_rows, HAS_SHARED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["most_inputs", "most_rows"])
-def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, most_rows,
-       HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
-       UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
-       SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
-       BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def up(
+    row,
+    x,
+    pool,
+    y,
+    shared,
+    shared_y,
+    stride,
+    shared_stride,
+    most_inputs,
+    most_rows,
+    HAS_SHARED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UP: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    HALF: tl.constexpr,
+    PITCH: tl.constexpr,
+    SHARED_UP: tl.constexpr,
+    SHARED_MIDDLE: tl.constexpr,
+    SHARED_HALF: tl.constexpr,
+    SHARED_PITCH: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """y[first + t, n] = sum over k of x[t, k] * weights[n, k]. Programs: column tiles, experts, row tiles.
 
     pool, shared: weights, of which slot or block i begins at i * stride; x [most_inputs, HIDDEN]; y [most_rows, PITCH].
@@ -88,27 +108,56 @@ def up(row, x, pool, y, shared, shared_y, stride, shared_stride, most_inputs, mo
             total = tl.zeros((BT, BN), tl.float32)
             for start in range(0, HIDDEN, BK):
                 k = start + tl.arange(0, BK)
-                left = tl.load(x + t[:, None] * HIDDEN + k[None, :],
-                               mask=(t[:, None] < count) & (k[None, :] < HIDDEN), other=0.0)  # fmt: skip
-                right = tl.load(weights + n[None, :] * HIDDEN + k[:, None],
-                                mask=(n[None, :] < width) & (k[:, None] < HIDDEN), other=0.0)  # fmt: skip
+                left = tl.load(
+                    x + t[:, None] * HIDDEN + k[None, :], mask=(t[:, None] < count) & (k[None, :] < HIDDEN), other=0.0
+                )
+                right = tl.load(
+                    weights + n[None, :] * HIDDEN + k[:, None],
+                    mask=(n[None, :] < width) & (k[:, None] < HIDDEN),
+                    other=0.0,
+                )
                 total = tl.dot(left, right, total, input_precision="ieee")
             column = tl.where(n < middle, n, n + (half - middle))
-            tl.store(out + t[:, None] * pitch + column[None, :], total.to(y.dtype.element_ty),
-                     mask=(t[:, None] < count) & (n[None, :] < width))  # fmt: skip
+            tl.store(
+                out + t[:, None] * pitch + column[None, :],
+                total.to(y.dtype.element_ty),
+                mask=(t[:, None] < count) & (n[None, :] < width),
+            )
 
 
 @triton.jit(do_not_specialize=["most_inputs", "most_rows"])
-def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride, most_inputs, most_rows,
-         HAS_SHARED: tl.constexpr, HIDDEN: tl.constexpr,
-         UP: tl.constexpr, MIDDLE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
-         SHARED_UP: tl.constexpr, SHARED_MIDDLE: tl.constexpr, SHARED_HALF: tl.constexpr, SHARED_PITCH: tl.constexpr,
-         BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def down(
+    row,
+    y,
+    pool,
+    out,
+    shared_y,
+    shared,
+    shared_out,
+    stride,
+    shared_stride,
+    most_inputs,
+    most_rows,
+    HAS_SHARED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    UP: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    HALF: tl.constexpr,
+    PITCH: tl.constexpr,
+    SHARED_UP: tl.constexpr,
+    SHARED_MIDDLE: tl.constexpr,
+    SHARED_HALF: tl.constexpr,
+    SHARED_PITCH: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out[first + t, n] = sum over k of act(y[first + t])[k] * weights[k, n]. Programs and slots as in `up`."""
     routed, slot, first, count = _task(row, most_inputs, most_rows, HAS_SHARED)
     if HAS_SHARED:
-        weights = tl.where(routed, pool + slot * stride + UP * HIDDEN,
-                           shared + slot * shared_stride + SHARED_UP * HIDDEN)  # fmt: skip
+        weights = tl.where(
+            routed, pool + slot * stride + UP * HIDDEN, shared + slot * shared_stride + SHARED_UP * HIDDEN
+        )
         middle = tl.where(routed, MIDDLE, SHARED_MIDDLE)
         half = tl.where(routed, HALF, SHARED_HALF)
         pitch = tl.where(routed, PITCH, SHARED_PITCH)
@@ -131,11 +180,17 @@ def down(row, y, pool, out, shared_y, shared, shared_out, stride, shared_stride,
                 left = left * tl.sigmoid(left) * tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
             else:
                 left = tl.maximum(left, 0.0)
-            right = tl.load(weights + k[:, None] * HIDDEN + n[None, :],
-                            mask=(k[:, None] < middle) & (n[None, :] < HIDDEN), other=0.0)  # fmt: skip
+            right = tl.load(
+                weights + k[:, None] * HIDDEN + n[None, :],
+                mask=(k[:, None] < middle) & (n[None, :] < HIDDEN),
+                other=0.0,
+            )
             total = tl.dot(left.to(right.dtype), right, total, input_precision="ieee")
-        tl.store(target + t[:, None] * HIDDEN + n[None, :], total.to(out.dtype.element_ty),
-                 mask=(t[:, None] < count) & (n[None, :] < HIDDEN))  # fmt: skip
+        tl.store(
+            target + t[:, None] * HIDDEN + n[None, :],
+            total.to(out.dtype.element_ty),
+            mask=(t[:, None] < count) & (n[None, :] < HIDDEN),
+        )
 
 
 @triton.jit(do_not_specialize=["num_words"])

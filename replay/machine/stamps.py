@@ -55,8 +55,10 @@ class Stamps:
         self._first_bad = torch.full((1,), 1 << 62, dtype=torch.int64, device=device)
         self._launches: list[tuple[int, int, tuple[int, ...]]] = []
         self._shared = host.plan.shared
-        self._host_words = [host.buffer(number)[: offsets[-1] // 8 * 8].view(torch.int64).numpy()
-                            for number in range(host.plan.num_buffers)]  # fmt: skip
+        self._host_words = [
+            host.buffer(number)[: offsets[-1] // 8 * 8].view(torch.int64).numpy()
+            for number in range(host.plan.num_buffers)
+        ]
         for number, words in enumerate(self._host_words):
             for chunk, first in enumerate(self._first_word):
                 words[first] = self._tag(number, chunk)

@@ -73,8 +73,9 @@ class _TapedRig:
         return self.made
 
 
-def replay_on_tape(rig: Rig, work: Workload, policy: Policy, transfer: Transfer,
-                   observers: Sequence[Observer]) -> tuple[dict[str, Any], Tape, list[int]]:  # fmt: skip
+def replay_on_tape(
+    rig: Rig, work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer]
+) -> tuple[dict[str, Any], Tape, list[int]]:
     """As `replay_policy`: the metrics, all waits with their records, and the ticks of a `TapedMachine`."""
     taped = _TapedRig(rig)
     metrics, _ = replay_policy(cast(Rig, taped), work, policy, transfer, observers)

@@ -55,8 +55,14 @@ class Ran:
     ticks_ns: Sequence[int] = ()
 
 
-def measure(rig: Rig, raw: Mapping[str, Any], cfg: Mapping[str, Any], full: Workload, work: Workload,
-            observers: Sequence[Observer] = ()) -> Ran:  # fmt: skip
+def measure(
+    rig: Rig,
+    raw: Mapping[str, Any],
+    cfg: Mapping[str, Any],
+    full: Workload,
+    work: Workload,
+    observers: Sequence[Observer] = (),
+) -> Ran:
     """Replay one case on `rig` once. full: the workload before `work` was scaled. PartialRunError if the device is
     lost."""
     policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
@@ -65,8 +71,15 @@ def measure(rig: Rig, raw: Mapping[str, Any], cfg: Mapping[str, Any], full: Work
     return Ran(metrics, times, late_ns(tape, *stack_pads_ns(raw, work.stack)), ticks_ns)
 
 
-def predict(raw: Mapping[str, Any], name: str, cfg: Mapping[str, Any], full: Workload, work: Workload, case: Case,
-            observers: Sequence[Observer] = ()) -> Ran:  # fmt: skip
+def predict(
+    raw: Mapping[str, Any],
+    name: str,
+    cfg: Mapping[str, Any],
+    full: Workload,
+    work: Workload,
+    case: Case,
+    observers: Sequence[Observer] = (),
+) -> Ran:
     """Simulate one case with what `raw` says of the machine called `name`."""
     hardware, stack = simulated_as(raw, name, work.model.name, case.policy, work.stack)
     policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
@@ -80,8 +93,13 @@ def predict(raw: Mapping[str, Any], name: str, cfg: Mapping[str, Any], full: Wor
 def row_of(case: Case, measured: Sequence[Ran], predicted: Ran) -> dict[str, Any]:
     """Both worlds beside each other; times in ms per token, errors as shares of the measured. Of several measured runs
     the median of each figure counts, and their spread, (most - least) / median, is its noise."""
-    row: dict[str, Any] = {"model": case.model, "stack": case.stack, "residency": case.residency,
-                           "batch_size": case.batch_size, "policy": case.policy}  # fmt: skip
+    row: dict[str, Any] = {
+        "model": case.model,
+        "stack": case.stack,
+        "residency": case.residency,
+        "batch_size": case.batch_size,
+        "policy": case.policy,
+    }
     runs, simulated = [_figures(run.metrics) for run in measured], _figures(predicted.metrics)
     for name, value in simulated.items():
         values = [run[name] for run in runs]

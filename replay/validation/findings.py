@@ -109,9 +109,12 @@ class Findings:
         differ = [one["policy"] for one in self.lockstep if one["difference"] is not None]
         return {
             "quote": judged["quote"],
-            "not_shown": [*self._unfinished(), *judged["not_shown"],
-                          *([f"{wrong} stamps were wrong"] if wrong else []),
-                          *([f"decisions differ in lockstep: {', '.join(differ)}"] if differ else [])],
+            "not_shown": [
+                *self._unfinished(),
+                *judged["not_shown"],
+                *([f"{wrong} stamps were wrong"] if wrong else []),
+                *([f"decisions differ in lockstep: {', '.join(differ)}"] if differ else []),
+            ],
             "machine": self.machine,
             "world": self.world,
             "scale": self.scale,
@@ -125,15 +128,20 @@ class Findings:
             "minutes": self._args.minutes,
             "left_out": [str(case) for case in self.skipped],
             "host_loop": drift(self.loops_ns),
-            "stamps": {"executions": self.num_executions(),
-                       "checks": sum(one["checks"] for one in self.integrity),
-                       "wrong": wrong, "runs": self.integrity},
+            "stamps": {
+                "executions": self.num_executions(),
+                "checks": sum(one["checks"] for one in self.integrity),
+                "wrong": wrong,
+                "runs": self.integrity,
+            },
             "lockstep": self.lockstep,
             "set_aside": sum(int(row["num_set_aside"]) for row in rows),
             "replays": len(self.singles),
-            "chunk_gb_per_s": {name: chunk_gb_per_s(self.raw, scaled_model(named_model(name), self.scale).name)
-                               for name in self._args.models},
-        }  # fmt: skip
+            "chunk_gb_per_s": {
+                name: chunk_gb_per_s(self.raw, scaled_model(named_model(name), self.scale).name)
+                for name in self._args.models
+            },
+        }
 
     def _unfinished(self) -> list[str]:
         """Why what is written now is not the end of it: a process that is killed leaves its last page behind."""

@@ -56,8 +56,9 @@ def _found_late(tape: Tape, marks: Sequence[Mark]) -> int:
     return late
 
 
-def _idle_from(load: int, now: int, ended: Sequence[Chunk], landed: Mapping[int, int],
-               following: int | None) -> int | None:  # fmt: skip
+def _idle_from(
+    load: int, now: int, ended: Sequence[Chunk], landed: Mapping[int, int], following: int | None
+) -> int | None:
     """The time since when a link or a device has waited for the host, which waits for `load` and resumes at `now`.
 
     It is the time at which the load landed, or at which the link had nothing left to copy; None if neither. following:

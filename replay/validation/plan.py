@@ -50,8 +50,9 @@ class Asked:
     def cases(self, model: str) -> list[Case]:
         """Those of one model; of a sampled stack only some policies at one capacity."""
         made = []
-        for stack, batch, residency, policy in product([*self.stacks, *self.sampled_stacks], self.batch_sizes,
-                                                       self.residencies, self.policies):  # fmt: skip
+        for stack, batch, residency, policy in product(
+            [*self.stacks, *self.sampled_stacks], self.batch_sizes, self.residencies, self.policies
+        ):
             sampled = policy in SAMPLED_POLICIES and residency == SAMPLED_RESIDENCY
             if stack in self.stacks or sampled:
                 made.append(Case(model, stack, residency, batch, policy))

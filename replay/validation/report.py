@@ -23,9 +23,25 @@ from sim.views.plots import LINES, MARKERS, save, styled
 GROUP = ["model", "stack", "residency", "batch_size"]
 PANELS = (("tpot_ms", "tpot_bar", "Time per token (TPOT)"), ("stall_ms", "stall_bar", "Stall per token"))
 _SHOWN = 40
-_HEAD = ("policy", "TPOT measured", "predicted", "error", "noise", "stall measured", "predicted", "error", "noise",
-         "late measured", "predicted", "link measured", "predicted", "hits measured", "predicted", "forwards",
-         "verdict")  # fmt: skip
+_HEAD = (
+    "policy",
+    "TPOT measured",
+    "predicted",
+    "error",
+    "noise",
+    "stall measured",
+    "predicted",
+    "error",
+    "noise",
+    "late measured",
+    "predicted",
+    "link measured",
+    "predicted",
+    "hits measured",
+    "predicted",
+    "forwards",
+    "verdict",
+)
 
 
 @styled
@@ -41,36 +57,67 @@ def plot_fidelity(table: pd.DataFrame, judged: dict[str, Any], title: str) -> Fi
         _panel(axis, table, column, judged[bar], has_verdict, policies)
         axis.set(title=panel, xlabel="measured (ms)", ylabel="predicted (ms)")
     handles: list[Any] = [
-        Line2D([], [], linestyle="", marker=MARKERS[number % len(MARKERS)], color=LINES[number % len(LINES)],
-               fillstyle="none", label=policy_name(policy))
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=MARKERS[number % len(MARKERS)],
+            color=LINES[number % len(LINES)],
+            fillstyle="none",
+            label=policy_name(policy),
+        )
         for number, policy in enumerate(policies)
-    ]  # fmt: skip
+    ]
     handles.append(Line2D([], [], color="#7f7f7f", linewidth=0.8, label="predicted = measured"))
     allowed = f"grey: within the bar, {100 * judged['tpot_bar']:g} % of TPOT, {100 * judged['stall_bar']:g} % of stall"
     handles.append(Patch(color="#d4d4d4", label=allowed))
     if not all(has_verdict):
-        handles.append(Line2D([], [], linestyle="", marker="o", color="#000000", alpha=0.3, fillstyle="none",
-                              label="pale: row without a verdict"))  # fmt: skip
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="o",
+                color="#000000",
+                alpha=0.3,
+                fillstyle="none",
+                label="pale: row without a verdict",
+            )
+        )
     figure.legend(handles=handles, loc="outside lower left", ncols=4)
     return figure
 
 
-def _panel(axis: Axes, table: pd.DataFrame, column: str, bar: float, has_verdict: Sequence[bool],
-           policies: Sequence[str]) -> None:  # fmt: skip
+def _panel(
+    axis: Axes, table: pd.DataFrame, column: str, bar: float, has_verdict: Sequence[bool], policies: Sequence[str]
+) -> None:
     measured, predicted = table[f"{column}_measured"], table[f"{column}_predicted"]
     there = (measured > 0) & (predicted > 0)
     for number, policy in enumerate(policies):
         for known in (True, False):
             rows = there & (table["policy"] == policy) & (pd.Series(has_verdict, index=table.index) == known)
-            axis.plot(measured[rows], predicted[rows], MARKERS[number % len(MARKERS)], fillstyle="none",
-                      color=LINES[number % len(LINES)], alpha=1.0 if known else 0.3, label=policy)  # fmt: skip
+            axis.plot(
+                measured[rows],
+                predicted[rows],
+                MARKERS[number % len(MARKERS)],
+                fillstyle="none",
+                color=LINES[number % len(LINES)],
+                alpha=1.0 if known else 0.3,
+                label=policy,
+            )
     if not there.any():
         return
     values = pd.concat([measured[there], predicted[there]])
     ends = [values.min() * 0.8, values.max() * 1.25]
     axis.plot(ends, ends, "-", color="#7f7f7f", linewidth=0.8, zorder=1)
-    axis.fill_between(ends, [end * (1 - bar) for end in ends], [end * (1 + bar) for end in ends], color="#d4d4d4",
-                      zorder=0, linewidth=0)  # fmt: skip
+    axis.fill_between(
+        ends,
+        [end * (1 - bar) for end in ends],
+        [end * (1 + bar) for end in ends],
+        color="#d4d4d4",
+        zorder=0,
+        linewidth=0,
+    )
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     for scale in (axis.xaxis, axis.yaxis):
         scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -89,25 +136,47 @@ def write_report(out: Path, table: pd.DataFrame, summary: dict[str, Any]) -> Non
 def page(table: pd.DataFrame, summary: dict[str, Any]) -> str:
     """The page: the line to quote, what was run, how far off the simulator is, and every row."""
     shown = "NOT shown" if summary["not_shown"] else "Shown"
-    lines = [f"# Simulator against {summary['machine']['name']} ({summary['world']})", "",
-             f"**{shown}: {summary['quote']}.**", "",
-             *(f"- Not shown: {reason}." for reason in summary["not_shown"]),
-             *([""] if summary["not_shown"] else []),
-             f"{_made(summary)}. {summary['wall_s']:.0f} s in all.", "", "```sh", summary["command"], "```", "",
-             *_errors(summary["judged"]), "", *_findings(table, summary), ""]  # fmt: skip
+    lines = [
+        f"# Simulator against {summary['machine']['name']} ({summary['world']})",
+        "",
+        f"**{shown}: {summary['quote']}.**",
+        "",
+        *(f"- Not shown: {reason}." for reason in summary["not_shown"]),
+        *([""] if summary["not_shown"] else []),
+        f"{_made(summary)}. {summary['wall_s']:.0f} s in all.",
+        "",
+        "```sh",
+        summary["command"],
+        "```",
+        "",
+        *_errors(summary["judged"]),
+        "",
+        *_findings(table, summary),
+        "",
+    ]
     if not len(table):
         return "\n".join(lines)
-    lines += ["![Predicted against measured](fidelity.png)", "",
-              "Each point is a row of the tables below; on the line both worlds agree, and the grey band is as wide "
-              "as the bar (TPOT left, stall right). Pale points have no verdict.", "",
-              "Times in ms per token; error = predicted / measured - 1; noise = (most - least) / median of the "
-              "repeats; forwards: 5th, 50th and 95th percentile of the error of single forwards.", ""]  # fmt: skip
+    lines += [
+        "![Predicted against measured](fidelity.png)",
+        "",
+        "Each point is a row of the tables below; on the line both worlds agree, and the grey band is as wide "
+        "as the bar (TPOT left, stall right). Pale points have no verdict.",
+        "",
+        "Times in ms per token; error = predicted / measured - 1; noise = (most - least) / median of the "
+        "repeats; forwards: 5th, 50th and 95th percentile of the error of single forwards.",
+        "",
+    ]
     table = table.assign(verdict=summary["judged"]["verdicts"])
     for _, rows in table.groupby(GROUP, sort=False):
         model, stack, residency, batch = (rows[name].iloc[0] for name in GROUP)
-        lines += [f"## {model}, {stack} stack, {100 * float(residency):.0f} % resident, batch {batch}", "",
-                  f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|", *(_row(row) for _, row in rows.iterrows()),
-                  ""]  # fmt: skip
+        lines += [
+            f"## {model}, {stack} stack, {100 * float(residency):.0f} % resident, batch {batch}",
+            "",
+            f"| {' | '.join(_HEAD)} |",
+            "|---" * len(_HEAD) + "|",
+            *(_row(row) for _, row in rows.iterrows()),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -128,12 +197,17 @@ def _made(summary: dict[str, Any]) -> str:
 def _errors(judged: dict[str, Any]) -> list[str]:
     lines = ["| | worst | mean | bar |", "|---|---|---|---|"]
     with_stall = f"{judged['rows_with_stall']} of them stall for at least {percent(STALL_COUNTS_FROM)} of the time"
-    labels = {"tpot_error": f"TPOT error ({judged['num_judged']} rows judged)", "tpot_noise": "noise of TPOT",
-              "stall_error": f"stall error ({with_stall})", "stall_noise": "noise of stall"}  # fmt: skip
+    labels = {
+        "tpot_error": f"TPOT error ({judged['num_judged']} rows judged)",
+        "tpot_noise": "noise of TPOT",
+        "stall_error": f"stall error ({with_stall})",
+        "stall_noise": "noise of stall",
+    }
     for name, text in labels.items():
         bar = judged["tpot_bar" if name.startswith("tpot") else "stall_bar"]
-        lines.append(f"| {text} | {percent(judged[f'worst_{name}'])} | {percent(judged[f'mean_{name}'])} | "
-                     f"{percent(bar)} |")  # fmt: skip
+        lines.append(
+            f"| {text} | {percent(judged[f'worst_{name}'])} | {percent(judged[f'mean_{name}'])} | {percent(bar)} |"
+        )
     return lines
 
 
@@ -146,8 +220,10 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         f"- Over a bar: {len(judged['missed'])} of {2 * judged['num_judged']} errors." + _list(judged["missed"]),
     ]
     if rows[NOISE]:
-        lines.append(f"- Rows without a verdict, since repeats differ by more than a bar: {len(rows[NOISE])}."
-                     + _list(rows[NOISE]))  # fmt: skip
+        lines.append(
+            f"- Rows without a verdict, since repeats differ by more than a bar: {len(rows[NOISE])}."
+            + _list(rows[NOISE])
+        )
     if rows[HOST_BOUND]:
         late = table["late_share"][[found == HOST_BOUND for found in judged["verdicts"]]]
         lines.append(
@@ -158,12 +234,16 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
             + _list([f"{name}: {percent(share)}" for name, share in zip(rows[HOST_BOUND], late, strict=True)])
         )
     if rows[ONCE]:
-        lines.append(f"- Rows of which no two replays were made at one speed of the host, so not judged: "
-                     f"{len(rows[ONCE])}." + _list(rows[ONCE]))  # fmt: skip
+        lines.append(
+            f"- Rows of which no two replays were made at one speed of the host, so not judged: "
+            f"{len(rows[ONCE])}." + _list(rows[ONCE])
+        )
     if summary["set_aside"]:
-        lines.append(f"- Replays set aside: {summary['set_aside']} of {summary['replays']}. The fixed loop around them "
-                     "says that the host changed its speed meanwhile, or had another than in the rest of the row "
-                     "(`runs.csv`).")  # fmt: skip
+        lines.append(
+            f"- Replays set aside: {summary['set_aside']} of {summary['replays']}. The fixed loop around them "
+            "says that the host changed its speed meanwhile, or had another than in the rest of the row "
+            "(`runs.csv`)."
+        )
     lines += [
         f"- Stamps: {stamps['wrong']} wrong in {stamps['executions']:,} expert executions ({stamps['checks']:,} "
         "checks).",
@@ -173,15 +253,19 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
     loop = summary["host_loop"]
     if loop["times_ns"]:
         first, middle, last = (f"{loop[f'{name}_ns'] / 1e6:.2f}" for name in ("first", "median", "last"))
-        lines.append(f"- Host: a fixed Python loop took {first} ms before, {middle} between (median) and {last} after; "
-                     f"the slowest of {len(loop['times_ns'])} is {percent(loop['drift'])} above the "
-                     "fastest.")  # fmt: skip
+        lines.append(
+            f"- Host: a fixed Python loop took {first} ms before, {middle} between (median) and {last} after; "
+            f"the slowest of {len(loop['times_ns'])} is {percent(loop['drift'])} above the "
+            "fastest."
+        )
     busiest = _busiest(table, summary["chunk_gb_per_s"])
     if busiest:
         lines.append(busiest)
     if summary["breadth_s"] is not None:
-        lines.append(f"- Every policy and capacity had been measured once after {summary['breadth_s']:.0f} s of "
-                     f"{60 * summary['minutes']:.0f}.")  # fmt: skip
+        lines.append(
+            f"- Every policy and capacity had been measured once after {summary['breadth_s']:.0f} s of "
+            f"{60 * summary['minutes']:.0f}."
+        )
     if summary["left_out"]:
         lines.append(f"- Left out for want of time: {len(summary['left_out'])} comparisons.")
     return lines
@@ -195,9 +279,21 @@ def _row(row: pd.Series[Any]) -> str:
     stall = "–" if pd.isna(row["stall_error"]) else f"{100 * row['stall_error']:+.1f} %"
     once = row["num_runs"] < 2
     noise = ["–" if once else percent(row[f"{name}_noise"]) for name in ("tpot", "stall")]
-    cells = [row["policy"], both("tpot_ms"), f"{100 * row['tpot_error']:+.1f} %", noise[0], both("stall_ms"), stall,
-             noise[1], both("late_stall_ms"), both("link_ms"), row["num_hits_measured"], row["num_hits_predicted"],
-             f"{spread} %", row["verdict"]]  # fmt: skip
+    cells = [
+        row["policy"],
+        both("tpot_ms"),
+        f"{100 * row['tpot_error']:+.1f} %",
+        noise[0],
+        both("stall_ms"),
+        stall,
+        noise[1],
+        both("late_stall_ms"),
+        both("link_ms"),
+        row["num_hits_measured"],
+        row["num_hits_predicted"],
+        f"{spread} %",
+        row["verdict"],
+    ]
     return f"| {' | '.join(map(str, cells))} |"
 
 

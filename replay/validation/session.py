@@ -68,8 +68,15 @@ class Validation:
             self.say(f"calibrated before: {args.calibration}")
         else:
             self.say("calibrating")
-            self.raw = calibrate(self.device, models, asked.policies, self.scale, stacks=self._calibrated_stacks(),
-                                 quick=args.quick, say=self.say)  # fmt: skip
+            self.raw = calibrate(
+                self.device,
+                models,
+                asked.policies,
+                self.scale,
+                stacks=self._calibrated_stacks(),
+                quick=args.quick,
+                say=self.say,
+            )
         write_profile(self.raw, args.name, self.out / "profile")
         self._beside = Beside(self.device, self.raw, self.scale) if args.beside else None
         self._found.raw, self._found.beside = self.raw, self._beside
@@ -144,8 +151,11 @@ class Validation:
         """
         while True:
             takes = {case: self._found.takes[case] for case in cases if case in self._found.takes}
-            short = {case: len(counted(found)) for case, found in takes.items()
-                     if len(found) < _TAKES_A_REPLAY * self.args.repeat}  # fmt: skip
+            short = {
+                case: len(counted(found))
+                for case, found in takes.items()
+                if len(found) < _TAKES_A_REPLAY * self.args.repeat
+            }
             case = min((case for case, count in short.items() if count < wanted), key=short.__getitem__, default=None)
             if case is None or not self._has_time_for(case, until_s):
                 return
@@ -177,8 +187,10 @@ class Validation:
         row["num_set_aside"] = len(takes) - len(kept)
         self._found.keep(case, began)
         stall = "–" if row["stall_error"] is None else f"{100 * row['stall_error']:+.1f} %"
-        self.say(f"{place} {case}: TPOT {ran.metrics['tpot_ms']['mean']:.3f} ms, predicted "
-                 f"{row['tpot_ms_predicted']:.3f} ({100 * row['tpot_error']:+.1f} % off the median), stall {stall}")
+        self.say(
+            f"{place} {case}: TPOT {ran.metrics['tpot_ms']['mean']:.3f} ms, predicted "
+            f"{row['tpot_ms_predicted']:.3f} ({100 * row['tpot_error']:+.1f} % off the median), stall {stall}"
+        )
         if case.policy == self._overlaid:
             self._overlaid = ""
             self._timeline(cfg, case)
@@ -188,8 +200,10 @@ class Validation:
         """Write the first forwards of the replay and of the simulation, one above the other."""
         _, full = self._bench.workload(case, TIMELINE_FORWARDS * case.batch_size)
         work = scaled_workload(full, self.scale)
-        pair = (Timeline(f"measured: {case}", work.model.num_experts),
-                Timeline(f"predicted: {case}", work.model.num_experts))  # fmt: skip
+        pair = (
+            Timeline(f"measured: {case}", work.model.num_experts),
+            Timeline(f"predicted: {case}", work.model.num_experts),
+        )
         rig = self._bench.rig_for(work, *make_policy(cfg["policy"], full, cfg["seed"]))
         measure(rig, self.raw, cfg, full, work, [pair[0]])
         predict(self.raw, self.args.name, cfg, full, work, case, [pair[1]])
@@ -234,9 +248,16 @@ class Validation:
 
     def _stamp(self, case: Case, num_tokens: int, log_path: Path | None) -> None:
         found = self._bench.stamped(case, num_tokens, log_path)
-        self._found.integrity.append({"case": str(case), "executions": found.num_executions, "checks": found.num_checks,
-                               "wrong": found.num_wrong})  # fmt: skip
+        self._found.integrity.append(
+            {
+                "case": str(case),
+                "executions": found.num_executions,
+                "checks": found.num_checks,
+                "wrong": found.num_wrong,
+            }
+        )
         self.say(f"{case}: {found.num_wrong} wrong stamps in {found.num_executions} executions")
+
 
 def _stamped(model: str) -> Case:
     """The case that is run to check many executions: with it a launch holds as many experts as possible."""

@@ -100,8 +100,10 @@ def rank_agreement(rows: Sequence[Row]) -> dict[str, Any]:
 def judge(rows: Sequence[Row], bars: Bars) -> dict[str, Any]:
     """Every row's verdict, worst and mean errors of the judged ones, ranks, and the line to quote."""
     verdicts = [verdict(row, bars) for row in rows]
-    by_verdict = {name: [label(row) for row, found in zip(rows, verdicts, strict=True) if found == name]
-                  for name in (HOLDS, MISSED, NOISE, ONCE, HOST_BOUND)}  # fmt: skip
+    by_verdict = {
+        name: [label(row) for row, found in zip(rows, verdicts, strict=True) if found == name]
+        for name in (HOLDS, MISSED, NOISE, ONCE, HOST_BOUND)
+    }
     judged = [row for row, found in zip(rows, verdicts, strict=True) if found in JUDGED]
     stalls = [row for row in judged if row["stall_counts"]]
     candidates = [row for row, found in zip(rows, verdicts, strict=True) if found in (*JUDGED, NOISE)]
@@ -118,13 +120,14 @@ def judge(rows: Sequence[Row], bars: Bars) -> dict[str, Any]:
         **_worst_and_mean("stall_error", [row["stall_error"] for row in stalls]),
         **_worst_and_mean("stall_noise", [row["stall_noise"] for row in stalls]),
         "rows_with_stall": len(stalls),
-        "missed": [text for row, found in zip(rows, verdicts, strict=True) if found == MISSED
-                   for text in _missed(row, bars)],
+        "missed": [
+            text for row, found in zip(rows, verdicts, strict=True) if found == MISSED for text in _missed(row, bars)
+        ],
         "verdicts": verdicts,
         "rows_by_verdict": by_verdict,
         "noisy_share": noisy,
         "ranks": ranks,
-    }  # fmt: skip
+    }
     return {**found, "not_shown": _why_not(found), "quote": quote(found)}
 
 
@@ -150,8 +153,10 @@ def _why_not(judged: Mapping[str, Any]) -> list[str]:
     if rows[MISSED]:
         why.append(f"rows that miss a bar: {len(rows[MISSED])}")
     if judged["noisy_share"] > NOISY_SHARE:
-        why.append(f"rows that differ from themselves by more than a bar: {len(rows[NOISE])}, "
-                   f"{100 * judged['noisy_share']:.0f} % (at most {100 * NOISY_SHARE:.0f} % may)")  # fmt: skip
+        why.append(
+            f"rows that differ from themselves by more than a bar: {len(rows[NOISE])}, "
+            f"{100 * judged['noisy_share']:.0f} % (at most {100 * NOISY_SHARE:.0f} % may)"
+        )
     if ranks["agreeing"] < ranks["pairs"]:
         why.append(f"pairs of policies ranked otherwise: {ranks['pairs'] - ranks['agreeing']}")
     return why
@@ -165,8 +170,10 @@ def quote(judged: Mapping[str, Any]) -> str:
     stall = "no stall to compare"
     if judged["worst_stall_error"] is not None:
         stall = f"stall within {percent(judged['worst_stall_error'])}"
-    return (f"TPOT within {percent(judged['worst_tpot_error'])} (noise {percent(judged['worst_tpot_noise'])}), "
-            f"{stall}, policies ranked alike {ranks['agreeing']} of {ranks['pairs']}")  # fmt: skip
+    return (
+        f"TPOT within {percent(judged['worst_tpot_error'])} (noise {percent(judged['worst_tpot_noise'])}), "
+        f"{stall}, policies ranked alike {ranks['agreeing']} of {ranks['pairs']}"
+    )
 
 
 def percent(value: float | None) -> str:

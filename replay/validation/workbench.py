@@ -38,8 +38,16 @@ class Workbench:
         else:
             trace = [f"trace.path={self.args.trace.resolve()}", f"max_tokens={num_tokens}"]
         start = [] if self.start(case) is None else [f"start={self.start(case)}"]
-        return [f"+hardware={self.args.hardware}", f"+policy={case.policy}", f"stack={case.stack}", "compare=none",
-                f"residency={case.residency}", f"batch_size={case.batch_size}", *trace, *start]  # fmt: skip
+        return [
+            f"+hardware={self.args.hardware}",
+            f"+policy={case.policy}",
+            f"stack={case.stack}",
+            "compare=none",
+            f"residency={case.residency}",
+            f"batch_size={case.batch_size}",
+            *trace,
+            *start,
+        ]
 
     def start(self, case: Case) -> str | None:
         """What the cache holds at first; None = as configured. Stamps and decisions are checked with less than
@@ -63,8 +71,10 @@ class Workbench:
             work = self._workloads[key] = make_workload(cfg, trace)
             widest = max(len(forward.requests) for forward in work.batches)
             if widest < case.batch_size:
-                raise ValueError(f"--batch-sizes: {case.batch_size} is never reached: the first tokens of the trace "
-                                 f"belong to {widest} requests at most at a time; raise --tokens")  # fmt: skip
+                raise ValueError(
+                    f"--batch-sizes: {case.batch_size} is never reached: the first tokens of the trace "
+                    f"belong to {widest} requests at most at a time; raise --tokens"
+                )
         return cfg, self._workloads[key]
 
     def make_rig(self, runs: Sequence[tuple[Case, int]]) -> None:
@@ -111,5 +121,6 @@ class Workbench:
 
 def _most(needs: list[Needs]) -> Needs:
     """The largest of each size in `needs`: a rig that has these suffices for every one of them."""
-    return Needs(max(one.num_slots for one in needs), max(one.max_tokens for one in needs),
-                 max(one.max_context for one in needs))  # fmt: skip
+    return Needs(
+        max(one.num_slots for one in needs), max(one.max_tokens for one in needs), max(one.max_context for one in needs)
+    )

@@ -16,9 +16,24 @@ from sim.paths import CONF, config_files, own_folder
 COMPARE = ("full", "floor", "none")
 _SWITCHES = ("count_redundant", "timeline", "events", "skip_done")
 KEYS = (
-    "hardware", "policy", "model", "stack", "trace", "residency", "gpu_memory_gb", "batch_size", "prefill_chunk",
-    "max_tokens", "chunk_mib", "channel_depth", "start", "warmup_forwards", "seed", "compare", *_SWITCHES,
-)  # fmt: skip
+    "hardware",
+    "policy",
+    "model",
+    "stack",
+    "trace",
+    "residency",
+    "gpu_memory_gb",
+    "batch_size",
+    "prefill_chunk",
+    "max_tokens",
+    "chunk_mib",
+    "channel_depth",
+    "start",
+    "warmup_forwards",
+    "seed",
+    "compare",
+    *_SWITCHES,
+)
 
 
 def configure(overrides: list[str], config_name: str = "config", own_keys: Sequence[str] = ()) -> dict[str, Any]:

@@ -31,8 +31,10 @@ class GeneratedTrace(Trace):
 def generated_trace(num_tokens: int, num_requests: int, seed: int, params: str | None) -> Trace:
     """`num_tokens` tokens in `num_requests` requests of equal length, from the parameter file `params`."""
     if num_requests > num_tokens:
-        raise ValueError(f"trace.num_requests={num_requests} is more than trace.num_tokens={num_tokens}; "
-                         "a request has at least one token")  # fmt: skip
+        raise ValueError(
+            f"trace.num_requests={num_requests} is more than trace.num_tokens={num_tokens}; "
+            "a request has at least one token"
+        )
     path = Path(params) if params is not None else SHIPPED
     fitted, header = load_params(path)
     arrays = generate(fitted, split_tokens(num_tokens, num_requests), seed)

@@ -21,8 +21,15 @@ class HitRecord(Observer):
     def __init__(self) -> None:
         self.hits: list[frozenset[int]] = []
 
-    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
-                 missing: Sequence[int]) -> None:  # fmt: skip
+    def demanded(
+        self,
+        forward: Forward,
+        layer: int,
+        now_ns: int,
+        hits: Sequence[int],
+        late: Sequence[int],
+        missing: Sequence[int],
+    ) -> None:
         self.hits.append(frozenset(hits))
 
 
@@ -48,8 +55,15 @@ class RedundancyCounter(Observer):
             self._prefetched.discard(key)
         self._late.discard(key)
 
-    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
-                 missing: Sequence[int]) -> None:  # fmt: skip
+    def demanded(
+        self,
+        forward: Forward,
+        layer: int,
+        now_ns: int,
+        hits: Sequence[int],
+        late: Sequence[int],
+        missing: Sequence[int],
+    ) -> None:
         self._event += 1
         # What is demanded in flight has been of use by the time it lands: it does not count at its next hit.
         self._late.update(late)

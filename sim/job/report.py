@@ -73,8 +73,10 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) 
     if metrics["uses_future"]:
         notes.append("policy or start state read ahead in the trace: a reference, not something that can be deployed")
     if metrics["num_streamed_layers"]:
-        notes.append(f"{metrics['num_streamed_layers']} layer passes demanded more experts than there were slots: "
-                     "they streamed through")  # fmt: skip
+        notes.append(
+            f"{metrics['num_streamed_layers']} layer passes demanded more experts than there were slots: "
+            "they streamed through"
+        )
     if metrics["link"]["utilisation"] > 0.95:
         notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
     notes.append("stall, late and miss are per token; of on-demand: the share of its stall that is left")
@@ -84,8 +86,10 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) 
         notes.append("floor: no schedule with these slots is faster")
     redundant = metrics["prefetch"]["redundant"]
     if redundant is not None and metrics["prefetch"]["issued"]:
-        notes.append(f"{redundant} of {metrics['prefetch']['useful']} useful prefetches were redundant: the same "
-                     "policy without prefetch hit there too")  # fmt: skip
+        notes.append(
+            f"{redundant} of {metrics['prefetch']['useful']} useful prefetches were redundant: the same "
+            "policy without prefetch hit there too"
+        )
     for note in notes:
         console.print(f"  {note}", style="dim", highlight=False)
     if folder is not None:

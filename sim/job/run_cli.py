@@ -42,8 +42,9 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         raise SystemExit(2) from error
 
 
-def run_cli(main: Callable[[], int | None],
-               interrupted: str = "finished runs are kept (skip_done=true goes on from there)") -> int:  # fmt: skip
+def run_cli(
+    main: Callable[[], int | None], interrupted: str = "finished runs are kept (skip_done=true goes on from there)"
+) -> int:
     """Run a command's `main`; its exit code, which is 0 where it returns none. interrupted: what is said of what was
     done by then."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself

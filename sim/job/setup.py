@@ -110,19 +110,34 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
     model = make_model(cfg["model"], trace)
     scaled = [name for name in hardware.kernel_ns if name.startswith(f"{model.name}/")]
     if scaled and model.name not in hardware.kernel_ns:
-        raise ValueError(f"hardware={hardware.name} was measured with {scaled[0]}, widths divided, and says nothing of "
-                         f"{model.name} itself; hold it against its machine: python -m replay.validate")  # fmt: skip
+        raise ValueError(
+            f"hardware={hardware.name} was measured with {scaled[0]}, widths divided, and says nothing of "
+            f"{model.name} itself; hold it against its machine: python -m replay.validate"
+        )
     batch = BatchConfig(
-        _whole(cfg, "batch_size", 1), _whole(cfg, "prefill_chunk", 1),
-        None if cfg["max_tokens"] is None else _whole(cfg, "max_tokens", 1))  # fmt: skip
+        _whole(cfg, "batch_size", 1),
+        _whole(cfg, "prefill_chunk", 1),
+        None if cfg["max_tokens"] is None else _whole(cfg, "max_tokens", 1),
+    )
     batches = Batches(trace, batch)
     chunk_mib = cfg["chunk_mib"]
     if not isinstance(chunk_mib, int | float) or isinstance(chunk_mib, bool) or not 1 / 1024 <= chunk_mib <= 4096:
         raise ValueError(f"chunk_mib={chunk_mib!r} must be a number of MiB from 1/1024 to 4096")
     warmup = _whole(cfg, "warmup_forwards", 0)
     num_slots = _num_slots(cfg, model, trace, batch.batch_size, hardware.memory_gb)
-    return Workload(trace, trace.sha256(), model, hardware, stack, batches, num_slots, float(chunk_mib),
-                    _whole(cfg, "channel_depth", 1), cfg["start"], warmup)  # fmt: skip
+    return Workload(
+        trace,
+        trace.sha256(),
+        model,
+        hardware,
+        stack,
+        batches,
+        num_slots,
+        float(chunk_mib),
+        _whole(cfg, "channel_depth", 1),
+        cfg["start"],
+        warmup,
+    )
 
 
 def load_chunks(work: Workload) -> tuple[int, ...]:
@@ -161,8 +176,12 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
     if not told:
         return open_trace(str(shipped(SHIPPED_TRACE)))
     cfg = GENERATED | told
-    return generated_trace(_whole(cfg, "num_tokens", 1, "trace."), _whole(cfg, "num_requests", 1, "trace."),
-                           _whole(cfg, "seed", 0, "trace."), cfg.get("params"))  # fmt: skip
+    return generated_trace(
+        _whole(cfg, "num_tokens", 1, "trace."),
+        _whole(cfg, "num_requests", 1, "trace."),
+        _whole(cfg, "seed", 0, "trace."),
+        cfg.get("params"),
+    )
 
 
 def _paths(value: Any) -> str | list[str]:
@@ -183,8 +202,10 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
         known = config_files("model")
         del known["auto"]
         if name not in known:
-            raise ValueError(f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
-                             f"say model=NAME with one of: {', '.join(sorted(known))}")  # fmt: skip
+            raise ValueError(
+                f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
+                f"say model=NAME with one of: {', '.join(sorted(known))}"
+            )
         model = model_from_dict(yaml.safe_load(known[name].read_text(encoding="utf-8")))
     else:
         model = model_from_dict(cfg)
@@ -195,8 +216,10 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
                 f"{key}={getattr(trace, key)}; choose the model that was recorded (model=auto)"
             )
     if trace.top_k > model.top_k:
-        raise ValueError(f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; "
-                         "choose the model that was recorded (model=auto)")  # fmt: skip
+        raise ValueError(
+            f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; "
+            "choose the model that was recorded (model=auto)"
+        )
     return model
 
 
@@ -208,8 +231,10 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
             raise ValueError(f"residency={residency!r} must be in (0, 1]: the share of all experts that have a slot")
         slots = int(residency * num_keys + 1e-9)
         if slots < 1:
-            raise ValueError(f"residency={residency} of {num_keys} experts leaves no slot at all; "
-                             f"the least is residency={1 / num_keys:.6f}")  # fmt: skip
+            raise ValueError(
+                f"residency={residency} of {num_keys} experts leaves no slot at all; "
+                f"the least is residency={1 / num_keys:.6f}"
+            )
         return slots
     if not isinstance(gigabytes, int | float) or isinstance(gigabytes, bool) or not 0 < gigabytes < float("inf"):
         raise ValueError(f"gpu_memory_gb={gigabytes!r} must be a number of GB above 0")
@@ -222,8 +247,10 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
     slots = int((gigabytes * 1e9 - fixed) // model.expert_bytes)
     if slots < 1:
         need = (fixed + model.expert_bytes) / 1e9
-        raise ValueError(f"gpu_memory_gb={gigabytes}: weights outside the experts, KV and workspace take "
-                         f"{fixed / 1e9:.2f} GB and leave no slot for an expert; give at least {need:.2f}")  # fmt: skip
+        raise ValueError(
+            f"gpu_memory_gb={gigabytes}: weights outside the experts, KV and workspace take "
+            f"{fixed / 1e9:.2f} GB and leave no slot for an expert; give at least {need:.2f}"
+        )
     return min(slots, num_keys)
 
 

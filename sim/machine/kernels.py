@@ -122,12 +122,16 @@ class _Measured:
     """Times by a table; stands where `_Roofline` does. ValueError if the table is not that of the model's shape."""
 
     def __init__(self, model: ModelSpec, table: KernelTable, rates: _Rates) -> None:
-        for key, points, needed in (("shared", table.shared, model.shared_intermediate > 0),
-                                    ("dense", table.dense, model.num_dense_layers > 0)):  # fmt: skip
+        for key, points, needed in (
+            ("shared", table.shared, model.shared_intermediate > 0),
+            ("dense", table.dense, model.num_dense_layers > 0),
+        ):
             if needed != bool(points):
                 have, remedy = ("has", "measure them") if needed else ("has no", "leave them out")
-                raise ValueError(f"hardware.kernel_ns.{model.name}.{key}={points!r}, but {model.name} {have} {key} "
-                                 f"{'experts' if key == 'shared' else 'layers'}; {remedy}")  # fmt: skip
+                raise ValueError(
+                    f"hardware.kernel_ns.{model.name}.{key}={points!r}, but {model.name} {have} {key} "
+                    f"{'experts' if key == 'shared' else 'layers'}; {remedy}"
+                )
         self.expert = _Interpolated(table.expert)
         self.shared = _Interpolated(table.shared)
         self.head = _Interpolated(table.head)

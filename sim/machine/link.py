@@ -30,9 +30,7 @@ class Link:
     slowdown: factor on the transfer time, not on t0, of a copy that starts while a kernel runs.
     """
 
-    def __init__(
-        self, hardware: Hardware, memory: str = PINNED, chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    ) -> None:
+    def __init__(self, hardware: Hardware, memory: str = PINNED, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> None:
         if memory not in (PINNED, PAGEABLE):
             raise ValueError(f"link memory={memory!r} is unknown; choose {PINNED} or {PAGEABLE}")
         check_chunk(chunk_bytes)

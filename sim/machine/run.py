@@ -19,8 +19,9 @@ from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, simulate
 
 
-def run_policy(work: Workload, policy: Policy, transfer: Transfer,
-               observers: Sequence[Observer] = ()) -> dict[str, Any]:  # fmt: skip
+def run_policy(
+    work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer] = ()
+) -> dict[str, Any]:
     """Simulate `policy` over `work`; the metrics of `expertflow.metrics`, after the identities were checked."""
     model = work.model
     chunk_bytes = load_chunks(work)
@@ -31,8 +32,10 @@ def run_policy(work: Workload, policy: Policy, transfer: Transfer,
     simulate(runtime, machine)
     runtime.check_identities()
     if work.warmup_forwards >= runtime.counters.num_forwards:
-        raise ValueError(f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
-                         f"{runtime.counters.num_forwards} forwards")  # fmt: skip
+        raise ValueError(
+            f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
+            f"{runtime.counters.num_forwards} forwards"
+        )
     return collect_metrics(runtime)
 
 

@@ -112,9 +112,7 @@ class SimMachine:
 
     def begin_forward(self, forward: Forward) -> None:
         self._num_tokens = len(forward.rows)
-        self._attention_ns = self.kernels.attention_list_ns(
-            self._num_tokens, forward.kv_lens, forward.phase == PREFILL
-        )
+        self._attention_ns = self.kernels.attention_list_ns(self._num_tokens, forward.kv_lens, forward.phase == PREFILL)
         # Only rows that need logits reach the head: one per request, none before a prompt's last chunk.
         self._head_ns = self.kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
 

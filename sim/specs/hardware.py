@@ -99,8 +99,10 @@ class Hardware:
         if not isinstance(link, tuple):
             check_range("hardware.link_gb_per_s", link, 0, math.inf, above=True, remedy=_LINK_REMEDY)
             if self.memory_gb_per_s < link < math.inf:
-                raise ValueError(f"hardware.link_gb_per_s={link} is above memory_gb_per_s={self.memory_gb_per_s}, into "
-                                 f"which it copies; {_LINK_REMEDY}")  # fmt: skip
+                raise ValueError(
+                    f"hardware.link_gb_per_s={link} is above memory_gb_per_s={self.memory_gb_per_s}, into "
+                    f"which it copies; {_LINK_REMEDY}"
+                )
             return
         if not link:
             raise ValueError(f"hardware.link_gb_per_s=() has no points; {_LINK_REMEDY}")
@@ -119,8 +121,10 @@ class Hardware:
             if not isinstance(model, str) or not model:
                 raise ValueError(f"hardware.kernel_ns: {model!r} must be the name of a model")
             if not isinstance(table, KernelTable):
-                raise ValueError(f"hardware.kernel_ns.{model}={table!r} must be a KernelTable, as hardware_from_dict "
-                                 "makes of a mapping")  # fmt: skip
+                raise ValueError(
+                    f"hardware.kernel_ns.{model}={table!r} must be a KernelTable, as hardware_from_dict "
+                    "makes of a mapping"
+                )
             table.check(f"hardware.kernel_ns.{model}")
 
 

@@ -98,8 +98,10 @@ def _check_groups(key: str, points: GroupPoints) -> None:
         raise ValueError(f"{key} has {', '.join(map(str, rows))} experts; measure 1 and at least one more number")
     for num_experts, tokens_of in rows.items():
         if tokens_of != rows[1]:
-            raise ValueError(f"{key}: {num_experts} experts have {_listed(tokens_of)} tokens each, 1 has "
-                             f"{_listed(rows[1])}; measure every number of experts with the same tokens")  # fmt: skip
+            raise ValueError(
+                f"{key}: {num_experts} experts have {_listed(tokens_of)} tokens each, 1 has "
+                f"{_listed(rows[1])}; measure every number of experts with the same tokens"
+            )
 
 
 def _listed(tokens: list[float]) -> str:

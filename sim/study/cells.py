@@ -80,8 +80,9 @@ def _open_trace(cfg: str) -> Trace:
     return make_trace(json.loads(cfg))
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path, num_jobs: int,
-             optional: Sequence[str] = ()) -> tuple[dict[Cell, dict[str, Any]], dict[str, str]]:  # fmt: skip
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, num_jobs: int, optional: Sequence[str] = ()
+) -> tuple[dict[Cell, dict[str, Any]], dict[str, str]]:
     """The result of every cell, in order, and why cells of `optional` variants are missing.
 
     Results kept in `folder` are not made again. What fails does not stop the others; ValueError at the end says what

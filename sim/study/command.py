@@ -26,14 +26,28 @@ def cli(words: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sim.study", description=__doc__,
-        epilog="example: python -m sim.study gap --out results/gap --set trace.path=mine.safetensors")  # fmt: skip
+        prog="python -m sim.study",
+        description=__doc__,
+        epilog="example: python -m sim.study gap --out results/gap --set trace.path=mine.safetensors",
+    )
     parser.add_argument("study", help="a file of conf/study, without .yaml")
     parser.add_argument("--out", type=Path, required=True, help="output folder; finished cells in it are kept")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                        help="a parameter of the study, or an override of every run")  # fmt: skip
-    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="AXIS=VALUE[,VALUE]",
-                        help="only these values of an axis, or of `variant`")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the study, or an override of every run",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="AXIS=VALUE[,VALUE]",
+        help="only these values of an axis, or of `variant`",
+    )
     parser.add_argument("--tokens", type=int, help="cut every trace after so many tokens (max_tokens)")
     add_config_dir(parser)
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1; -1: one a core)")

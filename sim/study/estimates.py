@@ -40,8 +40,10 @@ def run_estimates(work: Workload) -> dict[str, Any]:
     """Errors by phase, distance and estimate, and per forward its rows, Dist and mean number of distinct experts."""
     trace = work.trace
     if trace.lookahead is None and trace.lookahead_ids is None:
-        raise ValueError(f"the trace {trace.name} has no recorded pre-gate, which the estimates of N_e are made from; "
-                         "record one with lookahead=")  # fmt: skip
+        raise ValueError(
+            f"the trace {trace.name} has no recorded pre-gate, which the estimates of N_e are made from; "
+            "record one with lookahead="
+        )
     pairs: dict[tuple[str, int, str], list[tuple[int, float, float]]] = defaultdict(list)
     forwards = []
     before = _Before()
@@ -65,11 +67,19 @@ def run_estimates(work: Workload) -> dict[str, Any]:
                     pairs[forward.phase, ahead, name].append((forward.index, truth[target], value))
         mean_true = float(np.mean(truth))
         before.learn(float(np.mean(selected)), mean_true, distance)
-        forwards.append({"phase": forward.phase, "rows": forward.num_tokens, "dist_per_pair": distance,
-                         "dist": None if distance is None else distance * _pairs(forward.num_tokens),
-                         "num_experts": mean_true})  # fmt: skip
-    rows = [{"phase": phase, "distance": ahead, "estimate": name, **_errors(found)}
-            for (phase, ahead, name), found in pairs.items()]  # fmt: skip
+        forwards.append(
+            {
+                "phase": forward.phase,
+                "rows": forward.num_tokens,
+                "dist_per_pair": distance,
+                "dist": None if distance is None else distance * _pairs(forward.num_tokens),
+                "num_experts": mean_true,
+            }
+        )
+    rows = [
+        {"phase": phase, "distance": ahead, "estimate": name, **_errors(found)}
+        for (phase, ahead, name), found in pairs.items()
+    ]
     return {"rows": rows, "forwards": forwards, "trace": {"name": trace.name, "sha256": work.trace_sha256}}
 
 
@@ -131,11 +141,14 @@ def _errors(found: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
     index, truth, value = (np.array(column, np.float64) for column in zip(*found, strict=True))
     by_forward = pd.DataFrame({"index": index, "truth": truth, "value": value}).groupby("index").mean()
     return {
-        "num_layers": len(found), "mean_true": float(truth.mean()), "mean_estimate": float(value.mean()),
-        "bias": float((value - truth).mean()), "mean_abs_error": float(np.abs(value - truth).mean()),
+        "num_layers": len(found),
+        "mean_true": float(truth.mean()),
+        "mean_estimate": float(value.mean()),
+        "bias": float((value - truth).mean()),
+        "mean_abs_error": float(np.abs(value - truth).mean()),
         "correlation": correlation(truth, value),
         "correlation_of_forwards": correlation(by_forward["truth"].to_numpy(), by_forward["value"].to_numpy()),
-    }  # fmt: skip
+    }
 
 
 def correlation(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float | None:
@@ -166,6 +179,13 @@ def _diversity(forwards: pd.DataFrame) -> list[dict[str, Any]]:
     # What is left to say once the number of rows is known.
     found["rank of dist, rows being equal"] = forwards.groupby("rows")[["dist", "num_experts"]].rank(pct=True)
     return [
-        {"setting": "all forwards", "phase": "all", "distance": 1, "estimate": name, "num_layers": len(ranks),
-         "correlation_of_forwards": correlation(*ranks.to_numpy(np.float64).T)} for name, ranks in found.items()
-    ]  # fmt: skip
+        {
+            "setting": "all forwards",
+            "phase": "all",
+            "distance": 1,
+            "estimate": name,
+            "num_layers": len(ranks),
+            "correlation_of_forwards": correlation(*ranks.to_numpy(np.float64).T),
+        }
+        for name, ranks in found.items()
+    ]

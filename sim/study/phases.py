@@ -10,9 +10,17 @@ from expertflow.observer import Observer
 from expertflow.policy import Policy
 
 KEYS = (
-    "num_forwards", "num_rows", "num_tokens", "elapsed_ns", "stall_ns", "late_stall_ns", "num_accesses", "num_hits",
-    "num_late", "num_misses",
-)  # fmt: skip
+    "num_forwards",
+    "num_rows",
+    "num_tokens",
+    "elapsed_ns",
+    "stall_ns",
+    "late_stall_ns",
+    "num_accesses",
+    "num_hits",
+    "num_late",
+    "num_misses",
+)
 
 
 class PhaseRecorder(Observer):
@@ -33,8 +41,15 @@ class PhaseRecorder(Observer):
         if not is_miss:
             self._this["late_stall_ns"] += end_ns - start_ns
 
-    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
-                 missing: Sequence[int]) -> None:  # fmt: skip
+    def demanded(
+        self,
+        forward: Forward,
+        layer: int,
+        now_ns: int,
+        hits: Sequence[int],
+        late: Sequence[int],
+        missing: Sequence[int],
+    ) -> None:
         this = self._this
         this["num_accesses"] += len(hits) + len(late) + len(missing)
         this["num_hits"] += len(hits)

@@ -77,9 +77,17 @@ def plot_steps(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str]
             label = _shown(COLOURED, group) if group else "fixed S"
             panel.plot(steps, line[spec["value"]], label=label, **_line_style(index))
             stars = own[own["variant"].isin(marked)]
-            panel.plot(stars["mean_S"], stars[spec["value"]], linestyle="none", marker="*", markersize=11,
-                       markerfacecolor=_line_style(index)["color"], markeredgecolor="white", markeredgewidth=0.8,
-                       zorder=5)  # fmt: skip
+            panel.plot(
+                stars["mean_S"],
+                stars[spec["value"]],
+                linestyle="none",
+                marker="*",
+                markersize=11,
+                markerfacecolor=_line_style(index)["color"],
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                zorder=5,
+            )
         panel.set_ylim(0, 1.08 * float(rows[spec["value"]].max()) or 1.0)
         panel.set_xlabel("S (layers)")
         panel.tick_params(labelleft=True, labelbottom=True)

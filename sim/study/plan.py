@@ -83,8 +83,20 @@ def read_study(path: Path) -> Study:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name}: holds no study; see those beside it")
-    known = {"name", "about", "kind", "parameters", "defaults", "base", "axes", "variants", "sweeps", "perfect",
-             "optional", *_EXTRAS}  # fmt: skip
+    known = {
+        "name",
+        "about",
+        "kind",
+        "parameters",
+        "defaults",
+        "base",
+        "axes",
+        "variants",
+        "sweeps",
+        "perfect",
+        "optional",
+        *_EXTRAS,
+    }
     for key in content:
         if key not in known:
             raise ValueError(f"{path.name}: {key} is no key of a study; known: {', '.join(sorted(known))}")
@@ -133,12 +145,14 @@ def _check_extras(study: Study, file: str) -> None:
             named += [(part, entry["variant"])] if "variant" in entry else []
     for part, variant in named:
         if variant not in study.variants:
-            raise ValueError(f"{file}: {part} names the variant {variant}, which is none of the study's: "
-                             f"{', '.join(study.variants)}")  # fmt: skip
+            raise ValueError(
+                f"{file}: {part} names the variant {variant}, which is none of the study's: {', '.join(study.variants)}"
+            )
 
 
-def cells(study: Study, values: Mapping[str, str], added: Sequence[str] = (),
-          only: Mapping[str, Sequence[str]] | None = None) -> list[Cell]:  # fmt: skip
+def cells(
+    study: Study, values: Mapping[str, str], added: Sequence[str] = (), only: Mapping[str, Sequence[str]] | None = None
+) -> list[Cell]:
     """Every cell, variants innermost. values: of the parameters; added: overrides of every run, stronger than the
     study's; only: axis (or `variant`) -> the names that are wanted."""
     only, values = dict(only or {}), {**study.defaults, **values}

@@ -45,10 +45,15 @@ def write_study(folder: Path, run: Run, table: pd.DataFrame) -> dict[str, Any]:
     axes = [axis for axis in study.axes if axis in table.columns]
     (folder / "DONE").unlink(missing_ok=True)
     summary = {
-        "study": study.name, "about": study.about, "command": run.command, "num_cells": len(table),
-        "traces": dict(run.traces), "code_sha256": run.code_sha256, "left_out": dict(run.left_out),
+        "study": study.name,
+        "about": study.about,
+        "command": run.command,
+        "num_cells": len(table),
+        "traces": dict(run.traces),
+        "code_sha256": run.code_sha256,
+        "left_out": dict(run.left_out),
         **judge(study, table, axes),
-    }  # fmt: skip
+    }
     pictures = [draw(table, spec, axes, folder) for spec in study.pictures]
     write_text(folder / "table.csv", table.to_csv(index=False, lineterminator="\n"))
     write_text(folder / "summary.json", to_json(summary))
@@ -64,8 +69,11 @@ def _markdown(run: Run, summary: Mapping[str, Any], table: pd.DataFrame, picture
     lines = [f"# {study.name}", "", study.about, "", "```sh", run.command, "```", ""]
     lines += ["| trace | content |", "|---|---|"]
     lines += [f"| {name} | sha256 `{sha256[:16]}…` |" for name, sha256 in run.traces.items()]
-    lines += ["", "Simulated, not confirmed on hardware. All columns: `table.csv`; each verdict, cell by cell: "
-              "`summary.json`.", ""]  # fmt: skip
+    lines += [
+        "",
+        "Simulated, not confirmed on hardware. All columns: `table.csv`; each verdict, cell by cell: `summary.json`.",
+        "",
+    ]
     found = sentences(summary)
     found += [f"Not run in {count} cells: {why}" for why, count in Counter(run.left_out.values()).items()]
     lines += ["## What it says", "", *(f"- {line}" for line in found), ""] if found else []

@@ -49,20 +49,31 @@ def make_table(cells: Sequence[Cell], results: Sequence[Mapping[str, Any]], perf
 def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     prefetch, horizon = result["prefetch"], result["horizon"]
     row = {
-        "policy": result["policy"], "model": result["model"], "trace": result["trace"]["name"],
-        "uses_future": result["uses_future"], "num_slots": result["capacity"]["num_slots"],
+        "policy": result["policy"],
+        "model": result["model"],
+        "trace": result["trace"]["name"],
+        "uses_future": result["uses_future"],
+        "num_slots": result["capacity"]["num_slots"],
         "slots_share": result["capacity"]["residency"],
-        "num_tokens": result["num_tokens"], "num_forwards": result["num_forwards"],
-        "elapsed_ns": result["elapsed_ns"], "stall_ns": result["stall_ns"], **derived(dict(result)),
+        "num_tokens": result["num_tokens"],
+        "num_forwards": result["num_forwards"],
+        "elapsed_ns": result["elapsed_ns"],
+        "stall_ns": result["stall_ns"],
+        **derived(dict(result)),
         "stall_of_time": _ratio(result["stall_ns"], result["elapsed_ns"]),
-        "tpot_p99_ms": result["tpot_ms"]["p99"], "ttft_ms": result["ttft_ms"]["mean"],
-        "prefetch_issued": prefetch["issued"], "prefetch_useful": prefetch["useful"],
-        "prefetch_late": prefetch["late"], "prefetch_wasted": prefetch["wasted"],
+        "tpot_p99_ms": result["tpot_ms"]["p99"],
+        "ttft_ms": result["ttft_ms"]["mean"],
+        "prefetch_issued": prefetch["issued"],
+        "prefetch_useful": prefetch["useful"],
+        "prefetch_late": prefetch["late"],
+        "prefetch_wasted": prefetch["wasted"],
         "prefetch_redundant": prefetch["redundant"],
         "redundant_of_useful": _ratio(prefetch["redundant"], prefetch["useful"]),
         "copied_gb": (result["bytes"]["demand"] + result["bytes"]["prefetch"]) / 1e9,
-        "num_expected": result["phases"]["num_expected"], "mean_S": horizon["mean"], "max_S": horizon["max"],
-    }  # fmt: skip
+        "num_expected": result["phases"]["num_expected"],
+        "mean_S": horizon["mean"],
+        "max_S": horizon["max"],
+    }
     for phase in (DECODE, PREFILL):
         row |= {f"{phase}_{key}": value for key, value in _phase(phase, result).items()}
     return row

@@ -50,13 +50,24 @@ def _best(spec: Mapping[str, Any], table: pd.DataFrame, axes: Sequence[str]) -> 
         if spec["variant"] not in values.index or others.empty:
             continue
         own, best = float(values[spec["variant"]]), float(others.min())
-        places.append({"place": _place(rows.iloc[0], axes), "best": str(others.idxmin()), "best_value": best,
-                       "value": own, "gain": (best - own) / best if best else None})  # fmt: skip
+        places.append(
+            {
+                "place": _place(rows.iloc[0], axes),
+                "best": str(others.idxmin()),
+                "best_value": best,
+                "value": own,
+                "gain": (best - own) / best if best else None,
+            }
+        )
     gains = [place["gain"] for place in places if place["gain"] is not None]
     return {
-        **spec, "num_wins": sum(gain > 0 for gain in gains), "num_places": len(gains),
-        "least_gain": min(gains, default=None), "most_gain": max(gains, default=None), "places": places,
-    }  # fmt: skip
+        **spec,
+        "num_wins": sum(gain > 0 for gain in gains),
+        "num_places": len(gains),
+        "least_gain": min(gains, default=None),
+        "most_gain": max(gains, default=None),
+        "places": places,
+    }
 
 
 def _by_place(table: pd.DataFrame, axes: Sequence[str]) -> list[tuple[Any, pd.DataFrame]]:
@@ -102,11 +113,15 @@ def _claim_line(claim: Mapping[str, Any]) -> str:
 def _best_line(best: Mapping[str, Any]) -> str:
     low, high = 100 * best["least_gain"], 100 * best["most_gain"]
     others = best["of"][0] if len(best["of"]) == 1 else f"the best of {len(best['of'])}"
-    return (f"{best['name']} ({best['column']}, {best['variant']} against {others}): better in {best['num_wins']} of "
-            f"{best['num_places']} places; it saves {low:.2f} to {high:.2f} %.")  # fmt: skip
+    return (
+        f"{best['name']} ({best['column']}, {best['variant']} against {others}): better in {best['num_wins']} of "
+        f"{best['num_places']} places; it saves {low:.2f} to {high:.2f} %."
+    )
 
 
 def _pair_line(pair: Mapping[str, Any]) -> str:
     inverted = [f"{one['place']} ({one['ratio']:.2f})" for one in pair["inverted"]]
-    return (f"{pair['name']} ({pair['column']}, {pair['fast']} over {pair['slow']}): in {pair['num_inverted']} of "
-            f"{pair['num_places']} places{_listed(inverted)}.")  # fmt: skip
+    return (
+        f"{pair['name']} ({pair['column']}, {pair['fast']} over {pair['slow']}): in {pair['num_inverted']} of "
+        f"{pair['num_places']} places{_listed(inverted)}."
+    )

@@ -24,17 +24,19 @@ HIT, LATE, MISS = range(3)
 NOT_COPIED = -1
 
 _WORD = pa.dictionary(pa.int8(), pa.string())
-SCHEMA = pa.schema([
-    pa.field("forward", pa.int32(), nullable=False),
-    pa.field("phase", _WORD, nullable=False),
-    pa.field("layer", pa.int32(), nullable=False),
-    pa.field("expert", pa.int32(), nullable=False),
-    pa.field("class", _WORD, nullable=False),
-    pa.field("known_ns", pa.int64(), nullable=False),
-    pa.field("tokens", pa.int32(), nullable=False),
-    pa.field("stall_ns", pa.int64(), nullable=False),
-    pa.field("landed_ns", pa.int64(), nullable=True),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        pa.field("forward", pa.int32(), nullable=False),
+        pa.field("phase", _WORD, nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("expert", pa.int32(), nullable=False),
+        pa.field("class", _WORD, nullable=False),
+        pa.field("known_ns", pa.int64(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("stall_ns", pa.int64(), nullable=False),
+        pa.field("landed_ns", pa.int64(), nullable=True),
+    ]
+)
 
 
 class _Columns:
@@ -96,8 +98,15 @@ class EventTable(Observer):
         self._open: dict[int, int] = {}
         """Row of each key of the layer that is running: its stall and its landing are yet to come."""
 
-    def demanded(self, forward: Forward, layer: int, now_ns: int, hits: Sequence[int], late: Sequence[int],
-                 missing: Sequence[int]) -> None:  # fmt: skip
+    def demanded(
+        self,
+        forward: Forward,
+        layer: int,
+        now_ns: int,
+        hits: Sequence[int],
+        late: Sequence[int],
+        missing: Sequence[int],
+    ) -> None:
         self._settle()
         columns, first_key = self._columns, layer * self.num_experts
         phase = PHASES.index(forward.phase)

@@ -29,11 +29,20 @@ if TYPE_CHECKING:
     from sim.views.timeline import Frames
 
 STYLE: dict[Any, Any] = {
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 5.5,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5.5,
     "lines.markeredgewidth": 1.3,
-}  # fmt: skip
+}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
@@ -43,10 +52,14 @@ STALLS = {"miss": "#B2182B", "late": "#F4A6A0"}
 DARK = ("miss",)
 REST = "#c9d3dc"
 LABELS = {
-    "residency": "residency (share of all experts)", "tpot_ms": "time per output token (ms)", "hit_rate": "hit rate",
-    "stall_ms_per_token": "stall (ms per token)", "late_ms_per_token": "late stall (ms per token)",
-    "miss_ms_per_token": "miss stall (ms per token)", "link_utilisation": "link utilisation",
-}  # fmt: skip
+    "residency": "residency (share of all experts)",
+    "tpot_ms": "time per output token (ms)",
+    "hit_rate": "hit rate",
+    "stall_ms_per_token": "stall (ms per token)",
+    "late_ms_per_token": "late stall (ms per token)",
+    "miss_ms_per_token": "miss stall (ms per token)",
+    "link_utilisation": "link utilisation",
+}
 FACETS = ["hardware", "stack"]
 FLOOR = "#222222"
 
@@ -137,8 +150,11 @@ def plot_timeline(frames: Frames, start_ms: float, stop_ms: float, title: str = 
     """
     if not 0 <= start_ms < stop_ms:
         raise ValueError(f"start_ms={start_ms} must be 0 or more and below stop_ms={stop_ms}")
-    lanes = [("compute", frames.compute, "kind", COMPUTE), ("link", frames.link, "cause", LINK),
-             ("stalls", frames.stalls, "kind", STALLS)]  # fmt: skip
+    lanes = [
+        ("compute", frames.compute, "kind", COMPUTE),
+        ("link", frames.link, "cause", LINK),
+        ("stalls", frames.stalls, "kind", STALLS),
+    ]
     has_horizon = len(frames.horizon) > 0
     figure = Figure(figsize=(10, 3.7 if has_horizon else 2.6), layout="constrained")
     ratios = [1.3, 3] if has_horizon else [3]
@@ -273,8 +289,9 @@ def _colour_legend(figure: Figure, colours: dict[str, str], dashed: str = "") ->
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handlelength=1.4)
 
 
-def _draw_lane(axes: Axes, place: int, frame: pd.DataFrame, category: str, colours: dict[str, str],
-               window_ms: tuple[float, float]) -> int:  # fmt: skip
+def _draw_lane(
+    axes: Axes, place: int, frame: pd.DataFrame, category: str, colours: dict[str, str], window_ms: tuple[float, float]
+) -> int:
     """Draw the slices of one lane that touch the window, clipped to it; returns how many."""
     low, high = window_ms
     inside = frame[(frame["end_ns"] > low * 1e6) & (frame["start_ns"] < high * 1e6)]

@@ -184,11 +184,13 @@ def load_timeline(path: str | Path) -> Frames:
             compute=_compute_frame(by_track[COMPUTE_TRACK]),
             link=_copy_frame(by_track[LINK_TRACK], ("layer", "expert", "chunk"), "cause"),
             stalls=_copy_frame(by_track[STALL_TRACK], ("layer", "expert"), "kind"),
-            horizon=_frame({
-                "at_ns": [round(event["ts"] * 1000) for event in counts],
-                "reach": [event["args"]["layers"] for event in counts],
-            }),
-        )  # fmt: skip
+            horizon=_frame(
+                {
+                    "at_ns": [round(event["ts"] * 1000) for event in counts],
+                    "reach": [event["args"]["layers"] for event in counts],
+                }
+            ),
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a timeline of this project ({type(error).__name__}: {error}); write one with timeline=true"

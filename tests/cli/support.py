@@ -32,9 +32,18 @@ GPT_OSS = (24, 32, 4)
 """Layers, experts, top-k of gpt-oss-20b: the model that small traces pretend to be."""
 
 TINY_MODEL = {
-    "name": "tiny", "source": "tests", "num_layers": 4, "num_experts": 8, "top_k": 2, "hidden_size": 512,
-    "expert_intermediate": 512, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "vocab_size": 1000,
-}  # fmt: skip
+    "name": "tiny",
+    "source": "tests",
+    "num_layers": 4,
+    "num_experts": 8,
+    "top_k": 2,
+    "hidden_size": 512,
+    "expert_intermediate": 512,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 1000,
+}
 TINY_MODEL_WORDS = tuple(f"{'' if key == 'name' else '+'}model.{key}={value}" for key, value in TINY_MODEL.items())
 """Overrides that describe a model of 4 layers and 8 experts, of which no file in `conf/model` knows."""
 
@@ -111,12 +120,25 @@ def routing(shape: tuple[int, int, int], num_tokens: int, seed: int = 0) -> np.n
     return np.argsort(-scores, axis=2)[:, :, :top_k].astype(np.uint8 if num_experts < 256 else np.uint16)
 
 
-def small_trace(path: Path, num_tokens: int = 12, num_requests: int = 2, *, shape: tuple[int, int, int] = GPT_OSS,
-                model: str = "gpt-oss-20b", seed: int = 0, prompt: int = 0, **arrays: Any) -> Path:  # fmt: skip
+def small_trace(
+    path: Path,
+    num_tokens: int = 12,
+    num_requests: int = 2,
+    *,
+    shape: tuple[int, int, int] = GPT_OSS,
+    model: str = "gpt-oss-20b",
+    seed: int = 0,
+    prompt: int = 0,
+    **arrays: Any,
+) -> Path:
     """A valid trace at `path`: requests of equal length, each with a prompt of `prompt` tokens."""
     starts = [round(index * num_tokens / num_requests) for index in range(num_requests + 1)]
-    given: dict[str, Any] = {"experts": routing(shape, num_tokens, seed), "request_start": starts,
-                             "prompt_len": [prompt] * num_requests, **arrays}  # fmt: skip
+    given: dict[str, Any] = {
+        "experts": routing(shape, num_tokens, seed),
+        "request_start": starts,
+        "prompt_len": [prompt] * num_requests,
+        **arrays,
+    }
     return write_trace(path, given, About(model, shape[1], "tests", "none"))
 
 

@@ -132,7 +132,7 @@ VALUES = [
     Bad(f"{LRU} policy.transfer.staging_slots=-1", ("policy.transfer.staging_slots=-1", "at least 0")),
     Bad(f"{LRU} policy.transfer.staging_slots=1.5", ("policy.transfer.staging_slots=1.5", "whole number")),
     Bad(f"{LRU} policy.transfer.serial=maybe", ("policy.transfer.serial='maybe'", "true or false")),
-]  # fmt: skip
+]
 RESIDENT = "start=resident residency=1.0"
 LIMITS = [RESIDENT, f"{RESIDENT} chunk_mib=0.0009765625", "chunk_mib=4096", "gpu_memory_gb=80"]
 """Values on the right side of a limit above."""
@@ -140,8 +140,9 @@ PARTS = [
     Bad(f"{THRESHOLD} policy.selection.probability=2", ("policy.selection", "probability=2", "(0, 1]")),
     Bad(f"{THRESHOLD} policy.selection.probability=often", ("policy.selection.probability='often'", "finite number")),
     Bad(f"{ADAPTIVE} policy/selection=mass policy.selection.mass=0", ("policy.selection", "mass=0", "(0, 1]")),
-    Bad(f"{ADAPTIVE} policy/selection=top_k policy.selection.extra=0.5",
-        ("policy.selection.extra=0.5", "whole number")),
+    Bad(
+        f"{ADAPTIVE} policy/selection=top_k policy.selection.extra=0.5", ("policy.selection.extra=0.5", "whole number")
+    ),
     Bad(f"{ADAPTIVE} policy/horizon=fixed_4 policy.horizon.depth=99", ("99 layers ahead", "at most 23")),
     Bad(f"{ADAPTIVE} policy/horizon=stride_2 policy.horizon.distances=[0]", ("policy.horizon", "1 or more")),
     Bad(f"{ADAPTIVE} policy.horizon.max_distance=0", ("policy.horizon", "max_distance=0")),
@@ -151,22 +152,30 @@ PARTS = [
     Bad(f"{ADAPTIVE} policy.horizon.dist_exponent=nan", ("policy.horizon.dist_exponent=nan", "finite number")),
     Bad(f"{ADAPTIVE} policy.horizon.count=3", ("policy.horizon.count=3", "must be text")),
     Bad(f"{ADAPTIVE} policy.horizon.count=some", ("policy.horizon", "count='some'", "any or late")),
-    Bad(f"{ADAPTIVE} policy/eviction=two_level_lru policy.eviction.high_share=0",
-        ("policy.eviction", "high_share=0", "(0, 1]")),
+    Bad(
+        f"{ADAPTIVE} policy/eviction=two_level_lru policy.eviction.high_share=0",
+        ("policy.eviction", "high_share=0", "(0, 1]"),
+    ),
     Bad(f"{LRU} residency=0.01 policy/eviction=lru_per_layer", ("num_slots=7", "24 layers", "raise residency")),
     Bad(f"{ADAPTIVE} policy/predictor=noisy_oracle policy.predictor.a=2", ("policy.predictor", "a=2", "[0, 1]")),
-    Bad(f"{ADAPTIVE} policy/predictor=noisy_oracle policy.predictor.seed=-1",
-        ("policy.predictor", "seed=-1", "at least 0")),
-    Bad(f"{ADAPTIVE} policy/predictor=lookahead",
-        ("policy/predictor=lookahead", "the trace sound has none", "policy/predictor=transition")),
+    Bad(
+        f"{ADAPTIVE} policy/predictor=noisy_oracle policy.predictor.seed=-1",
+        ("policy.predictor", "seed=-1", "at least 0"),
+    ),
+    Bad(
+        f"{ADAPTIVE} policy/predictor=lookahead",
+        ("policy/predictor=lookahead", "the trace sound has none", "policy/predictor=transition"),
+    ),
     Bad(f"{TRANSITION} policy.predictor.max_distance=0", ("policy.predictor", "max_distance=0")),
     Bad(f"{TRANSITION} policy.predictor.smoothing=nan", ("policy.predictor.smoothing=nan", "finite number")),
     Bad(f"{TRANSITION} policy.predictor.cross=nan", ("policy.predictor.cross=nan", "finite number")),
     Bad(f"{TRANSITION} policy.predictor.keep=-1", ("policy.predictor", "keep=-1", "0 (all experts) or more")),
-    Bad(f"{TRANSITION} policy.predictor.fitted_start=/absent.safetensors",
-        ("policy.predictor.fitted_start='/absent.safetensors'", "no such file", "auto, null")),
+    Bad(
+        f"{TRANSITION} policy.predictor.fitted_start=/absent.safetensors",
+        ("policy.predictor.fitted_start='/absent.safetensors'", "no such file", "auto, null"),
+    ),
     Bad("+hardware=a100 +policy=clairvoyant policy.lookahead=0", ("policy", "lookahead=0", "at least 1")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.mostly_slow(keep=4)
@@ -186,7 +195,7 @@ GRAMMAR = [
     Bad(f"{LRU} residency=[0.5", ("'residency=[0.5'", "key=value", "(in quotes)")),
     Bad(f"{LRU} turbo", ("'turbo'", "key=value")),
     Bad(f"{LRU} +hardware.link_gb_per_s=3", ("hardware.link_gb_per_s", "leave out the plus sign")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", by_words(GRAMMAR))

@@ -98,8 +98,15 @@ def test_every_policy_runs(name: str, trace: Path) -> None:
     assert metrics["policy"] == name
     assert metrics["uses_future"] is (name in {"belady", "clairvoyant", "oracle"})
     prefetches = name not in {
-        "belady", "hf_offload", "lfu", "lfu_per_layer", "lru", "lru_per_layer", "on_demand", "two_level"
-    }  # fmt: skip
+        "belady",
+        "hf_offload",
+        "lfu",
+        "lfu_per_layer",
+        "lru",
+        "lru_per_layer",
+        "on_demand",
+        "two_level",
+    }
     assert (metrics["prefetch"]["issued"] > 0) is prefetches
 
 

@@ -38,10 +38,29 @@ NESTED: dict[str, set[str]] = {
     "compare": {"on_demand", "lru", "clairvoyant"},
 }
 PLAIN = {
-    "schema", "world", "policy", "hardware", "model", "stack", "uses_future", "num_tokens", "num_forwards",
-    "elapsed_ns", "compute_ns", "stall_ns", "late_stall_ns", "miss_stall_ns", "overhead_ns", "num_accesses",
-    "num_hits", "num_late", "num_misses", "num_evictions", "num_streamed_layers", "tokens_per_s",
-}  # fmt: skip
+    "schema",
+    "world",
+    "policy",
+    "hardware",
+    "model",
+    "stack",
+    "uses_future",
+    "num_tokens",
+    "num_forwards",
+    "elapsed_ns",
+    "compute_ns",
+    "stall_ns",
+    "late_stall_ns",
+    "miss_stall_ns",
+    "overhead_ns",
+    "num_accesses",
+    "num_hits",
+    "num_late",
+    "num_misses",
+    "num_evictions",
+    "num_streamed_layers",
+    "tokens_per_s",
+}
 HEAD = {"schema", "world", "policy", "hardware", "model", "stack", "trace", "uses_future", "capacity"}
 BESIDE = {"bounds", "compare"}
 """Keys of the main run that the runs beside it do not repeat, with those of `HEAD`."""
@@ -181,8 +200,18 @@ def test_a_run_works_from_another_folder_with_its_own_folder_and_a_relative_trac
     assert f"written to {folders[0].relative_to(there)}" in found.stdout
 
 
-COLUMNS = ["policy", "TPOT ms", "ms/token", "stall ms", "late", "miss", "of on-demand", "hits", "prefetch used",
-           "link busy"]  # fmt: skip
+COLUMNS = [
+    "policy",
+    "TPOT ms",
+    "ms/token",
+    "stall ms",
+    "late",
+    "miss",
+    "of on-demand",
+    "hits",
+    "prefetch used",
+    "link busy",
+]
 
 
 def table_of(out: str) -> dict[str, list[str]]:
@@ -218,11 +247,14 @@ def cells(metrics: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
 
 
 @pytest.mark.mostly_slow(keep=1)
-@pytest.mark.parametrize(("policy", "beside"), [
-    ("adaptive", ["on_demand", "lru", "clairvoyant"]),
-    ("lru", ["on_demand", "clairvoyant"]),
-    ("clairvoyant", ["on_demand", "lru"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("policy", "beside"),
+    [
+        ("adaptive", ["on_demand", "lru", "clairvoyant"]),
+        ("lru", ["on_demand", "clairvoyant"]),
+        ("clairvoyant", ["on_demand", "lru"]),
+    ],
+)
 def test_the_table_has_a_row_for_each_run_beside_but_not_the_runs_own(
     policy: str, beside: list[str], tmp_path: Path
 ) -> None:
@@ -279,8 +311,20 @@ def test_a_recorded_trace_runs_between_floor_and_on_demand(path: Path) -> None:
 def test_warm_up_and_measured_part_add_up_to_the_whole(words: tuple[str, ...], trace: Path) -> None:
     told = (*words, f"trace.path={trace}", "compare=none", "stack=graph")
     whole, begin, rest = job(*told), job(*told, "max_tokens=15"), job(*told, "warmup_forwards=15")
-    counts = ["num_tokens", "num_forwards", "num_accesses", "num_hits", "num_late", "num_misses", "elapsed_ns",
-              "compute_ns", "overhead_ns", "late_stall_ns", "miss_stall_ns", "num_evictions"]  # fmt: skip
+    counts = [
+        "num_tokens",
+        "num_forwards",
+        "num_accesses",
+        "num_hits",
+        "num_late",
+        "num_misses",
+        "elapsed_ns",
+        "compute_ns",
+        "overhead_ns",
+        "late_stall_ns",
+        "miss_stall_ns",
+        "num_evictions",
+    ]
     assert [begin[key] + rest[key] for key in counts] == [whole[key] for key in counts]
     assert (begin["num_forwards"], rest["num_forwards"]) == (15, 25)
     assert begin["bytes"]["demand"] + rest["bytes"]["demand"] == whole["bytes"]["demand"]
@@ -303,8 +347,15 @@ def test_redundant_prefetches_are_useful_ones(policy: str, trace: Path) -> None:
 @pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("policy", ["adaptive", "oracle"])
 def test_redundant_prefetches_of_warm_up_and_measured_part_add_up(policy: str, trace: Path) -> None:
-    told = ("+hardware=a100", f"+policy={policy}", f"trace.path={trace}", "compare=none", "count_redundant=true",
-            "residency=0.25", "policy/eviction=lru")  # fmt: skip
+    told = (
+        "+hardware=a100",
+        f"+policy={policy}",
+        f"trace.path={trace}",
+        "compare=none",
+        "count_redundant=true",
+        "residency=0.25",
+        "policy/eviction=lru",
+    )
     whole, begin, rest = job(*told), job(*told, "max_tokens=15"), job(*told, "warmup_forwards=15")
     redundant = [one["prefetch"]["redundant"] for one in (begin, rest, whole)]
     assert redundant[0] + redundant[1] == redundant[2] > 0
@@ -364,8 +415,9 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def started(words: list[str], cwd: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command(*words), cwd=cwd, start_new_session=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)  # fmt: skip
+    return subprocess.Popen(
+        command(*words), cwd=cwd, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -390,8 +442,16 @@ def results(sweep: Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_and_repeats_nothing(long_trace: Path, tmp_path: Path) -> None:
     sweep, code = tmp_path / "sweep", code_sha256()
-    words = ["-m", *LRU, f"trace.path={long_trace}", "compare=none", "residency=0.2,0.3,0.4,0.5,0.6",
-             "hydra.launcher.n_jobs=1", f"hydra.sweep.dir={sweep}", "skip_done=true"]  # fmt: skip
+    words = [
+        "-m",
+        *LRU,
+        f"trace.path={long_trace}",
+        "compare=none",
+        "residency=0.2,0.3,0.4,0.5,0.6",
+        "hydra.launcher.n_jobs=1",
+        f"hydra.sweep.dir={sweep}",
+        "skip_done=true",
+    ]
     process = started(words, tmp_path)
     wait_for(lambda: len(results(sweep)) >= 2, process)
     kill(process)
@@ -427,8 +487,16 @@ def test_a_finished_run_is_skipped_only_if_it_is_the_same(trace: Path, tmp_path:
 def test_a_finished_run_is_not_skipped_when_a_fitted_file_it_names_has_changed(tmp_path: Path) -> None:
     fitted = tmp_path / "mine.safetensors"
     fitted.write_bytes((DATA / "gpt-oss-20b.hybrid.safetensors").read_bytes())
-    words = ["+hardware=a100", "+policy=adaptive", "policy/predictor=hybrid", f"policy.predictor.fitted={fitted}",
-             "trace.num_tokens=8", "trace.num_requests=1", "compare=none", "skip_done=true"]  # fmt: skip
+    words = [
+        "+hardware=a100",
+        "+policy=adaptive",
+        "policy/predictor=hybrid",
+        f"policy.predictor.fitted={fitted}",
+        "trace.num_tokens=8",
+        "trace.num_requests=1",
+        "compare=none",
+        "skip_done=true",
+    ]
     assert "done before" not in run_here(words, tmp_path / "run").out
     assert run_here(words, tmp_path / "run").out.startswith("done before: ")
     arrays = load_file(fitted)
@@ -446,16 +514,25 @@ def test_a_finished_run_is_not_skipped_when_its_trace_has_changed(tmp_path: Path
 
 @pytest.mark.slow
 def test_runs_in_parallel_give_what_they_give_one_by_one(trace: Path, tmp_path: Path) -> None:
-    words = ["-m", *LRU, f"trace.path={trace}", "compare=none", "residency=0.3,0.6", "batch_size=1,2",
-             "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+    words = [
+        "-m",
+        *LRU,
+        f"trace.path={trace}",
+        "compare=none",
+        "residency=0.3,0.6",
+        "batch_size=1,2",
+        "hydra.launcher.n_jobs=2",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
     found = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     table = collect.collect(tmp_path / "sweep")
     assert len(table) == 4
     for row in table.to_dict("records"):
         batch_size = 2 if "batch_size=2" in str(row["run"]) else 1
-        alone = job(*LRU, f"trace.path={trace}", "compare=none", f"residency={row['residency']:.1f}",
-                    f"batch_size={batch_size}")  # fmt: skip
+        alone = job(
+            *LRU, f"trace.path={trace}", "compare=none", f"residency={row['residency']:.1f}", f"batch_size={batch_size}"
+        )
         assert row["elapsed_ns"] == alone["elapsed_ns"]
 
 
@@ -463,9 +540,7 @@ def test_runs_in_parallel_give_what_they_give_one_by_one(trace: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_collect_writes_one_row_a_finished_run(
-    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_collect_writes_one_row_a_finished_run(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for policy in ("lru", "adaptive"):
         run_here(["+hardware=a100", f"+policy={policy}", f"trace.path={trace}"], tmp_path / policy)
     (tmp_path / "unfinished").mkdir()

@@ -51,8 +51,11 @@ def arrays(num_requests: int, seed: int, *, listed: bool = False, random: bool =
         for distance in range(1, min(D, L - 1 - layer) + 1):
             ahead[:, layer, distance - 1] = logits[:, layer + distance]
     routed = experts_of(draws.integers(NUM_TOPICS, size=(len(topic), L)) if random else topic[:, None])
-    made: dict[str, Any] = {"experts": routed.astype(np.uint8), "token_ids": (topic * 7 + 1).astype(np.int32),
-                            "embedding": draws.normal(size=(len(topic), 4)).astype(np.float16)}  # fmt: skip
+    made: dict[str, Any] = {
+        "experts": routed.astype(np.uint8),
+        "token_ids": (topic * 7 + 1).astype(np.int32),
+        "embedding": draws.normal(size=(len(topic), 4)).astype(np.float16),
+    }
     if not listed:
         return made | {"lookahead": ahead}
     missing = np.isnan(ahead).any(axis=3)
@@ -69,8 +72,9 @@ def knowable(num_requests: int = 12, seed: int = 0, prompt: int = 4, **kind: boo
     return memory_trace(made.pop("experts"), E, starts, [prompt] * num_requests, **made)
 
 
-def written(path: Path, num_requests: int = 12, seed: int = 0, *, pregate: bool = True, model: str = "tiny",
-            **kind: bool) -> Path:  # fmt: skip
+def written(
+    path: Path, num_requests: int = 12, seed: int = 0, *, pregate: bool = True, model: str = "tiny", **kind: bool
+) -> Path:
     """In a file."""
     made = arrays(num_requests, seed, **kind)
     if not pregate:

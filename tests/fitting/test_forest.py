@@ -103,8 +103,9 @@ def test_layers_and_distances_take_their_own_trees_and_calibration() -> None:
     needs_fit()
     from sklearn.ensemble import RandomForestRegressor
 
-    trees = [RandomForestRegressor(1, bootstrap=False).fit(np.zeros((4, F)), np.full((4, E), value))
-             for value in (0.25, 0.5)]  # fmt: skip
+    trees = [
+        RandomForestRegressor(1, bootstrap=False).fit(np.zeros((4, F)), np.full((4, E), value)) for value in (0.25, 0.5)
+    ]
     calibration = np.stack([np.full((2, len(KNOTS)), 1000 * distance, np.uint16) for distance in (1, 2)])
     forest = Forest(join([pack(made.estimators_[0].tree_) for made in trees], calibration), 2, E)
     zero = np.zeros(F, np.int16)

@@ -39,9 +39,9 @@ def started(fitted: Arrays, cache_size: int = 100) -> ForestPredictor:
     return predictor
 
 
-def play(predictor: ForestPredictor, trace: Trace, config: BatchConfig | None = None) -> dict[
-    tuple[int, int, int], Prediction | None
-]:  # fmt: skip
+def play(
+    predictor: ForestPredictor, trace: Trace, config: BatchConfig | None = None
+) -> dict[tuple[int, int, int], Prediction | None]:
     """What it says of every (forward, layer, distance)."""
     found = {}
     for forward in Batches(trace, config or BatchConfig(prefill_chunk=1)):
@@ -65,8 +65,9 @@ def recalls(fitted: Arrays, trace: Trace) -> tuple[float, float]:
             for distance in range(1, min(D, L - 1 - layer) + 1):
                 truth = set(forward.demands[layer + distance])
                 total += len(truth)
-                for row, scores in enumerate((lookahead.predict(forward, layer, distance),
-                                              said[forward.index, layer, distance])):  # fmt: skip
+                for row, scores in enumerate(
+                    (lookahead.predict(forward, layer, distance), said[forward.index, layer, distance])
+                ):
                     assert scores is not None
                     hits[row] += len(truth & set(scores[0][:K]))
     return float(hits[0] / total), float(hits[1] / total)
@@ -122,8 +123,17 @@ def test_past_the_last_layer_this_forwards_choice_says_something_of_the_next(fit
 def test_it_does_not_see_what_is_not_known_yet(fitted: Arrays) -> None:
     forward = list(Batches(knowable(1, 5), BatchConfig(prefill_chunk=1)))[3]
     known = forward.demands[:3] + [[layer * E + 7, layer * E + 6] for layer in range(3, L)]
-    other = Forward(forward.index, forward.phase, forward.rows, forward.requests, forward.kv_lens, known, known,
-                    forward.counts, recorded=forward.recorded)  # fmt: skip
+    other = Forward(
+        forward.index,
+        forward.phase,
+        forward.rows,
+        forward.requests,
+        forward.kv_lens,
+        known,
+        known,
+        forward.counts,
+        recorded=forward.recorded,
+    )
     other.counts = None
     forward.counts = None
     answers = []
@@ -235,8 +245,14 @@ def test_a_fitted_file_runs_and_runs_the_same_twice(tmp_path: Path) -> None:
     trace = small_trace(tmp_path / "t.safetensors", 24, 4, experts=routing(GPT_OSS, 24), lookahead=scores)
     fitted = tmp_path / "f.safetensors"
     assert cli.main(["fit-predictor", str(trace), str(fitted), "kind=forest", "rows=40", "trees=2", "max_mb=1"]) == 0
-    told = ("+hardware=a100", "+policy=adaptive", "policy/predictor=forest", f"trace.path={trace}", "compare=none",
-            f"policy.predictor.fitted={fitted}")  # fmt: skip
+    told = (
+        "+hardware=a100",
+        "+policy=adaptive",
+        "policy/predictor=forest",
+        f"trace.path={trace}",
+        "compare=none",
+        f"policy.predictor.fitted={fitted}",
+    )
     first = job(*told)
     assert first == job(*told)
     assert first["prefetch"]["issued"] > 0

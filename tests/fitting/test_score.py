@@ -148,13 +148,15 @@ def test_fit_and_score_write_what_they_say(listed: bool, tmp_path: Path, capsys:
     assert (header["format"], header["model"], header["num_tokens"]) == ("expertflow-forest", "tiny", str(21 * 24))
     folder = tmp_path / "accuracy"
     names = "popularity,transition,pregate,forest"
-    code, out, err = run(capsys, "score-predictors", train, judged, "--out", folder, "--only", names,
-                         f"--fitted=forest={fitted}")  # fmt: skip
+    code, out, err = run(
+        capsys, "score-predictors", train, judged, "--out", folder, "--only", names, f"--fitted=forest={fitted}"
+    )
     assert code == 0
     with (folder / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["predictor"], row["distance"]) for row in rows] == [
-        (name, str(distance)) for name in names.split(",") for distance in range(1, D + 1)]  # fmt: skip
+        (name, str(distance)) for name in names.split(",") for distance in range(1, D + 1)
+    ]
     recall = {row["predictor"]: float(row["recall_k"]) for row in rows if row["distance"] == "1"}
     assert recall["popularity"] < recall["pregate"] < 0.7 < 0.93 < recall["forest"]
     with (folder / "fits.csv").open() as file:
@@ -190,10 +192,11 @@ def test_without_a_pregate_what_needs_none_is_compared_and_the_rest_named(
     skipped = ", ".join(name for name in BASELINES if name not in ROUTING_ALONE)
     assert out.startswith(f"skipped, for want of a pre-gate in both traces: {skipped}\n")
     rows = (tmp_path / "out" / "accuracy.csv").read_text().splitlines()
-    assert [row.split(",")[:2] for row in rows[1:]] == [
-        [name, distance] for name in ROUTING_ALONE for distance in "12"]  # fmt: skip
-    check_error(run(capsys, "score-predictors", train, judged, "--out", tmp_path / "out", "--only", "ridge"),
-                "without a pre-gate in both traces")  # fmt: skip
+    assert [row.split(",")[:2] for row in rows[1:]] == [[name, distance] for name in ROUTING_ALONE for distance in "12"]
+    check_error(
+        run(capsys, "score-predictors", train, judged, "--out", tmp_path / "out", "--only", "ridge"),
+        "without a pre-gate in both traces",
+    )
     check_error(run(capsys, "fit-predictor", train, tmp_path / "f.safetensors"), "holds no pre-gate")
 
 
@@ -207,8 +210,9 @@ def test_a_package_that_is_not_there_is_named_with_the_remedy(
     monkeypatch.setitem(sys.modules, module, None)
     code, told, err = run(capsys, "fit-predictor", train, out, f"kind={kind}", "distances=2", "rows=80")
     # What it was about to fit to may be said first.
-    check_error((code, told, err.splitlines(keepends=True)[-1]), f"kind={kind} needs {module}",
-                "pip install 'expertflow[fit]'")  # fmt: skip
+    check_error(
+        (code, told, err.splitlines(keepends=True)[-1]), f"kind={kind} needs {module}", "pip install 'expertflow[fit]'"
+    )
     # Where the function itself needs what is missing, to name its options is too much already.
     monkeypatch.setitem(sys.modules, "traces.fitting.network", None)
     check_error(run(capsys, "fit-predictor", train, out, "kind=hybrid"), "kind=hybrid needs traces.fitting.network")

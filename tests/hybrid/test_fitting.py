@@ -24,7 +24,7 @@ from traces.fitting.network import (
     pregate_logits,
     to_integers,
     train,
-)  # fmt: skip
+)
 from traces.reader import Trace
 
 L, E, K = 4, 8, 2

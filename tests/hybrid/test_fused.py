@@ -55,12 +55,19 @@ class Spread(Horizon):
 class World:
     """One policy, on a view that the test moves."""
 
-    def __init__(self, fitted: dict[str, Any], selection: Selection | None = None, eviction: Eviction | None = None,
-                 predictor: type[HybridPredictor] = HybridPredictor, **settings: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        fitted: dict[str, Any],
+        selection: Selection | None = None,
+        eviction: Eviction | None = None,
+        predictor: type[HybridPredictor] = HybridPredictor,
+        **settings: Any,
+    ) -> None:
         self.state = bytearray(L * E)
         self.view = view_of(L, E, K, state=self.state)
-        self.policy = Policy(predictor(fitted, **settings), Spread(), selection or StallSaved(), eviction or Outlook(),
-                             ResidentFirst())  # fmt: skip
+        self.policy = Policy(
+            predictor(fitted, **settings), Spread(), selection or StallSaved(), eviction or Outlook(), ResidentFirst()
+        )
         self.policy.start(self.view)
         self.num_steps = 0
         step = self.policy._step

@@ -247,7 +247,7 @@ def _without(name: str) -> dict[str, Any]:
         (arrays(frequency=np.zeros((L,), np.int32)), "frequency has shape"),
         (arrays(mix=np.zeros((L, 2000, 10), np.int8), tables=np.zeros((L * E, 12000), np.int16)), "too large"),
     ],
-)  # fmt: skip
+)
 def test_arrays_that_do_not_fit_are_refused_by_name(fitted: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         HistoryNetwork(fitted, L, E)

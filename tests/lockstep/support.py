@@ -99,8 +99,15 @@ class Job:
         shown = machine if writer is None else LoggingMachine(machine, writer)
         return Runtime(run_config(work, transfer, chunks), shown, policy, work.batches), shown
 
-    def log(self, path: Path, *, noisy: bool = False, lost_at: int = -1, more: Mapping[str, Any] | None = None,
-            values_per_group: int = VALUES_PER_GROUP) -> Path:  # fmt: skip
+    def log(
+        self,
+        path: Path,
+        *,
+        noisy: bool = False,
+        lost_at: int = -1,
+        more: Mapping[str, Any] | None = None,
+        values_per_group: int = VALUES_PER_GROUP,
+    ) -> Path:
         """Run and log to `path`; with `lost_at` the machine goes away midway and the log is kept. more: config keys."""
         config = {**self.config, **(more or {})}
         run = self.runtime()[0].config
@@ -132,8 +139,9 @@ SMALL_RUN = RunConfig(num_layers=3, num_experts=8, top_k=2, num_slots=6, chunk_b
 
 def small_header(**given: Any) -> LogHeader:
     """A header of `SMALL_RUN` with an empty configuration."""
-    return LogHeader(**{"world": "sim", "config": {}, "overrides": [], "run": SMALL_RUN, "trace_sha256": "0" * 64,
-                        **given})  # fmt: skip
+    return LogHeader(
+        **{"world": "sim", "config": {}, "overrides": [], "run": SMALL_RUN, "trace_sha256": "0" * 64, **given}
+    )
 
 
 class _Silent:
@@ -163,8 +171,9 @@ class _Silent:
         raise NotImplementedError
 
 
-def write_events(path: Path, header: LogHeader, forwards: Iterable[LoggedForward],
-                 values_per_group: int = VALUES_PER_GROUP) -> Path:  # fmt: skip
+def write_events(
+    path: Path, header: LogHeader, forwards: Iterable[LoggedForward], values_per_group: int = VALUES_PER_GROUP
+) -> Path:
     """A log in which exactly these events crossed, by the calls that a run would make."""
     machine = _Silent()
     with LogWriter(path, header, values_per_group) as writer:
@@ -207,8 +216,9 @@ def rewritten(path: Path, target: Path, change: Callable[[list[LoggedForward]], 
     return write_events(target, header, forwards)
 
 
-def edited(path: Path, target: Path, change: Callable[[dict[str, list[Any]]], None], *,
-           header: bytes | None = None) -> Path:  # fmt: skip
+def edited(
+    path: Path, target: Path, change: Callable[[dict[str, list[Any]]], None], *, header: bytes | None = None
+) -> Path:
     """The file with columns (lists by name) changed in place by `change`, its checksums left as they are."""
     table = pq.read_table(path)
     columns = table.to_pydict()
@@ -220,9 +230,19 @@ def edited(path: Path, target: Path, change: Callable[[dict[str, list[Any]]], No
 
 def some_forwards() -> list[LoggedForward]:
     """Two forwards that hold every kind of event."""
-    events: list[Event] = [Attention(0, 1), Waited(0, 1, True), Told(500, ((1, 0, 100, 200),), ((1, 0, 490),)),
-              Copy(2, 1, 7, 3, 20, 1), Experts(0, (5, 7), (2, 1), True, 2), Experts(0, (6,), None, False, 3),
-              Decided((9, 8)), Waited(LOAD, 2, False), Told(900, (), ((2, 500, 600), (3, 600, 700))), Head(4),
-              Waited(1, 4, False), Told(1000, (), ((4, 900, 990),))]  # fmt: skip
+    events: list[Event] = [
+        Attention(0, 1),
+        Waited(0, 1, True),
+        Told(500, ((1, 0, 100, 200),), ((1, 0, 490),)),
+        Copy(2, 1, 7, 3, 20, 1),
+        Experts(0, (5, 7), (2, 1), True, 2),
+        Experts(0, (6,), None, False, 3),
+        Decided((9, 8)),
+        Waited(LOAD, 2, False),
+        Told(900, (), ((2, 500, 600), (3, 600, 700))),
+        Head(4),
+        Waited(1, 4, False),
+        Told(1000, (), ((4, 900, 990),)),
+    ]
     later: list[Event] = [Attention(0, 5), Waited(0, 5, False), Told(1500, (), ((5, 1000, 1400),)), Decided(())]
     return [LoggedForward(0, events), LoggedForward(1, later)]

@@ -40,22 +40,28 @@ def assert_told(result: LockstepResult, what: str = "") -> None:
 
 
 @pytest.mark.mostly_slow(keep=1)
-@pytest.mark.parametrize("job", [
-    pytest.param(lambda: with_horizon("WallClockHorizon"), id="wall clock"),
-    pytest.param(lambda: with_horizon("ModuleStateHorizon"), id="module state"),
-    pytest.param(lambda: with_predictor("UnseededPredictor"), id="random"),
-    pytest.param(lambda: with_predictor("UnseededArrayPredictor"), id="numpy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(lambda: with_horizon("WallClockHorizon"), id="wall clock"),
+        pytest.param(lambda: with_horizon("ModuleStateHorizon"), id="module state"),
+        pytest.param(lambda: with_predictor("UnseededPredictor"), id="random"),
+        pytest.param(lambda: with_predictor("UnseededArrayPredictor"), id="numpy"),
+    ],
+)
 def test_policies_that_decide_by_more_are_caught(tmp_path: Path, job: Callable[[], Job]) -> None:
     made = job()
     assert_told(made.check(made.log(tmp_path / "log.parquet")), "wants [")
 
 
 @pytest.mark.mostly_slow(keep=1)
-@pytest.mark.parametrize("job", [
-    pytest.param(lambda: with_horizon("ViewClockHorizon"), id="time of the records"),
-    pytest.param(lambda: with_predictor("SeededPredictor"), id="seeded"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(lambda: with_horizon("ViewClockHorizon"), id="time of the records"),
+        pytest.param(lambda: with_predictor("SeededPredictor"), id="seeded"),
+    ],
+)
 def test_their_honest_kin_is_equal(tmp_path: Path, job: Callable[[], Job]) -> None:
     made = job()
     result = made.check(made.log(tmp_path / "log.parquet", noisy=True))
@@ -143,8 +149,9 @@ def lose_record(forward: LoggedForward) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [change_copy, change_experts, change_chunk, lose_chunk, change_wait, lose_event,
-                                    lose_record])  # fmt: skip
+@pytest.mark.parametrize(
+    "change", [change_copy, change_experts, change_chunk, lose_chunk, change_wait, lose_event, lose_record]
+)
 def test_logs_of_another_run_are_caught(tmp_path: Path, change: Callable[[LoggedForward], None]) -> None:
     job = Job.of(*BASE)
     path = job.log(tmp_path / "log.parquet")
@@ -184,16 +191,20 @@ def test_forwards_that_are_not_the_workloads(tmp_path: Path, how: str) -> None:
             forwards.append(LoggedForward(16, [Attention(0, 1)]))
 
     result = job.check(rewritten(job.log(tmp_path / "log.parquet"), tmp_path / "other.parquet", change))
-    expected = {"swap": "forward 2", "drop": "logged the begin of forward 6; now the begin of forward 5",
-                "more": "logged the begin of forward 16; now the end of the run"}  # fmt: skip
+    expected = {
+        "swap": "forward 2",
+        "drop": "logged the begin of forward 6; now the begin of forward 5",
+        "more": "logged the begin of forward 16; now the end of the run",
+    }
     assert result.difference is not None
     assert expected[how] in result.difference
 
 
 @pytest.mark.mostly_slow(keep=1)
 @pytest.mark.parametrize("stream", ["time", "load", "key", "op", "mark", "slot", "small", "size", "after", "layer"])
-def test_one_number_changed_in_the_file_is_refused(tmp_path: Path, stream: str,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_one_number_changed_in_the_file_is_refused(
+    tmp_path: Path, stream: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def change(columns: dict[str, list[Any]]) -> None:
         columns[stream][2][0] += 1
 

@@ -59,13 +59,16 @@ def test_every_policy_is_equal_with_a_predictor_that_learns(tmp_path: Path, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [
-    ("policy.transfer.staging_slots=3", "policy/eviction=lru_per_layer"),
-    ("start=popular", "warmup_forwards=5"),
-    ("channel_depth=1", "chunk_mib=64"),
-    ("policy/predictor=noisy_oracle", "policy/horizon=stride_2"),
-    ("residency=0.004",),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("policy.transfer.staging_slots=3", "policy/eviction=lru_per_layer"),
+        ("start=popular", "warmup_forwards=5"),
+        ("channel_depth=1", "chunk_mib=64"),
+        ("policy/predictor=noisy_oracle", "policy/horizon=stride_2"),
+        ("residency=0.004",),
+    ],
+)
 def test_settings_that_reach_the_runtime_are_kept(tmp_path: Path, words: tuple[str, ...]) -> None:
     equal_twice(tmp_path / "log.parquet", *BASE, "+policy=adaptive", *words)
 
@@ -153,8 +156,10 @@ def test_another_policy_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.mostly_slow(keep=2)
-@pytest.mark.parametrize("word", ["~policy", "policy/eviction=lfu", "residency=0.1,0.2", "=", "colour=red",
-                                  "trace.colour=1", "batch_size=none"])  # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    ["~policy", "policy/eviction=lfu", "residency=0.1,0.2", "=", "colour=red", "trace.colour=1", "batch_size=none"],
+)
 def test_words_that_cannot_be_put_over_a_log(tmp_path: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     Job.of(*BASE, "+policy=lru").log(tmp_path / "log.parquet")
     assert main([str(tmp_path / "log.parquet"), word]) == 2
@@ -180,8 +185,9 @@ def one_error(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.mostly_slow(keep=2)
 @pytest.mark.parametrize("lost_at", [0, 1, 7, 100, 333])
-def test_a_run_that_broke_off_is_checked_up_to_its_end(tmp_path: Path, lost_at: int,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_run_that_broke_off_is_checked_up_to_its_end(
+    tmp_path: Path, lost_at: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = Job.of(*BASE, "+policy=adaptive")
     path = job.log(tmp_path / "log.parquet", lost_at=lost_at, values_per_group=1000)
     last = read_events(path)[-1]

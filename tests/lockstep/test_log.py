@@ -50,8 +50,9 @@ spans = st.tuples(st.integers(-BIG, BIG), st.integers(0, BIG - 1)).map(lambda sp
 def experts(draw: st.DrawFn) -> Experts:
     chosen = tuple(draw(st.lists(keys, unique=True, max_size=6)))
     tokens = tuple(draw(st.integers(0, BIG)) for _ in chosen)
-    return Experts(draw(st.integers(0, 2)), chosen, draw(st.sampled_from([None, tokens])), draw(st.booleans()),
-                   draw(marks))  # fmt: skip
+    return Experts(
+        draw(st.integers(0, 2)), chosen, draw(st.sampled_from([None, tokens])), draw(st.booleans()), draw(marks)
+    )
 
 
 events = st.one_of(
@@ -61,11 +62,13 @@ events = st.one_of(
     st.builds(Copy, loads, st.integers(0, 1), keys, st.integers(0, 8), st.integers(0, BIG), st.integers(0, BIG)),
     st.builds(Decided, st.lists(keys, max_size=30).map(tuple)),
     st.builds(Waited, st.integers(0, 2), loads, st.booleans()),
-    st.builds(Told, st.just(0),
-              st.lists(st.tuples(loads, st.integers(0, 1), spans).map(lambda c: (c[0], c[1], *c[2])),
-                       max_size=3).map(tuple),
-              st.lists(st.tuples(marks, spans).map(lambda m: (m[0], *m[1])), max_size=3).map(tuple)),
-)  # fmt: skip
+    st.builds(
+        Told,
+        st.just(0),
+        st.lists(st.tuples(loads, st.integers(0, 1), spans).map(lambda c: (c[0], c[1], *c[2])), max_size=3).map(tuple),
+        st.lists(st.tuples(marks, spans).map(lambda m: (m[0], *m[1])), max_size=3).map(tuple),
+    ),
+)
 
 
 def in_time(forwards: list[list[Event]], steps: list[int]) -> list[LoggedForward]:
@@ -83,8 +86,11 @@ def in_time(forwards: list[list[Event]], steps: list[int]) -> list[LoggedForward
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(events, max_size=12), max_size=6), st.lists(st.integers(0, 10**9), min_size=1, max_size=4),
-       st.sampled_from([1, 40, 1 << 20]))  # fmt: skip
+@given(
+    st.lists(st.lists(events, max_size=12), max_size=6),
+    st.lists(st.integers(0, 10**9), min_size=1, max_size=4),
+    st.sampled_from([1, 40, 1 << 20]),
+)
 def test_what_is_written_is_read(forwards: list[list[Event]], steps: list[int], values_per_group: int) -> None:
     made = in_time(forwards, steps)
     with TemporaryDirectory() as folder:
@@ -155,8 +161,15 @@ def test_a_call_interrupted_while_it_is_written_down_is_left_out(tmp_path: Path)
             self._small(0)
             self._key(2)
 
-    machine = SimpleNamespace(begin_forward=lambda forward: None, attention=lambda layer: 1, experts=None, head=None,
-                              copy=None, decided=None, wait=None)  # fmt: skip
+    machine = SimpleNamespace(
+        begin_forward=lambda forward: None,
+        attention=lambda layer: 1,
+        experts=None,
+        head=None,
+        copy=None,
+        decided=None,
+        wait=None,
+    )
     with LogWriter(tmp_path / "log.parquet", small_header()) as writer:
         logging = Broken(cast(Any, machine), writer)
         logging.begin_forward(cast(Any, SimpleNamespace(index=0)))
@@ -235,33 +248,36 @@ def header_with(**changes: Any) -> bytes:
     return json.dumps(given_header).encode()
 
 
-@pytest.mark.parametrize(("header", "what"), [
-    (b"", "no JSON"),
-    (b"{", "no JSON"),
-    (b"[" * 100_000, "no JSON"),
-    (b"[]", "format"),
-    (b"{}", "format"),
-    (header_with(format="other"), "format"),
-    (header_with(version=2), "version is 2"),
-    (header_with(version=True), "version is True"),
-    (header_with(world=...), "lacks 'world'"),
-    (header_with(more=1), "unknown 'more'"),
-    (header_with(world=3), "world is no str"),
-    (header_with(config=[]), "config is no dict"),
-    (header_with(overrides=[1]), "must be texts"),
-    (header_with(versions={"python": 3}), "must be texts"),
-    (header_with(run=[]), "run is no dict"),
-    (header_with(run_num_layers=...), "lacks 'num_layers'"),
-    (header_with(run_num_layers=0), "run.num_layers=0"),
-    (header_with(run_num_layers=True), "run.num_layers=True"),
-    (header_with(run_num_experts=2**24), "experts"),
-    (header_with(run_num_slots=25), "25 slots"),
-    (header_with(run_num_staging=-1), "run.num_staging"),
-    (header_with(run_serial=1), "run.serial"),
-    (header_with(run_chunk_bytes=[]), "chunk_bytes is empty"),
-    (header_with(run_chunk_bytes=[1.5]), "run.chunk_bytes"),
-    (header_with(run_initial=[24]), "run.initial"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b"[]", "format"),
+        (b"{}", "format"),
+        (header_with(format="other"), "format"),
+        (header_with(version=2), "version is 2"),
+        (header_with(version=True), "version is True"),
+        (header_with(world=...), "lacks 'world'"),
+        (header_with(more=1), "unknown 'more'"),
+        (header_with(world=3), "world is no str"),
+        (header_with(config=[]), "config is no dict"),
+        (header_with(overrides=[1]), "must be texts"),
+        (header_with(versions={"python": 3}), "must be texts"),
+        (header_with(run=[]), "run is no dict"),
+        (header_with(run_num_layers=...), "lacks 'num_layers'"),
+        (header_with(run_num_layers=0), "run.num_layers=0"),
+        (header_with(run_num_layers=True), "run.num_layers=True"),
+        (header_with(run_num_experts=2**24), "experts"),
+        (header_with(run_num_slots=25), "25 slots"),
+        (header_with(run_num_staging=-1), "run.num_staging"),
+        (header_with(run_serial=1), "run.serial"),
+        (header_with(run_chunk_bytes=[]), "chunk_bytes is empty"),
+        (header_with(run_chunk_bytes=[1.5]), "run.chunk_bytes"),
+        (header_with(run_initial=[24]), "run.initial"),
+    ],
+)
 def test_headers(good: Path, tmp_path: Path, header: bytes, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     refused(edited(good, tmp_path / "bad.parquet", lambda columns: None, header=header), what, capsys)
 
@@ -271,15 +287,19 @@ def test_header_belongs_to_its_rows(good: Path, tmp_path: Path, capsys: pytest.C
     refused(path, "forward 0 is damaged or edited", capsys)
 
 
-@pytest.mark.parametrize("change", [
-    lambda columns: [column.pop(0) for column in columns.values()],
-    lambda columns: columns["crc"].__setitem__(1, 0),
-    lambda columns: columns["forward"].__setitem__(0, 7),
-    lambda columns: columns["time"][0].pop(),
-    lambda columns: [column.reverse() for column in columns.values()],
-])  # fmt: skip
-def test_rows_changed_without_the_seal(good: Path, tmp_path: Path, change: Callable[[dict[str, list[Any]]], None],
-                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda columns: [column.pop(0) for column in columns.values()],
+        lambda columns: columns["crc"].__setitem__(1, 0),
+        lambda columns: columns["forward"].__setitem__(0, 7),
+        lambda columns: columns["time"][0].pop(),
+        lambda columns: [column.reverse() for column in columns.values()],
+    ],
+)
+def test_rows_changed_without_the_seal(
+    good: Path, tmp_path: Path, change: Callable[[dict[str, list[Any]]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(edited(good, tmp_path / "bad.parquet", change), "damaged or edited", capsys)
 
 
@@ -287,8 +307,10 @@ def test_column_types(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     table = pq.read_table(good)
     path = tmp_path / "bad.parquet"
     for name, kind in (("time", pa.list_(pa.int32())), ("crc", pa.float64()), ("op", pa.list_(pa.int64()))):
-        columns = [column.cast(kind) if field.name == name else column
-                   for field, column in zip(table.schema, table.columns, strict=True)]  # fmt: skip
+        columns = [
+            column.cast(kind) if field.name == name else column
+            for field, column in zip(table.schema, table.columns, strict=True)
+        ]
         made = pa.table(columns, names=table.schema.names).replace_schema_metadata(table.schema.metadata)
         pq.write_table(made, path)
         refused(path, "its column", capsys)
@@ -297,23 +319,26 @@ def test_column_types(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     refused(path, "without null", capsys)
 
 
-@pytest.mark.parametrize(("event", "what"), [
-    (Attention(3, 1), "layer 3 is not from 0 to 2"),
-    (Attention(-1, 1), "layer -1"),
-    (Attention(0, 0), "mark 0"),
-    (Head(-1), "mark -1"),
-    (Experts(0, (24,), None, False, 1), "key 24 is not from 0 to 23"),
-    (Decided((-1,)), "key -1"),
-    (Copy(1, 2, 0, 0, 4, 0), "chunk 2"),
-    (Copy(1, 0, 24, 0, 4, 0), "key 24"),
-    (Copy(1, 0, 0, 9, 4, 0), "slot 9"),
-    (Waited(3, 1, False), "wait of kind 3"),
-    (Told(-6, (), ()), "follows one at"),
-    (Told(5, ((1, 2, 0, 0),), ()), "chunk 2"),
-    (Told(5, ((1, 0, 4, 3),), ()), "start of a chunk"),
-    (Told(5, (), ((0, 0, 1),)), "mark 0"),
-    (Told(5, (), ((1, 2, 1),)), "start of a mark"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("event", "what"),
+    [
+        (Attention(3, 1), "layer 3 is not from 0 to 2"),
+        (Attention(-1, 1), "layer -1"),
+        (Attention(0, 0), "mark 0"),
+        (Head(-1), "mark -1"),
+        (Experts(0, (24,), None, False, 1), "key 24 is not from 0 to 23"),
+        (Decided((-1,)), "key -1"),
+        (Copy(1, 2, 0, 0, 4, 0), "chunk 2"),
+        (Copy(1, 0, 24, 0, 4, 0), "key 24"),
+        (Copy(1, 0, 0, 9, 4, 0), "slot 9"),
+        (Waited(3, 1, False), "wait of kind 3"),
+        (Told(-6, (), ()), "follows one at"),
+        (Told(5, ((1, 2, 0, 0),), ()), "chunk 2"),
+        (Told(5, ((1, 0, 4, 3),), ()), "start of a chunk"),
+        (Told(5, (), ((0, 0, 1),)), "mark 0"),
+        (Told(5, (), ((1, 2, 1),)), "start of a mark"),
+    ],
+)
 def test_numbers_out_of_bounds(tmp_path: Path, event: Event, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     forwards = [LoggedForward(0, [Told(-5, (), ())]), LoggedForward(1, [event])]
     refused(write_events(tmp_path / "log.parquet", small_header(), forwards), f"forward 1: .*{what}", capsys)

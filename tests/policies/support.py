@@ -27,21 +27,43 @@ from traces.batching import BatchConfig, Batches
 from traces.reader import Trace
 
 HARDWARE = Hardware(
-    name="drawn", memory_gb=80.0, memory_gb_per_s=2000.0, tflops=300.0, link_gb_per_s=25.0, pageable_gb_per_s=6.0,
-    memory_efficiency=0.8, compute_efficiency=0.6, link_latency_ns=5000, launch_host_ns=2000,
-    launch_latency_ns=3000, issue_copy_ns=5000, gate_sync_ns=10000, token_sync_ns=20000, decide_ns=20000,
-)  # fmt: skip
+    name="drawn",
+    memory_gb=80.0,
+    memory_gb_per_s=2000.0,
+    tflops=300.0,
+    link_gb_per_s=25.0,
+    pageable_gb_per_s=6.0,
+    memory_efficiency=0.8,
+    compute_efficiency=0.6,
+    link_latency_ns=5000,
+    launch_host_ns=2000,
+    launch_latency_ns=3000,
+    issue_copy_ns=5000,
+    gate_sync_ns=10000,
+    token_sync_ns=20000,
+    decide_ns=20000,
+)
 
 
-def memory_trace(experts: np.ndarray, num_experts: int, starts: Sequence[int], prompts: Sequence[int],
-                 **arrays: Any) -> Trace:  # fmt: skip
+def memory_trace(
+    experts: np.ndarray, num_experts: int, starts: Sequence[int], prompts: Sequence[int], **arrays: Any
+) -> Trace:
     """A trace that is in no file: experts [T, L, K], request starts [R + 1], prompt lengths [R]."""
     num_tokens, num_layers, top_k = experts.shape
-    sizes = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k,
-             "num_requests": len(prompts), "num_tokens": num_tokens}  # fmt: skip
+    sizes = {
+        "num_layers": num_layers,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "num_requests": len(prompts),
+        "num_tokens": num_tokens,
+    }
     header = {"model": "tiny", **{key: str(value) for key, value in sizes.items()}}
-    given = {"experts": experts, "request_start": np.array(starts, np.int64),
-             "prompt_len": np.array(prompts, np.int32), **arrays}  # fmt: skip
+    given = {
+        "experts": experts,
+        "request_start": np.array(starts, np.int64),
+        "prompt_len": np.array(prompts, np.int32),
+        **arrays,
+    }
     return Trace([Path("drawn.trace")], header, given)
 
 
@@ -54,8 +76,15 @@ def model_of(num_layers: int, num_experts: int, top_k: int, **changes: Any) -> M
 def workload(trace: Trace, model: ModelSpec, num_slots: int, **changes: Any) -> Workload:
     """A workload at batch 1 on `HARDWARE`, one chunk per expert, no stack overhead unless changed."""
     batch = changes.pop("batch", BatchConfig())
-    plain: dict[str, Any] = {"trace_sha256": "", "hardware": HARDWARE, "stack": Stack("none", 0, 0), "chunk_mib": 4.0,
-             "channel_depth": 2, "start": "cold", "warmup_forwards": 0}  # fmt: skip
+    plain: dict[str, Any] = {
+        "trace_sha256": "",
+        "hardware": HARDWARE,
+        "stack": Stack("none", 0, 0),
+        "chunk_mib": 4.0,
+        "channel_depth": 2,
+        "start": "cold",
+        "warmup_forwards": 0,
+    }
     return Workload(trace=trace, model=model, batches=Batches(trace, batch), num_slots=num_slots, **(plain | changes))
 
 
@@ -71,8 +100,14 @@ def drawn_hardware(draw: random.Random) -> Hardware:
     # A curve may be slow for small copies: the pageable rate must not exceed it there.
     pageable = 2.0 if isinstance(rate, tuple) else pinned * draw.choice([0.25, 1.0])
     latency, slowdown = draw.choice([0, 5000]), draw.choice([1.0, 1.0, 1.4])
-    return replace(HARDWARE, link_gb_per_s=rate, pageable_gb_per_s=pageable, link_latency_ns=latency,
-                   link_slowdown=slowdown, **costs)  # fmt: skip
+    return replace(
+        HARDWARE,
+        link_gb_per_s=rate,
+        pageable_gb_per_s=pageable,
+        link_latency_ns=latency,
+        link_slowdown=slowdown,
+        **costs,
+    )
 
 
 def drawn_trace(draw: random.Random, num_layers: int, num_experts: int, top_k: int) -> Trace:
@@ -98,10 +133,16 @@ def drawn_workload(seed: int) -> Workload:
     start = draw.choice(["cold", "cold", "popular", "resident"])
     num_slots = num_keys if start == "resident" else draw.randint(1, num_keys)
     return workload(
-        drawn_trace(draw, num_layers, num_experts, top_k), model, num_slots, batch=batch,
-        hardware=drawn_hardware(draw), stack=Stack("drawn", overhead, overhead), start=start,
-        chunk_mib=draw.choice([0.1, 0.5, 4.0]), channel_depth=draw.randint(1, 3),
-    )  # fmt: skip
+        drawn_trace(draw, num_layers, num_experts, top_k),
+        model,
+        num_slots,
+        batch=batch,
+        hardware=drawn_hardware(draw),
+        stack=Stack("drawn", overhead, overhead),
+        start=start,
+        chunk_mib=draw.choice([0.1, 0.5, 4.0]),
+        channel_depth=draw.randint(1, 3),
+    )
 
 
 @cache
@@ -153,5 +194,6 @@ def progress_of(view: View) -> Progress:
 def forward_rows(index: int, rows: Sequence[int], num_layers: int, recorded: Recorded | None = None) -> Forward:
     """A decode forward of trace rows whose demand nobody asks for."""
     demands: list[list[int]] = [[] for _ in range(num_layers)]
-    return Forward(index, DECODE, list(rows), tuple(range(len(rows))), (1,) * len(rows), demands, demands, None,
-                   recorded=recorded)  # fmt: skip
+    return Forward(
+        index, DECODE, list(rows), tuple(range(len(rows))), (1,) * len(rows), demands, demands, None, recorded=recorded
+    )

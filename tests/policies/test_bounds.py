@@ -220,9 +220,10 @@ def test_the_optimum_is_sometimes_above_the_floor_and_sometimes_all_but_reached(
         machine: dict[str, Any] = {"kernels": Kernels(attention, 2, 0, 0), "link": ConstantLink(), "chunk_bytes": (10,)}
         best = min(
             build(forwards, num_experts=num_experts, num_slots=num_slots, policy=policy, top_k=2, **machine)
-            .run().counters.elapsed_ns
+            .run()
+            .counters.elapsed_ns
             for policy in schedules(forwards, num_experts)
-        )  # fmt: skip
+        )
         reached += best <= optimum + attention
     assert (above > 5, reached > 5) == (True, True), (above, reached)
 

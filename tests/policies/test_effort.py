@@ -10,8 +10,16 @@ from sim.job.configure import configure
 from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 
-WORDS = ["+hardware=a100", "+policy=fixed_2", "policy/predictor=transition", "policy/selection=top_k", "compare=none",
-         "max_tokens=40", "warmup_forwards=0", "residency=0.5"]  # fmt: skip
+WORDS = [
+    "+hardware=a100",
+    "+policy=fixed_2",
+    "policy/predictor=transition",
+    "policy/selection=top_k",
+    "compare=none",
+    "max_tokens=40",
+    "warmup_forwards=0",
+    "residency=0.5",
+]
 
 
 def elapsed_ns(*words: str) -> int:

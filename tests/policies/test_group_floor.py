@@ -25,10 +25,22 @@ from tests.runtime.support import ConstantLink, Kernels, build, events_of
 
 SMALL = 60
 FREE = Hardware(
-    name="free", memory_gb=80.0, memory_gb_per_s=2000.0, tflops=300.0, link_gb_per_s=math.inf, pageable_gb_per_s=6.0,
-    memory_efficiency=1.0, compute_efficiency=1.0, link_latency_ns=0, launch_host_ns=0, launch_latency_ns=0,
-    issue_copy_ns=0, gate_sync_ns=0, token_sync_ns=0, decide_ns=0,
-)  # fmt: skip
+    name="free",
+    memory_gb=80.0,
+    memory_gb_per_s=2000.0,
+    tflops=300.0,
+    link_gb_per_s=math.inf,
+    pageable_gb_per_s=6.0,
+    memory_efficiency=1.0,
+    compute_efficiency=1.0,
+    link_latency_ns=0,
+    launch_host_ns=0,
+    launch_latency_ns=0,
+    issue_copy_ns=0,
+    gate_sync_ns=0,
+    token_sync_ns=0,
+    decide_ns=0,
+)
 """Nothing but kernels takes time."""
 
 
@@ -37,16 +49,25 @@ def drawn_groups(draw: random.Random) -> GroupPoints:
     experts = [1, *sorted(draw.sample(range(2, 7), draw.randint(1, 2)))]
     tokens = sorted(draw.sample([1, 2, 4, 8], draw.randint(1, 3)))
     each, share = draw.choice([3_000, 40_000]), draw.choice([0.2, 0.7, 1.0, 1.3])
-    return tuple((count, per, each * (1 + share * (count - 1)) * (0.8 + 0.1 * per) + draw.randint(0, 500))
-                 for count in experts for per in tokens)  # fmt: skip
+    return tuple(
+        (count, per, each * (1 + share * (count - 1)) * (0.8 + 0.1 * per) + draw.randint(0, 500))
+        for count in experts
+        for per in tokens
+    )
 
 
 def table_of(work: Workload, groups: GroupPoints, **changes: Any) -> KernelTable:
     """A table of the workload's model; one expert by itself as a group of one."""
     alone = tuple((int(tokens), ns) for count, tokens, ns in groups if count == 1)
     shared: Any = ((1, 2_000.0), (4, 3_000.0)) if work.model.shared_intermediate else ()
-    plain: dict[str, Any] = {"expert": alone, "head": ((1, 9_000.0),), "attention": ((1, 7_000.0), (4, 8_000.0)),
-                             "kv": 1.5, "shared": shared, "groups": groups}  # fmt: skip
+    plain: dict[str, Any] = {
+        "expert": alone,
+        "head": ((1, 9_000.0),),
+        "attention": ((1, 7_000.0), (4, 8_000.0)),
+        "kv": 1.5,
+        "shared": shared,
+        "groups": groups,
+    }
     return KernelTable(**{**plain, **changes})
 
 
@@ -59,8 +80,9 @@ def drawn_grouped(seed: int) -> Workload:
     """A small instance of everything, with times of groups, slow-downs and what a launch takes by itself."""
     draw = random.Random(seed)
     work = drawn_workload(seed)
-    slowdowns = {key: draw.choice([1.0, 1.0, 1.5, 3.0])
-                 for key in ("attention_slowdown", "experts_slowdown", "head_slowdown")}  # fmt: skip
+    slowdowns = {
+        key: draw.choice([1.0, 1.0, 1.5, 3.0]) for key in ("attention_slowdown", "experts_slowdown", "head_slowdown")
+    }
     work = replace(work, stack=replace(work.stack, group_ns=draw.choice([0, 0, 2_500])))
     return with_table(work, table_of(work, drawn_groups(draw), **slowdowns))
 
@@ -171,8 +193,11 @@ def test_the_optimum_of_all_groupings_lies_between_floor_and_every_schedule(seed
     serial = [attention + (group[0] if len(keys) == 1 else min(group[1], 2 * group[0])) for _, keys in events]
     totals = min_loads(forwards, Future(forwards, num_layers * num_experts), num_slots)
     assert floor(totals, serial, [0] * len(forwards), load, group[0], num_layers).floor_ns == bound
-    machine: dict[str, Any] = {"kernels": ByCount(attention, 1, 0, 0, group=group), "link": ConstantLink(),
-                               "chunk_bytes": (load,)}  # fmt: skip
+    machine: dict[str, Any] = {
+        "kernels": ByCount(attention, 1, 0, 0, group=group),
+        "link": ConstantLink(),
+        "chunk_bytes": (load,),
+    }
     for policy in schedules(forwards, num_experts):
         job = build(forwards, num_experts=num_experts, num_slots=num_slots, policy=policy, top_k=2, **machine).run()
         assert job.counters.elapsed_ns >= optimum, type(policy).__name__

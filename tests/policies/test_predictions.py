@@ -270,9 +270,7 @@ vectors = arrays(np.float64, st.tuples(st.integers(1, 8), st.integers(1, 5)), el
 @given(embeddings=vectors)
 @settings(deadline=None, max_examples=200)
 def test_embedding_distance_is_the_double_sum_over_pairs(embeddings: npt.NDArray[np.float64]) -> None:
-    pairs = [
-        float(((embeddings[i] - embeddings[j]) ** 2).sum()) for j in range(len(embeddings)) for i in range(j)
-    ]  # fmt: skip
+    pairs = [float(((embeddings[i] - embeddings[j]) ** 2).sum()) for j in range(len(embeddings)) for i in range(j)]
     scale = len(embeddings) * float((embeddings**2).sum())
     assert embedding_distance(embeddings) == pytest.approx(sum(pairs), rel=1e-9, abs=1e-12 * scale + 1e-12)
 

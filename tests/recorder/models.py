@@ -17,36 +17,103 @@ Floats = npt.NDArray[np.float64]
 Chosen = tuple[npt.NDArray[np.int64], Floats]
 
 COMMON: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 MLA: dict[str, Any] = {
-    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
-    "num_key_value_heads": 4, "moe_intermediate_size": 16, "intermediate_size": 24, "n_shared_experts": 1,
-    "first_k_dense_replace": 1, "num_hidden_layers": 4, "n_routed_experts": 12, "num_experts_per_tok": 3,
-    "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5,
-}  # fmt: skip
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 4,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("Mixtral", {"num_hidden_layers": 3, "intermediate_size": 16, "num_local_experts": 8,
-                            "num_experts_per_tok": 2}),
-    "qwen2_moe": ("Qwen2Moe", {"num_hidden_layers": 4, "intermediate_size": 16, "moe_intermediate_size": 16,
-                               "shared_expert_intermediate_size": 16, "num_experts": 10, "num_experts_per_tok": 4,
-                               "mlp_only_layers": [0]}),
-    "qwen3_moe": ("Qwen3Moe", {"num_hidden_layers": 6, "intermediate_size": 16, "moe_intermediate_size": 16,
-                               "head_dim": 6, "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True,
-                               "decoder_sparse_step": 2}),
+    "mixtral": (
+        "Mixtral",
+        {"num_hidden_layers": 3, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 16,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "num_experts": 10,
+            "num_experts_per_tok": 4,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_hidden_layers": 6,
+            "intermediate_size": 16,
+            "moe_intermediate_size": 16,
+            "head_dim": 6,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+        },
+    ),
     "deepseek_v2": ("DeepseekV2", MLA | {"topk_method": "group_limited_greedy"}),
     "deepseek_v2_greedy": ("DeepseekV2", MLA | {"topk_method": "greedy", "routed_scaling_factor": 1.0}),
     "deepseek_v3": ("DeepseekV3", MLA | {"norm_topk_prob": True}),
-    "olmoe": ("Olmoe", {"num_hidden_layers": 3, "intermediate_size": 16, "num_experts": 16, "num_experts_per_tok": 5,
-                        "norm_topk_prob": False}),
-    "gpt_oss": ("GptOss", {"num_hidden_layers": 3, "intermediate_size": 16, "head_dim": 8, "num_local_experts": 8,
-                           "num_experts_per_tok": 3, "sliding_window": 4}),
-    "granitemoe": ("GraniteMoe", {"num_hidden_layers": 3, "intermediate_size": 16, "num_local_experts": 8,
-                                  "num_experts_per_tok": 2, "residual_multiplier": 0.5}),
-    "phimoe": ("Phimoe", {"num_hidden_layers": 3, "intermediate_size": 16, "num_local_experts": 8,
-                          "num_experts_per_tok": 2}),
-}  # fmt: skip
+    "olmoe": (
+        "Olmoe",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 16,
+            "num_experts": 16,
+            "num_experts_per_tok": 5,
+            "norm_topk_prob": False,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 16,
+            "head_dim": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 4,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "residual_multiplier": 0.5,
+        },
+    ),
+    "phimoe": (
+        "Phimoe",
+        {"num_hidden_layers": 3, "intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+}
 
 
 def build(name: str, seed: int = 0, **changes: Any) -> Any:
@@ -164,7 +231,14 @@ def phimoe(logits: Floats, layer: Any, config: Any) -> Chosen:
 
 
 CHOOSERS: dict[str, Any] = {
-    "mixtral": softmax_then_top, "qwen2_moe": softmax_then_top, "qwen3_moe": softmax_then_top,
-    "olmoe": softmax_then_top, "deepseek_v2": deepseek_v2, "deepseek_v2_greedy": deepseek_v2,
-    "deepseek_v3": deepseek_v3, "gpt_oss": top_then_softmax, "granitemoe": top_then_softmax, "phimoe": phimoe,
-}  # fmt: skip
+    "mixtral": softmax_then_top,
+    "qwen2_moe": softmax_then_top,
+    "qwen3_moe": softmax_then_top,
+    "olmoe": softmax_then_top,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v2_greedy": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "gpt_oss": top_then_softmax,
+    "granitemoe": top_then_softmax,
+    "phimoe": phimoe,
+}

@@ -45,9 +45,15 @@ def recorded(name: str, how: str = "greedy", full: bool = False) -> Recorded:
 
     def make(on_forward: Any) -> Recording:
         return Recording(
-            model, located.taps, num_experts=located.num_experts, top_k=located.top_k, lookahead=AHEAD, full=full,
-            logits=True, on_forward=on_forward,
-        )  # fmt: skip
+            model,
+            located.taps,
+            num_experts=located.num_experts,
+            top_k=located.top_k,
+            lookahead=AHEAD,
+            full=full,
+            logits=True,
+            on_forward=on_forward,
+        )
 
     return Recorded(model, located, list(record_batches(model, make, iter(PROMPTS), 2, SAMPLINGS[how])))
 
@@ -189,8 +195,9 @@ def test_an_answer_ends_at_its_end_token_and_the_batch_goes_on(name: str) -> Non
     model.generation_config.eos_token_id = [end, never]
 
     def make(on_forward: Any) -> Recording:
-        return Recording(model, located.taps, num_experts=located.num_experts, top_k=located.top_k,
-                         on_forward=on_forward)  # fmt: skip
+        return Recording(
+            model, located.taps, num_experts=located.num_experts, top_k=located.top_k, on_forward=on_forward
+        )
 
     first, second = record_batches(model, make, iter(PROMPTS[:2]), 2, SAMPLINGS["sampled"])
     assert first.generated == free[0][: free[0].index(end) + 1]

@@ -66,9 +66,18 @@ def test_a_recording_from_prompts_to_trace(folder: Path, prompts: Path, capsys: 
     assert trace.context_len.tolist() == [0, 0, 0]
     assert trace.request_labels == ["line 1", "née", "line 4"]
     assert set(trace.layout_arrays()) == {
-        "experts", "weights", "request_start", "prompt_len", "context_len", "forward_id", "token_ids", "embedding",
-        "logits", "lookahead_ids", "lookahead_scores",
-    }  # fmt: skip
+        "experts",
+        "weights",
+        "request_start",
+        "prompt_len",
+        "context_len",
+        "forward_id",
+        "token_ids",
+        "embedding",
+        "logits",
+        "lookahead_ids",
+        "lookahead_scores",
+    }
     header = trace.header
     assert header["moe_layer_ids"] == "[1, 2, 3]"
     assert (header["architecture"], header["sampling"], header["dtype"]) == ("Qwen2MoeForCausalLM", "greedy", "float32")
@@ -129,9 +138,13 @@ def test_the_same_command_writes_the_same_bytes_and_seed_and_sampling_count(
     ],
 )
 def test_what_is_recorded_is_chosen(
-    words: tuple[str, ...], present: str, absent: str, folder: Path, prompts: Path,
+    words: tuple[str, ...],
+    present: str,
+    absent: str,
+    folder: Path,
+    prompts: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     code, out, _ = call(capsys, folder, prompts, "max_new_tokens=1", "max_prompts=2", "name=my-moe", *words)
     assert code == 0
     trace = open_trace(prompts.with_name("out.safetensors"))
@@ -154,8 +167,10 @@ def test_texts_and_messages_become_tokens(folder: Path, tmp_path: Path, capsys: 
     assert trace.token_ids is not None
     starts = trace.request_start
     assert [trace.token_ids[a:b].tolist() for a, b in pairwise(starts)] == [
-        [1, 2, 3], [6, 0], [4, 5, 1, 2],
-    ]  # fmt: skip
+        [1, 2, 3],
+        [6, 0],
+        [4, 5, 1, 2],
+    ]
     (tmp_path / "p.txt").write_text("the cat\n\nsat\n")
     assert call(capsys, folder, tmp_path / "p.txt", "max_new_tokens=1", "chat=true")[0] == 0
     trace = open_trace(tmp_path / "out.safetensors")
@@ -193,9 +208,13 @@ def test_texts_and_messages_become_tokens(folder: Path, tmp_path: Path, capsys: 
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
-    content: str, words: tuple[str, ...], parts: tuple[str, ...], folder: Path, prompts: Path,
+    content: str,
+    words: tuple[str, ...],
+    parts: tuple[str, ...],
+    folder: Path,
+    prompts: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     prompts.write_text(content)
     given = words if any(word.startswith("max_new") for word in words) else ("max_new_tokens=1", *words)
     check_error(call(capsys, folder, prompts, *given), *parts)

@@ -79,8 +79,11 @@ def test_vllm_answers_with_several_completions(tmp_path: Path) -> None:
 
 def test_vllm_with_the_prompt_apart(tmp_path: Path) -> None:
     ids = routed(5)
-    answer = {"prompt_routed_experts": ids[:3].tolist(), "prompt_token_ids": [1] * 9,
-              "outputs": [{"routed_experts": ids[3:].tolist()}]}  # fmt: skip
+    answer = {
+        "prompt_routed_experts": ids[:3].tolist(),
+        "prompt_token_ids": [1] * 9,
+        "outputs": [{"routed_experts": ids[3:].tolist()}],
+    }
     _, trace = imported(tmp_path, answer)
     np.testing.assert_array_equal(trace.experts[:], ids)
     assert trace.prompt_len.tolist() == [3]
@@ -196,12 +199,16 @@ def test_malformed_arrays_are_refused_and_nothing_is_unpickled(tmp_path: Path) -
     np.save(tmp_path / "flat.npy", routed(3)[0])
     (tmp_path / "dump.pt").write_bytes(b"PK")
     expected = {
-        "object.npy": "is no plain array file", "object.npz": "is no plain array file",
-        "pickle.npy": "is no plain array file", "cut.npy": "is no plain array file",
-        "text.npz": "is no plain array file", "cut.npz": "is no plain array file",
+        "object.npy": "is no plain array file",
+        "object.npz": "is no plain array file",
+        "pickle.npy": "is no plain array file",
+        "cut.npy": "is no plain array file",
+        "text.npz": "is no plain array file",
+        "cut.npz": "is no plain array file",
         "lengths.npz": "array 'prompt_len': is no list of one length a request",
-        "flat.npy": r"is int32 of the shape \[3, 2\]", "dump.pt": "is of the type .pt; give .npy, .npz",
-    }  # fmt: skip
+        "flat.npy": r"is int32 of the shape \[3, 2\]",
+        "dump.pt": "is of the type .pt; give .npy, .npz",
+    }
     for name, message in expected.items():
         with pytest.raises(TraceError, match=message) as caught:
             import_engine_dumps(tmp_path / name, tmp_path / "o.safetensors", model="m")

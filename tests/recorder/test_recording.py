@@ -514,12 +514,14 @@ def test_recall_by_distance_and_the_better_kind() -> None:
     experts = np.array([[[0, 1], [2, 3], [4, -1]]], np.int32)
     recall = Recall(3, 2)
     # From layer 0: of layer 1 one of two right, of layer 2 none of one; from layer 1: of layer 2 one of one.
-    recall.add({"residual": np.array([[[1, 0], [1, 0], [0, 0]]], np.uint8), "normed": np.zeros((1, 3, 2), np.uint8)},
-               experts)  # fmt: skip
+    recall.add(
+        {"residual": np.array([[[1, 0], [1, 0], [0, 0]]], np.uint8), "normed": np.zeros((1, 3, 2), np.uint8)}, experts
+    )
     assert recall.by_distance() == {"residual": [pytest.approx(2 / 3), 0.0], "normed": [0.0, 0.0]}
     assert recall.best() == "residual"
-    recall.add({"residual": np.zeros((1, 3, 2), np.uint8), "normed": np.array([[[2, 1], [1, 0], [0, 0]]], np.uint8)},
-               experts)  # fmt: skip
+    recall.add(
+        {"residual": np.zeros((1, 3, 2), np.uint8), "normed": np.array([[[2, 1], [1, 0], [0, 0]]], np.uint8)}, experts
+    )
     assert recall.by_distance()["normed"] == [0.5, 0.5]
     assert recall.best() == "normed"
     assert num_right(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[2, 1], [-1, 4]])).tolist() == [2, 1]

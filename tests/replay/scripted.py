@@ -225,9 +225,16 @@ class PacedDevice(ScriptedDevice):
     on a copy beside kernels and on kernels beside copies. pad_share: how long a pad lasts, of what it should.
     """
 
-    def __init__(self, copy_ns: Callable[[int], int], program_ns: Callable[[list[int]], int] = lambda _: 1000, *,
-                 slower: float = 1.0, kernels_slower: float = 1.0, pad_share: float = 1.0,
-                 captures: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        copy_ns: Callable[[int], int],
+        program_ns: Callable[[list[int]], int] = lambda _: 1000,
+        *,
+        slower: float = 1.0,
+        kernels_slower: float = 1.0,
+        pad_share: float = 1.0,
+        captures: bool = True,
+    ) -> None:
         super().__init__(captures)
         self.auto = False
         self.step = self._next
@@ -268,8 +275,9 @@ class PacedDevice(ScriptedDevice):
         super().synchronize()
 
 
-def decode(kv_lens: Sequence[int], demands: Sequence[Sequence[int]] = ((0,), (0,)),
-           counts: list[dict[int, int]] | None = None) -> Forward:  # fmt: skip
+def decode(
+    kv_lens: Sequence[int], demands: Sequence[Sequence[int]] = ((0,), (0,)), counts: list[dict[int, int]] | None = None
+) -> Forward:
     """One row each of as many requests."""
     rows = range(len(kv_lens))
     return Forward(0, DECODE, rows, tuple(rows), tuple(kv_lens), [list(keys) for keys in demands], [], counts)
@@ -278,8 +286,17 @@ def decode(kv_lens: Sequence[int], demands: Sequence[Sequence[int]] = ((0,), (0,
 def prefill(first: int, end: int, demands: Sequence[Sequence[int]], counts: list[dict[int, int]]) -> Forward:
     """Rows of one request with KV lengths from `first` up to `end`."""
     rows = range(end - first)
-    return Forward(0, PREFILL, rows, (0,), tuple(range(first, end)), [list(keys) for keys in demands], [], counts,
-                   emits_token=False)  # fmt: skip
+    return Forward(
+        0,
+        PREFILL,
+        rows,
+        (0,),
+        tuple(range(first, end)),
+        [list(keys) for keys in demands],
+        [],
+        counts,
+        emits_token=False,
+    )
 
 
 def chunks_of(model: ModelSpec) -> list[int]:
@@ -288,12 +305,20 @@ def chunks_of(model: ModelSpec) -> list[int]:
     return [size] * (CHUNKS - 1) + [model.expert_bytes - (CHUNKS - 1) * size]
 
 
-def machine_on(device: ScriptedDevice, model: ModelSpec, forwards: Sequence[Forward], *, num_slots: int = 16,
-               kv_grid: int = 0, verify: bool = False) -> RealMachine:  # fmt: skip
+def machine_on(
+    device: ScriptedDevice,
+    model: ModelSpec,
+    forwards: Sequence[Forward],
+    *,
+    num_slots: int = 16,
+    kv_grid: int = 0,
+    verify: bool = False,
+) -> RealMachine:
     """A machine prepared for `forwards`, its device in the test's hands from then on."""
     num_keys = model.num_layers * model.num_experts
-    host = HostPool(HostPlan(num_keys, num_keys, align(model.expert_bytes), 1 << 40), model.expert_bytes, device.dtype,
-                    False)  # fmt: skip
+    host = HostPool(
+        HostPlan(num_keys, num_keys, align(model.expert_bytes), 1 << 40), model.expert_bytes, device.dtype, False
+    )
     slots = SlotPool(num_slots, model.expert_bytes, device.torch_device)
     max_tokens = max(len(forward.rows) for forward in forwards)
     kernels = Kernels(model, slots, device.dtype, max_tokens, 1024)

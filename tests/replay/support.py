@@ -81,8 +81,15 @@ class Case:
         with on_cpu() as device:
             yield Rig(device, self.work.model, needs_of(self.work, policy, transfer), self.settings.host_memory_gb)
 
-    def replay(self, rig: Rig, observers: Sequence[Observer] = (), *, verify: bool = False, log: Path | None = None,
-               fault: tuple[str, int] | None = None) -> tuple[dict[str, Any], Integrity | None]:  # fmt: skip
+    def replay(
+        self,
+        rig: Rig,
+        observers: Sequence[Observer] = (),
+        *,
+        verify: bool = False,
+        log: Path | None = None,
+        fault: tuple[str, int] | None = None,
+    ) -> tuple[dict[str, Any], Integrity | None]:
         """One run of a fresh policy; with `log` the log is written there, also of a run that breaks off."""
         policy, transfer = self.policy()
         if log is None:

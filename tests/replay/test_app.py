@@ -49,7 +49,10 @@ def test_metrics_have_the_simulators_keys_and_the_replays_own(trace: str, tmp_pa
     provenance = json.loads((found.folder / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["machine"] == metrics["machine"]
     assert {path.name for path in found.folder.iterdir() if path.is_file()} == {
-        "DONE", "metrics.json", "provenance.json"}  # fmt: skip
+        "DONE",
+        "metrics.json",
+        "provenance.json",
+    }
 
 
 def simulate(trace: str) -> dict[str, Any]:
@@ -62,8 +65,17 @@ def simulate(trace: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_reader_is_told_what_the_numbers_are(trace: str, tmp_path: Path) -> None:
     found = replay_here([*ADAPTIVE, trace, "verify=true", "host_memory_gb=0.0003"], tmp_path / "run")
-    for part in ("adaptive on local", "measured on", "(cpu)", "float32", "divided by 8", "0 wrong stamps",
-                 "no measurement", "shared round-robin", "written to"):  # fmt: skip
+    for part in (
+        "adaptive on local",
+        "measured on",
+        "(cpu)",
+        "float32",
+        "divided by 8",
+        "0 wrong stamps",
+        "no measurement",
+        "shared round-robin",
+        "written to",
+    ):
         assert part in found.out, part
     machine = found.metrics()["machine"]
     assert (machine["host_buffers"], machine["host_buffers_shared"]) == (12, True)
@@ -173,8 +185,13 @@ def test_a_run_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_sweep_is_a_line_a_run(trace: str, tmp_path: Path) -> None:
-    words = ["-m", *(word for word in ADAPTIVE if "residency" not in word), trace, "residency=0.3,0.6",
-             f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+    words = [
+        "-m",
+        *(word for word in ADAPTIVE if "residency" not in word),
+        trace,
+        "residency=0.3,0.6",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
     found = replay_here(words, tmp_path / "run")
     assert found.code == 0, found.err
     assert len(list((tmp_path / "sweep").rglob("DONE"))) == 2

@@ -60,7 +60,7 @@ BAD = [
     Bad(f"{LRU} start=resident", ("start=resident", "residency=1.0")),
     Bad(f"{LRU} count_redundant=maybe", ("count_redundant='maybe'", "true or false")),
     Bad("+hardware=a100 +policy=lru hardware.link_gb_per_s=0", ("hardware.link_gb_per_s=0", "(0, inf]")),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,20 @@ def test_a_broken_configuration_is_one_line(case: Bad, trace: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["host_memory_gb=0.0000492", "scale=64", "scale=64 verify=true", "fault_at=1",
-                                   "throttle_gb_per_s=1e300", "scale=1", "scale=null", "machine=auto",
-                                   "warmup_forwards=11"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        "host_memory_gb=0.0000492",
+        "scale=64",
+        "scale=64 verify=true",
+        "fault_at=1",
+        "throttle_gb_per_s=1e300",
+        "scale=1",
+        "scale=null",
+        "machine=auto",
+        "warmup_forwards=11",
+    ],
+)
 def test_the_last_value_within_a_limit_is_accepted(words: str, trace: Path, tmp_path: Path) -> None:
     found = replay_here(told(f"{LRU} {words}", trace), tmp_path / "run")
     assert found.done, found.err

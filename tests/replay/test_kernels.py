@@ -62,8 +62,9 @@ class Bench:
         self.monkeypatch = monkeypatch
         # Compiled, the products would not be seen: test_compiled_products_compute_the_same holds the two together.
         monkeypatch.setattr(replay.machine.kernels, "products", lambda _: Products(feed_forward, attend, route))
-        self.kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS,
-                               MAX_CONTEXT)  # fmt: skip
+        self.kernels = Kernels(
+            model, SlotPool(2, model.expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS, MAX_CONTEXT
+        )
         self.router_excess = model.router_params * (torch.finfo(dtype).bits - model.embedding_bits) / 8
 
     def counted(self, work: Callable[[], None]) -> Counter:
@@ -82,8 +83,9 @@ class Bench:
                 found.append(ask(KernelTimes(self.model, A100, FOUND)))
         return found[0], found[1]
 
-    def agree(self, work: Callable[[], None], ask: Callable[[KernelTimes], int], excess: float = 0.0,
-              rounded: float = ROUNDED) -> None:  # fmt: skip
+    def agree(
+        self, work: Callable[[], None], ask: Callable[[KernelTimes], int], excess: float = 0.0, rounded: float = ROUNDED
+    ) -> None:
         counter = self.counted(work)
         num_bytes, flops = self.expected(ask)
         assert counter.num_bytes - excess == pytest.approx(num_bytes, rel=rounded)
@@ -105,9 +107,10 @@ def forward(phase: str, kv_lens: Sequence[int]) -> Forward:
     return Forward(0, phase, range(len(kv_lens)), requests, tuple(kv_lens), [], [], None)
 
 
-@pytest.fixture(params=[(name, 16, torch.float32) for name in NAMES]
-                + [(name, 8, torch.bfloat16) for name in NAMES],
-                ids=lambda given: f"{given[0]}-{given[1]}-{str(given[2])[6:]}")  # fmt: skip
+@pytest.fixture(
+    params=[(name, 16, torch.float32) for name in NAMES] + [(name, 8, torch.bfloat16) for name in NAMES],
+    ids=lambda given: f"{given[0]}-{given[1]}-{str(given[2])[6:]}",
+)
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """In the numbers of a CPU, and in those of a GPU."""
     name, scale, dtype = request.param
@@ -117,9 +120,12 @@ def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Be
 def attention(bench: Bench, phase: str, kv_lens: Sequence[int], rounded: float = ROUNDED) -> None:
     given = forward(phase, kv_lens)
     for layer in range(bench.model.num_layers):
-        bench.agree(bench.kernels.attention(layer, bench.kernels.shape(layer, given)),
-                    lambda times, layer=layer: times.attention_list_ns(len(kv_lens), kv_lens, phase == PREFILL)[layer],
-                    bench.router_excess, rounded)  # fmt: skip
+        bench.agree(
+            bench.kernels.attention(layer, bench.kernels.shape(layer, given)),
+            lambda times, layer=layer: times.attention_list_ns(len(kv_lens), kv_lens, phase == PREFILL)[layer],
+            bench.router_excess,
+            rounded,
+        )
 
 
 def test_attention_of_one_token(bench: Bench) -> None:
@@ -138,8 +144,9 @@ def test_attention_of_a_prompt(bench: Bench) -> None:
     attention(bench, PREFILL, range(301, 341), 0.1)
 
 
-def described(kernels: Kernels, slots: Sequence[int], tokens: Sequence[int], shared_block: int = -1,
-              shared_tokens: int = 0) -> Row:  # fmt: skip
+def described(
+    kernels: Kernels, slots: Sequence[int], tokens: Sequence[int], shared_block: int = -1, shared_tokens: int = 0
+) -> Row:
     """The row of one launch of experts in `slots`, over so many tokens each."""
     row = Row(RowLayout(len(slots)), torch.device("cpu"))
     words, layout, first = row.words, row.layout, 0
@@ -156,8 +163,11 @@ def described(kernels: Kernels, slots: Sequence[int], tokens: Sequence[int], sha
 def test_experts(bench: Bench) -> None:
     for tokens in ([1, 1], [7, 40], [2, 1]):
         row = described(bench.kernels, [0, 1], tokens)
-        bench.agree(bench.kernels.experts(row, bench.kernels.rows(40), False),
-                    lambda times, tokens=tokens: sum(map(times.expert_ns, tokens)), rounded=0.1)  # fmt: skip
+        bench.agree(
+            bench.kernels.experts(row, bench.kernels.rows(40), False),
+            lambda times, tokens=tokens: sum(map(times.expert_ns, tokens)),
+            rounded=0.1,
+        )
 
 
 def test_shared_experts(bench: Bench) -> None:
@@ -247,8 +257,16 @@ def test_compiled_products_compute_the_same(gated: bool) -> None:
     weights, keys, values, queries, router = drawn(8, 7), drawn(9, 4), drawn(9, 3), drawn(4, 2), drawn(8, 6)
     results = []
     for made in (Products(feed_forward, attend, route), products("cpu")):
-        buffers = [torch.zeros(6, up), torch.zeros(6, 5), torch.zeros(6, 8), torch.zeros(6, 7), torch.zeros(18),
-                   torch.zeros(2, 3), torch.zeros(6, 6), torch.zeros(6, 2)]  # fmt: skip
+        buffers = [
+            torch.zeros(6, up),
+            torch.zeros(6, 5),
+            torch.zeros(6, 8),
+            torch.zeros(6, 7),
+            torch.zeros(18),
+            torch.zeros(2, 3),
+            torch.zeros(6, 6),
+            torch.zeros(6, 2),
+        ]
         routing = torch.zeros(6, 2, dtype=torch.int64)
         for _ in range(3):
             made.feed_forward(inputs, [one for one, _ in blocks], [two for _, two in blocks], [6, 1, 3], *buffers[:3])

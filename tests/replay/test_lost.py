@@ -45,8 +45,15 @@ def device_finds_out():
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run `code` behind the stand-ins, in `folder`, its output into pipes, which Python buffers."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", HEAD + GPU + code], capture_output=True, text=True, timeout=120,
-                          check=False, cwd=folder, env=environment)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", HEAD + GPU + code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=folder,
+        env=environment,
+    )
 
 
 @pytest.mark.slow
@@ -120,8 +127,10 @@ with lost.ending():
 """
     done = python(code, tmp_path)
     assert done.returncode == LOST, done.stderr
-    assert done.stderr == ("error: the device was lost: CUDA error: an illegal memory access was encountered; what was "
-                           "finished by then is kept\n")  # fmt: skip
+    assert done.stderr == (
+        "error: the device was lost: CUDA error: an illegal memory access was encountered; what was "
+        "finished by then is kept\n"
+    )
     assert (tmp_path / "mine.txt").read_text() == "not flushed"
     assert (tmp_path / "log").read_text() == "readable"
     assert "held back" in (tmp_path / "app.log").read_text()
@@ -155,8 +164,10 @@ sys.exit(cli())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["fault=lost: the device stopped answering, as asked",
-                                  "a stream of the CPU machine failed: division by zero"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["fault=lost: the device stopped answering, as asked", "a stream of the CPU machine failed: division by zero"],
+)
 def test_a_process_that_can_end_as_ever_does(text: str, tmp_path: Path) -> None:
     """A fault that was asked for, or a thread that failed: exit code 3, handlers and destructors run."""
     code = f"""

@@ -166,9 +166,19 @@ def same_counts(measured: Mapping[str, Any], simulated: Mapping[str, Any]) -> No
 
 
 @pytest.mark.mostly_slow(keep=1)
-@pytest.mark.parametrize("words", ["+policy=on_demand", "+policy=lru", "+policy=lfu", "+policy=two_level",
-                                   "+policy=lru_per_layer", "+policy=lru start=popular", "+policy=lru batch_size=3",
-                                   "+policy=lru warmup_forwards=7"])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        "+policy=on_demand",
+        "+policy=lru",
+        "+policy=lfu",
+        "+policy=two_level",
+        "+policy=lru_per_layer",
+        "+policy=lru start=popular",
+        "+policy=lru batch_size=3",
+        "+policy=lru warmup_forwards=7",
+    ],
+)
 def test_without_prefetch_the_counts_are_the_simulators(words: str, trace: Path) -> None:
     """No count depends on time where nothing is prefetched and a layer's demand has slots."""
     told = [*words.split(), "residency=0.4", f"trace.path={trace}"]
@@ -212,8 +222,6 @@ def test_a_stack_pads_the_compute_stream(trace: Path) -> None:
     with case.rig() as rig:
         metrics, _ = case.replay(rig)
     assert metrics["overhead_ns"] >= 5 * 4 * case.work.stack.layer_overhead_ns > 0
-
-
 
 
 def test_forwards_are_built_before_the_clock_starts(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,14 @@ EXPERT = 10_000_000
 STRIDE = align(EXPERT)
 
 
-def plan(budget_gb: float | None = None, *, available: int = 10**9, num_keys: int = 40, pinned: bool = True,
-         wsl: bool = False) -> HostPlan:  # fmt: skip
+def plan(
+    budget_gb: float | None = None,
+    *,
+    available: int = 10**9,
+    num_keys: int = 40,
+    pinned: bool = True,
+    wsl: bool = False,
+) -> HostPlan:
     return plan_host(num_keys, EXPERT, budget_gb, pinned, available, wsl)
 
 
@@ -98,8 +104,11 @@ def test_the_host_has_memory() -> None:
     assert 1 << 20 < available_bytes() < 1 << 62
 
 
-@given(num_buffers=st.integers(1, 3000), stride=st.integers(1, 4000).map(lambda size: size * ALIGNMENT),
-       largest=st.integers(12, 30).map(lambda power: 1 << power))  # fmt: skip
+@given(
+    num_buffers=st.integers(1, 3000),
+    stride=st.integers(1, 4000).map(lambda size: size * ALIGNMENT),
+    largest=st.integers(12, 30).map(lambda power: 1 << power),
+)
 def test_arenas_are_powers_of_two_that_hold_every_buffer(num_buffers: int, stride: int, largest: int) -> None:
     arenas = plan_arenas(num_buffers, stride, largest)
     assert sum(count for _, count in arenas) == num_buffers
@@ -117,10 +126,13 @@ def test_arenas_of_a_gibibyte_waste_little() -> None:
     assert sum(size for size, _ in arenas) < 1.01 * 768 * align(13_219_200)
 
 
-@pytest.mark.parametrize("need", [
-    [("slots", 12 * STRIDE), ("KV", 0)],
-    [("slots", 10 * STRIDE), ("KV", 2 * STRIDE)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "need",
+    [
+        [("slots", 12 * STRIDE), ("KV", 0)],
+        [("slots", 10 * STRIDE), ("KV", 2 * STRIDE)],
+    ],
+)
 def test_what_just_fits_is_accepted(need: list[tuple[str, int]]) -> None:
     check_gpu(need, 12 * STRIDE, STRIDE, 12)
 

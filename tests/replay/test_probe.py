@@ -116,8 +116,20 @@ def test_a_launch_behind_another_tells_no_latency() -> None:
 def test_what_the_probe_costs_is_known_and_subtracted() -> None:
     """No bound on time: the machine is somebody's. But what it finds on a machine that does nothing is its own."""
     own = own_costs()
-    assert {"attention", "experts", "head", "issue", "issue_gap", "classify", "decide", "forward", "gate_sync",
-            "token_sync", "load_sync", "kernel_start"} <= own.keys()  # fmt: skip
+    assert {
+        "attention",
+        "experts",
+        "head",
+        "issue",
+        "issue_gap",
+        "classify",
+        "decide",
+        "forward",
+        "gate_sync",
+        "token_sync",
+        "load_sync",
+        "kernel_start",
+    } <= own.keys()
     assert all(cost >= 0 for name, cost in own.items() if name != "kernel_start")
     # The clock is read once more after the launch has returned.
     assert own["kernel_start"] <= 0

@@ -37,10 +37,26 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- sizes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "least", "size"), [
-    (0, 1, 1), (1, 1, 1), (2, 1, 2), (3, 1, 4), (4, 1, 4), (5, 1, 8), (64, 1, 64), (65, 1, 128),
-    (0, 16, 16), (1, 16, 16), (16, 16, 16), (17, 16, 32), (32, 16, 32), (33, 16, 64), (1 << 20, 16, 1 << 20),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "least", "size"),
+    [
+        (0, 1, 1),
+        (1, 1, 1),
+        (2, 1, 2),
+        (3, 1, 4),
+        (4, 1, 4),
+        (5, 1, 8),
+        (64, 1, 64),
+        (65, 1, 128),
+        (0, 16, 16),
+        (1, 16, 16),
+        (16, 16, 16),
+        (17, 16, 32),
+        (32, 16, 32),
+        (33, 16, 64),
+        (1 << 20, 16, 1 << 20),
+    ],
+)
 def test_sizes_are_powers_of_two(count: int, least: int, size: int) -> None:
     assert size_class(count, least) == size
 
@@ -173,22 +189,26 @@ def shape(kernels: Kernels, layer: int, kv_lens: Sequence[int], grid: int = 0) -
     return kernels.shape(layer, decode(kv_lens), grid)
 
 
-@pytest.mark.parametrize(("kv_lens", "grid", "full", "windowed"), [
-    ([1], 256, [256], [128]),
-    ([256], 256, [256], [128]),
-    ([257], 256, [512], [128]),
-    ([1], 64, [64], [64]),
-    ([100], 64, [128], [128]),
-    ([300], 48, [336], [128]),
-    # A batch is rounded together, a windowed layer up to a window for each row at most.
-    ([100, 200], 256, [256, 256], [128, 128]),
-    ([10, 10], 256, [128, 128], [128, 128]),
-    ([20, 30, 300], 64, [128, 128, 128], [64, 64, 64]),
-    ([120, 130, 300], 512, [300, 300, 424], [128, 128, 128]),
-    ([100, 200], 0, [100, 200], [100, 128]),
-])  # fmt: skip
-def test_a_shape_is_that_of_lengths_on_the_grid(kv_lens: list[int], grid: int, full: list[int],
-                                                windowed: list[int]) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("kv_lens", "grid", "full", "windowed"),
+    [
+        ([1], 256, [256], [128]),
+        ([256], 256, [256], [128]),
+        ([257], 256, [512], [128]),
+        ([1], 64, [64], [64]),
+        ([100], 64, [128], [128]),
+        ([300], 48, [336], [128]),
+        # A batch is rounded together, a windowed layer up to a window for each row at most.
+        ([100, 200], 256, [256, 256], [128, 128]),
+        ([10, 10], 256, [128, 128], [128, 128]),
+        ([20, 30, 300], 64, [128, 128, 128], [64, 64, 64]),
+        ([120, 130, 300], 512, [300, 300, 424], [128, 128, 128]),
+        ([100, 200], 0, [100, 200], [100, 128]),
+    ],
+)
+def test_a_shape_is_that_of_lengths_on_the_grid(
+    kv_lens: list[int], grid: int, full: list[int], windowed: list[int]
+) -> None:
     """Of all rows together: the same work as `full` (no window) and `windowed` have without a grid."""
     kernels = Kernels(WINDOWED, SlotPool(2, WINDOWED.expert_bytes, torch.device("cpu")), torch.float32, 4, 2048)
     assert [WINDOWED.is_windowed(layer) for layer in range(2)] == [True, False]
@@ -246,8 +266,9 @@ RUNS = [
 ]
 
 
-def captured_run(words: Sequence[str], device: ScriptedDevice, monkeypatch: pytest.MonkeyPatch,
-                 verify: bool = True) -> tuple[RealMachine, list[int], Any]:  # fmt: skip
+def captured_run(
+    words: Sequence[str], device: ScriptedDevice, monkeypatch: pytest.MonkeyPatch, verify: bool = True
+) -> tuple[RealMachine, list[int], Any]:
     """(the machine, programs made when the clock starts and at the end, what the stamps said) of a whole run."""
     case = Case.of(*words)
     rig = Rig(device, case.work.model, needs_of(case.work, *case.policy()))
@@ -289,8 +310,10 @@ def test_prompts_are_launched_kernel_by_kernel(tmp_path: Path, monkeypatch: pyte
     assert machine.programs.num_unprepared == num_prompts
     assert num_made[1] - num_made[0] == 4 * num_prompts
     assert not any(made.captured for made in device.made[num_made[0] :])
-    by_size = {key: {made.captured for made in device.made if made.program in ring.programs}
-               for key, ring in machine.programs._rings.items()}  # fmt: skip
+    by_size = {
+        key: {made.captured for made in device.made if made.program in ring.programs}
+        for key, ring in machine.programs._rings.items()
+    }
     # Sizes that decode has are captured, those that only a prompt has are not.
     assert by_size[1, LEAST_ROWS, False] == by_size[2, LEAST_ROWS, False] == {True}
     assert by_size[8, LEAST_ROWS, False] == {False}

@@ -78,10 +78,13 @@ def test_a_copy_into_a_slot_that_is_read_begins_when_its_reader_ends(bench: Benc
     assert bench.machine.wait((LOAD, 1, False)) == (220, [(1, 0, 170, 220)], [(mark, 20, 170)])
 
 
-@pytest.mark.parametrize(("issue_ns", "first_end_ns", "reader_end_ns", "start_ns"), [
-    (500, 300, 400, 500), (100, 600, 400, 600), (100, 300, 700, 700)])  # fmt: skip
-def test_the_last_of_the_three_counts(issue_ns: int, first_end_ns: int, reader_end_ns: int, start_ns: int,
-                                      bench: Bench) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("issue_ns", "first_end_ns", "reader_end_ns", "start_ns"),
+    [(500, 300, 400, 500), (100, 600, 400, 600), (100, 300, 700, 700)],
+)
+def test_the_last_of_the_three_counts(
+    issue_ns: int, first_end_ns: int, reader_end_ns: int, start_ns: int, bench: Bench
+) -> None:
     mark = bench.experts()
     bench.copy(1, 0)
     bench.device.clock_ns = issue_ns

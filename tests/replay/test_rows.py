@@ -52,8 +52,10 @@ def read(device: ScriptedDevice) -> tuple[list[int], list[int], list[int], list[
     """
     words, layout = row_of(device), device.launches[-1].made.program.row.layout
     places = range(words[NUM_EXPERTS])
-    return (words[:3], *([words[first + place] for place in places]
-                         for first in (layout.slots, layout.first, layout.counts)))  # type: ignore[return-value]  # fmt: skip
+    return (
+        words[:3],
+        *([words[first + place] for place in places] for first in (layout.slots, layout.first, layout.counts)),
+    )  # type: ignore[return-value]
 
 
 def plain(slots: Sequence[int], rows: int, block: int = -1, shared_rows: int = 0) -> tuple[list[int], ...]:

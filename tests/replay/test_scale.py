@@ -28,8 +28,20 @@ def test_an_expert_weighs_as_much_less_as_the_square_of_the_scale(name: str, sca
     assert small.name == f"{name}/{scale}"
     assert small.expert_bytes * scale**2 == pytest.approx(model.expert_bytes, rel=0.01)
     assert small.attention_params * scale**2 == pytest.approx(model.attention_params, rel=0.05)
-    kept = ("num_layers", "num_experts", "top_k", "num_heads", "num_kv_heads", "window", "window_every",
-            "expert_matrices", "num_dense_layers", "expert_bits", "weight_bits", "attention")  # fmt: skip
+    kept = (
+        "num_layers",
+        "num_experts",
+        "top_k",
+        "num_heads",
+        "num_kv_heads",
+        "window",
+        "window_every",
+        "expert_matrices",
+        "num_dense_layers",
+        "expert_bits",
+        "weight_bits",
+        "attention",
+    )
     assert [getattr(small, key) for key in kept] == [getattr(model, key) for key in kept]
     for key in ("shared_intermediate", "dense_intermediate", "q_rank", "kv_rank", "head_dim"):
         assert bool(getattr(small, key)) == bool(getattr(model, key)), key

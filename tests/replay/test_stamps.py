@@ -184,8 +184,10 @@ def test_every_fault_is_caught_in_the_same_launch_each_time(captures: bool, faul
     """On a device that does at once what it is told, as a GPU and as a CPU machine would: nothing is left to chance."""
     case = Case.of(*TINY, "+policy=lru", "residency=0.1", f"trace.path={trace}")
     needs = needs_of(case.work, *case.policy())
-    found = [case.replay(Rig(ScriptedDevice(captures), case.work.model, needs), verify=True, fault=(fault, 17))[1]
-             for _ in range(2)]  # fmt: skip
+    found = [
+        case.replay(Rig(ScriptedDevice(captures), case.work.model, needs), verify=True, fault=(fault, 17))[1]
+        for _ in range(2)
+    ]
     assert found[0] is not None
     assert found[0].num_wrong > 0
     assert found[0] == found[1]
@@ -217,8 +219,9 @@ def test_without_stamps_a_fault_passes_unseen(trace: Path) -> None:
 
 @pytest.mark.slow
 def test_a_fault_is_told_with_code_1_and_is_no_result(trace: Path, tmp_path: Path) -> None:
-    found = replay_here([*TINY, "+policy=lru", f"trace.path={trace}", "verify=true", "fault=failed", "fault_at=9"],
-                        tmp_path / "run")  # fmt: skip
+    found = replay_here(
+        [*TINY, "+policy=lru", f"trace.path={trace}", "verify=true", "fault=failed", "fault_at=9"], tmp_path / "run"
+    )
     assert (found.code, found.done) == (WRONG, False)
     integrity = found.metrics()["integrity"]
     assert integrity["num_wrong"] > 0

@@ -172,8 +172,9 @@ def test_layers_that_looked_farther_or_decided_nothing_or_belong_to_a_prompt_can
 
 
 def times_of(p50_ns: float, p99_ns: float) -> DecisionTimes:
-    return DecisionTimes(p50_ns, p50_ns, p99_ns, p50_ns, p99_ns, 0.0, 100, 0, 0, 0,
-                         dict.fromkeys((*PARTS, GLUE), 0.0), 0, 0)  # fmt: skip
+    return DecisionTimes(
+        p50_ns, p50_ns, p99_ns, p50_ns, p99_ns, 0.0, 100, 0, 0, 0, dict.fromkeys((*PARTS, GLUE), 0.0), 0, 0
+    )
 
 
 @pytest.mark.parametrize(("p50", "p99", "kept"), [(25e3, 100e3, True), (25_001, 60e3, False), (1e3, 100_001, False)])

@@ -223,8 +223,9 @@ class FakeCuda:
 
     # -- work ------------------------------------------------------------------------------------------------
 
-    def enqueue(self, duration_ns: int, at_start: Callable[[], object] | None = None,
-                at_end: Callable[[], object] | None = None) -> int:  # fmt: skip
+    def enqueue(
+        self, duration_ns: int, at_start: Callable[[], object] | None = None, at_end: Callable[[], object] | None = None
+    ) -> int:
         """Put work of a known duration onto the current stream; returns when it ends."""
         stream = self.current
         start_ns = max(stream.free_ns, self.true_ns + LATENCY_NS)
@@ -261,9 +262,11 @@ class FakeCuda:
         assert self.capturing is None
         self.call("memcpy")
         before, self.current = self.current, stream
-        end_ns = self.enqueue(COPY_NS + round(num_bytes / GB_PER_S),
-                              lambda: ctypes.memset(target, _SPOILT, num_bytes),
-                              lambda: ctypes.memmove(target, source, num_bytes))  # fmt: skip
+        end_ns = self.enqueue(
+            COPY_NS + round(num_bytes / GB_PER_S),
+            lambda: ctypes.memset(target, _SPOILT, num_bytes),
+            lambda: ctypes.memmove(target, source, num_bytes),
+        )
         self.current = before
         if not any(source in pinned for pinned in self.pinned):
             self.num_pageable += 1
@@ -317,9 +320,7 @@ class FakeCuda:
         for name in ("zeros", "empty"):
             monkeypatch.setattr(torch, name, self._pinning(getattr(torch, name)))
         for module in ("cuda", "cuda_clock"):
-            monkeypatch.setattr(
-                f"replay.machine.{module}.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns)
-            )
+            monkeypatch.setattr(f"replay.machine.{module}.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
         monkeypatch.setattr("replay.machine.cuda.raw_copy", lambda: (self.memcpy, "a stand-in"))
         return self
 

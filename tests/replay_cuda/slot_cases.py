@@ -55,8 +55,15 @@ def make_row(layout: RowLayout, device: str) -> Row:
     return row
 
 
-def fill(row: Row, slots: Sequence[int], rows: Sequence[int], block: int = NO_BLOCK, shared_rows: int = 0,
-         number: int = 0, expected: Sequence[int] = ()) -> None:  # fmt: skip
+def fill(
+    row: Row,
+    slots: Sequence[int],
+    rows: Sequence[int],
+    block: int = NO_BLOCK,
+    shared_rows: int = 0,
+    number: int = 0,
+    expected: Sequence[int] = (),
+) -> None:
     """Write a launch, rows one after the other. Slots, rows and words of experts that it does not have: far outside."""
     row.host.fill_(1 << 40)
     words, layout = row.words, row.layout

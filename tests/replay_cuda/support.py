@@ -44,8 +44,9 @@ class Case:
         needs = needs_of(self.work, policy, transfer)
         return Rig(device, self.work.model, needs, host_memory_gb, transfer.memory == "pinned")
 
-    def replay(self, rig: Rig, *, verify: bool = False, log: Path | None = None,
-               fault: tuple[str, int] | None = None) -> tuple[dict[str, Any], Integrity | None]:  # fmt: skip
+    def replay(
+        self, rig: Rig, *, verify: bool = False, log: Path | None = None, fault: tuple[str, int] | None = None
+    ) -> tuple[dict[str, Any], Integrity | None]:
         """One run of a fresh policy."""
         policy, transfer = self.policy()
         if log is None:

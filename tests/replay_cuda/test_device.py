@@ -26,8 +26,10 @@ from tests.replay_cuda.fake_cuda import (
 )
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported elsewhere."
-TRIED = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.70 GiB of which 1.10 GiB "
-         "is free. Of the allocated memory 13.00 GiB is allocated by PyTorch.")  # fmt: skip
+TRIED = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.70 GiB of which 1.10 GiB "
+    "is free. Of the allocated memory 13.00 GiB is allocated by PyTorch."
+)
 
 
 def nothing() -> None:
@@ -37,8 +39,10 @@ def nothing() -> None:
 def test_is_a_device() -> None:
     for name, wanted in vars(Device).items():
         if not name.startswith("_"):
-            assert inspect.signature(getattr(CudaDevice, name)).parameters.keys() == inspect.signature(
-                wanted).parameters.keys(), name  # fmt: skip
+            assert (
+                inspect.signature(getattr(CudaDevice, name)).parameters.keys()
+                == inspect.signature(wanted).parameters.keys()
+            ), name
     with on_fake() as (_, device):
         assert set(Device.__annotations__) == {"world", "torch_device", "dtype", "captures", "numbers", "ends_inside"}
         assert device.world == "cuda"
@@ -272,12 +276,24 @@ def prepare(device: DeviceOnFake) -> None:
 
 
 CALLS: list[tuple[str, Callable[[DeviceOnFake], object]]] = [
-    ("record", launch_one_by_one), ("_sleep", launch_one_by_one), ("replay", launch), ("capture_begin", prepare),
-    ("query", launch_and_wait), ("query", launch_and_ask), ("elapsed_time", launch_and_time),
-    ("wait_event", launch_and_copy), ("memcpy", launch_and_copy), ("record", launch_and_copy), ("memcpy", disturb),
-    ("synchronize", DeviceOnFake.synchronize), ("synchronize", restart), ("synchronize", prepare),
-    ("elapsed_time", restart), ("mem_get_info", DeviceOnFake.free_bytes), ("record", DeviceOnFake.begin_forward),
-]  # fmt: skip
+    ("record", launch_one_by_one),
+    ("_sleep", launch_one_by_one),
+    ("replay", launch),
+    ("capture_begin", prepare),
+    ("query", launch_and_wait),
+    ("query", launch_and_ask),
+    ("elapsed_time", launch_and_time),
+    ("wait_event", launch_and_copy),
+    ("memcpy", launch_and_copy),
+    ("record", launch_and_copy),
+    ("memcpy", disturb),
+    ("synchronize", DeviceOnFake.synchronize),
+    ("synchronize", restart),
+    ("synchronize", prepare),
+    ("elapsed_time", restart),
+    ("mem_get_info", DeviceOnFake.free_bytes),
+    ("record", DeviceOnFake.begin_forward),
+]
 
 
 @pytest.mark.mostly_slow(keep=8)
@@ -298,8 +314,16 @@ def test_a_cuda_error_is_a_lost_device(name: str, use: Callable[[DeviceOnFake], 
 
 @pytest.mark.mostly_slow(keep=12)
 @pytest.mark.parametrize(("name", "use"), CALLS)
-@pytest.mark.parametrize("text", ["Expected all tensors on cuda:0", "no kernel for the 'CUDA' backend", "",
-                                  "CUDA error: invalid argument\nmore", "CUDA error: device not ready"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Expected all tensors on cuda:0",
+        "no kernel for the 'CUDA' backend",
+        "",
+        "CUDA error: invalid argument\nmore",
+        "CUDA error: device not ready",
+    ],
+)
 def test_our_mistakes_keep_their_traceback(name: str, use: Callable[[DeviceOnFake], object], text: str) -> None:
     with on_fake() as (cuda, device):
         mistake = RuntimeError(text)
@@ -310,12 +334,15 @@ def test_our_mistakes_keep_their_traceback(name: str, use: Callable[[DeviceOnFak
         device.synchronize()
 
 
-@pytest.mark.parametrize(("error", "remedy"), [
-    (torch.cuda.OutOfMemoryError(TRIED), "lower residency"),
-    (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "lower host_memory_gb"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "residency"),
-    (RuntimeError("CUDA error: no kernel image is available for execution on the device\n..."), "build of torch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (torch.cuda.OutOfMemoryError(TRIED), "lower residency"),
+        (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "lower host_memory_gb"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "residency"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device\n..."), "build of torch"),
+    ],
+)
 def test_too_little_memory_is_no_lost_device(error: RuntimeError, remedy: str) -> None:
     with on_fake() as (_, device):
 
@@ -374,11 +401,14 @@ def test_a_device_that_is_lost_raises_no_number_and_is_asked_for_its_error() -> 
         assert cuda.true_ns < 1_000_000_000
 
 
-@pytest.mark.parametrize(("name", "text"), [
-    ("Stream", "CUDA error: all CUDA-capable devices are busy or unavailable\nmore"),
-    ("_sleep", "CUDA error: no kernel image is available for execution on the device\nmore"),
-    ("synchronize", "CUDA unknown error - this may be due to an incorrectly set up environment"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("Stream", "CUDA error: all CUDA-capable devices are busy or unavailable\nmore"),
+        ("_sleep", "CUDA error: no kernel image is available for execution on the device\nmore"),
+        ("synchronize", "CUDA unknown error - this may be due to an incorrectly set up environment"),
+    ],
+)
 def test_a_gpu_that_does_not_work_is_a_users_error(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     FakeCuda().install(monkeypatch).fail(name, RuntimeError(text))
     with pytest.raises(ValueError, match=r"machine=cuda: .*choose machine=cpu") as caught:

@@ -220,8 +220,14 @@ def test_too_much_memory_is_a_users_error(device: CudaDevice) -> None:
 
 def test_an_illegal_access_is_a_lost_device() -> None:
     """In a process of its own, whose GPU is lost for good; it must still be able to end as it wants."""
-    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=300, check=False,
-                          cwd=Path(__file__).parents[2])  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LOST],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.stdout.startswith("CUDA error"), done.stderr
     assert done.stdout.count("\n") == 1
     assert done.returncode == 3, done.stderr
@@ -229,8 +235,9 @@ def test_an_illegal_access_is_a_lost_device() -> None:
 
 @pytest.mark.parametrize("tokens", [[1, 1, 1, 1], [1], [3, 1, 8, 2, 5], []])
 @pytest.mark.parametrize("words", [(), ("trace.num_tokens=16", "model=gpt-oss-20b")])
-def test_experts_by_slot_id_compute_what_they_should(device: CudaDevice, tokens: list[int],
-                                                     words: tuple[str, ...]) -> None:  # fmt: skip
+def test_experts_by_slot_id_compute_what_they_should(
+    device: CudaDevice, tokens: list[int], words: tuple[str, ...]
+) -> None:
     """Against float64, in the shapes of the model, with slots in any order."""
     case = Case.of("+hardware=a100", "+policy=lru", "trace.num_tokens=16", "batch_size=8", *words, scale=2)
     kernels = (rig := case.rig(device)).kernels
@@ -303,8 +310,9 @@ def test_copies_in_a_row_are_the_links_not_the_hosts(device: CudaDevice) -> None
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_caught(tmp_path: Path, device: CudaDevice, fault: str) -> None:
     trace = tiny_trace(tmp_path / "tiny.safetensors", 24)
-    case = Case.of("+hardware=a100", "+policy=adaptive", f"trace.path={trace}", "residency=0.25", *TINY_MODEL_WORDS,
-                   scale=8)  # fmt: skip
+    case = Case.of(
+        "+hardware=a100", "+policy=adaptive", f"trace.path={trace}", "residency=0.25", *TINY_MODEL_WORDS, scale=8
+    )
     rig: Rig = case.rig(device)
     if fault == "lost":
         with pytest.raises(PartialRunError, match="stopped answering"):

@@ -59,8 +59,9 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> list[RealMachine]:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("words", [(), ("batch_size=2", "stack=eager"), ("chunk_mib=64", "channel_depth=1")])
-def test_a_replay_is_whole_and_its_decisions_repeat(tmp_path: Path, policy: str, words: tuple[str, ...],
-                                                    machines: list[RealMachine]) -> None:  # fmt: skip
+def test_a_replay_is_whole_and_its_decisions_repeat(
+    tmp_path: Path, policy: str, words: tuple[str, ...], machines: list[RealMachine]
+) -> None:
     """Identities are asserted inside; here: all stamps right, the log in lockstep, few events, none misused."""
     case = gpt_oss(tmp_path, policy, *words)
     with on_fake() as (cuda, device):
@@ -133,8 +134,9 @@ def test_two_runs_share_a_rig(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                       machines: list[RealMachine]) -> None:  # fmt: skip
+def test_a_program_is_read_before_it_is_launched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machines: list[RealMachine]
+) -> None:
     """With as few programs as can be, of which many launches would be unread: nothing is lost, only time."""
     monkeypatch.setattr("replay.machine.programs.REPLICAS", 1)
     case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
@@ -148,8 +150,9 @@ def test_a_program_is_read_before_it_is_launched_again(tmp_path: Path, monkeypat
     assert case.lockstep(tmp_path / "log.parquet").difference is None
 
 
-def test_without_reading_first_times_would_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   machines: list[RealMachine]) -> None:  # fmt: skip
+def test_without_reading_first_times_would_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machines: list[RealMachine]
+) -> None:
     """The check above can fail."""
     monkeypatch.setattr("replay.machine.programs.REPLICAS", 1)
     monkeypatch.setattr(RealMachine, "_read_first", lambda self, program: None)
@@ -211,8 +214,9 @@ def test_a_launch_of_experts_is_one_call_and_its_reading_no_more_than_five(tmp_p
 def tiny(tmp_path: Path) -> Case:
     """Two slots a layer's worth of experts: slots are rewritten while their readers run."""
     trace = tiny_trace(tmp_path / "tiny.safetensors", 24)
-    return Case.of("+hardware=a100", "+policy=adaptive", f"trace.path={trace}", "residency=0.25", *TINY_MODEL_WORDS,
-                   scale=8)  # fmt: skip
+    return Case.of(
+        "+hardware=a100", "+policy=adaptive", f"trace.path={trace}", "residency=0.25", *TINY_MODEL_WORDS, scale=8
+    )
 
 
 @pytest.mark.slow

@@ -51,8 +51,11 @@ def run_case(name: str, dtype: torch.dtype, device: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in CASES for dtype in HERE if name != "true-size"]
-                         + [("true-size", torch.float16)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in CASES for dtype in HERE if name != "true-size"] + [("true-size", torch.float16)],
+    ids=str,
+)
 def test_experts_are_what_float64_says(name: str, dtype: torch.dtype) -> None:
     run_case(name, dtype, "cpu")
 
@@ -121,8 +124,9 @@ def test_a_slot_beyond_2_to_the_31_is_found(tmp_path: Path) -> None:
 def test_rows_end_where_inputs_and_outputs_end() -> None:
     """As a slice of a tensor would: 9 rows of 7 inputs are 7; the second expert begins at 9 of 12 and has 3."""
     bench = Bench(Case(ODD, 2, [1, 4], [4, 4], WIDE, 1, 4), torch.float32)
-    bench.kernels = SlotKernels(ODD, bench.slots, bench.inputs[:4].repeat(2, 1)[:7], 12, torch.float32,
-                                (WIDE, bench.shared_weights))  # fmt: skip
+    bench.kernels = SlotKernels(
+        ODD, bench.slots, bench.inputs[:4].repeat(2, 1)[:7], 12, torch.float32, (WIDE, bench.shared_weights)
+    )
     bench.work = bench.kernels.experts(bench.row, 16, True)
     bench.run([1, 4], [9, 5], 1, 30)
     x = bench.inputs[[0, 1, 2, 3, 0, 1, 2]]

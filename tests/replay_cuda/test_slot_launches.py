@@ -85,7 +85,10 @@ def test_without_shared_experts_and_checks_three_kernels_run(launches: Launches)
     kernels().experts(row(4), 130, False)()
     # Tiles of 64 rows and 64 columns: 1,530 / 64 = 23.9, 2,880 / 64 = 45, 130 / 64 = 2.03.
     assert [(name, grid) for name, grid, *_ in launches.calls] == [
-        ("stage", (1,)), ("up", (24, 4, 3)), ("down", (45, 4, 3))]  # fmt: skip
+        ("stage", (1,)),
+        ("up", (24, 4, 3)),
+        ("down", (45, 4, 3)),
+    ]
 
 
 @pytest.mark.parametrize(("max_rows", "rows"), [(1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (500, 64)])

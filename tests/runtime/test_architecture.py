@@ -17,14 +17,25 @@ FORBIDDEN: dict[str, list[str]] = {
     "expertflow": [*FRAMEWORKS, *FILES, *CLOCKS, "sim", "replay", "traces", "conf"],
     "sim": ["torch", "replay"],
     "traces": [
-        "expertflow.policy", "expertflow.runtime", "expertflow.parts", "expertflow.predictors", "expertflow.evictions",
-        "expertflow.horizons", "expertflow.selections", "expertflow.orders", "sim", "replay",
+        "expertflow.policy",
+        "expertflow.runtime",
+        "expertflow.parts",
+        "expertflow.predictors",
+        "expertflow.evictions",
+        "expertflow.horizons",
+        "expertflow.selections",
+        "expertflow.orders",
+        "sim",
+        "replay",
     ],
     "replay": [
-        "expertflow.predictors", "expertflow.evictions", "expertflow.horizons", "expertflow.selections",
+        "expertflow.predictors",
+        "expertflow.evictions",
+        "expertflow.horizons",
+        "expertflow.selections",
         "expertflow.orders",
     ],
-}  # fmt: skip
+}
 
 
 ROOMS: dict[str, list[str]] = {

@@ -48,8 +48,15 @@ def go(*routings: Sequence[Sequence[int]], **given: Any) -> Job:
     names = HostCosts.__dataclass_fields__
     costs = HostCosts(**{key: given.pop(key) for key in list(given) if key in names})
     resident = tuple(key for key in RESIDENT if key < NUM_EXPERTS * len(routings[0]))
-    return run(decode(routings, NUM_EXPERTS), num_experts=NUM_EXPERTS, num_slots=10, initial=resident,
-               machine_type=HostBoundMachine, costs=costs, **given)  # fmt: skip
+    return run(
+        decode(routings, NUM_EXPERTS),
+        num_experts=NUM_EXPERTS,
+        num_slots=10,
+        initial=resident,
+        machine_type=HostBoundMachine,
+        costs=costs,
+        **given,
+    )
 
 
 # -- classify, observe, forward -------------------------------------------------------------------------------
@@ -110,7 +117,10 @@ def test_a_host_that_observes_past_the_end_of_attention_reads_the_routing_late(o
 def test_every_launch_takes_its_own_time_on_the_stream_and_that_is_compute() -> None:
     job = go([[3]], group_ns=7)
     assert [(kernel.kind, kernel.start_ns, kernel.end_ns) for kernel in job.timeline.kernels] == [
-        ("attention", 0, 107), ("experts", 107, 124), ("head", 124, 181)]  # fmt: skip
+        ("attention", 0, 107),
+        ("experts", 107, 124),
+        ("head", 124, 181),
+    ]
     assert job.counters.compute_ns == 181
 
 
@@ -146,8 +156,13 @@ class CheckedHostBound(CheckedMachine, HostBoundMachine):
 
 def job_of(case: Case, machine_type: type[SimMachine], costs: HostCosts) -> Job:
     """The case's job on another machine."""
-    return build(case.forwards, num_experts=case.num_experts, policy=case.policy(), machine_type=machine_type,
-                 **{**case.settings, "costs": costs})  # fmt: skip
+    return build(
+        case.forwards,
+        num_experts=case.num_experts,
+        policy=case.policy(),
+        machine_type=machine_type,
+        **{**case.settings, "costs": costs},
+    )
 
 
 many = settings(deadline=None, max_examples=200)

@@ -100,9 +100,14 @@ def test_a_started_prefetch_goes_on_when_its_chunk_ends_as_the_routing_becomes_k
     policy = compose(predictor=Scripted(script))
     half_ns = 100 + 10
     job = run(
-        decode([[[0], [1], [2]]], NUM_EXPERTS), num_experts=NUM_EXPERTS, num_slots=40, policy=policy,
-        initial=(0, NUM_EXPERTS + 1, 2 * NUM_EXPERTS + 2), chunk_bytes=(half_ns, half_ns), channel_depth=1,
-    )  # fmt: skip
+        decode([[[0], [1], [2]]], NUM_EXPERTS),
+        num_experts=NUM_EXPERTS,
+        num_slots=40,
+        policy=policy,
+        initial=(0, NUM_EXPERTS + 1, 2 * NUM_EXPERTS + 2),
+        chunk_bytes=(half_ns, half_ns),
+        channel_depth=1,
+    )
     assert job.timeline.copies == [
         Copy(NUM_EXPERTS + 9, 0, 100, 100 + half_ns),
         Copy(NUM_EXPERTS + 9, 1, 100 + half_ns, 100 + 2 * half_ns),

@@ -535,9 +535,15 @@ def test_stalls_at_the_longest_step_do_not_forget_the_waste() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_distance": 0}, {"memory": 1.0}, {"memory": -0.1}, {"stall_threshold": 0}, {"overfetch_threshold": 0},
-     {"count": "miss"}],
-)  # fmt: skip
+    [
+        {"max_distance": 0},
+        {"memory": 1.0},
+        {"memory": -0.1},
+        {"stall_threshold": 0},
+        {"overfetch_threshold": 0},
+        {"count": "miss"},
+    ],
+)
 def test_adaptive_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="AdaptiveHorizon"):
         AdaptiveHorizon(**settings)
@@ -563,9 +569,12 @@ def test_feedback_tells_of_a_layer_that_stalled_when_the_next_routing_is_known()
 def test_feedback_on_the_last_layer_comes_with_the_next_forward() -> None:
     ears = Ears(depth=1)
     run(
-        decode([[[3], [4]]] * 2, 10), num_experts=10, num_slots=9, initial=(3,),
+        decode([[[3], [4]]] * 2, 10),
+        num_experts=10,
+        num_slots=9,
+        initial=(3,),
         policy=compose(predictor=Scripted({}), horizon=ears),
-    )  # fmt: skip
+    )
     assert ears.heard == [(1, 40, 0, 1)]  # type: ignore[attr-defined]
 
 
@@ -645,9 +654,16 @@ def test_the_policy_counts_what_is_selected_whatever_selects(selection: Selectio
 
 @pytest.mark.parametrize(
     ("selection", "settings"),
-    [(Mass, {"mass": 0.0}), (Mass, {"mass": 1.1}), (Mass, {"at_most": -1}), (TopK, {"extra": -1}),
-     (Threshold, {"probability": 0.0}), (Threshold, {"probability": 1.1}), (Threshold, {"at_most": -1})],
-)  # fmt: skip
+    [
+        (Mass, {"mass": 0.0}),
+        (Mass, {"mass": 1.1}),
+        (Mass, {"at_most": -1}),
+        (TopK, {"extra": -1}),
+        (Threshold, {"probability": 0.0}),
+        (Threshold, {"probability": 1.1}),
+        (Threshold, {"at_most": -1}),
+    ],
+)
 def test_selection_settings_out_of_range_are_refused(selection: type[Any], settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         selection(**settings)

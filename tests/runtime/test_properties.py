@@ -307,9 +307,15 @@ def overwriting_job(machine_type: type[SimMachine] = CheckedMachine) -> Job:
     """A prefetch that takes the slot of an expert whose kernel still runs."""
     policy = compose(predictor=Scripted({(0, 0, 1): [14, 15]}))
     return build(
-        decode([[[3], [5]]], 10), num_experts=10, num_slots=2, initial=(3,), policy=policy, channel_depth=1,
-        kernels=Kernels(expert=200), machine_type=machine_type,
-    )  # fmt: skip
+        decode([[[3], [5]]], 10),
+        num_experts=10,
+        num_slots=2,
+        initial=(3,),
+        policy=policy,
+        channel_depth=1,
+        kernels=Kernels(expert=200),
+        machine_type=machine_type,
+    )
 
 
 def test_the_checker_lets_a_sound_overwrite_pass() -> None:
@@ -371,9 +377,13 @@ class LastFirst(SimMachine):
 
 def test_a_record_out_of_stream_order_is_refused() -> None:
     job = build(
-        decode([[[3], [9]]], 10), num_experts=10, num_slots=9, initial=(3, 19), machine_type=LastFirst,
+        decode([[[3], [9]]], 10),
+        num_experts=10,
+        num_slots=9,
+        initial=(3, 19),
+        machine_type=LastFirst,
         policy=compose(predictor=Scripted({(0, 0, 1): [14, 15]})),
-    )  # fmt: skip
+    )
     with pytest.raises(AssertionError, match="copy stream out of order: load 2 ended, 1 was due"):
         job.run()
 

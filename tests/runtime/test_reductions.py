@@ -87,9 +87,14 @@ def test_random_traces_count_as_the_reference(
 ) -> None:
     forwards, num_experts, num_slots = trace
     counts = run_counts(
-        forwards, num_experts=num_experts, num_slots=num_slots, eviction=policy, scope=scope, kernels=kernels,
+        forwards,
+        num_experts=num_experts,
+        num_slots=num_slots,
+        eviction=policy,
+        scope=scope,
+        kernels=kernels,
         costs=costs,
-    )  # fmt: skip
+    )
     assert counts == reference(forwards, num_experts, num_slots, policy, scope)
 
 
@@ -114,9 +119,13 @@ def test_belady_with_staging_hits_as_often_as_min_with_bypass(
     forwards, num_experts, num_slots = trace
     widest = max(len(keys) for forward in forwards for keys in forward.demands)
     counts = run_counts(
-        forwards, num_experts=num_experts, num_slots=num_slots, eviction="belady_bypass", scope=scope,
+        forwards,
+        num_experts=num_experts,
+        num_slots=num_slots,
+        eviction="belady_bypass",
+        scope=scope,
         num_staging=widest + extra,
-    )  # fmt: skip
+    )
     assert counts[:2] == reference(forwards, num_experts, num_slots, "belady_bypass", scope)[:2]
 
 
@@ -149,9 +158,12 @@ def test_the_toy_of_the_contract(policy: Policy) -> None:
     num_layers, num_experts = toy["num_layers"], toy["num_experts"]
     forwards = decode([[demand] * num_layers for demand in toy["demand_per_step_each_layer"]], num_experts)
     counts = run_counts(
-        forwards, num_experts=num_experts, num_slots=toy["capacity_per_layer"] * num_layers, eviction=policy,
+        forwards,
+        num_experts=num_experts,
+        num_slots=toy["capacity_per_layer"] * num_layers,
+        eviction=policy,
         scope="layer",
-    )  # fmt: skip
+    )
     assert dict(zip(("hits", "misses", "evictions"), counts, strict=True)) == toy["expect"]
 
 
@@ -172,9 +184,12 @@ def test_bypass_on_the_micro_traces_of_the_contract(number: int) -> None:
     micro = MICRO[number]
     forwards = decode_events(micro["events"], micro["num_layers"], micro["num_experts"])
     hits, _, _ = run_counts(
-        forwards, num_experts=micro["num_experts"], num_slots=micro["capacity"], eviction="belady_bypass",
+        forwards,
+        num_experts=micro["num_experts"],
+        num_slots=micro["capacity"],
+        eviction="belady_bypass",
         num_staging=micro["top_k"],
-    )  # fmt: skip
+    )
     assert hits == micro["expect"]["belady_bypass_hits"]
 
 

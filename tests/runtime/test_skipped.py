@@ -47,8 +47,13 @@ class Counting(SimMachine):
 Script = Mapping[tuple[int, int, int], Sequence[int]]
 
 
-def job_of(layers: Sequence[int], script: Script | None = None, routings: Sequence[Any] = ([[0], [0], [0]],),
-           reach: int = 1, **settings: Any) -> Job:  # fmt: skip
+def job_of(
+    layers: Sequence[int],
+    script: Script | None = None,
+    routings: Sequence[Any] = ([[0], [0], [0]],),
+    reach: int = 1,
+    **settings: Any,
+) -> Job:
     """Three layers of 100 ns attention and 10 ns an expert, 50 ns head, deciding at `layers`."""
     policy = compose(predictor=Scripted(script or {}), horizon=At(layers, reach), selection=TakeAll())
     plain: dict[str, Any] = {"num_experts": 4, "num_slots": 12, "costs": SLOW, "machine_type": Counting}
@@ -120,8 +125,13 @@ def test_what_was_wanted_before_stays_wanted() -> None:
     """Copies of 300 ns one after the other: layer 0 wants 5 and 9, the layers after it decide nothing. 5 is copied from
     500 to 800, and 9, of layer 2, behind it, before layer 2's routing at 1520."""
     script = {(0, 0, 1): [5], (0, 0, 2): [9]}
-    settings: dict[str, Any] = {"kernels": Kernels(attention=500), "chunk_bytes": (300,), "costs": HostCosts(),
-                                "initial": (0, 4, 8), "channel_depth": 1}  # fmt: skip
+    settings: dict[str, Any] = {
+        "kernels": Kernels(attention=500),
+        "chunk_bytes": (300,),
+        "costs": HostCosts(),
+        "initial": (0, 4, 8),
+        "channel_depth": 1,
+    }
     job = job_of((0,), script, ([[0], [0], [1]],), 2, **settings).run()
     assert [(copy.key, copy.start_ns, copy.end_ns) for copy in job.timeline.copies] == [(5, 500, 800), (9, 800, 1100)]
     assert isinstance(job.machine, Counting)

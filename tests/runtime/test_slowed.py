@@ -45,8 +45,15 @@ def go(*routings: Sequence[Sequence[int]], slowdowns: tuple[float, float, float]
     """Run one token per routing (routings[f][l] = experts), 3 and 13 resident. expert: ns of one."""
     kernels = Kernels(expert=given.pop("expert", 10), slowdowns=slowdowns)
     resident = (3, 13)[: len(routings[0])]
-    return run(decode(routings, NUM_EXPERTS), num_experts=NUM_EXPERTS, num_slots=10, initial=resident, kernels=kernels,
-               machine_type=SlowedMachine, **given)  # fmt: skip
+    return run(
+        decode(routings, NUM_EXPERTS),
+        num_experts=NUM_EXPERTS,
+        num_slots=10,
+        initial=resident,
+        kernels=kernels,
+        machine_type=SlowedMachine,
+        **given,
+    )
 
 
 # -- beside a busy link ---------------------------------------------------------------------------------------
@@ -55,8 +62,10 @@ def go(*routings: Sequence[Sequence[int]], slowdowns: tuple[float, float, float]
 def test_on_an_idle_link_no_kernel_is_slowed() -> None:
     job = go([[3]], slowdowns=(2.0, 3.0, 4.0))
     assert job.timeline.kernels == [
-        Kernel("attention", 0, (), 0, 100), Kernel("experts", 0, (3,), 100, 110), Kernel("head", 0, (), 110, 160),
-    ]  # fmt: skip
+        Kernel("attention", 0, (), 0, 100),
+        Kernel("experts", 0, (3,), 100, 110),
+        Kernel("head", 0, (), 110, 160),
+    ]
 
 
 def test_a_kernel_that_a_copy_covers_takes_the_whole_factor() -> None:
@@ -200,8 +209,13 @@ class CheckedSlowed(CheckedMachine, SlowedMachine):
 
 def job_of(case: Case, machine_type: type[SimMachine], **changes: Any) -> Job:
     """The case's job on another machine."""
-    return build(case.forwards, num_experts=case.num_experts, policy=case.policy(), machine_type=machine_type,
-                 **{**case.settings, **changes})  # fmt: skip
+    return build(
+        case.forwards,
+        num_experts=case.num_experts,
+        policy=case.policy(),
+        machine_type=machine_type,
+        **{**case.settings, **changes},
+    )
 
 
 many = settings(deadline=None, max_examples=150)

@@ -158,8 +158,15 @@ def test_each_host_cost_is_overhead_of_a_hit(costs: HostCosts, overhead: int) ->
 
 
 def test_all_host_costs_together_around_one_miss() -> None:
-    costs = HostCosts(launch_ns=2, launch_latency_ns=3, issue_ns=1, gate_sync_ns=5, token_sync_ns=7,
-                      layer_overhead_ns=11, head_overhead_ns=13)  # fmt: skip
+    costs = HostCosts(
+        launch_ns=2,
+        launch_latency_ns=3,
+        issue_ns=1,
+        gate_sync_ns=5,
+        token_sync_ns=7,
+        layer_overhead_ns=11,
+        head_overhead_ns=13,
+    )
     job = go([[3]], costs=costs)
     attention_end = (2 + 3) + 11 + ATTENTION
     known = attention_end + 5
@@ -322,9 +329,13 @@ def test_a_copy_that_starts_under_a_running_kernel_is_slowed(attention: int, fac
 
 def test_a_copy_into_a_slot_that_is_still_read_starts_when_its_reader_ends() -> None:
     job = go(
-        [[3], [5]], initial=(3,), num_slots=2, policy=prefetching(14, 15), channel_depth=1,
+        [[3], [5]],
+        initial=(3,),
+        num_slots=2,
+        policy=prefetching(14, 15),
+        channel_depth=1,
         kernels=Kernels(expert=200),
-    )  # fmt: skip
+    )
     reader_end = ATTENTION + 200
     assert job.timeline.copies == [Copy(14, 0, 100, 140), Copy(15, 0, reader_end, reader_end + COPY)]
     assert job.timeline.demands[1] == Demand(reader_end + ATTENTION, (15,), (), ())
@@ -332,9 +343,14 @@ def test_a_copy_into_a_slot_that_is_still_read_starts_when_its_reader_ends() -> 
 
 def test_a_copy_that_waits_for_a_reader_blocks_the_chunk_behind_it() -> None:
     job = go(
-        [[3, 4], [5, 6]], initial=(3, 4), num_slots=3, policy=prefetching(15, 16, 17), channel_depth=2,
-        chunk_bytes=(20, 20), kernels=Kernels(expert=100),
-    )  # fmt: skip
+        [[3, 4], [5, 6]],
+        initial=(3, 4),
+        num_slots=3,
+        policy=prefetching(15, 16, 17),
+        channel_depth=2,
+        chunk_bytes=(20, 20),
+        kernels=Kernels(expert=100),
+    )
     reader_end = ATTENTION + 2 * 100
     assert job.timeline.copies[:6] == [
         Copy(15, 0, 100, 120),
@@ -422,8 +438,11 @@ def test_serial_mode_takes_the_chunks_of_one_expert_back_to_back() -> None:
     policy = compose(eviction=KeepNothing(), order=IndexOrder())
     job = go([[3, 4]], policy=policy, serial=True, chunk_bytes=(30, 10))
     assert job.timeline.copies == [
-        Copy(3, 0, 100, 130), Copy(3, 1, 130, 140), Copy(4, 0, 150, 180), Copy(4, 1, 180, 190),
-    ]  # fmt: skip
+        Copy(3, 0, 100, 130),
+        Copy(3, 1, 130, 140),
+        Copy(4, 0, 150, 180),
+        Copy(4, 1, 180, 190),
+    ]
 
 
 def overlap_ns(job: Job) -> int:
@@ -496,7 +515,14 @@ def test_the_gate_sync_is_overhead_after_a_layer_that_was_late() -> None:
 def test_copies_in_no_time_leave_the_gate_sync_as_overhead(serial: bool) -> None:
     policy = compose(eviction=KeepNothing())
     costs = HostCosts(launch_ns=2, launch_latency_ns=3, gate_sync_ns=5, layer_overhead_ns=7, token_sync_ns=11)
-    job = go([[3, 4], [4, 5]], [[3, 4], [4, 5]], policy=policy, costs=costs, link=IDEAL_LINK, serial=serial,
-             chunk_bytes=(20, 20))  # fmt: skip
+    job = go(
+        [[3, 4], [4, 5]],
+        [[3, 4], [4, 5]],
+        policy=policy,
+        costs=costs,
+        link=IDEAL_LINK,
+        serial=serial,
+        chunk_bytes=(20, 20),
+    )
     assert (job.counters.num_misses, job.timeline.stalls) == (8, [])
     assert split(job)[1:3] == (0, 0)

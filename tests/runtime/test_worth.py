@@ -217,8 +217,16 @@ def test_nonsense_is_refused(settings: dict[str, float]) -> None:
 
 def test_a_host_for_which_every_decision_is_too_dear_stops_deciding() -> None:
     """All experts resident, layers of some 80 us, decisions of 190 and more."""
-    words = ["+hardware=h20", "stack=graph", "residency=1.0", "start=resident", "hardware.decide_ns=400000",
-             "compare=none", "max_tokens=150", "warmup_forwards=0"]  # fmt: skip
+    words = [
+        "+hardware=h20",
+        "stack=graph",
+        "residency=1.0",
+        "start=resident",
+        "hardware.decide_ns=400000",
+        "compare=none",
+        "max_tokens=150",
+        "warmup_forwards=0",
+    ]
     elapsed = {}
     for name, more in {"lru": [], "adaptive": [], "unguarded": ["policy.horizon.worth=0.0"]}.items():
         cfg = configure([*words, f"+policy={'lru' if name == 'lru' else 'adaptive'}", *more])

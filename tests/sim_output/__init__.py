@@ -72,8 +72,16 @@ def prefill(index: int, counts: list[dict[int, int]], num_tokens: int) -> Forwar
     return Forward(index, PREFILL, range(num_tokens), (0,), kv_lens, demands, demands, counts, (0,))
 
 
-def run(forwards: list[Forward], num_experts: int, num_slots: int, observers: Sequence[Observer], *,
-        prefetch: bool = True, serial: bool = False, shared: bool = False) -> Runtime:  # fmt: skip
+def run(
+    forwards: list[Forward],
+    num_experts: int,
+    num_slots: int,
+    observers: Sequence[Observer],
+    *,
+    prefetch: bool = True,
+    serial: bool = False,
+    shared: bool = False,
+) -> Runtime:
     """LRU, with perfect prediction one layer ahead if `prefetch`; the finished run."""
     num_layers = len(forwards[0].demands)
     config = RunConfig(num_layers, num_experts, 2, num_slots, CHUNK_BYTES, has_shared=shared, serial=serial)
@@ -81,9 +89,12 @@ def run(forwards: list[Forward], num_experts: int, num_slots: int, observers: Se
     machine = SimMachine(kernels, cast(Link, ConstantLink()), HostCosts(), CHUNK_BYTES)
     policy = Policy(
         OraclePredictor() if prefetch else NoPredictor(),
-        FixedHorizon(depth=1), TopK(), LRU(), ResidentFirst(),
+        FixedHorizon(depth=1),
+        TopK(),
+        LRU(),
+        ResidentFirst(),
         Future(forwards, num_layers * num_experts),
-    )  # fmt: skip
+    )
     runtime = Runtime(config, machine, policy, forwards, observers)
     simulate(runtime, machine)
     runtime.check_identities()

@@ -15,8 +15,9 @@ from sim.views.events import SCHEMA, EventTable
 from tests.sim_output import RUNS, at_random, by_hand, decode, prefill, run
 
 
-def written(folder: Path, forwards: list[Forward], num_experts: int, num_slots: int, rows_per_group: int = 1 << 16,
-            **how: Any) -> tuple[Path, Counters]:  # fmt: skip
+def written(
+    folder: Path, forwards: list[Forward], num_experts: int, num_slots: int, rows_per_group: int = 1 << 16, **how: Any
+) -> tuple[Path, Counters]:
     table = EventTable(folder / "events.parquet", num_experts, rows_per_group)
     counters = run(forwards, num_experts, num_slots, [table], **how).counters
     table.close()
@@ -67,7 +68,10 @@ def test_rows_are_the_accesses_and_stalls_the_stall(name: str, tmp_path: Path) -
     assert int(frame["stall_ns"].sum()) == counters.stall_ns > 0
     classes = Counter(frame["class"])
     assert (classes["hit"], classes["late"], classes["miss"]) == (
-        counters.num_hits, counters.num_late, counters.num_misses)  # fmt: skip
+        counters.num_hits,
+        counters.num_late,
+        counters.num_misses,
+    )
     stall_ns = frame.groupby("class", observed=False)["stall_ns"].sum()
     assert (stall_ns["late"], stall_ns["miss"]) == (counters.late_stall_ns, counters.miss_stall_ns)
     assert stall_ns["hit"] == 0

@@ -29,11 +29,20 @@ def table(panels: list[tuple[str, str]]) -> pd.DataFrame:
         for index, policy in enumerate(POLICIES):
             for residency in (0.25, 0.5, 1.0):
                 stall = (1.0 - residency) * 30.0 / (1 + index)
-                rows.append({
-                    "policy": policy, "hardware": hardware, "stack": stack, "residency": residency,
-                    "tpot_ms": 12.0 + stall, "stall_ms_per_token": stall, "late_ms_per_token": stall / 3,
-                    "miss_ms_per_token": stall * 2 / 3, "hit_rate": residency, "link_utilisation": 0.5,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "policy": policy,
+                        "hardware": hardware,
+                        "stack": stack,
+                        "residency": residency,
+                        "tpot_ms": 12.0 + stall,
+                        "stall_ms_per_token": stall,
+                        "late_ms_per_token": stall / 3,
+                        "miss_ms_per_token": stall * 2 / 3,
+                        "hit_rate": residency,
+                        "link_utilisation": 0.5,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -316,6 +325,8 @@ def overlapping_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[t
     monkeypatch.undo()
     boxes = list(drawn.values())
     return [
-        (name, other) for i, (name, box) in enumerate(boxes) for other, second in boxes[i + 1 :]
+        (name, other)
+        for i, (name, box) in enumerate(boxes)
+        for other, second in boxes[i + 1 :]
         if box.x0 < second.x1 and second.x0 < box.x1 and box.y0 < second.y1 and second.y0 < box.y1
-    ]  # fmt: skip
+    ]

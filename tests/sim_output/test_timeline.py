@@ -45,13 +45,27 @@ def test_the_file_is_a_chrome_trace_in_microseconds(tmp_path: Path) -> None:
     assert names == {1: "compute", 2: "link", 3: "stalls"}
     slices = [e for e in events if e["ph"] == "X"]
     assert slices[0] == {
-        "ph": "X", "pid": 1, "tid": 1, "name": "L0 attention", "cat": "attention", "ts": 0.0, "dur": 0.1,
+        "ph": "X",
+        "pid": 1,
+        "tid": 1,
+        "name": "L0 attention",
+        "cat": "attention",
+        "ts": 0.0,
+        "dur": 0.1,
         "args": {"layer": 0},
-    }  # fmt: skip
+    }
     assert [e["name"] for e in slices if e["tid"] == 1] == [
-        "L0 attention", "L0/E1", "L1 attention", "L1/E2", "head", "L0 attention", "L0/E1", "L1 attention", "L1/E3",
+        "L0 attention",
+        "L0/E1",
+        "L1 attention",
+        "L1/E2",
         "head",
-    ]  # fmt: skip
+        "L0 attention",
+        "L0/E1",
+        "L1 attention",
+        "L1/E3",
+        "head",
+    ]
     assert [e["name"] for e in slices if e["tid"] == 3] == ["miss L0/E1", "late L1/E2", "late L1/E3"]
 
 
@@ -110,19 +124,26 @@ def test_a_failed_write_leaves_the_old_file_and_no_part_of_a_new_one(tmp_path: P
 def test_the_run_by_hand_to_the_nanosecond(tmp_path: Path) -> None:
     frames = load_timeline(by_hand_written(tmp_path))
     assert rows(frames.compute) == [
-        (0, 100, "attention", 0, ()), (2100, 2150, "experts", 0, (1,)),
-        (2150, 2250, "attention", 1, ()), (4100, 4150, "experts", 1, (2,)), (4150, 4180, "head", -1, ()),
-        (4180, 4280, "attention", 0, ()), (4280, 4330, "experts", 0, (1,)),
-        (4330, 4430, "attention", 1, ()), (6280, 6330, "experts", 1, (3,)), (6330, 6360, "head", -1, ()),
-    ]  # fmt: skip
+        (0, 100, "attention", 0, ()),
+        (2100, 2150, "experts", 0, (1,)),
+        (2150, 2250, "attention", 1, ()),
+        (4100, 4150, "experts", 1, (2,)),
+        (4150, 4180, "head", -1, ()),
+        (4180, 4280, "attention", 0, ()),
+        (4280, 4330, "experts", 0, (1,)),
+        (4330, 4430, "attention", 1, ()),
+        (6280, 6330, "experts", 1, (3,)),
+        (6330, 6360, "head", -1, ()),
+    ]
     assert rows(frames.link) == [
-        (100, 1100, 0, 1, 0, "demand"), (1100, 2100, 0, 1, 1, "demand"),
-        (2100, 3100, 1, 2, 0, "prefetch"), (3100, 4100, 1, 2, 1, "prefetch"),
-        (4280, 5280, 1, 3, 0, "prefetch"), (5280, 6280, 1, 3, 1, "prefetch"),
-    ]  # fmt: skip
-    assert rows(frames.stalls) == [
-        (100, 2100, 0, 1, "miss"), (2250, 4100, 1, 2, "late"), (4430, 6280, 1, 3, "late")
-    ]  # fmt: skip
+        (100, 1100, 0, 1, 0, "demand"),
+        (1100, 2100, 0, 1, 1, "demand"),
+        (2100, 3100, 1, 2, 0, "prefetch"),
+        (3100, 4100, 1, 2, 1, "prefetch"),
+        (4280, 5280, 1, 3, 0, "prefetch"),
+        (5280, 6280, 1, 3, 1, "prefetch"),
+    ]
+    assert rows(frames.stalls) == [(100, 2100, 0, 1, "miss"), (2250, 4100, 1, 2, "late"), (4430, 6280, 1, 3, "late")]
     assert rows(frames.horizon) == [(100, 1)]
 
 

@@ -19,10 +19,16 @@ from tests.specs.test_measured import TABLE
 from tests.specs.test_model import TINY
 
 GROUPS: GroupPoints = (
-    (1, 1, 1000), (1, 2, 1100), (1, 4, 1200),
-    (2, 1, 1500), (2, 2, 1700), (2, 4, 1900),
-    (4, 1, 2300), (4, 2, 2900), (4, 4, 3500),
-)  # fmt: skip
+    (1, 1, 1000),
+    (1, 2, 1100),
+    (1, 4, 1200),
+    (2, 1, 1500),
+    (2, 2, 1700),
+    (2, 4, 1900),
+    (4, 1, 2300),
+    (4, 2, 2900),
+    (4, 4, 3500),
+)
 
 
 def machine(groups: Any, **changes: Any) -> Hardware:
@@ -36,7 +42,9 @@ def machine(groups: Any, **changes: Any) -> Hardware:
 @pytest.mark.parametrize(
     ("num_experts", "num_tokens", "expected_ns"),
     [
-        (1, 1, 1000), (2, 4, 1700), (4, 16, 3500),  # points
+        (1, 1, 1000),
+        (2, 4, 1700),
+        (4, 16, 3500),  # points
         (3, 3, 1900),  # between 2 and 4 experts
         (1, 3, 1150),  # between 2 and 4 tokens
         (2, 3, 1600),  # 1.5 tokens each
@@ -48,7 +56,7 @@ def machine(groups: Any, **changes: Any) -> Hardware:
         (6, 36, 6100),  # 2100 and 4100 at 6 tokens each, 1000 an expert
         (0, 0, 0),
     ],
-)  # fmt: skip
+)
 def test_a_group_takes_what_lies_between_its_neighbours(num_experts: int, num_tokens: int, expected_ns: int) -> None:
     assert GroupTimes(GROUPS).ns(num_experts, num_tokens) == expected_ns
 
@@ -126,10 +134,12 @@ REFUSED: list[tuple[Any, str]] = [
     ([[1, float("nan"), 5], [2, 1, 5]], r"tokens=nan is outside"),
     ([[1, 1, 5], [1, 1, 6], [2, 1, 7]], r"groups\[1 experts, 1 tokens each\] follows 1 experts, 1 tokens each; sort"),
     ([[1, 1, 5], [3, 1, 6], [2, 1, 7]], r"groups\[2 experts, 1 tokens each\] follows 3 experts"),
-    ([[1, 1, 5], [1, 2, 6], [2, 1, 7]],
-     r"tiny\.groups: 2 experts have 1 tokens each, 1 has 1, 2; measure every number of experts with the same tokens"),
+    (
+        [[1, 1, 5], [1, 2, 6], [2, 1, 7]],
+        r"tiny\.groups: 2 experts have 1 tokens each, 1 has 1, 2; measure every number of experts with the same tokens",
+    ),
     ([[1, 1, 5], [2, 1.5, 7]], r"2 experts have 1\.5 tokens each, 1 has 1; measure every"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("groups", "message"), REFUSED)
@@ -147,8 +157,11 @@ def drawn_table(draw: random.Random) -> GroupPoints:
     """Any grid: falling and rising in experts and in tokens."""
     experts = [1, *sorted(draw.sample(range(2, 9), draw.randint(1, 3)))]
     tokens = sorted(draw.sample([1, 1.5, 2, 3, 4, 8], draw.randint(1, 4)))
-    return tuple((count, each, draw.randint(100, 900) + draw.choice([0, 100, 800]) * count + draw.choice([0, 0.5]))
-                 for count in experts for each in tokens)  # fmt: skip
+    return tuple(
+        (count, each, draw.randint(100, 900) + draw.choice([0, 100, 800]) * count + draw.choice([0, 0.5]))
+        for count in experts
+        for each in tokens
+    )
 
 
 def charged(times: GroupTimes, launch_ns: int) -> Any:

@@ -13,9 +13,19 @@ from sim.specs.hardware import Hardware, Stack, hardware_from_dict, stack_from_d
 
 ROOT = CONF
 HARDWARE = [
-    "a100", "a6000", "a6000_as_printed", "gh200", "h100", "h20", "h200", "h20_as_printed", "ideal_link",
-    "l40s", "rtx3090", "rtx4090",
-]  # fmt: skip
+    "a100",
+    "a6000",
+    "a6000_as_printed",
+    "gh200",
+    "h100",
+    "h20",
+    "h200",
+    "h20_as_printed",
+    "ideal_link",
+    "l40s",
+    "rtx3090",
+    "rtx4090",
+]
 STACKS = ["eager", "found", "graph"]
 AS_PRINTED = {"a6000_as_printed": 64, "h20_as_printed": 128}
 
@@ -87,9 +97,14 @@ def test_no_other_link_exceeds_what_one_direction_carries(name: str) -> None:
 def test_the_ideal_link_is_the_a100_with_copies_in_no_time() -> None:
     ideal = hardware("ideal_link")
     assert differences(ideal, hardware("a100")) == {
-        "name", "link_gb_per_s", "pageable_gb_per_s", "link_latency_ns", "issue_copy_ns", "decide_ns",
+        "name",
+        "link_gb_per_s",
+        "pageable_gb_per_s",
+        "link_latency_ns",
+        "issue_copy_ns",
+        "decide_ns",
         "sources",
-    }  # fmt: skip
+    }
     assert math.isinf(ideal.link_gb_per_s)  # type: ignore[arg-type]
     assert ideal.link_latency_ns == ideal.issue_copy_ns == ideal.decide_ns == 0
 
@@ -107,11 +122,20 @@ def test_the_h200_says_of_every_figure_whether_it_was_measured() -> None:
     sources = hardware("h200").sources
     origins = {key: text.split()[0] for key, text in sources.items()}
     assert {key for key, word in origins.items() if word == "measured"} == {
-        "link_gb_per_s", "pageable_gb_per_s", "memory_efficiency", "compute_efficiency", "link_latency_ns",
-        "launch_host_ns", "issue_copy_ns", "decide_ns",
-    }  # fmt: skip
+        "link_gb_per_s",
+        "pageable_gb_per_s",
+        "memory_efficiency",
+        "compute_efficiency",
+        "link_latency_ns",
+        "launch_host_ns",
+        "issue_copy_ns",
+        "decide_ns",
+    }
     assert {key for key, word in origins.items() if word == "assumption:"} == {
-        "launch_latency_ns", "gate_sync_ns", "token_sync_ns", "link_slowdown"
+        "launch_latency_ns",
+        "gate_sync_ns",
+        "token_sync_ns",
+        "link_slowdown",
     }
     assert all("2026-11-27" in text for key, text in sources.items() if origins[key] == "measured")
 
@@ -161,8 +185,13 @@ def test_a_value_out_of_range_is_refused_with_its_range(key: str, value: Any, me
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("memory_efficiency", 1.0), ("link_slowdown", 1.0), ("link_latency_ns", 0), ("decide_ns", 10**9),
-     ("link_gb_per_s", 2039.0)],
+    [
+        ("memory_efficiency", 1.0),
+        ("link_slowdown", 1.0),
+        ("link_latency_ns", 0),
+        ("decide_ns", 10**9),
+        ("link_gb_per_s", 2039.0),
+    ],
 )
 def test_the_ends_of_the_ranges_are_allowed(key: str, value: Any) -> None:
     assert getattr(replace(hardware("a100"), **{key: value}), key) == value
@@ -204,9 +233,7 @@ def test_a_measured_curve_is_taken_from_a_list_of_points() -> None:
 def test_a_stack_is_checked_like_hardware() -> None:
     with pytest.raises(ValueError, match=r"stack\.layer_overhead_ns=-1 is outside"):
         Stack("bad", -1, 0)
-    with pytest.raises(
-        ValueError, match=r"stack\.head_overhead is not .* did you mean stack\.head_overhead_ns"
-    ):
+    with pytest.raises(ValueError, match=r"stack\.head_overhead is not .* did you mean stack\.head_overhead_ns"):
         stack_from_dict({"name": "bad", "head_overhead": 0})
     with pytest.raises(ValueError, match=r"stack\.name is empty"):
         Stack("", 0, 0)

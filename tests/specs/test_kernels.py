@@ -28,7 +28,11 @@ def model(name: str) -> ModelSpec:
 
 # One byte and two operations a nanosecond: 16-bit weights are balanced at two tokens.
 SLOW = replace(
-    hardware("a100"), memory_gb_per_s=1.0, memory_efficiency=1.0, tflops=0.002, compute_efficiency=1.0,
+    hardware("a100"),
+    memory_gb_per_s=1.0,
+    memory_efficiency=1.0,
+    tflops=0.002,
+    compute_efficiency=1.0,
     link_gb_per_s=0.5,
 )
 BARE = Stack("bare", 0, 0)

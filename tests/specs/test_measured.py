@@ -204,8 +204,10 @@ def test_only_what_is_given_needs_an_origin() -> None:
     assert unsourced(hardware_from_dict(sourced)) == []
     bare = {"name": "bare", "layer_overhead_ns": 0, "head_overhead_ns": 0}
     assert unsourced(stack_from_dict({**bare, "observe_ns": 1})) == [
-        "layer_overhead_ns", "head_overhead_ns", "observe_ns",
-    ]  # fmt: skip
+        "layer_overhead_ns",
+        "head_overhead_ns",
+        "observe_ns",
+    ]
 
 
 NAN, INF = math.nan, math.inf

@@ -14,9 +14,18 @@ FOLDER = CONF / "model"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "auto")
 
 TINY = ModelSpec(
-    name="tiny", source="made up", num_layers=3, num_experts=4, top_k=2, hidden_size=8,
-    expert_intermediate=16, num_heads=4, num_kv_heads=2, head_dim=2, vocab_size=10,
-)  # fmt: skip
+    name="tiny",
+    source="made up",
+    num_layers=3,
+    num_experts=4,
+    top_k=2,
+    hidden_size=8,
+    expert_intermediate=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=2,
+    vocab_size=10,
+)
 TINY_MLA = replace(
     TINY, attention="mla", num_heads=2, num_kv_heads=0, head_dim=0, kv_rank=3, rope_dim=1, nope_dim=2, v_dim=5
 )
@@ -216,9 +225,7 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
 
 
 def test_missing_keys_are_all_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"model lacks expert_intermediate, hidden_size, .* conf/model or add"
-    ):
+    with pytest.raises(ValueError, match=r"model lacks expert_intermediate, hidden_size, .* conf/model or add"):
         model_from_dict({"name": "auto"})
 
 

@@ -158,9 +158,10 @@ def test_an_optional_variant_is_left_out_and_any_other_fails_the_study(
         (["--set", "recording=R", "--jobs", "0"], "--jobs=0"),
         (["--set", "recording=R", "--tokens", "0"], "max_tokens"),
     ],
-)  # fmt: skip
-def test_a_wrong_word_is_one_line(told: list[str], message: str, folder: Path,
-                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+)
+def test_a_wrong_word_is_one_line(
+    told: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = [word.replace("recording=R", f"recording={folder / 'r.safetensors'}") for word in told]
     assert command(folder, *told) == 2
     error = capsys.readouterr().err

@@ -75,10 +75,23 @@ def test_correlation_needs_variation() -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_them(recording: Path, tmp_path: Path) -> None:
-    spec = {"title": "t", "value": "mean_abs_error", "rows": ["estimate"], "columns": ["setting"], "digits": 2,
-            "only": {"distance": 1}}  # fmt: skip
-    write_study(tmp_path, kind="estimates", axes={"batch": {"1": [], "2": ["batch_size=2"]}},
-                variants={"recorded": ["+policy=lru"]}, claims=None, best=None, tables=[spec])  # fmt: skip
+    spec = {
+        "title": "t",
+        "value": "mean_abs_error",
+        "rows": ["estimate"],
+        "columns": ["setting"],
+        "digits": 2,
+        "only": {"distance": 1},
+    }
+    write_study(
+        tmp_path,
+        kind="estimates",
+        axes={"batch": {"1": [], "2": ["batch_size=2"]}},
+        variants={"recorded": ["+policy=lru"]},
+        claims=None,
+        best=None,
+        tables=[spec],
+    )
     assert command(tmp_path, "--set", f"trace.path={recording}") == 0
     assert {"prefill", "decode batch 1", "decode batch 2"} <= set(table(tmp_path)["setting"])
     assert "| tokens_top_k | 0.00" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -86,7 +99,8 @@ def test_the_command_writes_them(recording: Path, tmp_path: Path) -> None:
 
 def test_a_trace_without_pregate_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = small_trace(tmp_path / "r.safetensors", 8)
-    write_study(tmp_path, kind="estimates", axes={}, variants={"recorded": ["+policy=lru"]}, claims=None, best=None,
-                tables=None)  # fmt: skip
+    write_study(
+        tmp_path, kind="estimates", axes={}, variants={"recorded": ["+policy=lru"]}, claims=None, best=None, tables=None
+    )
     assert command(tmp_path, "--set", f"trace.path={path}") == 2
     assert "has no recorded pre-gate" in capsys.readouterr().err

@@ -62,8 +62,10 @@ def test_a_sweep_is_one_variant_a_value(tmp_path: Path) -> None:
     swept = {"policy/eviction=two_level_lru policy.eviction.high_share": [0.5, 0.75], "policy/order": ["index"]}
     study = read_study(write_study(tmp_path, sweeps={"lru": swept}))
     assert study.variants["high_share=0.5"] == (
-        "+policy=lru", "policy/eviction=two_level_lru", "policy.eviction.high_share=0.5"
-    )  # fmt: skip
+        "+policy=lru",
+        "policy/eviction=two_level_lru",
+        "policy.eviction.high_share=0.5",
+    )
     assert study.variants["order=index"] == ("+policy=lru", "policy/order=index")
     assert list(study.variants)[-3:] == ["high_share=0.5", "high_share=0.75", "order=index"]
 
@@ -74,8 +76,13 @@ def test_cells_are_every_place_times_every_variant(tmp_path: Path) -> None:
     assert len(found) == 2 * 6
     assert str(found[-1]) == "model=small stack=graph variant=perfect"
     assert found[1].overrides == (
-        "+hardware=a100", "residency=0.25", "trace.path=r.st", "stack=eager", "+policy=lru", "seed=1"
-    )  # fmt: skip
+        "+hardware=a100",
+        "residency=0.25",
+        "trace.path=r.st",
+        "stack=eager",
+        "+policy=lru",
+        "seed=1",
+    )
     only = cells(study, {"recording": "r.st"}, only={"variant": ["lru"], "stack": ["graph"]})
     assert [str(cell) for cell in only] == ["model=small stack=graph variant=lru"]
 

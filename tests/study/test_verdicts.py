@@ -15,17 +15,32 @@ TABLE = pd.DataFrame(
     [
         {"hardware": hardware, "stack": stack, "variant": variant, "mean_S": 1.5, "ms": ms, "share": share}
         for hardware, stack, variant, ms, share in [
-            ("slow", "eager", "fixed_1", 10.0, 0.5), ("slow", "eager", "fixed_2", 8.0, 0.0),
-            ("slow", "eager", "adaptive", 6.0, 0.001), ("fast", "eager", "fixed_1", 12.0, 0.25),
-            ("fast", "eager", "fixed_2", 4.0, 0.01), ("fast", "eager", "adaptive", 5.0, None),
+            ("slow", "eager", "fixed_1", 10.0, 0.5),
+            ("slow", "eager", "fixed_2", 8.0, 0.0),
+            ("slow", "eager", "adaptive", 6.0, 0.001),
+            ("fast", "eager", "fixed_1", 12.0, 0.25),
+            ("fast", "eager", "fixed_2", 4.0, 0.01),
+            ("fast", "eager", "adaptive", 5.0, None),
         ]
     ]
-)  # fmt: skip
+)
 AXES = ["hardware", "stack"]
-STEPS = {"file": "s.png", "kind": "steps", "value": "ms", "variants": ["fixed_1", "fixed_2"], "marked": ["adaptive"],
-         "title": "ms"}  # fmt: skip
-SHARES = {"file": "h.png", "kind": "shares", "value": "share", "variants": ["fixed_1", "fixed_2", "adaptive"],
-          "title": "share", "line": 0.001}  # fmt: skip
+STEPS = {
+    "file": "s.png",
+    "kind": "steps",
+    "value": "ms",
+    "variants": ["fixed_1", "fixed_2"],
+    "marked": ["adaptive"],
+    "title": "ms",
+}
+SHARES = {
+    "file": "h.png",
+    "kind": "shares",
+    "value": "share",
+    "variants": ["fixed_1", "fixed_2", "adaptive"],
+    "title": "share",
+    "line": 0.001,
+}
 
 
 def verdicts(**parts: Any) -> dict[str, Any]:
@@ -60,9 +75,12 @@ def test_an_inversion_is_seen_where_the_fast_one_takes_longer() -> None:
 def test_a_table_has_a_row_a_variant_and_a_column_a_place() -> None:
     spec = {"title": "t", "value": "share", "columns": ["hardware"], "percent": True, "digits": 1}
     assert pivot(TABLE, spec).splitlines() == [
-        "| variant | slow | fast |", "|---|---|---|", "| fixed_1 | 50.0 | 25.0 |", "| fixed_2 | 0.0 | 1.0 |",
+        "| variant | slow | fast |",
+        "|---|---|---|",
+        "| fixed_1 | 50.0 | 25.0 |",
+        "| fixed_2 | 0.0 | 1.0 |",
         "| adaptive | 0.1 | – |",
-    ]  # fmt: skip
+    ]
     with pytest.raises(ValueError, match="two cells at"):
         pivot(TABLE, spec | {"columns": ["stack"]})
     with pytest.raises(ValueError, match="shore is no column"):
@@ -81,8 +99,11 @@ def test_shares_stand_at_their_values_zero_too() -> None:
 def test_steps_are_lines_and_adaptive_a_star_at_its_mean() -> None:
     (axes,) = plot_steps(TABLE, STEPS, AXES).axes
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines[:4]] == [
-        ([1, 2], [10.0, 8.0]), ([1.5], [6.0]), ([1, 2], [12.0, 4.0]), ([1.5], [5.0])
-    ]  # fmt: skip
+        ([1, 2], [10.0, 8.0]),
+        ([1.5], [6.0]),
+        ([1, 2], [12.0, 4.0]),
+        ([1.5], [5.0]),
+    ]
     assert axes.get_ylim()[1] > 12.0
 
 

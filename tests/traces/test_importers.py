@@ -107,8 +107,10 @@ LAYER = {"selected_experts": [1, 2], "selected_probs": [0.5, 0.5]}
         (record(1, router_data=[{"token_1": {}}]), "router_data 0: token_1 has no layers"),
         (record(1, router_data=[{"token_1": {"layer_1": LAYER}}]), "router_data 0: layer_0 is missing"),
         ([record(1), record(1, router_data=[{"token_1": {"layer_0": {}}}])], "entry 1, router_data 0: layer_0 needs"),
-        (record(1, router_data=[{"token_1": {"layer_0": LAYER, "layer_1": LAYER}}, {"token_2": {"layer_0": LAYER}}]),
-         "router_data 1: has 1 layers, the first token 2"),
+        (
+            record(1, router_data=[{"token_1": {"layer_0": LAYER, "layer_1": LAYER}}, {"token_2": {"layer_0": LAYER}}]),
+            "router_data 1: has 1 layers, the first token 2",
+        ),
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_experts": [1, 32]}}}]), "below 32"),
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_experts": [1, True]}}}]), "below 32"),
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_experts": [1, 1]}}}]), "not distinct"),
@@ -116,7 +118,7 @@ LAYER = {"selected_experts": [1, 2], "selected_probs": [0.5, 0.5]}
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_probs": [-1, 1]}}}]), "not numbers from 0"),
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_probs": [float("nan"), 1]}}}]), "numbers"),
     ],
-)  # fmt: skip
+)
 def test_faulty_json_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(TraceError, match=rf"in.json: .*{message}"):
         from_json(tmp_path, content)
@@ -348,7 +350,7 @@ def route(rows: str, columns: str = COLUMNS, preamble: str = PREAMBLE) -> str:
 # Turn 0: two prompt tokens, one decode step; the last layer sees the last prompt token only. Turn 1: one step at 9.
 GAP = route("""0,0,0,1,0,3,.6 0,0,0,1,1,4,.4  0,0,1,1,0,5,.7 0,0,1,1,1,6,.3
                0,0,1,2,0,7,.5 0,0,1,2,1,8,.5  0,1,2,1,0,9,1  0,1,2,2,1,2,.2 0,1,2,2,0,1,.8
-               1,1,9,1,0,15,1 1,1,9,2,0,0,1""")  # fmt: skip
+               1,1,9,1,0,15,1 1,1,9,2,0,0,1""")
 
 
 def from_route(tmp_path: Path, text: str, **options: Any) -> tuple[ImportReport, Trace]:
@@ -429,7 +431,7 @@ def test_route_files_of_a_folder_are_requests_of_their_own(tmp_path: Path) -> No
         (route("0,0,0,0,0,3,1 1,1,0,0,0,3,1 1,1,0,1,0,3,1"), "turn 0: has no token with all layers"),
         (route("0,1,0,0,0,16,1"), "line 4: .* expert 16, outside 0 … 15; correct num_experts"),
     ],
-)  # fmt: skip
+)
 def test_faulty_route_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(TraceError, match=rf"in.csv: ({message})"):
         from_route(tmp_path, text)

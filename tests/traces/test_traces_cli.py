@@ -96,11 +96,14 @@ def test_import_options_reach_every_kind(tmp_path: Path, capsys: pytest.CaptureF
         (("stats",), ("required: path",)),
         (("fit", "none", "b"), ("none: file: does not exist",)),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line_and_exit_code_2(
-    words: tuple[str, ...], parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    parts: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     check_error(run(capsys, *words), *parts)
     assert list(tmp_path.iterdir()) == []

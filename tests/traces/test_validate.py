@@ -94,7 +94,7 @@ CONTENT: list[tuple[str, Change, str]] = [
     ("logit infinite", put("logits", (1, 2, 3), -np.inf), r"logits row 1, layer 2: holds -inf; values must"),
     ("lookahead NaN", put("lookahead", (2, 0, 1, 3), np.nan), r"lookahead row 2, layer 0: holds nan at distance 2"),
     ("lookahead past", put("lookahead", (1, 2, 0, 0), 1), r"lookahead row 1, layer 2: distance 1 is past .*; write"),
-]  # fmt: skip
+]
 LISTS: list[tuple[str, Change, str]] = [
     ("listed too large", put("lookahead_ids", (3, 1, 0, 2), 9), r"lookahead_ids row 3, layer 1: holds 9, outside"),
     ("listed twice", put("lookahead_ids", (3, 1, 0), 2), r"lookahead_ids row 3, layer 1: holds an expert twice"),
@@ -105,7 +105,7 @@ LISTS: list[tuple[str, Change, str]] = [
     ("scores float", become("lookahead_scores", lambda a: a.astype(np.float16)), r"lookahead_scores: has the type F16"),
     ("scores short", become("lookahead_scores", lambda a: a[..., :2]), r"lookahead_scores: has the shape \[6, 3, 2, 2"),
     ("no padding left", pair(head(num_experts="256"), without("logits")), r"lookahead_ids: uint8 leaves no padding"),
-]  # fmt: skip
+]
 LAYOUT: list[tuple[str, Change, str]] = [
     ("no format", head(format=None), r"header: names no format; a trace has format=expertflow-trace"),
     ("other format", head(format="csv"), r"header: format is 'csv'; a trace has"),
@@ -139,7 +139,7 @@ LAYOUT: list[tuple[str, Change, str]] = [
     ("labels no list", head(request_labels="a, b"), r"header: request_labels is no JSON list of str; write"),
     ("layer ids", head(moe_layer_ids="[2, 1, 3]"), r"header: moe_layer_ids does not rise"),
     ("layer ids bool", head(moe_layer_ids="[true, 1, 3]"), r"header: moe_layer_ids is no JSON list of int"),
-]  # fmt: skip
+]
 
 
 def ids(table: list[tuple[str, Change, str]]) -> list[str]:
@@ -272,7 +272,7 @@ BYTES: list[tuple[str, bytes, str]] = [
     ("longer data", raw(ONE % "", bytes(6)), r"file: has 2 bytes after the last array"),
     ("hole", raw(ONE.replace("[0,4]", "[2,6]") % "", bytes(6)), r"array 'experts': leaves a hole before it"),
     ("overlap", raw(ONE % ',"x":{"dtype":"U8","shape":[3],"data_offsets":[2,5]}', bytes(5)), r"array 'x': overlaps"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BYTES, ids=[row[0] for row in BYTES])

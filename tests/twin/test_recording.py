@@ -322,8 +322,9 @@ def test_the_four_commands_in_turn(folder: Path, tmp_path: Path, capsys: pytest.
     code, out, err = run(capsys, "ship", small, twin, "--max-mb=0.8")
     assert (code, err) == (0, "")
     assert sorted(path.name for path in small.iterdir()) == [
-        "gpt-oss-20b-twin-eval.safetensors", "gpt-oss-20b-twin-train.safetensors"
-    ]  # fmt: skip
+        "gpt-oss-20b-twin-eval.safetensors",
+        "gpt-oss-20b-twin-train.safetensors",
+    ]
     assert sum(path.stat().st_size for path in small.iterdir()) < 800_000
 
 
@@ -381,9 +382,12 @@ def test_small_traces_and_help_need_no_torch(folder: Path, tmp_path: Path) -> No
 
     def call(*words: object) -> Any:
         return subprocess.run(
-            [sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, check=False,
+            [sys.executable, "-c", script, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
             env={**os.environ, "COLUMNS": "120"},
-        )  # fmt: skip
+        )
 
     done = call("ship", tmp_path, folder, "--max-mb=1")
     assert (done.returncode, done.stderr) == (0, "")

@@ -62,8 +62,9 @@ class InPlace:
         self.model, self.count = model, 0
         self.log.append(f"made {model.name}")
 
-    def run(self, policy: str, stack: str, batch_size: int, residency: float,
-            start: str | None) -> tuple[float, dict[str, Any]]:  # fmt: skip
+    def run(
+        self, policy: str, stack: str, batch_size: int, residency: float, start: str | None
+    ) -> tuple[float, dict[str, Any]]:
         length = self.lengths[self.count]
         self.count += 1
         return length, {"of": length, "run": (policy, stack, batch_size, residency, start)}

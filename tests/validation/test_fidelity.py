@@ -26,11 +26,21 @@ from sim.views.timeline import Timeline
 def metrics(**changes: Any) -> dict[str, Any]:
     """Of a run of 10 tokens at 10 ms each, 2 ms of it stall."""
     plain: dict[str, Any] = {
-        "num_tokens": 10, "elapsed_ns": 100_000_000, "compute_ns": 30_000_000, "overhead_ns": 50_000_000,
-        "stall_ns": 20_000_000, "late_stall_ns": 5_000_000, "miss_stall_ns": 15_000_000, "num_hits": 90, "num_late": 4,
-        "num_misses": 6, "tpot_ms": {"mean": 10.0}, "link": {"busy_ns": 10_000_000},
-        "bytes": {"demand": 200_000_000, "prefetch": 50_000_000}, "prefetch": {"issued": 7},
-    }  # fmt: skip
+        "num_tokens": 10,
+        "elapsed_ns": 100_000_000,
+        "compute_ns": 30_000_000,
+        "overhead_ns": 50_000_000,
+        "stall_ns": 20_000_000,
+        "late_stall_ns": 5_000_000,
+        "miss_stall_ns": 15_000_000,
+        "num_hits": 90,
+        "num_late": 4,
+        "num_misses": 6,
+        "tpot_ms": {"mean": 10.0},
+        "link": {"busy_ns": 10_000_000},
+        "bytes": {"demand": 200_000_000, "prefetch": 50_000_000},
+        "prefetch": {"issued": 7},
+    }
     return {**plain, **changes}
 
 
@@ -56,8 +66,9 @@ def tpot(mean: float) -> dict[str, Any]:
     return {"tpot_ms": {"mean": mean}}
 
 
-def row(policy: str = "lru", measured: float = 10.0, predicted: float = 10.0, noise: float = 0.01,
-        **changes: Any) -> dict[str, Any]:  # fmt: skip
+def row(
+    policy: str = "lru", measured: float = 10.0, predicted: float = 10.0, noise: float = 0.01, **changes: Any
+) -> dict[str, Any]:
     """A row of the table, of three runs: TPOT as given, a stall of 2 ms in both worlds."""
     half = measured * noise / 2
     runs = [ran(**tpot(value)) for value in (measured - half, measured, measured + half)]
@@ -81,9 +92,11 @@ def test_a_row_holds_both_worlds_and_their_errors() -> None:
 
 
 def test_of_several_runs_the_median_of_each_figure_counts_and_their_spread_is_the_noise() -> None:
-    runs = [ran(9, 20, stall_ns=30_000_000, num_hits=88, late_ns=2_000_000, **tpot(9.0)),
-            ran(10, 20, stall_ns=20_000_000, num_hits=93, late_ns=9_000_000, **tpot(12.0)),
-            ran(10, 20, stall_ns=24_000_000, num_hits=90, late_ns=3_000_000, **tpot(10.0))]  # fmt: skip
+    runs = [
+        ran(9, 20, stall_ns=30_000_000, num_hits=88, late_ns=2_000_000, **tpot(9.0)),
+        ran(10, 20, stall_ns=20_000_000, num_hits=93, late_ns=9_000_000, **tpot(12.0)),
+        ran(10, 20, stall_ns=24_000_000, num_hits=90, late_ns=3_000_000, **tpot(10.0)),
+    ]
     made = row_of(CASE, runs, ran(11, 22, stall_ns=24_000_000, **tpot(10.5)))
     assert (made["tpot_ms_measured"], made["tpot_ms_least"], made["tpot_ms_most"]) == (10.0, 9.0, 12.0)
     assert made["tpot_noise"] == pytest.approx(0.3)
@@ -115,15 +128,27 @@ def summary(rows: list[dict[str, Any]], bars: Bars = BARS["cuda"], **changes: An
     """What a validation writes about `rows`."""
     judged = judge(rows, bars)
     plain: dict[str, Any] = {
-        "quote": judged["quote"], "not_shown": judged["not_shown"],
-        "machine": {"name": "Test GPU", "torch": "2.11", "dtype": "bfloat16"}, "world": "cuda", "scale": 1,
-        "command": "python -m replay.validate test", "wall_s": 12.3, "tokens": 10, "repeat": 3, "beside": True,
-        "judged": judged, "host_loop": drift([2_000_000, 3_000_000, 2_500_000]),
-        "breadth_s": 6.2, "minutes": 6, "left_out": [],
+        "quote": judged["quote"],
+        "not_shown": judged["not_shown"],
+        "machine": {"name": "Test GPU", "torch": "2.11", "dtype": "bfloat16"},
+        "world": "cuda",
+        "scale": 1,
+        "command": "python -m replay.validate test",
+        "wall_s": 12.3,
+        "tokens": 10,
+        "repeat": 3,
+        "beside": True,
+        "judged": judged,
+        "host_loop": drift([2_000_000, 3_000_000, 2_500_000]),
+        "breadth_s": 6.2,
+        "minutes": 6,
+        "left_out": [],
         "stamps": {"executions": 1_000_000, "checks": 8_000_000, "wrong": 0, "runs": []},
-        "lockstep": [{"policy": "lru", "decisions": 99, "forwards": 3, "difference": None}], "set_aside": 0,
-        "replays": 6, "chunk_gb_per_s": {"gpt-oss-20b": 25.5},
-    }  # fmt: skip
+        "lockstep": [{"policy": "lru", "decisions": 99, "forwards": 3, "difference": None}],
+        "set_aside": 0,
+        "replays": 6,
+        "chunk_gb_per_s": {"gpt-oss-20b": 25.5},
+    }
     return {**plain, **changes}
 
 
@@ -131,39 +156,71 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
     rows = [row("lru"), row("oracle", 20.0, 20.2)]
     text = page(pd.DataFrame(rows), summary(rows))
     assert text.splitlines()[:3] == [
-        "# Simulator against Test GPU (cuda)", "",
+        "# Simulator against Test GPU (cuda)",
+        "",
         "**Shown: TPOT within 1.0 % (noise 1.0 %), stall within 0.0 %, policies ranked alike 1 of 1.**",
-    ]  # fmt: skip
-    for expected in ("python -m replay.validate test", "| TPOT error (2 rows judged) | 1.0 % | 0.5 % | 2.0 % |",
-                     "| noise of TPOT | 1.0 % | 1.0 % | 2.0 % |", "| noise of stall | 0.0 % | 0.0 % | 5.0 % |",
-                     "0 wrong in 1,000,000", "1 of 1 policies take the same decisions", "Over a bar: 0 of 4 errors.",
-                     "took 2.00 ms before, 2.50 between (median) and 2.50 after; the slowest of 3 is 50.0 % above",
-                     "Every policy and capacity had been measured once after 6 s of 360.",
-                     "the grey band is as wide as the bar", "25 GB/s while copying",
-                     "98.0 % of the 25.5 at which such chunks",
-                     "| lru | 10.000 | 10.000 | +0.0 % | 1.0 % | 2.000 | 2.000 | +0.0 % | 0.0 % |",
-                     "+0.0 % | holds |"):  # fmt: skip
+    ]
+    for expected in (
+        "python -m replay.validate test",
+        "| TPOT error (2 rows judged) | 1.0 % | 0.5 % | 2.0 % |",
+        "| noise of TPOT | 1.0 % | 1.0 % | 2.0 % |",
+        "| noise of stall | 0.0 % | 0.0 % | 5.0 % |",
+        "0 wrong in 1,000,000",
+        "1 of 1 policies take the same decisions",
+        "Over a bar: 0 of 4 errors.",
+        "took 2.00 ms before, 2.50 between (median) and 2.50 after; the slowest of 3 is 50.0 % above",
+        "Every policy and capacity had been measured once after 6 s of 360.",
+        "the grey band is as wide as the bar",
+        "25 GB/s while copying",
+        "98.0 % of the 25.5 at which such chunks",
+        "| lru | 10.000 | 10.000 | +0.0 % | 1.0 % | 2.000 | 2.000 | +0.0 % | 0.0 % |",
+        "+0.0 % | holds |",
+    ):
         assert expected in text
-    for unsaid in ("Left out", "Rows that are", "Rows without", "Rows of which", "Replays set aside", "Not shown",
-                   "NOT shown"):  # fmt: skip
+    for unsaid in (
+        "Left out",
+        "Rows that are",
+        "Rows without",
+        "Rows of which",
+        "Replays set aside",
+        "Not shown",
+        "NOT shown",
+    ):
         assert unsaid not in text
 
 
 def test_the_page_owns_up_to_what_was_missed_left_out_or_not_judged() -> None:
-    rows = [row("lru", predicted=12.0), row("oracle", noise=0.03), row("adaptive", late_share=0.021),
-            row("on_demand", num_runs=1, stall_error=None, stall_counts=False)]  # fmt: skip
-    text = page(pd.DataFrame(rows), summary(rows, left_out=["a", "b"], scale=16,
-                                            machine={"name": "x", "torch": "2", "dtype": "float32",
-                                                     "throttle_gb_per_s": 0.1}))  # fmt: skip
-    for expected in ("**NOT shown: TPOT within 20.0 %", "- Not shown: rows that miss a bar: 1.",
-                     "- Not shown: rows that differ from themselves by more than a bar: 1, 50 % (at most 10 % may).",
-                     "eager 50 % batch 1 lru: TPOT +20.0 % (noise 1.0 %)",
-                     "more than a bar: 1.\n  - gpt-oss-20b eager 50 % batch 1 oracle",
-                     "host-bound, so not judged: 1. For more than 2.0 %",
-                     "  - gpt-oss-20b eager 50 % batch 1 adaptive: 2.1 %",
-                     "one speed of the host, so not judged: 1.\n  - gpt-oss-20b eager 50 % batch 1 on_demand",
-                     "2 comparisons", "divided by 16; the link keeps pace with 0.1 GB/s",
-                     "| – | 2.000 | 2.000 | – | – |", "| host-bound |", "| noise |", "| measured once |"):  # fmt: skip
+    rows = [
+        row("lru", predicted=12.0),
+        row("oracle", noise=0.03),
+        row("adaptive", late_share=0.021),
+        row("on_demand", num_runs=1, stall_error=None, stall_counts=False),
+    ]
+    text = page(
+        pd.DataFrame(rows),
+        summary(
+            rows,
+            left_out=["a", "b"],
+            scale=16,
+            machine={"name": "x", "torch": "2", "dtype": "float32", "throttle_gb_per_s": 0.1},
+        ),
+    )
+    for expected in (
+        "**NOT shown: TPOT within 20.0 %",
+        "- Not shown: rows that miss a bar: 1.",
+        "- Not shown: rows that differ from themselves by more than a bar: 1, 50 % (at most 10 % may).",
+        "eager 50 % batch 1 lru: TPOT +20.0 % (noise 1.0 %)",
+        "more than a bar: 1.\n  - gpt-oss-20b eager 50 % batch 1 oracle",
+        "host-bound, so not judged: 1. For more than 2.0 %",
+        "  - gpt-oss-20b eager 50 % batch 1 adaptive: 2.1 %",
+        "one speed of the host, so not judged: 1.\n  - gpt-oss-20b eager 50 % batch 1 on_demand",
+        "2 comparisons",
+        "divided by 16; the link keeps pace with 0.1 GB/s",
+        "| – | 2.000 | 2.000 | – | – |",
+        "| host-bound |",
+        "| noise |",
+        "| measured once |",
+    ):
         assert expected in text
 
 
@@ -179,8 +236,12 @@ def test_the_plot_shows_every_policy_in_both_panels_and_explains_itself() -> Non
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["Time per token (TPOT)", "Stall per token"]
     assert figure.get_suptitle() == "Test GPU"
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["LRU", "perfect prediction", "predicted = measured",
-                     "grey: within the bar, 2 % of TPOT, 5 % of stall"]  # fmt: skip
+    assert texts == [
+        "LRU",
+        "perfect prediction",
+        "predicted = measured",
+        "grey: within the bar, 2 % of TPOT, 5 % of stall",
+    ]
     points = [line for line in figure.axes[0].lines if line.get_label() in ("lru", "oracle") and len(line.get_xdata())]
     assert [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in points] == [(10.0, 10.0), (12.0, 11.0)]
     assert [line.get_alpha() for line in points] == [1.0, 1.0]

@@ -22,8 +22,13 @@ from sim.machine.simulated import HostCosts, SimMachine
 SEEN, GAP = SEEN_NS // 1000, LAUNCH_GAP_NS // 1000
 
 
-def answered(kind: int, ident: int, now: int, marks: Sequence[tuple[int, int, int]] = (),
-             chunks: Sequence[tuple[int, int, int, int]] = ()) -> tuple[Wait, Record]:  # fmt: skip
+def answered(
+    kind: int,
+    ident: int,
+    now: int,
+    marks: Sequence[tuple[int, int, int]] = (),
+    chunks: Sequence[tuple[int, int, int, int]] = (),
+) -> tuple[Wait, Record]:
     """A wait and its record, us in, ns out."""
     return (kind, ident, True), (
         1000 * now,
@@ -32,8 +37,9 @@ def answered(kind: int, ident: int, now: int, marks: Sequence[tuple[int, int, in
     )
 
 
-def forward(known: int = 100 + SEEN, attention: int = 150 + GAP, head: int = 250 + GAP, told: int = 300 + SEEN,
-            pad: int = 0) -> list[tuple[Wait, Record]]:  # fmt: skip
+def forward(
+    known: int = 100 + SEEN, attention: int = 150 + GAP, head: int = 250 + GAP, told: int = 300 + SEEN, pad: int = 0
+) -> list[tuple[Wait, Record]]:
     """Two layers and a head. Attention 1 ends at 100, its experts (2) at 150, attention 3 at 200, its experts (4) at
     250, the head (5) at 300; each default is as late as a host may be for nothing."""
     return [
@@ -124,8 +130,18 @@ class Blocking:
 
 def simulated(policy_name: str, stack: str, decide_ns: int) -> tuple[float, int]:
     """(share of the time for which the device waited for a late host, elapsed ns) of 32 tokens on an H200."""
-    cfg = configure(["+hardware=h200", f"+policy={policy_name}", f"stack={stack}", "compare=none", "residency=0.5",
-                     "trace.num_tokens=32", "trace.num_requests=1", f"hardware.decide_ns={decide_ns}"])  # fmt: skip
+    cfg = configure(
+        [
+            "+hardware=h200",
+            f"+policy={policy_name}",
+            f"stack={stack}",
+            "compare=none",
+            "residency=0.5",
+            "trace.num_tokens=32",
+            "trace.num_requests=1",
+            f"hardware.decide_ns={decide_ns}",
+        ]
+    )
     work = make_workload(cfg, make_trace(cfg["trace"]))
     policy, transfer = make_policy(cfg["policy"], work, 0)
     chunk_bytes, hardware = load_chunks(work), work.hardware

@@ -110,9 +110,18 @@ def test_a_single_size_is_refused(size: int) -> None:
 # -- the link's peak -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("generation", "lanes", "gb_per_s"), [
-    (1, 16, 4.0), (2, 8, 4.0), (3, 16, 15.754), (4, 16, 31.508), (5, 16, 63.015), (5, 8, 31.508), (6, 16, 121.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("generation", "lanes", "gb_per_s"),
+    [
+        (1, 16, 4.0),
+        (2, 8, 4.0),
+        (3, 16, 15.754),
+        (4, 16, 31.508),
+        (5, 16, 63.015),
+        (5, 8, 31.508),
+        (6, 16, 121.0),
+    ],
+)
 def test_pcie_by_generation_and_lanes(generation: int, lanes: int, gb_per_s: float) -> None:
     assert pcie_gb_per_s(generation, lanes) == pytest.approx(gb_per_s, abs=0.001)
 
@@ -122,18 +131,21 @@ def test_a_generation_that_is_not_known_is_told() -> None:
         pcie_gb_per_s(9, 16)
 
 
-@pytest.mark.parametrize(("answer", "gb_per_s"), [
-    ("NVIDIA H200, 5, 16\n", 63.015),
-    ("NVIDIA A100-SXM4-80GB, 4, 16\nNVIDIA T4, 3, 8\n", 31.508),
-    ("NVIDIA GH200 480GB, 5, 16\n", 450.0),
-    ("NVIDIA GB200, [N/A], [N/A]\n", 450.0),
-    ("NVIDIA H200, [N/A], [N/A]\n", None),
-    ("NVIDIA H200, 9, 16\n", None),
-    ("NVIDIA H200\n", None),
-    ("no devices were found\n", None),
-    ("\n", None),
-    ("", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "gb_per_s"),
+    [
+        ("NVIDIA H200, 5, 16\n", 63.015),
+        ("NVIDIA A100-SXM4-80GB, 4, 16\nNVIDIA T4, 3, 8\n", 31.508),
+        ("NVIDIA GH200 480GB, 5, 16\n", 450.0),
+        ("NVIDIA GB200, [N/A], [N/A]\n", 450.0),
+        ("NVIDIA H200, [N/A], [N/A]\n", None),
+        ("NVIDIA H200, 9, 16\n", None),
+        ("NVIDIA H200\n", None),
+        ("no devices were found\n", None),
+        ("\n", None),
+        ("", None),
+    ],
+)
 def test_what_nvidia_smi_says(answer: str, gb_per_s: float | None) -> None:
     found = link_peak_gb_per_s("cuda", answer)
     assert found == (None if gb_per_s is None else pytest.approx(gb_per_s, abs=0.001))
@@ -153,9 +165,15 @@ def test_nvidia_smi_is_asked_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert asked[0][0] == "nvidia-smi"
 
 
-@pytest.mark.parametrize("error", [
-    FileNotFoundError("nvidia-smi"), PermissionError("nvidia-smi"), subprocess.CalledProcessError(9, "nvidia-smi"),
-    subprocess.TimeoutExpired("nvidia-smi", 20)])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("nvidia-smi"),
+        PermissionError("nvidia-smi"),
+        subprocess.CalledProcessError(9, "nvidia-smi"),
+        subprocess.TimeoutExpired("nvidia-smi", 20),
+    ],
+)
 def test_without_nvidia_smi_nobody_knows(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> Any:
         raise error

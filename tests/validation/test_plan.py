@@ -24,8 +24,9 @@ def test_six_minutes_on_a_gpu_need_no_other_flag() -> None:
     assert args.verify_executions == 1e6
     cases = plan.cases("gpt-oss-20b")
     counts = Counter((case.stack, case.residency, case.batch_size) for case in cases)
-    whole = {(stack, residency, batch): 6 for stack in ("graph", "found") for residency in (0.25, 0.5)
-             for batch in (1, 8)}  # fmt: skip
+    whole = {
+        (stack, residency, batch): 6 for stack in ("graph", "found") for residency in (0.25, 0.5) for batch in (1, 8)
+    }
     assert counts == whole | {("eager", 0.5, 1): 2, ("eager", 0.5, 8): 2}
     assert {case.policy for case in cases if case.stack == "eager"} == {"lru", "adaptive"}
     assert {case.policy for case in cases if case.stack == "graph"} == set(POLICIES)
@@ -40,9 +41,27 @@ def test_a_cpu_machine_keeps_its_stacks_and_one_model() -> None:
 
 
 def test_what_is_said_counts() -> None:
-    args, plan = asked("--models", "a,b", "--stacks", "eager", "--policies", "lru,oracle", "--residency", "0.5",
-                       "--batch-sizes", "4", "--repeat", "2", "--tokens", "9", "--no-beside", "--minutes", "20",
-                       "--verify-executions", "5")  # fmt: skip
+    args, plan = asked(
+        "--models",
+        "a,b",
+        "--stacks",
+        "eager",
+        "--policies",
+        "lru,oracle",
+        "--residency",
+        "0.5",
+        "--batch-sizes",
+        "4",
+        "--repeat",
+        "2",
+        "--tokens",
+        "9",
+        "--no-beside",
+        "--minutes",
+        "20",
+        "--verify-executions",
+        "5",
+    )
     assert (args.models, args.repeat, args.tokens, args.beside) == (["a", "b"], 2, 9, False)
     assert (args.quick, args.verify_executions) == (False, 5.0)
     # A stack that is named is measured whole.
@@ -58,9 +77,11 @@ def test_breadth_comes_first_then_block_by_block() -> None:
     plan = Asked(("p", "q"), (0.25, 0.5), (1, 8), ("graph", "found"))
     cases = plan.cases("m")
     assert [str(case) for case in breadth_of(cases)] == [
-        "m graph 25 % batch 1 p", "m graph 25 % batch 1 q",
-        "m graph 50 % batch 1 p", "m graph 50 % batch 1 q",
-    ]  # fmt: skip
+        "m graph 25 % batch 1 p",
+        "m graph 25 % batch 1 q",
+        "m graph 50 % batch 1 p",
+        "m graph 50 % batch 1 q",
+    ]
     blocks = [list(block) for block in blocks_of(cases)]
     assert blocks[0] == breadth_of(cases)
     for block, (stack, batch) in zip(blocks[1:], [("graph", 8), ("found", 1), ("found", 8)], strict=True):
@@ -68,10 +89,18 @@ def test_breadth_comes_first_then_block_by_block() -> None:
     assert Counter(case for block in blocks for case in block) == dict.fromkeys(cases, 1)
 
 
-@pytest.mark.parametrize(("world", "minutes", "tokens"), [
-    ("cuda", 6, 64), ("cuda", 1, 32), ("cuda", 12, 128), ("cuda", 60, 256),
-    ("cpu", 6, 20), ("cpu", 0, 8), ("cpu", 30, 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("world", "minutes", "tokens"),
+    [
+        ("cuda", 6, 64),
+        ("cuda", 1, 32),
+        ("cuda", 12, 128),
+        ("cuda", 60, 256),
+        ("cpu", 6, 20),
+        ("cpu", 0, 8),
+        ("cpu", 30, 64),
+    ],
+)
 def test_more_time_longer_runs(world: str, minutes: float, tokens: int) -> None:
     assert tokens_for(world, minutes) == tokens
 

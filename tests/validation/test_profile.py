@@ -46,8 +46,10 @@ SAMPLES = {
 def record() -> dict[str, Any]:
     """A calibration that never was, with round figures."""
     sizes = [1 << power for power in range(16, 30)]
-    rows = [{"bytes": size, "in_a_row_ns": 5_000 + size / 25.0, "alone_ns": 6_000 + size / 25.0,
-             "pageable_ns": size / 6.0} for size in sizes]  # fmt: skip
+    rows = [
+        {"bytes": size, "in_a_row_ns": 5_000 + size / 25.0, "alone_ns": 6_000 + size / 25.0, "pageable_ns": size / 6.0}
+        for size in sizes
+    ]
     tables = {"expert": [[1, 10_000], [8, 12_000]], "head": [[1, 300_000]], "attention": [[1, 20_000]], "kv": 0.5}
     return {
         "format": "expertflow-calibration",
@@ -178,8 +180,13 @@ def test_each_policy_is_simulated_with_its_own_costs_and_pads_as_they_last() -> 
 
 
 def test_where_threads_wait_for_each_other_kernels_are_taken_as_they_ran_in_place() -> None:
-    runs = {"run attention": sample(45_000.0), "run head": sample(605_000.0), "run experts[1]": sample(25_000.0),
-            "run experts_shared[3]": sample(65_000.0), "run experts[2]": sample(9.0, 3)}  # fmt: skip
+    runs = {
+        "run attention": sample(45_000.0),
+        "run head": sample(605_000.0),
+        "run experts[1]": sample(25_000.0),
+        "run experts_shared[3]": sample(65_000.0),
+        "run experts[2]": sample(9.0, 3),
+    }
     table, launch = slowed(record()["kernels"]["gpt-oss-20b"], SAMPLES | runs)
     # Through (1, 25000) and (3, 65000): 20 us each, 5 us for the launch; three samples of two experts are too few.
     assert launch == pytest.approx(5_000)

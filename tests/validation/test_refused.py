@@ -37,10 +37,21 @@ def test_a_whole_record_is_taken(tmp_path: Path) -> None:
     assert load_record(written(tmp_path, whole()), 1)["format"] == "expertflow-calibration"
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("chunk_ns", None), ("kernels", None), ("python_loop_ns", None), ("host", {}), ("link", {}), ("beside", {}),
-    ("link_peak_gb_per_s", "x"), ("memory_gb_per_s", -1), ("matrix_tflops", "fast"), ("link", [{"bytes": 1}]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("chunk_ns", None),
+        ("kernels", None),
+        ("python_loop_ns", None),
+        ("host", {}),
+        ("link", {}),
+        ("beside", {}),
+        ("link_peak_gb_per_s", "x"),
+        ("memory_gb_per_s", -1),
+        ("matrix_tflops", "fast"),
+        ("link", [{"bytes": 1}]),
+    ],
+)
 def test_a_damaged_or_old_record_is_named(tmp_path: Path, key: str, value: Any) -> None:
     raw = whole()
     if value is None:
@@ -85,11 +96,21 @@ def test_ones_own_profile_is_measured_again(tmp_path: Path) -> None:
         check_free("mine", tmp_path)
 
 
-@pytest.mark.parametrize("words", [
-    ["--minutes", "nan"], ["--minutes", "inf"], ["--minutes", "-1"], ["--residency", "2"], ["--residency", "0.5,0"],
-    ["--batch-sizes", "0"], ["--trace", "nowhere.safetensors"], ["--policies", ""], ["--throttle", "-3"],
-    ["--throttle", "0"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--minutes", "nan"],
+        ["--minutes", "inf"],
+        ["--minutes", "-1"],
+        ["--residency", "2"],
+        ["--residency", "0.5,0"],
+        ["--batch-sizes", "0"],
+        ["--trace", "nowhere.safetensors"],
+        ["--policies", ""],
+        ["--throttle", "-3"],
+        ["--throttle", "0"],
+    ],
+)
 def test_arguments_are_looked_at_first(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert validate(["mine", "--machine", "cpu", *words, "--out", str(tmp_path / "out")]) == 2
     found = capsys.readouterr()

@@ -29,8 +29,9 @@ def row_ns(words: list[int]) -> int:
 
 def rig(model: ModelSpec, *, captures: bool = True, num_slots: int = 8, kernels_slower: float = 1.0) -> Rig:
     """For batches of up to 16."""
-    device = PacedDevice(lambda num_bytes: 50 + num_bytes // 10, row_ns, captures=captures,
-                         kernels_slower=kernels_slower)  # fmt: skip
+    device = PacedDevice(
+        lambda num_bytes: 50 + num_bytes // 10, row_ns, captures=captures, kernels_slower=kernels_slower
+    )
     return Rig(device, model, Needs(num_slots, 16, 64))
 
 

@@ -27,9 +27,30 @@ SMALL = ["--machine", "cpu", "--quick"]
 def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one small validation: two policies, two batch sizes."""
     out = tmp_path_factory.mktemp("validation")
-    words = ["mine", *SMALL, "--policies", "lru,adaptive", "--residency", "0.5", "--stacks", "found", "--tokens", "12",
-             "--log-tokens", "4", "--batch-sizes", "1,4", "--verify-executions", "3000", "--verify-tokens", "64",
-             "--repeat", "2", "--out", str(out)]  # fmt: skip
+    words = [
+        "mine",
+        *SMALL,
+        "--policies",
+        "lru,adaptive",
+        "--residency",
+        "0.5",
+        "--stacks",
+        "found",
+        "--tokens",
+        "12",
+        "--log-tokens",
+        "4",
+        "--batch-sizes",
+        "1,4",
+        "--verify-executions",
+        "3000",
+        "--verify-tokens",
+        "64",
+        "--repeat",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert validate.main(words) in (0, 1)
     return out
 
@@ -38,13 +59,26 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_validation_writes_its_table_page_plot_timeline_and_profile(validated: Path) -> None:
     names = {path.relative_to(validated).as_posix() for path in validated.rglob("*") if path.is_file()}
     assert names == {
-        "README.md", "fidelity.png", "summary.json", "provenance.json", "table.csv", "runs.csv", "timeline.json",
-        "profile/hardware/mine.yaml", "profile/hardware/mine.calibration.json", "profile/stack/mine.yaml",
-        "logs/cpu-lru.parquet", "logs/cpu-adaptive.parquet",
-    }  # fmt: skip
+        "README.md",
+        "fidelity.png",
+        "summary.json",
+        "provenance.json",
+        "table.csv",
+        "runs.csv",
+        "timeline.json",
+        "profile/hardware/mine.yaml",
+        "profile/hardware/mine.calibration.json",
+        "profile/stack/mine.yaml",
+        "logs/cpu-lru.parquet",
+        "logs/cpu-adaptive.parquet",
+    }
     table = pd.read_csv(validated / "table.csv")
     assert sorted(zip(table["policy"], table["batch_size"], strict=True)) == [
-        ("adaptive", 1), ("adaptive", 4), ("lru", 1), ("lru", 4)]  # fmt: skip
+        ("adaptive", 1),
+        ("adaptive", 4),
+        ("lru", 1),
+        ("lru", 4),
+    ]
     for column in ("tpot_ms", "compute_ms", "overhead_ms", "link_ms"):
         assert (table[f"{column}_measured"] > 0).all()
         assert (table[f"{column}_predicted"] > 0).all()
@@ -86,8 +120,10 @@ def test_a_validation_finds_no_wrong_stamp_and_every_decision_again(validated: P
 @pytest.mark.slow
 def test_the_two_timelines_are_of_the_same_forwards(validated: Path) -> None:
     events = json.loads((validated / "timeline.json").read_text())["traceEvents"]
-    attention = {pid: [event["name"] for event in events if event.get("cat") == "attention" and event["pid"] == pid]
-                 for pid in (1, 2)}  # fmt: skip
+    attention = {
+        pid: [event["name"] for event in events if event.get("cat") == "attention" and event["pid"] == pid]
+        for pid in (1, 2)
+    }
     assert attention[1] == attention[2]
     assert len(attention[1]) == 24 * validation.TIMELINE_FORWARDS
 
@@ -97,9 +133,30 @@ def test_a_record_that_is_there_is_taken_and_another_scale_refused(
     validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = validated / "profile" / "hardware" / "mine.calibration.json"
-    words = ["again", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
-             "--stacks", "found", "--tokens", "4", "--log-tokens", "2", "--batch-sizes", "1",
-             "--beside", "--repeat", "2", "--out", str(tmp_path)]  # fmt: skip
+    words = [
+        "again",
+        "--machine",
+        "cpu",
+        "--calibration",
+        str(record),
+        "--policies",
+        "lru",
+        "--residency",
+        "0.5",
+        "--stacks",
+        "found",
+        "--tokens",
+        "4",
+        "--log-tokens",
+        "2",
+        "--batch-sizes",
+        "1",
+        "--beside",
+        "--repeat",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     assert validate.main(words) in (0, 1)
     beside = json.loads((tmp_path / "beside.json").read_text())
     assert list(beside) == ["gpt-oss-20b found 50 % batch 1 lru"]
@@ -116,16 +173,38 @@ def test_time_that_is_up_leaves_rows_out_and_says_so(
     validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = validated / "profile" / "hardware" / "mine.calibration.json"
-    words = ["short", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
-             "--stacks", "found", "--tokens", "2", "--log-tokens", "2", "--batch-sizes", "1,8", "--minutes", "0",
-             "--out", str(tmp_path)]  # fmt: skip
+    words = [
+        "short",
+        "--machine",
+        "cpu",
+        "--calibration",
+        str(record),
+        "--policies",
+        "lru",
+        "--residency",
+        "0.5",
+        "--stacks",
+        "found",
+        "--tokens",
+        "2",
+        "--log-tokens",
+        "2",
+        "--batch-sizes",
+        "1,8",
+        "--minutes",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     assert validate.main(words) == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["left_out"]) == 2
     assert summary["judged"]["num_rows"] == 0
     assert summary["not_shown"] == ["nothing was compared"]
-    assert capsys.readouterr().out.splitlines()[-2:] == ["NOT shown: nothing was compared",
-                                                         "not shown: nothing was compared"]  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "NOT shown: nothing was compared",
+        "not shown: nothing was compared",
+    ]
 
 
 @pytest.mark.slow
@@ -146,9 +225,27 @@ def test_a_lost_device_leaves_what_was_finished(
 
     monkeypatch.setattr(validation, "measure", second_is_lost)
     record = validated / "profile" / "hardware" / "mine.calibration.json"
-    words = ["lost", "--machine", "cpu", "--calibration", str(record), "--policies", "lru", "--residency", "0.5",
-             "--stacks", "found", "--tokens", "2", "--log-tokens", "2", "--batch-sizes", "1", "--out",
-             str(tmp_path)]  # fmt: skip
+    words = [
+        "lost",
+        "--machine",
+        "cpu",
+        "--calibration",
+        str(record),
+        "--policies",
+        "lru",
+        "--residency",
+        "0.5",
+        "--stacks",
+        "found",
+        "--tokens",
+        "2",
+        "--log-tokens",
+        "2",
+        "--batch-sizes",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert validate.main(words) == 3
     assert capsys.readouterr().err == "error: the device was lost: gone; what was finished by then is kept\n"
     assert len(pd.read_csv(tmp_path / "table.csv")) == 1
@@ -182,8 +279,9 @@ def test_a_calibration_writes_a_profile_that_simulates(tmp_path: Path, capsys: p
         (["mine", "--machine", "cuda", "--throttle", "1"], "throttle_gb_per_s"),
     ],
 )
-def test_calibrate_answers_mistakes_with_one_line(words: list[str], expected: str, tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_calibrate_answers_mistakes_with_one_line(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = words if "--machine" in words else [*words, "--machine", "cpu"]
     assert calibrate.main([*given, "--quick", "--config-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
@@ -206,8 +304,9 @@ def test_calibrate_answers_mistakes_with_one_line(words: list[str], expected: st
         (["mine", "--scale", "-1"], "--scale=-1"),
     ],
 )
-def test_validate_answers_mistakes_with_one_line(words: list[str], expected: str, tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_validate_answers_mistakes_with_one_line(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert validate.main([*words, "--machine", "cpu", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert expected in error

@@ -22,30 +22,33 @@ def test_the_bars() -> None:
     assert (BARS["cpu"].tpot, BARS["cpu"].stall, BARS["cpu"].late) == (0.10, 0.15, None)
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({}, HOLDS),
-    ({"tpot_error": 0.0199}, HOLDS),
-    ({"tpot_error": -0.0201}, MISSED),
-    ({"stall_error": 0.0499}, HOLDS),
-    ({"stall_error": -0.0501}, MISSED),
-    # A stall too small to have an error of its own is a share of TPOT.
-    ({"stall_counts": False, "stall_error": 9.0, "stall_error_of_tpot": 0.0199}, HOLDS),
-    ({"stall_counts": False, "stall_error": 9.0, "stall_error_of_tpot": 0.0201}, MISSED),
-    ({"stall_counts": False, "stall_noise": 9.0, "stall_noise_of_tpot": 0.0199}, HOLDS),
-    ({"stall_counts": False, "stall_noise_of_tpot": 0.0201}, NOISE),
-    # Noise up to the bar leaves the verdict, above it there is none: whether the error is large or small.
-    ({"tpot_noise": 0.02, "tpot_error": 0.0201}, MISSED),
-    ({"tpot_noise": 0.0201, "tpot_error": 0.0}, NOISE),
-    ({"tpot_noise": 0.0201, "tpot_error": 0.9}, NOISE),
-    ({"stall_noise": 0.0501, "stall_error": 0.9}, NOISE),
-    # What is missed for certain is missed, however noisy the other figure is.
-    ({"stall_noise": 0.9, "tpot_error": 0.03}, MISSED),
-    ({"tpot_noise": 0.9, "stall_error": 0.06}, MISSED),
-    ({"num_runs": 1, "tpot_error": 0.9}, ONCE),
-    ({"late_share": 0.02, "tpot_error": 0.9}, MISSED),
-    ({"late_share": 0.0201, "tpot_error": 0.9}, HOST_BOUND),
-    ({"late_share": 0.0201}, HOST_BOUND),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, HOLDS),
+        ({"tpot_error": 0.0199}, HOLDS),
+        ({"tpot_error": -0.0201}, MISSED),
+        ({"stall_error": 0.0499}, HOLDS),
+        ({"stall_error": -0.0501}, MISSED),
+        # A stall too small to have an error of its own is a share of TPOT.
+        ({"stall_counts": False, "stall_error": 9.0, "stall_error_of_tpot": 0.0199}, HOLDS),
+        ({"stall_counts": False, "stall_error": 9.0, "stall_error_of_tpot": 0.0201}, MISSED),
+        ({"stall_counts": False, "stall_noise": 9.0, "stall_noise_of_tpot": 0.0199}, HOLDS),
+        ({"stall_counts": False, "stall_noise_of_tpot": 0.0201}, NOISE),
+        # Noise up to the bar leaves the verdict, above it there is none: whether the error is large or small.
+        ({"tpot_noise": 0.02, "tpot_error": 0.0201}, MISSED),
+        ({"tpot_noise": 0.0201, "tpot_error": 0.0}, NOISE),
+        ({"tpot_noise": 0.0201, "tpot_error": 0.9}, NOISE),
+        ({"stall_noise": 0.0501, "stall_error": 0.9}, NOISE),
+        # What is missed for certain is missed, however noisy the other figure is.
+        ({"stall_noise": 0.9, "tpot_error": 0.03}, MISSED),
+        ({"tpot_noise": 0.9, "stall_error": 0.06}, MISSED),
+        ({"num_runs": 1, "tpot_error": 0.9}, ONCE),
+        ({"late_share": 0.02, "tpot_error": 0.9}, MISSED),
+        ({"late_share": 0.0201, "tpot_error": 0.9}, HOST_BOUND),
+        ({"late_share": 0.0201}, HOST_BOUND),
+    ],
+)
 def test_each_verdict_on_both_sides_of_its_border(changes: dict[str, Any], expected: str) -> None:
     assert verdict(row(**changes), GPU) == expected
 
@@ -55,9 +58,13 @@ def test_a_cpu_machines_host_is_charged_and_no_excuse() -> None:
 
 
 def test_worst_and_mean_are_of_judged_rows_alone() -> None:
-    found = judged(row("lru", tpot_error=0.01, stall_error=-0.04), row("oracle", tpot_error=-0.03, stall_error=0.02),
-                   row("adaptive", noise=0.5, tpot_error=0.4), row("fixed_1", late_share=0.5, tpot_error=0.7),
-                   row("two_level", num_runs=1, tpot_error=0.8))  # fmt: skip
+    found = judged(
+        row("lru", tpot_error=0.01, stall_error=-0.04),
+        row("oracle", tpot_error=-0.03, stall_error=0.02),
+        row("adaptive", noise=0.5, tpot_error=0.4),
+        row("fixed_1", late_share=0.5, tpot_error=0.7),
+        row("two_level", num_runs=1, tpot_error=0.8),
+    )
     assert (found["num_rows"], found["num_judged"], found["rows_with_stall"]) == (5, 2, 2)
     assert found["worst_tpot_error"] == pytest.approx(0.03)
     assert found["mean_tpot_error"] == pytest.approx(0.02)
@@ -72,7 +79,8 @@ def test_a_tenth_of_noise_is_shown_and_more_is_not() -> None:
     good = [row(f"p{number}") for number in range(9)]
     assert judged(*good, row("noisy", noise=0.03))["not_shown"] == []
     assert judged(*good[:8], row("noisy", noise=0.03))["not_shown"] == [
-        "rows that differ from themselves by more than a bar: 1, 11 % (at most 10 % may)"]  # fmt: skip
+        "rows that differ from themselves by more than a bar: 1, 11 % (at most 10 % may)"
+    ]
     # Rows that are not judged anyway are no part of the ten.
     assert judged(*good, row("noisy", noise=0.03), row("slow", late_share=1.0))["not_shown"] == []
 

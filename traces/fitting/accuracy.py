@@ -62,11 +62,15 @@ class Accuracy:
         count, chance, hits = self.bins
         gap = np.abs(chance - hits).sum() / max(count.sum(), 1.0)
         return {
-            "recall_k": recall[0], "recall_k2": recall[1], "recall_2k": recall[2],
+            "recall_k": recall[0],
+            "recall_k2": recall[1],
+            "recall_2k": recall[2],
             "precision_50": self.named_right / self.named if self.named else float("nan"),
-            "named_50": self.named / max(self.num_decisions, 1), "ece": float(gap),
-            "log_loss": self.loss / max(self.num_points, 1), "num_decisions": float(self.num_decisions),
-        }  # fmt: skip
+            "named_50": self.named / max(self.num_decisions, 1),
+            "ece": float(gap),
+            "log_loss": self.loss / max(self.num_points, 1),
+            "num_decisions": float(self.num_decisions),
+        }
 
 
 def fit_decay(recalls: Sequence[float]) -> dict[str, float]:

@@ -182,8 +182,10 @@ class ForestBaseline:
             arrays = fit_forest(trace, training.report, options)[0]
         self.forest = Forest(arrays, trace.num_layers, trace.num_experts)
         if training.distances > self.forest.D:
-            raise TraceError(f"{training.files['forest']}: is fitted to {self.forest.D} distances, "
-                             f"{training.distances} are compared; fit it anew")  # fmt: skip
+            raise TraceError(
+                f"{training.files['forest']}: is fitted to {self.forest.D} distances, "
+                f"{training.distances} are compared; fit it anew"
+            )
         self.num_bytes = sum(array.nbytes for array in arrays.values())
 
     def scores(self, block: RowBlock, layer: int, distance: int) -> Floats:
@@ -205,8 +207,10 @@ class NetworkBaseline:
             arrays = fit_hybrid(self.trace, training.report, options)[0]
         self.net = HistoryNetwork(arrays, self.trace.num_layers, self.trace.num_experts)
         if training.distances > self.net.D:
-            raise TraceError(f"{training.files['hybrid']}: is fitted to {self.net.D} distances, "
-                             f"{training.distances} are compared; fit it anew")  # fmt: skip
+            raise TraceError(
+                f"{training.files['hybrid']}: is fitted to {self.net.D} distances, "
+                f"{training.distances} are compared; fit it anew"
+            )
         self.num_bytes = sum(array.nbytes for array in arrays.values())
         self.memory, self.seen = self.net.begin(), -1
 

@@ -51,9 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", help="a trace file, or a quoted glob")
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("options", nargs="*", metavar="key=value", help="kind=, and options of the kind, listed below")
-    lines = ["options, by kind (defaults shown; max_mb: 10^6 bytes of the file; rows: pairs of row and distance that",
-             "each target layer is fitted on; distances: layers ahead):",
-             *(f"  kind={kind} {listed_options(fit_of(kind)[1])}" for kind in FITS), "", _EXAMPLES]  # fmt: skip
+    lines = [
+        "options, by kind (defaults shown; max_mb: 10^6 bytes of the file; rows: pairs of row and distance that",
+        "each target layer is fitted on; distances: layers ahead):",
+        *(f"  kind={kind} {listed_options(fit_of(kind)[1])}" for kind in FITS),
+        "",
+        _EXAMPLES,
+    ]
     parser.epilog = "\n".join(lines)
 
 
@@ -69,13 +73,19 @@ def run(args: argparse.Namespace) -> int:
     words = [word for word in args.options if not word.startswith("kind=")]
     options = make_options(**parse_options(kind, make_options, words, ZERO_ALLOWED))
     if not args.output.absolute().parent.is_dir():
-        raise fault(args.output, "file", f"the folder {args.output.absolute().parent} does not exist",
-                    "create it first")  # fmt: skip
+        raise fault(
+            args.output, "file", f"the folder {args.output.absolute().parent} does not exist", "create it first"
+        )
     trace = open_trace(args.trace)
     with asked_for_by(f"kind={kind}"):
         arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), options)
-    told = {"format": f"expertflow-{kind}", "model": trace.model, "trace_sha256": trace.sha256(),
-            "source": trace.header["source"], "license": trace.header["license"]}  # fmt: skip
+    told = {
+        "format": f"expertflow-{kind}",
+        "model": trace.model,
+        "trace_sha256": trace.sha256(),
+        "source": trace.header["source"],
+        "license": trace.header["license"],
+    }
     write_fitted(args.output, arrays, told | header)
     print(f"wrote {args.output}: {kind} for {trace.model}, {args.output.stat().st_size / 1e6:.2f} MB")
     return 0

@@ -105,8 +105,9 @@ def read_dataset(trace: Trace, requests: range, discount: float, like: Dataset |
         ahead = discount * ahead + (1 - discount) * chosen[row + 1]
         future[row] = ahead
     last = np.append(starts[1:], True)
-    return Dataset(weights, experts, routing.reshape(T, -1), chosen, sums, use, shares, future, last, mean_routing,
-                   frequency)  # fmt: skip
+    return Dataset(
+        weights, experts, routing.reshape(T, -1), chosen, sums, use, shares, future, last, mean_routing, frequency
+    )
 
 
 def log_use(use: npt.NDArray[Any]) -> npt.NDArray[Any]:

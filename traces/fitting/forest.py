@@ -46,8 +46,13 @@ class Growing:
     calibrated: bool = True
 
     def __post_init__(self) -> None:
-        for key, low, high in (("distances", 1, 64), ("rows", 1, 1 << 24), ("trees", 1, 1024), ("depth", 1, 15),
-                               ("least", 1, 1 << 20)):  # fmt: skip
+        for key, low, high in (
+            ("distances", 1, 64),
+            ("rows", 1, 1 << 24),
+            ("trees", 1, 1024),
+            ("depth", 1, 15),
+            ("least", 1, 1 << 20),
+        ):
             if not low <= getattr(self, key) <= high:
                 raise TraceError(f"{key}={getattr(self, key)} must be a whole number in {low} … {high}")
 
@@ -57,8 +62,10 @@ class Growing:
         # Of each leaf int8 [E], of each inner node (one fewer) four int16.
         most = int((1e6 * self.mb - fixed) // (num_layers * self.trees * (num_experts + 8)))
         if most < 2:
-            raise TraceError(f"max_mb={self.mb:g} is too little for {num_layers} layers of {self.trees} trees of "
-                             f"{num_experts} experts; raise it, or lower trees")  # fmt: skip
+            raise TraceError(
+                f"max_mb={self.mb:g} is too little for {num_layers} layers of {self.trees} trees of "
+                f"{num_experts} experts; raise it, or lower trees"
+            )
         return min(most, 1 << self.depth)
 
 
@@ -80,8 +87,12 @@ def draw_samples(trace: Trace, requests: range, distances: int, rows: int, seed:
     size = min(rows, total)
     draws = np.random.default_rng(seed)
     wanted = np.stack([np.sort(draws.permutation(total)[:size]) for _ in range(L)])
-    made = [Sample(layer, np.zeros((size, num_features(E)), np.int16), np.zeros((size, E), np.int8),
-                   np.zeros(size, np.int64)) for layer in range(L)]  # fmt: skip
+    made = [
+        Sample(
+            layer, np.zeros((size, num_features(E)), np.int16), np.zeros((size, E), np.int8), np.zeros(size, np.int64)
+        )
+        for layer in range(L)
+    ]
     filled = [0] * L
     for block in row_blocks(trace, requests):
         low, high = (block.first - first) * distances, (block.first - first + block.num_rows) * distances
@@ -150,9 +161,14 @@ def grow(sample: Sample, base: Floats, growing: Growing, leaves: int, seed: int)
     from sklearn.ensemble import RandomForestRegressor  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     forest = RandomForestRegressor(
-        growing.trees, max_depth=growing.depth, min_samples_leaf=growing.least, max_leaf_nodes=leaves,
-        max_features=growing.features, random_state=seed, n_jobs=1,
-    )  # fmt: skip
+        growing.trees,
+        max_depth=growing.depth,
+        min_samples_leaf=growing.least,
+        max_leaf_nodes=leaves,
+        max_features=growing.features,
+        random_state=seed,
+        n_jobs=1,
+    )
     return forest.fit(sample.features.astype(np.float32), sample.chosen - base)
 
 
@@ -189,9 +205,9 @@ def join(trees: list[Packed], calibration: npt.NDArray[np.uint16], max_tokens: i
     }
 
 
-def grow_layers(samples: list[Sample], growing: Growing, num_experts: int, report: Report) -> Iterator[
-    tuple[npt.NDArray[np.uint16], Any]
-]:  # fmt: skip
+def grow_layers(
+    samples: list[Sample], growing: Growing, num_experts: int, report: Report
+) -> Iterator[tuple[npt.NDArray[np.uint16], Any]]:
     """(calibration [D, len(KNOTS)], sklearn forest) of each target layer."""
     leaves = growing.leaves_a_tree(len(samples), num_experts)
     for layer, sample in enumerate(samples):
@@ -199,8 +215,10 @@ def grow_layers(samples: list[Sample], growing: Growing, num_experts: int, repor
         D = growing.distances
         calibration = calibrate(sample, D, num_experts) if growing.calibrated else uncalibrated(D)
         forest = grow(sample, base_of(sample, calibration, num_experts), growing, leaves, growing.seed + layer)
-        report(f"layer {layer + 1} of {len(samples)}: {len(sample.distance)} rows, {growing.trees} trees of up to "
-               f"{leaves} leaves, {time.perf_counter() - start:.1f} s")  # fmt: skip
+        report(
+            f"layer {layer + 1} of {len(samples)}: {len(sample.distance)} rows, {growing.trees} trees of up to "
+            f"{leaves} leaves, {time.perf_counter() - start:.1f} s"
+        )
         yield calibration, forest
 
 
@@ -228,8 +246,10 @@ class ForestOptions:
 def fit_forest(trace: Trace, report: Report, options: ForestOptions) -> tuple[Arrays, dict[str, str]]:
     """Arrays of a `Forest`, and what the file's header says. TraceError where the trace cannot be fitted."""
     if not num_distances(trace):
-        raise TraceError(f"{trace.paths[0]}: holds no pre-gate (lookahead), which the forest corrects; record it with "
-                         "one, or fit another kind")  # fmt: skip
+        raise TraceError(
+            f"{trace.paths[0]}: holds no pre-gate (lookahead), which the forest corrects; record it with "
+            "one, or fit another kind"
+        )
     L, E = trace.num_layers, trace.num_experts
     distances = min(options.distances, num_distances(trace), L - 1)
     if distances < 1:
@@ -253,8 +273,12 @@ def fit_forest(trace: Trace, report: Report, options: ForestOptions) -> tuple[Ar
     told = asdict(options) | {"distances": distances}
     # The size shows in the file itself.
     del told["max_mb"]
-    header = {"fitted_to": trace.name, "num_tokens": str(int(trace.request_start[fitted.stop])),
-              "settings": json.dumps(told), **(judge.header() if held else {})}  # fmt: skip
+    header = {
+        "fitted_to": trace.name,
+        "num_tokens": str(int(trace.request_start[fitted.stop])),
+        "settings": json.dumps(told),
+        **(judge.header() if held else {}),
+    }
     for line in judge.lines(len(judged), held) if held else ["one request: nothing is held out"]:
         report(line)
     return arrays, header
@@ -294,16 +318,23 @@ class Judge:
     def header(self) -> dict[str, str]:
         """For the file."""
         names = ("pregate", "forest", "forest_rounded")
-        return {"held_out_recall": json.dumps(
-            {name: np.round(row, 4).tolist() for name, row in zip(names, self.recall(), strict=True)})}  # fmt: skip
+        return {
+            "held_out_recall": json.dumps(
+                {name: np.round(row, 4).tolist() for name, row in zip(names, self.recall(), strict=True)}
+            )
+        }
 
     def lines(self, num_layers: int, num_requests: int) -> list[str]:
         """For the user."""
-        shown = {name: " ".join(f"{value:.3f}" for value in row) for name, row in
-                 zip(("pre-gate", "forest", "rounded"), self.recall(), strict=True)}  # fmt: skip
+        shown = {
+            name: " ".join(f"{value:.3f}" for value in row)
+            for name, row in zip(("pre-gate", "forest", "rounded"), self.recall(), strict=True)
+        }
         head = f"recall@{self.k} by distance on {num_requests} held-out requests"
-        return [*(f"{head}, {name}: {text}" for name, text in shown.items()),
-                f"rounding the leaves moves a chance by at most {self.worst:.5f}"]  # fmt: skip
+        return [
+            *(f"{head}, {name}: {text}" for name, text in shown.items()),
+            f"rounding the leaves moves a chance by at most {self.worst:.5f}",
+        ]
 
 
 def whole_scores(arrays: Arrays, features: Small, distance: npt.NDArray[np.int64], num_experts: int) -> Floats:

@@ -29,7 +29,7 @@ from expertflow.network import (
     STATE_BITS,
     TOP,
     UNIT,
-)  # fmt: skip
+)
 from expertflow.units import NAT
 from traces.fitting.dataset import MAX_ROWS, WEIGHT_SUM, Dataset, log_use, read_dataset, read_pregate
 from traces.reader import Trace
@@ -214,8 +214,10 @@ def train(
             schedule.step()
             seen.append((float(chosen.detach()), float(soon.detach())))
         mean = np.mean(seen, axis=0)
-        report(f"pass {epoch + 1} of {training.epochs}: loss {mean[0]:.4f}, outlook {mean[1]:.4f}, "
-               f"{(time.monotonic() - began) / 60:.1f} min")  # fmt: skip
+        report(
+            f"pass {epoch + 1} of {training.epochs}: loss {mean[0]:.4f}, outlook {mean[1]:.4f}, "
+            f"{(time.monotonic() - began) / 60:.1f} min"
+        )
     return net.eval()
 
 
@@ -227,10 +229,23 @@ def to_integers(net: FloatNetwork, data: Dataset) -> dict[str, npt.NDArray[Any]]
         hidden = torch.relu(net.sums(batch.routing, batch.states)).numpy()
         after = torch.relu(net.base(batch.after) + net.place[0]).numpy()
         peaks = _peaks(np.concatenate([hidden.reshape(-1, hidden.shape[-1]), after]))
-        mixed_peaks = np.stack([
-            np.max([_peaks(torch.relu(torch.from_numpy(hidden[:, max(layer - 1 - gap, 0)]) @ net.mix[layer]
-                                      + net.mix_bias[gap, layer]).numpy()) for gap in (0, net.D - 1)], axis=0)
-            for layer in range(net.L)])  # fmt: skip
+        mixed_peaks = np.stack(
+            [
+                np.max(
+                    [
+                        _peaks(
+                            torch.relu(
+                                torch.from_numpy(hidden[:, max(layer - 1 - gap, 0)]) @ net.mix[layer]
+                                + net.mix_bias[gap, layer]
+                            ).numpy()
+                        )
+                        for gap in (0, net.D - 1)
+                    ],
+                    axis=0,
+                )
+                for layer in range(net.L)
+            ]
+        )
     values = {name: parameter.detach().double().numpy() for name, parameter in net.named_parameters()}
     L, E, H = values["layers"].shape
     arrays: dict[str, npt.NDArray[Any]] = {"rank_weights": data.weights.astype(np.int32)}
@@ -270,9 +285,7 @@ def _peaks(active: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.maximum(np.percentile(active, _PEAK_SHARE, axis=0), 1e-3).astype(np.float64)
 
 
-def _rows_to_bytes(
-    weights: npt.NDArray[np.float64], axis: int
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]:
+def _rows_to_bytes(weights: npt.NDArray[np.float64], axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]:
     """Weights to log-odds as bytes, and what turns sums of them into 1/1024 nat, in 2^-16; one scale per expert."""
     steps = np.maximum(np.abs(weights).max(axis=axis), 1e-9) / TOP
     return np.rint(weights / np.expand_dims(steps, axis)).astype(np.int8), np.rint(UNIT * NAT * steps).astype(np.int64)

@@ -27,8 +27,9 @@ class Pointwise:
 
     def __init__(self, training: Training) -> None:
         self.counts, self.base, self.top_k = training.transitions, training.calibrated, training.trace.top_k
-        self.models = [self._fit(*self._points(training, distance), training.seed)
-                       for distance in range(1, training.distances + 1)]  # fmt: skip
+        self.models = [
+            self._fit(*self._points(training, distance), training.seed) for distance in range(1, training.distances + 1)
+        ]
         # Whatever is shared counts for each.
         self.num_bytes = self.counts.num_bytes + self.base.num_bytes + sum(self._size(model) for model in self.models)
 
@@ -44,8 +45,11 @@ class Pointwise:
         target = layer + distance
         popularity = np.broadcast_to(self.counts.popularity[target], odds.shape)
         rank = np.argsort(np.argsort(-odds, axis=1, kind="stable"), axis=1) / odds.shape[1]
-        return np.stack([odds, odds - bar, calibrated, popularity + 2.0, now, before, block.before[:, target], rank],
-                        axis=2, dtype=np.float32)  # fmt: skip
+        return np.stack(
+            [odds, odds - bar, calibrated, popularity + 2.0, now, before, block.before[:, target], rank],
+            axis=2,
+            dtype=np.float32,
+        )
 
     def _points(self, training: Training, distance: int) -> tuple[Singles, Singles, Floats]:
         """Features [m, 8], whether chosen [m], and the calibrated pre-gate [m], of rows and layers drawn evenly."""
@@ -58,9 +62,13 @@ class Pointwise:
                 rows = np.flatnonzero(draws.random(block.num_rows) < share)
                 if len(rows):
                     some = block.take(rows)
-                    found.append((self.features(some, layer, distance).reshape(-1, self.NUM_FEATURES),
-                                  some.truth(layer, distance).ravel(),
-                                  self.base.scores(some, layer, distance).ravel()))  # fmt: skip
+                    found.append(
+                        (
+                            self.features(some, layer, distance).reshape(-1, self.NUM_FEATURES),
+                            some.truth(layer, distance).ravel(),
+                            self.base.scores(some, layer, distance).ravel(),
+                        )
+                    )
         return tuple(np.concatenate(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
 
     def scores(self, block: RowBlock, layer: int, distance: int) -> Floats:
@@ -141,8 +149,15 @@ class Perceptron(Pointwise):
             MLPClassifier,
         )
 
-        network = MLPClassifier((HIDDEN,), max_iter=12, batch_size=512, learning_rate_init=3e-3, random_state=seed,
-                                tol=0.0, n_iter_no_change=12)  # fmt: skip
+        network = MLPClassifier(
+            (HIDDEN,),
+            max_iter=12,
+            batch_size=512,
+            learning_rate_init=3e-3,
+            random_state=seed,
+            tol=0.0,
+            n_iter_no_change=12,
+        )
         with warnings.catch_warnings():
             # The passes are few on purpose.
             warnings.simplefilter("ignore")

@@ -48,9 +48,16 @@ class RowBlock:
 
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
         """Some of the rows; whatever their order."""
-        some = replace(self, chosen=self.chosen[rows], before=self.before[rows], after=self.after[rows],
-                       starts=self.starts[rows], ends=self.ends[rows], tokens=self.tokens[rows],
-                       _places=rows if self._places is None else self._places[rows])  # fmt: skip
+        some = replace(
+            self,
+            chosen=self.chosen[rows],
+            before=self.before[rows],
+            after=self.after[rows],
+            starts=self.starts[rows],
+            ends=self.ends[rows],
+            tokens=self.tokens[rows],
+            _places=rows if self._places is None else self._places[rows],
+        )
         some._shares = None
         some._pregate = (-1, None)
         return some
@@ -113,8 +120,9 @@ def row_blocks(trace: Trace, requests: range, size: int = BLOCK_ROWS) -> Iterato
         before = np.where(starts[:, None, None], 0, np.concatenate([last, chosen[:-1]])).astype(np.float32)
         ids = trace.token_ids
         tokens = np.full(end - first, -1) if ids is None else np.asarray(ids[first:end])
-        yield RowBlock(trace, first, chosen, before, held[1:], starts, ends, tokens.astype(np.int64),
-                       num_distances(trace) > 0)  # fmt: skip
+        yield RowBlock(
+            trace, first, chosen, before, held[1:], starts, ends, tokens.astype(np.int64), num_distances(trace) > 0
+        )
         last = chosen[-1:]
 
 

@@ -64,8 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write accuracy.csv and fits.csv to")
     parser.add_argument("--only", default="", help=f"some of them, with commas: {','.join(BASELINES)}")
     parser.add_argument("--distances", type=int, default=8, help="layers ahead (8, or as far as the pre-gate goes)")
-    parser.add_argument("--fitted", action="append", default=[], metavar="KIND=FILE",
-                        help="take a predictor of fit-predictor, e.g. forest=FILE; else it is fitted anew")  # fmt: skip
+    parser.add_argument(
+        "--fitted",
+        action="append",
+        default=[],
+        metavar="KIND=FILE",
+        help="take a predictor of fit-predictor, e.g. forest=FILE; else it is fitted anew",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
 
 
@@ -82,8 +87,10 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     usable = names if has_pregate(train, judged) else [name for name in names if name in ROUTING_ALONE]
     if not usable:
-        raise TraceError(f"{judged.paths[0]}: without a pre-gate in both traces none of {', '.join(names)} can be "
-                         f"compared; choose {' or '.join(ROUTING_ALONE)}")  # fmt: skip
+        raise TraceError(
+            f"{judged.paths[0]}: without a pre-gate in both traces none of {', '.join(names)} can be "
+            f"compared; choose {' or '.join(ROUTING_ALONE)}"
+        )
     if skipped := [name for name in names if name not in usable]:
         print(f"skipped, for want of a pre-gate in both traces: {', '.join(skipped)}\n")
 
@@ -97,8 +104,10 @@ def run(args: argparse.Namespace) -> int:
     fits = fit_rows(accuracy)
     write_csv(args.out / "accuracy.csv", accuracy)
     write_csv(args.out / "fits.csv", fits)
-    print(f"{judged.model}: fitted to {train.num_tokens} tokens of {train.name}, scored on {judged.num_tokens} of "
-          f"{judged.name}\n")  # fmt: skip
+    print(
+        f"{judged.model}: fitted to {train.num_tokens} tokens of {train.name}, scored on {judged.num_tokens} of "
+        f"{judged.name}\n"
+    )
     print("\n".join(markdown(accuracy, fits, costs, judged.top_k)))
     return 0
 
@@ -118,8 +127,9 @@ def fitted_files(words: Sequence[str]) -> dict[str, Path]:
     for word in words:
         kind, equals, path = word.partition("=")
         if not equals or kind not in BASELINES or not Path(path).is_file():
-            raise TraceError(f"--fitted={word}: must be KIND=FILE with a file that exists; kinds are among "
-                             f"{', '.join(BASELINES)}")  # fmt: skip
+            raise TraceError(
+                f"--fitted={word}: must be KIND=FILE with a file that exists; kinds are among {', '.join(BASELINES)}"
+            )
         found[kind] = Path(path)
     return found
 
@@ -128,8 +138,12 @@ def check_pair(train: Trace, judged: Trace) -> None:
     """TraceError where the two are not of one model, or are the same."""
     for key in ("model", "num_layers", "num_experts", "top_k"):
         if (mine := getattr(judged, key)) != (theirs := getattr(train, key)):
-            raise fault(judged.paths[0], "header", f"{key} is {mine}, of the trace to fit to it is {theirs}",
-                        "compare on a trace of the same model")  # fmt: skip
+            raise fault(
+                judged.paths[0],
+                "header",
+                f"{key} is {mine}, of the trace to fit to it is {theirs}",
+                "compare on a trace of the same model",
+            )
     if train.num_layers < 2:
         raise fault(train.paths[0], "header", "has one layer", "there is nothing to look ahead to")
     if judged.sha256() == train.sha256():
@@ -163,8 +177,11 @@ def score(baselines: dict[str, Baseline], trace: Trace, distances: int) -> Rows:
                 truth = block.truth(layer, distance)
                 for name, baseline in baselines.items():
                     sums[name][distance - 1].add(baseline.scores(block, layer, distance), truth)
-    return [{"predictor": name, "distance": distance, **one.row()}
-            for name, by_distance in sums.items() for distance, one in enumerate(by_distance, 1)]  # fmt: skip
+    return [
+        {"predictor": name, "distance": distance, **one.row()}
+        for name, by_distance in sums.items()
+        for distance, one in enumerate(by_distance, 1)
+    ]
 
 
 def microseconds(baseline: Baseline, trace: Trace) -> float:
@@ -208,18 +225,45 @@ def markdown(accuracy: Rows, fits: Rows, costs: dict[str, tuple[int, float]], to
     """Tables for a person."""
     distances = sorted({row["distance"] for row in accuracy})
     lines = []
-    for key, title in (("recall_k", f"recall@{top_k}"), ("recall_2k", f"recall@{2 * top_k}"),
-                       ("ece", "calibration error"), ("log_loss", "log loss")):  # fmt: skip
-        lines += _table([title, *(f"d={d}" for d in distances)],
-                        ([name, *(f"{row[key]:.4f}" if key in ("ece", "log_loss") else f"{row[key]:.3f}"
-                                  for row in accuracy if row["predictor"] == name)] for name in costs))  # fmt: skip
-    lines += _table(["predictor", "model (kB)", "µs a decision"],
-                    ([name, f"{size / 1000:.0f}", "–" if np.isnan(time_us) else f"{time_us:.0f}"]
-                     for name, (size, time_us) in costs.items()))  # fmt: skip
+    for key, title in (
+        ("recall_k", f"recall@{top_k}"),
+        ("recall_2k", f"recall@{2 * top_k}"),
+        ("ece", "calibration error"),
+        ("log_loss", "log loss"),
+    ):
+        lines += _table(
+            [title, *(f"d={d}" for d in distances)],
+            (
+                [
+                    name,
+                    *(
+                        f"{row[key]:.4f}" if key in ("ece", "log_loss") else f"{row[key]:.3f}"
+                        for row in accuracy
+                        if row["predictor"] == name
+                    ),
+                ]
+                for name in costs
+            ),
+        )
+    lines += _table(
+        ["predictor", "model (kB)", "µs a decision"],
+        (
+            [name, f"{size / 1000:.0f}", "–" if np.isnan(time_us) else f"{time_us:.0f}"]
+            for name, (size, time_us) in costs.items()
+        ),
+    )
     heads = ["a·e^(−b·d)+c", "a", "b", "c", "rmse", "the paper's c (DeepSeek, Qwen1.5, Qwen2) [2], reader-reported"]
-    lines += _table(heads, ([fit["predictor"], *(f"{fit[key]:.3f}" for key in ("a", "b", "c", "rmse")),
-                             ", ".join(f"{value:.3f}" for value in READER_REPORTED.get(fit["predictor"], {}).values())]
-                            for fit in fits))  # fmt: skip
+    lines += _table(
+        heads,
+        (
+            [
+                fit["predictor"],
+                *(f"{fit[key]:.3f}" for key in ("a", "b", "c", "rmse")),
+                ", ".join(f"{value:.3f}" for value in READER_REPORTED.get(fit["predictor"], {}).values()),
+            ]
+            for fit in fits
+        ),
+    )
     return lines[:-1]
 
 

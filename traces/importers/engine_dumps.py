@@ -193,8 +193,12 @@ def _answer(path: Path, place: str, value: Any, num_layers: int, top_k: int) -> 
 
 def _dump(path: Path, place: str, tables: list[dict[str, Any]], num_layers: int, top_k: int) -> _Dump:
     """A request from the tables that speak of it, nearest first."""
-    tables = [part for table in tables for part in (table, table.get("meta_info"), table.get("usage"))
-              if isinstance(part, dict)]  # fmt: skip
+    tables = [
+        part
+        for table in tables
+        for part in (table, table.get("meta_info"), table.get("usage"))
+        if isinstance(part, dict)
+    ]
 
     def look_up(key: str) -> Any:
         return next((table[key] for table in tables if table.get(key) is not None), None)
@@ -213,8 +217,11 @@ def _dump(path: Path, place: str, tables: list[dict[str, Any]], num_layers: int,
         ids, prompt = np.concatenate([ahead, ids]), len(ahead)
     else:
         token_ids = look_up("prompt_token_ids")
-        counts = [look_up("prompt_tokens"), look_up("prompt_len"),
-                  len(token_ids) if isinstance(token_ids, list) else None]  # fmt: skip
+        counts = [
+            look_up("prompt_tokens"),
+            look_up("prompt_len"),
+            len(token_ids) if isinstance(token_ids, list) else None,
+        ]
         prompt = next((_count(path, place, "prompt length", count) for count in counts if count is not None), None)
     start = look_up("routed_experts_start_len")
     return _Dump(path, place, ids, prompt, 0 if start is None else _count(path, place, "start", start))
@@ -276,9 +283,10 @@ def _moe_layers(source: str | Path, dumps: list[_Dump], dense_layers: int) -> tu
     if dense_layers >= num_layers:
         raise fault(source, "source", f"has {num_layers} layers, all dense", "correct dense_layers")
     kept = [
-        layer for layer in range(dense_layers, num_layers)
+        layer
+        for layer in range(dense_layers, num_layers)
         if top_k == 1 or not all(bool(np.all(_unset(dump.ids[:, layer]))) for dump in dumps)
-    ]  # fmt: skip
+    ]
     if not kept:
         raise fault(source, "source", "has no layer in which tokens choose different experts", _SHAPE)
     left_out = sorted(set(range(num_layers)) - set(kept))

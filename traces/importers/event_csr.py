@@ -122,8 +122,11 @@ def _load(path: Path, arrays: dict[str, Array]) -> _Events:
     if missing:
         raise fault(path, f"array {missing[0]}", "is missing", _REMEDY)
     num_events, num_entries = arrays["request"].size, arrays["expert_ids"].size
-    sizes = {**dict.fromkeys(EVENT_ARRAYS, num_events), "offsets": num_events + 1,
-             **dict.fromkeys(ENTRY_ARRAYS, num_entries)}  # fmt: skip
+    sizes = {
+        **dict.fromkeys(EVENT_ARRAYS, num_events),
+        "offsets": num_events + 1,
+        **dict.fromkeys(ENTRY_ARRAYS, num_entries),
+    }
     for name, size in sizes.items():
         if arrays[name].shape != (size,):
             raise fault(path, f"array {name}", f"has the shape {list(arrays[name].shape)}, not [{size}]", _REMEDY)
@@ -200,8 +203,15 @@ def _forwards(events: _Events, prefill_phase: int) -> _Forwards:
         problem = f"no forward has all {layers.size} layers with one token_count and one phase"
         raise fault(events.path, "events", problem, _REMEDY)
     kept = starts[whole]
-    return _Forwards(request[kept], when[kept], tokens[kept], phase[kept] == prefill_phase,
-                     order[kept[:, None] + np.arange(layers.size)], layers, int((~whole).sum()))  # fmt: skip
+    return _Forwards(
+        request[kept],
+        when[kept],
+        tokens[kept],
+        phase[kept] == prefill_phase,
+        order[kept[:, None] + np.arange(layers.size)],
+        layers,
+        int((~whole).sum()),
+    )
 
 
 def _admission(request: Ints, time: Ints) -> Ints:
@@ -235,8 +245,16 @@ def _requests(events: _Events, forwards: _Forwards, progress: Progress | None) -
         tokens, name = forwards.tokens[low:high], f"request {forwards.request[low]}"
         if (np.diff(prefill.astype(np.int8)) > 0).any():
             raise fault(events.path, name, "has a prefill forward after a decode forward", "swap prefill_phase")
-        result.append(Request(experts[span], weights[span], int(tokens[prefill].sum()), None, name,
-                              np.repeat(forward_id[low:high], tokens).astype(np.int64)))  # fmt: skip
+        result.append(
+            Request(
+                experts[span],
+                weights[span],
+                int(tokens[prefill].sum()),
+                None,
+                name,
+                np.repeat(forward_id[low:high], tokens).astype(np.int64),
+            )
+        )
     return result
 
 

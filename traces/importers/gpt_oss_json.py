@@ -174,8 +174,12 @@ def _request(path: Path, where: str, record: dict[str, Any], num_experts: int, c
         experts.append([ids for ids, _ in rows])
         weights.append([probs for _, probs in rows])
     label = f"{record.get('dataset', '')}/{record.get('category', '')}"
-    return Request(_padded(experts, -1).astype(np.int32), _padded(weights, 0).astype(np.float16),
-                   context_len=first if context else None, label=label)  # fmt: skip
+    return Request(
+        _padded(experts, -1).astype(np.int32),
+        _padded(weights, 0).astype(np.float16),
+        context_len=first if context else None,
+        label=label,
+    )
 
 
 def _token(token: object) -> tuple[int, dict[str, Any]]:

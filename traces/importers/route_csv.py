@@ -83,9 +83,7 @@ def import_route_csv(
         notes.append(f"{num_changed} prompt tokens lack a layer: {_DONE[incomplete]}")
     if not all(request.weights is not None for request in requests):
         notes.append("weights left out: some are nan")
-    about = About(
-        model=model, num_experts=num_experts, source="route trace CSV", license=license, moe_layer_ids=layers
-    )
+    about = About(model=model, num_experts=num_experts, source="route trace CSV", license=license, moe_layer_ids=layers)
     return write_requests(output, requests, about, notes)
 
 
@@ -133,10 +131,15 @@ def _facts(
         raise fault(source, "source", "names no model", "give model=<a name of conf/model>")
     num_experts = num_experts or max((int(match["num_experts"]) for match in found), default=0)
     where = max(
-        ((expert, path, token.line) for path, _, steps in turns for token in steps.values()
-         for slots in token.layers.values() for expert, _ in slots.values()),
+        (
+            (expert, path, token.line)
+            for path, _, steps in turns
+            for token in steps.values()
+            for slots in token.layers.values()
+            for expert, _ in slots.values()
+        ),
         key=lambda item: item[0],
-    )  # fmt: skip
+    )
     if not num_experts:
         num_experts = where[0] + 1
         notes.append(f"num_experts={num_experts}, the highest id and one; give num_experts= if there are more")

@@ -63,9 +63,14 @@ def generate(model: Any, prompts: Sequence[Prompt], sampling: Sampling, batch: i
     mask = [[0] * (width - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in prompts]
     drawn: dict[str, Any] = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
-        do_sample=sampling.temperature > 0, max_new_tokens=sampling.max_new_tokens, repetition_penalty=1.0,
-        eos_token_id=list(ends) or None, pad_token_id=pad, use_cache=True, **(drawn if sampling.temperature else {}),
-    )  # fmt: skip
+        do_sample=sampling.temperature > 0,
+        max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=1.0,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad,
+        use_cache=True,
+        **(drawn if sampling.temperature else {}),
+    )
     devices = [device] if device.type == "cuda" else []
     own = model.generation_config
     # What a configuration leaves open is filled in from the model's own: penalties and filters nobody chose here.

@@ -19,14 +19,27 @@ from torch import nn
 from traces.recorder.recording import Tap
 
 NUM_EXPERTS_KEYS = (
-    "num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts",
-    "moe_num_routed_experts", "n_experts",
-)  # fmt: skip
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "num_routed_experts",
+    "moe_num_experts",
+    "moe_num_routed_experts",
+    "n_experts",
+)
 # top_k comes last: configurations of older releases also use it for sampling.
 TOP_K_KEYS = (
-    "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "experts_per_token", "moe_topk",
-    "moe_top_k", "moe_k", "moe_router_topk", "top_k_experts", "top_k",
-)  # fmt: skip
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_selected_experts",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "moe_router_topk",
+    "top_k_experts",
+    "top_k",
+)
 NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _PROBE_TOKENS = 5
 _REMEDY = "record it with traces.recorder.recording.Recording and explicit taps"
@@ -164,10 +177,11 @@ def _tap(index: int, layer: nn.Module, calls: list[_Call], num_experts: int, top
         (name, module) for name, module in layer.named_modules() if name and _holds_experts(module, num_experts)
     ]
     routers = [
-        call for call in calls
+        call
+        for call in calls
         if _owns_router_weight(call, num_experts)
         and not any(name == call.name or name.startswith(f"{call.name}.") for name, _ in containers)
-    ]  # fmt: skip
+    ]
     deciding = [call for call in routers if any(_is_choice(t, num_experts, top_k) for t in call.outputs)]
     scoring = [call for call in routers if any(_is_logits(t, num_experts) for t in call.outputs)]
     # A projection can be num_experts wide by chance; a router of logits alone stands beside its experts.
@@ -186,8 +200,9 @@ def _tap(index: int, layer: nn.Module, calls: list[_Call], num_experts: int, top
     router = found[0]
     if weight is None:
         _check_repeatable(index, router)
-    near = [module for name, module in containers
-            if f"{router.name}.".startswith(f"{_parent(name)}.") or not _parent(name)]  # fmt: skip
+    near = [
+        module for name, module in containers if f"{router.name}.".startswith(f"{_parent(name)}.") or not _parent(name)
+    ]
     experts = near[0] if len(near) == 1 else None
     return Tap(index, router.module, _norm_of(router, calls), experts, weight)
 
@@ -217,16 +232,18 @@ def _owns_router_weight(call: _Call, num_experts: int) -> bool:
 
 def _is_choice(tensor: torch.Tensor, num_experts: int, top_k: int) -> bool:
     return (
-        not tensor.is_floating_point() and tensor.dtype != torch.bool and tensor.ndim > 0
-        and tensor.numel() == _PROBE_TOKENS * top_k and bool(((tensor >= 0) & (tensor < num_experts)).all())
-    )  # fmt: skip
+        not tensor.is_floating_point()
+        and tensor.dtype != torch.bool
+        and tensor.ndim > 0
+        and tensor.numel() == _PROBE_TOKENS * top_k
+        and bool(((tensor >= 0) & (tensor < num_experts)).all())
+    )
 
 
 def _is_logits(tensor: torch.Tensor, num_experts: int) -> bool:
     return (
-        tensor.is_floating_point() and tensor.numel() == _PROBE_TOKENS * num_experts
-        and tensor.shape[-1] == num_experts
-    )  # fmt: skip
+        tensor.is_floating_point() and tensor.numel() == _PROBE_TOKENS * num_experts and tensor.shape[-1] == num_experts
+    )
 
 
 def _bare(calls: list[_Call], num_experts: int, containers: list[str]) -> tuple[list[_Call], torch.Tensor | None]:

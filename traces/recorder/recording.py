@@ -273,8 +273,9 @@ class Recording:
         if len(weights) == len(choices):
             arrays["weights"] = _host(weights)
         if self.keep_logits:
-            arrays["logits"] = _host([layer.logits.to(torch.float16) for layer in self._layers
-                                      if layer.logits is not None])  # fmt: skip
+            arrays["logits"] = _host(
+                [layer.logits.to(torch.float16) for layer in self._layers if layer.logits is not None]
+            )
         hits = {}
         for kind in self.kinds if self.lookahead else ():
             hits[kind] = self._gather(kind, choices, arrays)

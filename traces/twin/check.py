@@ -117,11 +117,16 @@ def check(folder: Path, tokens: int, device: str, console: Console) -> dict[str,
     sides = {"trained": describe(trained, num_experts), "control": describe(control, num_experts)}
     most = math.log2(num_experts)
     result = {
-        "twin": settings.config.name, "steps": state["step"], "tokens": stop, "requests": requests,
-        "max_entropy_bits": _round(most), "chance": _round(settings.config.top_k / num_experts), **sides,
+        "twin": settings.config.name,
+        "steps": state["step"],
+        "tokens": stop,
+        "requests": requests,
+        "max_entropy_bits": _round(most),
+        "chance": _round(settings.config.top_k / num_experts),
+        **sides,
         "even": sides["trained"]["entropy_bits"]["min"] >= _EVEN_SHARE * most,
         "learned": trained.loss < control.loss,
-    }  # fmt: skip
+    }
     print_table(result, console)
     checkpoint.replace_text(folder / "check.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -178,8 +183,12 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     """The one table that a person reads."""
     sides = [result["trained"], result["control"]]
     title = "{twin} after {steps} steps, {tokens} held-out tokens of {requests} requests".format_map(result)
-    table = Table(Column(""), *(Column(name, justify="right") for name in ("trained", "new routers")), title=title,
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        Column(""),
+        *(Column(name, justify="right") for name in ("trained", "new routers")),
+        title=title,
+        title_justify="left",
+    )
 
     def row(name: str, *path: str | int) -> None:
         values = list(sides)

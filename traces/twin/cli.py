@@ -78,16 +78,23 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands."""
     about = "Train narrow twins of MoE models on text at hand, and record their routing."
     parser = _Parser(
-        prog="python -m traces.twin", description=about, epilog=EXAMPLES[""],
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        prog="python -m traces.twin",
+        description=about,
+        epilog=EXAMPLES[""],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
     def add(name: str, about: str) -> argparse.ArgumentParser:
         return commands.add_parser(
-            name, help=about, description=about[0].upper() + about[1:] + ".", epilog=EXAMPLES[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        )  # fmt: skip
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     _add_train(add("train", "train a twin, or go on training it"))
     _add_record(add("record", "record a twin on documents it has not learned"))
@@ -154,8 +161,11 @@ def run_train(args: argparse.Namespace) -> int:
     trainer = train.Trainer(args.folder, pace)
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     config = trainer.settings.config
-    print(f"{config.name}: {count / 1e6:.1f} M parameters, {len(trainer.stream)} tokens of text, "
-          f"from step {trainer.step}", flush=True)  # fmt: skip
+    print(
+        f"{config.name}: {count / 1e6:.1f} M parameters, {len(trainer.stream)} tokens of text, "
+        f"from step {trainer.step}",
+        flush=True,
+    )
     step = trainer.run(lambda line: print(line, flush=True))
     print(f"stopped at step {step}; {args.folder} holds its checkpoint")
     return 0
@@ -182,24 +192,39 @@ def _check_unchanged(args: argparse.Namespace) -> None:
 
     settings = read_settings(args.folder)
     config = settings.config
-    have: dict[str, Any] = {**vars(settings), "width": config.width, "context": config.context,
-                            "vocab": config.vocab_size, "topology": config.name.removesuffix("-twin")}  # fmt: skip
+    have: dict[str, Any] = {
+        **vars(settings),
+        "width": config.width,
+        "context": config.context,
+        "vocab": config.vocab_size,
+        "topology": config.name.removesuffix("-twin"),
+    }
     for key in ("topology", *_FIXED):
         value = getattr(args, key)
         if key == "vocab" and value is not None and value >= have[key]:
             continue  # little text makes fewer tokens than were asked for
         if value is not None and value != have[key]:
             shown = key if key == "topology" else f"--{key}"
-            raise ValueError(f"{shown} {value}: {args.folder} was begun with {have[key]}; leave it out, "
-                             "or begin another in a new folder")  # fmt: skip
+            raise ValueError(
+                f"{shown} {value}: {args.folder} was begun with {have[key]}; leave it out, "
+                "or begin another in a new folder"
+            )
 
 
 def run_record(args: argparse.Namespace) -> int:
     """Record both splits."""
     from traces.twin.record import Plan, record
 
-    plan = Plan((args.train_tokens, args.eval_tokens), args.prompt, args.decode, args.how, args.temperature, args.seed,
-                args.ahead, args.device)  # fmt: skip
+    plan = Plan(
+        (args.train_tokens, args.eval_tokens),
+        args.prompt,
+        args.decode,
+        args.how,
+        args.temperature,
+        args.seed,
+        args.ahead,
+        args.device,
+    )
     record(args.folder, plan, lambda line: print(line, flush=True))
     return 0
 

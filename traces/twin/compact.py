@@ -108,9 +108,12 @@ def _num_fitting(trace: Trace, max_bytes: int) -> int:
 
 
 def ship(
-    sources: Sequence[tuple[Path, Path]], folder: Path, max_bytes: int, report: Callable[[str], None],
+    sources: Sequence[tuple[Path, Path]],
+    folder: Path,
+    max_bytes: int,
+    report: Callable[[str], None],
     train_share: float = TRAIN_SHARE,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Compact pairs of full traces (train, eval) into `folder`, all together within max_bytes; the paths written.
 
     Each pair gets an equal share, of which its train file takes `train_share`. ValueError on a fault in any.
@@ -126,8 +129,10 @@ def ship(
             size = target.stat().st_size
             total += size
             digest = hashlib.sha256(target.read_bytes()).hexdigest()
-            report(f"wrote {target}: {trace.num_requests} requests, {trace.num_tokens} tokens, {size / 1e6:.2f} MB, "
-                   f"sha256 {digest[:12]}")  # fmt: skip
+            report(
+                f"wrote {target}: {trace.num_requests} requests, {trace.num_tokens} tokens, {size / 1e6:.2f} MB, "
+                f"sha256 {digest[:12]}"
+            )
             written.append(target)
     report(f"{total / 1e6:.2f} MB of {max_bytes / 1e6:.2f}")
     return written

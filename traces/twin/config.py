@@ -89,18 +89,36 @@ class TwinConfig:
 # sharp, and a training of minutes has no time for that: routed_scale 4, about √(E/K), stands in for it.
 _TOPOLOGIES: Mapping[str, Mapping[str, Any]] = {
     "deepseek-v2-lite": {
-        "num_layers": 26, "num_experts": 64, "top_k": 6, "num_dense_layers": 1, "routed_scale": 4.0,
-        "expert": 0.375, "shared": 0.75, "dense": 3.0,
+        "num_layers": 26,
+        "num_experts": 64,
+        "top_k": 6,
+        "num_dense_layers": 1,
+        "routed_scale": 4.0,
+        "expert": 0.375,
+        "shared": 0.75,
+        "dense": 3.0,
     },
     "qwen1.5-moe-a2.7b": {
-        "num_layers": 24, "num_experts": 60, "top_k": 4, "shared_gate": True, "routed_scale": 4.0,
-        "expert": 0.375, "shared": 0.75, "dense": 0.0,
+        "num_layers": 24,
+        "num_experts": 60,
+        "top_k": 4,
+        "shared_gate": True,
+        "routed_scale": 4.0,
+        "expert": 0.375,
+        "shared": 0.75,
+        "dense": 0.0,
     },
     "gpt-oss-20b": {
-        "num_layers": 24, "num_experts": 32, "top_k": 4, "normalised": True, "router_bias": True,
-        "expert": 0.75, "shared": 0.0, "dense": 0.0,
+        "num_layers": 24,
+        "num_experts": 32,
+        "top_k": 4,
+        "normalised": True,
+        "router_bias": True,
+        "expert": 0.75,
+        "shared": 0.0,
+        "dense": 0.0,
     },
-}  # fmt: skip
+}
 TOPOLOGIES = tuple(_TOPOLOGIES)
 
 

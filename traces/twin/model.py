@@ -101,9 +101,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, states: Tensor, rotation: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None) -> tuple[
-        Tensor, tuple[Tensor, Tensor]
-    ]:  # fmt: skip
+    def forward(
+        self, states: Tensor, rotation: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """states [B,S,W] at positions after `past` → [B,S,W], and keys and values with theirs added."""
         batch, length, width = states.shape
         heads = self.qkv(states).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -191,8 +191,9 @@ class Twin(nn.Module):
     @property
     def moe_blocks(self) -> list[tuple[int, Block]]:
         """The MoE layers with their indices among all layers."""
-        return [(index, block) for index, block in enumerate(self.layers)
-                if isinstance(block, Block) and not block.dense]  # fmt: skip
+        return [
+            (index, block) for index, block in enumerate(self.layers) if isinstance(block, Block) and not block.dense
+        ]
 
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, routing: list[tuple[Tensor, Tensor]] | None = None

@@ -109,9 +109,14 @@ def make_recording(model: Twin, ahead: int, on_forward: Callable[[Rows], None]) 
     """A full recording, `ahead` layers ahead or as far as the model goes."""
     config = model.config
     return Recording(
-        model, taps(model), num_experts=config.num_experts, top_k=config.top_k,
-        lookahead=min(ahead, config.num_layers - 1), full=True, on_forward=on_forward,
-    )  # fmt: skip
+        model,
+        taps(model),
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        lookahead=min(ahead, config.num_layers - 1),
+        full=True,
+        on_forward=on_forward,
+    )
 
 
 def run_piece(model: Twin, piece: Piece, plan: Plan, number: int) -> tuple[list[int], list[int]]:
@@ -199,12 +204,18 @@ def record_pieces(
         writers = {
             kind: stack.enter_context(
                 TraceWriter(
-                    path, model=config.name, num_experts=config.num_experts, source=source, license=license,
-                    moe_layer_ids=[index for index, _ in model.moe_blocks], pregate=kind, **header,
+                    path,
+                    model=config.name,
+                    num_experts=config.num_experts,
+                    source=source,
+                    license=license,
+                    moe_layer_ids=[index for index, _ in model.moe_blocks],
+                    pregate=kind,
+                    **header,
                 )
             )
             for kind, path in targets.items()
-        }  # fmt: skip
+        }
         stack.enter_context(make_recording(model, plan.ahead, forwards.append))
         for number, piece in enumerate(some):
             forwards.clear()
@@ -238,10 +249,16 @@ def _header(settings: checkpoint.Settings, state: dict[str, Any], plan: Plan, sp
     decode = {"teacher": "teacher-forced", "greedy": "greedy", "sample": f"temperature={plan.temperature:g}"}[plan.how]
     tokens = int(state["step"]) * settings.batch * settings.config.context
     return {
-        "capture": "hooks on a twin in float32 (traces.twin)", "decode": decode, "split": split,
-        "twin": json.dumps(settings.config.to_json(), sort_keys=True), "training_steps": str(state["step"]),
-        "training_tokens": str(tokens), "training_seed": str(settings.seed), "seed": str(plan.seed),
-        "text": "a folder" if settings.text else "the Python standard library", "text_sha256": settings.text_sha256,
+        "capture": "hooks on a twin in float32 (traces.twin)",
+        "decode": decode,
+        "split": split,
+        "twin": json.dumps(settings.config.to_json(), sort_keys=True),
+        "training_steps": str(state["step"]),
+        "training_tokens": str(tokens),
+        "training_seed": str(settings.seed),
+        "seed": str(plan.seed),
+        "text": "a folder" if settings.text else "the Python standard library",
+        "text_sha256": settings.text_sha256,
         "embedding_projection": f"normal projection to {EMBEDDING_DIMS} dimensions, variance 1/{EMBEDDING_DIMS}, "
-                     f"NumPy default_rng({PROJECTION_SEED}), of the input embeddings",
-    }  # fmt: skip
+        f"NumPy default_rng({PROJECTION_SEED}), of the input embeddings",
+    }

@@ -55,8 +55,12 @@ class Pace:
             raise ValueError("say how long to train: --minutes=25, or --steps=1000 in all")
         if self.minutes is not None and not 0 < self.minutes <= 100_000:
             raise ValueError(f"minutes={self.minutes} must be above 0 and at most 100000")
-        for key, low, high in (("steps", 1, 99_999_999), ("save_every", 1, 1 << 30), ("log_every", 1, 1 << 30),
-                               ("threads", 0, 4096)):  # fmt: skip
+        for key, low, high in (
+            ("steps", 1, 99_999_999),
+            ("save_every", 1, 1 << 30),
+            ("log_every", 1, 1 << 30),
+            ("threads", 0, 4096),
+        ):
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{key}={value} must be a whole number in {low} … {high}")
@@ -234,8 +238,18 @@ class Trainer:
     def _enter(self, rate: float, loss: float, even: float, load: float, held_out: float | None) -> str:
         tokens = self.step * self._tokens_per_step
         shown = "" if held_out is None else f"{held_out:.4f}"
-        self._curve.append((str(self.step), str(tokens), f"{self.seconds:.1f}", f"{rate:.0f}", f"{loss:.4f}",
-                            f"{even:.4f}", f"{load:.2f}", shown))  # fmt: skip
+        self._curve.append(
+            (
+                str(self.step),
+                str(tokens),
+                f"{self.seconds:.1f}",
+                f"{rate:.0f}",
+                f"{loss:.4f}",
+                f"{even:.4f}",
+                f"{load:.2f}",
+                shown,
+            )
+        )
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([CURVE, *self._curve])
         checkpoint.replace_text(self.folder / "loss.csv", text.getvalue())
