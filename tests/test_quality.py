@@ -37,7 +37,8 @@ def test_readme_gives_two_commands_and_ci_runs_the_second_with_lint_and_types_be
     run, test = commands("Two commands")
     *prepare, tests = steps(test)
     *needed, speed = ci_steps()
-    assert needed == [*prepare, f"{PYTHON} -m ruff check .", f"{PYTHON} -m mypy", tests]
+    lint = [f"{PYTHON} -m ruff check .", f"{PYTHON} -m ruff format --check ."]
+    assert needed == [*prepare, *lint, f"{PYTHON} -m mypy", tests]
     # Told behind all that CI may fail of: a shared machine is slow when it likes.
     assert speed.startswith(f"{PYTHON} -m sim.bench --check --repeat 3 || echo ")
     assert steps(test) == [
@@ -69,7 +70,9 @@ def test_ci_stops_at_the_first_failure_and_runs_from_the_project_folder() -> Non
 
 def test_pre_commit_checks_what_ci_checks() -> None:
     hooks = {hook["id"]: hook for repo in yaml.safe_load(PRE_COMMIT.read_text())["repos"] for hook in repo["hooks"]}
-    for name, command in (("ruff-check", "ruff check ."), ("mypy", "mypy")):
+    checks = {"ruff-check": "ruff check .", "ruff-format": "ruff format --check .", "mypy": "mypy"}
+    for name, command in checks.items():
+        assert "stages" not in hooks[name]
         assert f"{PYTHON} -m {command}" in ci_steps()
         assert hooks[name]["entry"] == f"python -m {command.removesuffix(' .')}"
     assert "check-added-large-files" in hooks
@@ -104,3 +107,14 @@ def test_every_part_that_the_docs_list_exists_and_none_is_left_out(part: str) ->
     row = next(row for row in rows_of("policies.md", "Parts") if row[0] == part)
     named = set(re.findall(r"`([a-z0-9_]+)`", row[1]))
     assert named == {path.stem for path in (ROOT / "conf" / "policy" / part).glob("*.yaml")}
+
+
+def test_no_line_is_exempt_from_the_formatter() -> None:
+    """`ruff format --check` passes over what such a comment covers."""
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("expertflow", "sim", "replay", "traces", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"#\s*fmt:\s*(skip|off)", path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
