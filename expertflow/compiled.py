@@ -28,8 +28,8 @@ def _compile(types: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(types, cache=True)(function)
-        except RuntimeError:
-            # Nowhere to keep it: compiled anew by each process.
+        except (RuntimeError, OSError):
+            # Nowhere to keep it, or no room: compiled anew by each process.
             return numba.njit(types)(function)
 
     return decorate

@@ -36,8 +36,8 @@ def use_own_folder(folder: str | Path | None) -> None:
         raise ValueError(f"--config-dir={folder}: no such folder; give one with model/, hardware/, policy/ … in it")
     if path == CONF:
         return
-    for shipped in sorted(CONF.rglob("*.yaml")):
-        name = shipped.relative_to(CONF)
+    shipped = {file.relative_to(conf) for conf in (CONF, ROOT / "replay" / "conf") for file in conf.rglob("*.yaml")}
+    for name in sorted(shipped):
         if (path / name).exists():
             raise ValueError(f"{Path(folder) / name}: a file of that name comes with the package; give yours another")
     _own.append(path)

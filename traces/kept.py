@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ MOST_BYTES = 2 << 30
 """What a folder may hold; the files that were used longest ago go first."""
 
 _FINISHED, _UNFINISHED = ".npy", ".tmp"
+_SUM_BYTES = 4
+"""Of the checksum behind the array: a file may have its size and yet lack its content after a power cut."""
 
 
 class KeptArrays:
@@ -42,9 +45,15 @@ class KeptArrays:
         path = self._path(name)
         try:
             found: npt.NDArray[Any] = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+            with path.open("rb") as file:
+                file.seek(-_SUM_BYTES, os.SEEK_END)
+                told = file.read()
+        except Exception:
+            # What is damaged may be taken for anything, a zip archive for one: it is made anew.
             return None
         if found.shape != shape or found.dtype != np.dtype(dtype) or not found.flags.c_contiguous:
+            return None
+        if crc32(found.reshape(-1).view(np.uint8).data).to_bytes(_SUM_BYTES, "big") != told:
             return None
         with suppress(OSError):
             os.utime(path)
@@ -67,7 +76,14 @@ class KeptArrays:
                 # Written, not mapped: a full disk is then an error that can be caught.
                 header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call, unused-ignore]
-                written = sum(file.write(np.ascontiguousarray(part, kind).data) for part in parts)
+                written = found = 0
+                for part in parts:
+                    rows = np.ascontiguousarray(part, kind).reshape(-1).view(np.uint8).data
+                    found = crc32(rows, found)
+                    written += file.write(rows)
+                file.write(found.to_bytes(_SUM_BYTES, "big"))
+                file.flush()
+                os.fsync(file.fileno())
             if written != num_bytes:
                 return False
             os.replace(unfinished, path)

@@ -103,6 +103,19 @@ def median_run(runs: Sequence[HostRun]) -> HostRun:
     return sorted(runs, key=lambda run: run[0])[len(runs) // 2]
 
 
+def middle_samples(runs: Sequence[HostRun]) -> dict[str, Any]:
+    """The samples of the run of median length; of an even number of runs the means of the two middle ones."""
+    ordered = sorted(runs, key=lambda run: run[0])
+    first, second = ordered[(len(runs) - 1) // 2][1], ordered[len(runs) // 2][1]
+    if first is second:
+        return dict(first)
+    return {
+        name: {key: (value + second[name][key]) / 2 for key, value in sample.items()}
+        for name, sample in first.items()
+        if name in second
+    }
+
+
 def _host_budget_gb(model: ModelSpec) -> float | None:
     """Host memory in GB for the experts of a short replay.
 

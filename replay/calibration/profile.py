@@ -231,8 +231,7 @@ def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]])
 
 
 def _line(points: list[tuple[float, int, float]]) -> tuple[float, float]:
-    """(value at 0, growth per unit of x) of the least-squares line through points (weight, x, y); neither is negative.
-    (value at 0, growth per unit of x) of the least-squares line through points (weight, x, y); neither is negative."""
+    """(value at 0, growth per unit of x) of the least-squares line through (weight, x, y); neither is negative."""
     total = sum(weight for weight, _, _ in points)
     mean_x = sum(weight * x for weight, x, _ in points) / total
     mean_y = sum(weight * y for weight, _, y in points) / total

@@ -10,7 +10,7 @@ from expertflow.machine import Record, Wait
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.calibration.hostspeed import tick_ns
-from replay.calibration.in_place import InPlace, median_run
+from replay.calibration.in_place import InPlace, middle_samples
 from replay.calibration.probe import HostRun
 from replay.calibration.record import named_model
 from replay.machine.device import Device
@@ -30,13 +30,15 @@ _CALLS = ("attention", "experts", "head", "copy", "decided")
 class TapedMachine:
     """A machine that keeps what it was asked to wait for and what it answered.
 
-    ticks_ns: how fast the host was, once a forward, while it waits for the first router; nothing else costs time.
+    ticks_ns: how fast the host was, once a forward, while it waits for the first router; nothing else costs time. None
+    are taken where the streams are threads of this interpreter: they would measure the waiting for each other.
     """
 
     def __init__(self, machine: RealMachine) -> None:
         self._machine, self._block = machine, machine.wait
         self.tape: list[tuple[Wait, Record]] = []
         self.ticks_ns: list[int] = []
+        self._ticks = machine.device.world != "cpu"
         self._begun = 0
         for name in _CALLS:
             # Straight through, without a call of our own.
@@ -52,7 +54,7 @@ class TapedMachine:
 
     def wait(self, wait: Wait) -> Record:
         """As the machine's."""
-        if self._begun > len(self.ticks_ns):
+        if self._ticks and self._begun > len(self.ticks_ns):
             self.ticks_ns.append(tick_ns())
         record = self._block(wait)
         self.tape.append((wait, record))
@@ -112,8 +114,8 @@ class Beside:
         return self._in_place.run(case.policy, case.stack, case.batch_size, case.residency, start)
 
     def use(self, case: Case, runs: Sequence[HostRun]) -> None:
-        """From here on `raw` says of the host what the median of `runs`, measured for `case`, says."""
-        samples = self.samples[str(case)] = median_run(runs)[1]
+        """From here on `raw` says of the host what the middle of `runs`, measured for `case`, says."""
+        samples = self.samples[str(case)] = middle_samples(runs)
         model = scaled_model(named_model(case.model), self._scale).name
         self._raw["host"][model].setdefault(case.stack, {})[case.policy] = samples
 

@@ -184,7 +184,7 @@ def _made(summary: dict[str, Any]) -> str:
     machine = summary["machine"]
     made = f"torch {machine['torch']}, computing in {machine['dtype']}; {summary['tokens']} tokens a run"
     if summary["repeat"] > 1:
-        made += f"; {summary['repeat']} replays of each row, which take turns with those of other rows"
+        made += f"; {summary['repeat']} replays of each row or more, as time sufficed, in turn with those of other rows"
     if summary["beside"]:
         made += "; the host's costs measured beside each"
     if summary["scale"] > 1:
@@ -235,13 +235,12 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         )
     if rows[ONCE]:
         lines.append(
-            f"- Rows of which no two replays were made at one speed of the host, so not judged: "
-            f"{len(rows[ONCE])}." + _list(rows[ONCE])
+            f"- Rows of which fewer than two replays count, so not judged: {len(rows[ONCE])}." + _list(rows[ONCE])
         )
     if summary["set_aside"]:
         lines.append(
-            f"- Replays set aside: {summary['set_aside']} of {summary['replays']}. The fixed loop around them "
-            "says that the host changed its speed meanwhile, or had another than in the rest of the row "
+            f"- Replays set aside: {summary['set_aside']} of {summary['replays']}. The fixed loops around or in them "
+            "say that the host changed its speed meanwhile, or had another than in the rest of the row "
             "(`runs.csv`)."
         )
     lines += [
@@ -298,8 +297,7 @@ def _row(row: pd.Series[Any]) -> str:
 
 
 def _busiest(table: pd.DataFrame, chunk_gb_per_s: dict[str, float | None]) -> str | None:
-    """A line on the rate of the link in the row where it was busy for the largest share of the time; None if unknown.
-    A line on the rate of the link in the row where it was busy for the largest share of the time; None if unknown."""
+    """The line on the rate of the link in the row where it was busy for most of the time; None if it is unknown."""
     if table.empty:
         return None
     row = table.iloc[int((table["link_ms_measured"] / table["elapsed_ms_measured"]).to_numpy().argmax())]

@@ -108,7 +108,10 @@ def judge(rows: Sequence[Row], bars: Bars) -> dict[str, Any]:
     stalls = [row for row in judged if row["stall_counts"]]
     candidates = [row for row, found in zip(rows, verdicts, strict=True) if found in (*JUDGED, NOISE)]
     ranks = rank_agreement(candidates)
-    noisy = len(by_verdict[NOISE]) / len(candidates) if candidates else 0.0
+    # Repeats of which no two are alike, since the host changed its speed, are as noisy as those that differ too much.
+    apart = [row for row, found in zip(rows, verdicts, strict=True) if found == ONCE and row.get("num_set_aside", 0)]
+    doubtful = len(by_verdict[NOISE]) + len(apart)
+    noisy = doubtful / (len(candidates) + len(apart)) if doubtful else 0.0
     found = {
         "num_rows": len(rows),
         "num_judged": len(judged),
@@ -125,6 +128,7 @@ def judge(rows: Sequence[Row], bars: Bars) -> dict[str, Any]:
         ],
         "verdicts": verdicts,
         "rows_by_verdict": by_verdict,
+        "num_noisy": doubtful,
         "noisy_share": noisy,
         "ranks": ranks,
     }
@@ -154,8 +158,13 @@ def _why_not(judged: Mapping[str, Any]) -> list[str]:
         why.append(f"rows that miss a bar: {len(rows[MISSED])}")
     if judged["noisy_share"] > NOISY_SHARE:
         why.append(
-            f"rows that differ from themselves by more than a bar: {len(rows[NOISE])}, "
+            f"rows whose repeats differ by more than a bar, or of which no two are alike: {judged['num_noisy']}, "
             f"{100 * judged['noisy_share']:.0f} % (at most {100 * NOISY_SHARE:.0f} % may)"
+        )
+    could_be = judged["num_rows"] - len(rows[HOST_BOUND])
+    if 0 < judged["num_judged"] < could_be / 2:
+        why.append(
+            f"fewer than half of the rows that no host bounds could be judged: {judged['num_judged']} of {could_be}"
         )
     if ranks["agreeing"] < ranks["pairs"]:
         why.append(f"pairs of policies ranked otherwise: {ranks['pairs'] - ranks['agreeing']}")

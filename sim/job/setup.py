@@ -382,7 +382,7 @@ def _prepared_all(takes: Announced, batches: Batches, trace_sha256: str) -> bool
         folder = cache_folder() / "scores"
     except RuntimeError:
         return False
-    code = code_hash("traces.batching", "traces.reader", *takes.code)
+    code = code_hash("traces.batching", "traces.reader", "traces.trace", "traces.layout", *takes.code)
     return takes.prepare_all(batches, num_forwards, KeptArrays(folder), f"{trace_sha256} {batches.config} {code}")
 
 

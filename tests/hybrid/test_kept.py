@@ -187,3 +187,18 @@ def test_a_run_that_finds_scores_is_the_run_that_makes_them(tmp_path: Path, monk
     policy, transfer = make_policy(cfg["policy"], few, cfg["seed"])
     run_policy(few, policy, transfer)
     assert list(scores.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("place", [8, 9, 40, -5, -1])
+def test_a_kept_array_that_was_damaged_is_not_found(place: int, tmp_path: Path) -> None:
+    """In its header, its values or its checksum; so is one that a power cut has left empty but of the right size."""
+    kept = KeptArrays(tmp_path)
+    assert kept.keep("name", SHAPE, np.int16, ROWS)
+    path = kept._path("name")
+    whole = path.read_bytes()
+    assert kept.find("name", SHAPE, np.int16) is not None
+    damaged = bytearray(whole)
+    damaged[place] ^= 0x10
+    for content in (bytes(damaged), b"PK\x03\x04" + whole[4:], whole[:128] + bytes(len(whole) - 128), b""):
+        path.write_bytes(content)
+        assert kept.find("name", SHAPE, np.int16) is None

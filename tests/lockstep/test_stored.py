@@ -35,10 +35,16 @@ def test_stored_log_is_equal(path: Path) -> None:
 
 
 def test_a_log_with_keys_by_former_names_is_read_by_the_present_ones() -> None:
-    config = {"twin": True, "policy": {"predictor": {"transition": {"warm": "auto", "decay": 2}}}, "seed": 3}
+    of = "expertflow.predictors.transition.TransitionPredictor"
+    own = {"_target_": "mine.MRU", "warm": 2, "twin": 1}
+    config = {
+        "twin": True,
+        "policy": {"predictor": {"transition": {"_target_": of, "warm": "auto"}}, "eviction": own},
+        "seed": 3,
+    }
     assert with_present_names(config) == {
         "count_redundant": True,
-        "policy": {"predictor": {"transition": {"fitted_start": "auto", "decay": 2}}},
+        "policy": {"predictor": {"transition": {"_target_": of, "fitted_start": "auto"}}, "eviction": own},
         "seed": 3,
     }
     # Those that are stored do have them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from expertflow.machine import GATE, LOAD, TOKEN
 from replay.machine.device import Device
 from replay.validation import beside as calibrated
-from replay.validation.beside import Beside, chunk_gb_per_s, replay_on_tape, stack_pads_ns
+from replay.validation.beside import Beside, TapedMachine, chunk_gb_per_s, replay_on_tape, stack_pads_ns
 from replay.validation.lateness import late_ns
 from replay.validation.plan import Case as Row
 from sim.specs.hardware import Stack
@@ -39,8 +40,8 @@ def test_a_tape_holds_every_wait_with_its_record_and_changes_nothing(tmp_path: P
     assert len(loads) == metrics["num_misses"]
     assert {ident for (kind, ident, _), _ in tape if kind == LOAD} <= loads
     assert max(record[0] for _, record in tape) >= metrics["elapsed_ns"]
-    assert len(ticks_ns) == metrics["num_forwards"]
-    assert all(tick > 0 for tick in ticks_ns)
+    # Its streams are threads of this interpreter: a tick would measure the waiting for each other.
+    assert ticks_ns == []
     # All that the device waited for is in the overhead and the stall of the same run.
     assert 0 <= late_ns(tape, 0, 0) <= metrics["overhead_ns"] + metrics["stall_ns"]
 
@@ -67,13 +68,14 @@ class InPlace:
     ) -> tuple[float, dict[str, Any]]:
         length = self.lengths[self.count]
         self.count += 1
-        return length, {"of": length, "run": (policy, stack, batch_size, residency, start)}
+        self.log.append(f"{policy} {stack} {batch_size} {residency} {start}")
+        return length, {"issue": {"mean": length, "count": 4}}
 
     def release(self) -> None:
         self.log.append("released")
 
 
-def test_beside_each_run_the_median_of_its_own_hosts_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_each_run_the_middle_of_its_own_hosts_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrated, "InPlace", InPlace)
     monkeypatch.setattr(InPlace, "lengths", (5.0, 9.0, 6.0, 70.0))
     monkeypatch.setattr(InPlace, "log", [])
@@ -82,14 +84,47 @@ def test_beside_each_run_the_median_of_its_own_hosts_counts(monkeypatch: pytest.
     one, other = (Row("gpt-oss-20b", "found", 0.5, 8, name) for name in ("lru", "oracle"))
     runs = [beside.measure(one, "cold") for _ in range(3)]
     assert raw["host"]["gpt-oss-20b"] == {}
-    for count, length in ((1, 5.0), (2, 9.0), (3, 6.0)):
+    # Of two runs their mean: either alone would be the faster or the slower host.
+    for count, length in ((1, 5.0), (2, 7.0), (3, 6.0)):
         beside.use(one, runs[:count])
-        assert raw["host"]["gpt-oss-20b"]["found"]["lru"]["of"] == length
-    assert beside.samples[str(one)] == {"of": 6.0, "run": ("lru", "found", 8, 0.5, "cold")}
+        assert raw["host"]["gpt-oss-20b"]["found"]["lru"] == {"issue": {"mean": length, "count": 4}}
     beside.use(other, [beside.measure(other)])
     assert raw["host"]["gpt-oss-20b"]["found"] == {
         "lru": beside.samples[str(one)],
         "oracle": beside.samples[str(other)],
     }
-    beside.measure(Row("deepseek-v2-lite", "found", 0.5, 1, "lru"))
-    assert InPlace.log == ["made gpt-oss-20b", "released", "made deepseek-v2-lite"]
+    monkeypatch.setattr(InPlace, "lengths", (1.0,))
+    beside.measure(Row("deepseek-v2-lite", "found", 0.25, 1, "lru"))
+    assert InPlace.log == [
+        "made gpt-oss-20b",
+        *["lru found 8 0.5 cold"] * 3,
+        "oracle found 8 0.5 None",
+        "released",
+        "made deepseek-v2-lite",
+        "lru found 1 0.25 None",
+    ]
+
+
+class Answering:
+    """A machine whose every wait is answered at once. world: of its device."""
+
+    attention = experts = head = copy = decided = staticmethod(lambda *_: 1)
+
+    def __init__(self, world: str) -> None:
+        self.device = SimpleNamespace(world=world)
+
+    def begin_forward(self, forward: object) -> None: ...
+
+    def wait(self, wait: object) -> tuple[int, list[Any], list[Any]]:
+        return 0, [], []
+
+
+@pytest.mark.parametrize(("world", "num_ticks"), [("cuda", 3), ("cpu", 0)])
+def test_the_host_is_timed_once_a_forward_where_its_streams_are_no_threads(world: str, num_ticks: int) -> None:
+    machine = TapedMachine(cast(Any, Answering(world)))
+    for _ in range(3):
+        machine.begin_forward(cast(Any, None))
+        for _ in range(4):
+            machine.wait((GATE, 1, False))
+    assert len(machine.ticks_ns) == num_ticks
+    assert len(machine.tape) == 12

@@ -64,3 +64,10 @@ def test_a_host_that_changed_its_speed_during_the_replay_alone_is_told_by_the_ti
 
 def test_no_takes_give_none() -> None:
     assert counted([]) == []
+
+
+def test_loops_that_differ_part_replays_whose_ticks_agree() -> None:
+    """Costs are measured beside the loops alone: those of a slow host belong to no replay of a fast one."""
+    even = (10,) * 8
+    slow_beside, fast, other = take(40, 40, ticks_ns=even), take(20, 20, ticks_ns=even), take(21, 21, ticks_ns=even)
+    assert counted([slow_beside, fast, other]) == [fast, other]

@@ -79,7 +79,7 @@ def test_a_tenth_of_noise_is_shown_and_more_is_not() -> None:
     good = [row(f"p{number}") for number in range(9)]
     assert judged(*good, row("noisy", noise=0.03))["not_shown"] == []
     assert judged(*good[:8], row("noisy", noise=0.03))["not_shown"] == [
-        "rows that differ from themselves by more than a bar: 1, 11 % (at most 10 % may)"
+        "rows whose repeats differ by more than a bar, or of which no two are alike: 1, 11 % (at most 10 % may)"
     ]
     # Rows that are not judged anyway are no part of the ten.
     assert judged(*good, row("noisy", noise=0.03), row("slow", late_share=1.0))["not_shown"] == []
@@ -117,3 +117,15 @@ def test_a_pair_ranked_otherwise_is_not_shown_and_a_host_bound_row_has_no_rank()
     one, other = row("a", 10.0, 10.1), row("b", 10.3, 10.1)
     assert judged(one, other)["not_shown"] == ["pairs of policies ranked otherwise: 1"]
     assert judged(one, row("b", 10.3, 10.1, late_share=1.0))["ranks"]["pairs"] == 0
+
+
+def test_repeats_of_which_no_two_are_alike_are_noise_and_few_judged_rows_show_nothing() -> None:
+    apart = [row(f"apart{number}", num_runs=1, num_set_aside=5) for number in range(2)]
+    good = [row(f"p{number}") for number in range(8)]
+    assert judged(*good, *apart)["not_shown"] == [
+        "rows whose repeats differ by more than a bar, or of which no two are alike: 2, 20 % (at most 10 % may)"
+    ]
+    once = [row(f"once{number}", num_runs=1, num_set_aside=0) for number in range(15)]
+    assert judged(row("lru"), *once)["not_shown"] == [
+        "fewer than half of the rows that no host bounds could be judged: 1 of 16"
+    ]
