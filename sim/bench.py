@@ -5,8 +5,8 @@ A layer-step is one MoE layer of one forward. Machines differ and are shared, so
 several runs counts. A generated trace, one chunk per load, batch 1, residency 0.5, nothing beside the run. `adaptive`
 is run twice: where an earlier run has kept what its network says of the trace, as in a sweep, and on its own.
 
-The bars are for an idle machine of two cores. `--check` also holds the ratios against those of `bench.json`, which
-`--update` writes: none may be worse by more than a fifth.
+The bars are for an idle machine of two cores; where one is missed the exit code is 1. `--check` asks another question:
+is any ratio worse by more than a fifth than that of `bench.json`, which `--update` writes?
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
 
 ALONE = "adaptive, alone"
-BARS = {"lru": 16.0, "adaptive": 32.0, ALONE: 48.0}
+BARS = {"lru": 16.0, "adaptive": 32.0, ALONE: 32.0}
 TRACE = ("trace.num_tokens=2048", "trace.num_requests=8", "trace.seed=0")
 COMMITTED = Path(__file__).with_name("bench.json")
 WORSE = 1.2
@@ -155,10 +155,12 @@ def main(words: list[str] | None = None) -> int:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-    worse = worse_than(committed, found) if args.check else []
+    if not args.check:
+        return int(any(ratio > BARS[name] for name, ratio in found.items()))
+    worse = worse_than(committed, found)
     for line in worse:
         print(f"worse by more than a fifth: {line}")
-    return int(bool(worse) or any(ratio > BARS[name] for name, ratio in found.items()))
+    return int(bool(worse))
 
 
 if __name__ == "__main__":
