@@ -157,14 +157,14 @@ def observed(copy_ns: int, layer_ns: int, busy: float, **settings: Any) -> Stall
 @pytest.mark.parametrize("queue", [0, 1, 3])
 @pytest.mark.parametrize("distance", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("copy_ns", "layer_ns", "busy", "price"),
+    ("copy_ns", "layer_ns", "busy", "copy_weight"),
     [(1000, 2000, 0.5, 1.0), (1000, 100, 0.9, 1.0), (1000, 500, 0.7, 0.5), (1000, 40, 1.0, 2.0)],
 )
 def test_the_threshold_is_where_saving_and_cost_are_equal(
-    copy_ns: int, layer_ns: int, busy: float, price: float, distance: int, queue: int
+    copy_ns: int, layer_ns: int, busy: float, copy_weight: float, distance: int, queue: int
 ) -> None:
-    part = observed(copy_ns, layer_ns, busy, price=price, queue=queue)
-    saved, cost = min(layer_ns * distance, copy_ns), price * busy**queue * copy_ns
+    part = observed(copy_ns, layer_ns, busy, copy_weight=copy_weight, queue=queue)
+    saved, cost = min(layer_ns * distance, copy_ns), copy_weight * busy**queue * copy_ns
     limit = part.limits[distance]
     p = limit / SCORE_ONE
     assert p * saved == pytest.approx((1 - p) * cost, rel=0.01)
@@ -193,7 +193,7 @@ def test_before_anything_is_observed_the_bound_holds() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"price": -1}, {"queue": -1}, {"queue": 0.5}, {"least": 0}, {"least": 0.9, "most": 0.5}, {"memory": 1.0}],
+    [{"copy_weight": -1}, {"queue": -1}, {"queue": 0.5}, {"least": 0}, {"least": 0.9, "most": 0.5}, {"memory": 1.0}],
 )
 def test_selection_values_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

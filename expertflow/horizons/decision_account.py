@@ -1,4 +1,4 @@
-"""Are decisions worth their host time? What they cost and save, from records alone, and how far ahead they may look."""
+"""Whether decisions pay for their host time: what they cost and save, from records alone; how far they may look."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from expertflow.pace import running_mean
 from expertflow.view import Feedback, View
 
 
-class Worth:
+class DecisionAccount:
     """The account of an adaptive step: `cap` is how far it may look ahead, 0 = nothing is decided.
 
     cost of a forward: how late the host was at what it waited for (`view.late_ns`), less the mean of forwards in which

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from expertflow.horizons.adaptive import AdaptiveHorizon
-from expertflow.horizons.worth import Worth
+from expertflow.horizons.decision_account import DecisionAccount
 from expertflow.view import Feedback
 from sim.job.configure import configure
 from sim.job.setup import make_policy, make_workload
@@ -24,35 +24,35 @@ FREE_NS = 5_000
 """What decisions may cost where nothing is saved: 0.5 % of a forward."""
 
 
-class Account:
-    """A guard over forwards whose lateness, use and stall the test says."""
+class Course:
+    """Forwards whose lateness, use and stall the test says, with an account kept of them."""
 
     def __init__(self, limit: int = 8, share: float = 0.5, retry_forwards: int = 100, memory: float = 0.0) -> None:
         self.view = view_of(24, 10, 1)
-        self.guard = Worth(self.view, limit, share, retry_forwards, memory)
+        self.account = DecisionAccount(self.view, limit, share, retry_forwards, memory)
         self.index = 0
-        self.guard.judge(0, COPY_NS)
-        self.guard.begin(0, self.guard.cap)
+        self.account.judge(0, COPY_NS)
+        self.account.begin(0, self.account.cap)
 
     def forward(self, cost_ns: int = 0, used: int = 0, missed: int = 0, stall_ns: int = 0) -> int:
         """The forward that has begun takes its course, and the next begins, as far as it may: how far this one was to
         look. Nothing is beyond the usual where nothing was decided."""
-        size = self.guard.size
+        size = self.account.size
         if missed or stall_ns:
-            self.guard.heard(Feedback(0, stall_ns, 0, missed))
+            self.account.heard(Feedback(0, stall_ns, 0, missed))
         progress_of(self.view).late_ns += USUAL_NS + (cost_ns if size else 0)
         progress_of(self.view).num_used += used
         progress_of(self.view).now_ns += WHOLE_NS
         self.index += 1
-        self.guard.judge(self.index, COPY_NS)
-        self.guard.begin(self.index, self.guard.cap)
+        self.account.judge(self.index, COPY_NS)
+        self.account.begin(self.index, self.account.cap)
         return size
 
 
 def sizes(cost_ns: Callable[[int], int], forwards: int, **settings: int) -> list[int]:
     """How far each forward was to look, where a decision of a size costs a forward so much and nothing is saved."""
-    account = Account(**settings)
-    return [account.forward(cost_ns(account.guard.size)) for _ in range(forwards)]
+    course = Course(**settings)
+    return [course.forward(cost_ns(course.account.size)) for _ in range(forwards)]
 
 
 def test_the_first_forward_decides_nothing_and_the_step_doubles_while_it_costs_nothing() -> None:
@@ -70,8 +70,8 @@ def test_what_is_free_is_free_to_the_nanosecond() -> None:
 
 
 def test_one_dear_forward_is_forgiven() -> None:
-    account = Account()
-    found = [account.forward(50_000 if index in (4, 6, 8) else 0) for index in range(10)]
+    course = Course()
+    found = [course.forward(50_000 if index in (4, 6, 8) else 0) for index in range(10)]
     assert found == [0, 1, 2, 4, 8, 8, 8, 8, 8, 8]
 
 
@@ -85,16 +85,16 @@ def test_a_longer_step_is_tried_again_after_a_time_for_two_forwards() -> None:
 
 def test_the_usual_lateness_is_looked_at_again() -> None:
     """A host that has become slower by itself is not taken for decisions that have."""
-    account = Account(retry_forwards=10)
+    course = Course(retry_forwards=10)
     for _ in range(9):
-        account.forward()
-    assert account.guard.usual_ns == USUAL_NS
+        course.forward()
+    assert course.account.usual_ns == USUAL_NS
     found = []
     for _ in range(6):
-        progress_of(account.view).late_ns += 4_000
-        found.append(account.forward())
+        progress_of(course.view).late_ns += 4_000
+        found.append(course.forward())
     assert found == [8, 0, 8, 8, 8, 8]
-    assert account.guard.usual_ns == USUAL_NS + 4_000
+    assert course.account.usual_ns == USUAL_NS + 4_000
 
 
 @pytest.mark.parametrize(
@@ -111,65 +111,65 @@ def test_the_usual_lateness_is_looked_at_again() -> None:
     ],
 )
 def test_what_is_saved(used: int, missed: int, stall_ns: int, gain_ns: int) -> None:
-    account = Account()
-    account.forward()
-    assert account.forward(0, used, missed, stall_ns) == 1
-    assert account.guard.gain_ns == gain_ns
+    course = Course()
+    course.forward()
+    assert course.forward(0, used, missed, stall_ns) == 1
+    assert course.account.gain_ns == gain_ns
 
 
 @pytest.mark.parametrize(("step", "share"), [(1, 0.7), (2, 0.5), (4, 0.5)])
 def test_a_share_of_what_is_saved_may_be_spent_and_more_for_the_shortest_step(step: int, share: float) -> None:
     for cost_ns, kept in ((int(share * 40_000) + FREE_NS, True), (int(share * 40_000) + FREE_NS + 1, False)):
-        account = Account(limit=step)
-        while account.guard.size != step:
-            account.forward(0, used=4)
+        course = Course(limit=step)
+        while course.account.size != step:
+            course.forward(0, used=4)
         for _ in range(2):
-            account.forward(cost_ns, used=4)
-        assert account.guard.cap == (step if kept else step // 2)
+            course.forward(cost_ns, used=4)
+        assert course.account.cap == (step if kept else step // 2)
 
 
 def test_prefetch_that_hurts_ends_though_it_costs_no_host_time() -> None:
-    account = Account()
-    found = [account.forward(0, 0, 3, 60_000) for _ in range(5)]
+    course = Course()
+    found = [course.forward(0, 0, 3, 60_000) for _ in range(5)]
     assert found == [0, 1, 1, 0, 0]
 
 
 def test_what_was_saved_is_forgotten_where_nothing_is_decided_any_more() -> None:
     """Two forwards in which prefetch hurts, then one long after in which it pays: that one counts for itself."""
-    account = Account(retry_forwards=50, memory=0.9)
+    course = Course(retry_forwards=50, memory=0.9)
     for _ in range(3):
-        account.forward(0, 0, 3, 60_000)
-    assert (account.guard.cap, account.guard.gain_ns) == (0, 0)
-    while not account.guard.size:
-        account.forward()
-    assert account.forward(20_000, used=4) == 1
-    assert (account.guard.num_dear, account.guard.gain_ns) == (0, 40_000)
+        course.forward(0, 0, 3, 60_000)
+    assert (course.account.cap, course.account.gain_ns) == (0, 0)
+    while not course.account.size:
+        course.forward()
+    assert course.forward(20_000, used=4) == 1
+    assert (course.account.num_dear, course.account.gain_ns) == (0, 40_000)
 
 
 def test_within_a_forward_decisions_end_once_they_cost_more_than_it_has_gained() -> None:
-    account = Account()
-    assert account.guard.spent()
-    account.forward()
-    view = account.view
+    course = Course()
+    assert course.account.spent()
+    course.forward()
+    view = course.view
     allowed = USUAL_NS + WHOLE_NS // 20
     progress_of(view).late_ns += allowed
-    assert not account.guard.spent()
+    assert not course.account.spent()
     progress_of(view).late_ns += 1
-    assert account.guard.spent()
+    assert course.account.spent()
     # An expert that was fetched ahead is used.
     progress_of(view).num_used += 1
-    assert not account.guard.spent()
+    assert not course.account.spent()
     progress_of(view).late_ns += COPY_NS
-    assert account.guard.spent()
+    assert course.account.spent()
 
 
 # -- the horizon that keeps it ---------------------------------------------------------------------------------------
 
 
-def steps(worth: float, cost_ns: int, forwards: int = 12, copies: bool = True, late: bool = False) -> list[int]:
+def steps(share: float, cost_ns: int, forwards: int = 12, copies: bool = True, late: bool = False) -> list[int]:
     """How far `AdaptiveHorizon` looks at the begin of each forward, whose formula asks for 8."""
     view = view_of(24, 10, 1, expert_bytes=1_000_000)
-    horizon = AdaptiveHorizon(worth=worth, retry_forwards=100)
+    horizon = AdaptiveHorizon(decision_share=share, retry_forwards=100)
     horizon.num_expected = 8
     horizon.start(view, None)
     found = []
@@ -189,7 +189,7 @@ def steps(worth: float, cost_ns: int, forwards: int = 12, copies: bool = True, l
     return found
 
 
-def test_the_horizon_follows_its_guard() -> None:
+def test_the_horizon_follows_its_account() -> None:
     assert steps(0.3, 0) == [0, 1, 2, 4, 8, 8, 8, 8, 8, 8, 8, 8]
     assert steps(0.3, 100_000) == [0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 
@@ -199,7 +199,7 @@ def test_late_experts_ask_for_a_longer_step_in_vain_where_nothing_is_decided() -
 
 
 def test_it_is_off_by_default() -> None:
-    assert AdaptiveHorizon().worth == 0
+    assert AdaptiveHorizon().decision_share == 0
     assert steps(0.0, 100_000) == [1, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]
 
 
@@ -209,9 +209,9 @@ def test_without_a_single_copy_decisions_are_judged_too() -> None:
     assert steps(0.3, 100_000, copies=False)[3:] == [0] * 9
 
 
-@pytest.mark.parametrize("settings", [{"worth": -0.1}, {"retry_forwards": 0}])
+@pytest.mark.parametrize("settings", [{"decision_share": -0.1}, {"retry_forwards": 0}])
 def test_nonsense_is_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="AdaptiveHorizon worth"):
+    with pytest.raises(ValueError, match="AdaptiveHorizon decision_share"):
         AdaptiveHorizon(**settings)  # type: ignore[arg-type]
 
 
@@ -228,7 +228,7 @@ def test_a_host_for_which_every_decision_is_too_dear_stops_deciding() -> None:
         "warmup_forwards=0",
     ]
     elapsed = {}
-    for name, more in {"lru": [], "adaptive": [], "unguarded": ["policy.horizon.worth=0.0"]}.items():
+    for name, more in {"lru": [], "adaptive": [], "unguarded": ["policy.horizon.decision_share=0.0"]}.items():
         cfg = configure([*words, f"+policy={'lru' if name == 'lru' else 'adaptive'}", *more])
         work = make_workload(cfg)
         policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
