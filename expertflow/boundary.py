@@ -253,7 +253,9 @@ def declared(part: object, kind: type[Part]) -> Declared:
     found = {flag: _declaration(part, flag) for flag in _FLAGS[kind]}
     for flag, value in found.items():
         if type(value) is not bool:
-            raise PartError(f"{name}.{flag}={shown(value)} must be True or False; {article} {kind.__name__} declares it")
+            raise PartError(
+                f"{name}.{flag}={shown(value)} must be True or False; {article} {kind.__name__} declares it"
+            )
     if kind is Eviction:
         scope = found["scope"] = _declaration(part, "scope")
         if scope not in SCOPES:

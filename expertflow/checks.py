@@ -349,7 +349,9 @@ class CheckedOrder:
         added = [key for key in found if key not in given]
         double = sorted({key for key in found if found.count(key) > 1})
         told = (("leaves out", missing), ("adds", added), ("doubles", double))
-        return " and ".join(f"{verb} {'key' if len(keys) == 1 else 'keys'} {shown(keys)[1:-1]}" for verb, keys in told if keys)
+        return " and ".join(
+            f"{verb} {'key' if len(keys) == 1 else 'keys'} {shown(keys)[1:-1]}" for verb, keys in told if keys
+        )
 
 
 class CheckedPlace:
