@@ -1,7 +1,7 @@
-"""The boundary between a policy's parts and the rest: whose class a part is, and what is said of one that breaks a rule.
+"""The boundary between a policy's parts and the rest: whose class a part is, and what is said of who breaks a rule.
 
-What parts are asked is checked in `expertflow.checks`, where it enters; docs/contract.md lists the rules. The checks are
-there against mistakes and wishful policies, not against code that walks the interpreter.
+What parts are asked is checked in `expertflow.checks`, where it enters; docs/contract.md lists the rules. The checks
+are there against mistakes and wishful policies, not against code that walks the interpreter.
 """
 
 from __future__ import annotations
@@ -112,8 +112,14 @@ class Guard:
 
     def raised(self, hook: str, error: BaseException) -> PartError:
         """The error for a part that has raised `error`."""
-        rule = f"raised {plain(type(error).__name__, 60)}{_told(error)}"
-        return self.refused(hook, rule, "mend the part; EXPERTFLOW_TRACEBACK=1 in the environment shows where")
+        told = _told(error)
+        remedy = "mend the part"
+        if isinstance(error, IndexError):
+            remedy = "a forward shows the layers whose routing is known"
+        elif "'tuple' object has no" in told or "'mappingproxy' object has no" in told:
+            remedy = "what a part is given it cannot change"
+        rule = f"raised {plain(type(error).__name__, 60)}{told}"
+        return self.refused(hook, rule, f"{remedy}; EXPERTFLOW_TRACEBACK=1 in the environment shows where")
 
     def _where(self) -> str:
         view = self._view

@@ -1,6 +1,6 @@
-"""What the parts of a policy answer, checked where it enters: one class for each kind of part, with the hooks' own names.
+"""What the parts of a policy answer, checked where it enters: a class for each kind of part, with the hooks' own names.
 
-Only around classes that are not of this package (`expertflow.boundary`). What is handed to such a part it cannot change:
+Only around classes that are not of this package (`expertflow.boundary`). What such a part is given it cannot change:
 sequences are tuples, arrays are copies; and what it answers is copied, so that what it does to it later is its own.
 """
 

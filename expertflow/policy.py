@@ -145,7 +145,7 @@ class Policy:
                 check_unchanged(guard, told, declared(part, kind))
 
     def tampered(self) -> PartError:
-        """The error for a policy in which somebody has written to what is shown of the slots: which part, nobody knows."""
+        """The error for a policy of which a part has written to what is shown of the slots."""
         names = ", ".join(type(part).__name__ for part in self.parts if is_guarded(part))
         where = f"forward {self.view.forward}, layer {self.view.layer}"
         return PartError(

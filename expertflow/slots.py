@@ -42,7 +42,7 @@ class Slots:
         total = num_slots + num_staging * len(self.capacities)
         self.state = bytearray(num_layers * num_experts)
         self.shown: bytearray | None = None
-        """A copy of `state` for parts whose answers are checked, where there are any: who writes `state` writes it too."""
+        """A copy of `state` for parts whose answers are checked, if there are any: who writes `state` writes it too."""
         self.slot_of = [-1] * (num_layers * num_experts)
         self.reader = [0] * total
         """Mark that must end before the slot may be rewritten, by slot; 0 = none."""

@@ -226,9 +226,9 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         if integrity["num_mislaunched"]:
             wrong = integrity["first_mislaunched"]
             lines.append(
-                f"{integrity['num_mislaunched']} experts were not launched once, as their layer demands; first: forward "
-                f"{wrong['forward']}, layer {wrong['layer']}, left out {list(wrong['left_out'])}, launched too often "
-                f"{list(wrong['too_often'])}"
+                f"{integrity['num_mislaunched']} experts were not launched once, as their layer demands; first: "
+                f"forward {wrong['forward']}, layer {wrong['layer']}, left out {list(wrong['left_out'])}, "
+                f"launched too often {list(wrong['too_often'])}"
             )
     return lines
 

@@ -1,7 +1,7 @@
-"""`python -m tests.attack.hostile_table [FILE]`: every hostile part, simulated, replayed and in lockstep, as Markdown.
+"""`python -m tests.attack.hostile_table [FILE]`: every hostile part in each way of running, as Markdown.
 
-Small runs of a model of 4 layers and 8 experts: a kind that is caught at all is caught in its first forwards. A replay's
-times are this machine's, so that forward and layer are shown of the simulation alone.
+Small runs of a model of 4 layers and 8 experts: a kind that is caught at all is caught in its first forwards. The times
+of a replay are this machine's, so that forward and layer are shown of the simulation alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Outcome:
 
 @dataclass
 class World:
-    """What hostile parts are let loose on: a workload, unscaled and as it is replayed, a device, a log of an honest run."""
+    """What hostile parts run on: a workload, unscaled and as it is replayed, a device, a log of the honest run."""
 
     full: Workload
     work: Workload
@@ -92,7 +92,7 @@ def world(folder: Path) -> Iterator[World]:
     gc.collect()
     gc.freeze()
     try:
-        with on_cpu() as device:
+        with on_cpu(throttle_gb_per_s=1.0) as device:
             needs = needs_of(case.work, policy_of(None), Transfer(staging_slots=1))
             yield World(case.full, case.work, Rig(device, case.work.model, needs, 1.0), log)
     finally:
@@ -170,9 +170,9 @@ def table(world: World) -> str:
         "# Hostile parts",
         "",
         "Made by `python -m tests.attack.hostile_table results/attack/parts.md`. Each part breaks one rule of",
-        "docs/contract.md, or wishes for more than it may have. Caught by: the hook whose answer or error was refused, or",
-        "the attribute. *Sees nothing*: it runs, and has learned and changed nothing. In lockstep a part that acts otherwise",
-        "than the log may differ from it before it breaks its rule.",
+        "docs/contract.md, or wishes for more than it may have. A column says what caught it there: the hook whose",
+        "answer or error was refused, or the attribute. *Sees nothing*: it runs, and has learned and changed nothing.",
+        "In lockstep, against an honest policy's log, it may differ (*another decision*) before it breaks its rule.",
         "",
         f"{len(found)} kinds: {sum(one.how == REFUSED for _, one, _, _ in found)} refused, "
         f"{sum(one.how == MARKED for _, one, _, _ in found)} marked as a reference, "
@@ -182,7 +182,8 @@ def table(world: World) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for kind, one, other, third in found:
-        cells = [kind.place, kind.name, kind.told, one.check, other.check, third.how if third.how != REFUSED else third.check]
+        in_step = third.check if third.how == REFUSED else third.how
+        cells = [kind.place, kind.name, kind.told, one.check, other.check, in_step]
         message = one.message.replace("|", "\\|")
         lines.append(f"| {' | '.join(cells)} | {message} |")
     return "\n".join(lines) + "\n"

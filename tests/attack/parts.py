@@ -306,7 +306,13 @@ PREDICTORS = [
     Kind("ForecastsText", Forecasts, "a text for a forecast", {"forecast": answers("soon")}, {"eviction": Outlook}),
 ]
 AT_ONCE_KINDS = [
-    Kind("StepOfThree", AtOnce, "three values for a decision", {"at_once": True, "step": answers(([], 0, 0))}, BESIDE_STEP),
+    Kind(
+        "StepOfThree",
+        AtOnce,
+        "three values for a decision",
+        {"at_once": True, "step": answers(([], 0, 0))},
+        BESIDE_STEP,
+    ),
     Kind(
         "StepWantsTwice",
         AtOnce,
@@ -343,7 +349,13 @@ AT_ONCE_KINDS = [
         {"at_once": True, "step": step_of(lambda first: ([], 0, 9, False))},
         BESIDE_STEP,
     ),
-    Kind("StepFlags", AtOnce, "a number for a truth value", {"at_once": True, "step": answers(([], 0, 0, 0))}, BESIDE_STEP),
+    Kind(
+        "StepFlags",
+        AtOnce,
+        "a number for a truth value",
+        {"at_once": True, "step": answers(([], 0, 0, 0))},
+        BESIDE_STEP,
+    ),
     Kind("FusesMaybe", AtOnce, "a text for a truth value", {"at_once": True, "fuse": answers("maybe")}, BESIDE_STEP),
     Kind(
         "ThresholdsShort",

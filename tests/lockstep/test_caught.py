@@ -74,7 +74,9 @@ def test_a_policy_that_raises_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bad_policies, "_runs", 1)
     job = with_horizon("RaisingHorizon")
     path = job.log(tmp_path / "log.parquet")
-    with pytest.raises(PartError, match=r"^RaisingHorizon.distances raised KeyError: 'no such layer' \(forward \d, layer"):
+    with pytest.raises(
+        PartError, match=r"^RaisingHorizon.distances raised KeyError: 'no such layer' \(forward \d, layer"
+    ):
         job.check(path)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from expertflow.boundary import PartError, is_own
+from expertflow.boundary import CHECKING, PartError, is_own
 from expertflow.evictions.lru import LRU
 from expertflow.evictions.outlook import Outlook
 from expertflow.forward import Forward, KnownForward, Unveiling
@@ -268,7 +268,7 @@ def test_a_place_is_asked_once_a_layer_after_it_was_classified() -> None:
 
 
 def test_a_place_on_the_host_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"AllOnHost.on_host places 2 experts of layer 0 on the host, where nothing computes"):
+    with pytest.raises(ValueError, match=r"AllOnHost.on_host places 2 experts of layer 0 on the host, where"):
         run(ROUTING, num_experts=4, num_slots=8, policy=compose(place=AllOnHost()))
 
 
@@ -298,7 +298,8 @@ def test_a_place_of_ones_own_is_named_by_its_class() -> None:
 # -- answers and machines -------------------------------------------------------------------------------------------
 
 
-def test_classes_of_this_package_are_asked_without_a_check() -> None:
+def test_classes_of_this_package_are_asked_without_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CHECKING, "own", False)
     own, other = compose(predictor=TransitionPredictor()), compose(predictor=Scripted({}), selection=TakeAll())
     for policy in (own, other):
         policy.start(view_of(3, 4, 1))
