@@ -53,8 +53,8 @@ class Clairvoyant(Policy):
         self.window = lookahead if lookahead is not None else max_events
         self.max_wanted = max_wanted
 
-    def start(self, view: View) -> None:
-        super().start(view)
+    def start(self, view: View, shown: View | None = None) -> None:
+        super().start(view, shown)
         self._spend(0)
         self._clean = -1
         """Every event up to here lacks nothing, so that a look ahead need not begin anew at each layer."""

@@ -36,7 +36,7 @@ from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_wor
 from sim.paths import CONF
 
 WRONG = 1
-"""Exit code of a run whose stamps were wrong."""
+"""Exit code of a run whose stamps or launches were wrong."""
 
 
 @hydra.main(config_path=str(CONF), config_name="replay", version_base="1.3")
@@ -82,7 +82,7 @@ def replay_configured(cfg: DictConfig) -> float | None:
     write_text(folder / "provenance.json", to_json(found))
     _print(console, metrics, folder)
     integrity = job.integrity
-    if integrity is not None and integrity.num_wrong:
+    if integrity is not None and not integrity.sound:
         raise SystemExit(WRONG)
     write_text(folder / "DONE", decided.to_json())
     mean = metrics["tpot_ms"]["mean"]
@@ -222,6 +222,13 @@ def notes(metrics: dict[str, Any]) -> list[str]:
             lines.append(
                 f"first wrong stamp: forward {first['forward']}, layer {first['layer']}, one of expert keys "
                 f"{', '.join(map(str, first['keys']))}"
+            )
+        if integrity["num_mislaunched"]:
+            wrong = integrity["first_mislaunched"]
+            lines.append(
+                f"{integrity['num_mislaunched']} experts were not launched once, as their layer demands; first: "
+                f"forward {wrong['forward']}, layer {wrong['layer']}, left out {list(wrong['left_out'])}, "
+                f"launched too often {list(wrong['too_often'])}"
             )
     return lines
 

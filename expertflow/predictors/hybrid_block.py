@@ -144,7 +144,7 @@ class AnnouncedBlock:
             assert scores is not None
             self._packed, self._reach = scores.score(reach, row).packed, reach
         num_wants, num_selected, overfetched = self._decide(network.shared, self._packed, row, layer, reach)
-        return network.one_want[:num_wants].tolist() if num_wants else [], num_selected, reach, overfetched
+        return network.one_want[:num_wants].tolist() if num_wants else [], num_selected, reach, bool(overfetched)
 
     def predict(self, layer: int, distance: int) -> Prediction:
         """Of the forward that runs."""

@@ -41,7 +41,7 @@ class OraclePredictor(Predictor):
             return
         first = forward.index * self.num_layers
         for event in range(first, first + self.num_layers):
-            self.next_use[self.future.demand(event)] = self.future.next_uses(event)
+            self.next_use[list(self.future.demand(event))] = self.future.next_uses(event)
         self.num_events = first + self.num_layers
 
     def forecast(self) -> npt.NDArray[np.int64] | None:

@@ -35,6 +35,8 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         use_own_folder(next((one.path for one in sources if one.provider == "command-line"), None))
         return run(cfg)
     except Exception as error:
+        if os.environ.get(TRACEBACK) and HydraConfig.get().mode != RunMode.MULTIRUN:
+            traceback.print_exception(error)
         line = one_line(error)
         if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise

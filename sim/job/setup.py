@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from hydra.utils import get_object, instantiate
 
+from expertflow.boundary import CHECKING, is_own_class
 from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
@@ -34,6 +35,8 @@ from traces.shipped import cache_folder, shipped
 
 STARTS = ("cold", "popular", "resident")
 WORKSPACE_GB = 1.5
+CHECK_PARTS = "EXPERTFLOW_CHECK_PARTS"
+"""Environment variable: `all` = what the parts of this package answer is checked as well, as others' always is."""
 KEEP_SCORES = "EXPERTFLOW_KEEP_SCORES"
 """Environment variable: 0 = nothing that a predictor computes is kept in the user's cache for the next run."""
 LEAST_KEPT = 256
@@ -256,11 +259,14 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
 
 def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Policy, Transfer]:
     """Compose the parts of a `conf/policy` file for this workload."""
+    if os.environ.get(CHECK_PARTS) == "all":
+        CHECKING.own = True
     copies = _known_keys(cfg.get("transfer") or {}, ("memory", "serial", "staging_slots"), "policy.transfer")
     transfer = Transfer(**copies)
     if "_target_" in cfg:
         # A policy that is not composed of parts; only references that know the future are built that way.
         own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
+        _require_own(cfg)
         return _part(own, "policy", future=work.future), transfer
     optional = {"name", "transfer", "effort", "place"}
     known = {"predictor", "horizon", "selection", "eviction", "order"} | optional
@@ -279,6 +285,16 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     told = cfg.get("effort")
     effort = None if told is None else Effort(**_known_keys(told, ("once", "per_layer"), "policy.effort"))
     return Policy(predictor, horizon, selection, eviction, order, future, effort, place), transfer
+
+
+def _require_own(cfg: Mapping[str, Any]) -> None:
+    """A whole policy knows the future, and nothing stands around it: only this package's are built."""
+    kind = _target(cfg, "policy")
+    if not is_own_class(kind) or not issubclass(kind, Policy):
+        raise ValueError(
+            f"policy._target_={cfg['_target_']} is no policy of this package; compose one of your own of parts: "
+            "policy.predictor._target_, policy.eviction._target_ and so on (docs/contract.md)"
+        )
 
 
 def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
@@ -345,8 +361,10 @@ def _part(cfg: Mapping[str, Any], key: str, **extra: Any) -> Any:
     try:
         check_arguments(cfg, key)
         return instantiate(dict(cfg), **extra, _convert_="all")
-    except Exception as error:
-        message = str(error.__cause__ or error).splitlines()[0]
+    except (Exception, SystemExit) as error:
+        cause = error.__cause__ or error
+        message = next(iter(str(cause).splitlines()), "") if isinstance(cause, Exception) else ""
+        message = message or f"{cfg['_target_']} raised {type(cause).__name__} when it was made"
         raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from expertflow.answers import is_own
+from expertflow.boundary import CHECKING, PartError, is_own
 from expertflow.evictions.lru import LRU
 from expertflow.evictions.outlook import Outlook
 from expertflow.forward import Forward, KnownForward, Unveiling
@@ -147,7 +147,7 @@ class Peeks(Predictor):
 
 def test_a_part_that_reads_ahead_finds_nothing() -> None:
     policy = compose(predictor=Peeks(), horizon=FixedHorizon(depth=1))
-    with pytest.raises(IndexError):
+    with pytest.raises(PartError, match=r"^Peeks.predict raised IndexError: .+ \(forward 0, layer 0\)"):
         run(decode([[[0], [1], [2]]], 4), num_experts=4, num_slots=6, policy=policy)
 
 
@@ -268,7 +268,7 @@ def test_a_place_is_asked_once_a_layer_after_it_was_classified() -> None:
 
 
 def test_a_place_on_the_host_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"AllOnHost places 2 experts of layer 0 on the host, where nothing computes"):
+    with pytest.raises(ValueError, match=r"AllOnHost.on_host places 2 experts of layer 0 on the host, where"):
         run(ROUTING, num_experts=4, num_slots=8, policy=compose(place=AllOnHost()))
 
 
@@ -291,14 +291,15 @@ def test_a_place_of_ones_own_is_named_by_its_class() -> None:
     cfg = configure(["+hardware=a100", "+policy=lru", "compare=none", "max_tokens=4", word])
     work = make_workload(cfg)
     policy, transfer = make_policy(cfg["policy"], work, 0)
-    with pytest.raises(ValueError, match=r"AllOnHost places \d+ experts of layer 0 on the host"):
+    with pytest.raises(ValueError, match=r"AllOnHost.on_host places \d+ experts of layer 0 on the host"):
         run_policy(work, policy, transfer)
 
 
 # -- answers and machines -------------------------------------------------------------------------------------------
 
 
-def test_classes_of_this_package_are_asked_without_a_check() -> None:
+def test_classes_of_this_package_are_asked_without_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CHECKING, "own", False)
     own, other = compose(predictor=TransitionPredictor()), compose(predictor=Scripted({}), selection=TakeAll())
     for policy in (own, other):
         policy.start(view_of(3, 4, 1))
@@ -342,7 +343,7 @@ def test_a_pair_of_keys_and_scores_is_a_prediction() -> None:
     eviction = Noted()
     policy = compose(predictor=Pairs(), eviction=eviction)
     run(decode([[[0], [1], [2]]], 4), num_experts=4, num_slots=12, policy=policy)
-    assert eviction.heard == [Prediction([key], [5], None) for key in (4, 8, 0)]
+    assert eviction.heard == [Prediction((key,), (5,), None) for key in (4, 8, 0)]
 
 
 class Efforts(SimMachine):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from expertflow.forward import Forward
+from expertflow.launches import Launches
 from expertflow.machine import Record
 from expertflow.runtime import Runtime
 from sim.machine.simulated import SimMachine
@@ -41,6 +43,8 @@ class CheckedMachine(SimMachine):
         self.num_bytes = 0
         self.last_end_ns = 0
         self.last_record_ns = 0
+        self.launches = Launches()
+        self.num_layers = config.num_layers
         for key, slot in enumerate(slots.slot_of):
             if slot >= 0:
                 self.slots[slot] = Slot(key, 0, len(self.chunk_sizes), 0)
@@ -80,7 +84,27 @@ class CheckedMachine(SimMachine):
                 other.key = -1  # given up earlier: what lies there will not be read again
         self.slots[slot] = Slot(key, load, 0, None, before.read_until_ns)
 
+    def begin_forward(self, forward: Forward) -> None:
+        super().begin_forward(forward)
+        self.launches.begin_forward(forward)
+
+    def attention(self, layer: int) -> int:
+        if layer:
+            self._end_layer(layer - 1)
+        return super().attention(layer)
+
+    def head(self) -> int:
+        self._end_layer(self.num_layers - 1)
+        return super().head()
+
+    def _end_layer(self, layer: int) -> None:
+        """Each expert demanded was launched once, and no other."""
+        wrong = self.launches.end_layer(layer)
+        if wrong is not None:
+            raise MachineFault(f"layer {layer} leaves out {wrong.left_out}, launches {wrong.too_often} too often")
+
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        self.launches.launched(keys)
         mark = super().experts(layer, keys, counts, shared)
         _, start_ns, end_ns = self._marks[-1]
         for key in keys:

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertflow.boundary import PartError
 from expertflow.counters import Counters
 from expertflow.evictions.keep_nothing import KeepNothing
+from expertflow.evictions.lru import LRU
 from expertflow.forward import Forward, KnownForward
 from expertflow.future import Future
 from expertflow.horizons.adaptive import AdaptiveHorizon
@@ -275,14 +277,15 @@ def test_a_predictor_that_names_a_key_of_another_layer_is_refused(layer: int, di
     target = (layer + distance) % 3
     policy = compose(predictor=Scripted({(0, layer, distance): [target * 10, key]}), horizon=FixedHorizon(depth=2))
     job = build(decode([[[3], [4], [5]]], 10), num_experts=10, num_slots=9, policy=policy)
-    with pytest.raises(ValueError, match=f"Scripted was asked for layer {target} and scored key {key}, which is of an"):
+    told = f"Scripted.predict was asked for layer {target} and scored key {key}, which is of another "
+    with pytest.raises(PartError, match=f"^{told}"):
         job.run()
 
 
 def test_a_foreign_key_is_noticed_though_it_is_not_selected() -> None:
     policy = compose(predictor=Scripted({(0, 0, 1): [14, 3]}), selection=TopK())
     job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=9, policy=policy)
-    with pytest.raises(ValueError, match="Scripted was asked for layer 1 and scored key 3, which is of another"):
+    with pytest.raises(PartError, match=r"was asked for layer 1 and scored key 3, .+ \(forward 0, layer 0\)"):
         job.run()
 
 
@@ -296,7 +299,7 @@ class Invents(TakeAll):
 def test_a_key_that_was_not_predicted_cannot_be_selected() -> None:
     policy = compose(predictor=Scripted({(0, 0, 1): [14, 13]}), selection=Invents())
     job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=9, policy=policy)
-    with pytest.raises(ValueError, match="Invents selected key 19, which was not predicted"):
+    with pytest.raises(PartError, match=r"^Invents.select selected key 19, which was not predicted \(forward 0"):
         job.run()
 
 
@@ -405,26 +408,36 @@ def test_a_record_out_of_stream_order_is_refused() -> None:
         ("demand_bytes", "bytes = chunks x size"),
         ("prefetch_bytes", "bytes = chunks x size"),
         ("link_busy_ns", "link busy"),
+        ("num_launched", "experts launched = experts demanded"),
     ],
 )
 def test_a_counter_off_by_one_breaks_its_identity(name: str, identity: str) -> None:
     job = overwriting_job(SimMachine).run()
     counters = job.counters
-    off = counters.elapsed_ns + 1 if name == "link_busy_ns" else getattr(counters, name) + 1
-    setattr(counters, name, off)
+    account: Any = job.runtime.queue if name == "num_launched" else counters
+    off = counters.elapsed_ns + 1 if name == "link_busy_ns" else getattr(account, name) + 1
+    setattr(account, name, off)
     with pytest.raises(AssertionError, match=identity):
         job.runtime.check_identities()
 
 
-class NeverGives(type(eviction_named("lru", "global"))):  # type: ignore[misc]
+class NeverGives(LRU):
     """Breaks the contract: refuses a demand though there is a victim."""
 
     def victim(self, key: int, cause: int) -> int | None:
         return None
 
 
+def test_a_demand_that_is_refused_though_there_is_a_victim_is_the_parts_mistake() -> None:
+    job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=1, policy=compose(eviction=NeverGives()))
+    with pytest.raises(PartError, match=r"^NeverGives.victim answered None to the demand of key 14, though key 3 can"):
+        job.run()
+
+
 def test_a_run_that_cannot_go_on_says_where_it_stands() -> None:
     job = build(decode([[[3], [4]]], 10), num_experts=10, num_slots=1, policy=compose(eviction=NeverGives()))
+    # Past the check, as a mistake of ours would be.
+    job.runtime.queue._victim = NeverGives().victim
     with pytest.raises(StuckError, match=r"forward 0, layer 1: waiting for expert key 14; pinned \[14\]"):
         simulate(job.runtime, job.machine)
 
