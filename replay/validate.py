@@ -22,7 +22,7 @@ from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUT
 from replay.validation.session import Validation
 from sim.job.configure import configure
 from sim.job.run_cli import run_cli
-from sim.job.setup import STARTS
+from sim.job.keys import STARTS
 from sim.paths import add_config_dir, use_own_folder
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
