@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.pace import Pace
 from expertflow.parts import Prediction, Selection
 from expertflow.units import SCORE_ONE
@@ -32,7 +33,12 @@ class StallSaved(Selection):
     at_once: ClassVar[bool] = True
 
     def __init__(
-        self, price: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0, memory: float = 0.9
+        self,
+        price: Annotated[float, Rule(0, 1_000_000, about="of the link's time, in stall")] = 1.0,
+        queue: Annotated[int, Rule(0, 64, unit="copies", about="waiting, beyond which a copy holds up others")] = 4,
+        least: Annotated[float, Rule(0, 1, above=True, about="chance that is prefetched, at most `most`")] = 0.01,
+        most: Annotated[float, Rule(0, 1, above=True, about="chance that is asked for")] = 1.0,
+        memory: Annotated[float, Rule(0, 1, below=True, about="weight of what was before in running means")] = 0.9,
     ) -> None:
         if price < 0:
             raise ValueError(f"StallSaved price={price} must be at least 0")

@@ -53,8 +53,9 @@ def check_names(words: Sequence[str]) -> None:
             continue
         if _NO_NAME.match(found[2].strip()):
             group, value = found[1], found[2].strip()
+            choices = nearest(value, sorted(config_files(group)), 120)
             raise ValueError(
-                f"{group}={value[:60]} must be the name of one file: {nearest(value, sorted(config_files(group)), 120)} "
+                f"{group}={value[:60]} must be the name of one file: {choices} "
                 "(to sweep over several: -m and a comma list, without brackets)"
             )
 
@@ -69,8 +70,13 @@ def checked(
     _require_groups(cfg, own_hardware)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     check_run(plain, own_keys or {})
+    return settled(plain)
+
+
+def settled(plain: dict[str, Any]) -> dict[str, Any]:
+    """The same with what stands for a key that is left out because another may say it."""
     if plain["residency"] is None and plain["gpu_memory_gb"] is None:
-        plain["residency"] = DEFAULT_RESIDENCY
+        return {**plain, "residency": DEFAULT_RESIDENCY}
     return plain
 
 

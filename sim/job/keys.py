@@ -137,6 +137,6 @@ def _check_pairs(plain: Mapping[str, Any]) -> None:
         )
     if plain["count_redundant"] and "_target_" in plain["policy"]:
         raise ValueError(
-            f"count_redundant=true compares with the same policy without its predictor; policy={plain['policy']['name']} "
-            "has no parts: leave it false"
+            "count_redundant=true compares with the same policy without its predictor; "
+            f"policy={shown(plain['policy']['name'])} has no parts: leave it false"
         )
