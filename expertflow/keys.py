@@ -33,6 +33,10 @@ WHOLE = "whole number"
 NUMBER = "number"
 SWITCH = "true or false"
 TEXT = "text"
+LISTS = {WHOLE: "list of whole numbers", NUMBER: "list of numbers", TEXT: "list of texts"}
+_ELEMENT = {name: kind for kind, name in LISTS.items()}
+MOST_ITEMS = 1_000
+"""Of a list."""
 OTHER = "other"
 """Kinds of keys; OTHER is checked by what takes it."""
 
@@ -99,6 +103,9 @@ class Key:
             words = f"text of at most {LONGEST_TEXT} characters"
         elif self.kind in (WHOLE, NUMBER):
             words = f"a {self.kind} in {rule.range}"
+        elif self.kind in _ELEMENT:
+            words = f"a {self.kind}, 1 to {MOST_ITEMS}"
+            words += "" if _ELEMENT[self.kind] == TEXT else f", each in {rule.range}"
         else:
             words = rule.extra or "a value that its part takes"
         words += f", or {rule.extra}" if rule.extra and self.kind != OTHER else ""
@@ -130,6 +137,10 @@ class Key:
             if not isinstance(value, str):
                 return False
             return value in rule.choices if rule.choices else 0 < len(value) <= LONGEST_TEXT and value.isprintable()
+        if self.kind in _ELEMENT:
+            one = Key(self.name, _ELEMENT[self.kind], rule)
+            is_list = isinstance(value, list | tuple) and 0 < len(value) <= MOST_ITEMS
+            return is_list and all(one.fits(item) for item in value)  # type: ignore[attr-defined]
         return _is_of(self.kind, value) and rule.holds(value)  # type: ignore[arg-type]
 
 
@@ -171,12 +182,17 @@ def nearest(given: str, known: Sequence[str], room: int = 160) -> str:
     return f"{', '.join(found)} and {len(known) - len(found)} more"
 
 
+def near_to(given: str, known: Sequence[str], prefix: str = "") -> str:
+    """The question whether the one of `known` that is nearest to `given` was meant; nothing where none is near."""
+    near = get_close_matches(given, known, n=1)
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+
+
 def unknown_key(group: str, key: object, known: Sequence[str]) -> ValueError:
     """The error for a key that is none of `known`; group: before the dot, empty for a top-level key."""
     prefix = f"{group}." if group else ""
     text = str(key) if len(str(key)) <= _LONGEST_SHOWN else f"{str(key)[: _LONGEST_SHOWN - 1]}…"
-    near = get_close_matches(text, known, n=1)
-    hint = f" (did you mean {prefix}{near[0]}?)" if near else ""
+    hint = near_to(text, known, prefix)
     return ValueError(f"{prefix}{text} is no key{hint}; known: {nearest(text, sorted(known))}")
 
 
@@ -219,13 +235,19 @@ def _key(name: str, hint: Any, default: Any) -> Key:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     nullable = type(None) in members
     kinds = [kind for kind in (_kind(member) for member in members) if kind]
-    whole = len(members) - nullable == len(kinds)
-    # A union with something else than numbers or text is checked here only if its rule tells what that is.
-    kind = max(kinds, key=(WHOLE, NUMBER, SWITCH, TEXT).index) if kinds and (whole or (rule and rule.extra)) else OTHER
+    if rule is not None and rule.extra:
+        kinds = [kind for kind in kinds if kind not in _ELEMENT]
+    elif len(kinds) < len(members) - nullable or (len(kinds) > 1 and set(kinds) != {WHOLE, NUMBER}):
+        # A union with something else is checked here only if its rule tells what that is.
+        kinds = []
+    kind = OTHER if not kinds else NUMBER if NUMBER in kinds else kinds[0]
     return Key(name, kind, rule or Rule(), default, nullable or hint in (Any, object))
 
 
 def _kind(hint: Any) -> str:
+    element = get_args(hint)
+    if get_origin(hint) in (list, Sequence) and element:
+        return LISTS.get(_kind(element[0]), "")
     return {int: WHOLE, float: NUMBER, bool: SWITCH, str: TEXT}.get(hint, "")
 
 

@@ -33,7 +33,7 @@ from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.output import provenance, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_job, run_cli
+from sim.job.run_cli import as_job, run_hydra
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.paths import CONF
 
@@ -230,4 +230,4 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def cli() -> int:
     """Entry point."""
-    return run_cli(main)
+    return run_hydra(main)

@@ -21,7 +21,7 @@ class FixedHorizon(Horizon):
             Rule(1, 9_999, unit="layers", null="distances says it", about="ahead, at most the model's layers less one"),
         ] = None,
         distances: Annotated[
-            Sequence[int] | None, Rule(null="depth says it", extra="a list of whole numbers in [1, 9999]")
+            Sequence[int] | None, Rule(1, 9_999, unit="layers", null="depth says it", about="that are predicted")
         ] = None,
     ) -> None:
         if (depth is None) == (distances is None):

@@ -16,6 +16,7 @@ from sim.paths import CONF, config_files, own_folder
 KEYS = (*GROUPS, *declared(RunKeys))
 """Those that every run has."""
 _OF_A_GROUP = re.compile(r"^[+~]*([\w/]+)(?:@[\w.:@/]*)?=\s*(.*)$", re.DOTALL)
+_ENDLESS = re.compile(r"\d{4000}")
 _NO_NAME = re.compile(r"[\[{]|(null|true|false|[-+]?[\d.][\d._e+-]*|nan|[-+]?inf|)$", re.IGNORECASE)
 
 
@@ -26,7 +27,7 @@ def configure(
 
     config_name, own_keys: another file of `conf/`, and the keys that it has beside `KEYS`.
     """
-    check_names(overrides)
+    check_words(overrides)
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose(config_name=config_name, overrides=[*overrides, *_search_path(config_name)])
     return checked(cfg, own_keys)
@@ -44,10 +45,16 @@ def _search_path(config_name: str) -> list[str]:
     return [f"hydra.searchpath=[{quoted}]"]
 
 
-def check_names(words: Sequence[str]) -> None:
-    """ValueError for an override that gives a group something else than a name: of a list Hydra would take every file,
-    one over the other."""
+def check_words(words: Sequence[str]) -> None:
+    """ValueError for an override that Hydra would take for something else, or of which it would not say which it was.
+
+    Of a list of files Hydra takes each, one over the other.
+    """
     for word in words:
+        if word.startswith("="):
+            raise ValueError(f"cannot read the override {shown(word)}: it has no key; give key=value")
+        if _ENDLESS.search(word):
+            raise ValueError(f"{word[:60]}… holds a number of thousands of digits; no key takes one")
         found = _OF_A_GROUP.match(word)
         if found is None or not ("/" in found[1] or found[1] in GROUPS) or found[1].startswith("hydra"):
             continue

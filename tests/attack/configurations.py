@@ -11,16 +11,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from expertflow.keys import MOST, NUMBER, OTHER, REQUIRED, SWITCH, TEXT, WHOLE, Key, arguments_of, declared
+from expertflow.keys import LISTS, NUMBER, OTHER, REQUIRED, SWITCH, TEXT, WHOLE, Key, arguments_of, declared
 from expertflow.model import ModelSpec
 from expertflow.parts import Effort
 from replay.keys import ReplayKeys
-from sim.job.configure import configure
+from replay.settings import Settings
+from sim.job.configure import configure, settled
 from sim.job.errors import one_line
 from sim.job.keys import GROUPS, PolicyKeys, RunKeys, TraceKeys, check_run
 from sim.job.parts import KINDS, class_of
@@ -57,7 +57,10 @@ class Bad:
     @property
     def words(self) -> list[str]:
         """The overrides of a command line that say the same."""
-        return [*self.base, *(f"~{key}" if value is DELETED else f"++{key}={literal(value)}" for key, value in self.edits)]
+        return [
+            *self.base,
+            *(f"~{key}" if value is DELETED else f"++{key}={literal(value)}" for key, value in self.edits),
+        ]
 
     def __str__(self) -> str:
         return " ".join(self.words)
@@ -87,6 +90,10 @@ def wrong_values(key: Key) -> Iterator[Any]:
     if key.kind == OTHER:
         return
     yield {"a": 1}
+    if key.kind in LISTS.values():
+        yield from ("12", 5, True, [], [rule.low - 1], [rule.high + 1], ["a"], [None], [True], [math.nan], [[1]], [1.5])
+        yield [1] * 20_000
+        return
     if not rule.extra:
         yield [1]
         yield []
@@ -312,7 +319,17 @@ def bad_pairs() -> Iterator[Bad]:
     yield Bad(LRU, (("start", "resident"),), ("start=resident", "residency"))
     yield Bad(LRU, (("chunk_mib", 1 / 1024),), ("chunk_mib=0.000976562", "chunks"))
     yield Bad(LRU, (("hardware.link_gb_per_s", 3000.0),), ("hardware.link_gb_per_s=3000.0", "memory_gb_per_s"))
-    for curve in ([], [1], [[1]], [[1, 2, 3]], [[1, "a"]], [[0, 5.0]], [[8, 5.0], [4, 6.0]], [[8, 1e-9]], [[8, math.nan]]):
+    for curve in (
+        [],
+        [1],
+        [[1]],
+        [[1, 2, 3]],
+        [[1, "a"]],
+        [[0, 5.0]],
+        [[8, 5.0], [4, 6.0]],
+        [[8, 1e-9]],
+        [[8, math.nan]],
+    ):
         yield Bad(LRU, (("hardware.link_gb_per_s", curve),), ("hardware.link_gb_per_s",))
     for tables in (5, [1], {"tiny": 5}, {"tiny": {}}, {"tiny": {"kv": 1}}):
         yield Bad(LRU, (("hardware.kernel_ns", tables),), ("hardware.kernel_ns",))
@@ -329,11 +346,10 @@ def bad_pairs() -> Iterator[Bad]:
     horizon = (*ADAPTIVE, "policy/horizon=fixed_1")
     yield Bad(horizon, (("policy.horizon.distances", [2]),), ("policy.horizon", "distances"))
     yield Bad(horizon, (("policy.horizon.depth", None),), ("policy.horizon", "depth"))
-    for distances in ([], [0], [1.5], ["a"], [None], [True], [10**6], "12", {"a": 1}, [[1]], [1] * 20_000):
-        edits = (("policy.horizon.depth", None), ("policy.horizon.distances", distances))
-        yield Bad(horizon, edits, ("policy.horizon", "distances"))
     least = (*ADAPTIVE, "policy/selection=stall_saved")
-    yield Bad(least, (("policy.selection.least", 0.5), ("policy.selection.most", 0.4)), ("policy.selection", "least=0.5"))
+    yield Bad(
+        least, (("policy.selection.least", 0.5), ("policy.selection.most", 0.4)), ("policy.selection", "least=0.5")
+    )
     noisy = (*ADAPTIVE, "policy/predictor=noisy_oracle")
     yield Bad(noisy, (("policy.predictor.a", 2.0),), ("policy.predictor", "a=2.0"))
     for name, value in (("fitted", 5), ("fitted", "/absent"), ("fitted", [1]), ("fitted", ""), ("fitted", None)):
@@ -380,7 +396,7 @@ WORDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("+hardware=a100", "+policy=lru", "~nosuch"), ("nosuch",)),
     (("+hardware=a100", "+policy=lru", "~policy.name"), ("policy.name",)),
     (("+hardware=a100", "+policy=lru", "foo=1"), ("foo", "unknown keys")),
-    (("+hardware=a100", "+policy=lru", "+residency=0.5"), ("residency", "leave out the plus sign")),
+    (("+hardware=a100", "+policy=lru", "+seed=5"), ("seed", "leave out the plus sign")),
     (("hardware=a100", "+policy=lru"), ("hardware", "+hardware=NAME")),
     (("+hardware=a100", "+policy=lru", "residency=${foo}"), ("residency", "foo")),
     (("+hardware=a100", "+policy=lru", "residency=${residency}"), ("residency",)),
@@ -452,15 +468,11 @@ def judge(case: Bad) -> str | None:
 
     Anything but an error that a command knows passes through: it would have been a traceback.
     """
-    from sim.job.configure import settled
-
     plain = edited(case)
     try:
         check_run(plain, declared(ReplayKeys) if case.world == "replay" else {})
         plain = settled(plain)
         if case.world == "replay":
-            from replay.settings import Settings
-
             Settings.of(plain)
             return None
         work = make_workload(plain, _trace() if plain["trace"]["path"] is None else None)
@@ -497,6 +509,3 @@ def faults(line: str | None, names: Sequence[str]) -> list[str]:
     if "\n" in line or "Traceback" in line or "HYDRA_FULL_ERROR" in line:
         found.append("more than a line")
     return found
-
-
-__all__ = ["MOST", "Bad", "Path", "bad", "bad_words", "edges", "faults", "judge", "judge_words", "places"]

@@ -19,12 +19,12 @@ from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.app import cli
+from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader
 from replay.machine.cpu import CpuDevice
 from replay.machine.rig import Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
-from replay.keys import ReplayKeys
 from replay.settings import Settings, as_found
 from sim.job.configure import configure
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config

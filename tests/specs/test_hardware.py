@@ -149,7 +149,11 @@ def test_eager_costs_a_millisecond_a_layer_and_graph_a_fiftieth() -> None:
 
 NAN, INF = math.nan, math.inf
 REFUSED: list[tuple[str, Any, str]] = [
-    ("link_gb_per_s", 0.0, r"hardware\.link_gb_per_s=0\.0 is outside \[0\.0001, 1e\+06\] GB/s or inf; give GB/s in one direction"),
+    (
+        "link_gb_per_s",
+        0.0,
+        r"hardware\.link_gb_per_s=0\.0 is outside \[0\.0001, 1e\+06\] GB/s or inf; give GB/s in one direction",
+    ),
     ("link_gb_per_s", -25.0, r"link_gb_per_s=-25\.0 is outside"),
     ("link_gb_per_s", NAN, r"link_gb_per_s=nan is outside"),
     ("link_gb_per_s", 2039.1, r"link_gb_per_s=2039\.1 is above memory_gb_per_s=2039\.0, into which it copies; give"),
@@ -158,7 +162,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("link_gb_per_s", ((1024, INF),), r"link_gb_per_s\[1024 bytes\]=inf is outside"),
     ("link_gb_per_s", ((1024, 5.0), (1024, 6.0)), r"\[1024 bytes\] follows 1024 bytes; sizes must rise"),
     ("link_gb_per_s", ((0, 5.0),), r"\[0 bytes\] follows 0 bytes; sizes must rise and be at least 1"),
-    ("pageable_gb_per_s", 0.0, r"pageable_gb_per_s=0\.0 is outside \[0\.0001, 1e\+06\] GB/s or inf; give GB/s of a copy"),
+    (
+        "pageable_gb_per_s",
+        0.0,
+        r"pageable_gb_per_s=0\.0 is outside \[0\.0001, 1e\+06\] GB/s or inf; give GB/s of a copy",
+    ),
     ("memory_gb", 0.0, r"memory_gb=0\.0 is outside \[0\.001, 100000\] GB"),
     ("memory_gb_per_s", NAN, r"memory_gb_per_s=nan is outside"),
     ("memory_gb_per_s", INF, r"memory_gb_per_s=inf is outside"),
