@@ -74,6 +74,9 @@ def _hydra(error: BaseException) -> str:
     twice = re.match(r"Multiple values for (\S+)\. ", message)
     if twice:
         return f"{twice[1]} is chosen twice; choose it once"
+    gone = re.match(r"Could not delete from config\. '([^']+)'", message)
+    if gone:
+        return f"{gone[1]} cannot be taken out: it is not there, or null; leave it, or give it another value"
     if "An item is already at" in text:
         key = text.split("'")[1]
         return f"{key} exists already; leave out the plus sign: {key}=VALUE"

@@ -441,7 +441,8 @@ def _composed(base: tuple[str, ...], world: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _trace() -> Any:
+def trace_at_hand() -> Any:
+    """The shipped recording, opened once."""
     return open_trace(str(shipped(TRACE)))
 
 
@@ -463,19 +464,24 @@ def edited(case: Bad) -> dict[str, Any]:
     return plain
 
 
+def ready(case: Bad) -> dict[str, Any]:
+    """The same, checked; ValueError for what no run is begun with."""
+    plain = edited(case)
+    check_run(plain, declared(ReplayKeys) if case.world == "replay" else {})
+    return settled(plain)
+
+
 def judge(case: Bad) -> str | None:
     """The message that refuses `case`, as a command prints it; None if it is accepted.
 
     Anything but an error that a command knows passes through: it would have been a traceback.
     """
-    plain = edited(case)
     try:
-        check_run(plain, declared(ReplayKeys) if case.world == "replay" else {})
-        plain = settled(plain)
+        plain = ready(case)
         if case.world == "replay":
             Settings.of(plain)
             return None
-        work = make_workload(plain, _trace() if plain["trace"]["path"] is None else None)
+        work = make_workload(plain, trace_at_hand() if plain["trace"]["path"] is None else None)
         make_policy(plain["policy"], work, plain["seed"])
     except Exception as error:
         line = one_line(error)
