@@ -214,7 +214,7 @@ def arguments_of(call: Callable[..., Any]) -> tuple[dict[str, Key], bool]:
 
     An argument without an annotation, or with one of its own, is of kind OTHER.
     """
-    function = call.__init__ if isinstance(call, type) else call
+    function = call.__init__ if isinstance(call, type) else call  # type: ignore[misc]
     if function is object.__init__:
         return {}, False
     hints = get_type_hints(function, include_extras=True)

@@ -36,11 +36,12 @@ class Outlook(Eviction):
 
     def __init__(
         self,
-        used: Annotated[float, Rule(0, 1, about="chance that stands for having been used")] = 0.1,
+        used: Annotated[float, Rule(0, 1, about="least worth of an expert used in this forward")] = 0.1,
         margin: Annotated[
-            float, Rule(0, 1_000_000, about="by what factor a prefetch must be worth more, 0 = never refused")
+            float,
+            Rule(0, 1_000_000, about="times a victim's worth is what a prefetch must exceed, 0 = any does"),
         ] = 1.0,
-        memory: Annotated[float, Rule(0, 1, below=True, about="weight of what was before in running means")] = 0.9,
+        memory: Annotated[float, Rule(0, 1, below=True, about="share of the old kept in a running mean")] = 0.9,
     ) -> None:
         if not 0 <= used <= 1:
             raise ValueError(f"Outlook used={used} must be in 0 … 1")

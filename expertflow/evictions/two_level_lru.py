@@ -30,10 +30,11 @@ class TwoLevelLRU(Eviction):
             str, Rule(choices=("global", "layer"), about="one cache for all layers, or one for each")
         ] = "global",
         high_share: Annotated[
-            float, Rule(0, 1, above=True, about="share of the slots that the upper level may take")
+            float, Rule(0, 1, above=True, about="share of the slots that the high level holds at most")
         ] = 0.75,
         frequent_forwards: Annotated[
-            int, Rule(0, 1_000_000, unit="forwards", about="within which a second use counts as frequent")
+            int,
+            Rule(0, 1_000_000, unit="forwards", about="within which a second use keeps an expert in the high level"),
         ] = 16,
     ) -> None:
         if not 0 < high_share <= 1:

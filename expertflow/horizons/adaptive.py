@@ -38,15 +38,17 @@ class AdaptiveHorizon(Horizon):
     def __init__(
         self,
         max_distance: Annotated[int, Rule(1, 9_999, unit="layers", about="ahead, at most")] = 8,
-        memory: Annotated[float, Rule(0, 1, below=True, about="weight of what was before in running means")] = 0.9,
-        stall_threshold: Annotated[int, Rule(1, 1_000_000, about="stalls that lengthen the step")] = 3,
-        overfetch_threshold: Annotated[int, Rule(1, 1_000_000, about="unused prefetches that shorten it")] = 8,
+        memory: Annotated[float, Rule(0, 1, below=True, about="share of the old kept in running means")] = 0.9,
+        stall_threshold: Annotated[int, Rule(1, 1_000_000, about="layers that stalled for one step more")] = 3,
+        overfetch_threshold: Annotated[int, Rule(1, 1_000_000, about="needless prefetches for one step less")] = 8,
         formula_jump: Annotated[
-            int, Rule(1, 9_999, unit="layers", about="by which the formula must differ to be followed")
+            int, Rule(1, 9_999, unit="layers", about="by which the formula must move to be followed")
         ] = 2,
         cooldown_forwards: Annotated[int, Rule(0, 1_000_000, unit="forwards", about="between two changes")] = 1,
         count: Annotated[str, Rule(choices=("any", "late"), about="which stalls count")] = "late",
-        dist_exponent: Annotated[float, Rule(0, 100, about="of the distance of tokens in the formula, 0 = off")] = 0.0,
+        dist_exponent: Annotated[
+            float, Rule(0, 100, about="of the diversity of a batch in the formula, 0 = off")
+        ] = 0.0,
         worth: Annotated[
             float, Rule(0, 1_000_000, about="share of what prefetch saves that decisions may cost, 0 = off")
         ] = 0.0,

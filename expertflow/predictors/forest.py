@@ -42,7 +42,10 @@ class ForestPredictor(Predictor):
         self,
         fitted: Annotated[
             Mapping[str, npt.NDArray[np.generic]] | None,
-            Rule(extra="auto, null or a file of python -m traces fit-predictor", about="what is fitted"),
+            Rule(
+                extra="auto or a file of python -m traces fit-predictor",
+                about="auto: what is shipped",
+            ),
         ],
         cache_size: Annotated[int, Rule(0, 1_000_000, about="predictions kept, 0 = none")] = 4096,
         refreshes: Annotated[bool, Rule(about="nearer predictions replace farther ones")] = False,

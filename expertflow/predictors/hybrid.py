@@ -45,7 +45,10 @@ class HybridPredictor(Predictor):
         self,
         fitted: Annotated[
             Mapping[str, npt.NDArray[np.generic]] | None,
-            Rule(extra="auto, null or a file of python -m traces fit-predictor", about="what is fitted"),
+            Rule(
+                extra="auto or a file of python -m traces fit-predictor",
+                about="auto: what is shipped",
+            ),
         ],
         keep: Annotated[
             int, Rule(0, 65_535, unit="experts", about="the best are returned for a single token, 0 = all")

@@ -28,8 +28,8 @@ class NoisyOraclePredictor(Predictor):
     def __init__(
         self,
         a: Annotated[float, Rule(-1e6, 1e6, about="recall at distance d is a exp(-b d) + c, within [0, 1]")] = 0.3,
-        b: Annotated[float, Rule(0, 1e6)] = 0.5,
-        c: Annotated[float, Rule(0, 1)] = 0.6,
+        b: Annotated[float, Rule(0, 1e6, about="see a")] = 0.5,
+        c: Annotated[float, Rule(0, 1, about="see a")] = 0.6,
         wrong: Annotated[str, Rule(choices=("uniform", "popularity"), about="how a wrong expert is drawn")] = "uniform",
         seed: Annotated[int, Rule(0, 2**63 - 1, about="null in a configuration = the run's")] = 0,
     ) -> None:

@@ -40,17 +40,20 @@ class TransitionPredictor(Predictor):
 
     def __init__(
         self,
-        max_distance: Annotated[int, Rule(1, 9_999, unit="layers", about="ahead, at most")] = 8,
-        cross: Annotated[float, Rule(0, 100, about="weight of the layers before")] = 0.525,
-        persistence: Annotated[float, Rule(0, 100, about="weight of the token before")] = 0.375,
-        popularity: Annotated[float, Rule(0, 100, about="weight of an expert's share")] = 0.75,
-        smoothing: Annotated[float, Rule(0, 1e6, above=True, unit="counts", about="of the independent guess")] = 8.0,
+        max_distance: Annotated[int, Rule(1, 64, unit="layers", about="ahead, at most")] = 8,
+        cross: Annotated[float, Rule(0, 100, about="damping exponent of the layers before")] = 0.525,
+        persistence: Annotated[float, Rule(0, 100, about="damping exponent of the forward before")] = 0.375,
+        popularity: Annotated[float, Rule(0, 100, about="damping exponent of an expert's share")] = 0.75,
+        smoothing: Annotated[float, Rule(1e-6, 1e6, unit="counts", about="of the independent guess")] = 8.0,
         keep: Annotated[
             int, Rule(0, 65_535, unit="experts", about="the best are returned for a single token, 0 = all")
         ] = 0,
         fitted_start: Annotated[
             Mapping[str, npt.NDArray[np.generic]] | None,
-            Rule(extra="auto, null or a file of python -m traces fit-predictor", about="what is fitted"),
+            Rule(
+                extra="auto or a file of python -m traces fit-predictor",
+                about="auto: what is shipped",
+            ),
         ] = None,
     ) -> None:
         if max_distance < 1:

@@ -34,11 +34,13 @@ class StallSaved(Selection):
 
     def __init__(
         self,
-        price: Annotated[float, Rule(0, 1_000_000, about="of the link's time, in stall")] = 1.0,
-        queue: Annotated[int, Rule(0, 64, unit="copies", about="waiting, beyond which a copy holds up others")] = 4,
-        least: Annotated[float, Rule(0, 1, above=True, about="chance that is prefetched, at most `most`")] = 0.01,
-        most: Annotated[float, Rule(0, 1, above=True, about="chance that is asked for")] = 1.0,
-        memory: Annotated[float, Rule(0, 1, below=True, about="weight of what was before in running means")] = 0.9,
+        price: Annotated[float, Rule(0, 1_000_000, about="factor on what a needless copy costs")] = 1.0,
+        queue: Annotated[
+            int, Rule(0, 64, unit="copies", about="waiting or served that a copy must find to hold others up")
+        ] = 4,
+        least: Annotated[float, Rule(0, 1, above=True, about="lower bound of the threshold, not above most")] = 0.01,
+        most: Annotated[float, Rule(0, 1, above=True, about="upper bound of the threshold")] = 1.0,
+        memory: Annotated[float, Rule(0, 1, below=True, about="share of the old kept in running means")] = 0.9,
     ) -> None:
         if price < 0:
             raise ValueError(f"StallSaved price={price} must be at least 0")

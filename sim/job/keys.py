@@ -70,9 +70,11 @@ class TraceKeys:
             about="a file, a glob, or a list of files",
         ),
     ] = None
-    num_tokens: Annotated[int | None, Rule(1, MOST_TOKENS, unit="tokens", null="1024 where generated")] = None
+    num_tokens: Annotated[int | None, Rule(1, MOST_TOKENS, unit="tokens", null="1024", about="that are generated")] = (
+        None
+    )
     num_requests: Annotated[int | None, Rule(1, MOST_TOKENS, null="8", about="at most num_tokens")] = None
-    seed: Annotated[int | None, Rule(0, 2**63 - 1, null="0")] = None
+    seed: Annotated[int | None, Rule(0, 2**63 - 1, null="0", about="of what is generated")] = None
     params: Annotated[str | None, Rule(null="the shipped ones", about="a file of python -m traces fit")] = None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from expertflow.clairvoyant import Clairvoyant
 from expertflow.keys import LISTS, NUMBER, OTHER, REQUIRED, SWITCH, TEXT, WHOLE, Key, arguments_of, declared
 from expertflow.model import ModelSpec
 from expertflow.parts import Effort
@@ -161,6 +162,8 @@ def places() -> tuple[Place, ...]:
         keys, _ = arguments_of(class_of(cfg, part, KINDS[part]))
         base = (*ADAPTIVE, f"{'+' if part == 'place' else ''}policy/{part}={name}")
         found += [Place(base, f"policy.{part}.{key.name}", key) for key in keys.values()]
+    own, _ = arguments_of(Clairvoyant)
+    found += [Place(CLAIRVOYANT, f"policy.{name}", key) for name, key in own.items() if name != "future"]
     found += [Place(REPLAY, name, key, "replay") for name, key in declared(ReplayKeys).items()]
     return tuple(found)
 

@@ -170,7 +170,7 @@ PARTS = [
         ("policy/predictor=lookahead", "the trace sound has none", "policy/predictor=transition"),
     ),
     Bad(f"{TRANSITION} policy.predictor.max_distance=0", ("policy.predictor", "max_distance=0")),
-    Bad(f"{TRANSITION} policy.predictor.smoothing=nan", ("policy.predictor.smoothing=nan", "(0, 1e+06]")),
+    Bad(f"{TRANSITION} policy.predictor.smoothing=nan", ("policy.predictor.smoothing=nan", "[1e-06, 1e+06]")),
     Bad(f"{TRANSITION} policy.predictor.cross=nan", ("policy.predictor.cross=nan", "[0, 100]")),
     Bad(f"{TRANSITION} policy.predictor.keep=-1", ("policy.predictor.keep=-1", "[0, 65535] experts")),
     Bad(
