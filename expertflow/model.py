@@ -1,10 +1,9 @@
 """The dimensions of a Mixture-of-Experts model: what an expert weighs, what the rest weighs, what KV takes.
 
+Annotations are evaluated here, since they declare keys: as text each would be compiled when it is first asked for.
 Knows no hardware and no time. Parameters are those of the matrices: biases, norms and quantisation tables not
 in `*_bits` are left out. Bytes are whole numbers.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Prints the page of docs/keys.md: each key with its type, range, unit and default, read from where it is declared.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
@@ -95,7 +93,7 @@ def tables() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
     run, replay = (yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("run", "replay"))
     yield "A run", "Of a simulation and of a replay.", declared(RunKeys), run
     yield "A replay alone", "`compare` is `none` there.", declared(ReplayKeys), replay
-    grouped: tuple[tuple[str, type[Any]], ...] = (
+    grouped: tuple[tuple[str, Any], ...] = (
         ("trace", TraceKeys),
         ("hardware", Hardware),
         ("stack", Stack),

@@ -4,8 +4,6 @@ Those of hardware, stack and model are declared where these are (`sim.specs.hard
 policy's parts by the parts' constructors, those of a replay alone in `replay.settings`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any

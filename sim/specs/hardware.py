@@ -4,8 +4,6 @@ Data only: `sim.machine.kernels` and `sim.machine.link` turn it into times. Unit
 Every figure of `conf/hardware` and `conf/stack` carries its origin in `sources`.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping
@@ -44,7 +42,7 @@ def _link(about: str, remedy: str, extra: str = "") -> Rule:
 _SHARE = Rule(1e-3, 1, about="share of the peak that kernels reach", remedy="give the share of the peak")
 
 
-def _check_sources(group: str, spec: Hardware | Stack) -> None:
+def _check_sources(group: str, spec: "Hardware | Stack") -> None:
     known = {item.name for item in fields(spec)} - {"name", "sources"}
     if not isinstance(spec.sources, Mapping):
         raise ValueError(f"{group}.sources={spec.sources!r} must map each figure's key to its origin")
