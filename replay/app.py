@@ -16,22 +16,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
+from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import end
 from replay.machine.device import DeviceLostError
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
-from replay.settings import KEYS, Settings, as_found
+from replay.settings import Settings, as_found
 from sim.app import Recorders, relative
 from sim.job.beside import baselines, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.output import provenance, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_job, run_cli
+from sim.job.run_cli import as_job, run_hydra
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.paths import CONF
 
@@ -50,7 +52,7 @@ def replay_configured(cfg: DictConfig) -> float | None:
     started = time.perf_counter()
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = list(HydraConfig.get().overrides.task)
-    plain = checked(cfg, KEYS, ("local",))
+    plain = checked(cfg, declared(ReplayKeys), ("local",))
     _check(plain)
     settings = Settings.of(plain)
     device = settings.device()
@@ -235,4 +237,4 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def cli() -> int:
     """Entry point."""
-    return run_cli(main)
+    return run_hydra(main)

@@ -24,7 +24,8 @@ from replay.calibration.hostspeed import drift
 from replay.calibration.profile import profiles
 from replay.calibration.record import calibrate, named_model, scale_of, write_profile
 from replay.gc_pause import keep_loaded
-from replay.machine.rig import MACHINES, choose_machine, make_device
+from replay.keys import MACHINES
+from replay.machine.rig import choose_machine, make_device
 from sim.job.configure import configure
 from sim.job.output import provenance
 from sim.job.run_cli import run_cli

@@ -17,12 +17,13 @@ from pathlib import Path
 from replay.calibrate import check_name
 from replay.calibration.record import scale_of
 from replay.gc_pause import keep_loaded
-from replay.machine.rig import MACHINES, choose_machine, make_device
+from replay.keys import MACHINES
+from replay.machine.rig import choose_machine, make_device
 from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from replay.validation.session import Validation
 from sim.job.configure import configure
+from sim.job.keys import STARTS
 from sim.job.run_cli import run_cli
-from sim.job.setup import STARTS
 from sim.paths import add_config_dir, use_own_folder
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}

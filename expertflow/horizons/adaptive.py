@@ -7,12 +7,14 @@ Numbers that the paper leaves open are parameters; which way each feedback pushe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
 from expertflow.horizons.decision_account import DecisionAccount
 from expertflow.horizons.feedback import StepFeedback
 from expertflow.horizons.formula import StepFormula
+from expertflow.keys import Rule
 from expertflow.parts import Horizon
 from expertflow.view import Feedback, View
 
@@ -35,16 +37,24 @@ class AdaptiveHorizon(Horizon):
 
     def __init__(
         self,
-        max_distance: int = 8,
-        memory: float = 0.9,
-        stall_threshold: int = 3,
-        overfetch_threshold: int = 8,
-        formula_jump: int = 2,
-        cooldown_forwards: int = 1,
-        count: str = "late",
-        dist_exponent: float = 0.0,
-        decision_share: float = 0.0,
-        retry_forwards: int = 256,
+        max_distance: Annotated[int, Rule(1, 9_999, unit="layers", about="ahead, at most")] = 8,
+        memory: Annotated[float, Rule(0, 1, below=True, about="share of the old kept in running means")] = 0.9,
+        stall_threshold: Annotated[int, Rule(1, 1_000_000, about="layers that stalled for one step more")] = 3,
+        overfetch_threshold: Annotated[int, Rule(1, 1_000_000, about="needless prefetches for one step less")] = 8,
+        formula_jump: Annotated[
+            int, Rule(1, 9_999, unit="layers", about="by which the formula must move to be followed")
+        ] = 2,
+        cooldown_forwards: Annotated[int, Rule(0, 1_000_000, unit="forwards", about="between two changes")] = 1,
+        count: Annotated[str, Rule(choices=("any", "late"), about="which stalls count")] = "late",
+        dist_exponent: Annotated[
+            float, Rule(0, 100, about="of the diversity of a batch in the formula, 0 = off")
+        ] = 0.0,
+        decision_share: Annotated[
+            float, Rule(0, 1_000_000, about="share of what prefetch saves that decisions may cost, 0 = off")
+        ] = 0.0,
+        retry_forwards: Annotated[
+            int, Rule(1, 2**31 - 1, unit="forwards", about="until a step that was not worth it is tried again")
+        ] = 256,
     ) -> None:
         if max_distance < 1:
             raise ValueError(f"AdaptiveHorizon max_distance={max_distance} must be at least 1")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Prediction, Predictor
 from expertflow.units import SCORE_ONE
 from expertflow.view import View
@@ -21,7 +24,7 @@ class OraclePredictor(Predictor):
 
     uses_future = True
 
-    def __init__(self, forecast: bool = True) -> None:
+    def __init__(self, forecast: Annotated[bool, Rule(about="it also forecasts for the eviction")] = True) -> None:
         self.forecasts = forecast
 
     def start(self, view: View, future: Future | None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.pace import Pace
 from expertflow.parts import Prediction, Selection
 from expertflow.units import SCORE_ONE
@@ -32,7 +33,14 @@ class StallSaved(Selection):
     at_once: ClassVar[bool] = True
 
     def __init__(
-        self, copy_weight: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0, memory: float = 0.9
+        self,
+        copy_weight: Annotated[float, Rule(0, 1_000_000, about="factor on what a needless copy costs")] = 1.0,
+        queue: Annotated[
+            int, Rule(0, 64, unit="copies", about="waiting or served that a copy must find to hold others up")
+        ] = 4,
+        least: Annotated[float, Rule(0, 1, above=True, about="lower bound of the threshold, not above most")] = 0.01,
+        most: Annotated[float, Rule(0, 1, above=True, about="upper bound of the threshold")] = 1.0,
+        memory: Annotated[float, Rule(0, 1, below=True, about="share of the old kept in running means")] = 0.9,
     ) -> None:
         if copy_weight < 0:
             raise ValueError(f"StallSaved copy_weight={copy_weight} must be at least 0")

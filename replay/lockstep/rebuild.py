@@ -29,6 +29,9 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     it as well. ValueError says which override is wanted.
     """
     plain = {key: value for key, value in with_present_names(reader.header.config).items() if key in KEYS}
+    if plain.get("gpu_memory_gb") is not None:
+        # Logs once held the default of the one beside the other.
+        plain["residency"] = None
     for place, text in _texts(plain, ""):
         if "${" in text:
             raise LogError(f"{reader.path}: {place}={text!r:.80} holds an interpolation; a log holds plain values only")

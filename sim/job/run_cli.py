@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from sim.job.configure import check_words
 from sim.job.errors import one_line
 from sim.paths import use_own_folder
 
@@ -42,6 +43,16 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
             raise
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def run_hydra(main: Callable[[], int | None]) -> int:
+    """`run_cli` for a command whose words are Hydra's."""
+
+    def checked() -> int | None:
+        check_words([word for word in sys.argv[1:] if not word.startswith("-")])
+        return main()
+
+    return run_cli(checked)
 
 
 def run_cli(

@@ -1,1 +1,1 @@
-"""Damaged files, bad configurations and hostile parts: what must be refused in one line, and never do harm."""
+"""Wrong input of every kind, made from what is declared: nothing of it may pass, and none may end in a traceback."""

@@ -33,9 +33,9 @@ from replay.run import needs_of, replay_policy
 from sim.job.setup import Transfer, Workload
 from sim.machine.run import run_policy
 from tests.attack.parts import BLIND, KINDS, MARKED, REFUSED, Kind
-from tests.cli.support import tiny_trace
 from tests.lockstep.support import Job
-from tests.replay.support import TINY, Case, on_cpu
+from tests.support.commands import tiny_trace
+from tests.support.replays import TINY, Case, on_cpu
 
 SHAPE = (4, 8)
 NUM_TOKENS = 12

@@ -11,9 +11,11 @@ from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf.errors import OmegaConfBaseException
 
-from sim.job.configure import check_arguments, configure
+from expertflow.horizons.adaptive import AdaptiveHorizon
+from sim.job.configure import configure
 from sim.job.errors import one_line
 from sim.job.former_names import FORMER, Former, present_key, with_present_names
+from sim.job.parts import KINDS, make_part
 from sim.paths import config_files
 
 RENAMED = [
@@ -44,7 +46,7 @@ def test_a_part_with_a_former_key_is_refused_and_the_class_takes_the_present_one
     assert one.present in names
     assert one.former not in names
     with pytest.raises(ValueError, match=rf"^{one.place}.{one.former} is called {one.place}.{one.present} now"):
-        check_arguments({"_target_": one.target, one.former: 1}, one.place)
+        make_part({"_target_": one.target, one.former: 1}, one.place, KINDS[one.place.removeprefix("policy.")])
 
 
 def test_at_the_top_too() -> None:
@@ -53,9 +55,17 @@ def test_at_the_top_too() -> None:
     )
 
 
+class OwnHorizon(AdaptiveHorizon):
+    """A user's own, whose arguments are called what they like."""
+
+    def __init__(self, worth: float, price: float) -> None:
+        super().__init__()
+        self.given = (worth, price)
+
+
 def test_a_part_of_a_users_own_keeps_its_keys() -> None:
-    own: dict[str, Any] = {"_target_": "collections.Counter", "worth": 1, "price": 2}
-    check_arguments(own, "policy.horizon")
+    own: dict[str, Any] = {"_target_": f"{__name__}.OwnHorizon", "worth": 1.0, "price": 2.0}
+    assert make_part(own, "policy.horizon", KINDS["horizon"]).given == (1, 2)
     assert with_present_names({"policy": {"horizon": own}}) == {"policy": {"horizon": own}}
     assert present_key("policy.eviction.worth") is None
     assert present_key("hardware.twin") is None

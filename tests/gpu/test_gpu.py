@@ -14,9 +14,9 @@ import torch
 
 from replay.calibrate import main as calibrate
 from replay.calibration.measure import Copier
+from replay.keys import FAULTS
 from replay.machine.cuda import CudaDevice
 from replay.machine.device import Program
-from replay.machine.faults import FAULTS
 from replay.machine.launch_row import Row
 from replay.machine.programs import LEAST_ROWS, size_class
 from replay.machine.raw import torch_copy

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from expertflow.forward import Forward
-from replay.machine.faults import FAULTS
+from replay.keys import FAULTS
 from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
 from replay.run import PartialRunError

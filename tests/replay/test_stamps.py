@@ -12,11 +12,12 @@ import torch
 
 import replay.machine.rig
 from replay.app import WRONG
+from replay.keys import FAULTS
 from replay.lockstep.compare import check
 from replay.lockstep.log_format import LOG_NAME
 from replay.lost import LOST
 from replay.machine.device import Work
-from replay.machine.faults import FAULTS, FaultyDevice
+from replay.machine.faults import FaultyDevice
 from replay.machine.launch_row import Row
 from replay.machine.memory import HostPlan, align
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets

@@ -15,15 +15,17 @@ from unittest.mock import patch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.app import cli
+from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader
 from replay.machine.cpu import CpuDevice
 from replay.machine.rig import Rig
 from replay.run import Integrity, needs_of, replay_policy, scaled_workload
-from replay.settings import KEYS, Settings, as_found
+from replay.settings import Settings, as_found
 from sim.job.configure import configure
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from tests.support.commands import TINY_MODEL_WORDS, Outcome
@@ -74,7 +76,7 @@ class Case:
     @classmethod
     def of(cls, *words: str) -> Case:
         """Of the words of a command line."""
-        cfg = configure(list(words), "replay", KEYS)
+        cfg = configure(list(words), "replay", declared(ReplayKeys))
         settings = Settings.of(cfg)
         with on_cpu() as device:
             cfg = as_found(cfg, device)

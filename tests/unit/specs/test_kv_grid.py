@@ -110,7 +110,10 @@ def test_no_grid_is_the_default_and_needs_no_origin() -> None:
     assert stack_from_dict(bare).kv_grid == 0
     assert "kv_grid" not in unsourced(stack_from_dict(bare))
     assert "kv_grid" in unsourced(stack_from_dict({**bare, "kv_grid": 64}))
-    for value, message in ((-1, r"is outside \[0, 1e\+06\]; give whole tokens"), (1.5, "must be a whole number")):
+    for value, message in (
+        (-1, r"is outside \[0, 1e\+06\] tokens; give whole tokens"),
+        (1.5, "must be a whole number"),
+    ):
         with pytest.raises(ValueError, match=rf"stack\.kv_grid={value}.*{message}"):
             stack_from_dict({**bare, "kv_grid": value})
 
