@@ -79,8 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fit, score, write."""
-    if args.distances < 1:
-        raise TraceError(f"--distances={args.distances} must be at least 1")
     if args.seed < 0:
         raise TraceError(f"--seed={args.seed} must be 0 or more")
     names = chosen_names(args.only)
