@@ -3,7 +3,6 @@
 Prints the page of docs/keys.md: each key with its type, range, unit and default, read from where it is declared.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sim.job.parts import KINDS, class_of
 from sim.job.setup import Transfer
 from sim.paths import CONF
 from sim.specs.hardware import LEAST_GB_PER_S, Hardware, Stack
+from traces.flags import Parser
 
 MACHINES = ("auto", "cuda", "cpu")
 FAULTS = ("delayed", "failed", "reordered", "duplicated", "early_reuse", "lost")
@@ -143,7 +143,7 @@ def _plain(value: Any) -> str:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m replay.keys", description=__doc__)
+    parser = Parser(prog="python -m replay.keys", description=__doc__)
     parser.parse_args(words)
     sys.stdout.write(page())
     return 0

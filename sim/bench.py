@@ -11,7 +11,6 @@ is any ratio worse by more than a fifth than that of `bench.json`, which `--upda
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -27,9 +26,11 @@ import simpy
 
 from expertflow.network import compiled_functions
 from sim.job.configure import configure
+from sim.job.errors import one_line
 from sim.job.setup import KEEP_SCORES, Workload, make_policy, make_workload
 from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
+from traces.flags import Parser, whole
 
 ALONE = "adaptive, alone"
 BARS = {"lru": 16.0, "adaptive": 32.0, ALONE: 32.0}
@@ -125,10 +126,12 @@ def worse_than(committed: Mapping[str, float], found: Mapping[str, float]) -> li
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m sim.bench", description=__doc__)
+    parser = Parser(prog="python -m sim.bench", description=__doc__)
     parser.add_argument("trace", nargs="?", type=Path, help="a trace of one's own, which --check knows nothing of")
     parser.add_argument("--hardware", default="a100")
-    parser.add_argument("--repeat", type=int, default=5, help="runs a policy; the median counts (default: 5)")
+    parser.add_argument(
+        "--repeat", type=whole(1, 10_000), default=5, help="runs a policy; the median counts (default: 5)"
+    )
     parser.add_argument("--check", action="store_true", help=f"compare with {COMMITTED.name}")
     parser.add_argument("--update", action="store_true", help=f"write {COMMITTED.name}")
     args = parser.parse_args(words)
@@ -147,8 +150,11 @@ def main(words: list[str] | None = None) -> int:
             rounded = {name: round(ratio, 1) for name, ratio in found.items()}
             COMMITTED.write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
         committed = json.loads(COMMITTED.read_text(encoding="utf-8")) if args.check else {}
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
     finally:
         for name, value in before.items():

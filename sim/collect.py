@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from sim.job.output import write_text
+from traces.flags import Parser
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -108,7 +108,7 @@ def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sim.collect",
         description=__doc__,
         epilog="example: python -m sim -m +hardware=a100 +policy=lru,adaptive residency=0.25,0.5 hydra.sweep.dir=sweep "

@@ -675,7 +675,7 @@ def test_pinned_overrides_are_checked_like_a_command_line(
     small_trace(tmp_path / "t.safetensors")
     assert regress.main(["record", str(path)]) == 2
     error = capsys.readouterr().err
-    assert ("residency=2 must be" in error) if overrides else ("+hardware=NAME" in error)
+    assert ("residency=2 is outside (0, 1]" in error) if overrides else ("+hardware=NAME" in error)
 
 
 def test_max_tokens_gives_what_a_trace_that_ends_there_gives(tmp_path: Path) -> None:

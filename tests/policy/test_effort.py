@@ -68,7 +68,7 @@ def test_the_mean_over_decisions_counts_what_was_predicted() -> None:
 @pytest.mark.parametrize(
     ("word", "complaint"),
     [
-        ("+policy.effort.once=-1", r"effort\.once=-1 must be a number in 0 … 1000"),
+        ("+policy.effort.once=-1", r"effort\.once=-1 is outside \[0, 1000\]"),
         ("+policy.effort.per_layer=x", r"effort\.per_layer='x' must be a number"),
         ("+policy.effort.twice=1", r"policy\.effort\.twice is no key; known: once, per_layer"),
     ],

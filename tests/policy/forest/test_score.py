@@ -234,7 +234,7 @@ def test_wrong_words_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     check_error(run(capsys, "score-predictors", train, other, *folder), "model is small")
     check_error(run(capsys, "score-predictors", train, judged, *folder, "--only", "oracle"), "'oracle'", "transition")
     check_error(run(capsys, "score-predictors", train, judged, *folder, "--fitted", "forest=none"), "forest=none")
-    check_error(run(capsys, "score-predictors", train, judged, *folder, "--distances", 0), "--distances=0")
+    check_error(run(capsys, "score-predictors", train, judged, *folder, "--distances", 0), "--distances: 0 must be")
     assert not out.exists()
     assert not (tmp_path / "out").exists()
 

@@ -111,6 +111,14 @@ def test_the_first_model_gets_more_of_the_time_and_the_last_what_is_left() -> No
     assert share_of_time(300, 3) == 150
 
 
-def test_less_than_one_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="--repeat=0 must be at least 1"):
+def test_less_than_one_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
         asked("--repeat", "0")
+    assert "--repeat: 0 must be a whole number in [1, 10000]" in capsys.readouterr().err
+
+
+def test_two_flags_of_which_one_would_be_ignored_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--throttle=2\.0 and --hardware=h100 both give the pace"):
+        asked("--throttle", "2", "--hardware", "h100")
+    with pytest.raises(ValueError, match="--quick is of a new calibration"):
+        asked("--calibration", "there.json", "--quick")
