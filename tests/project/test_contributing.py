@@ -16,6 +16,8 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLE = TEXT.split("## Add a policy part\n", 1)[1].split("\n## ", 1)[0]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 COPIED = ("conf", "expertflow", "replay", "sim", "tests", "traces", "pyproject.toml", "README.md")
+FOUND = (".mypy_cache",)
+"""Copied where it is there: what mypy knows of unchanged files."""
 
 
 def files() -> dict[str, str]:
@@ -35,10 +37,10 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of what the example needs."""
-    for name in COPIED:
+    """A copy of what the example needs, with what mypy and numba have made of unchanged files."""
+    for name in (*COPIED, *(name for name in FOUND if (ROOT / name).exists())):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pyc"))
         else:
             shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
