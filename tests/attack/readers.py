@@ -269,6 +269,7 @@ def _own_folder(group: str) -> Callable[[Path], Any]:
 
     def read(path: Path) -> Any:
         from sim.job.configure import configure
+        from sim.job.errors import one_line
         from sim.job.setup import make_workload
         from sim.paths import use_own_folder
         from sim.study.plan import load_study
@@ -284,6 +285,11 @@ def _own_folder(group: str) -> Callable[[Path], Any]:
                 chosen = [] if group == "hardware" else [f"{group}=mine"]
                 cfg = configure([machine, "+policy=lru", *chosen, "trace.num_tokens=4", "trace.num_requests=1"])
                 return make_workload(cfg)
+            except Exception as error:
+                told = one_line(error)  # as the command says it
+                if told is None:
+                    raise
+                raise ValueError(told) from error
             finally:
                 use_own_folder(None)
 
