@@ -178,7 +178,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     step, seconds = state.get("step"), state.get("seconds")
     if type(step) is not int or step < 0 or step >= 10**8 or f"checkpoint-{step:08d}" != path.name:
         raise fault(path / "state.json", "step", f"is {shown(step)}, not that of its folder", _REMEDY)
-    if type(seconds) not in (int, float) or not 0 <= seconds <= _MOST_SECONDS:
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= _MOST_SECONDS:
         raise fault(path / "state.json", "seconds", f"is {shown(seconds)}", _REMEDY)
     return state
 
