@@ -17,6 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from traces.jsontext import json_bytes, no_duplicates
+from traces.limits import check_bytes
+from traces.messages import TraceError as TraceError
+from traces.messages import fault as fault
+from traces.messages import why
+
 Array = npt.NDArray[Any]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -47,15 +53,6 @@ _REWRITE = "fetch or write the file again"
 _CONVERT = "convert it: python -m traces import --help"
 
 
-class TraceError(ValueError):
-    """A trace, or a source of one, that cannot be used: one line that names file, place, fault and remedy."""
-
-
-def fault(path: Path | str, where: str, problem: str, remedy: str) -> TraceError:
-    """The one form of all messages: `file: place: fault; remedy`."""
-    return TraceError(f"{path}: {where}: {problem}; {remedy}")
-
-
 @dataclass(frozen=True)
 class Container:
     """A mapped file: its text header and its arrays, read-only, untouched until sliced."""
@@ -65,9 +62,12 @@ class Container:
     arrays: dict[str, Array]
 
 
-def map_file(path: Path) -> Container:
-    """Check the container at `path` and map its arrays. TraceError on whatever is not a whole, sound file."""
-    header, data_start, data_size = _read_header(path)
+def map_file(path: Path, convert: str = _CONVERT) -> Container:
+    """Check the container at `path` and map its arrays. TraceError on whatever is not a whole, sound file.
+
+    convert: what to do about a file of another kind.
+    """
+    header, data_start, data_size = _read_header(path, convert)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault(path, "header", "__metadata__ is not a table of strings", _REWRITE)
@@ -81,17 +81,22 @@ def map_file(path: Path) -> Container:
     return Container(path, metadata, arrays)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_header(path: Path, convert: str) -> tuple[dict[str, Any], int, int]:
     """The parsed header, the byte at which data starts, and the bytes of data there are."""
     size = check_file(path)
     try:
         with path.open("rb") as file:
-            length = _header_length(path, file, size)
+            length = _header_length(path, file, size, convert)
             text = file.read(length)
     except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path and its rights") from None
+        problem, remedy = why(error)
+        raise fault(path, "file", f"cannot be read ({problem})", remedy) from None
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        decoded = text.decode("utf-8")
+        check_bytes(path, "header", json_bytes(decoded))
+        header = json.loads(decoded, object_pairs_hook=no_duplicates)
+    except TraceError:
+        raise
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
         raise fault(path, "header", f"is not valid JSON ({reason})", _REWRITE) from None
@@ -106,8 +111,11 @@ def check_file(path: Path) -> int:
         state = path.stat()
     except FileNotFoundError:
         raise fault(path, "file", "does not exist", "check the path") from None
-    except (OSError, ValueError) as error:
-        raise fault(path, "file", f"cannot be read ({error})", "check the path and its rights") from None
+    except OSError as error:
+        problem, remedy = why(error)
+        raise fault(path, "file", f"cannot be read ({problem})", remedy) from None
+    except ValueError:
+        raise fault(path, "file", "has a name that cannot be", "check the path") from None
     if stat.S_ISDIR(state.st_mode):
         raise fault(path, "file", "is a folder", f"give one file, or a glob such as '{path}/*.safetensors'")
     if not stat.S_ISREG(state.st_mode):
@@ -115,7 +123,7 @@ def check_file(path: Path) -> int:
     return state.st_size
 
 
-def _header_length(path: Path, file: BinaryIO, size: int) -> int:
+def _header_length(path: Path, file: BinaryIO, size: int, convert: str) -> int:
     start = file.read(16)
     if not start:
         raise fault(path, "file", "is empty (0 bytes)", _REWRITE)
@@ -124,21 +132,13 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
     if len(start) < 16 or not start[8:].startswith(b"{"):
         other = "text" if all(9 <= byte < 127 for byte in start) else "something else"
         kind = next((text for mark, text in _SIGNATURES if start.lstrip().startswith(mark)), other)
-        raise fault(path, "file", f"is not a safetensors file (it begins like {kind})", _CONVERT)
+        raise fault(path, "file", f"is not a safetensors file (it begins like {kind})", convert)
     if length > size - 8:
         raise fault(path, "header", f"needs {length} bytes and the file has {size}, truncated", _REWRITE)
     if length > MAX_HEADER_BYTES:
         raise fault(path, "header", f"takes {length} bytes, at most {MAX_HEADER_BYTES} are allowed", _REWRITE)
     file.seek(8)
     return length
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
-    return table
 
 
 def _is_sizes(value: object) -> bool:

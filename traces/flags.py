@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from expertflow.keys import NUMBER, WHOLE, Key, Rule
+from traces.messages import PREFIX, shortened
 
 Number = TypeVar("Number", int, float)
 
@@ -15,9 +16,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end with exit code 2."""
-        text = " ".join(message.split())
-        text = text if len(text) <= 240 else f"{text[:239]}…"
-        print(f"error: {text}; see {self.prog} --help", file=sys.stderr)
+        print(f"{PREFIX}{shortened(f'{message}; see {self.prog} --help')}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -11,9 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from expertflow.keys import near_to, nearest, shown
 from sim.job.former_names import present_key, renamed
-
-LONGEST = 300
-"""Characters of a message."""
+from traces.messages import line, shortened, told, why
 
 
 def one_line(error: BaseException) -> str | None:
@@ -22,21 +20,12 @@ def one_line(error: BaseException) -> str | None:
         return shortened(_hydra(error))
     if isinstance(error, yaml.YAMLError):
         return shortened(f"{_place(error)}: no YAML ({_first_line(str(error))}); mend the file")
-    if isinstance(error, OSError) and error.filename:
-        remedy = "check the path, or choose an output folder with hydra.run.dir=FOLDER"
-        return shortened(f"{error.filename}: {error.strerror}; {remedy}")
-    if isinstance(error, ValueError | OSError | MemoryError):
+    if isinstance(error, ValueError):
         return shortened(_value(_first_line(str(error) or type(error).__name__)))
-    return None
-
-
-def shortened(line: str) -> str:
-    """A line of at most `LONGEST` characters: its middle gives way, since it begins with the key and ends with the
-    remedy."""
-    line = " ".join(line.split())
-    if len(line) <= LONGEST:
-        return line
-    return f"{line[: LONGEST * 2 // 3]} … {line[len(line) - LONGEST // 3 + 3 :]}"
+    if isinstance(error, OSError) and error.filename:
+        problem, remedy = why(error)
+        return line(str(error.filename), problem, f"{remedy}, or choose an output folder with hydra.run.dir=FOLDER")
+    return told(error)
 
 
 def _first_line(text: str) -> str:

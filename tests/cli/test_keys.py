@@ -11,8 +11,8 @@ import pytest
 from expertflow.keys import OTHER, REQUIRED, TEXT, WHOLE, Key, Rule, arguments_of, nearest, shown, unknown_key
 from replay.keys import main, page
 from sim.job.configure import configure
-from sim.job.errors import LONGEST, shortened
 from sim.paths import CONF
+from traces.messages import MOST, shortened
 
 PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
 
@@ -83,8 +83,8 @@ def test_a_long_list_of_choices_begins_with_the_nearest() -> None:
 def test_no_message_is_longer_than_a_line_takes() -> None:
     assert len(shown("x" * 9999)) == 60
     assert shown(10**5000) == "a number of thousands of digits"
-    assert len(str(unknown_key("group", "k" * 999, [f"key_{number}" for number in range(999)]))) <= LONGEST
+    assert len(str(unknown_key("group", "k" * 999, [f"key_{number}" for number in range(999)]))) <= MOST
     line = shortened(f"key={'x' * 999} is wrong; do this")
-    assert len(line) <= LONGEST
+    assert len(line) <= MOST
     assert line.startswith("key=x")
     assert line.endswith("do this")
