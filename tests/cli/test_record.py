@@ -197,7 +197,7 @@ def test_texts_and_messages_become_tokens(folder: Path, tmp_path: Path, capsys: 
         ("[1]\n[1, 61]", (), ("line 2: holds the token 61; ids are 0 … 60",)),
         ("[true]", (), ("line 1: holds the token True",)),
         ("[]", (), ("line 1: is an empty prompt",)),
-        ("{", (), ("line 1: is no usable JSON",)),
+        ("{", (), ("line 1: is no JSON",)),
         ("[" * 100_000, (), ("line 1: is no usable JSON",)),
         ("7", (), ("line 1: holds no prompt; give one of prompt, tokens, messages",)),
         ('{"prompt": [1]}', (), ("line 1: holds no prompt",)),
