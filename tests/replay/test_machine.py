@@ -275,4 +275,5 @@ def test_what_is_loaded_is_not_looked_at_again() -> None:
         keep_loaded()
         assert gc.get_freeze_count() > frozen
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,28 @@ class Outcome:
 # -- commands ------------------------------------------------------------------------------------------------
 
 
+def composed_once() -> AbstractContextManager[object]:
+    """Within it Hydra does not compose all of a configuration twice, first to see whether it sets hydra.mode.
+
+    None does: without -m it is a single run.
+    """
+    return patch("hydra._internal.hydra.Hydra.get_mode", return_value=None)
+
+
 def run_here(words: Sequence[str], folder: Path) -> Outcome:
     """`python -m sim WORDS hydra.run.dir=FOLDER` in this process."""
+    assert not any("hydra.mode" in word for word in words)
     out, err = io.StringIO(), io.StringIO()
     argv = ["sim", *words, f"hydra.run.dir={folder}"]
     GlobalHydra.instance().clear()
     try:
-        with patch.object(sys, "argv", argv), patch.dict(os.environ), redirect_stdout(out), redirect_stderr(err):
+        with (
+            composed_once(),
+            patch.object(sys, "argv", argv),
+            patch.dict(os.environ),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
             code = cli()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

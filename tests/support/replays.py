@@ -28,7 +28,7 @@ from replay.run import Integrity, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
 from sim.job.configure import configure
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
-from tests.support.commands import TINY_MODEL_WORDS, Outcome
+from tests.support.commands import TINY_MODEL_WORDS, Outcome, composed_once
 
 TINY = ("+hardware=local", *TINY_MODEL_WORDS, "machine=cpu", "scale=8", "stack=found", "compare=none")
 """A model of 4 layers and 8 experts, of 24 KiB each at this scale; it needs a `tiny_trace`."""
@@ -49,6 +49,7 @@ def replay_here(words: Sequence[str], folder: Path) -> Outcome:
     try:
         with (
             uncollected(),
+            composed_once(),
             patch.object(sys, "argv", argv),
             patch.dict(os.environ),
             redirect_stdout(out),
