@@ -33,7 +33,7 @@ from sim.job.output import provenance, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, run_cli
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
-from sim.paths import CONF
+from sim.paths import CONF, check_named
 
 WRONG = 1
 """Exit code of a run whose stamps were wrong."""
@@ -228,4 +228,9 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def cli() -> int:
     """Entry point."""
-    return run_cli(main)
+
+    def checked_main() -> int | None:
+        check_named(sys.argv[1:])
+        return main()
+
+    return run_cli(checked_main)

@@ -25,7 +25,7 @@ from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, run_cli
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
-from sim.paths import CONF
+from sim.paths import CONF, check_named
 
 
 def slug(overrides: str) -> str:
@@ -141,7 +141,12 @@ def relative(folder: Path) -> str:
 
 def cli() -> int:
     """Entry point."""
-    return run_cli(main)
+
+    def checked_main() -> int | None:
+        check_named(sys.argv[1:])
+        return main()
+
+    return run_cli(checked_main)
 
 
 __all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]
