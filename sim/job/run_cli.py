@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from sim.job.configure import check_words
 from sim.job.errors import one_line
-from sim.paths import use_own_folder
+from sim.paths import check_named, use_own_folder
 from traces.messages import PREFIX
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"
@@ -51,6 +51,7 @@ def run_hydra(main: Callable[[], int | None]) -> int:
 
     def checked() -> int | None:
         check_words([word for word in sys.argv[1:] if not word.startswith("-")])
+        check_named(sys.argv[1:])
         return main()
 
     return run_cli(checked)
