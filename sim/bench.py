@@ -30,6 +30,7 @@ from sim.job.configure import configure
 from sim.job.setup import KEEP_SCORES, Workload, make_policy, make_workload
 from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
+from traces.processes.whole import write_text
 
 ALONE = "adaptive, alone"
 BARS = {"lru": 16.0, "adaptive": 32.0, ALONE: 32.0}
@@ -145,7 +146,7 @@ def main(words: list[str] | None = None) -> int:
             compare_length(trace, args.hardware)
         if args.update:
             rounded = {name: round(ratio, 1) for name, ratio in found.items()}
-            COMMITTED.write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
+            write_text(COMMITTED, json.dumps(rounded, indent=2) + "\n")
         committed = json.loads(COMMITTED.read_text(encoding="utf-8")) if args.check else {}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

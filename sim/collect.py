@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from sim.job.output import write_text
+from traces.processes.whole import write_bytes, write_text
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -100,9 +100,7 @@ def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     write_text(csv, table.to_csv(index=False, lineterminator="\n"))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
-    temporary = parquet.with_suffix(".parquet.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(parquet)
+    write_bytes(parquet, buffer.getvalue())
     return [parquet, csv]
 
 

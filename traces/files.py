@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.container import fault
+from traces.processes.whole import write_bytes
 
 
 def safetensors_bytes(arrays: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str]) -> bytes:
@@ -26,12 +26,8 @@ def safetensors_bytes(arrays: Mapping[str, npt.NDArray[np.generic]], metadata: M
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path` and put it in its place. TraceError where that cannot be."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write `content` to `path`, whole or not at all. TraceError where that cannot be."""
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        write_bytes(path, content)
     except OSError as error:
         raise fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from traces.container import DTYPE_NAMES, DTYPES, TraceError, fault
 from traces.layout import ARRAYS, COUNTS, FORMAT, FORMAT_VERSION, check_layout
+from traces.processes.whole import Unfinished
 from traces.reader import open_trace
 from traces.trace import ChainedArray, RowArray, Trace, blocks
 from traces.validate import validate_trace
@@ -153,17 +154,13 @@ def _write_atomically(path: Path, header: Mapping[str, str], arrays: Mapping[str
         raise fault(path, "file", f"the folder {path.parent} does not exist", "create it first")
     if path.is_dir():
         raise fault(path, "file", "is a folder", "name a file in it")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with unfinished.open("wb") as file:
+        with Unfinished(path) as unfinished, unfinished.path.open("wb") as file:
             _write(file, header, arrays)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
     except OSError as error:
         raise fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write(file: BinaryIO, header: Mapping[str, str], arrays: Mapping[str, Any]) -> None:

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
+from traces.files import replace_file, safetensors_bytes
 from traces.format import About, write_trace
 
 PARAMETER_FORMAT = "expertflow-routing-parameters"
@@ -88,9 +88,9 @@ def load_params(path: str | Path) -> tuple[Arrays, dict[str, str]]:
 
 
 def save_params(path: str | Path, params: Arrays, **header: str) -> None:
-    """Write a parameter file; `header` says what it was fitted to."""
+    """Write a parameter file, whole or not at all; `header` says what it was fitted to."""
     check_params(params)
-    save_file(params, path, metadata={"format": PARAMETER_FORMAT, "format_version": "1", **header})
+    replace_file(Path(path), safetensors_bytes(params, {"format": PARAMETER_FORMAT, "format_version": "1", **header}))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from traces.container import DTYPE_NAMES, Array, TraceError, fault
 from traces.format import About, checked_trace, write_trace
 from traces.journal import JOURNAL, JOURNAL_VERSION, LABELS, TAKEN, Journal
 from traces.layout import PER_REQUEST, PER_TOKEN
+from traces.processes.whole import remove_folder
 
 try:
     import fcntl
@@ -133,7 +133,7 @@ class TraceWriter:
     def abort(self) -> None:
         """Throw away what was written."""
         self._release()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_folder(self._folder)
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -170,8 +170,17 @@ class TraceWriter:
             write_trace(path, journal.arrays(), about)
         finally:
             lock.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         return path
+
+    @staticmethod
+    def discard(path: str | Path) -> None:
+        """Remove what a killed writer of `path` left, if anything. TraceError where one is running."""
+        folder = folder_of(Path(path))
+        if folder.is_dir():
+            lock = _lock(Path(path), folder)
+            remove_folder(folder)
+            lock.close()
 
     # -- one request -------------------------------------------------------------------------------------------
 

@@ -55,7 +55,8 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A logged configuration, with keys that have been given other names since under these: a log is older than the
     program that reads it. Parts of a user's own keep all their keys."""
-    return {("count_redundant" if key == "twin" else key): _present(value) for key, value in config.items()}
+    renamed = {("count_redundant" if key == "twin" else key): _present(value) for key, value in config.items()}
+    return {"timeout_s": None} | renamed
 
 
 def _present(value: Any) -> Any:

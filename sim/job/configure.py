@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from sim.job.limit import check_timeout
 from sim.paths import CONF, config_files, own_folder
 
 COMPARE = ("full", "floor", "none")
@@ -32,6 +33,7 @@ KEYS = (
     "warmup_forwards",
     "seed",
     "compare",
+    "timeout_s",
     *_SWITCHES,
 )
 
@@ -77,6 +79,7 @@ def checked(cfg: DictConfig, own_keys: Sequence[str] = (), own_hardware: Sequenc
     for key in _SWITCHES:
         if not isinstance(plain[key], bool):
             raise ValueError(f"{key}={plain[key]!r} must be true or false")
+    plain["timeout_s"] = check_timeout(plain["timeout_s"])
     if not isinstance(plain["seed"], int) or isinstance(plain["seed"], bool) or plain["seed"] < 0:
         raise ValueError(f"seed={plain['seed']!r} must be a whole number of at least 0")
     return plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -16,9 +17,20 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename:
         remedy = "check the path, or choose an output folder with hydra.run.dir=FOLDER"
         return f"{error.filename}: {error.strerror}; {remedy}"
+    if _is_lost_worker(error):
+        return (
+            "a worker process ended before its run had: it was killed, ran out of memory, or hung beyond timeout_s; "
+            "finished runs are kept: the same command with skip_done=true goes on (a study goes on by itself)"
+        )
     if isinstance(error, ValueError | OSError | MemoryError):
         return _first_line(str(error) or type(error).__name__)
     return None
+
+
+def _is_lost_worker(error: BaseException) -> bool:
+    """Whether a pool of processes has lost one; where nothing has loaded those, none has been lost."""
+    pools = sys.modules.get("concurrent.futures.process")
+    return pools is not None and isinstance(error, pools.BrokenProcessPool)
 
 
 def _first_line(text: str) -> str:

@@ -5,7 +5,6 @@ Written in row groups as the run goes, so memory does not grow with it. Knows no
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.observer import Observer
+from traces.processes.whole import Unfinished
 
 PHASES = (DECODE, PREFILL)
 CLASSES = ("hit", "late", "miss")
@@ -92,8 +92,8 @@ class EventTable(Observer):
         self.path = Path(path)
         self.num_experts = num_experts
         self.rows_per_group = rows_per_group
-        self._partial = self.path.with_name(self.path.name + ".tmp")
-        self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._partial, SCHEMA, compression="zstd")
+        self._unfinished = Unfinished(self.path)
+        self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._unfinished.path, SCHEMA, compression="zstd")
         self._columns = _Columns()
         self._open: dict[int, int] = {}
         """Row of each key of the layer that is running: its stall and its landing are yet to come."""
@@ -160,11 +160,11 @@ class EventTable(Observer):
             raise AssertionError(f"{self.path} is closed")
         self._writer.close()
         self._writer = None
-        os.replace(self._partial, self.path)
+        self._unfinished.finish()
 
     def abort(self) -> None:
         """The run failed: leave no file behind. Does nothing after `close`."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-            self._partial.unlink(missing_ok=True)
+            self._unfinished.abandon()

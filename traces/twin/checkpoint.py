@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from traces.container import check_file, fault, map_file
+from traces.files import replace_file
+from traces.processes.whole import Unfinished, clear, remove_folder
 from traces.twin.config import TwinConfig
 from traces.twin.model import Twin
 from traces.twin.text import Tokenizer
@@ -111,32 +112,32 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def write_checkpoint(folder: Path, model: Twin, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
     """Save model, optimizer and state (`step` among it); older checkpoints go once the new one stands."""
     target = folder / f"checkpoint-{state['step']:08d}"
-    unfinished = folder / f".{target.name}.{os.getpid()}.tmp"
-    for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    clear(folder)  # what a run that was killed has left
+    if target.exists():  # as after a resume of no steps
+        remove_folder(target)
     try:
-        unfinished.mkdir()
-        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-        save_file(weights, unfinished / "model.safetensors")
-        moments = {}
-        for name, parameter in model.named_parameters():
-            for moment in _MOMENTS:
-                moments[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-        save_file(moments, unfinished / "optimizer.safetensors")
-        (unfinished / "state.json").write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
-        for path in unfinished.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if target.exists():  # as after a resume of no steps
-            shutil.rmtree(target)
-        os.replace(unfinished, target)
+        with Unfinished(target, folder=True) as unfinished:
+            _write_parts(unfinished.path, model, optimizer, state)
     except OSError as error:
         raise fault(target, "file", f"cannot be written ({error.strerror})", "check rights and space") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     for _, path in checkpoints(folder)[:-1]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
     return target
+
+
+def _write_parts(folder: Path, model: Twin, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """The files of one checkpoint, on disk when this returns."""
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors")
+    moments = {}
+    for name, parameter in model.named_parameters():
+        for moment in _MOMENTS:
+            moments[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+    save_file(moments, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def read_model(folder: Path, settings: Settings) -> tuple[Twin, dict[str, Any]]:
@@ -208,11 +209,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; ValueError where that fails."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(path, text.encode())
