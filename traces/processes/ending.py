@@ -43,8 +43,12 @@ class Stopped(KeyboardInterrupt):
     """The process was told to stop by the signal `signum`."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"{WORDS[signum]} by {signal.Signals(signum).name}")
+        # As its one argument: SimPy makes an error anew from its arguments.
+        super().__init__(signum)
         self.signum = signum
+
+    def __str__(self) -> str:
+        return f"{WORDS[self.signum]} by {signal.Signals(self.signum).name}"
 
 
 def begin() -> None:
