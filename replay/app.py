@@ -237,4 +237,4 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def cli() -> int:
     """Entry point."""
-    return run_cli(main, kept)
+    return run_cli(main, kept(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,20 @@ class Recorders:
             self.timeline.write(self.folder / "timeline.json")
 
 
-def kept() -> str:
-    """What is said when a run or a sweep is told to stop."""
-    hydra: Any = HydraConfig.instance().cfg
-    if hydra is None or hydra.hydra.mode != RunMode.MULTIRUN:
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether the words of a command ask for more than one run."""
+    return any(word == "-m" or word.startswith("--m") or "hydra.mode" in word for word in words)
+
+
+def kept(words: Sequence[str]) -> str:
+    """What is said when the command of these words is told to stop."""
+    if not is_sweep(words):
         return "the run has no result; give the same command again"
-    folder = relative(Path(hydra.hydra.sweep.dir).absolute())
-    return f"finished runs are kept: the same command with hydra.sweep.dir={folder} skip_done=true goes on"
+    key = "hydra.sweep.dir="
+    folder = next(
+        (word.removeprefix(key) for word in words if word.startswith(key)), "FOLDER, the last one in multirun,"
+    )
+    return f"finished runs are kept: the same command with {key}{folder} skip_done=true goes on"
 
 
 def relative(folder: Path) -> str:
@@ -152,12 +160,13 @@ def relative(folder: Path) -> str:
 
 def cli() -> int:
     """Entry point."""
-    if any(word == "-m" or word.startswith("--m") or "hydra.mode" in word for word in sys.argv[1:]):
+    words = sys.argv[1:]
+    if is_sweep(words):
         # A sweep; only now, since it loads joblib.
         from sim.job.pool import use_workers
 
         use_workers()
-    return run_cli(main, kept)
+    return run_cli(main, kept(words))
 
 
 __all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]
