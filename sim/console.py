@@ -44,7 +44,9 @@ def main(words: Sequence[str] | None = None) -> int:
         hint = f" (did you mean {near[0]}?)" if near else ""
         print(f"error: {name!r} is no command{hint}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    begin()
+    if words is None:
+        # This process is the command.
+        begin()
     if not sys.flags.safe_path:
         # As `python -m` has it: a user's own parts are imported from the current folder.
         sys.path[0] = os.getcwd()

@@ -31,13 +31,13 @@ def is_installed(root: Path) -> bool:
 def start() -> None:
     """Keep compiled functions in the user's cache, not beside the source; warn of a mixed installation; and hear
     signals, if this process is a command."""
+    if sys.argv[:1] == ["-m"]:
+        # What `python -m` runs is being looked for: this process is a command, and hears signals from here on.
+        begin()
     if is_installed(ROOT) and "NUMBA_CACHE_DIR" not in os.environ:
         with suppress(RuntimeError):
             os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / "numba")
     warn_if_mixed()
-    if sys.argv[:1] == ["-m"]:
-        # What `python -m` runs is being looked for: this process is a command, and hears signals from here on.
-        begin()
 
 
 def warn_if_mixed() -> None:

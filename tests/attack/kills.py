@@ -163,7 +163,7 @@ class Attack:
             took = time.monotonic() - began
             self.counts["ended before"] += code in command.codes
             self._check_end(command, run, code, signum, took)
-            while _living(pid):
+            while living(pid):
                 assert time.monotonic() - began < took + CHILDREN_S, f"children outlive {signum.name}"
                 time.sleep(0.02)
             if other is not None:
@@ -197,7 +197,7 @@ def _hears(pid: int, signum: int) -> bool:
     return False
 
 
-def _living(session: int) -> list[int]:
+def living(session: int) -> list[int]:
     """Processes of a session that have not ended."""
     found = []
     for entry in Path("/proc").iterdir():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack.kills import _living, kill_round
+from tests.attack.kills import kill_round, living
 from tests.cli.support import ROOT, command, small_trace
 from tests.study.support import write_study
 
@@ -74,15 +74,15 @@ def test_workers_end_with_their_parent(trace: Path, tmp_path: Path, signum: sign
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert len(_living(process.pid)) >= 3
+        assert len(living(process.pid)) >= 3
         process.send_signal(signum)
         _, said = process.communicate(timeout=20)
         deadline = time.monotonic() + 5
-        while left := _living(process.pid):
+        while left := living(process.pid):
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
     finally:
-        if _living(process.pid):
+        if living(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
     if signum == signal.SIGTERM:
         kept = "finished runs are kept: the same command with hydra.sweep.dir=two skip_done=true goes on"

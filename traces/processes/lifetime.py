@@ -16,12 +16,16 @@ _POLL_S = 0.5
 def end_with_parent(parent: int) -> None:
     """Called in a worker: from here on it ends when its parent, the process `parent`, has ended.
 
-    On Linux the kernel sees to it at once; elsewhere a thread that looks twice a second. Ctrl-C in a terminal reaches
+    On Linux the kernel sees to it at once; on other POSIX systems a thread
+    that looks twice a second. Ctrl-C in a terminal reaches
     workers too: they leave it to their parent, which ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.name != "posix":
+        # There a process keeps the number of a parent that has ended, and may have a launcher's.
+        return
     if os.getppid() != parent:
         os._exit(1)
     threading.Thread(target=_watch, args=(parent,), name="parent", daemon=True).start()
