@@ -16,9 +16,8 @@ _POLL_S = 0.5
 def end_with_parent(parent: int) -> None:
     """Called in a worker: from here on it ends when its parent, the process `parent`, has ended.
 
-    On Linux the kernel sees to it at once; on other POSIX systems a thread
-    that looks twice a second. Ctrl-C in a terminal reaches
-    workers too: they leave it to their parent, which ends them.
+    On Linux the kernel sees to it at once, on other POSIX systems a thread that looks twice a second. Ctrl-C in a
+    terminal reaches workers too: they leave it to their parent, which ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
