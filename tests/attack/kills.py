@@ -84,6 +84,7 @@ class Attack:
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=_heeding,
             )
         return Started(process, error)
 
@@ -186,6 +187,12 @@ class Attack:
         told = [line for line in said.splitlines() if line.startswith(f"{WORDS[signum]}; ")]
         assert len(told) == 1, f"{signum.name} is not told of in one line: {said[-500:]}"
         assert len(told[0]) <= 300, told[0]
+
+
+def _heeding() -> None:
+    """Whoever started this round in the background may have had SIGINT ignored: the command is not to inherit that."""
+    for signum in WORDS:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def _hears(pid: int, signum: int) -> bool:
