@@ -30,7 +30,9 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     A log is data of unknown origin: code that it names is run only if it is this package's, or if an override names
     it as well. ValueError says which override is wanted.
     """
-    plain = {key: value for key, value in with_present_names(reader.header.config).items() if key in KEYS}
+    logged = with_present_names(reader.header.config)
+    # A key that came later and decides nothing.
+    plain = {"timeout_s": None} | {key: value for key, value in logged.items() if key in KEYS}
     for place, text in _texts(plain, ""):
         if "${" in text:
             raise LogError(f"{reader.path}: {place}={text!r:.80} holds an interpolation; a log holds plain values only")
@@ -55,8 +57,7 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
 def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A logged configuration, with keys that have been given other names since under these: a log is older than the
     program that reads it. Parts of a user's own keep all their keys."""
-    renamed = {("count_redundant" if key == "twin" else key): _present(value) for key, value in config.items()}
-    return {"timeout_s": None} | renamed
+    return {("count_redundant" if key == "twin" else key): _present(value) for key, value in config.items()}
 
 
 def _present(value: Any) -> Any:
