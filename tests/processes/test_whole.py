@@ -107,7 +107,7 @@ def test_many_writers_of_one_file_leave_one_whole(tmp_path: Path) -> None:
     contents = [bytes([number]) * 50_000 for number in range(16)]
 
     def write(content: bytes) -> None:
-        for _ in range(5):
+        for _ in range(20):
             write_bytes(tmp_path / "file", content)
             assert (tmp_path / "file").read_bytes() in contents
 

@@ -159,7 +159,10 @@ def _made(path: Path, folder: bool) -> int | None:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     except FileExistsError:
         return None
-    lock(handle)
+    if lock(handle) is False:
+        # Another process looks whether it is a dead one's, and will take it away.
+        os.close(handle)
+        return None
     return handle
 
 
