@@ -20,8 +20,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ TOGETHER = 0.15
 CHILDREN_S = 5.0
 """In so many seconds all children of what was killed are gone."""
 LIMIT_S = 240.0
+MOST_JOBS = 64
 TRIES = 3
 """Of a command that finds the machine too busy to be measured."""
 
@@ -153,7 +156,7 @@ class Attack:
             with suppress(subprocess.TimeoutExpired):
                 run.process.wait(delay)
             if signum != signal.SIGKILL:
-                while run.process.poll() is None and not _hears(pid, signum):
+                while run.process.poll() is None and not _hears(pid):
                     time.sleep(0.005)
             if run.process.poll() is None:
                 os.kill(pid, signum)
@@ -195,12 +198,12 @@ def _heeding() -> None:
         signal.signal(signum, signal.SIG_DFL)
 
 
-def _hears(pid: int, signum: int) -> bool:
-    """Whether the process has a handler for the signal by now."""
+def _hears(pid: int) -> bool:
+    """Whether the process is a command by now; before, it is Python that starts."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
     return False
 
 
@@ -247,11 +250,21 @@ def main() -> int:
     """Run a round and print what came of it; 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack.kills", description=__doc__)
     parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--most", type=int, help="kills")
+    parser.add_argument("--most", type=int, help="kills of each round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only these commands")
+    parser.add_argument("--jobs", type=int, default=2, choices=range(1, MOST_JOBS + 1), help="rounds at once (2)")
     args = parser.parse_args()
-    found = kill_round(args.seed, time.monotonic() + 60 * args.minutes, args.only, args.most)
+    deadline = time.monotonic() + 60 * args.minutes
+    with ProcessPoolExecutor(args.jobs) as pool:
+        # Seeds of rounds that follow each other have nothing in common.
+        seeds = [args.seed * MOST_JOBS + number for number in range(args.jobs)]
+        rounds = list(pool.map(kill_round, seeds, *(repeat(one) for one in (deadline, args.only, args.most))))
+    failures = [line for one in rounds for line in one.pop("failures")]
+    counts: Counter[str] = Counter()
+    for one in rounds:
+        counts.update(one)
+    found: dict[str, Any] = {**counts, "failures": failures}
     print(json.dumps(found, indent=1))
     return 1 if found["failures"] else 0
 
