@@ -1,7 +1,7 @@
 """`python -m traces`: check, describe, import, record, fit and generate traces; fit and compare predictors.
 
-A user's error is one line on stderr and exit code 2; an interrupt is 130. Knows no formats itself: each sub-command
-is a module, loaded only when it is asked for.
+A user's error is one line on stderr and exit code 2; of what is told to stop see `traces.processes.ending`. Knows no
+formats itself: each sub-command is a module, loaded only when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from traces.flags import Parser
 from traces.messages import PREFIX, TraceError, told
+from traces.processes.ending import keeping, stopped
 from traces.reader import Trace, open_trace
 
 KINDS = {
@@ -75,13 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = build_parser(next((word for word in given if not word.startswith("-")), "")).parse_args(given)
-        return int(args.run(args))
+        with keeping("nothing was written; give the same command again"):
+            args = build_parser(next((word for word in given if not word.startswith("-")), "")).parse_args(given)
+            return int(args.run(args))
     except (ValueError, OSError, MemoryError) as error:
         print(f"{PREFIX}{told(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return stopped(error)
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
