@@ -93,7 +93,9 @@ def _of_a_value(error: BaseException, message: str) -> str:
     if unknown and present:
         return renamed(unknown[1], present)
     if "nterpolation" in text:
-        place = f"{key}: " if key and key not in words else ""
+        # Where Hydra itself resolves, it does not say of what; the command's words do.
+        place = key or next((shown(word) for word in sys.argv[1:] if "${" in word), "")
+        place = f"{place}: " if place and place not in words else ""
         return f"{place}{words}; an interpolation names a key or resolver that is there and not itself"
     if "Could not override" in text or "Key '" in text or "not in struct" in str(error.__cause__ or ""):
         return f"{words}; unknown keys are refused: see docs/keys.md and conf/run.yaml for those there are"

@@ -105,7 +105,10 @@ def check_run(plain: Mapping[str, Any], more: Mapping[str, Key]) -> None:
     for name, key in own.items():
         key.check(plain[name], name)
     check_trace(plain["trace"])
-    declared(PolicyKeys)["name"].check(plain["policy"].get("name"), "policy.name")
+    for name, key in declared(PolicyKeys).items():
+        if name not in plain["policy"]:
+            raise ValueError(f"policy.{name} is missing; it cannot be taken out, only given another value")
+        key.check(plain["policy"][name], f"policy.{name}")
     _check_pairs(plain)
 
 
