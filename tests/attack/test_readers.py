@@ -25,6 +25,7 @@ WHOLE = (
     ("half", "hardware-yaml"),
     ("half", "hardware-composed"),
     ("half", "study-yaml"),
+    ("half", "twin-curve"),
     ("empty", "prompts-jsonl"),
 )
 """What is left of the file is a whole one: lines, or keys of which those that are missing may be."""
