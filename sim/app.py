@@ -144,7 +144,8 @@ def cli() -> int:
 
     def checked_main() -> int | None:
         check_named(sys.argv[1:])
-        return main()
+        code: int | None = main()
+        return code
 
     return run_cli(checked_main)
 

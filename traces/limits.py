@@ -38,7 +38,7 @@ def check_bytes(path: Path | str, where: str, num_bytes: int) -> None:
 
 
 def check_pairs(path: Path | str, num_layers: int, num_experts: int, tables: int) -> None:
-    """TraceError where so many float64 tables [L, E, E] take too much: a header's num_experts is believed up to here."""
+    """TraceError where so many float64 tables [L, E, E] take too much: so far is a header's num_experts believed."""
     check_bytes(path, f"num_experts {num_experts}", 8 * tables * num_layers * num_experts**2)
 
 
