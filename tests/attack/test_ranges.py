@@ -449,6 +449,25 @@ def test_a_small_file_grows_by_a_bounded_factor_unless_the_variable_says_more(mo
     check_expansion("f", "event 0", 1 << 30, 100)
 
 
+@pytest.mark.parametrize("command", ["stats", "fit-predictor", "fit"])
+def test_a_trace_that_claims_many_experts_makes_no_table_of_their_pairs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """528 bytes, of which tables of 34 GB a layer would be made."""
+    from traces import cli
+    from traces.format import About, write_trace
+
+    experts = np.array([[[0, 65_534]] * 2] * 4)
+    path = write_trace(
+        tmp_path / "wide.safetensors",
+        {"experts": experts, "request_start": [0, 4], "prompt_len": [1]},
+        About("x", 65_535, "tests", "none"),
+    )
+    more = {"fit-predictor": [str(tmp_path / "o"), "kind=transition"], "fit": [str(tmp_path / "o")]}
+    assert cli.main([command, str(path), *more.get(command, [])]) == 2
+    assert f"{path}: num_experts 65535: would take " in capsys.readouterr().err
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"a": 1}')
