@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.attack import raw, tensors, traces, trees
+from tests.attack import arrays, raw, tables, tensors, traces, trees, yamls
 
 Change = Callable[[Random, Any], None]
 Writer = Callable[[Random, Any], bytes]
@@ -124,3 +125,47 @@ def _line_trees(content: bytes) -> list[Any]:
 # Parsed anew for each mutant, which takes less time than to copy a tree.
 JSON = Format(bytes, (_change_tree,), _write_lines, (_spaced, _reencoded), copy=_trees)
 JSON_LINES = Format(bytes, (*(_change_tree,) * 4, _repeat_line), _write_lines, (_reencoded,), copy=_line_trees)
+
+_CSV_CHANGES = (*(tables.change_cell,) * 3, *(tables.change_digit,) * 2, *(tables.change_rows,) * 2, tables.change_columns)
+CSV = Format(tables.parse_csv, _CSV_CHANGES, tables.write_csv, (tables.strange_lines,), copy=tables.copy_rows)
+LINES = Format(tables.parse_lines, _CSV_CHANGES[:-1], tables.write_csv, (tables.strange_lines,), copy=tables.copy_rows)
+NPY = Format(
+    arrays.parse_npy,
+    (*(arrays.change_array,) * 5, arrays.foreign_type),
+    arrays.write_npy,
+    (arrays.lie_npy,),
+    copy=list,
+)
+NPZ = Format(
+    arrays.parse_npz,
+    (*(arrays.change_member,) * 3, arrays.change_members),
+    arrays.write_npz,
+    (*(arrays.lie_npz,) * 9, arrays.bomb),
+    copy=arrays.copy_archive,
+)
+PARQUET = Format(
+    tables.parse_parquet,
+    (*(tables.change_value,) * 4, tables.change_type, tables.change_shape, *(tables.change_metadata,) * 2),
+    tables.write_parquet,
+    (),
+    (raw.mutate, tables.footer, tables.footer),
+    copy=list,
+)
+YAML = Format(bytes, (_change_tree,), yamls.write, (yamls.strange,), copy=yamls.parse)
+
+BY_SUFFIX: dict[str, Format] = {
+    ".safetensors": SAFETENSORS,
+    ".json": JSON,
+    ".jsonl": JSON_LINES,
+    ".csv": CSV,
+    ".txt": LINES,
+    ".npy": NPY,
+    ".npz": NPZ,
+    ".parquet": PARQUET,
+    ".yaml": YAML,
+}
+
+
+def of(path: Path) -> Format:
+    """The format of a sound file, by its suffix; a file without one is JSON. KeyError where there is none."""
+    return JSON if not path.suffix else BY_SUFFIX[path.suffix]

@@ -6,8 +6,7 @@ it (`Kind`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -16,7 +15,7 @@ from zlib import crc32
 
 from tests.attack import formats
 from tests.attack.formats import Format, Mutant
-from tests.attack.outcome import ACCEPTED, WRONG_ACCEPTED, WRONG_REFUSED, Outcome, of_error
+from tests.attack.outcome import ACCEPTED, HANG_S, REFUSED, WRONG_ACCEPTED, WRONG_REFUSED, Outcome, of_error
 
 MIB = 1 << 20
 
@@ -24,13 +23,14 @@ MIB = 1 << 20
 class Kind(Protocol):
     """What can be attacked, one seed after the other.
 
-    most_bytes: memory that one input may take beyond what the process had. target: the option of the command that
-    says how many are wanted. batch: how many to hand to a worker at a time.
+    most_bytes: memory that one input may take beyond what the process had. hang_s: seconds that it may take. target:
+    the option of the command that says how many are wanted. batch: how many to hand to a worker at a time, at most.
     """
 
     name: str
     target: str
     most_bytes: int
+    hang_s: float
     batch: int
 
     def prepare(self, folder: Path) -> None:
@@ -66,6 +66,7 @@ class FileKind:
     sound: Callable[[bytes], bool] | None = None
     target: str = "each"
     most_bytes: int = 512 * MIB
+    hang_s: float = HANG_S
     batch: int = 200
     paths: list[Path] = field(default_factory=list)
     contents: list[bytes] = field(default_factory=list)
@@ -106,18 +107,13 @@ class FileKind:
             found = self.read(path)
         except (Exception, SystemExit) as error:
             outcome = of_error(error, (path.name,))
-            if not outcome.failed and self.sound is not None and self.sound(content):
-                return Outcome(WRONG_REFUSED, True, outcome.text)
-            return outcome
+            if outcome.failed or self.sound is None:
+                return outcome
+            return Outcome(WRONG_REFUSED if self.sound(content) else REFUSED, True, outcome.text)
         if self.recheck is None:
             return Outcome(ACCEPTED)
         problem = self.recheck(content, found)
         return Outcome(WRONG_ACCEPTED if problem else ACCEPTED, True, problem)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def registry() -> dict[str, Kind]:

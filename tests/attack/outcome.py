@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import resource
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +17,9 @@ from typing import Any
 REFUSED, ACCEPTED = "refused", "accepted"
 TRACEBACK, MESSAGE, WARNING, HANG = "traceback", "message", "warning", "hang"
 WRONG_ACCEPTED, WRONG_REFUSED, EXIT, MEMORY, DIED = "wrong accepted", "wrong refused", "exit", "memory", "died"
-FAILURES = (TRACEBACK, MESSAGE, EXIT, WARNING, HANG, MEMORY, WRONG_ACCEPTED, WRONG_REFUSED, DIED)
+LOST = "lost"
+FAILURES = (TRACEBACK, MESSAGE, EXIT, WARNING, HANG, MEMORY, WRONG_ACCEPTED, WRONG_REFUSED, LOST, DIED)
+"""lost: what an interrupted command had done is gone. died: the process that tried the input ended."""
 MOST_CHARACTERS = 300
 HANG_S = 10.0
 BARE = re.compile(r"\[Errno|codec can't|numpy\.|Unable to allocate|object at 0x|Traceback|<class |could not convert")
@@ -134,9 +135,3 @@ def of_error(error: BaseException, names: tuple[str, ...]) -> Outcome:
     if problem := fault_of_message(text, names):
         return Outcome(MESSAGE, text=f"{problem}: {type(error).__name__}: {text[:600]}")
     return Outcome(REFUSED, text=text)
-
-
-def flush() -> None:
-    """Whatever was printed is out before a worker may die."""
-    sys.stdout.flush()
-    sys.stderr.flush()
