@@ -83,7 +83,9 @@ def lie_npy(rng: Random, members: list[Member]) -> bytes:
         header = raw.mutate(rng, header)
     else:
         shown = str(draw.whole(rng, 2)).encode()
-        header = header.replace(rng.choice((b"2", b"3", b"(", b"<i", b"False")), rng.choice((shown, b"", b"((", b"'")), 1)
+        header = header.replace(
+            rng.choice((b"2", b"3", b"(", b"<i", b"False")), rng.choice((shown, b"", b"((", b"'")), 1
+        )
     told = len(header) if rng.random() < 0.8 else rng.choice((0, 1, len(header) + 1, 65_535))
     version = rng.choice((b"\x01\x00",) * 8 + (b"\x02\x00", b"\x03\x00", b"\x00\x00", b"\xff\xff"))
     return b"\x93NUMPY" + version + struct.pack("<H", min(told, 65_535)) + header + data

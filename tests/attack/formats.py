@@ -126,7 +126,12 @@ def _line_trees(content: bytes) -> list[Any]:
 JSON = Format(bytes, (_change_tree,), _write_lines, (_spaced, _reencoded), copy=_trees)
 JSON_LINES = Format(bytes, (*(_change_tree,) * 4, _repeat_line), _write_lines, (_reencoded,), copy=_line_trees)
 
-_CSV_CHANGES = (*(tables.change_cell,) * 3, *(tables.change_digit,) * 2, *(tables.change_rows,) * 2, tables.change_columns)
+_CSV_CHANGES = (
+    *(tables.change_cell,) * 3,
+    *(tables.change_digit,) * 2,
+    *(tables.change_rows,) * 2,
+    tables.change_columns,
+)
 CSV = Format(tables.parse_csv, _CSV_CHANGES, tables.write_csv, (tables.strange_lines,), copy=tables.copy_rows)
 LINES = Format(tables.parse_lines, _CSV_CHANGES[:-1], tables.write_csv, (tables.strange_lines,), copy=tables.copy_rows)
 NPY = Format(

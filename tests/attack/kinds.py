@@ -95,6 +95,10 @@ class FileKind:
         index, mutant = self._mutant(seed, left_out)
         return self._judge(index, mutant.content)
 
+    def names(self, path: Path) -> tuple[str, ...]:
+        """One of these must be in a message."""
+        return (path.name,)
+
     def retry(self, content: bytes) -> Outcome:
         return self._judge(content[0], content[1:])
 
@@ -106,7 +110,7 @@ class FileKind:
         try:
             found = self.read(path)
         except (Exception, SystemExit) as error:
-            outcome = of_error(error, (path.name,))
+            outcome = of_error(error, self.names(path))
             if outcome.failed or self.sound is None:
                 return outcome
             return Outcome(WRONG_REFUSED if self.sound(content) else REFUSED, True, outcome.text)
@@ -118,7 +122,7 @@ class FileKind:
 
 def registry() -> dict[str, Kind]:
     """All kinds by name, made anew; nothing is loaded that they need."""
-    from tests.attack import kinds_of_traces
+    from tests.attack import kinds_of_files, kinds_of_traces
 
-    kinds: list[Kind] = [*kinds_of_traces.kinds()]
+    kinds: list[Kind] = [*kinds_of_traces.kinds(), *kinds_of_files.kinds()]
     return {kind.name: kind for kind in kinds}

@@ -152,6 +152,8 @@ def change_value(rng: Random, tables: list[Any]) -> None:
     if isinstance(old, list) and old and rng.random() < 0.6:
         values[index] = trees.mutate(rng, list(old))
     try:
+        if values[index] is None:
+            field = field.with_nullable(True)
         tables[0] = table.set_column(column, field, pa.array(values, field.type))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, ValueError):
         return

@@ -99,11 +99,11 @@ def some(rng: Random, doc: Doc) -> str:
 def put(rng: Random, array: Array, value: float | int) -> Array:
     """A copy with one entry set to what of `value` the type holds."""
     array = array.copy()
-    if array.size:
+    if array.size and array.dtype.kind in "biuf":
         if array.dtype.kind in "iu":
             limits = np.iinfo(array.dtype)
             value = 0 if value != value else max(min(value, int(limits.max)), int(limits.min))
-        elif isinstance(value, int):
+        elif array.dtype.kind == "f" and isinstance(value, int):
             value = float(max(min(value, 10**300), -(10**300)))
         with np.errstate(over="ignore"):
             array.reshape(-1)[rng.randrange(array.size)] = value

@@ -65,7 +65,9 @@ def _block(tree: Any, depth: int = 0) -> str:
         for key, value in tree.pairs:
             shown = key if key.isidentifier() else trees.write(key)
             nested = isinstance(value, Table) and value.pairs
-            lines.append("  " * depth + f"{shown}:" + ("\n" + _block(value, depth + 1) if nested else f" {_flow(value)}"))
+            lines.append(
+                "  " * depth + f"{shown}:" + ("\n" + _block(value, depth + 1) if nested else f" {_flow(value)}")
+            )
         return "\n".join(lines)
     return "  " * depth + _flow(tree)
 
@@ -74,7 +76,9 @@ def _flow(value: Any) -> str:
     # YAML 1.1 takes 1e9 for text; with a point and a sign it is a number.
     if type(value) is float and "e" in (text := repr(value)):
         mantissa, exponent = text.split("e")
-        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+        return (
+            f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+        )
     return trees.write(value)
 
 
