@@ -47,7 +47,7 @@ def steps_of(rng: Random, form: Format) -> list[tuple[int, Any, int]]:
         steps = [(0, rng.choice(form.changes), rng.getrandbits(32)) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
     if form.lies and (0.75 <= kind < 0.87 or kind >= 0.98):
         steps.append((1, rng.choice(form.lies), rng.getrandbits(32)))
-    if 0.87 <= kind:
+    if kind >= 0.87:
         steps += [(2, rng.choice(form.raw), rng.getrandbits(32)) for _ in range(rng.choice((1, 1, 2)))]
     return steps
 

@@ -9,7 +9,6 @@ from tests.attack import formats
 from tests.attack.kinds import FileKind
 from tests.attack.readers import READERS, Reader
 
-
 SLOW = ("hardware-yaml", "stack-yaml", "model-yaml")
 """Readers that take long for each file, since Hydra composes a whole configuration with it."""
 
@@ -27,8 +26,7 @@ class ReaderKind(FileKind):
         """A file of a folder with a meaning may be called by the folder, a configuration by its key."""
         folder = [] if path.parent == self.folder else [path.parent.name]
         group = self.name.removesuffix("-yaml")
-        keys = [f"{group}.", f"{group}="] if group != self.name else []
-        return (path.name, *folder, *keys)
+        return (path.name, *folder, *([group] if group != self.name else []))
 
     def _make(self, folder: Path) -> Sequence[Path]:
         self.folder, path = folder, self.reader.make(folder)

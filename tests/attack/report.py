@@ -35,10 +35,11 @@ def text_table(tallies: Mapping[str, Tally]) -> str:
     """For the terminal."""
     table = [COLUMNS, *rows(tallies)]
     widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i in (0, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in table
-    )
+    lines = []
+    for row in table:
+        cells = zip(range(len(row)), row, widths, strict=True)
+        lines.append("  ".join(cell.ljust(width) if i in (0, 7) else cell.rjust(width) for i, cell, width in cells))
+    return "\n".join(lines)
 
 
 EXPLAINED = """*tried* of so many wanted; *refused* with a message in order, *confirmed*: by a second opinion as well;

@@ -152,8 +152,9 @@ def change_value(rng: Random, tables: list[Any]) -> None:
     if isinstance(old, list) and old and rng.random() < 0.6:
         values[index] = trees.mutate(rng, list(old))
     try:
-        if values[index] is None:
-            field = field.with_nullable(True)
+        if values[index] is None or (isinstance(old, list) and None in values[index]):
+            kind = pa.list_(field.type.value_type) if isinstance(old, list) else field.type
+            field = pa.field(field.name, kind)
         tables[0] = table.set_column(column, field, pa.array(values, field.type))
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError, ValueError):
         return
@@ -225,7 +226,7 @@ def footer(rng: Random, content: bytes) -> bytes:
     length = int.from_bytes(content[-8:-4], "little")
     if rng.random() < 0.3:
         lie = rng.choice((0, 1, length - 1, length + 1, len(content), (1 << 31) - 1, (1 << 32) - 1))
-        return content[:-8] + lie.to_bytes(4, "little") + content[-4:]
+        return content[:-8] + (lie % (1 << 32)).to_bytes(4, "little") + content[-4:]
     start = max(4, len(content) - 8 - length)
     damaged = raw.mutate(rng, content[start:-8])
     return content[:start] + damaged + len(damaged).to_bytes(4, "little") + content[-4:]

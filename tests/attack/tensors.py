@@ -125,6 +125,16 @@ def fill(rng: Random, doc: Doc) -> None:
         doc.tensors[name] = np.broadcast_to(one[0], doc.tensors[name].shape).copy() if one.size else one
 
 
+def agree_on_size(rng: Random, doc: Doc) -> None:
+    """Two tensors of whole numbers, counts where there are any, say the same large number throughout."""
+    whole = [name for name, array in doc.tensors.items() if array.dtype.kind in "iu"]
+    counts = [name for name in whole if "count" in name] or whole
+    value = rng.choice((3, 1_000, 100_000, 10**8, 10**11, 10**15))
+    for name in rng.sample(counts, min(2, len(counts))):
+        array = doc.tensors[name]
+        doc.tensors[name] = np.full(array.shape, min(value, int(np.iinfo(array.dtype).max)), array.dtype)
+
+
 def shuffle(rng: Random, doc: Doc) -> None:
     """The entries of a tensor change places."""
     if name := some(rng, doc):
@@ -215,6 +225,7 @@ DocOp = Callable[[Random, Doc], None]
 OPS: tuple[DocOp, ...] = (
     *(change_entry,) * 5,
     fill,
+    agree_on_size,
     shuffle,
     cast,
     reshape,

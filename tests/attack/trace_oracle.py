@@ -82,7 +82,7 @@ def container(content: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     meta = table.pop("__metadata__", {})
     need(isinstance(meta, dict) and all(isinstance(value, str) for value in meta.values()), "metadata is no text")
     strings = [*table, *meta, *meta.values()]
-    need(all(0xD800 > ord(c) or ord(c) > 0xDFFF for text in strings for c in text), "a broken character")
+    need(all(ord(c) < 0xD800 or ord(c) > 0xDFFF for text in strings for c in text), "a broken character")
     tensors, reached = {}, 0
     for name, entry in table.items():
         need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry), f"{name} lacks a field")
@@ -165,7 +165,7 @@ def header(meta: dict[str, str]) -> dict[str, int]:
                 need(found[0] >= 0 and all(a < b for a, b in pairwise(found)), f"{key} does not rise")
             else:
                 text = "".join(found)
-                need(all(0xD800 > ord(c) or ord(c) > 0xDFFF for c in text), f"{key} has a broken character")
+                need(all(ord(c) < 0xD800 or ord(c) > 0xDFFF for c in text), f"{key} has a broken character")
     return sizes
 
 
