@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.features import CHANCE_ONE, num_features
+from expertflow.network import origin_of
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 Ints = npt.NDArray[np.int64]
@@ -28,6 +29,8 @@ KNOTS = np.array(
 )
 """Pre-gate chances, in 1/4096, at which the calibrated chance is stored; linear between them."""
 _ORDER_SHIFT = 6
+_INT16 = (-(1 << 15), (1 << 15) - 1)
+_MOST_PLACES = 1 << 60
 _REMEDY = "fit one on a trace of the same model (python -m traces fit-predictor)"
 
 
@@ -55,19 +58,23 @@ class Forest:
 
     def __init__(self, arrays: Arrays, num_layers: int, num_experts: int) -> None:
         self.L, self.E = num_layers, num_experts
-        nodes = _array(arrays, "nodes", (None, 4), "i")
-        self.leaves = _array(arrays, "leaves", (None, num_experts), "i").astype(np.int8)
-        calibration = _array(arrays, "calibration", (None, num_layers, len(KNOTS)), "iu")
-        first_node = _array(arrays, "first_node", (None,), "i").astype(np.int64)
-        first_leaf = _array(arrays, "first_leaf", (None,), "i").astype(np.int64)
-        self.max_tokens = int(_array(arrays, "max_tokens", (1,), "i")[0])
+        origin = origin_of(arrays, "fitted forest")
+        nodes = _array(arrays, "nodes", (None, 4), "i", _INT16)
+        self.leaves = _array(arrays, "leaves", (None, num_experts), "i", (-128, 127)).astype(np.int8)
+        calibration = _array(arrays, "calibration", (None, num_layers, len(KNOTS)), "iu", (0, (1 << 16) - 1))
+        first_node = _array(arrays, "first_node", (None,), "i", (0, _MOST_PLACES)).astype(np.int64)
+        first_leaf = _array(arrays, "first_leaf", (None,), "i", (0, _MOST_PLACES)).astype(np.int64)
+        self.max_tokens = int(_array(arrays, "max_tokens", (1,), "i", (1, 1 << 30))[0])
         self.D = len(calibration)
         self.B = (len(first_node) - 1) // num_layers
         if self.B < 1 or self.B > 1024 or len(first_node) != num_layers * self.B + 1 or self.D < 1:
             raise ValueError(
-                f"fitted forest: {len(first_node) - 1} trees cannot be shared among {num_layers} layers; {_REMEDY}"
+                f"{origin}: {len(first_node) - 1} trees cannot be shared among {num_layers} layers; {_REMEDY}"
             )
-        self.nodes = _absolute(nodes.astype(np.int64), first_node, first_leaf, len(self.leaves), num_experts)
+        absolute = _absolute(nodes.astype(np.int64), first_node, first_leaf, len(self.leaves), num_experts)
+        if absolute is None:
+            raise ValueError(f"{origin}: its trees are damaged; {_REMEDY}")
+        self.nodes = absolute
         self.roots = first_node[:-1].reshape(num_layers, self.B).astype(np.int32)
         self.tables = calibration_tables(calibration)
 
@@ -78,20 +85,27 @@ class Forest:
         return out
 
 
-def _array(arrays: Arrays, name: str, shape: Sequence[int | None], kinds: str) -> npt.NDArray[Any]:
+def _array(
+    arrays: Arrays, name: str, shape: Sequence[int | None], kinds: str, within: tuple[int, int]
+) -> npt.NDArray[Any]:
+    origin = origin_of(arrays, "fitted forest")
     if name not in arrays:
-        raise ValueError(f"fitted forest: {name} is missing; write it with python -m traces fit-predictor")
+        raise ValueError(f"{origin}: {name} is missing; write it with python -m traces fit-predictor")
     found = arrays[name]
     if found.ndim != len(shape) or any(w not in (None, h) for w, h in zip(shape, found.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"fitted forest: {name} has shape {found.shape}, the trace needs ({wanted}); {_REMEDY}")
+        raise ValueError(f"{origin}: {name} has shape {found.shape}, the trace needs ({wanted}); {_REMEDY}")
     if found.dtype.kind not in kinds:
-        raise ValueError(f"fitted forest: {name} must hold whole numbers, it holds {found.dtype}; {_REMEDY}")
-    return np.asarray(found)
+        raise ValueError(f"{origin}: {name} must hold whole numbers, it holds {found.dtype}; {_REMEDY}")
+    values, (least, most) = np.asarray(found), within
+    if values.size and not (values.min() >= least and values.max() <= most):
+        worst = values.max() if values.max() > most else values.min()
+        raise ValueError(f"{origin}: {name} holds {worst}, it must be {least} … {most}; {_REMEDY}")
+    return values
 
 
-def _absolute(nodes: Ints, first_node: Ints, first_leaf: Ints, num_leaves: int, num_experts: int) -> Words:
-    """Nodes whose children count from the first of all; ValueError where a walk might leave its tree, or not end."""
+def _absolute(nodes: Ints, first_node: Ints, first_leaf: Ints, num_leaves: int, num_experts: int) -> Words | None:
+    """Nodes whose children count from the first of all; None where a walk might leave its tree, or not end."""
     sizes, leaves = np.diff(first_node), np.diff(first_leaf)
     sound = (
         len(first_leaf) == len(first_node)
@@ -112,7 +126,7 @@ def _absolute(nodes: Ints, first_node: Ints, first_leaf: Ints, num_leaves: int, 
         features = (nodes[:, 0] >= 0) & (nodes[:, 0] < num_features(num_experts))
         sound = bool((inner | outer).all() and features.all())
     if not sound:
-        raise ValueError(f"fitted forest: its trees are damaged; {_REMEDY}")
+        return None
     absolute = np.where(children < 0, ~(~children + first_leaf[tree, None]), children + first_node[tree, None])
     return np.ascontiguousarray(np.concatenate([nodes[:, :2], absolute], axis=1), dtype=np.int32)
 

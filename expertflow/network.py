@@ -62,6 +62,12 @@ NUM_OWN = 1 + len(OWN_SHIFTS)
 NUM_PREGATE = 2
 
 
+def origin_of(arrays: Arrays, what: str) -> str:
+    """What fitted arrays are, for messages: with their file, where they say it (`origin`)."""
+    origin = getattr(arrays, "origin", None)
+    return what if origin is None else f"{origin}: {what}"
+
+
 def chance_of(odds: Floats) -> Ints:
     """Log-odds in 1/1024 nat → chances in 2^-16."""
     return CHANCES[np.clip(odds, -SPAN, SPAN).astype(np.intp) + SPAN]
@@ -80,6 +86,7 @@ class HistoryNetwork:
 
     def __init__(self, arrays: Arrays, num_layers: int, num_experts: int) -> None:
         self.L, self.E = num_layers, num_experts
+        self._origin = origin_of(arrays, "fitted network")
         tables = self._array(arrays, "tables", (num_layers * num_experts, None), 32767)
         mix = self._array(arrays, "mix", (num_layers, None, None), TOP)
         self.H, self.M = mix.shape[1:]
@@ -90,22 +97,24 @@ class HistoryNetwork:
         self.D = len(bias)
         L, E, N, H, M, D = num_layers, num_experts, num_layers * num_experts, self.H, self.M, self.D
         if H * TOP * TOP >= 1 << 24 or M * TOP * TOP >= 1 << 24 or H < 1 or M < 1 or D < 1:
-            raise ValueError(f"fitted network: hidden widths {H} and {M} are too large to be summed exactly")
+            raise ValueError(
+                f"{self._origin}: hidden widths {H} and {M}, or {D} distances, are 0 or too large to be summed exactly"
+            )
         self.tables = tables.astype(np.float32)
-        self.rank_weights = self._array(arrays, "rank_weights", (None,), 64).astype(np.float32)
+        self.rank_weights = self._array(arrays, "rank_weights", (None,), 64, 0).astype(np.float32)
         if np.abs(tables).max(initial=0) * np.abs(self.rank_weights).sum() >= 1 << 24:
-            raise ValueError("fitted network: rank_weights and tables are too large to be summed exactly")
-        self.unit = float(1 << int(self._array(arrays, "table_bits", (1,), 16)[0]))
+            raise ValueError(f"{self._origin}: rank_weights and tables are too large to be summed exactly")
+        self.unit = float(1 << int(self._array(arrays, "table_bits", (1,), 16, 0)[0]))
         self.place = self._array(arrays, "place", (L + 1, H), 1 << 30)
         self.prior = self._array(arrays, "prior", (rates, H), 1 << 40)
-        self.mix, self.mix_scale = mix.astype(np.float32), self._array(arrays, "mix_scale", (L, M), 1 << 28)
+        self.mix, self.mix_scale = mix.astype(np.float32), self._array(arrays, "mix_scale", (L, M), 1 << 28, 0)
         self.mix_bias = self._array(arrays, "mix_bias", (D, L, M), 1 << 23).astype(np.float32)
         self.out = self._array(arrays, "out", (L, M, E), TOP).astype(np.float32)
-        self.out_scale, self.bias = self._array(arrays, "out_scale", (L, E), 1 << 28), bias
+        self.out_scale, self.bias = self._array(arrays, "out_scale", (L, E), 1 << 28, 0), bias
         self.own_by_feature = self._array(arrays, "own", (D, NUM_OWN, L, E), 1 << 24)
-        self.frequency = self._array(arrays, "frequency", (L, E), UNIT)
+        self.frequency = self._array(arrays, "frequency", (L, E), UNIT, 0)
         self.forecast = self._array(arrays, "forecast", (H, N), TOP).astype(np.float32)
-        self.forecast_scale = self._array(arrays, "forecast_scale", (N,), 1 << 28)
+        self.forecast_scale = self._array(arrays, "forecast_scale", (N,), 1 << 28, 0)
         self.forecast_bias = self._array(arrays, "forecast_bias", (N,), 1 << 24)
         self.forecast_own = self._array(arrays, "forecast_own", (NUM_OWN, N), 1 << 24)
         self.pregate: Floats | None = None
@@ -117,26 +126,36 @@ class HistoryNetwork:
         self.pregate_ahead = [] if self.pregate is None else [_diagonal(self.pregate, first) for first in range(L)]
         self.mean_weight = float(np.floor(self.rank_weights.mean()))
 
-    @staticmethod
-    def _misfit(name: str, found: tuple[int, ...], wanted: object) -> ValueError:
+    def _misfit(self, name: str, found: tuple[int, ...], wanted: object) -> ValueError:
         return ValueError(
-            f"fitted network: {name} has shape {found}, the trace needs {wanted}; "
+            f"{self._origin}: {name} has shape {found}, the trace needs {wanted}; "
             "fit one on a trace of the same model (python -m traces fit-predictor)"
         )
 
-    def _array(self, arrays: Arrays, name: str, shape: tuple[int | None, ...], most: int) -> Floats:
-        """As float64, whole and at most `most` in size."""
+    def _array(
+        self, arrays: Arrays, name: str, shape: tuple[int | None, ...], most: int, least: int | None = None
+    ) -> Floats:
+        """As float64, whole and within least … most; None: -most."""
         if name not in arrays:
-            raise ValueError(f"fitted network: {name} is missing; write it with python -m traces fit-predictor")
+            raise ValueError(f"{self._origin}: {name} is missing; write it with python -m traces fit-predictor")
         found = arrays[name]
         wanted = zip(shape, found.shape, strict=False)
         if found.ndim != len(shape) or any(want not in (None, have) for want, have in wanted):
             raise self._misfit(name, found.shape, tuple("any" if size is None else size for size in shape))
         if found.dtype.kind not in "iu":
-            raise ValueError(f"fitted network: {name} must hold whole numbers, it holds {found.dtype}")
+            raise ValueError(
+                f"{self._origin}: {name} must hold whole numbers, it holds {found.dtype}; "
+                "write it with python -m traces fit-predictor"
+            )
         values = found.astype(np.float64)
-        if values.size and np.abs(values).max() > most:
-            raise ValueError(f"fitted network: {name} holds {np.abs(values).max():.0f}, at most {most} may be")
+        least = -most if least is None else least
+        if values.size and not (values.min() >= least and values.max() <= most):
+            bound = f"{np.abs(values).max():.0f}, at most {most}"
+            if least == 0 and values.max() <= most:
+                bound = f"{values.min():.0f}, at least 0"
+            raise ValueError(
+                f"{self._origin}: {name} holds {bound} may be; write it with python -m traces fit-predictor"
+            )
         return values
 
     # -- one layer's routing: embeddings [..., (2 + R)·H] -----------------------------------------------------------

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.network import origin_of
+
 Floats = npt.NDArray[np.float64]
+
+_MOST_FORWARDS = 1e12
 
 
 class TransitionCounts:
@@ -23,26 +27,38 @@ class TransitionCounts:
         self.persistence: Floats = np.zeros((num_layers, num_experts, num_experts))
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Start from fitted counts. Raises ValueError if they are of another model or not finite counts."""
+        """Start from fitted counts. Raises ValueError if they are of another model, or no counts that can be."""
+        origin = origin_of(arrays, "fitted transition counts")
         shapes = {"frequency": (self.L, self.E), "persistence": (self.L, self.E, self.E), "num_forwards": (1,)}
         for name, shape in shapes.items():
             if name not in arrays or arrays[name].shape != shape:
                 found = arrays[name].shape if name in arrays else "nothing"
                 raise ValueError(
-                    f"fitted transition counts: {name} has shape {found}, the trace needs {shape}; "
+                    f"{origin}: {name} has shape {found}, the trace needs {shape}; "
                     "fit them on a trace of the same model (python -m traces fit-predictor)"
                 )
         cross = arrays.get("cross")
         if cross is None or cross.ndim != 4 or cross.shape[1:] != (self.L, self.E, self.E):
             raise ValueError(
-                f"fitted transition counts: cross must be [D, {self.L}, {self.E}, {self.E}]; "
+                f"{origin}: cross must be [D, {self.L}, {self.E}, {self.E}]; "
                 "fit them on a trace of the same model (python -m traces fit-predictor)"
             )
+        remedy = "fit them anew (python -m traces fit-predictor kind=transition)"
+        for name in (*shapes, "cross"):
+            if arrays[name].dtype.kind not in "fiu":
+                raise ValueError(f"{origin}: {name} must hold counts, it holds {arrays[name].dtype}; {remedy}")
         values = {name: np.asarray(arrays[name], np.float64) for name in (*shapes, "cross")}
+        num_forwards = float(values["num_forwards"][0])
+        if not 0 < num_forwards <= _MOST_FORWARDS:
+            raise ValueError(f"{origin}: num_forwards is {num_forwards:g}, it must be above 0; {remedy}")
         for name, value in values.items():
-            if not np.isfinite(value).all() or (value < 0).any():
-                raise ValueError(f"fitted transition counts: {name} holds values that are no counts (negative or NaN)")
-        self.num_forwards = float(values["num_forwards"][0])
+            # Counts of a forward are shares of its tokens, at most 1; what was rounded may be a half above.
+            if value.size and not (value.min() >= 0 and value.max() <= num_forwards + 1):
+                raise ValueError(
+                    f"{origin}: {name} holds values that are no counts of {num_forwards:g} forwards "
+                    f"(negative, NaN or larger); {remedy}"
+                )
+        self.num_forwards = num_forwards
         self.frequency += values["frequency"]
         self.persistence += values["persistence"]
         num = min(self.D, len(cross))

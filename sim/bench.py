@@ -12,7 +12,6 @@ is any ratio worse by more than a fifth than that of `bench.json`, which `--upda
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -27,9 +26,14 @@ import simpy
 
 from expertflow.network import compiled_functions
 from sim.job.configure import configure
+from sim.job.errors import one_line
+from sim.job.output import to_json, write_text
 from sim.job.setup import KEEP_SCORES, Workload, make_policy, make_workload
 from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
+from traces.jsontext import shown
+from traces.messages import PREFIX, fault
+from traces.reading import read_table
 
 ALONE = "adaptive, alone"
 BARS = {"lru": 16.0, "adaptive": 32.0, ALONE: 32.0}
@@ -112,6 +116,16 @@ def compare_length(trace: str | None, hardware: str) -> None:
     )
 
 
+def read_ratios(path: Path) -> dict[str, float]:
+    """The ratios of a file such as `bench.json`. TraceError names file and key of what is none."""
+    remedy = "write it with python -m sim.bench --update"
+    ratios = read_table(path, remedy)
+    for name, ratio in ratios.items():
+        if type(ratio) not in (int, float) or not 0 < ratio < 1e6:
+            raise fault(path, name, f"is {shown(ratio)}, no ratio above 0", remedy)
+    return {name: float(ratio) for name, ratio in ratios.items()}
+
+
 def worse_than(committed: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
     """One line for each ratio that is worse than the committed one by more than `WORSE`, or has none."""
     return [
@@ -145,10 +159,10 @@ def main(words: list[str] | None = None) -> int:
             compare_length(trace, args.hardware)
         if args.update:
             rounded = {name: round(ratio, 1) for name, ratio in found.items()}
-            COMMITTED.write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
-        committed = json.loads(COMMITTED.read_text(encoding="utf-8")) if args.check else {}
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+            write_text(COMMITTED, to_json(rounded))
+        committed = read_ratios(COMMITTED) if args.check else {}
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{PREFIX}{one_line(error)}", file=sys.stderr)
         return 2
     finally:
         for name, value in before.items():

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from sim.job.output import write_text
+from traces.files import replace_file
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -100,9 +101,7 @@ def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     write_text(csv, table.to_csv(index=False, lineterminator="\n"))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
-    temporary = parquet.with_suffix(".parquet.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(parquet)
+    replace_file(parquet, buffer.getvalue(), sync=False)
     return [parquet, csv]
 
 

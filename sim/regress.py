@@ -23,6 +23,7 @@ from sim.job.errors import one_line
 from sim.job.output import to_json, write_text
 from sim.job.setup import make_workload
 from sim.paths import add_config_dir, use_own_folder
+from traces.messages import PREFIX
 
 Pins = dict[str, Any]
 
@@ -111,8 +112,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         use_own_folder(args.config_dir)
         return record(args.file) if args.action == "record" else check(args.file)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, HydraException, OmegaConfBaseException) as error:
+        print(f"{PREFIX}{one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_type_hints
 from rich.console import Console
 from rich.progress import Progress
 
-from traces.container import TraceError
+from traces.messages import PREFIX, TraceError, shortened, told
 from traces.reader import Trace, open_trace
 
 KINDS = {
@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"{PREFIX}{shortened(f'{message}; see {self.prog} --help')}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -84,15 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(next((word for word in given if not word.startswith("-")), "")).parse_args(given)
         return int(args.run(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{PREFIX}{told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -140,8 +136,8 @@ def run_validate(args: argparse.Namespace) -> int:
     for path in args.paths:
         try:
             print(f"ok: {describe(open_trace(path))}")
-        except ValueError as error:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+        except (ValueError, OSError, MemoryError) as error:
+            print(f"{PREFIX}{told(error)}", file=sys.stderr)
             code = 2
     return code
 

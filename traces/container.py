@@ -17,6 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from traces.jsontext import json_bytes, no_duplicates
+from traces.limits import check_bytes
+from traces.messages import TraceError as TraceError
+from traces.messages import fault as fault
+from traces.messages import why
+
 Array = npt.NDArray[Any]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -45,15 +51,6 @@ _SIGNATURES = (
 )
 _REWRITE = "fetch or write the file again"
 _CONVERT = "convert it: python -m traces import --help"
-
-
-class TraceError(ValueError):
-    """A trace, or a source of one, that cannot be used: one line that names file, place, fault and remedy."""
-
-
-def fault(path: Path | str, where: str, problem: str, remedy: str) -> TraceError:
-    """The one form of all messages: `file: place: fault; remedy`."""
-    return TraceError(f"{path}: {where}: {problem}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,14 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             length = _header_length(path, file, size)
             text = file.read(length)
     except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path and its rights") from None
+        problem, remedy = why(error)
+        raise fault(path, "file", f"cannot be read ({problem})", remedy) from None
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        decoded = text.decode("utf-8")
+        check_bytes(path, "header", json_bytes(decoded))
+        header = json.loads(decoded, object_pairs_hook=no_duplicates)
+    except TraceError:
+        raise
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
         raise fault(path, "header", f"is not valid JSON ({reason})", _REWRITE) from None
@@ -106,8 +108,11 @@ def check_file(path: Path) -> int:
         state = path.stat()
     except FileNotFoundError:
         raise fault(path, "file", "does not exist", "check the path") from None
-    except (OSError, ValueError) as error:
-        raise fault(path, "file", f"cannot be read ({error})", "check the path and its rights") from None
+    except OSError as error:
+        problem, remedy = why(error)
+        raise fault(path, "file", f"cannot be read ({problem})", remedy) from None
+    except ValueError:
+        raise fault(path, "file", "has a name that cannot be", "check the path") from None
     if stat.S_ISDIR(state.st_mode):
         raise fault(path, "file", "is a folder", f"give one file, or a glob such as '{path}/*.safetensors'")
     if not stat.S_ISREG(state.st_mode):
@@ -131,14 +136,6 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
         raise fault(path, "header", f"takes {length} bytes, at most {MAX_HEADER_BYTES} are allowed", _REWRITE)
     file.seek(8)
     return length
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
-    return table
 
 
 def _is_sizes(value: object) -> bool:

@@ -7,7 +7,6 @@ routing came from.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from traces.container import DTYPE_NAMES, DTYPES, TraceError, fault
+from traces.files import whole_file
 from traces.layout import ARRAYS, COUNTS, FORMAT, FORMAT_VERSION, check_layout
 from traces.reader import open_trace
 from traces.trace import ChainedArray, RowArray, Trace, blocks
@@ -153,17 +153,8 @@ def _write_atomically(path: Path, header: Mapping[str, str], arrays: Mapping[str
         raise fault(path, "file", f"the folder {path.parent} does not exist", "create it first")
     if path.is_dir():
         raise fault(path, "file", "is a folder", "name a file in it")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            _write(file, header, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        _write(file, header, arrays)
 
 
 def _write(file: BinaryIO, header: Mapping[str, str], arrays: Mapping[str, Any]) -> None:

@@ -24,73 +24,21 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from traces.format import About, write_trace
+from traces.messages import fault
+from traces.parameters import GROUP, REMEDY, Arrays, check_params
+from traces.parameters import load_params as load_params
 
-PARAMETER_FORMAT = "expertflow-routing-parameters"
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
 NOISE = 1.28  # spread of a standard Gumbel: scores stay on the scale of log-odds
 WANDER_STEP = 8  # tokens for which wander stands still: its half-life is far longer
-GROUP = 64  # requests generated side by side
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Arrays = dict[str, npt.NDArray[Any]]
-
-REQUIRED = {  # name: shape letters
-    "bias": "LE",
-    "cross": "LEE",
-    "loadings": "LEQ",
-    "residual": "LE",
-    "topics": "MQ",
-    "topic_length": "M",
-    "topic_scale": "L",
-    "drift_scale": "L",
-    "repeat": "L",
-    "wander_share": "",  # w
-    "skew": "",
-    "half_lives": "H",  # of wander and of drift, in tokens
-    "row_size": "LC",  # probability of 0 … K experts in a row
-}
-
-
-def check_params(params: Arrays) -> None:
-    """ValueError unless every array is there and the shapes agree."""
-    sizes: dict[str, int] = {"H": 2}
-    for name, letters in REQUIRED.items():
-        if name not in params:
-            raise ValueError(f"routing parameters lack '{name}'; make the file anew with `python -m traces fit`")
-        shape = params[name].shape
-        known = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, shape, strict=False))
-        if len(shape) != len(letters) or shape != known or 0 in shape:
-            raise ValueError(f"routing parameter '{name}' has shape {shape}: needs [{letters}] with {sizes}")
-    if not 1 < sizes["C"] <= sizes["E"] + 1:
-        raise ValueError(f"'row_size' allows {sizes['C'] - 1} of {sizes['E']} experts: needs 1 … {sizes['E']}")
-
-
-def load_params(path: str | Path) -> tuple[Arrays, dict[str, str]]:
-    """Arrays and header of a parameter file. ValueError if it is none."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such parameter file")
-    with safe_open(path, "numpy") as file:
-        header = dict(file.metadata() or {})
-        params = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if header.get("format") != PARAMETER_FORMAT:
-        raise ValueError(f"{path}: format is {header.get('format')!r}, needs {PARAMETER_FORMAT!r}")
-    check_params(params)
-    return params, header
-
-
-def save_params(path: str | Path, params: Arrays, **header: str) -> None:
-    """Write a parameter file; `header` says what it was fitted to."""
-    check_params(params)
-    save_file(params, path, metadata={"format": PARAMETER_FORMAT, "format_version": "1", **header})
 
 
 @dataclass(frozen=True)
@@ -225,7 +173,8 @@ def _gate_weights(model: _Model, unused: npt.NDArray[np.bool_], rng: np.random.G
         low, high = gaps[layers, ranks, below], gaps[layers, ranks, below + 1]
         logs = np.zeros(absent.shape)
         logs[:, :, 1:] = -np.cumsum(low + (place - below) * (high - low), axis=2)
-        values = np.where(absent, 0.0, np.exp(logs))
+        # The largest of a row is 1, whatever the gaps.
+        values = np.where(absent, 0.0, np.exp(logs - logs.max(axis=2, keepdims=True)))
         share = values / np.maximum(values.sum(axis=2, keepdims=True), 1e-9)
         weights[start : start + 4096] = total[:, None] * share
     return weights
@@ -282,6 +231,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write a generated trace. Errors are ValueErrors."""
     params, header = load_params(args.params)
+    for key in ("model", "source", "license"):
+        if not header.get(key, "").strip():
+            raise fault(args.params, "header", f"{key} is missing or empty", REMEDY)
     usual = max(1, round(args.tokens / float(params["topic_length"].mean())))
     requests = usual if args.requests is None else args.requests
     made = generate(params, split_tokens(args.tokens, requests), args.seed)

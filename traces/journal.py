@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 
 from traces.container import DTYPES, Array, TraceError, check_file, fault
 from traces.format import RowArray
+from traces.jsontext import parse_json
 from traces.layout import ARRAYS, PER_REQUEST
+from traces.reading import read_table, text_lines
 
 JOURNAL, LABELS = "journal.json", "labels.jsonl"
 JOURNAL_VERSION = 1
@@ -33,10 +35,8 @@ class Journal:
         self.path = folder / JOURNAL
         if not self.path.exists():
             raise fault(folder, "recording", "holds no whole request", "delete the folder and record again")
-        if check_file(self.path) > _MAX_BYTES:
-            raise self._spoiled("is too long")
+        read = read_table(self.path, _SPOILED, _MAX_BYTES)
         try:
-            read = json.loads(self.path.read_text(encoding="utf-8"))
             self.header, self.variant = read["header"], read["variant"]
             self.num_requests, self.num_tokens = read["num_requests"], read["num_tokens"]
             self.facts, self.has_labels = read["facts"], read["has_labels"]
@@ -44,7 +44,7 @@ class Journal:
                 name: (DTYPES[dtype], tuple(map(_size, row))) for name, (dtype, row) in read["columns"].items()
             }
             known = read["version"] == JOURNAL_VERSION
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise self._spoiled("is no journal") from None
         if not known:
             raise fault(self.path, "journal", "is of another release", "recover with the release that recorded")
@@ -53,9 +53,12 @@ class Journal:
             and isinstance(self.facts, dict)
             and self.facts.keys() == {*FACTS}
             and isinstance(self.variant, str)
-            and type(self.num_requests) is int
-            and type(self.num_tokens) is int
-            and type(self.facts["num_experts"]) is int
+            and _is_count(self.num_requests, 0)
+            and _is_count(self.num_tokens, 0)
+            and _is_count(self.facts["num_experts"], 1)
+            and all(isinstance(self.facts[key], str) for key in ("model", "source", "license"))
+            and _is_rising(self.facts["moe_layer_ids"])
+            and isinstance(self.has_labels, bool)
             and not self.header.keys() & TAKEN
         ):
             raise self._spoiled("is no journal")
@@ -70,6 +73,9 @@ class Journal:
             plain, _, variant = name.partition("@")
             if name != "request_rows" and variant in ("", self.variant):
                 arrays[plain] = self._map(name)
+        for name in ("experts", "prompt_len"):
+            if name not in arrays:
+                raise self._spoiled(f"lacks {name}")
         return arrays
 
     def labels(self) -> list[str] | None:
@@ -78,11 +84,12 @@ class Journal:
             return None
         labels = []
         try:
-            with (self.folder / LABELS).open(encoding="utf-8") as file:
-                for _, line in zip(range(self.num_requests), file, strict=False):
-                    labels.append(str(json.loads(line)))
-        except (OSError, ValueError, RecursionError):
+            for _, (number, line) in zip(range(self.num_requests), text_lines(self.folder / LABELS), strict=False):
+                labels.append(parse_json(self.folder / LABELS, f"line {number}", line))
+        except ValueError:
             raise self._spoiled("does not fit its labels") from None
+        if len(labels) != self.num_requests or not all(isinstance(label, str) for label in labels):
+            raise self._spoiled("does not fit its labels")
         return labels
 
     def _map(self, name: str) -> Array:
@@ -91,16 +98,27 @@ class Journal:
         if name not in self.columns or plain not in {*ARRAYS, "request_rows"} or (at and not variant.isidentifier()):
             raise self._spoiled(f"does not know {name[:40]!r}")
         dtype, row = self.columns[name]
+        if name == "request_rows" and (dtype, row) != (np.dtype(np.int64), ()):
+            raise self._spoiled("has request_rows that are no whole numbers")
         rows = self.num_requests if name in PER_REQUEST or name == "request_rows" else self.num_tokens
         file = self.folder / f"{name}.raw"
-        needed = rows * int(np.prod(row, dtype=np.int64)) * dtype.itemsize
-        if check_file(file) < needed:
+        needed = rows * math.prod(row) * dtype.itemsize
+        if len(row) > 8 or check_file(file) < max(needed, 1):
             raise self._spoiled(f"needs {needed} bytes of {file.name}, which has fewer")
         # A plain ndarray over the mapping, as in traces.container; longer files end in an unfinished request.
         return np.memmap(file, dtype=dtype, mode="r", shape=(rows, *row)).view(np.ndarray)
 
     def _spoiled(self, problem: str) -> TraceError:
         return fault(self.path, "journal", problem, _SPOILED)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 48
+
+
+def _is_rising(value: object) -> bool:
+    """Whether it may be `moe_layer_ids`: None, or whole numbers; whether they rise is checked with the trace."""
+    return value is None or (isinstance(value, list) and all(_is_count(item, 0) for item in value))
 
 
 def _size(value: object) -> int:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Column, Table
 
+from traces.files import replace_text
 from traces.reader import open_trace
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
@@ -295,5 +296,5 @@ def run(args: argparse.Namespace) -> int:
     stats = compute_stats(np.asarray(trace.experts[:tokens]), starts, trace.num_experts)
     print_stats(stats, Console())
     if args.json is not None:
-        args.json.write_text(json.dumps(stats, indent=1) + "\n")
+        replace_text(args.json, json.dumps(stats, indent=1) + "\n")
     return 0

@@ -10,7 +10,6 @@ twice. Knows nothing of where the rows come from.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces.container import DTYPE_NAMES, Array, TraceError, fault
+from traces.container import DTYPE_NAMES, Array, fault
+from traces.files import replace_text, unwritable, writing
 from traces.format import About, checked_trace, write_trace
 from traces.journal import JOURNAL, JOURNAL_VERSION, LABELS, TAKEN, Journal
 from traces.layout import PER_REQUEST, PER_TOKEN
@@ -83,7 +83,7 @@ class TraceWriter:
             remedy = "finish it with TraceWriter.recover (python -m traces record --recover), or delete that folder"
             raise fault(self.path, "file", problem, remedy) from None
         except OSError as error:
-            raise _unwritable(self.path, error) from None
+            raise unwritable(self.path, error) from None
         self._lock = _lock(self.path, self._folder)
 
     def append(
@@ -110,11 +110,9 @@ class TraceWriter:
             self._columns, self._has_labels = columns, label is not None
         elif columns != self._columns or self._has_labels != (label is not None):
             raise fault(place, "arrays", _difference(columns, self._columns), "give the same arrays with each request")
-        try:
+        with writing(self.path):
             self._write(stored, label)
-            self._write_journal(self.num_requests + 1, self.num_tokens + len(rows["experts"]))
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
+        self._write_journal(self.num_requests + 1, self.num_tokens + len(rows["experts"]))
         self.num_requests += 1
         self.num_tokens += len(rows["experts"])
         self._labels_end = self._files[LABELS].tell() if self._has_labels else 0
@@ -165,9 +163,10 @@ class TraceWriter:
         lock = _lock(path, folder)
         try:
             journal = Journal(folder)
+            arrays = journal.arrays()
             header = dict(journal.header) | ({"recovered": "true"} if recovered else {})
             about = About(**journal.facts, request_labels=journal.labels(), header=header)
-            write_trace(path, journal.arrays(), about)
+            write_trace(path, arrays, about)
         finally:
             lock.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -238,9 +237,7 @@ class TraceWriter:
             "has_labels": bool(self._has_labels),
             "columns": {name: [DTYPE_NAMES[dtype], list(row)] for name, (dtype, row) in self._columns.items()},
         }
-        unfinished = self._folder / f"{JOURNAL}.tmp"
-        unfinished.write_text(json.dumps(journal), encoding="utf-8")
-        os.replace(unfinished, self._folder / JOURNAL)
+        replace_text(self._folder / JOURNAL, json.dumps(journal), sync=False)
 
     def _release(self) -> None:
         for file in self._files.values():
@@ -266,12 +263,8 @@ def _lock(path: Path, folder: Path) -> Any:
         file.close()
         raise fault(path, "file", "is being recorded by another process", "wait for it, or end it") from None
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     return file
-
-
-def _unwritable(path: Path, error: OSError) -> TraceError:
-    return fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space")
 
 
 def _difference(columns: Mapping[str, Any], first: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from replay.lockstep.log_format import (
     running_crc,
 )
 from replay.lost import close_at_end, loss
+from traces.files import writing
 
 
 class _Buffer:
@@ -74,7 +76,8 @@ class _Buffer:
 class LogWriter:
     """Streams a log to `path`: a temporary file beside it until `close` gives it its name; `abort` removes it.
 
-    values_per_group: numbers that `LoggingMachine` holds before they are written. OSError from the file system.
+    values_per_group: numbers that `LoggingMachine` holds before they are written. ValueError where the file system
+    refuses: the log's name, the reason and a remedy.
     """
 
     def __init__(self, path: str | Path, header: LogHeader, values_per_group: int = VALUES_PER_GROUP) -> None:
@@ -90,14 +93,15 @@ class LogWriter:
         )
         plain = {f"{name}.list.element": "PLAIN" for name in STREAMS if name not in DIFFERENCED and name != "op"}
         differenced = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in DIFFERENCED}
-        self._writer: pq.ParquetWriter | None = pq.ParquetWriter(
-            self._partial,
-            schema,
-            compression="zstd",
-            use_dictionary=["op.list.element"],
-            write_statistics=False,
-            column_encoding=differenced | plain,
-        )
+        with writing(self.path):
+            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(
+                self._partial,
+                schema,
+                compression="zstd",
+                use_dictionary=["op.list.element"],
+                write_statistics=False,
+                column_encoding=differenced | plain,
+            )
         close_at_end(self)
 
     def write(self, buffer: _Buffer) -> None:
@@ -119,21 +123,24 @@ class LogWriter:
         for name in STREAMS:
             offsets = pa.array(np.array(bounds[name], dtype=np.int32))
             columns.append(pa.ListArray.from_arrays(offsets, pa.array(values[name]), type=TYPES[name]))
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._writer.schema))
+        with writing(self.path):
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=self._writer.schema))
         buffer.clear()
 
     def close(self) -> None:
         """Give the file its name. A log of a run that broke off is closed like any other."""
         if self._writer is None:
             raise AssertionError(f"{self.path} is closed")
-        self._writer.close()
-        self._writer = None
-        os.replace(self._partial, self.path)
+        with writing(self.path):
+            self._writer.close()
+            self._writer = None
+            os.replace(self._partial, self.path)
 
     def abort(self) -> None:
         """Leave no file behind. Does nothing after `close`."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
             self._writer = None
             self._partial.unlink(missing_ok=True)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from traces.generate import SHIPPED, generate, load_params, split_tokens
+from traces.generate import SHIPPED, generate, split_tokens
+from traces.parameters import load_params
 from traces.reader import Trace
 
 SHIPPED_TRACE = "gpt-oss-20b-twin-eval.safetensors"
@@ -35,6 +36,8 @@ def generated_trace(num_tokens: int, num_requests: int, seed: int, params: str |
             f"trace.num_requests={num_requests} is more than trace.num_tokens={num_tokens}; "
             "a request has at least one token"
         )
+    if not isinstance(params, str | None) or params == "":
+        raise ValueError(f"trace.params={params!r} must be a parameter file, written by python -m traces fit")
     path = Path(params) if params is not None else SHIPPED
     fitted, header = load_params(path)
     arrays = generate(fitted, split_tokens(num_tokens, num_requests), seed)

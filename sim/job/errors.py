@@ -8,17 +8,19 @@ import re
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from traces.messages import line, shortened, told, why
+
 
 def one_line(error: BaseException) -> str | None:
     """The message for a user, or None if the error is a mistake of ours and deserves its traceback."""
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _hydra(error)
+        return shortened(_hydra(error))
+    if isinstance(error, ValueError):
+        return shortened(_first_line(str(error) or type(error).__name__))
     if isinstance(error, OSError) and error.filename:
-        remedy = "check the path, or choose an output folder with hydra.run.dir=FOLDER"
-        return f"{error.filename}: {error.strerror}; {remedy}"
-    if isinstance(error, ValueError | OSError | MemoryError):
-        return _first_line(str(error) or type(error).__name__)
-    return None
+        problem, remedy = why(error)
+        return line(str(error.filename), problem, f"{remedy}, or choose an output folder with hydra.run.dir=FOLDER")
+    return told(error)
 
 
 def _first_line(text: str) -> str:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from sim.job.errors import one_line
 from sim.paths import use_own_folder
+from traces.messages import PREFIX
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"
 """Environment variable: where it is set, a command that ends with an error prints where that came from, too."""
@@ -38,7 +39,7 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         line = one_line(error)
         if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"{PREFIX}{line}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -63,5 +64,5 @@ def run_cli(
         line = one_line(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"{PREFIX}{line}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.observer import Observer
+from traces.files import writing
 
 PHASES = (DECODE, PREFILL)
 CLASSES = ("hit", "late", "miss")
@@ -93,7 +95,8 @@ class EventTable(Observer):
         self.num_experts = num_experts
         self.rows_per_group = rows_per_group
         self._partial = self.path.with_name(self.path.name + ".tmp")
-        self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._partial, SCHEMA, compression="zstd")
+        with writing(self.path):
+            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._partial, SCHEMA, compression="zstd")
         self._columns = _Columns()
         self._open: dict[int, int] = {}
         """Row of each key of the layer that is running: its stall and its landing are yet to come."""
@@ -148,7 +151,8 @@ class EventTable(Observer):
     def _flush(self) -> None:
         if self._writer is None:
             raise AssertionError(f"{self.path} is closed")
-        self._writer.write_table(self._columns.table())
+        with writing(self.path):
+            self._writer.write_table(self._columns.table())
         self._columns = _Columns()
 
     def close(self) -> None:
@@ -158,13 +162,15 @@ class EventTable(Observer):
             self._flush()
         if self._writer is None:
             raise AssertionError(f"{self.path} is closed")
-        self._writer.close()
-        self._writer = None
-        os.replace(self._partial, self.path)
+        with writing(self.path):
+            self._writer.close()
+            self._writer = None
+            os.replace(self._partial, self.path)
 
     def abort(self) -> None:
         """The run failed: leave no file behind. Does nothing after `close`."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
             self._writer = None
             self._partial.unlink(missing_ok=True)

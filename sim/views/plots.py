@@ -6,7 +6,6 @@ style and marker differ too. Knows no files but the one that `save` writes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import wraps
 from math import floor, log10
@@ -22,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from sim.views.names import hardware_name, model_name, policy_name, predictor_name, stack_name
+from traces.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -206,15 +206,9 @@ def plot_recall(table: pd.DataFrame) -> Figure:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG; the same figure gives the same bytes. Under a temporary name first, then renamed."""
-    target = Path(path)
-    partial = target.with_name(target.name + ".tmp")
-    try:
-        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """Write a PNG, whole or not at all; the same figure gives the same bytes."""
+    with whole_file(Path(path), sync=False) as file:
+        figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
 
 
 # -- parts of a picture --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ ahead; writes it as Chrome-trace JSON and reads it back as tables. Knows nothing
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 
 from expertflow.observer import Observer
 from expertflow.parts import DEMAND
+from traces.files import whole_file
 
 KINDS = ("attention", "experts", "head", "other")
 COMPUTE_TRACK, LINK_TRACK, STALL_TRACK = 1, 2, 3
@@ -88,22 +88,14 @@ class Timeline(Observer):
             )
 
     def write(self, path: str | Path) -> None:
-        """Write the JSON: to a temporary file beside `path`, renamed when complete. Same run, same bytes."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".tmp")
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.write('{"displayTimeUnit":"ns","traceEvents":[')
-                separator = "\n"
-                for event in self.events():
-                    file.write(separator)
-                    file.write(event)
-                    separator = ",\n"
-                file.write("\n]}\n")
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        """Write the JSON, whole or not at all. Same run, same bytes. ValueError names the file where that fails."""
+        with whole_file(Path(path), sync=False) as file:
+            file.write(b'{"displayTimeUnit":"ns","traceEvents":[')
+            separator = "\n"
+            for event in self.events():
+                file.write((separator + event).encode())
+                separator = ",\n"
+            file.write(b"\n]}\n")
 
     def events(self) -> Iterator[str]:
         """The JSON of each event, metadata first."""

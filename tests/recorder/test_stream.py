@@ -154,7 +154,7 @@ def test_what_a_failed_write_left_is_written_over(tmp_path: Path, monkeypatch: p
         writer.append(experts=experts[:2], prompt_len=0, label="a")
         with monkeypatch.context() as full:
             full.setattr("os.replace", fail_to_replace)
-            with pytest.raises(TraceError, match="No space left on device"):
+            with pytest.raises(TraceError, match=r"cannot be written \(the disk is full\); free space"):
                 writer.append(experts=experts[2:5], prompt_len=1, label="lost, and longer")
         writer.append(experts=experts[5:], prompt_len=1, label="c")
     trace = open_trace(writer.path)

@@ -116,7 +116,10 @@ LAYER = {"selected_experts": [1, 2], "selected_probs": [0.5, 0.5]}
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_experts": [1, 1]}}}]), "not distinct"),
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_experts": [1]}}}]), "of one length"),
         (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_probs": [-1, 1]}}}]), "not numbers from 0"),
-        (record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_probs": [float("nan"), 1]}}}]), "numbers"),
+        (
+            record(1, router_data=[{"token_1": {"layer_0": LAYER | {"selected_probs": [float("nan"), 1]}}}]),
+            "NaN is no number",
+        ),
     ],
 )
 def test_faulty_json_is_refused(tmp_path: Path, content: Any, message: str) -> None:

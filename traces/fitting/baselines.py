@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 from expertflow.features import CHANCE_ONE
 from expertflow.forest import KNOTS, Forest, calibration_tables
@@ -24,6 +23,7 @@ from traces.container import TraceError
 from traces.fitting.forest import ForestOptions, fit_forest, knot_counts, rising_shares
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.reader import Trace
+from traces.reading import read_arrays
 
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -176,7 +176,7 @@ class ForestBaseline:
     def __init__(self, training: Training) -> None:
         trace = training.trace
         if "forest" in training.files:
-            arrays = dict(load_file(training.files["forest"]))
+            arrays = read_arrays(training.files["forest"])[0]
         else:
             options = ForestOptions(distances=training.distances, seed=training.seed)
             arrays = fit_forest(trace, training.report, options)[0]
@@ -199,7 +199,7 @@ class NetworkBaseline:
     def __init__(self, training: Training) -> None:
         self.trace = training.trace
         if "hybrid" in training.files:
-            arrays = dict(load_file(training.files["hybrid"]))
+            arrays = read_arrays(training.files["hybrid"])[0]
         else:
             from traces.fitting.network import HybridOptions, fit_hybrid
 

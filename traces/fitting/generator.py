@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from traces.generate import Arrays, generate, save_params
+from traces.generate import generate
+from traces.parameters import Arrays, save_params
 from traces.reader import Trace, open_trace
 from traces.stats import activation, check_routing, layer_onehot, lru_distances, next_layer_recall, reuse, row_positions
 

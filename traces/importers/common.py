@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,22 @@ from rich.progress import Progress
 
 from traces.container import TraceError, check_file, fault
 from traces.format import About, write_trace
+from traces.limits import Budget, check_bytes
+from traces.reading import text_lines
 
 Item = TypeVar("Item")
 PADDING = -1
 UNKNOWN_LICENSE = "unknown"
 MAX_WEIGHT = 65_504
 """The largest float16."""
+MAX_LAYERS = 4096
+"""Layers of a model, far above any: what a file claims beyond them is not followed."""
+_ROW_BYTES = 256
+"""What a row of a CSV file takes as Python objects."""
+_ENTRY_BYTES = 24
+"""What an entry of experts and weights takes while requests are joined, widened and checked."""
+_MOST_COMMENT = 1000
+"""Characters of a comment that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class Request:
     context_len: int | None = None
     label: str = ""
     forward_id: npt.NDArray[np.int64] | None = None
+    source: tuple[Path, str] | None = None
+    """The file and the place in it, for messages."""
 
 
 def write_requests(
@@ -59,8 +71,10 @@ def write_requests(
     """
     if not requests:
         raise fault(output, "file", "would hold no request", "check source and options")
+    _check_alike(output, requests)
     top_k = max(request.experts.shape[2] for request in requests)
     lengths = [len(request.experts) for request in requests]
+    check_bytes(output, "experts", _ENTRY_BYTES * sum(lengths) * requests[0].experts.shape[1] * top_k)
     contexts = [request.context_len for request in requests if request.context_len is not None]
     weights = [request.weights for request in requests if request.weights is not None]
     forwards = [request.forward_id for request in requests if request.forward_id is not None]
@@ -76,6 +90,17 @@ def write_requests(
     labels = [r.label for r in requests] if all(r.label for r in requests) else None
     path = write_trace(output, arrays, replace(about, request_labels=labels))
     return ImportReport(path, whole, sum(lengths), tuple(notes))
+
+
+def _check_alike(output: str | Path, requests: Sequence[Request]) -> None:
+    """TraceError where a request has other layers than the first."""
+    wanted = requests[0].experts.shape[1]
+    for index, request in enumerate(requests):
+        if (found := request.experts.shape[1]) != wanted:
+            path, where = request.source or (Path(output), f"request {index}")
+            first, place = requests[0].source or (Path(output), "request 0")
+            problem = f"has {found} layers, {first.name} ({place}) has {wanted}"
+            raise fault(path, where, problem, "import the records of one model at a time")
 
 
 def widen(array: npt.NDArray[Any], width: int, value: int) -> npt.NDArray[Any]:
@@ -120,25 +145,16 @@ class CsvTable:
         self._has_comments = comments
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        check_file(self.path)
-        reader = None
+        reader = csv.reader(self._lines(), strict=True)
         try:
-            with self.path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.reader(self._lines(file), strict=True)
-                yield from self._rows(reader)
-        except UnicodeDecodeError:
-            line = reader.line_num + 1 if reader else 1
-            raise fault(self.path, f"line {line}", "is not UTF-8 text", "give a CSV file in UTF-8") from None
+            yield from self._rows(reader)
         except csv.Error as error:
-            line = reader.line_num if reader else 1
-            raise fault(self.path, f"line {line}", f"is no CSV ({error})", "correct or remove it") from None
-        except OSError as error:
-            raise fault(self.path, "file", f"cannot be read ({error.strerror})", "check the path") from None
+            raise fault(self.path, f"line {reader.line_num}", f"is no CSV ({error})", "correct or remove it") from None
 
-    def _lines(self, file: TextIO) -> Iterator[str]:
-        for line in file:
+    def _lines(self) -> Iterator[str]:
+        for _, line in text_lines(self.path, "give a CSV file in UTF-8"):
             if self._has_comments and line.startswith("#"):
-                self.comments.append(line[1:].strip())
+                self.comments.append(line[1:_MOST_COMMENT].strip())
                 # An empty line in its place keeps the line numbers right.
                 yield "\n"
             else:
@@ -147,8 +163,10 @@ class CsvTable:
     def _rows(self, reader: Any) -> Iterator[tuple[int, list[str]]]:
         header: list[str] | None = None
         places: list[int] = []
+        budget = Budget(self.path)
         for row in reader:
             line = int(reader.line_num)
+            budget.take(f"line {line}", _ROW_BYTES)
             if not row:
                 continue
             if header is None:

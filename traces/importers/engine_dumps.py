@@ -23,9 +23,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +32,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from traces.container import TraceError, check_file, fault
+from traces.container import Array, TraceError, fault
 from traces.format import About
 from traces.importers.common import (
+    MAX_LAYERS,
     PADDING,
     UNKNOWN_LICENSE,
     ImportReport,
@@ -46,9 +44,11 @@ from traces.importers.common import (
     tracked,
     write_requests,
 )
+from traces.limits import Budget, check_bytes
+from traces.reading import json_lines, npz_arrays, read_json, read_npy
 
 _SUFFIXES = (".npy", ".npz", ".json", ".jsonl")
-_MAX_BYTES = 8 << 30
+_ID_BOUND = 1 << 31
 _SHAPE = "routed experts are [tokens, layers, top_k]"
 
 Ids = npt.NDArray[np.int64]
@@ -118,59 +118,38 @@ def import_engine_dumps(
 
 
 def _read(path: Path, num_layers: int, top_k: int) -> Iterator[_Dump]:
-    check_file(path)
+    budget = Budget(path)
     if path.suffix in (".npy", ".npz"):
-        yield from _numpy(path)
+        found = _numpy(path)
     elif path.suffix in (".json", ".jsonl"):
-        for place, value in _json(path):
-            yield from _answer(path, place, value, num_layers, top_k)
+        found = (dump for at, value in _json(path) for dump in _answer(path, at, value, num_layers, top_k))
     else:
         raise fault(path, "file", f"is of the type {path.suffix or '(none)'}", f"give {', '.join(_SUFFIXES)}")
+    for dump in found:
+        budget.take(dump.place, dump.ids.nbytes)
+        yield dump
 
 
 def _numpy(path: Path) -> Iterator[_Dump]:
-    try:
-        if path.suffix == ".npy":
-            # Mapped: a header that promises more than the file holds is refused, not allocated.
-            yield _Dump(path, "array", _ids(path, "array", np.load(path, mmap_mode="r", allow_pickle=False)))
-            return
-        with zipfile.ZipFile(path) as archive:
-            if (size := sum(item.file_size for item in archive.infolist())) > _MAX_BYTES:
-                raise fault(path, "file", f"unpacks to {size} bytes", f"at most {_MAX_BYTES} are read; split it")
-        with np.load(path, allow_pickle=False) as arrays:
-            prompts = arrays["prompt_len"] if "prompt_len" in arrays.files else None
-            names = [name for name in arrays.files if name != "prompt_len"]
-            if prompts is not None and (prompts.shape != (len(names),) or prompts.dtype.kind not in "iu"):
-                raise fault(path, "array 'prompt_len'", "is no list of one length a request", "correct or remove it")
-            for index, name in enumerate(names):
-                place = f"array {name!r}"
-                prompt = None if prompts is None else int(prompts[index])
-                yield _Dump(path, place, _ids(path, place, arrays[name]), prompt)
-    except TraceError:
-        raise
-    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise fault(path, "file", f"is no plain array file ({reason})", "save integers, not objects") from None
+    if path.suffix == ".npy":
+        yield _Dump(path, "array", _ids(path, "array", read_npy(path)))
+        return
+    arrays = dict(npz_arrays(path))
+    prompts = arrays.pop("prompt_len", None)
+    if prompts is not None and (prompts.shape != (len(arrays),) or prompts.dtype.kind not in "iu"):
+        raise fault(path, "array 'prompt_len'", "is no list of one length a request", "correct or remove it")
+    for index, (name, array) in enumerate(arrays.items()):
+        place = f"array {name!r}"
+        prompt = None if prompts is None else _count(path, place, "prompt length", int(prompts[index]))
+        yield _Dump(path, place, _ids(path, place, array), prompt)
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, value) of each line, or of each entry."""
-    number = 1
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"line {number}", json.loads(line)
-                return
-            value = json.load(file)
-    except UnicodeDecodeError:
-        raise fault(path, "file", "is not UTF-8 text", "give JSON in UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        at = getattr(error, "lineno", 1) + number - 1
-        raise fault(path, f"line {at}", "is no JSON", "correct or remove it") from None
-    except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path") from None
+    if path.suffix == ".jsonl":
+        yield from json_lines(path, "correct or remove it")
+        return
+    value = read_json(path, "correct or remove it")
     if isinstance(value, list):
         yield from ((f"entry {index}", item) for index, item in enumerate(value))
     else:
@@ -236,11 +215,7 @@ def _count(path: Path, place: str, what: str, value: Any) -> int:
 def _decoded(path: Path, place: str, value: Any, num_layers: int, top_k: int) -> Ids:
     """Ids from nested lists, or from base64 of int32."""
     if isinstance(value, list):
-        try:
-            array = np.array(value)
-        except (ValueError, OverflowError):
-            raise fault(path, place, "has rows of different lengths", _SHAPE) from None
-        return _ids(path, place, array)
+        return _listed(path, place, value)
     if not isinstance(value, str):
         raise fault(path, place, f"has routed_experts of the type {type(value).__name__}", "give lists or base64")
     if not num_layers or not top_k:
@@ -256,12 +231,33 @@ def _decoded(path: Path, place: str, value: Any, num_layers: int, top_k: int) ->
     return np.frombuffer(raw, "<i4").reshape(-1, num_layers, top_k).astype(np.int64)
 
 
-def _ids(path: Path, place: str, array: Any) -> Ids:
+def _listed(path: Path, place: str, value: list[Any]) -> Ids:
+    """Ids from nested lists."""
+    if not _are_numbers(value):
+        raise fault(path, place, "is no list of numbers", _SHAPE)
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError):
+        raise fault(path, place, "has rows of different lengths", _SHAPE) from None
+    return _ids(path, place, array)
+
+
+def _are_numbers(value: list[Any], depth: int = 1) -> bool:
+    """Whether lists hold lists or numbers alone: of a text among them numpy would make as much room for all others."""
+    if all(type(item) is int for item in value):
+        return True
+    return depth < 8 and all(
+        _are_numbers(item, depth + 1) if isinstance(item, list) else type(item) in (int, float) for item in value
+    )
+
+
+def _ids(path: Path, place: str, array: Array) -> Ids:
     if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape:
         raise fault(path, place, f"is {array.dtype} of the shape {list(array.shape)}", f"{_SHAPE}, whole numbers")
-    if int(array.max()) >= 1 << 31 or int(array.min()) < -(1 << 31):
+    check_bytes(path, place, 8 * array.size)
+    if int(array.max()) >= _ID_BOUND or int(array.min()) < -_ID_BOUND:
         raise fault(path, place, "holds ids of more than 31 bits", "it is no dump of expert ids")
-    return np.asarray(array).astype(np.int64)
+    return array.astype(np.int64)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
@@ -282,11 +278,14 @@ def _moe_layers(source: str | Path, dumps: list[_Dump], dense_layers: int) -> tu
     num_layers, top_k = dumps[0].ids.shape[1:]
     if dense_layers >= num_layers:
         raise fault(source, "source", f"has {num_layers} layers, all dense", "correct dense_layers")
-    kept = [
-        layer
-        for layer in range(dense_layers, num_layers)
-        if top_k == 1 or not all(bool(np.all(_unset(dump.ids[:, layer]))) for dump in dumps)
-    ]
+    if num_layers > MAX_LAYERS:
+        raise fault(
+            dumps[0].path, dumps[0].place, f"has {num_layers} layers", f"at most {MAX_LAYERS} are read; {_SHAPE}"
+        )
+    dense = np.full(num_layers, top_k > 1)
+    for dump in dumps:
+        dense &= _unset(dump.ids).all(axis=0)
+    kept = [layer for layer in range(dense_layers, num_layers) if not dense[layer]]
     if not kept:
         raise fault(source, "source", "has no layer in which tokens choose different experts", _SHAPE)
     left_out = sorted(set(range(num_layers)) - set(kept))

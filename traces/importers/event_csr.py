@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from traces.container import Array, fault, map_file
+from traces.container import Array, check_file, fault
 from traces.format import About
 from traces.importers.common import (
+    MAX_LAYERS,
     UNKNOWN_LICENSE,
     ImportReport,
     Request,
@@ -35,10 +36,19 @@ from traces.importers.common import (
     tracked,
     write_requests,
 )
+from traces.limits import check_bytes, check_expansion
+from traces.reading import read_arrays
 
 EVENT_ARRAYS = ("request", "scheduler_step", "forward_cycle", "phase", "layer", "token_count")
 ENTRY_ARRAYS = ("expert_ids", "assignment_counts", "gate_mass")
 _BLOCK_ASSIGNMENTS = 1 << 20
+_EVENT_BYTES, _ENTRY_BYTES = 56, 24
+"""What an event and an entry take in memory."""
+_ROW_BYTES = 24
+"""What an expert of a row takes until the trace is written: id and weight, joined, widened and checked."""
+_ASSIGNMENT_BYTES = 80
+"""What an assignment takes while it is dealt."""
+_MOST_COUNT = (1 << 31) - 1
 _CAPTURE = "per event: forwards of several tokens hold pseudo-tokens with the event's experts and counts"
 _REMEDY = "the file is not laid out as this importer assumes (see its docstring); convert it with your own script"
 
@@ -87,13 +97,13 @@ def import_event_csr(
     """Write the event file as a trace of rows and pseudo-rows; the report says which. TraceError names the event."""
     check_choice("prefill_phase", prefill_phase, ("0", "1"))
     path = Path(source)
-    container = map_file(path)
-    events = _load(path, container.arrays)
-    model = model or container.metadata.get("model", "")
+    arrays, metadata = read_arrays(path)
+    events = _load(path, arrays)
+    model = model or metadata.get("model", "")
     if not model:
         raise fault(path, "header", "names no model", "give model=<a name of conf/model>")
     notes = []
-    extra = sorted(set(container.arrays) - {*EVENT_ARRAYS, *ENTRY_ARRAYS, "offsets"})
+    extra = sorted(set(arrays) - {*EVENT_ARRAYS, *ENTRY_ARRAYS, "offsets"})
     if extra:
         notes.append(f"arrays left out: {', '.join(extra)}")
     if not num_experts:
@@ -134,16 +144,44 @@ def _load(path: Path, arrays: dict[str, Array]) -> _Events:
             raise fault(path, f"array {name}", f"has the type {arrays[name].dtype}", _REMEDY)
     if num_events == 0:
         raise fault(path, "array request", "is empty: no events", "record at least one event")
+    check_bytes(path, "events", _EVENT_BYTES * num_events + _ENTRY_BYTES * num_entries)
     events = _Events(
         path,
-        {name: arrays[name].astype(np.int64) for name in EVENT_ARRAYS},
-        arrays["offsets"].astype(np.int64),
-        arrays["expert_ids"].astype(np.int64),
-        arrays["assignment_counts"].astype(np.int64),
+        {name: _whole(path, arrays, name) for name in EVENT_ARRAYS},
+        _whole(path, arrays, "offsets"),
+        _whole(path, arrays, "expert_ids"),
+        _whole(path, arrays, "assignment_counts"),
         arrays["gate_mass"].astype(np.float64),
     )
     _check(events)
+    _check_assignments(events)
     return events
+
+
+def _whole(path: Path, arrays: dict[str, Array], name: str) -> Ints:
+    """The array in int64. Counts are so small that no sum of them leaves it."""
+    array = arrays[name]
+    most = _MOST_COUNT if name in ("token_count", "assignment_counts", "expert_ids") else np.iinfo(np.int64).max
+    if array.size and int(array.max()) > most:
+        raise fault(path, f"array {name} [{int(array.argmax())}]", f"is {int(array.max())}", f"give at most {most}")
+    return array.astype(np.int64)
+
+
+def _check_assignments(events: _Events) -> None:
+    """TraceError where counts of the file stand for rows that would take too much memory, before any is made."""
+    tokens, layer, totals = events.columns["token_count"], events.columns["layer"], events.totals()
+    num_layers = np.unique(layer).size
+    if num_layers > MAX_LAYERS:
+        problem = f"holds {num_layers} different layers"
+        raise fault(events.path, "array layer", problem, f"at most {MAX_LAYERS} are read; {_REMEDY}")
+    width = int((-(-totals // tokens)).max())
+    # A forward has one event in each layer, all with its number of tokens.
+    rows = int(tokens[layer == layer[0]].sum())
+    largest = int(np.argmax(totals))
+    dealt = min(int(totals.sum()), _BLOCK_ASSIGNMENTS + num_layers * int(totals[largest]))
+    num_bytes = _ROW_BYTES * rows * num_layers * width + _ASSIGNMENT_BYTES * dealt
+    where = f"event {largest}, token_count {int(tokens[largest])}"
+    check_expansion(events.path, where, num_bytes, check_file(events.path))
 
 
 def _check(events: _Events) -> None:

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from traces.container import fault
 from traces.format import About
 from traces.importers.common import (
+    MAX_LAYERS,
     MAX_WEIGHT,
     ImportReport,
     Request,
@@ -31,10 +32,16 @@ from traces.importers.common import (
     tracked,
     write_requests,
 )
+from traces.jsontext import shown
+from traces.limits import check_bytes
+from traces.reading import json_lines, read_json
 
 SPLITS = ("all", "train", "eval", "other")
 SOURCE = "AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting @ 72b368f6, decode tokens only, batch 1, greedy"
 _REMEDY = "give records of GPT-OSS-MoE-ExpertFingerprinting, unchanged"
+_MOST_LABEL = 200
+_ENTRY_BYTES = 64
+"""What an expert of a token takes as Python objects and in arrays."""
 
 
 def import_gpt_oss_json(
@@ -126,32 +133,14 @@ def _is_flagged(record: dict[str, Any]) -> bool:
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record of a file with its place."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"line {number}", _parse(path, f"line {number}", line)
-                return
-            content = _parse(path, "file", file.read())
-    except UnicodeDecodeError:
-        raise fault(path, "file", "is not UTF-8 text", _REMEDY) from None
-    except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path and its rights") from None
+    if path.suffix == ".jsonl":
+        yield from json_lines(path, _REMEDY)
+        return
+    content = read_json(path, _REMEDY)
     if isinstance(content, list):
         yield from ((f"entry {index}", record) for index, record in enumerate(content))
     else:
         yield "file", content
-
-
-def _parse(path: Path, where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = where if where != "file" else f"line {error.lineno}"
-        raise fault(path, place, f"is no JSON ({error.msg})", _REMEDY) from None
-    except (ValueError, RecursionError):
-        raise fault(path, where, "is no usable JSON (a huge number or deep nesting)", _REMEDY) from None
 
 
 def _request(path: Path, where: str, record: dict[str, Any], num_experts: int, context: bool) -> Request:
@@ -166,6 +155,8 @@ def _request(path: Path, where: str, record: dict[str, Any], num_experts: int, c
         try:
             position, layers = _token(token)
             num_layers, first = (num_layers, first) if index else (len(layers), position)
+            if num_layers > MAX_LAYERS:
+                raise ValueError(f"has {num_layers} layers, at most {MAX_LAYERS} are read")
             if len(layers) != num_layers:
                 raise ValueError(f"has {len(layers)} layers, the first token {num_layers}")
             rows = [_layer(layers, layer, num_experts) for layer in range(num_layers)]
@@ -173,13 +164,23 @@ def _request(path: Path, where: str, record: dict[str, Any], num_experts: int, c
             raise fault(path, place, str(error), _REMEDY) from None
         experts.append([ids for ids, _ in rows])
         weights.append([probs for _, probs in rows])
-    label = f"{record.get('dataset', '')}/{record.get('category', '')}"
+    label = "/".join(_label_part(path, where, record, key) for key in ("dataset", "category"))
+    width = max(len(values) for token in experts for values in token)
+    check_bytes(path, where, _ENTRY_BYTES * len(experts) * num_layers * width)
     return Request(
-        _padded(experts, -1).astype(np.int32),
-        _padded(weights, 0).astype(np.float16),
+        _padded(experts, -1, width).astype(np.int32),
+        _padded(weights, 0, width).astype(np.float16),
         context_len=first if context else None,
         label=label,
+        source=(path, where),
     )
+
+
+def _label_part(path: Path, where: str, record: dict[str, Any], key: str) -> str:
+    text = record.get(key, "")
+    if not isinstance(text, str | int) or len(str(text)) > _MOST_LABEL:
+        raise fault(path, where, f"{key} is {shown(text)}, no name", f"give at most {_MOST_LABEL} characters")
+    return str(text)
 
 
 def _token(token: object) -> tuple[int, dict[str, Any]]:
@@ -211,8 +212,7 @@ def _layer(layers: dict[str, Any], layer: int, num_experts: int) -> tuple[list[i
     return ids, probs
 
 
-def _padded(rows: list[list[list[Any]]], padding: int) -> npt.NDArray[np.float64]:
-    width = max(len(values) for token in rows for values in token)
+def _padded(rows: list[list[list[Any]]], padding: int, width: int) -> npt.NDArray[np.float64]:
     if all(len(values) == width for token in rows for values in token):
         return np.array(rows, np.float64)
     return np.array([[values + [padding] * (width - len(values)) for values in token] for token in rows], np.float64)

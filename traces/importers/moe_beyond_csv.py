@@ -32,6 +32,7 @@ from traces.importers.common import (
     tracked,
     write_requests,
 )
+from traces.limits import check_bytes
 
 COLUMNS = ("Layer ID", "Batch Number", "Token", "Activated Expert IDs")
 _IDS = re.compile(r"\[\s*[0-9]{1,6}(\s*,\s*[0-9]{1,6})*\s*\]", re.ASCII)
@@ -118,6 +119,7 @@ def _request(path: Path, rows: list[list[Row]], layers: list[int], phase: str, l
             problem = f"layer {layer} ends after {len(tokens)} tokens, layer {layers[0]} has {num_tokens}"
             raise fault(path, f"line {tokens[-1][0]}", problem, "the file is cut off or mixed up; fetch it again")
     width = max(len(ids) for tokens in rows for _, _, ids in tokens)
+    check_bytes(path, f"line {rows[0][0][0]}", 8 * num_tokens * len(rows) * width)
     experts = np.full((num_tokens, len(rows), width), -1, np.int32)
     for layer_index, tokens in enumerate(rows):
         for token_index, (_, _, ids) in enumerate(tokens):

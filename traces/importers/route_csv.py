@@ -29,6 +29,7 @@ from rich.progress import Progress
 from traces.container import TraceError, fault
 from traces.format import About
 from traces.importers.common import (
+    MAX_LAYERS,
     UNKNOWN_LICENSE,
     CsvTable,
     ImportReport,
@@ -38,9 +39,11 @@ from traces.importers.common import (
     tracked,
     write_requests,
 )
+from traces.limits import check_bytes
 
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight")
 _PHASES = {"0": 0, "prefill": 0, "1": 1, "decode": 1}
+_MOST_SLOTS = 256
 _PREAMBLE = re.compile(r"model=(?P<model>.*?)(?: arch=\S*)?(?: n_layer=\d+)? n_expert=(?P<num_experts>\d{1,6})\b")
 
 
@@ -73,6 +76,8 @@ def import_route_csv(
         raise fault(source, "source", "holds no rows", f"the columns are {', '.join(COLUMNS)}")
     model, num_experts, notes = _facts(source, tables, turns, model, num_experts)
     layers = sorted({layer for _, _, steps in turns for token in steps.values() for layer in token.layers})
+    if len(layers) > MAX_LAYERS:
+        raise fault(source, "source", f"has {len(layers)} layers", f"at most {MAX_LAYERS} are read; correct layer")
     requests, num_changed = [], 0
     for path, turn, steps in turns:
         _check_order(path, steps)
@@ -108,6 +113,9 @@ def _read(table: CsvTable) -> dict[int, dict[int, _Token]]:
             what = "in both phases" if token.phase != phase else f"twice in layer {layer}, slot {slot}"
             problem = f"turn {turn}, step {step} comes {what}"
             raise fault(table.path, f"line {line}", problem, "give each run a file, or its own turn")
+        if len(slots) >= _MOST_SLOTS:
+            problem = f"is slot number {_MOST_SLOTS + 1} of one layer"
+            raise fault(table.path, f"line {line}", problem, f"a token has at most {_MOST_SLOTS}; correct the row")
         if any(expert == other for other, _ in slots.values()):
             raise fault(table.path, f"line {line}", f"expert {expert} comes twice in one layer", "correct the row")
         slots[slot] = (expert, table.weight(line, COLUMNS[6], values[6]))
@@ -192,6 +200,7 @@ def _cut_off(path: Path, token: _Token, turn: int, step: int, layer: int) -> Tra
 def _request(path: Path, turn: int, steps: dict[int, _Token], layers: list[int], many: bool) -> Request:
     ordered = sorted(steps)
     width = max(len(slots) for token in steps.values() for slots in token.layers.values())
+    check_bytes(path, f"turn {turn}", 16 * len(ordered) * len(layers) * width)
     experts = np.full((len(ordered), len(layers), width), -1, np.int32)
     weights = np.zeros(experts.shape, np.float64)
     for row, step in enumerate(ordered):

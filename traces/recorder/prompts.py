@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from traces.container import check_file, fault
+from traces.container import fault
+from traces.jsontext import parse_json
+from traces.reading import text_lines
 
 _MAX_LINE = 16 << 20
 
 
 def read_prompts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, table with one of prompt, tokens, messages, and perhaps label) of each line that is not empty."""
-    check_file(path)
-    try:
-        with path.open(encoding="utf-8") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE + 1):
-                number += 1
-                if len(line) > _MAX_LINE:
-                    raise fault(path, f"line {number}", "is longer than 16 MiB", "shorten it")
-                if line.strip():
-                    yield number, (_parsed(path, number, line) if path.suffix == ".jsonl" else {"prompt": line.strip()})
-    except UnicodeDecodeError:
-        raise fault(path, "file", "is not UTF-8 text", "give prompts in UTF-8") from None
-    except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path and its rights") from None
+    for number, line in text_lines(path, "give prompts in UTF-8", _MAX_LINE):
+        if line.strip():
+            yield number, (_parsed(path, number, line) if path.suffix == ".jsonl" else {"prompt": line.strip()})
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     place = f"line {number}"
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise fault(path, place, "is no JSON", "give a text, a list of token ids or an object a line") from None
+    value: Any = parse_json(path, place, line, "give a text, a list of token ids or an object a line")
     if isinstance(value, str):
         value = {"prompt": value}
     elif isinstance(value, list):

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from traces.container import fault
+from traces.files import replace_text
 from traces.reader import Trace, open_trace
 from traces.recorder.lookahead import KINDS, Recall
 from traces.recorder.recording import Rows
@@ -128,7 +129,7 @@ def check(folder: Path, tokens: int, device: str, console: Console) -> dict[str,
         "learned": trained.loss < control.loss,
     }
     print_table(result, console)
-    checkpoint.replace_text(folder / "check.json", json.dumps(result, indent=1) + "\n")
+    replace_text(folder / "check.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

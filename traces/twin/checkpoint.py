@@ -23,16 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from traces.container import check_file, fault, map_file
+from traces.container import fault, map_file
+from traces.files import replace_text, writing
+from traces.jsontext import shown
+from traces.reading import read_table
 from traces.twin.config import TwinConfig
 from traces.twin.model import Twin
 from traces.twin.text import Tokenizer
 
 TOKENIZERS = ("bpe", "bytes")
 _MAX_JSON_BYTES = 1 << 20
+_MOST_SECONDS = 1e10
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _REMEDY = "train it again in a new folder"
@@ -114,26 +118,27 @@ def write_checkpoint(folder: Path, model: Twin, optimizer: torch.optim.Optimizer
     unfinished = folder / f".{target.name}.{os.getpid()}.tmp"
     for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
-    try:
-        unfinished.mkdir()
-        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-        save_file(weights, unfinished / "model.safetensors")
-        moments = {}
-        for name, parameter in model.named_parameters():
-            for moment in _MOMENTS:
-                moments[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-        save_file(moments, unfinished / "optimizer.safetensors")
-        (unfinished / "state.json").write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
-        for path in unfinished.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if target.exists():  # as after a resume of no steps
-            shutil.rmtree(target)
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise fault(target, "file", f"cannot be written ({error.strerror})", "check rights and space") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    moments = {
+        f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment in _MOMENTS
+    }
+    with writing(target):
+        try:
+            unfinished.mkdir()
+            # The library's own writing to a file tells no full disk from other faults.
+            (unfinished / "model.safetensors").write_bytes(save(weights))
+            (unfinished / "optimizer.safetensors").write_bytes(save(moments))
+            (unfinished / "state.json").write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+            for path in unfinished.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if target.exists():  # as after a resume of no steps
+                shutil.rmtree(target)
+            os.replace(unfinished, target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     for _, path in checkpoints(folder)[:-1]:
         shutil.rmtree(path, ignore_errors=True)
     return target
@@ -172,10 +177,10 @@ def _latest(folder: Path) -> Path:
 def _read_state(path: Path) -> dict[str, Any]:
     state = _read_json(path / "state.json")
     step, seconds = state.get("step"), state.get("seconds")
-    if type(step) is not int or f"checkpoint-{step:08d}" != path.name:
-        raise fault(path / "state.json", "step", f"is {str(step)[:40]}, not that of its folder", _REMEDY)
-    if type(seconds) not in (int, float) or not math.isfinite(float(seconds or 0)) or float(seconds or 0) < 0:
-        raise fault(path / "state.json", "seconds", f"is {str(seconds)[:40]}", _REMEDY)
+    if type(step) is not int or step < 0 or step >= 10**8 or f"checkpoint-{step:08d}" != path.name:
+        raise fault(path / "state.json", "step", f"is {shown(step)}, not that of its folder", _REMEDY)
+    if type(seconds) not in (int, float) or not 0 <= seconds <= _MOST_SECONDS:
+        raise fault(path / "state.json", "seconds", f"is {shown(seconds)}", _REMEDY)
     return state
 
 
@@ -195,24 +200,4 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if check_file(path) > _MAX_JSON_BYTES:
-        raise fault(path, "file", f"has more than {_MAX_JSON_BYTES} bytes", _REMEDY)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise fault(path, "file", "is no JSON table", _REMEDY)
-    return values
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; ValueError where that fails."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise fault(path, "file", f"cannot be written ({error.strerror})", "check folder, rights and space") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return read_table(path, _REMEDY, _MAX_JSON_BYTES)

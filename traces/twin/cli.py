@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from traces.messages import PREFIX, shortened, told
 from traces.twin.config import TOPOLOGIES, preset
 
 EXAMPLES = {
@@ -55,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(f"{PREFIX}{shortened(f'{message}; see {self.prog} --help')}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -64,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         return int(args.run(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{PREFIX}{told(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed; install it: pip install 'expertflow[record]'", file=sys.stderr)

@@ -23,6 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from traces.container import fault
+from traces.files import replace_text
+from traces.reading import text_lines
 from traces.twin import checkpoint
 from traces.twin.checkpoint import Settings
 from traces.twin.config import TwinConfig
@@ -252,7 +254,7 @@ class Trainer:
         )
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([CURVE, *self._curve])
-        checkpoint.replace_text(self.folder / "loss.csv", text.getvalue())
+        replace_text(self.folder / "loss.csv", text.getvalue())
         line = f"step {self.step}: {tokens} tokens, {self.seconds / 60:.1f} min, {rate:.0f} tokens/s, loss {loss:.3f}, "
         line += f"balance {even:.3f}, highest load {load:.1f}"
         return line + (f", held out {held_out:.3f}" if held_out is not None else "")
@@ -277,10 +279,26 @@ def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _read_curve(path: Path, step: int) -> list[tuple[str, ...]]:
     """The entries up to `step`; later ones belong to steps that will be taken again."""
+    remedy = "delete it; training goes on without it"
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [tuple(row) for row in csv.reader(file)]
-    if not rows or rows[0] != CURVE or not all(len(row) == len(CURVE) and row[0].isdecimal() for row in rows[1:]):
-        raise fault(path, "file", "is no loss curve", "delete it; training goes on without it")
+    try:
+        rows = [tuple(row) for row in csv.reader(line for _, line in text_lines(path, remedy))]
+    except csv.Error as error:
+        raise fault(path, "file", f"is no CSV ({error})", remedy) from None
+    if not rows or rows[0] != CURVE:
+        raise fault(path, "file", "is no loss curve", remedy)
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(CURVE) or not _are_figures(row):
+            raise fault(path, f"line {number}", "is no entry of a loss curve", remedy)
     return [row for row in rows[1:] if int(row[0]) <= step]
+
+
+def _are_figures(row: tuple[str, ...]) -> bool:
+    """Whether an entry holds a step and finite numbers, the last of which may be left out."""
+    step, *figures = row
+    try:
+        values = [float(text) for text in figures[:-1]] + [float(figures[-1] or 0)]
+    except ValueError:
+        return False
+    return step.isascii() and step.isdecimal() and len(step) < 16 and all(map(math.isfinite, values))
