@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from tests.attack.formats import Format, Mutant
 from tests.attack.outcome import ACCEPTED, HANG_S, REFUSED, WRONG_ACCEPTED, WRONG_REFUSED, Outcome, of_error
 
 MIB = 1 << 20
+SEEDS_PER_ROUND = 1_000_000_000
+"""What is not drawn but listed goes by the seed's place in its round."""
 
 
 class Kind(Protocol):
@@ -120,9 +123,39 @@ class FileKind:
         return Outcome(WRONG_ACCEPTED if problem else ACCEPTED, True, problem)
 
 
+class SeedKind:
+    """A kind whose inputs are told by their seed alone: no bytes are kept of a failure."""
+
+    name = ""
+    target = "each"
+    most_bytes = 512 * MIB
+    hang_s = HANG_S
+    batch = 200
+
+    def told(self, seed: int) -> str:
+        """What the input of that seed is."""
+        raise NotImplementedError
+
+    def prepare(self, folder: Path) -> None:
+        """See `Kind`."""
+        raise NotImplementedError
+
+    def attempt(self, seed: int, left_out: Collection[int] = ()) -> Outcome:
+        """See `Kind`."""
+        raise NotImplementedError
+
+    def describe(self, seed: int, left_out: Collection[int] = ()) -> tuple[bytes, tuple[str, ...]]:
+        return str(seed).encode(), (self.told(seed)[:1000],)
+
+    def retry(self, content: bytes) -> Outcome:
+        return self.attempt(int(content))
+
+
+MODULES = ("kinds_of_traces", "kinds_of_files", "kinds_of_configurations", "kinds_of_parts", "kinds_of_kills")
+"""Each has a function `kinds()`. A new reader is one line in `tests.attack.readers`, which the second of these takes."""
+
+
 def registry() -> dict[str, Kind]:
     """All kinds by name, made anew; nothing is loaded that they need."""
-    from tests.attack import kinds_of_files, kinds_of_traces
-
-    kinds: list[Kind] = [*kinds_of_traces.kinds(), *kinds_of_files.kinds()]
+    kinds = [kind for name in MODULES for kind in import_module(f"tests.attack.{name}").kinds()]
     return {kind.name: kind for kind in kinds}

@@ -28,11 +28,12 @@ BARE = re.compile(r"\[Errno|codec can't|numpy\.|Unable to allocate|object at 0x|
 @dataclass(frozen=True)
 class Outcome:
     """verdict: refused, accepted or the kind of failure. rechecked: an oracle had a look. text: the message, or
-    what is wrong with it."""
+    what is wrong with it. weight: how many inputs it stands for."""
 
     verdict: str
     rechecked: bool = False
     text: str = ""
+    weight: int = 1
 
     @property
     def failed(self) -> bool:
@@ -61,7 +62,10 @@ def watchdog(seconds: float = HANG_S) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def bounded(num_bytes: int) -> Iterator[None]:
-    """No more than so much address space beyond what the process has now; MemoryError in what wants more."""
+    """No more than so much address space beyond what the process has now; MemoryError in what wants more. 0: no bound."""
+    if not num_bytes:
+        yield
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, hard))

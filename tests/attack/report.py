@@ -61,7 +61,7 @@ def as_json(tallies: Mapping[str, Tally], command: str, seed: int) -> str:
     """For programs."""
     kinds = {}
     for name, tally in tallies.items():
-        kinds[name] = {key: value for key, value in asdict(tally).items() if key != "handed_out"}
+        kinds[name] = {key: value for key, value in asdict(tally).items() if key not in ("handed_out", "under_way")}
         kinds[name] |= {"seconds": round(tally.seconds, 1), "cpu_seconds": round(tally.cpu_seconds, 1)}
         kinds[name]["failures"] = dict(tally.failures)
     return json.dumps({"command": command, "seed": seed, "kinds": kinds}, indent=1) + "\n"

@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tests.attack.kinds import Kind
+from tests.attack.kinds import SEEDS_PER_ROUND, Kind
 from tests.attack.outcome import DIED, HANG
 from tests.attack.work import (
     ACCEPTED_AT,
@@ -30,7 +30,6 @@ from tests.attack.work import (
     serve,
 )
 
-SEEDS_PER_ROUND = 1_000_000_000
 _BATCH_S = 2.0
 _GRACE_S = 5.0
 """How much longer than its watchdog a worker may take before it is ended from outside."""
@@ -52,10 +51,11 @@ class Tally:
     peak_bytes: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     handed_out: int = 0
+    under_way: int = 0
 
     def share(self) -> float:
-        """How much of its target has been handed out."""
-        return self.handed_out / self.target
+        """How much of its target is done or under way."""
+        return (self.tried + self.under_way) / self.target
 
 
 class Worker:
@@ -154,15 +154,18 @@ class Round:
         """Of the kind that is furthest from its target, as many as take about two seconds."""
         if self._todo:
             return self._todo.pop()
-        open_ = [(tally.share(), name) for name, tally in self.tallies.items() if tally.handed_out < tally.target]
+        open_ = [(tally.share(), name) for name, tally in self.tallies.items() if tally.share() < 1]
         if not open_:
             return None
         name = min(open_)[1]
         tally, kind = self.tallies[name], self.kinds[name]
         rate = tally.tried / tally.seconds if tally.seconds else 0.0
-        count = max(1, min(kind.batch, int(rate * _BATCH_S) or kind.batch, tally.target - tally.handed_out))
+        count = max(
+            1, min(kind.batch, int(rate * _BATCH_S) or kind.batch, tally.target - tally.tried - tally.under_way)
+        )
         batch = Batch(name, self.first + tally.handed_out, count)
         tally.handed_out += count
+        tally.under_way += count
         return batch
 
     def _listen(self, worker: Worker, ready: bool, folder: Path) -> Worker:
@@ -187,6 +190,7 @@ class Round:
     def _settle(self, worker: Worker, batch: Batch) -> None:
         tally, board = self.tallies[batch.kind], worker.board
         tally.tried += board[TRIED]
+        tally.under_way -= batch.count
         tally.refused += board[REFUSED_AT]
         tally.accepted += board[ACCEPTED_AT]
         tally.rechecked += board[RECHECKED]
@@ -212,6 +216,7 @@ class Round:
         self._failed(other.connection.recv() if other.connection.poll(_PREPARE_S) else failure)
         left = batch.start + batch.count - seed - 1
         if left:
+            self.tallies[batch.kind].under_way += left
             self._todo.append(Batch(batch.kind, seed + 1, left))
         return other
 

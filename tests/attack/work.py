@@ -94,7 +94,7 @@ class Bench:
                 outcome = attempt(kind, seed, warned)
                 peak = peak_bytes()
                 self.board[PEAK] = max(self.board[PEAK], peak - before)
-                if peak - before > kind.most_bytes and not outcome.failed:
+                if 0 < kind.most_bytes < peak - before and not outcome.failed:
                     outcome = Outcome(MEMORY, text=f"took {(peak - before) >> 20} MiB")
                 if outcome.verdict == MEMORY:
                     forget_peak()
@@ -106,13 +106,13 @@ class Bench:
         self.board[SINCE] = 0
 
     def _count(self, outcome: Outcome) -> None:
-        self.board[TRIED] += 1
+        self.board[TRIED] += outcome.weight
         if outcome.verdict == REFUSED:
-            self.board[REFUSED_AT] += 1
-            self.board[CONFIRMED] += outcome.rechecked
+            self.board[REFUSED_AT] += outcome.weight
+            self.board[CONFIRMED] += outcome.weight * outcome.rechecked
         elif outcome.verdict == ACCEPTED:
-            self.board[ACCEPTED_AT] += 1
-            self.board[RECHECKED] += outcome.rechecked
+            self.board[ACCEPTED_AT] += outcome.weight
+            self.board[RECHECKED] += outcome.weight * outcome.rechecked
 
     def _failure(self, kind: Kind, seed: int, outcome: Outcome, warned: Warned) -> Failure:
         """The failure with its input, made smaller where that is cheap."""
