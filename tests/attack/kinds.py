@@ -152,7 +152,7 @@ class SeedKind:
 
 
 MODULES = ("kinds_of_traces", "kinds_of_files", "kinds_of_configurations", "kinds_of_parts", "kinds_of_kills")
-"""Each has a function `kinds()`. A new reader is one line in `tests.attack.readers`, which the second of these takes."""
+"""Each has a function `kinds()`. A new reader is one line in `tests.attack.readers`, which the second takes."""
 
 
 def registry() -> dict[str, Kind]:

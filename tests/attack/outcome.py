@@ -62,7 +62,7 @@ def watchdog(seconds: float = HANG_S) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def bounded(num_bytes: int) -> Iterator[None]:
-    """No more than so much address space beyond what the process has now; MemoryError in what wants more. 0: no bound."""
+    """No more than so much address space beyond what the process has; MemoryError in what wants more. 0: no bound."""
     if not num_bytes:
         yield
         return
