@@ -14,7 +14,8 @@ from tests.attack.outcome import ACCEPTED, MESSAGE, REFUSED, WRONG_ACCEPTED, Out
 class HostileParts(SeedKind):
     """One after the other, each in three ways; a silent one is a failure."""
 
-    name, target, most_bytes, batch = "parts", "parts", 4096 * MIB, 30
+    # The first of some compile what they need.
+    name, target, most_bytes, batch, hang_s = "parts", "parts", 4096 * MIB, 30, 60.0
 
     def prepare(self, folder: Path) -> None:
         from tests.attack import hostile_table, parts
