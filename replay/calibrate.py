@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from sim.job.configure import configure
 from sim.job.output import provenance
 from sim.job.run_cli import run_cli
 from sim.paths import CONF, add_config_dir, folder_to_write
+from traces.yamltext import read_yaml
 
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
@@ -41,7 +41,7 @@ def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
     joined = "".join(words)
     for path in sorted((CONF / "hardware").glob("*.yaml"), key=lambda p: -len(p.stem)):
         if path.stem in words or (path.stem in joined and "_" not in path.stem):
-            return path.stem, yaml.safe_load(path.read_text(encoding="utf-8"))
+            return path.stem, read_yaml(path)
     return None
 
 
@@ -144,7 +144,7 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
         device.close()
     raw["provenance"] = provenance(words, "", 0.0, "replay")
     there = folder / "hardware" / f"{name}.yaml"
-    last = yaml.safe_load(there.read_text(encoding="utf-8")) if there.exists() else None
+    last = read_yaml(there, "delete it, and calibrate again") if there.exists() else None
     paths = write_profile(raw, name, folder)
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     print_beside(console, profiles(raw, name)[0], raw, last)

@@ -153,6 +153,7 @@ def main(words: list[str] | None = None) -> int:
     # Compiled code stays where it is; what this run keeps goes with it.
     compiled_functions()
     try:
+        committed = read_ratios(COMMITTED) if args.check and not args.update else {}
         with tempfile.TemporaryDirectory(prefix="expertflow-") as folder:
             os.environ["XDG_CACHE_HOME"] = folder
             found = measure(trace, args.hardware, args.repeat)
@@ -160,7 +161,7 @@ def main(words: list[str] | None = None) -> int:
         if args.update:
             rounded = {name: round(ratio, 1) for name, ratio in found.items()}
             write_text(COMMITTED, to_json(rounded))
-        committed = read_ratios(COMMITTED) if args.check else {}
+            committed = {name: float(ratio) for name, ratio in rounded.items()}
     except (ValueError, OSError, MemoryError) as error:
         print(f"{PREFIX}{one_line(error)}", file=sys.stderr)
         return 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 import pandas as pd
 
 from sim.job.output import write_text
+from sim.job.results import REMEDY, check_columns, read_metrics
 from traces.files import replace_file
+from traces.messages import PREFIX, fault, told
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -21,10 +22,10 @@ def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in metrics.items():
         if key == "compare":
             continue
-        if isinstance(value, dict):
-            row |= flatten(value, f"{prefix}{key}.")
-        else:
-            row[f"{prefix}{key}"] = value
+        found = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if twice := row.keys() & found.keys():
+            raise ValueError(f"{min(twice)} stands twice among the metrics, as a key and as a table")
+        row |= found
     return row
 
 
@@ -62,20 +63,22 @@ def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
     ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder of a sweep")
-    rows = []
+    rows: list[tuple[Path, dict[str, Any]]] = []
     for done in sorted(folder.rglob("DONE")):
         path = done.parent / "metrics.json"
         run = str(done.parent.relative_to(folder))
+        metrics = read_metrics(path)
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            rows.append({"run": run, **flatten(metrics), **derived(metrics)})
+            made = [{"run": run, **flatten(metrics), **derived(metrics)}]
             if beside:
-                rows += _beside(metrics, run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a run's metrics ({error}); remove the folder or run it again") from error
+                made += _beside(metrics, run)
+        except ValueError as error:
+            raise fault(path, "metrics", str(error), REMEDY) from None
+        rows += [(path, row) for row in made]
     if not rows:
-        raise ValueError(f"{folder}: no finished run below it (none has a DONE file)")
-    return pd.DataFrame(rows)
+        raise ValueError(f"{folder}: no finished run below it (none has a DONE file); run a sweep first")
+    check_columns(rows)
+    return pd.DataFrame([row for _, row in rows])
 
 
 def markdown(table: pd.DataFrame, value: str) -> str:
@@ -123,8 +126,8 @@ def main(words: list[str] | None = None) -> int:
         paths = write_table(table, args.folder, args.name)
         if args.markdown:
             print(markdown(table, args.markdown))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{PREFIX}{told(error)}", file=sys.stderr)
         return 2
     print(f"{len(table)} runs: {', '.join(str(path) for path in paths)}")
     return 0

@@ -7,9 +7,11 @@ laid out alike (`model/`, `hardware/`, `stack/`, `policy/`, `study/` …) and na
 from __future__ import annotations
 
 import argparse
+from functools import lru_cache
 from pathlib import Path
 
 from traces.shipped import FOLDER as DATA
+from traces.yamltext import read_yaml
 
 __all__ = ["CONF", "DATA", "INSTALLED", "ROOT"]
 
@@ -40,7 +42,22 @@ def use_own_folder(folder: str | Path | None) -> None:
     for name in sorted(shipped):
         if (path / name).exists():
             raise ValueError(f"{Path(folder) / name}: a file of that name comes with the package; give yours another")
+    check_files(path)
     _own.append(path)
+
+
+def check_files(folder: Path) -> None:
+    """ValueError for a file in a user's folder that is no YAML table, before Hydra follows its aliases."""
+    for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
+        for path in sorted((folder / group).rglob("*.yaml")):
+            found = path.stat()
+            _check_file(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _check_file(path: Path, mtime_ns: int, size: int) -> None:
+    """Once for a file that stays as it is."""
+    read_yaml(path)
 
 
 def own_folder() -> Path | None:

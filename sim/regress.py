@@ -23,26 +23,31 @@ from sim.job.errors import one_line
 from sim.job.output import to_json, write_text
 from sim.job.setup import make_workload
 from sim.paths import add_config_dir, use_own_folder
-from traces.messages import PREFIX
+from traces.jsontext import shown
+from traces.messages import PREFIX, fault
+from traces.reading import read_json
 
 Pins = dict[str, Any]
 
 
 def read_pins(path: Path) -> Pins:
     """The runs of a golden file. ValueError if it is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; write one with runs and overrides, then record") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable JSON ({error})") from error
+    remedy = "write one with runs and overrides, then record"
+    content = read_json(path, remedy)
     runs = content.get("runs") if isinstance(content, dict) else None
     if not isinstance(runs, dict) or not runs:
-        raise ValueError(f'{path}: needs {{"runs": {{NAME: {{"overrides": [...]}}}}}} with at least one run')
+        raise fault(path, "file", 'lacks {"runs": {NAME: {"overrides": [...]}}} with at least one run', remedy)
     for name, run in runs.items():
+        where = f"run {name[:60]!r}"
         overrides = run.get("overrides") if isinstance(run, dict) else None
         if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
-            raise ValueError(f"{path}: run {name!r} needs overrides, a list of strings as on the command line")
+            raise fault(path, where, "lacks overrides, a list of strings", "give them as on the command line")
+        metrics = run.get("metrics", {})
+        if not isinstance(metrics, dict):
+            raise fault(path, where, f"metrics is {shown(metrics)}, no table", "record it again")
+        for key, value in metrics.items():
+            if isinstance(value, dict) or (type(value) is int and abs(value) >= 1 << 63):
+                raise fault(path, f"{where}, {key[:60]}", f"is {shown(value)}, no figure of a run", "record it again")
     return runs
 
 
@@ -92,7 +97,7 @@ def check(path: Path) -> int:
     moved = 0
     for name, run in runs.items():
         if not run.get("metrics"):
-            raise ValueError(f"{path}: run {name!r} has no metrics yet; record first")
+            raise fault(path, f"run {name[:60]!r}", "has no metrics yet", f"python -m sim.regress record {path}")
         lines = differences(run["metrics"], json.loads(to_json(run_once(run["overrides"], path.parent))))
         moved += bool(lines)
         print(f"{name}: {'identical' if not lines else f'{len(lines)} metrics moved'}")

@@ -62,9 +62,12 @@ class Container:
     arrays: dict[str, Array]
 
 
-def map_file(path: Path) -> Container:
-    """Check the container at `path` and map its arrays. TraceError on whatever is not a whole, sound file."""
-    header, data_start, data_size = _read_header(path)
+def map_file(path: Path, convert: str = _CONVERT) -> Container:
+    """Check the container at `path` and map its arrays. TraceError on whatever is not a whole, sound file.
+
+    convert: what to do about a file of another kind.
+    """
+    header, data_start, data_size = _read_header(path, convert)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault(path, "header", "__metadata__ is not a table of strings", _REWRITE)
@@ -78,12 +81,12 @@ def map_file(path: Path) -> Container:
     return Container(path, metadata, arrays)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_header(path: Path, convert: str) -> tuple[dict[str, Any], int, int]:
     """The parsed header, the byte at which data starts, and the bytes of data there are."""
     size = check_file(path)
     try:
         with path.open("rb") as file:
-            length = _header_length(path, file, size)
+            length = _header_length(path, file, size, convert)
             text = file.read(length)
     except OSError as error:
         problem, remedy = why(error)
@@ -120,7 +123,7 @@ def check_file(path: Path) -> int:
     return state.st_size
 
 
-def _header_length(path: Path, file: BinaryIO, size: int) -> int:
+def _header_length(path: Path, file: BinaryIO, size: int, convert: str) -> int:
     start = file.read(16)
     if not start:
         raise fault(path, "file", "is empty (0 bytes)", _REWRITE)
@@ -129,7 +132,7 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
     if len(start) < 16 or not start[8:].startswith(b"{"):
         other = "text" if all(9 <= byte < 127 for byte in start) else "something else"
         kind = next((text for mark, text in _SIGNATURES if start.lstrip().startswith(mark)), other)
-        raise fault(path, "file", f"is not a safetensors file (it begins like {kind})", _CONVERT)
+        raise fault(path, "file", f"is not a safetensors file (it begins like {kind})", convert)
     if length > size - 8:
         raise fault(path, "header", f"needs {length} bytes and the file has {size}, truncated", _REWRITE)
     if length > MAX_HEADER_BYTES:

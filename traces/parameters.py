@@ -108,7 +108,7 @@ def _check_row_sizes(path: str | Path, sizes: npt.NDArray[Any]) -> None:
 def load_params(path: str | Path) -> tuple[Arrays, dict[str, str]]:
     """Arrays and header of a parameter file. TraceError names file, array and value of what is wrong."""
     path = Path(path)
-    params, header = read_arrays(path)
+    params, header = read_arrays(path, REMEDY)
     if header.get("format") != PARAMETER_FORMAT:
         found = header["format"][:40] if "format" in header else None
         remedy = f"a parameter file has {PARAMETER_FORMAT!r}; {REMEDY}"

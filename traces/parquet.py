@@ -64,7 +64,7 @@ def reading(path: Path, where: str, remedy: str) -> Iterator[None]:
         OverflowError,
         MemoryError,
     ) as error:
-        raise fault(path, where, f"no readable Parquet ({_reason(error)})", remedy) from None
+        raise fault(path, where, f"no readable Parquet file ({_reason(error)})", remedy) from None
 
 
 def _reason(error: BaseException) -> str:

@@ -41,7 +41,7 @@ def read_bytes(path: Path, most: int | None = None, remedy: str = REWRITE) -> by
     """The content of a regular file of at most `most` bytes (None: as many as `traces.limits` allows)."""
     size = check_file(path)
     if most is not None and size > most:
-        raise fault(path, "file", f"has {size} bytes, at most {most} may be", remedy)
+        raise fault(path, "file", f"has more than {most} bytes", remedy)
     check_bytes(path, "file", size)
     try:
         with path.open("rb") as file:
@@ -109,10 +109,10 @@ def text_lines(path: Path, remedy: str = REWRITE, most: int = MAX_LINE) -> Itera
 # -- arrays --------------------------------------------------------------------------------------------------
 
 
-def read_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def read_arrays(path: Path, remedy: str = REWRITE) -> tuple[dict[str, Array], dict[str, str]]:
     """Arrays, in memory, and text header of a safetensors file; both as small as the file, which is checked whole."""
     check_bytes(path, "file", check_file(path))
-    container = map_file(path)
+    container = map_file(path, remedy)
     return {name: np.array(array) for name, array in container.arrays.items()}, container.metadata
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -14,6 +14,7 @@ import yaml
 
 from expertflow.model import ModelSpec, model_from_dict
 from replay.bench_decide import measure_decisions
+from replay.calibration.checks import check_record
 from replay.calibration.hostspeed import python_loop_ns
 from replay.calibration.in_place import InPlace, in_place_workload, median_run
 from replay.calibration.measure import (
@@ -27,7 +28,7 @@ from replay.calibration.measure import (
     pad_share,
 )
 from replay.calibration.peak import link_peak_gb_per_s
-from replay.calibration.profile import link_fit, profiles
+from replay.calibration.profile import link_fit, profiles, simulated_as
 from replay.calibration.tables import KernelBench, kernel_tables, prompt_launches
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
@@ -41,6 +42,10 @@ from sim.job.setup import make_policy
 from sim.paths import config_files
 from sim.specs.chunks import DEFAULT_CHUNK_BYTES, chunk_sizes
 from sim.specs.hardware import hardware_from_dict, stack_from_dict
+from traces.jsontext import shown
+from traces.messages import fault
+from traces.reading import read_table
+from traces.yamltext import read_yaml
 
 RECORD_VERSION = 2
 """Version of the raw record's format; records of other versions are refused."""
@@ -58,7 +63,7 @@ def named_model(name: str) -> ModelSpec:
     del known["auto"]
     if name not in known:
         raise ValueError(f"model {name!r} is unknown; choose from: {', '.join(sorted(known))}")
-    return model_from_dict(yaml.safe_load(known[name].read_text(encoding="utf-8")))
+    return model_from_dict(read_yaml(known[name]))
 
 
 def scale_of(given: int | None, machine: str) -> int:
@@ -205,29 +210,30 @@ def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
 
 def load_record(path: Path, scale: int) -> dict[str, Any]:
     """The raw record of a calibration; ValueError if it is something else, or of another scale."""
-    try:
-        raw: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); {_RECORD_REMEDY}") from None
-    if not isinstance(raw, dict) or raw.get("format") != "expertflow-calibration":
+    raw = read_table(path, _RECORD_REMEDY)
+    if raw.get("format") != "expertflow-calibration":
         raise ValueError(f"{path} is no calibration record; {_RECORD_REMEDY}")
     if raw.get("version") != RECORD_VERSION:
         raise ValueError(
-            f"{path} is a record of version {raw.get('version', 1)}, this program writes "
+            f"{path} is a record of version {shown(raw.get('version', 1))}, this program writes "
             f"{RECORD_VERSION}; {_RECORD_REMEDY}"
         )
-    if raw.get("scale") != scale:
+    if raw.get("scale") != scale or isinstance(raw["scale"], bool):
         raise ValueError(
-            f"{path} was measured at scale {raw.get('scale')}, this run has {scale}; calibrate at that scale"
+            f"{path} was measured at scale {shown(raw.get('scale'))}, this run has {scale}; calibrate at that scale"
         )
     try:
+        check_record(raw)
         hardware, stack = profiles(raw, "record")
         hardware_from_dict(hardware)
-        stack_from_dict(stack)
-        missing = [key for key in ("pad_share", "python_loop_ns", "decisions", "date") if key not in raw]
-        if missing:
-            raise KeyError(missing[0])
+        found = stack_from_dict(stack)
+        for model, stacks in raw["host"].items():
+            for name, policies in stacks.items():
+                for policy in policies:
+                    simulated_as(raw, "record", model, policy, replace(found, name=name))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, StopIteration) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise ValueError(f"{path} is damaged, or of another version of this program: {what}; calibrate again") from None
+        raise fault(
+            path, "record", f"is damaged, or of another version of this program: {what}", "calibrate again"
+        ) from None
     return raw

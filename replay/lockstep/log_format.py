@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from expertflow.machine import GATE, LOAD, TOKEN, Chunk, Mark
 from expertflow.runtime import RunConfig
+from traces.jsontext import parse_json
 
 FORMAT = "expertflow-lockstep"
 VERSION = 1
@@ -164,8 +165,8 @@ class LogHeader:
     def from_json(cls, text: str | bytes) -> LogHeader:
         """The header, checked; ValueError names the field."""
         try:
-            given = json.loads(text)
-        except (ValueError, RecursionError):
+            given = parse_json("log", "header", text if isinstance(text, str) else text.decode())
+        except ValueError:
             raise ValueError("its header is no JSON") from None
         if not isinstance(given, dict) or given.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from replay.lockstep.log_format import (
     FORMAT,
@@ -31,6 +30,10 @@ from replay.lockstep.log_format import (
     decode,
     running_crc,
 )
+from traces.messages import TraceError, line
+from traces.parquet import open_parquet, read_group, reading
+
+_REMEDY = "log the run again"
 
 
 class LogReader:
@@ -45,24 +48,27 @@ class LogReader:
         if not self.path.is_file():
             raise LogError(f"{self.path}: no such file; give a log, or the folder of a run made with log=true")
         try:
-            self._file = pq.ParquetFile(self.path)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._fault(f"no readable Parquet file ({_first_line(error)})") from None
+            self._file = open_parquet(self.path, _REMEDY)
+        except TraceError as error:
+            raise LogError(str(error)) from None
         try:
-            self._check_shape()
-            text = (self._file.schema_arrow.metadata or {}).get(FORMAT.encode(), b"")
+            with reading(self.path, "schema", _REMEDY):
+                schema = self._file.schema_arrow
+            self._check_shape(schema)
+            text = (schema.metadata or {}).get(FORMAT.encode(), b"")
             self.header = LogHeader.from_json(text)
         except ValueError as error:
             self.close()
-            raise (error if isinstance(error, LogError) else self._fault(str(error))) from None
+            if isinstance(error, LogError | TraceError):
+                raise LogError(str(error)) from None
+            raise self._fault(str(error)) from None
         self._seed = zlib.crc32(text)
         self.num_forwards: int = self._file.metadata.num_rows
 
     def _fault(self, what: str) -> LogError:
-        return LogError(f"{self.path}: {what}; log the run again")
+        return LogError(line(str(self.path), what, _REMEDY))
 
-    def _check_shape(self) -> None:
-        schema = self._file.schema_arrow
+    def _check_shape(self, schema: pa.Schema) -> None:
         if schema.names != list(TYPES):
             raise self._fault(f"its columns are {', '.join(schema.names)[:80]}, not those of a log")
         for one in schema:
@@ -79,10 +85,9 @@ class LogReader:
         crc, before, now_ns = self._seed, -1, -sys.maxsize
         for group in range(self._file.num_row_groups):
             try:
-                table = self._file.read_row_group(group).combine_chunks()
-                table.validate(full=True)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise self._fault(f"row group {group} cannot be read ({_first_line(error)})") from None
+                table = read_group(self.path, self._file, group, _REMEDY)
+            except TraceError as error:
+                raise LogError(str(error)) from None
             lists = [table.column(name).combine_chunks() for name in STREAMS]
             if any(column.null_count for column in table.columns) or any(one.values.null_count for one in lists):
                 raise self._fault(f"row group {group} has nulls")
@@ -152,7 +157,3 @@ class LogReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:120]

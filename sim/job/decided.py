@@ -21,6 +21,7 @@ from typing import Any
 from expertflow.model import ModelSpec
 from sim.job import reads
 from sim.paths import ROOT
+from traces.reading import read_table
 
 PACKAGES = ("expertflow", "sim", "traces", "replay")
 
@@ -59,13 +60,14 @@ class Decided:
 def stands(path: Path, mark: str) -> bool:
     """Whether `path` says that exactly this was run, by the code and on the files that are there now."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        files, code = dict(found["files"]), dict(found["code"])
-        asked_for = found["asked"]
-    except (OSError, ValueError, TypeError, KeyError):
+        found = read_table(path)
+    except ValueError:
         return False
+    files, code, asked_for = (found.get(key) for key in ("files", "code", "asked"))
     return (
-        asked_for == mark
+        isinstance(files, dict)
+        and isinstance(code, dict)
+        and asked_for == mark
         and all(reads.hash_now(name) == sha256 for name, sha256 in files.items())
         and all(reads.sha256_of(ROOT / name) == sha256 for name, sha256 in code.items())
     )

@@ -57,8 +57,9 @@ def _read(source: object, key: str, at_hand: str, writer: str) -> FittedArrays |
         return None
     if not path.is_file():
         raise ValueError(f"{key}={source!r}: no such file; give auto, null, or a file written by {writer}")
-    arrays, _ = read_arrays(path)
-    check_finite(path, arrays, f"write it anew with {writer}")
+    remedy = f"write it anew with {writer}"
+    arrays, _ = read_arrays(path, remedy)
+    check_finite(path, arrays, remedy)
     return FittedArrays(arrays, str(path))
 
 

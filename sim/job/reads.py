@@ -42,8 +42,11 @@ def hash_now(name: str) -> str | None:
 
 
 def sha256_of(path: Path) -> str | None:
-    """SHA-256 of a file's bytes, in hex; None where it cannot be read."""
+    """SHA-256 of a file's bytes, in hex; None where there is no regular file that can be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        if not path.is_file():
+            return None  # what a DONE file names may be a device, which never ends
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):
         return None

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import yaml
 from hydra.utils import get_object, instantiate
 
 from expertflow.forward import Forward
@@ -31,6 +30,7 @@ from traces.batching import BatchConfig, Batches
 from traces.kept import KeptArrays, code_hash
 from traces.reader import Trace, open_trace
 from traces.shipped import cache_folder, shipped
+from traces.yamltext import read_yaml
 
 STARTS = ("cold", "popular", "resident")
 WORKSPACE_GB = 1.5
@@ -206,7 +206,7 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
                 f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
                 f"say model=NAME with one of: {', '.join(sorted(known))}"
             )
-        model = model_from_dict(yaml.safe_load(known[name].read_text(encoding="utf-8")))
+        model = model_from_dict(read_yaml(known[name]))
     else:
         model = model_from_dict(cfg)
     for key in ("num_layers", "num_experts"):

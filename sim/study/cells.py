@@ -28,6 +28,7 @@ from sim.study.estimates import run_estimates
 from sim.study.phases import PhaseRecorder
 from sim.study.plan import Cell
 from traces.reader import Trace
+from traces.reading import read_table
 
 ALONE = ("compare=none",)
 
@@ -103,7 +104,8 @@ def run_jobs(
         cell, line = next(iter(failures.items()))
         raise ValueError(f"{len(failures)} of {len(jobs)} cells failed, the others are kept; the first: {cell}: {line}")
     there = [job for job in jobs if str(job.cell) not in left_out]
-    return {job.cell: json.loads(job.path(folder).read_text(encoding="utf-8")) for job in there}, left_out
+    remedy = "delete the file and run the study again: that makes this cell anew"
+    return {job.cell: read_table(job.path(folder), remedy) for job in there}, left_out
 
 
 def _attempt(job: Job, folder: Path) -> str | None:

@@ -14,9 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sim.paths import config_files
+from traces.yamltext import read_yaml
 
 KINDS = ("runs", "estimates")
 _EXTRAS = {
@@ -80,9 +79,7 @@ def load_study(name: str) -> Study:
 
 def read_study(path: Path) -> Study:
     """The study in one file; ValueError names file and key of what is wrong in it."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name}: holds no study; see those beside it")
+    content = read_yaml(path, "see those in conf/study")
     known = {
         "name",
         "about",

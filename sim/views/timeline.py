@@ -17,6 +17,9 @@ import pandas as pd
 from expertflow.observer import Observer
 from expertflow.parts import DEMAND
 from traces.files import whole_file
+from traces.jsontext import shown
+from traces.messages import fault
+from traces.reading import read_json
 
 KINDS = ("attention", "experts", "head", "other")
 COMPUTE_TRACK, LINK_TRACK, STALL_TRACK = 1, 2, 3
@@ -163,30 +166,77 @@ def _slice(track: int, name: str, category: str, start_ns: int, end_ns: int, arg
 
 
 def load_timeline(path: str | Path) -> Frames:
-    """Read what `Timeline.write` wrote. ValueError naming the file if it is something else."""
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            events = json.load(file)["traceEvents"]
-        by_track: dict[int, list[dict[str, Any]]] = {track: [] for track in TRACKS}
-        for event in events:
-            if event["ph"] == "X":
-                by_track[event["tid"]].append(event)
-        counts = [event for event in events if event["ph"] == "C" and event["name"] == COUNTER]
-        return Frames(
-            compute=_compute_frame(by_track[COMPUTE_TRACK]),
-            link=_copy_frame(by_track[LINK_TRACK], ("layer", "expert", "chunk"), "cause"),
-            stalls=_copy_frame(by_track[STALL_TRACK], ("layer", "expert"), "kind"),
-            horizon=_frame(
-                {
-                    "at_ns": [round(event["ts"] * 1000) for event in counts],
-                    "reach": [event["args"]["layers"] for event in counts],
-                }
-            ),
-        )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a timeline of this project ({type(error).__name__}: {error}); write one with timeline=true"
-        ) from error
+    """Read what `Timeline.write` wrote. ValueError naming the file, and the event, if it is something else."""
+    remedy = "write one with timeline=true"
+    document = read_json(Path(path), remedy)
+    events = document.get("traceEvents") if isinstance(document, dict) else None
+    if not isinstance(events, list):
+        raise fault(path, "file", "is not a timeline of this project (no traceEvents)", remedy)
+    by_track: dict[int, list[dict[str, Any]]] = {track: [] for track in TRACKS}
+    counts = []
+    for index, event in enumerate(events):
+        if problem := _wrong(event):
+            raise fault(path, f"event {index}", f"is none of a timeline of this project ({problem})", remedy)
+        if event["ph"] == "X":
+            by_track[event["tid"]].append(event)
+        elif event["ph"] == "C":
+            counts.append(event)
+    return Frames(
+        compute=_compute_frame(by_track[COMPUTE_TRACK]),
+        link=_copy_frame(by_track[LINK_TRACK], ("layer", "expert", "chunk"), "cause"),
+        stalls=_copy_frame(by_track[STALL_TRACK], ("layer", "expert"), "kind"),
+        horizon=_frame(
+            {
+                "at_ns": [round(event["ts"] * 1000) for event in counts],
+                "reach": [event["args"]["layers"] for event in counts],
+            }
+        ),
+    )
+
+
+_NEEDS = {
+    COMPUTE_TRACK: (KINDS, ()),
+    LINK_TRACK: (("demand", "prefetch"), ("layer", "expert", "chunk")),
+    STALL_TRACK: (("late", "miss"), ("layer", "expert")),
+}
+"""Of the slices of a track: their categories, and the numbers among their arguments."""
+_MOST_US = 1e15
+_MOST_COUNT = 1 << 31
+
+
+def _wrong(event: Any) -> str:
+    """What is wrong with an event as `Timeline` writes it; nothing if it is sound."""
+    if not isinstance(event, dict):
+        return "no table"
+    kind, args = event.get("ph"), event.get("args")
+    if kind == "M":
+        return ""
+    if not isinstance(args, dict) or not _is_time(event.get("ts")):
+        return "ts or args"
+    if kind == "C":
+        named = event.get("name") == COUNTER and _is_count(args.get("layers"))
+        return "" if named else f"no count of {COUNTER}"
+    if kind != "X":
+        return f"ph={shown(kind)}"
+    track = event.get("tid")
+    if type(track) is not int or track not in _NEEDS:
+        return f"tid={shown(track)}"
+    categories, numbers = _NEEDS[track]
+    if event.get("cat") not in categories or not _is_time(event.get("dur")):
+        return "cat or dur"
+    layer, experts = args.get("layer", 0), args.get("experts", [])
+    if not (_is_count(layer) and isinstance(experts, list) and all(map(_is_count, experts))):
+        return "layer or experts"
+    return next((name for name in numbers if not _is_count(args.get(name))), "")
+
+
+def _is_time(value: Any) -> bool:
+    """Microseconds from the start of a run, or of a slice."""
+    return type(value) in (int, float) and 0 <= value <= _MOST_US
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_COUNT
 
 
 def _frame(columns: dict[str, list[Any]]) -> pd.DataFrame:

@@ -641,11 +641,11 @@ def test_pins_name_metrics_that_came_or_went() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "no such file"),
-        ("{", "not readable JSON"),
-        ("[]", "needs"),
-        ('{"runs": {"x": {"overrides": "lru"}}}', "needs overrides"),
-        ('{"runs": {"x": {"overrides": ["+hardware=a100", "+policy=lru"]}}}', "record first"),
+        (None, "does not exist"),
+        ("{", "line 1: is no JSON"),
+        ("[]", "lacks"),
+        ('{"runs": {"x": {"overrides": "lru"}}}', "lacks overrides"),
+        ('{"runs": {"x": {"overrides": ["+hardware=a100", "+policy=lru"]}}}', "python -m sim.regress record"),
         ('{"runs": {"x": {"overrides": ["+hardware=a1", "+policy=lru"], "metrics": {"a": 1}}}}', "hardware=a1"),
     ],
 )

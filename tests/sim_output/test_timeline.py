@@ -209,10 +209,19 @@ def test_sizes_below_one_are_refused() -> None:
         Timeline("lru", 4, max_events=0)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents":[{"ph":"X","tid":99}]}', '{"traceEvents":'])
-def test_another_file_is_refused_by_name(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "line 1: is no JSON"),
+        ("[]", "file: is not a timeline of this project"),
+        ("{}", "file: is not a timeline of this project"),
+        ('{"traceEvents":[{"ph":"X","tid":99}]}', "event 0: is none of a timeline of this project"),
+        ('{"traceEvents":', "line 1: is no JSON"),
+    ],
+)
+def test_another_file_is_refused_by_name(text: str, fault: str, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json is not a timeline of this project"):
+    with pytest.raises(ValueError, match=rf"other\.json: {fault}.*; write one with timeline=true"):
         load_timeline(tmp_path / "other.json")
 
 

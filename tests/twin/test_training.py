@@ -193,8 +193,8 @@ HEAD = np.zeros((257, 16), np.float32)
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "twin.json").write_text("[]"), "is no JSON table"),
-        (lambda f: (f / "twin.json").write_text("[" * 100_000), "is no JSON table"),
+        (lambda f: (f / "twin.json").write_text("[]"), "holds a JSON list, not a table"),
+        (lambda f: (f / "twin.json").write_text("[" * 100_000), "nested too deeply"),
         (lambda f: (f / "twin.json").write_text(" " * (2 << 20)), "has more than 1048576 bytes"),
         (lambda f: edit(f / "twin.json", extra=1), "settings: are not balance, batch"),
         (lambda f: edit(f / "twin.json", batch=0), "batch=0"),

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces.container import check_file, fault
+from traces.container import fault
+from traces.reading import read_text
 
 SPLITS = ("learn", "train", "eval")
 """learn: what the twin is trained on. train and eval: held out from it; recorded, to fit predictors and to judge."""
@@ -134,18 +135,15 @@ class Tokenizer:
     @staticmethod
     def read(path: Path) -> Tokenizer:
         """What `text` gave, from a file; an empty one means bytes. ValueError on anything else."""
-        if check_file(path) > _MAX_TOKENIZER_BYTES:
-            raise fault(path, "file", f"has more than {_MAX_TOKENIZER_BYTES} bytes", _REMEDY)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise fault(path, "file", "is not UTF-8 text", _REMEDY) from None
+        text = read_text(path, _MAX_TOKENIZER_BYTES, _REMEDY)
         if not text:
             return Tokenizer()
         package = _package()
         try:
             return Tokenizer(package.Tokenizer.from_str(text))
-        except Exception as error:  # the package raises no narrower one
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises no narrower one, and panics where it did not look
             problem = " ".join(str(error).split())[:200] or type(error).__name__
             raise fault(path, "file", f"is no tokenizer ({problem})", _REMEDY) from None
 
