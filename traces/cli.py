@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_type_hints
 from rich.console import Console
 from rich.progress import Progress
 
-from traces.messages import PREFIX, TraceError, shortened, told
+from traces.messages import PREFIX, TraceError, cut, plain, shortened, told
 from traces.reader import Trace, open_trace
 
 KINDS = {
@@ -146,7 +146,8 @@ def describe(trace: Trace) -> str:
     """One line: what the trace holds."""
     arrays = ", ".join(trace.layout_arrays())
     return (
-        f"{trace.name}: {trace.model}, {trace.num_requests} requests, {trace.num_tokens} tokens × "
+        f"{cut(plain(trace.name), 80)}: {cut(plain(trace.model), 80)}, "
+        f"{trace.num_requests} requests, {trace.num_tokens} tokens × "
         f"{trace.num_layers} layers × top-{trace.top_k} of {trace.num_experts} experts; {arrays}; "
         f"sha256 {trace.sha256()[:12]}"
     )

@@ -155,7 +155,7 @@ MODULES = ("kinds_of_traces", "kinds_of_files", "kinds_of_configurations", "kind
 """Each has a function `kinds()`. A new reader is one line in `tests.attack.readers`, which the second takes."""
 
 
-def registry() -> dict[str, Kind]:
+def registry(modules: Sequence[str] = MODULES) -> dict[str, Kind]:
     """All kinds by name, made anew; nothing is loaded that they need."""
-    kinds = [kind for name in MODULES for kind in import_module(f"tests.attack.{name}").kinds()]
+    kinds = [kind for name in modules for kind in import_module(f"tests.attack.{name}").kinds()]
     return {kind.name: kind for kind in kinds}

@@ -7,13 +7,13 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tests.attack.kinds import SEEDS_PER_ROUND, Kind
+from tests.attack.kinds import MODULES, SEEDS_PER_ROUND, Kind
 from tests.attack.outcome import DIED, HANG
 from tests.attack.work import (
     ACCEPTED_AT,
@@ -61,12 +61,12 @@ class Tally:
 class Worker:
     """A process that tries, its line to here, and the board on which it counts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, modules: Sequence[str]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.board = context.RawArray("q", 9)
         self.folder = Path(tempfile.mkdtemp(prefix="w", dir=folder))
-        arguments = (theirs, self.board, str(self.folder), str(folder / "log"))
+        arguments = (theirs, self.board, str(self.folder), str(folder / "log"), tuple(modules))
         self.process = context.Process(target=serve, args=arguments, daemon=False)
         self.process.start()
         theirs.close()
@@ -101,17 +101,23 @@ class Round:
     """Tries kinds until each has its target or the time is up.
 
     keep: called with each failure that is kept, `most_kept` of a kind and verdict. seed: of the round; no two rounds
-    of different seeds have an input in common.
+    of different seeds have an input in common. modules: where the workers find the kinds.
     """
 
     def __init__(
-        self, kinds: Mapping[str, Kind], targets: Mapping[str, int], seed: int, keep: Callable[[Failure], Any]
+        self,
+        kinds: Mapping[str, Kind],
+        targets: Mapping[str, int],
+        seed: int,
+        keep: Callable[[Failure], Any],
+        modules: Sequence[str] = MODULES,
     ) -> None:
         self.kinds = dict(kinds)
         self.tallies = {name: Tally(targets[kind.target]) for name, kind in kinds.items() if targets[kind.target]}
         self.first = seed * SEEDS_PER_ROUND
         self.most_kept = 5
         self._keep = keep
+        self._modules = modules
         self._kept: Counter[tuple[str, str]] = Counter()
         self._todo: list[Batch] = []
 
@@ -120,7 +126,7 @@ class Round:
         shared = Path("/dev/shm")
         folder = Path(tempfile.mkdtemp(prefix="attack", dir=shared if shared.is_dir() else None))
         end, told = time.monotonic() + seconds, time.monotonic()
-        workers = [Worker(folder) for _ in range(jobs)]
+        workers = [Worker(folder, self._modules) for _ in range(jobs)]
         try:
             while True:
                 self._hand_out(workers, end)
@@ -205,7 +211,7 @@ class Round:
         seed, began = worker.board[SEED], bool(worker.board[SINCE])
         worker.end()
         self._settle(worker, batch)
-        other = Worker(folder)
+        other = Worker(folder, self._modules)
         failure = Failure(batch.kind, seed, verdict, text)
         if not began:
             other.end()

@@ -300,7 +300,7 @@ def mutate_header(rng: Random, content: bytes) -> bytes:
     if kind < 3:
         lie = rng.choice((0, 1, 2, 8, length - 1, length + 1, length - 8, length + 8, len(content) - 8, len(content)))
         lie = rng.choice((lie, lie, lie, 100_000_000, 100_000_001, 1 << 31, 1 << 63, (1 << 64) - 1))
-        return lie.to_bytes(8, "little") + content[8:]
+        return (lie % (1 << 64)).to_bytes(8, "little") + content[8:]
     header, data = content[8 : 8 + length], content[8 + length :]
     if kind == 3:
         header = trees.space(rng, header.decode("utf-8", "replace")).encode()

@@ -85,7 +85,7 @@ def container(content: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     need(all(ord(c) < 0xD800 or ord(c) > 0xDFFF for text in strings for c in text), "a broken character")
     tensors, reached = {}, 0
     for name, entry in table.items():
-        need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry), f"{name} lacks a field")
+        need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} == set(entry), f"{name} has other fields")
     for name, entry in sorted(table.items(), key=lambda item: _places(item[1])):
         kind, shape, (first, last) = entry["dtype"], entry["shape"], _places(entry)
         need(isinstance(kind, str) and kind in CODES, f"{name} has an unknown type")
