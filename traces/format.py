@@ -67,9 +67,13 @@ def write_trace(path: str | Path, arrays: Mapping[str, Any], about: About) -> Pa
     stored as float16. The same content gives the same bytes; a reader never sees half a file.
     """
     path = Path(path)
-    trace = checked_trace(path, arrays, about)
-    _write_atomically(path, trace.header, trace.layout_arrays())
-    return path
+    return write_checked(path, checked_trace(path, arrays, about))
+
+
+def write_checked(path: str | Path, trace: Trace) -> Path:
+    """Write what `checked_trace` gave; the path written."""
+    _write_atomically(Path(path), trace.header, trace.layout_arrays())
+    return Path(path)
 
 
 def checked_trace(path: Path, arrays: Mapping[str, Any], about: About) -> Trace:

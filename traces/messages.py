@@ -52,11 +52,11 @@ def why(error: BaseException) -> tuple[str, str]:
     """What the system says, and what to do about it, in plain words."""
     number = getattr(error, "errno", None)
     if number is None:
-        # Arrow and safetensors hand the number on in their text alone.
+        # Arrow hands the number on in its text alone.
         found = _NUMBER.search(str(error))
-        number = int(found[1]) if found else None
-    if number in _WHY:
-        return _WHY[number]
+        number = int(found[1]) if found else 0
+    if int(number) in _WHY:
+        return _WHY[int(number)]
     reason = plain(str(getattr(error, "strerror", None) or ""))
     return (f"the system says: {reason[:80]}", _OTHER[1]) if reason else _OTHER
 

@@ -5,7 +5,6 @@ Shapes: L layers, K top-k, E experts, M topics, Q factors, H = 2 half-lives, C =
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +119,7 @@ def load_params(path: str | Path) -> tuple[Arrays, dict[str, str]]:
 
 def generator_bytes(params: Arrays) -> int:
     """At most so many bytes the generator takes beside the trace: float64 copies, and the state of `GROUP` requests."""
-    state = GROUP * (math.prod(params["bias"].shape) + params["loadings"].shape[2])
+    state = GROUP * (params["bias"].size + int(params["loadings"].shape[2]))
     return 8 * (3 * sum(array.size for array in params.values()) + 16 * state)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from traces.container import Array, check_file, map_file
 from traces.jsontext import REWRITE, kind_of, parse_json, shown
 from traces.limits import check_bytes
-from traces.messages import TraceError, fault, plain, why
+from traces.messages import TraceError, fault, why
 
 MAX_LINE = 1 << 28
 """Characters of one line of a text file."""
@@ -202,40 +202,20 @@ def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
             yield name, array
 
 
-# RuntimeError: encrypted, or (its subclass) packed by a method that Python does not know.
-_ZIP_ERRORS = (
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    IndexError,
-    RuntimeError,
-    OverflowError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
-
-
 @contextmanager
 def _unzipping(path: Path) -> Iterator[None]:
+    """What the archive's own reader raises, in our words."""
     try:
         yield
+        return
     except TraceError:
         raise
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        struct.error,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        # RuntimeError: encrypted, or (its subclass) packed by a method that Python does not know.
-        reason = plain(str(error))[:80] or type(error).__name__
-        raise fault(path, "file", f"is no usable .npz archive ({reason})", "write it again with numpy.savez") from None
-    except lzma.LZMAError:
-        raise fault(path, "file", "is no usable .npz archive", "write it again with numpy.savez") from None
+    except NotImplementedError:
+        reason = "packed by a method that is not supported"
+    except RuntimeError:
+        reason = "encrypted"
+    except (ValueError, OSError, EOFError, LookupError, ArithmeticError, struct.error, zipfile.BadZipFile):
+        reason = "damaged, or of another kind"
+    except (zlib.error, lzma.LZMAError):
+        reason = "its packed data is damaged"
+    raise fault(path, "file", f"is no usable .npz archive ({reason})", "write it again with numpy.savez")

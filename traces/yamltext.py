@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from traces.jsontext import kind_of
-from traces.messages import fault, plain
+from traces.messages import TraceError, fault, plain
 from traces.reading import read_text
 
 MAX_YAML = 16 << 20
@@ -20,12 +20,12 @@ _REMEDY = "correct the file; those in conf/ show the form"
 
 def read_yaml(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """The table that a YAML file holds. TraceError names file, line and fault."""
-    loader = yaml.SafeLoader(read_text(path, MAX_YAML, remedy))
+    text = read_text(path, MAX_YAML, remedy)
     try:
-        node = loader.get_single_node()
-        if node is not None:
-            _check_size(path, node, remedy)
-        value = None if node is None else loader.construct_document(node)
+        value = _constructed(path, text, remedy)
+    except yaml.reader.ReaderError as error:
+        where = f"line {text.count(chr(10), 0, error.position) + 1}"
+        raise fault(path, where, "is no YAML (a character that is not allowed)", remedy) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "file" if mark is None else f"line {mark.line + 1}"
@@ -33,14 +33,26 @@ def read_yaml(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
         raise fault(path, where, f"is no YAML ({reason[:120]})", remedy) from None
     except RecursionError:
         raise fault(path, "file", "is no usable YAML (nested too deeply)", remedy) from None
+    except TraceError:
+        raise
     except (ValueError, TypeError, OverflowError) as error:
         # Of what looks like a date or a number and is none.
         raise fault(path, "file", f"is no usable YAML ({plain(str(error))[:120]})", remedy) from None
-    finally:
-        loader.dispose()
     if not isinstance(value, dict):
         raise fault(path, "file", f"holds a YAML {kind_of(value)}, not a table", remedy)
     return value
+
+
+def _constructed(path: Path, text: str, remedy: str) -> Any:
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(path, node, remedy)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _check_size(path: Path, root: yaml.Node, remedy: str) -> None:

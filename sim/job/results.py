@@ -17,6 +17,7 @@ _MOST_DEPTH = 16
 _MOST = 2**63 - 1
 
 _TEXTS = ("policy", "hardware", "model", "stack")
+_TABLES = ("capacity", "link", "tpot_ms")
 _NUMBERS: Mapping[str, tuple[float, float]] = {
     "num_tokens": (0, _MOST),
     "num_accesses": (0, _MOST),
@@ -53,6 +54,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def check_run(path: Path, metrics: Mapping[str, Any], prefix: str) -> None:
     """TraceError where a run lacks what a table asks of it, or has it out of range."""
+    for key in _TABLES:
+        if not isinstance(value := metrics.get(key), dict):
+            raise fault(path, prefix + key, f"is {shown(value)}, no table", REMEDY)
+    if "mean" not in metrics["tpot_ms"]:
+        raise fault(path, f"{prefix}tpot_ms.mean", "is missing", REMEDY)
+    bounds = metrics.get("bounds")
+    if bounds is not None and not (isinstance(bounds, dict) and "floor_ns" in bounds):
+        raise fault(path, f"{prefix}bounds", f"is {shown(bounds)}, no table of bounds", REMEDY)
     for key in _TEXTS:
         if not isinstance(value := metrics.get(key), str):
             raise fault(path, prefix + key, f"is {shown(value)}, no text", REMEDY)
@@ -101,6 +110,8 @@ def _check_values(path: Path, table: Mapping[str, Any], prefix: str, depth: int)
     if depth > _MOST_DEPTH:
         raise fault(path, prefix[:80], "is nested too deeply", REMEDY)
     for key, value in table.items():
+        if not _is_text(key):
+            raise fault(path, f"{prefix}{key!a}", "has a broken character in its name", REMEDY)
         if isinstance(value, dict):
             _check_values(path, value, f"{prefix}{key}.", depth + 1)
             continue
@@ -112,8 +123,6 @@ def _check_values(path: Path, table: Mapping[str, Any], prefix: str, depth: int)
                 raise fault(path, f"{prefix}{key}", f"is {shown(item)}", f"numbers have 64 bits; {REMEDY}")
             if isinstance(item, str) and not _is_text(item):
                 raise fault(path, f"{prefix}{key}", "holds a broken character", REMEDY)
-        if not _is_text(key):
-            raise fault(path, f"{prefix}{key!r}", "has a broken character in its name", REMEDY)
 
 
 def _is_text(text: str) -> bool:

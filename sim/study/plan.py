@@ -7,6 +7,7 @@ stands for a parameter of the study, given as `--set name=value`.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from sim.paths import config_files
+from sim.study.checks import check_form, check_needed
+from traces.jsontext import shown
 from traces.yamltext import read_yaml
 
 KINDS = ("runs", "estimates")
+MAX_CELLS = 100_000
 _EXTRAS = {
     "tables": {"title", "value", "rows", "columns", "variants", "only", "percent", "digits", "note"},
     "claims": {"name", "variants", "column", "at_most", "at_least", "split"},
@@ -100,17 +104,17 @@ def read_study(path: Path) -> Study:
     if content.get("name") != path.stem or not isinstance(content.get("about"), str):
         raise ValueError(f"{path.name}: needs name: {path.stem}, as the file, and about: one sentence")
     if content.get("kind", "runs") not in KINDS:
-        raise ValueError(f"{path.name}: kind={content['kind']!r} is unknown; choose one of: {', '.join(KINDS)}")
+        raise ValueError(f"{path.name}: kind={shown(content['kind'])} is unknown; choose one of: {', '.join(KINDS)}")
+    check_form(path.name, content)
     given: dict[str, Any] = dict(content)
-    try:
-        given["base"] = tuple(map(str, given.get("base", ())))
-        given["axes"] = {axis: _lists(values) for axis, values in given.get("axes", {}).items()}
-        given["variants"] = _lists(given.get("variants", {})) | _sweep(given.pop("sweeps", {}), given)
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"{path.name}: axes, variants and sweeps map names to lists of overrides ({error})") from error
+    given["base"] = tuple(map(str, given.get("base", ())))
+    given["axes"] = {str(axis): _lists(values) for axis, values in given.get("axes", {}).items()}
+    given["variants"] = _lists(given.get("variants", {}))
+    given["variants"] |= _sweep(path.name, given.pop("sweeps", {}), given["variants"])
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     study = Study(**plain)
     _check_extras(study, path.name)
+    check_needed(path.name, content)
     return study
 
 
@@ -118,13 +122,15 @@ def _lists(values: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[str, .
     return {str(name): tuple(map(str, overrides or ())) for name, overrides in values.items()}
 
 
-def _sweep(sweeps: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _sweep(file: str, sweeps: Mapping[str, Any], variants: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """One variant per value of each swept key: `of` a variant, everything else as there."""
     found: dict[str, tuple[str, ...]] = {}
     for of, keys in sweeps.items():
-        start = tuple(map(str, given["variants"][of]))
+        if str(of) not in variants:
+            raise ValueError(f"{file}: sweeps names the variant {of}, which is none of: {', '.join(variants)}")
+        start = variants[str(of)]
         for key, values in keys.items():
-            more, _, swept = key.rpartition(" ")
+            more, _, swept = str(key).rpartition(" ")
             for value in values:
                 found[f"{re.split('[./]', swept)[-1]}={value}"] = (*start, *more.split(), f"{swept}={value}")
     return found
@@ -157,6 +163,9 @@ def cells(
     variants = _wanted("variant", list(study.variants), only)
     if only:
         raise ValueError(f"--only {next(iter(only))}: no axis of {study.name}; it has: {', '.join([*axes, 'variant'])}")
+    num_cells = len(variants) * math.prod(map(len, axes.values()))
+    if num_cells > MAX_CELLS:
+        raise ValueError(f"study {study.name} comes to {num_cells} cells; at most {MAX_CELLS} are run: use --only")
     found = []
     for chosen in product(*axes.values()):
         place = tuple(zip(axes, chosen, strict=True))

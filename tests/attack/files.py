@@ -242,6 +242,11 @@ def pins() -> str:
     return json.dumps({"runs": {"one": {"overrides": overrides, "metrics": {"elapsed_ns": 5, "tpot_ms.mean": 0.5}}}})
 
 
+def ratios() -> str:
+    """What `sim.bench --update` writes."""
+    return json.dumps({"lru": 11.7, "adaptive": 31.6})
+
+
 def done() -> str:
     """What decided a result."""
     return json.dumps({"asked": "0" * 64, "files": {"shipped: x": None}, "code": {"sim/app.py": "0" * 64}})

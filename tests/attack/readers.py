@@ -178,6 +178,12 @@ def _read_pins(path: Path) -> Any:
     return read_pins(path)
 
 
+def _read_ratios(path: Path) -> Any:
+    from sim.bench import read_ratios
+
+    return read_ratios(path)
+
+
 def _read_done(path: Path) -> Any:
     from sim.job.decided import stands
 
@@ -264,11 +270,30 @@ def _profile_yaml() -> str:
     return yaml.safe_dump(profiles(whole(), "mine")[0], sort_keys=False)
 
 
+def _spec(group: str) -> Callable[[Path], Any]:
+    """The file by itself, as a command says what is wrong with it."""
+
+    def read(path: Path) -> Any:
+        from expertflow.model import model_from_dict
+        from sim.job.errors import one_line
+        from sim.specs.hardware import hardware_from_dict, stack_from_dict
+        from traces.yamltext import read_yaml
+
+        kinds: dict[str, Any] = {"hardware": hardware_from_dict, "stack": stack_from_dict, "model": model_from_dict}
+        try:
+            return kinds[group](read_yaml(path))
+        except ValueError as error:
+            raise ValueError(one_line(error)) from error
+
+    return read
+
+
 def _own_folder(group: str) -> Callable[[Path], Any]:
     """As a command reads the file mine.yaml of a user's own folder: FOLDER/GROUP/mine.yaml."""
 
     def read(path: Path) -> Any:
         from sim.job.configure import configure
+        from sim.job.errors import one_line
         from sim.job.setup import make_workload
         from sim.paths import use_own_folder
         from sim.study.plan import load_study
@@ -284,6 +309,11 @@ def _own_folder(group: str) -> Callable[[Path], Any]:
                 chosen = [] if group == "hardware" else [f"{group}=mine"]
                 cfg = configure([machine, "+policy=lru", *chosen, "trace.num_tokens=4", "trace.num_requests=1"])
                 return make_workload(cfg)
+            except Exception as error:
+                told = one_line(error)  # as the command says it
+                if told is None:
+                    raise
+                raise ValueError(told) from error
             finally:
                 use_own_folder(None)
 
@@ -324,6 +354,18 @@ def _read_twin(path: Path) -> Any:
     return settings, read_tokenizer(folder, settings), read_model(folder, settings)
 
 
+def _read_moments(path: Path) -> Any:
+    import torch
+
+    from traces.twin.checkpoint import read_model, read_optimizer, read_settings
+
+    folder = path.parent.parent
+    model, state = read_model(folder, read_settings(folder))
+    optimizer = torch.optim.AdamW(model.parameters())
+    read_optimizer(folder, model, optimizer, state["step"])
+    return optimizer
+
+
 def _read_curve(path: Path) -> Any:
     from traces.twin.train import _read_curve
 
@@ -358,19 +400,24 @@ READERS: list[Reader] = [
     Reader("fitted-network", _arrays("n.safetensors", files.network), _fitted("hybrid")),
     Reader("fitted-forest", _arrays("f.safetensors", files.forest), _fitted("forest")),
     Reader("metrics", _make_metrics, _read_metrics),
+    Reader("bench-ratios", _text("bench.json", files.ratios), _read_ratios),
     Reader("golden-runs", _text("runs.json", files.pins), _read_pins),
     Reader("done", _text("DONE", files.done), _read_done),
     Reader("timeline", _text("timeline.json", _timeline), _read_timeline),
     Reader("lockstep-log", _make_log, _read_log),
     Reader("kept-scores", _make_kept, _read_kept),
     Reader("calibration", _text("mine.calibration.json", _calibration), _read_calibration),
-    Reader("hardware-yaml", _text("mine.yaml", _profile_yaml), _own_folder("hardware")),
-    Reader("stack-yaml", _text("mine.yaml", _shipped_yaml("stack", "graph")), _own_folder("stack")),
-    Reader("model-yaml", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _own_folder("model")),
+    Reader("hardware-yaml", _text("mine.yaml", _profile_yaml), _spec("hardware")),
+    Reader("stack-yaml", _text("mine.yaml", _shipped_yaml("stack", "graph")), _spec("stack")),
+    Reader("model-yaml", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _spec("model")),
+    Reader("hardware-composed", _text("mine.yaml", _profile_yaml), _own_folder("hardware")),
+    Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _own_folder("stack")),
+    Reader("model-composed", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _own_folder("model")),
     Reader("study-yaml", _text("mine.yaml", files.study), _own_folder("study")),
     Reader("twin-settings", _make_twin("twin.json"), _read_twin),
     Reader("twin-state", _make_twin("checkpoint-00000002/state.json"), _read_twin),
     Reader("twin-weights", _make_twin("checkpoint-00000002/model.safetensors"), _read_twin),
+    Reader("twin-moments", _make_twin("checkpoint-00000002/optimizer.safetensors"), _read_moments),
     Reader("twin-curve", _make_twin("loss.csv"), _read_curve),
 ]
 """Name, `make(folder) -> path` and `read(path) -> object` of each."""

@@ -45,7 +45,7 @@ def test_every_variant_of_a_study_differs_from_the_others(name: str) -> None:
         ({"claim": []}, "claim is no key of a study"),
         ({"kind": "walks"}, "kind='walks' is unknown"),
         ({"about": None}, "about: one sentence"),
-        ({"variants": ["lru"]}, "map names to lists"),
+        ({"variants": ["lru"]}, "variants is .*; it must be names with lists"),
         ({"optional": ["forest"]}, "optional names the variant forest"),
         ({"claims": [{"variants": ["lfu"]}]}, "claims names the variant lfu"),
         ({"best": [{"of": ["lru"], "variant": "mru"}]}, "best names the variant mru"),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from traces.container import TraceError, check_file, fault
-from traces.format import About, write_trace
+from traces.format import About, checked_trace, write_checked
 from traces.limits import Budget, check_bytes
 from traces.reading import text_lines
 
@@ -63,18 +63,19 @@ class Request:
 
 
 def write_requests(
-    output: str | Path, requests: Sequence[Request], about: About, notes: Sequence[str] = ()
+    source: str | Path, output: str | Path, requests: Sequence[Request], about: About, notes: Sequence[str] = ()
 ) -> ImportReport:
     """Join the requests, pad them to one K, write and check the trace. Optional arrays only where all have them.
 
-    about: all but the labels, which the requests bring. TraceError as of `write_trace`.
+    source: what they were read from, for messages. about: all but the labels, which the requests bring. TraceError as
+    of `write_trace`.
     """
     if not requests:
         raise fault(output, "file", "would hold no request", "check source and options")
-    _check_alike(output, requests)
+    _check_alike(source, requests)
     top_k = max(request.experts.shape[2] for request in requests)
     lengths = [len(request.experts) for request in requests]
-    check_bytes(output, "experts", _ENTRY_BYTES * sum(lengths) * requests[0].experts.shape[1] * top_k)
+    check_bytes(source, "experts", _ENTRY_BYTES * sum(lengths) * requests[0].experts.shape[1] * top_k)
     contexts = [request.context_len for request in requests if request.context_len is not None]
     weights = [request.weights for request in requests if request.weights is not None]
     forwards = [request.forward_id for request in requests if request.forward_id is not None]
@@ -88,17 +89,17 @@ def write_requests(
         "forward_id": np.concatenate(forwards) if len(forwards) == whole else None,
     }
     labels = [r.label for r in requests] if all(r.label for r in requests) else None
-    path = write_trace(output, arrays, replace(about, request_labels=labels))
+    path = write_checked(output, checked_trace(Path(source), arrays, replace(about, request_labels=labels)))
     return ImportReport(path, whole, sum(lengths), tuple(notes))
 
 
-def _check_alike(output: str | Path, requests: Sequence[Request]) -> None:
+def _check_alike(origin: str | Path, requests: Sequence[Request]) -> None:
     """TraceError where a request has other layers than the first."""
     wanted = requests[0].experts.shape[1]
     for index, request in enumerate(requests):
         if (found := request.experts.shape[1]) != wanted:
-            path, where = request.source or (Path(output), f"request {index}")
-            first, place = requests[0].source or (Path(output), "request 0")
+            path, where = request.source or (Path(origin), f"request {index}")
+            first, place = requests[0].source or (Path(origin), "request 0")
             problem = f"has {found} layers, {first.name} ({place}) has {wanted}"
             raise fault(path, where, problem, "import the records of one model at a time")
 

@@ -111,7 +111,7 @@ def import_engine_dumps(
         moe_layer_ids=layers,
         header={"capture": "engine dump; the order within a row is the engine's"},
     )
-    return write_requests(output, requests, about, notes)
+    return write_requests(source, output, requests, about, notes)
 
 
 # -- reading -------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def import_event_csr(
         moe_layer_ids=[int(layer) for layer in forwards.layers],
         header={"capture": _CAPTURE},
     )
-    return write_requests(output, requests, about, notes)
+    return write_requests(source, output, requests, about, notes)
 
 
 # -- reading -------------------------------------------------------------------------------------------------

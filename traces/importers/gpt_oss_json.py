@@ -73,7 +73,7 @@ def import_gpt_oss_json(
         raise fault(source, "source", "gives no request", f"left out: {left_out or 'nothing'}; see keep_all and split")
     header = {} if split == "all" else {"split": split}
     about = About(model=model, num_experts=num_experts, source=SOURCE, license=license, header=header)
-    return write_requests(output, requests, about, [f"left out: {left_out}"] if left_out else [])
+    return write_requests(source, output, requests, about, [f"left out: {left_out}"] if left_out else [])
 
 
 def _candidates(
@@ -178,7 +178,7 @@ def _request(path: Path, where: str, record: dict[str, Any], num_experts: int, c
 
 def _label_part(path: Path, where: str, record: dict[str, Any], key: str) -> str:
     text = record.get(key, "")
-    if not isinstance(text, str | int) or len(str(text)) > _MOST_LABEL:
+    if not isinstance(text, str | int) or len(str(text)) > _MOST_LABEL or not str(text).isprintable():
         raise fault(path, where, f"{key} is {shown(text)}, no name", f"give at most {_MOST_LABEL} characters")
     return str(text)
 

@@ -81,7 +81,7 @@ def import_moe_beyond_csv(
         moe_layer_ids=first[1],
         header={"expert_order": "as recorded, not sorted by weight"},
     )
-    return write_requests(output, requests, about, notes)
+    return write_requests(source, output, requests, about, notes)
 
 
 def _batches(table: CsvTable, num_experts: int) -> dict[int, dict[int, list[Row]]]:

@@ -89,7 +89,7 @@ def import_route_csv(
     if not all(request.weights is not None for request in requests):
         notes.append("weights left out: some are nan")
     about = About(model=model, num_experts=num_experts, source="route trace CSV", license=license, moe_layer_ids=layers)
-    return write_requests(output, requests, about, notes)
+    return write_requests(source, output, requests, about, notes)
 
 
 _DONE = {

@@ -12,7 +12,6 @@ executed: they are JSON and safetensors, and every name, shape, type and value i
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -68,7 +67,7 @@ class Settings:
                 raise ValueError(f"{key}={value!r} must be a whole number in {low} … {high}")
         for key, highest in (("lr", 1.0), ("balance", 100.0)):
             value = getattr(self, key)
-            if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= highest:
+            if type(value) not in (int, float) or not 0 <= value <= highest:
                 raise ValueError(f"{key}={value!r} must lie in 0 … {highest:g}")
         if self.tokenizer not in TOKENIZERS:
             raise ValueError(f"tokenizer={self.tokenizer!r} is unknown; known are {', '.join(TOKENIZERS)}")
@@ -179,7 +178,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     step, seconds = state.get("step"), state.get("seconds")
     if type(step) is not int or step < 0 or step >= 10**8 or f"checkpoint-{step:08d}" != path.name:
         raise fault(path / "state.json", "step", f"is {shown(step)}, not that of its folder", _REMEDY)
-    if type(seconds) not in (int, float) or not 0 <= seconds <= _MOST_SECONDS:
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= _MOST_SECONDS:
         raise fault(path / "state.json", "seconds", f"is {shown(seconds)}", _REMEDY)
     return state
 
