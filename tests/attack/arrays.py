@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from random import Random
@@ -124,7 +125,8 @@ def write_npz(archive: Archive) -> bytes:
     """The bytes of the archive; names may come twice."""
     target = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if archive.packed else zipfile.ZIP_STORED
-    with zipfile.ZipFile(target, "w", kind) as written:
+    # Names that come twice are what is wanted.
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(target, "w", kind) as written:
         for name, array in archive.members:
             info = zipfile.ZipInfo(name)
             info.compress_type = kind

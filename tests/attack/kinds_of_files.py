@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.attack import formats
+from tests.attack import formats, import_oracles
 from tests.attack.kinds import FileKind
 from tests.attack.readers import READERS, Reader
 
-SLOW = ("hardware-yaml", "stack-yaml", "model-yaml")
+SLOW = ("hardware-composed", "stack-composed", "model-composed")
 """Readers that take long for each file, since Hydra composes a whole configuration with it."""
 
 
@@ -17,20 +17,22 @@ class ReaderKind(FileKind):
     """A reader of one sound file."""
 
     def __init__(self, reader: Reader) -> None:
-        self.reader, self.folder = reader, Path()
+        self.reader = reader
+        self.others: tuple[str, ...] = ()
         super().__init__(reader.name, formats.JSON, self._make, reader.read)
+        self.recheck = import_oracles.RECHECKS.get(reader.name)
         if reader.name in SLOW:
             self.target, self.batch = "slow", 20
 
     def names(self, path: Path) -> tuple[str, ...]:
-        """A file of a folder with a meaning may be called by the folder, a configuration by its key."""
-        folder = [] if path.parent == self.folder else [path.parent.name]
-        group = self.name.removesuffix("-yaml")
-        return (path.name, *folder, *([group] if group != self.name else []))
+        """Files that belong together may be called by another of them or their folder, a configuration by its key."""
+        group, _, kind = self.name.rpartition("-")
+        return (path.name, *self.others, *([group] if kind in ("composed", "yaml") else []))
 
     def _make(self, folder: Path) -> Sequence[Path]:
-        self.folder, path = folder, self.reader.make(folder)
+        path = self.reader.make(folder)
         self.form = formats.of(path)
+        self.others = tuple(other.name for other in folder.rglob("*"))
         return [path]
 
 

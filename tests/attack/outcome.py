@@ -22,7 +22,10 @@ FAILURES = (TRACEBACK, MESSAGE, EXIT, WARNING, HANG, MEMORY, WRONG_ACCEPTED, WRO
 """lost: what an interrupted command had done is gone. died: the process that tried the input ended."""
 MOST_CHARACTERS = 300
 HANG_S = 10.0
-BARE = re.compile(r"\[Errno|codec can't|numpy\.|Unable to allocate|object at 0x|Traceback|<class |could not convert")
+BARE = re.compile(
+    r"\[Errno|codec can't|numpy\.(_core|core|exceptions|dtypes)|Unable to allocate|object at 0x|Traceback|<class "
+    r"|could not convert"
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A file is parsed and written here by hand, so that it can say what no library wo
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -147,7 +148,7 @@ def shuffle(rng: Random, doc: Doc) -> None:
 def cast(rng: Random, doc: Doc) -> None:
     """A tensor in another type."""
     if name := some(rng, doc):
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
             doc.tensors[name] = doc.tensors[name].astype(CODES[rng.choice(list(CODES))])
 
 
