@@ -84,7 +84,7 @@ def bases() -> list[Doc]:
 
 
 def permute_row(rng: Random, doc: Doc) -> None:
-    """The experts of a row in another order, each with its weight."""
+    """The experts of a row in another order, each with its weight; padding may come first."""
     for name in ("experts", "lookahead_ids"):
         if name in doc.tensors:
             _turn(rng, doc, name, ("weights",) if name == "experts" else ("lookahead_scores",))
