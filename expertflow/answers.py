@@ -1,83 +1,92 @@
 """Where the answers of a policy's parts come in: each question is asked through `Answers`, and through nothing else.
 
 What a class of this package answers is taken as it is: its own bound method, at no cost. Around the answer of any other
-class stands a check. A check on one more question is one more method here (docs/contract.md lists who asks what).
+class stands a check. A check on one more question is one more method in `expertflow.checks` (docs/contract.md lists who
+asks what, and the rules).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
-from expertflow.forward import KnownForward
-from expertflow.parts import Eviction, Horizon, Order, Part, Place, Placing, Prediction, Predictor, Selection
+from expertflow.boundary import Guard
+from expertflow.checks import (
+    CheckedEviction,
+    CheckedHorizon,
+    CheckedOrder,
+    CheckedPlace,
+    CheckedPredictor,
+    CheckedSelection,
+)
+from expertflow.parts import Eviction, Horizon, Order, Place, Predictor, Selection
+from expertflow.view import View
 
-_OWN = __name__.partition(".")[0] + "."
+
+class Parts(NamedTuple):
+    """The six parts of a policy."""
+
+    predictor: Predictor
+    horizon: Horizon
+    selection: Selection
+    eviction: Eviction
+    order: Order
+    place: Place
 
 
-def is_own(part: Part) -> bool:
-    """Whether the class of `part` is one of this package."""
-    return type(part).__module__.startswith(_OWN)
+class Guards(NamedTuple):
+    """What stands around each of them; None: nothing, it is taken as it is."""
+
+    predictor: Guard | None
+    horizon: Guard | None
+    selection: Guard | None
+    eviction: Guard | None
+    order: Guard | None
+    place: Guard | None
 
 
 class Answers:
     """The questions of one policy, bound to its parts when these have started.
 
-    Attributes are called like the hooks of `expertflow.parts` that they are named after. ValueError names the class
-    and what it should not have answered.
+    Attributes are called like the hooks of `expertflow.parts` that they are named after. What they answer has been
+    checked; `PartError` names the class, the rule it has broken, forward and layer.
+    view: what is true of the run. by_layer: the eviction's scope is `layer`.
     """
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        horizon: Horizon,
-        selection: Selection,
-        eviction: Eviction,
-        order: Order,
-        place: Place,
-        num_layers: int,
-        num_experts: int,
-    ) -> None:
-        self._predictor, self._selection, self._place = predictor, selection, place
-        self._num_layers, self._num_experts = num_layers, num_experts
-        self.predict = predictor.predict if is_own(predictor) else self._predict
-        self.forecast = predictor.forecast
-        self.step = predictor.step
-        self.distances = horizon.distances
-        self.select = selection.select if is_own(selection) else self._select
-        self.victim = eviction.victim
-        self.release = eviction.release
+    def __init__(self, parts: Parts, guards: Guards, view: View, by_layer: bool) -> None:
+        self._horizon = parts.horizon
+        self._bind_prediction(parts, guards, view)
+        self._bind_eviction(parts.eviction, guards.eviction, view, by_layer)
+        order = parts.order if guards.order is None else CheckedOrder(parts.order, guards.order)
         self.arrange = order.arrange
-        self.on_host = self._on_host
+        self.on_host = CheckedPlace(parts.place, guards.place or Guard(parts.place, view)).on_host
 
-    def _predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
-        found = self._predictor.predict(forward, layer, distance)
-        if found is None:
-            return None
-        prediction = Prediction(*found)
-        self._check_layer(self._predictor, prediction.keys, (layer + distance) % self._num_layers)
-        return prediction
+    def _bind_prediction(self, parts: Parts, guards: Guards, view: View) -> None:
+        predictor: Predictor | CheckedPredictor = parts.predictor
+        if guards.predictor is not None:
+            predictor = CheckedPredictor(parts.predictor, guards.predictor, view)
+        self.predict, self.forecast = predictor.predict, predictor.forecast
+        self.fuse, self.step = predictor.fuse, predictor.step
+        horizon: Horizon | CheckedHorizon = parts.horizon
+        self._expects: Callable[[float], None] | None = None
+        if guards.horizon is not None:
+            checked = CheckedHorizon(parts.horizon, guards.horizon, view)
+            horizon, self._expects = checked, checked.expect
+        self.distances, self.overfetched = horizon.distances, horizon.overfetched
+        selection: Selection | CheckedSelection = parts.selection
+        if guards.selection is not None:
+            selection = CheckedSelection(parts.selection, guards.selection, view)
+        self.select, self.thresholds = selection.select, selection.thresholds
 
-    def _check_layer(self, part: Part, keys: Iterable[int], target: int) -> None:
-        for key in keys:
-            if key // self._num_experts != target:
-                raise ValueError(
-                    f"{type(part).__name__} was asked for layer {target} and scored key {key}, which is of another; "
-                    "keys are layer * num_experts + expert"
-                )
+    def _bind_eviction(self, part: Eviction, guard: Guard | None, view: View, by_layer: bool) -> None:
+        eviction = part if guard is None else CheckedEviction(part, guard, view, by_layer)
+        self.touched, self.admitted, self.victim = eviction.touched, eviction.admitted, eviction.victim
+        self.release, self.worths = eviction.release, eviction.worths
+        self.predicted, self.foreseen = eviction.predicted, eviction.foreseen
 
-    def _select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
-        keys = self._selection.select(prediction, forward)
-        known = set(prediction.keys)
-        for key in keys:
-            if key not in known:
-                raise ValueError(f"{type(self._selection).__name__} selected key {key}, which was not predicted")
-        return keys
-
-    def _on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
-        keys = self._place.on_host(placing, forward)
-        if keys:
-            raise ValueError(
-                f"{type(self._place).__name__} places {len(keys)} experts of layer {placing.layer} on the host, where "
-                "nothing computes them yet; answer none, or choose place=gpu"
-            )
-        return keys
+    def expect(self, num_expected: float) -> None:
+        """Tell the horizon N_e."""
+        if self._expects is None:
+            self._horizon.num_expected = num_expected
+        else:
+            self._expects(num_expected)

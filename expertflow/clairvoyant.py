@@ -8,10 +8,12 @@ look ahead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from expertflow.evictions.belady import Belady
 from expertflow.future import NEVER, Future
 from expertflow.horizons.fixed import FixedHorizon
+from expertflow.keys import Rule
 from expertflow.orders.resident_first import ResidentFirst
 from expertflow.parts import Horizon
 from expertflow.policy import Policy
@@ -44,7 +46,13 @@ class Clairvoyant(Policy):
     `lookahead` layer events (None: as far as `max_events`, twice around a deep model)."""
 
     def __init__(
-        self, future: Future, lookahead: int | None = None, max_wanted: int = 8, max_events: int = 256
+        self,
+        future: Future,
+        lookahead: Annotated[
+            int | None, Rule(1, 1_000_000, unit="layers", null="all", about="that are looked ahead")
+        ] = None,
+        max_wanted: Annotated[int, Rule(1, 65_535, unit="experts", about="wanted at once")] = 8,
+        max_events: Annotated[int, Rule(1, 1_000_000, unit="layers", about="searched for the next use")] = 256,
     ) -> None:
         self._watched = WatchedBelady()
         super().__init__(OraclePredictor(), Unused(), TopK(), self._watched, ResidentFirst(), future)
@@ -53,8 +61,8 @@ class Clairvoyant(Policy):
         self.window = lookahead if lookahead is not None else max_events
         self.max_wanted = max_wanted
 
-    def start(self, view: View) -> None:
-        super().start(view)
+    def start(self, view: View, shown: View | None = None) -> None:
+        super().start(view, shown)
         self._spend(0)
         self._clean = -1
         """Every event up to here lacks nothing, so that a look ahead need not begin anew at each layer."""

@@ -50,8 +50,8 @@ class CopyQueue:
 
     Its fields are its own: others read `has_work`, `wanted` (prefetches not yet issued, best last), `demand` (loads
     whose experts are waited for), `flight` (loads by chunk on the link), `loading` (loads by key), `landed_ns` [N]
-    (device time at which the last load of each key ended), `num_loads` and `num_fresh` (prefetched experts that were
-    neither demanded nor evicted yet).
+    (device time at which the last load of each key ended), `num_loads`, `num_fresh` (prefetched experts that were
+    neither demanded nor evicted yet) and `num_launched` (experts whose kernels were launched, each time).
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class CopyQueue:
             raise ValueError(f"channel_depth={depth} must be at least 1")
         self._copy = machine.copy
         self.slots = slots
-        self.state = slots.state
+        self.state, self._shown = slots.state, slots.shown
         self.progress = progress
         self.counters = counters
         self.chunk_bytes = chunk_bytes
@@ -88,6 +88,7 @@ class CopyQueue:
         """1 while a prefetched expert has not been demanded, by key."""
         self.num_fresh = 0
         self.num_loads = 0
+        self.num_launched = 0
         self.streamed_event = -1
         self.landed_ns = [0] * len(slots.state)
 
@@ -112,6 +113,7 @@ class CopyQueue:
     def launched(self, mark: int, keys: Sequence[int]) -> None:
         """The kernels of `mark` read the slots of `keys`."""
         self._launched.append((mark, keys))
+        self.num_launched += len(keys)
 
     @property
     def last_reader(self) -> int:
@@ -188,6 +190,8 @@ class CopyQueue:
             self.evict(victim)
         slot = load.slot = slots.slot_of[key] = free.pop()
         self.state[key] = LOADING
+        if self._shown is not None:
+            self._shown[key] = LOADING
         load.id = self.num_loads = self.num_loads + 1
         if slots.reader[slot] > load.after:
             load.after = slots.reader[slot]
@@ -209,6 +213,8 @@ class CopyQueue:
         slot = slot_of[key]
         slot_of[key] = -1
         state[key] = ABSENT
+        if self._shown is not None:
+            self._shown[key] = ABSENT
         slots.reader[slot] = reader
         slots.free[key // slots.span].append(slot)
         unused = False
@@ -231,7 +237,7 @@ class CopyQueue:
             self.streamed_event = progress.event
             self.counters.num_streamed_layers += 1
         pinned = progress.pinned
-        progress.pinned = set(pinned) - launched
+        progress.pinned = frozenset(pinned) - launched
         victim = self._victim(load.key, load.cause)
         progress.pinned = pinned
         return victim
@@ -258,6 +264,8 @@ class CopyQueue:
                 key = load.key
                 self.landed_ns[key] = end_ns
                 self.state[key] = RESIDENT
+                if self._shown is not None:
+                    self._shown[key] = RESIDENT
                 del self.loading[key]
                 for heard in self._landed_listeners:
                     heard(key)

@@ -65,7 +65,8 @@ class KnownForward(Protocol):
     """A forward as the parts of a policy see it: its tokens from the begin, the routing as it becomes known.
 
     Fields as in `Forward`. demands, issue_order and counts hold the layers whose routing has been read, and no more;
-    recorded answers for the forward's own rows and for those layers.
+    requests_ended is empty until the tokens have been read back; recorded answers for the forward's own rows and for
+    those layers.
     """
 
     @property
@@ -97,16 +98,23 @@ class KnownForward(Protocol):
 
 
 class Unveiling:
-    """One forward on its way to the parts of a policy: `known` is what they are given, `reveal` shows a layer more."""
+    """One forward on its way to the parts of a policy: `known` is what they are given, `reveal` shows a layer more.
+
+    copies: recorded values are copies, which lead to no others of the trace and change nothing for anybody else.
+    """
 
     __slots__ = ("known",)
 
-    def __init__(self, forward: Forward) -> None:
-        self.known: KnownForward = _Known(forward)
+    def __init__(self, forward: Forward, copies: bool = False) -> None:
+        self.known: KnownForward = _Known(forward, copies)
 
     def reveal(self, layer: int) -> None:
         """The routing of `layer`, the next one, has been read."""
         _set_num_known(self.known, layer + 1)
+
+    def end(self) -> None:
+        """The tokens have been read back: it is known which requests have ended."""
+        _set_ended(self.known, True)
 
 
 class _Known:
@@ -115,6 +123,7 @@ class _Known:
     __slots__ = (
         "_counts",
         "_demands",
+        "_ended",
         "_forward",
         "_issue_order",
         "_num_known",
@@ -125,7 +134,6 @@ class _Known:
         "phase",
         "recorded",
         "requests",
-        "requests_ended",
         "requests_started",
         "rows",
     )
@@ -136,28 +144,33 @@ class _Known:
     requests: tuple[int, ...]
     kv_lens: tuple[int, ...]
     requests_started: tuple[int, ...]
-    requests_ended: tuple[int, ...]
     emits_token: bool
     recorded: Recorded | None
     num_tokens: int
     _forward: Forward
+    _ended: bool
     _num_known: int
     _demands: tuple[tuple[int, ...], ...]
     _issue_order: tuple[tuple[int, ...], ...]
     _counts: tuple[Mapping[int, int], ...]
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Forward, copies: bool) -> None:
         keep = object.__setattr__
-        for name in ("index", "phase", "requests", "kv_lens", "requests_started", "requests_ended", "emits_token"):
+        for name in ("index", "phase", "requests", "kv_lens", "requests_started", "emits_token"):
             keep(self, name, getattr(forward, name))
         rows = forward.rows if isinstance(forward.rows, range) else tuple(forward.rows)
         keep(self, "rows", rows)
         keep(self, "num_tokens", len(rows))
         keep(self, "_forward", forward)
         keep(self, "_num_known", 0)
+        keep(self, "_ended", False)
         for name in ("_demands", "_issue_order", "_counts"):
             keep(self, name, ())
-        keep(self, "recorded", None if forward.recorded is None else _KnownRecorded(forward.recorded, self))
+        keep(self, "recorded", None if forward.recorded is None else _KnownRecorded(forward.recorded, self, copies))
+
+    @property
+    def requests_ended(self) -> tuple[int, ...]:
+        return self._forward.requests_ended if self._ended else ()
 
     @property
     def demands(self) -> tuple[tuple[int, ...], ...]:
@@ -191,6 +204,7 @@ class _Known:
 
 # Past `__setattr__`: for this file alone.
 _set_num_known = vars(_Known)["_num_known"].__set__
+_set_ended = vars(_Known)["_ended"].__set__
 _set_demands = vars(_Known)["_demands"].__set__
 _set_order = vars(_Known)["_issue_order"].__set__
 _set_counts = vars(_Known)["_counts"].__set__
@@ -199,10 +213,10 @@ _set_counts = vars(_Known)["_counts"].__set__
 class _KnownRecorded:
     """Implements `Recorded`: of the forward's own rows, and of layers whose routing is known. ValueError else."""
 
-    __slots__ = ("_forward", "_recorded", "_rows")
+    __slots__ = ("_copies", "_forward", "_recorded", "_rows")
 
-    def __init__(self, recorded: Recorded, forward: _Known) -> None:
-        self._recorded, self._forward = recorded, forward
+    def __init__(self, recorded: Recorded, forward: _Known, copies: bool) -> None:
+        self._recorded, self._forward, self._copies = recorded, forward, copies
         self._rows = frozenset(forward.rows)
 
     def _check_rows(self, rows: Sequence[int]) -> None:
@@ -219,12 +233,16 @@ class _KnownRecorded:
                 f"forward {self._forward.index} was asked for the pre-gate recorded at layer {layer}, whose routing is "
                 "not known yet"
             )
-        return self._recorded.lookahead(rows, layer)
+        found = self._recorded.lookahead(rows, layer)
+        # What is read is a part of all layers' values, to which an array leads.
+        return found.copy() if self._copies and found is not None else found
 
     def embedding(self, rows: Sequence[int]) -> npt.NDArray[np.float32] | None:
         self._check_rows(rows)
-        return self._recorded.embedding(rows)
+        found = self._recorded.embedding(rows)
+        return found.copy() if self._copies and found is not None else found
 
     def token_ids(self, rows: Sequence[int]) -> npt.NDArray[Any] | None:
         self._check_rows(rows)
-        return self._recorded.token_ids(rows)
+        found = self._recorded.token_ids(rows)
+        return found.copy() if self._copies and found is not None else found

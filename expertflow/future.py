@@ -14,6 +14,9 @@ NEVER = 1 << 62
 BLOCK = 1024
 
 
+_Block = tuple[list[tuple[int, ...]], list[tuple[int, ...]]]
+
+
 class Future:
     """Demand and next uses of every event. Memory grows with the trace: 13 bytes per access.
 
@@ -42,14 +45,17 @@ class Future:
         head = np.ones(len(order), dtype=bool)
         head[1:] = ~same
         self._first[self.keys[order[head]]] = events[order[head]]
-        self._blocks: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
+        # It is shared by all runs over the trace: nobody writes to it.
+        for array in (self.keys, self.starts, self.next_event, self._first):
+            array.setflags(write=False)
+        self._blocks: dict[int, _Block] = {}
 
     def first_uses(self) -> list[int]:
         """First event that demands each key [num_keys]; NEVER if none does."""
         return list(map(int, self._first))
 
-    def _block(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
-        """(keys, next uses) of BLOCK events as nested lists: indexing those is what numpy is slow at."""
+    def _block(self, index: int) -> _Block:
+        """(keys, next uses) of BLOCK events: indexing nested lists is what numpy is slow at."""
         block = self._blocks.get(index)
         if block is None:
             first, last = index * BLOCK, min(index * BLOCK + BLOCK, self.num_events)
@@ -57,19 +63,19 @@ class Future:
             keys = self.keys[bounds[0] : bounds[-1]].tolist()
             uses = self.next_event[bounds[0] : bounds[-1]].tolist()
             spans = [(a - bounds[0], b - bounds[0]) for a, b in pairwise(bounds)]
-            block = ([keys[a:b] for a, b in spans], [uses[a:b] for a, b in spans])
+            block = ([tuple(keys[a:b]) for a, b in spans], [tuple(uses[a:b]) for a, b in spans])
             while len(self._blocks) >= 4:
                 # A reader goes forward, with a look ahead: the block read longest ago is the one it has left.
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[index] = block
         return block
 
-    def next_uses(self, event: int) -> list[int]:
+    def next_uses(self, event: int) -> tuple[int, ...]:
         """Next event for each key of `event`, in touch order."""
         return self._block(event // BLOCK)[1][event % BLOCK]
 
-    def demand(self, event: int) -> list[int]:
+    def demand(self, event: int) -> tuple[int, ...]:
         """Keys that `event` demands, in touch order; empty past the end."""
         if event >= self.num_events:
-            return []
+            return ()
         return self._block(event // BLOCK)[0][event % BLOCK]

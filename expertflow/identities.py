@@ -14,6 +14,7 @@ def check_identities(counters: Counters, queue: CopyQueue) -> None:
     loaded = queue.num_loads * sum(queue.chunk_bytes)
     loaded -= sum(sum(queue.chunk_bytes[load.issued :]) for load in queue.loading.values())
     checks = {
+        "experts launched = experts demanded": (queue.num_launched, c.num_accesses),
         "accesses = hits + late + misses": (c.num_accesses, c.num_hits + c.num_late + c.num_misses),
         "elapsed = compute + stall + overhead": (c.elapsed_ns, c.compute_ns + c.stall_ns + c.overhead_ns),
         "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),

@@ -1,71 +1,31 @@
 """The dimensions of a Mixture-of-Experts model: what an expert weighs, what the rest weighs, what KV takes.
 
+Annotations are evaluated here, since they declare keys: as text each would be compiled when it is first asked for.
 Knows no hardware and no time. Parameters are those of the matrices: biases, norms and quantisation tables not
 in `*_bits` are left out. Bytes are whole numbers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    Spec = TypeVar("Spec", bound=DataclassInstance)
+from expertflow.keys import Rule, check_fields, check_range, from_mapping
 
 GQA = "gqa"
 MLA = "mla"
 _MLA_FIELDS = ("kv_rank", "rope_dim", "nope_dim", "v_dim")
 _GQA_FIELDS = ("num_kv_heads", "head_dim")
+_MOST_WIDTH = 1_000_000
+"""Of any matrix of a model: no expert weighs more than 24 TB, so that the times of its copies fit into 64 bits."""
 
 
-def check_range(key: str, value: float, low: float, high: float, *, remedy: str = "", above: bool = False) -> None:
-    """ValueError naming key, value, range and remedy unless low <= value <= high (`above`: low < value)."""
-    if (low < value if above else low <= value) and value <= high:
-        return
-    bracket = "(" if above else "["
-    hint = f"; {remedy}" if remedy else ""
-    raise ValueError(f"{key}={value} is outside {bracket}{low:g}, {high:g}]{hint}")
+def _width(about: str, low: int = 1) -> Rule:
+    return Rule(low, _MOST_WIDTH, about=about)
 
 
-def from_mapping(cls: type[Spec], values: Mapping[str, object], group: str) -> Spec:
-    """Build the dataclass `cls` from plain configuration values; errors name them `group`.key.
-
-    ValueError on an unknown key, a missing one, or a value of the wrong type. Nothing is converted.
-    """
-    known = {field.name: field for field in fields(cls)}
-    for key in values:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {group}.{near[0]}? " if near else ""
-            raise ValueError(f"{group}.{key} is not a key; {hint}Valid keys: {', '.join(sorted(known))}")
-    required = {k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    missing = sorted(required - values.keys())
-    if missing:
-        raise ValueError(f"{group} lacks {', '.join(missing)}; choose a file of conf/{group} or add them")
-    hints = get_type_hints(cls)
-    for key, value in values.items():
-        wanted = _misfit(value, hints[key])
-        if wanted:
-            raise ValueError(f"{group}.{key}={value!r} is a {type(value).__name__}; it must be {wanted}")
-    return cls(**values)
-
-
-def _misfit(value: object, hint: object) -> str:
-    """What `value` should have been, or nothing if it fits. A bool is no number, whatever Python says."""
-    if hint is bool:
-        return "" if isinstance(value, bool) else "true or false"
-    if hint is str:
-        return "" if isinstance(value, str) else "text"
-    if hint is int:
-        return "" if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
-    if hint is float:
-        return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
-    return ""  # a composite: the class checks it
+def _bits(about: str) -> Rule:
+    return Rule(1, 64, unit="bits", about=about)
 
 
 @dataclass(frozen=True)
@@ -81,60 +41,47 @@ class ModelSpec:
     tied_embeddings: whether the head is the embedding matrix, stored once.
     """
 
-    name: str
-    num_layers: int
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    expert_intermediate: int
-    num_heads: int
-    vocab_size: int
-    source: str
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    attention: str = GQA
-    kv_rank: int = 0
-    rope_dim: int = 0
-    nope_dim: int = 0
-    v_dim: int = 0
-    q_rank: int = 0
-    window: int = 0
-    window_every: int = 0
-    expert_matrices: int = 3
-    shared_intermediate: int = 0
-    num_dense_layers: int = 0
-    dense_intermediate: int = 0
-    tied_embeddings: bool = False
-    weight_bits: float = 16.0
-    expert_bits: float = 16.0
-    embedding_bits: float = 16.0
-    kv_bits: float = 16.0
+    name: Annotated[str, Rule(about="of the model, as a trace names it")]
+    num_layers: Annotated[int, Rule(1, 10_000, about="MoE layers")]
+    # Traces store expert numbers in 16 bits, all ones meaning padding.
+    num_experts: Annotated[int, Rule(1, 65_535, about="routed experts of a layer")]
+    top_k: Annotated[int, Rule(1, 65_535, about="experts that a token takes, at most num_experts")]
+    hidden_size: Annotated[int, _width("width of the residual stream")]
+    expert_intermediate: Annotated[int, _width("inner width of a routed expert")]
+    num_heads: Annotated[int, _width("query heads")]
+    vocab_size: Annotated[int, _width("rows of the embedding matrix")]
+    source: Annotated[str, Rule(about="where the figures are from")]
+    num_kv_heads: Annotated[int, _width("gqa: key and value heads", 0)] = 0
+    head_dim: Annotated[int, _width("gqa: width of a head", 0)] = 0
+    attention: Annotated[str, Rule(choices=(GQA, MLA), about="kind of attention")] = GQA
+    kv_rank: Annotated[int, _width("mla: rank of the compressed KV", 0)] = 0
+    rope_dim: Annotated[int, _width("mla: width with positions", 0)] = 0
+    nope_dim: Annotated[int, _width("mla: width without positions", 0)] = 0
+    v_dim: Annotated[int, _width("mla: width of a value", 0)] = 0
+    q_rank: Annotated[int, _width("mla: rank of the queries, 0 = full", 0)] = 0
+    window: Annotated[int, Rule(0, 10_000_000, unit="tokens", about="of windowed layers, 0 = none")] = 0
+    window_every: Annotated[int, Rule(0, 10_000, about="every how manieth MoE layer is windowed")] = 0
+    expert_matrices: Annotated[int, Rule(2, 3, about="3 = gated, 2 = Switch and NLLB")] = 3
+    shared_intermediate: Annotated[int, _width("inner width of all shared experts together, 0 = none", 0)] = 0
+    num_dense_layers: Annotated[int, Rule(0, 10_000, about="ordinary layers before the MoE layers")] = 0
+    dense_intermediate: Annotated[int, _width("inner width of a dense layer", 0)] = 0
+    tied_embeddings: Annotated[bool, Rule(about="the head is the embedding matrix")] = False
+    weight_bits: Annotated[float, _bits("per weight of attention, shared and dense layers")] = 16.0
+    expert_bits: Annotated[float, _bits("per weight of routed experts, scales included")] = 16.0
+    embedding_bits: Annotated[float, _bits("per weight of embeddings, head and router")] = 16.0
+    kv_bits: Annotated[float, _bits("per cached value")] = 16.0
 
     def __post_init__(self) -> None:
-        for key in ("name", "source"):
-            if not getattr(self, key):
-                raise ValueError(f"model.{key} is empty; name the model and where its figures are from")
-        check_range("model.num_layers", self.num_layers, 1, 10_000)
-        # Traces store expert numbers in 16 bits, all ones meaning padding.
-        check_range("model.num_experts", self.num_experts, 1, 65_535)
+        check_fields(self, "model")
         check_range("model.top_k", self.top_k, 1, self.num_experts, remedy="the upper end is num_experts")
-        for key in ("hidden_size", "expert_intermediate", "num_heads", "vocab_size"):
-            check_range(f"model.{key}", getattr(self, key), 1, 10_000_000)
-        check_range("model.expert_matrices", self.expert_matrices, 2, 3)
-        for key in ("shared_intermediate", "num_dense_layers", "dense_intermediate", "q_rank"):
-            check_range(f"model.{key}", getattr(self, key), 0, 10_000_000)
-        for key in ("weight_bits", "expert_bits", "embedding_bits", "kv_bits"):
-            check_range(f"model.{key}", getattr(self, key), 1, 64, remedy="bits per weight or cached value")
         self._check_attention()
         self._check_pair("window", "window_every")
         self._check_pair("num_dense_layers", "dense_intermediate")
 
     def _check_attention(self) -> None:
-        if self.attention not in (GQA, MLA):
-            raise ValueError(f"model.attention={self.attention!r} is unknown; choose {GQA} or {MLA}")
         own, other = (_GQA_FIELDS, _MLA_FIELDS) if self.attention == GQA else (_MLA_FIELDS, _GQA_FIELDS)
         for key in own:
-            check_range(f"model.{key}", getattr(self, key), 1, 1_000_000, remedy=f"{self.attention} needs it")
+            check_range(f"model.{key}", getattr(self, key), 1, _MOST_WIDTH, remedy=f"{self.attention} needs it")
         for key in other if self.attention == MLA else (*other, "q_rank"):
             check_range(f"model.{key}", getattr(self, key), 0, 0, remedy=f"{self.attention} does not use it")
         if self.attention == MLA:
@@ -147,8 +94,6 @@ class ModelSpec:
 
     def _check_pair(self, first: str, second: str) -> None:
         values = [getattr(self, key) for key in (first, second)]
-        for key, value in zip((first, second), values, strict=True):
-            check_range(f"model.{key}", value, 0, 10_000_000)
         if (values[0] == 0) != (values[1] == 0):
             raise ValueError(f"model.{first}={values[0]} and model.{second}={values[1]}: give both above 0, or neither")
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from expertflow.forward import Forward, KnownForward
+from expertflow.keys import Rule, check_fields
 from expertflow.view import Feedback, View
 
 if TYPE_CHECKING:
@@ -103,13 +104,11 @@ class Effort:
     `python -m replay.bench_decide`; nothing but the simulated clock depends on it.
     """
 
-    once: float = 1.0
-    per_layer: float = 0.0
+    once: Annotated[float, Rule(0, 1000, about="of a decision, in table look-ups")] = 1.0
+    per_layer: Annotated[float, Rule(0, 1000, about="of each layer that is predicted anew")] = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in (("once", self.once), ("per_layer", self.per_layer)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
-                raise ValueError(f"effort.{name}={value!r} must be a number in 0 … 1000")
+        check_fields(self, "effort")
 
     def of(self, num_predicted: float) -> float:
         """Of a decision that predicts so many layers."""

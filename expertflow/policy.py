@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from expertflow.answers import Answers, is_own
+from expertflow.answers import Answers, Guards, Parts
+from expertflow.boundary import Guard, PartError, check_unchanged, declared, is_guarded, is_own, plain
 from expertflow.forward import Forward, KnownForward, Unveiling
 from expertflow.future import Future
 from expertflow.parts import Announced, Effort, Eviction, Horizon, Order, Part, Place, Placing, Predictor, Selection
 from expertflow.places.gpu import Gpu
 from expertflow.view import RESIDENT, Feedback, View
 
-_CONTRACT = (Part, Predictor, Horizon, Selection, Eviction, Order, Place)
+_KINDS: tuple[type[Part], ...] = (Predictor, Horizon, Selection, Eviction, Order, Place)
+_CONTRACT: tuple[type[Part], ...] = (Part, *_KINDS)
 
 
 class Policy:
@@ -23,6 +25,7 @@ class Policy:
 
     At layer l the distances not predicted before are predicted (normally only the farthest), unless the
     predictor refreshes. Nearer layers come first in the list of wants. place: None = everything on the GPU.
+    ValueError for a part of another kind, or one that declares what it may not.
     """
 
     def __init__(
@@ -43,6 +46,9 @@ class Policy:
         self.order = order
         self.place: Place = place or Gpu()
         self.parts: list[Part] = [predictor, horizon, selection, eviction, order, self.place]
+        self._declared = [declared(part, kind) for part, kind in zip(self.parts, _KINDS, strict=True)]
+        self.uses_future = any(bool(told["uses_future"]) for told in self._declared)
+        """Whether any part reads ahead in the trace: such a result is a reference, not a policy."""
         self.future = future
         self.prefetches = predictor.predicts
         self.places = self.overrides(self.place, "on_host")
@@ -68,21 +74,29 @@ class Policy:
                 raise ValueError(f"{type(part).__name__} needs the future of the trace and was given none")
 
     @property
-    def uses_future(self) -> bool:
-        """Whether any part reads ahead in the trace: such a result is a reference, not a policy."""
-        return any(part.uses_future for part in self.parts)
+    def guarded(self) -> bool:
+        """Whether any part is of a class whose answers are checked, and which is shown copies of what others share."""
+        return any(map(is_guarded, self.parts))
 
     def overrides(self, part: Part, hook: str) -> bool:
         """Whether `part` answers `hook` itself."""
         return not any(getattr(type(part), hook) is vars(base).get(hook) for base in _CONTRACT)
 
     def listeners(self, hook: str) -> list[Callable[..., Any]]:
-        """The parts' own methods for `hook`, in the order of the parts."""
-        return [getattr(part, hook) for part in self.active if self.overrides(part, hook)]
+        """The parts' own methods for `hook`, in the order of the parts, with what stands around them. After `start`."""
+        heard: list[Callable[..., Any]] = []
+        for part, guard in zip(self.parts, self._guards, strict=True):
+            if part in self.active and self.overrides(part, hook):
+                if guard is None:
+                    heard.append(getattr(part, hook))
+                else:
+                    heard.append(guard.told_layer_end() if hook == "layer_end" else guard.told(hook))
+        return heard
 
-    def start(self, view: View) -> None:
-        """Bind the parts to a run."""
+    def start(self, view: View, shown: View | None = None) -> None:
+        """Bind the parts to a run. shown: what parts whose answers are checked see of it, where that is not `view`."""
         self.view = view
+        self._guards = Guards(*(Guard(part, view) if is_guarded(part) else None for part in self.parts))
         self.reach_counts = [0] * (view.num_layers + 1)
         self.num_expected = self.decision_effort = 0.0
         self.num_predicted = self.total_predicted = self.num_decisions = 0
@@ -102,18 +116,10 @@ class Policy:
         hear_of_forwards = self._begin_listeners or self._routed_listeners or self._end_listeners
         self.follows = bool(self.prefetches or self.places or hear_of_forwards)
         """Whether any part looks at forwards, which are then shown to it as their routing becomes known."""
-        for part in self.active:
-            part.start(view, self.future if part.uses_future else None)
-        self.answers = answers = Answers(
-            self.predictor,
-            self.horizon,
-            self.selection,
-            self.eviction,
-            self.order,
-            self.place,
-            view.num_layers,
-            view.num_experts,
-        )
+        self._frozen = self.guarded
+        self._start_parts(view, shown or view)
+        parts = Parts(self.predictor, self.horizon, self.selection, self.eviction, self.order, self.place)
+        self.answers = answers = Answers(parts, self._guards, view, self._declared[3]["scope"] == "layer")
         # Bound once: `decide` runs at every layer.
         self._refreshes, self._predict, self._step = self.predictor.refreshes, answers.predict, answers.step
         self._select, self._distances = answers.select, answers.distances
@@ -121,18 +127,45 @@ class Policy:
         self._hand_on_forecast()
         self._fused = self.prefetches and self._fuse()
 
+    def _start_parts(self, view: View, shown: View) -> None:
+        for part, guard, told in zip(self.parts, self._guards, self._declared, strict=True):
+            future = self.future if told["uses_future"] else None
+            if part not in self.active:
+                continue
+            if guard is None:
+                part.start(view, future)
+            else:
+                guard.told("start")(shown, future)
+        self._check_declared()
+
+    def _check_declared(self) -> None:
+        """What parts have declared was counted on when the run was set up."""
+        for part, kind, guard, told in zip(self.parts, _KINDS, self._guards, self._declared, strict=True):
+            if guard is not None:
+                check_unchanged(guard, told, declared(part, kind))
+
+    def tampered(self) -> PartError:
+        """The error for a policy of which a part has written to what is shown of the slots."""
+        names = ", ".join(type(part).__name__ for part in self.parts if is_guarded(part))
+        where = f"forward {self.view.forward}, layer {self.view.layer}"
+        return PartError(
+            f"{plain(names, 120)}: a part has written to the memory behind view.residency ({where}); "
+            "a part reads its view, and acts by what it answers"
+        )
+
     def _fuse(self) -> bool:
         """Whether the predictor decides at once, now that all parts have started."""
         if not self._at_once:
             return False
-        thresholds, worths = self.selection.thresholds(), self.eviction.worths()
-        return thresholds is not None and worths is not None and self.predictor.fuse(thresholds, worths)
+        answers = self.answers
+        thresholds, worths = answers.thresholds(), answers.worths()
+        return thresholds is not None and worths is not None and answers.fuse(thresholds, worths)
 
     def _hand_on_forecast(self) -> None:
         if self._hears_forecast:
             forecast = self.answers.forecast()
             if forecast is not None:
-                self.eviction.foreseen(forecast)
+                self.answers.foreseen(forecast)
 
     def announced(self) -> Announced | None:
         """Who takes forwards before they run, if anybody does (`Predictor.announced`): a predictor of ours alone."""
@@ -143,9 +176,9 @@ class Policy:
         if self._num_layers_selected:
             self.num_expected = self._num_selected / self._num_layers_selected
             self._num_selected = self._num_layers_selected = 0
-        self.horizon.num_expected = self.num_expected
+        self.answers.expect(self.num_expected)
         if self.follows:
-            self._unveiling = Unveiling(forward)
+            self._unveiling = Unveiling(forward, self._frozen)
             self.known: KnownForward = self._unveiling.known
             """The forward that runs, as the parts see it."""
             for heard in self._begin_listeners:
@@ -160,9 +193,13 @@ class Policy:
 
     def end_forward(self) -> None:
         """After the tokens have been read back."""
+        if self.follows:
+            self._unveiling.end()
         for heard in self._end_listeners:
             heard(self.known)
         self._hand_on_forecast()
+        if self._frozen:
+            self._check_declared()
 
     def begin_measuring(self) -> None:
         """The warm-up is over."""
@@ -204,7 +241,7 @@ class Policy:
                 self._num_layers_selected += num_layers
                 self._spend(reach)
                 if overfetched and self._hears_overfetch:
-                    self.horizon.overfetched()
+                    self.answers.overfetched()
                 return wants
         return self._ask(layer, distances)
 
@@ -236,7 +273,7 @@ class Policy:
                 window_event[target] = event + distance
                 window_keys[target] = keys
                 if self._hears_predicted:
-                    self.eviction.predicted(keys, target, prediction)
+                    self.answers.predicted(keys, target, prediction)
             num_wants = len(wants)
             for key in keys:
                 if not residency[key]:
@@ -244,6 +281,6 @@ class Policy:
             if len(wants) > num_wants:
                 continue
             if distance == 2 and self._hears_overfetch and keys and all(residency[key] == RESIDENT for key in keys):
-                self.horizon.overfetched()
+                self.answers.overfetched()
         self._spend(num_predicted)
         return wants

@@ -67,33 +67,40 @@ class Runtime:
         self.watch = Watch(observers) if any(map(sees_events, observers)) else None
         self.books = StreamBooks(self.counters, self.watch)
         self._forward_listeners = [observer.end_forward for observer in observers]
-        self.eviction = eviction = policy.eviction
-        self.slots = Slots(config.num_layers, config.num_experts, config.num_slots, eviction.scope, config.num_staging)
+        scope = policy.eviction.scope
+        self.slots = Slots(config.num_layers, config.num_experts, config.num_slots, scope, config.num_staging)
         self.progress = Progress()
-        self.view = View(
-            self.progress,
-            memoryview(self.slots.state),
-            num_layers=config.num_layers,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            expert_bytes=sum(config.chunk_bytes),
-            num_slots=config.num_slots,
-            slots_by_layer=self.slots.capacities if self.slots.by_layer else (),
-        )
-        policy.start(self.view)
+        self.view = self._view(self.slots.state)
+        # A view leads to the memory it shows: parts whose answers are checked see a copy, which is kept up to date.
+        shown = self.slots.show_copy() if policy.guarded else None
+        policy.start(self.view, None if shown is None else self._view(shown))
         self.answers = answers = policy.answers
-        hooks = SlotHooks(answers.victim, eviction.admitted, policy.listeners("evicted"), policy.listeners("landed"))
+        self._touched, self._strict = answers.touched, policy.order.strict
+        hooks = SlotHooks(answers.victim, answers.admitted, policy.listeners("evicted"), policy.listeners("landed"))
         self.queue = CopyQueue(
             machine, self.slots, self.progress, self.counters, config.chunk_bytes, config.channel_depth, hooks
         )
         self._layer_end_listeners = policy.listeners("layer_end")
-        self._releases = policy.overrides(eviction, "release")
+        self._releases = policy.overrides(policy.eviction, "release")
         self._trims_at_layer_end = bool(self._releases or config.num_staging)
         self._num_late = self._num_misses = 0
         self._first_gate = (0, 0)
         self._pending_serial: list[int] = []
         for key in reversed(self.slots.fill(config.initial)):
-            eviction.admitted(key, DEMAND)
+            answers.admitted(key, DEMAND)
+
+    def _view(self, state: bytearray) -> View:
+        config, slots = self.config, self.slots
+        return View(
+            self.progress,
+            memoryview(state),
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            expert_bytes=sum(config.chunk_bytes),
+            num_slots=config.num_slots,
+            slots_by_layer=slots.capacities if slots.by_layer else (),
+        )
 
     def run(self) -> Generator[Wait, Record, None]:
         """The loop. Yields waits, is sent records; `counters` and `journal` are complete when it ends."""
@@ -157,7 +164,7 @@ class Runtime:
                     self._retire((yield self._wait_for_load(waiting[0])))
                     if queue.has_work:
                         queue.pump()
-                    waiting = self._launch_landed(forward, layer, waiting, missing, policy.order.strict)
+                    waiting = self._launch_landed(forward, layer, waiting, missing, self._strict)
                 if not launched:
                     mark = self._launch_next(layer)
                 progress.pinned = NOTHING
@@ -200,9 +207,9 @@ class Runtime:
             policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses))
         if policy.follows:
             policy.routed(layer)
-        # A short list is searched faster than a set is made.
-        self.progress.pinned = keys if len(keys) <= 8 else set(keys)
-        self.eviction.touched(keys)
+        # A few are searched faster than a set is made. Parts see it: nobody can change it.
+        self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
+        self._touched(keys)
         ready: list[int] = []
         late: list[int] = []
         missing: list[int] = []
@@ -253,7 +260,7 @@ class Runtime:
     ) -> list[int]:
         arrange = self.answers.arrange
         first: Sequence[int]
-        if self.policy.order.strict:
+        if self._strict:
             arranged = list(arrange(forward.demands[layer]))
             stop = next(i for i, key in enumerate(arranged) if key not in ready)
             first, waiting = arranged[:stop], arranged[stop:]
@@ -343,6 +350,8 @@ class Runtime:
         counters.num_forwards += 1
         self.journal.end_forward(forward, now)
         self.policy.end_forward()
+        if self.slots.shown is not None and self.slots.shown != self.slots.state:
+            raise self.policy.tampered()
         for heard in self._forward_listeners:
             heard(forward, now)
         if counters.num_forwards == self.config.warmup_forwards:

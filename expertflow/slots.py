@@ -41,6 +41,8 @@ class Slots:
         self.capacities = split_by_layer(num_slots, num_layers) if self.by_layer else [num_slots]
         total = num_slots + num_staging * len(self.capacities)
         self.state = bytearray(num_layers * num_experts)
+        self.shown: bytearray | None = None
+        """A copy of `state` for parts whose answers are checked, if there are any: who writes `state` writes it too."""
         self.slot_of = [-1] * (num_layers * num_experts)
         self.reader = [0] * total
         """Mark that must end before the slot may be rewritten, by slot; 0 = none."""
@@ -60,4 +62,11 @@ class Slots:
                 self.slot_of[key] = free.pop()
                 self.state[key] = RESIDENT
                 placed.append(key)
+        if self.shown is not None:
+            self.shown[:] = self.state
         return placed
+
+    def show_copy(self) -> bytearray:
+        """A copy of `state`, kept up to date from now on."""
+        self.shown = bytearray(self.state)
+        return self.shown

@@ -16,27 +16,29 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
+from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import end
 from replay.machine.device import DeviceLostError
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
-from replay.settings import KEYS, Settings, as_found
+from replay.settings import Settings, as_found
 from sim.app import Recorders, relative
 from sim.job.beside import baselines, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.output import provenance, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_job, run_cli
+from sim.job.run_cli import as_job, run_hydra
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.paths import CONF
 
 WRONG = 1
-"""Exit code of a run whose stamps were wrong."""
+"""Exit code of a run whose stamps or launches were wrong."""
 
 
 @hydra.main(config_path=str(CONF), config_name="replay", version_base="1.3")
@@ -50,7 +52,7 @@ def replay_configured(cfg: DictConfig) -> float | None:
     started = time.perf_counter()
     folder = Path(HydraConfig.get().runtime.output_dir)
     overrides = list(HydraConfig.get().overrides.task)
-    plain = checked(cfg, KEYS, ("local",))
+    plain = checked(cfg, declared(ReplayKeys), ("local",))
     _check(plain)
     settings = Settings.of(plain)
     device = settings.device()
@@ -82,7 +84,7 @@ def replay_configured(cfg: DictConfig) -> float | None:
     write_text(folder / "provenance.json", to_json(found))
     _print(console, metrics, folder)
     integrity = job.integrity
-    if integrity is not None and integrity.num_wrong:
+    if integrity is not None and not integrity.sound:
         raise SystemExit(WRONG)
     write_text(folder / "DONE", decided.to_json())
     mean = metrics["tpot_ms"]["mean"]
@@ -223,9 +225,16 @@ def notes(metrics: dict[str, Any]) -> list[str]:
                 f"first wrong stamp: forward {first['forward']}, layer {first['layer']}, one of expert keys "
                 f"{', '.join(map(str, first['keys']))}"
             )
+        if integrity["num_mislaunched"]:
+            wrong = integrity["first_mislaunched"]
+            lines.append(
+                f"{integrity['num_mislaunched']} experts were not launched once, as their layer demands; first: "
+                f"forward {wrong['forward']}, layer {wrong['layer']}, left out {list(wrong['left_out'])}, "
+                f"launched too often {list(wrong['too_often'])}"
+            )
     return lines
 
 
 def cli() -> int:
     """Entry point."""
-    return run_cli(main)
+    return run_hydra(main)

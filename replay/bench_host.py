@@ -34,6 +34,7 @@ from replay.stopwatch import Stopwatch, measure_overhead
 from sim.job.configure import configure
 from sim.job.run_cli import run_cli
 from sim.job.setup import load_chunks, make_policy, make_workload, run_config
+from traces.flags import Parser, whole
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
 SCALE = 64
@@ -237,17 +238,15 @@ def _print(found: dict[str, dict[str, float]]) -> bool:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m replay.bench_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("trace", nargs="?", type=Path, help="a recorded trace (default: the generated one)")
-    parser.add_argument("--tokens", type=int, default=48, help="of the trace to run (default: 48)")
-    parser.add_argument("--repeat", type=int, default=5, help="runs of each kind; medians count (default: 5)")
+    parser.add_argument("--tokens", type=whole(1, 1_000_000), default=48, help="of the trace to run (default: 48)")
+    parser.add_argument(
+        "--repeat", type=whole(1, 10_000), default=5, help="runs of each kind; medians count (default: 5)"
+    )
     args = parser.parse_args(words)
-    for key in ("tokens", "repeat"):
-        if getattr(args, key) < 1:
-            print(f"error: --{key}={getattr(args, key)} must be at least 1", file=sys.stderr)
-            return 2
     given = (
         [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"]
         if args.trace

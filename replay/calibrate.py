@@ -23,11 +23,14 @@ from replay.calibration.hostspeed import drift
 from replay.calibration.profile import profiles
 from replay.calibration.record import calibrate, named_model, scale_of, write_profile
 from replay.gc_pause import keep_loaded
-from replay.machine.rig import MACHINES, choose_machine, make_device
+from replay.keys import MACHINES
+from replay.machine.rig import choose_machine, make_device
 from sim.job.configure import configure
 from sim.job.output import provenance
 from sim.job.run_cli import run_cli
 from sim.paths import CONF, add_config_dir, folder_to_write
+from sim.specs.hardware import LEAST_GB_PER_S
+from traces.flags import Parser, number, whole
 from traces.yamltext import read_yaml
 
 POLICIES = ("lru", "adaptive")
@@ -112,13 +115,17 @@ def check_free(name: str, folder: Path) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m replay.calibrate", description=__doc__)
+    parser = Parser(prog="python -m replay.calibrate", description=__doc__)
     parser.add_argument("name", help="what to call this machine: +hardware=NAME")
     parser.add_argument("--machine", default="auto", choices=MACHINES)
     parser.add_argument("--models", default=",".join(MODELS), help="whose kernels are measured (default: %(default)s)")
     parser.add_argument("--policies", default=",".join(POLICIES), help="whose host time is (default: %(default)s)")
-    parser.add_argument("--scale", type=int, help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)")
-    parser.add_argument("--throttle", type=float, metavar="GB/s", help="pace of the CPU machine's link")
+    parser.add_argument(
+        "--scale", type=whole(1, 1024), help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)"
+    )
+    parser.add_argument(
+        "--throttle", type=number(LEAST_GB_PER_S, 1e6), metavar="GB/s", help="pace of the CPU machine's link"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     add_config_dir(parser)
     args = parser.parse_args(words)

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from typing import Any
 
 from expertflow.forward import Forward
+from expertflow.launches import Mislaunched
 from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
@@ -44,12 +45,22 @@ class PartialRunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Integrity:
-    """What the stamps said. A check is one chunk's stamp, before or after one launch."""
+    """What the stamps said. A check is one chunk's stamp, before or after one launch.
+
+    num_mislaunched: experts demanded by a layer that were not launched in it exactly once, and those launched in vain.
+    """
 
     num_executions: int
     num_checks: int
     num_wrong: int
     first: WrongStamp | None
+    num_mislaunched: int = 0
+    first_mislaunched: Mislaunched | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything was launched, and read what it should."""
+        return not (self.num_wrong or self.num_mislaunched)
 
 
 def scaled_workload(work: Workload, scale: int) -> Workload:
@@ -119,7 +130,11 @@ def replay_policy(
                 stamps.collect()
     except DeviceLostError as error:
         raise PartialRunError(str(error), _so_far(runtime)) from error
-    if stamps is None or not stamps.num_wrong:
+    integrity = None
+    if stamps is not None:
+        found = (stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
+        integrity = Integrity(*found, stamps.num_mislaunched, stamps.first_mislaunched)
+    if integrity is None or integrity.sound:
         runtime.check_identities()
     if isinstance(device, FaultyDevice) and not device.struck:
         raise ValueError(
@@ -131,10 +146,7 @@ def replay_policy(
             f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
             f"{runtime.counters.num_forwards} forwards"
         )
-    metrics = collect_metrics(runtime) | {"launches": _launches(machine)}
-    if stamps is None:
-        return metrics, None
-    return metrics, Integrity(stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
+    return collect_metrics(runtime) | {"launches": _launches(machine)}, integrity
 
 
 def _launches(machine: RealMachine) -> dict[str, int]:

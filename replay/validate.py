@@ -10,20 +10,22 @@ out and said. On a GPU `--minutes 6` needs no other flag.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 from replay.calibrate import check_name
 from replay.calibration.record import scale_of
 from replay.gc_pause import keep_loaded
-from replay.machine.rig import MACHINES, choose_machine, make_device
+from replay.keys import MACHINES
+from replay.machine.rig import choose_machine, make_device
 from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from replay.validation.session import Validation
 from sim.job.configure import configure
+from sim.job.keys import STARTS
 from sim.job.run_cli import run_cli
-from sim.job.setup import STARTS
 from sim.paths import add_config_dir, use_own_folder
+from sim.specs.hardware import LEAST_GB_PER_S
+from traces.flags import Parser, number, whole
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
 
@@ -40,7 +42,7 @@ def numbers(flag: str, text: str, kind: type[float] | type[int]) -> list[float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line. What is not given depends on the machine: see `with_defaults`."""
-    made = argparse.ArgumentParser(prog="python -m replay.validate", description=__doc__)
+    made = Parser(prog="python -m replay.validate", description=__doc__)
     made.add_argument("name", help="what to call this machine: results/validation-NAME")
     made.add_argument("--machine", default="auto", choices=MACHINES)
     made.add_argument("--models", help="default: gpt-oss-20b, on a GPU then deepseek-v2-lite")
@@ -51,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
         "--stacks",
         help="default: on a GPU graph and found, and eager for lru and adaptive at 50 %%; on a CPU eager and found",
     )
-    made.add_argument("--tokens", type=int, help="of each run (default: by the minutes)")
-    made.add_argument("--repeat", type=int, default=3, help="replays of each case (default: 3); one judges nothing")
+    made.add_argument("--tokens", type=whole(1, 1_000_000), help="of each run (default: by the minutes)")
+    made.add_argument(
+        "--repeat", type=whole(1, 10_000), default=3, help="replays of each case (default: 3); one judges nothing"
+    )
     made.add_argument(
         "--beside",
         action=argparse.BooleanOptionalAction,
@@ -60,19 +64,26 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--trace", type=Path, help="a recorded trace (default: the generated one)")
     made.add_argument("--start", choices=STARTS, help="what the cache holds at first (default: as python -m sim)")
-    made.add_argument("--minutes", type=float, default=8.0, help="it is done by then (default: 8)")
+    made.add_argument("--minutes", type=number(0, 1e6), default=8.0, help="it is done by then (default: 8)")
     made.add_argument("--calibration", type=Path, help="a record that is there, in place of a new calibration")
-    made.add_argument("--hardware", default="a100", help="profile whose link a CPU machine keeps pace with")
-    made.add_argument("--throttle", type=float, metavar="GB/s", help="another pace for it, at the experts' scale")
-    made.add_argument("--scale", type=int, help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)")
-    made.add_argument("--host-memory-gb", type=float)
+    made.add_argument("--hardware", help="profile whose link a CPU machine keeps pace with (default: a100)")
+    made.add_argument(
+        "--throttle",
+        type=number(LEAST_GB_PER_S, 1e6),
+        metavar="GB/s",
+        help="another pace for it, at the experts' scale",
+    )
+    made.add_argument(
+        "--scale", type=whole(1, 1024), help="divide the models' widths (default: 1 on a GPU, 16 on a CPU)"
+    )
+    made.add_argument("--host-memory-gb", type=number(0, 1e6, above=True))
     made.add_argument(
         "--verify-executions",
-        type=float,
+        type=number(0, 1e18),
         help="expert executions to check at least, in a sixth of the time at most (default: on a GPU 1e6)",
     )
-    made.add_argument("--verify-tokens", type=int, default=1024)
-    made.add_argument("--log-tokens", type=int, default=32, help="of each policy's lockstep log")
+    made.add_argument("--verify-tokens", type=whole(1, 1_000_000), default=1024)
+    made.add_argument("--log-tokens", type=whole(1, 1_000_000), default=32, help="of each policy's lockstep log")
     made.add_argument(
         "--quick", action="store_true", help=f"a short calibration (so it is below {SHORT_MINUTES:.0f} minutes)"
     )
@@ -83,17 +94,14 @@ def parser() -> argparse.ArgumentParser:
 
 def with_defaults(args: argparse.Namespace, world: str) -> Asked:
     """Fill in what was not given for a machine of `world` (cuda or cpu); the cases that are asked for."""
-    if not 0 <= args.minutes < math.inf:
-        raise ValueError(f"--minutes={args.minutes} must be a number of minutes, 0 or more")
+    _check_pairs(args)
+    args.hardware = args.hardware or "a100"
     args.models = list(MODELS[world]) if args.models is None else args.models.split(",")
     args.beside = world == "cuda" if args.beside is None else args.beside
     args.tokens = tokens_for(world, args.minutes) if args.tokens is None else args.tokens
     args.quick = args.quick or args.minutes < SHORT_MINUTES
     if args.verify_executions is None:
         args.verify_executions = STAMPED_EXECUTIONS[world]
-    for key in ("tokens", "log_tokens", "verify_tokens", "repeat"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')}={getattr(args, key)} must be at least 1")
     residencies = [float(share) for share in numbers("--residency", args.residency, float)]
     batch_sizes = [int(size) for size in numbers("--batch-sizes", args.batch_sizes, int)]
     if not all(0 < share <= 1 for share in residencies):
@@ -111,6 +119,14 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
         STACKS[world] if args.stacks is None else args.stacks.split(","),
         SAMPLED_STACKS[world] if args.stacks is None else (),
     )
+
+
+def _check_pairs(args: argparse.Namespace) -> None:
+    """ValueError for two flags of which one would be ignored."""
+    if args.throttle is not None and args.hardware is not None:
+        raise ValueError(f"--throttle={args.throttle} and --hardware={args.hardware} both give the pace; leave one out")
+    if args.calibration is not None and args.quick:
+        raise ValueError(f"--quick is of a new calibration, and --calibration={args.calibration} is one; leave one out")
 
 
 def main(words: list[str] | None = None) -> int:

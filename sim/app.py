@@ -22,7 +22,7 @@ from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.output import provenance, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_job, run_cli
+from sim.job.run_cli import as_job, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
@@ -141,7 +141,7 @@ def relative(folder: Path) -> str:
 
 def cli() -> int:
     """Entry point."""
-    return run_cli(main)
+    return run_hydra(main)
 
 
 __all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]

@@ -11,7 +11,6 @@ is any ratio worse by more than a fifth than that of `bench.json`, which `--upda
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import sys
@@ -31,6 +30,7 @@ from sim.job.output import to_json, write_text
 from sim.job.setup import KEEP_SCORES, Workload, make_policy, make_workload
 from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
+from traces.flags import Parser, whole
 from traces.jsontext import shown
 from traces.messages import PREFIX, fault
 from traces.reading import read_table
@@ -139,10 +139,12 @@ def worse_than(committed: Mapping[str, float], found: Mapping[str, float]) -> li
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m sim.bench", description=__doc__)
+    parser = Parser(prog="python -m sim.bench", description=__doc__)
     parser.add_argument("trace", nargs="?", type=Path, help="a trace of one's own, which --check knows nothing of")
     parser.add_argument("--hardware", default="a100")
-    parser.add_argument("--repeat", type=int, default=5, help="runs a policy; the median counts (default: 5)")
+    parser.add_argument(
+        "--repeat", type=whole(1, 10_000), default=5, help="runs a policy; the median counts (default: 5)"
+    )
     parser.add_argument("--check", action="store_true", help=f"compare with {COMMITTED.name}")
     parser.add_argument("--update", action="store_true", help=f"write {COMMITTED.name}")
     args = parser.parse_args(words)

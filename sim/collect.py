@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 from sim.job.output import write_text
 from sim.job.results import REMEDY, check_columns, read_metrics
 from traces.files import replace_file
+from traces.flags import Parser
 from traces.messages import PREFIX, fault, told
 
 
@@ -110,7 +110,7 @@ def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sim.collect",
         description=__doc__,
         epilog="example: python -m sim -m +hardware=a100 +policy=lru,adaptive residency=0.25,0.5 hydra.sweep.dir=sweep "

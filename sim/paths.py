@@ -7,6 +7,7 @@ laid out alike (`model/`, `hardware/`, `stack/`, `policy/`, `study/` …) and na
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def use_own_folder(folder: str | Path | None) -> None:
             raise ValueError(f"{Path(folder) / name}: a file of that name comes with the package; give yours another")
     check_files(path)
     _own.append(path)
+
+
+def check_named(words: Sequence[str]) -> None:
+    """`check_files` of the folder that a command line of Hydra's names, which Hydra itself reads before we can."""
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = Path(value if equals else "".join(words[place + 1 : place + 2]))
+            if folder.is_dir() and folder.resolve() != CONF:
+                check_files(folder)
 
 
 def check_files(folder: Path) -> None:

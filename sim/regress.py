@@ -7,7 +7,6 @@ did. Paths of traces in the overrides are taken relative to the file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from sim.job.errors import one_line
 from sim.job.output import to_json, write_text
 from sim.job.setup import make_workload
 from sim.paths import add_config_dir, use_own_folder
+from traces.flags import Parser
 from traces.jsontext import shown
 from traces.messages import PREFIX, fault
 from traces.reading import read_json
@@ -109,7 +109,7 @@ def check(path: Path) -> int:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m sim.regress", description=__doc__)
+    parser = Parser(prog="python -m sim.regress", description=__doc__)
     parser.add_argument("action", choices=("record", "check"))
     parser.add_argument("file", type=Path)
     add_config_dir(parser)

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections import Counter
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:
     # A worker for each core: libraries that start a thread for each core would fight over them. Before they are loaded.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+
+# Read when the hub's client is first imported: no test may use the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # What one test computes must not be what the next one finds; those of the kept scores say where they are.
 os.environ["EXPERTFLOW_KEEP_SCORES"] = "0"
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist hand out files in the order below: by number of tests, files of few long ones would come last."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of most slow tests: with short ones left for the end, no core waits long for another."""
+    if WORKER:
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What all imported libraries hold is there to stay: no collection of garbage need walk it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)

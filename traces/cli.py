@@ -11,12 +11,13 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 from rich.console import Console
 from rich.progress import Progress
 
-from traces.messages import PREFIX, TraceError, cut, plain, shortened, told
+from traces.flags import Parser
+from traces.messages import PREFIX, TraceError, cut, plain, told
 from traces.reader import Trace, open_trace
 
 KINDS = {
@@ -70,14 +71,6 @@ _IMPORT_EXAMPLES = """examples:
   python -m traces import engine-dumps answers.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128 top_k=8"""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{PREFIX}{shortened(f'{message}; see {self.prog} --help')}", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -93,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """The parser; arguments that live in another module are filled in for `command` alone, to load no more."""
-    parser = _command(_Parser, "Check, describe, import, record, fit and generate routing traces.", EXAMPLES[""])
+    parser = _command(Parser, "Check, describe, import, record, fit and generate routing traces.", EXAMPLES[""])
     parser.prog = "python -m traces"
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
@@ -126,7 +119,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _command(kind: type[_Parser], about: str, examples: str) -> _Parser:
+def _command(kind: type[Parser], about: str, examples: str) -> Parser:
     return kind(description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -212,7 +205,7 @@ def _value(key: str, text: str, wanted: type, least: int) -> Any:
         return text == "true"
     if wanted is int:
         if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text) >= least):
-            raise TraceError(f"option {key}={text} must be a whole number from {least}")
+            raise TraceError(f"option {key}={text} must be a whole number from {least} to 999999999")
         return int(text)
     if not text:
         raise TraceError(f"option {key} is empty; give it a value, or leave it out")

@@ -58,7 +58,7 @@ def safetensors_bytes(arrays: Mapping[str, npt.NDArray[np.generic]], metadata: M
     """The bytes of a safetensors file; the library alone writes the entries of metadata in an order drawn anew."""
     from safetensors.numpy import save
 
-    plain = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    plain = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     length = int.from_bytes(plain[:8], "little")
     table = json.loads(plain[8 : 8 + length])
     header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **table}, ensure_ascii=False).encode()

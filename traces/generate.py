@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from traces.flags import whole
 from traces.format import About, write_trace
 from traces.messages import fault
 from traces.parameters import GROUP, REMEDY, Arrays, check_params
@@ -223,9 +224,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m traces generate`."""
     parser.add_argument("output", help="the trace to write (.safetensors)")
     parser.add_argument("--params", default=str(SHIPPED), help="parameter file (default: the shipped gpt-oss-20b)")
-    parser.add_argument("--tokens", type=int, required=True, help="number of tokens, all requests together")
-    parser.add_argument("--requests", type=int, help="number of requests (default: of the source's mean length)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tokens", type=whole(1, 10_000_000), required=True, help="number of tokens, all requests together"
+    )
+    parser.add_argument(
+        "--requests", type=whole(1, 10_000_000), help="number of requests (default: of the source's mean length)"
+    )
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -182,6 +182,9 @@ def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
     """
     check_file(path)
     with _unzipping(path):
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise zipfile.BadZipFile  # an archive may stand behind anything, but not here
         archive = zipfile.ZipFile(path)
     with archive:
         members = archive.infolist()

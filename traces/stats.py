@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from traces.files import replace_text
+from traces.flags import whole
 from traces.reader import open_trace
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
@@ -282,7 +283,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m traces stats`."""
     parser.add_argument("path", help="the trace (.safetensors)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.add_argument("--max-tokens", type=int, help="look at the first so many tokens only")
+    parser.add_argument("--max-tokens", type=whole(1), help="look at the first so many tokens only")
 
 
 def run(args: argparse.Namespace) -> int:

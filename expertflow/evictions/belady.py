@@ -7,9 +7,11 @@ expert may pass through without displacing a better one: MIN with bypass. Fewest
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from expertflow.evictions.ranked import RankedEviction
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import PREFETCH
 from expertflow.view import View
 
@@ -20,7 +22,13 @@ class Belady(RankedEviction):
 
     uses_future = True
 
-    def __init__(self, scope: str = "global", do_no_harm: bool = True) -> None:
+    def __init__(
+        self,
+        scope: Annotated[
+            str, Rule(choices=("global", "layer"), about="one cache for all layers, or one for each")
+        ] = "global",
+        do_no_harm: Annotated[bool, Rule(about="refuse a prefetch that displaces what is needed sooner")] = True,
+    ) -> None:
         super().__init__(scope)
         self.do_no_harm = do_no_harm
 

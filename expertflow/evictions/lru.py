@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Annotated
 
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Eviction
 from expertflow.view import RESIDENT, View
 
@@ -13,7 +15,12 @@ from expertflow.view import RESIDENT, View
 class LRU(Eviction):
     """The resident expert whose last demand (or arrival by prefetch) lies farthest back leaves."""
 
-    def __init__(self, scope: str = "global") -> None:
+    def __init__(
+        self,
+        scope: Annotated[
+            str, Rule(choices=("global", "layer"), about="one cache for all layers, or one for each")
+        ] = "global",
+    ) -> None:
         self.scope = scope
 
     def start(self, view: View, future: Future | None) -> None:

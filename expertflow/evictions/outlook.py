@@ -8,12 +8,13 @@ prefetch may only push out what is worth less than itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.network import compiled_functions
 from expertflow.parts import DEMAND, Eviction, Prediction, Worths
 from expertflow.units import SCORE_ONE, TAKEN
@@ -33,7 +34,15 @@ class Outlook(Eviction):
     scope = "global"
     at_once: ClassVar[bool] = True
 
-    def __init__(self, used: float = 0.1, margin: float = 1.0, memory: float = 0.9) -> None:
+    def __init__(
+        self,
+        used: Annotated[float, Rule(0, 1, about="least worth of an expert used in this forward")] = 0.1,
+        margin: Annotated[
+            float,
+            Rule(0, 1_000_000, about="times a victim's worth is what a prefetch must exceed, 0 = any does"),
+        ] = 1.0,
+        memory: Annotated[float, Rule(0, 1, below=True, about="share of the old kept in a running mean")] = 0.9,
+    ) -> None:
         if not 0 <= used <= 1:
             raise ValueError(f"Outlook used={used} must be in 0 … 1")
         if margin < 0:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
+from typing import Annotated
 
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Eviction
 from expertflow.view import RESIDENT, View
 
@@ -16,7 +18,12 @@ Entry = tuple[int, int, int]
 class RankedEviction(Eviction):
     """Base of LFU and Belady: `_rank(key)` small means leave soon. Ranks outlive eviction."""
 
-    def __init__(self, scope: str = "global") -> None:
+    def __init__(
+        self,
+        scope: Annotated[
+            str, Rule(choices=("global", "layer"), about="one cache for all layers, or one for each")
+        ] = "global",
+    ) -> None:
         self.scope = scope
 
     def start(self, view: View, future: Future | None) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Annotated
 
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import PREFETCH, Eviction, Prediction
 from expertflow.view import RESIDENT, View
 
@@ -22,7 +24,19 @@ class TwoLevelLRU(Eviction):
     level holds at most `high_share` of the slots.
     """
 
-    def __init__(self, scope: str = "global", high_share: float = 0.75, frequent_forwards: int = 16) -> None:
+    def __init__(
+        self,
+        scope: Annotated[
+            str, Rule(choices=("global", "layer"), about="one cache for all layers, or one for each")
+        ] = "global",
+        high_share: Annotated[
+            float, Rule(0, 1, above=True, about="share of the slots that the high level holds at most")
+        ] = 0.75,
+        frequent_forwards: Annotated[
+            int,
+            Rule(0, 1_000_000, unit="forwards", about="within which a second use keeps an expert in the high level"),
+        ] = 16,
+    ) -> None:
         if not 0 < high_share <= 1:
             raise ValueError(f"TwoLevelLRU high_share={high_share} must be in (0, 1]")
         if frequent_forwards < 0:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Horizon
 from expertflow.view import View
 
@@ -12,7 +14,16 @@ from expertflow.view import View
 class FixedHorizon(Horizon):
     """Either `depth` d, the distances 1 … d, or an explicit set of `distances` (e.g. [2]: a stride)."""
 
-    def __init__(self, depth: int | None = None, distances: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        depth: Annotated[
+            int | None,
+            Rule(1, 9_999, unit="layers", null="distances says it", about="ahead, at most the model's layers less one"),
+        ] = None,
+        distances: Annotated[
+            Sequence[int] | None, Rule(1, 9_999, unit="layers", null="depth says it", about="that are predicted")
+        ] = None,
+    ) -> None:
         if (depth is None) == (distances is None):
             raise ValueError("FixedHorizon takes either depth or distances, not both and not neither")
         chosen = list(range(1, depth + 1)) if depth is not None else sorted(set(distances or ()))

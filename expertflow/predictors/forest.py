@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from expertflow.features import Chances, ForwardFeatures
 from expertflow.forest import Forest, compiled
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Effort, Prediction, Predictor
 from expertflow.predictors.ranking import RowRanking
 from expertflow.units import SCORE_ONE
@@ -38,7 +39,16 @@ class ForestPredictor(Predictor):
     effort: Effort = Effort(1.0, 0.4)
 
     def __init__(
-        self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, cache_size: int = 4096, refreshes: bool = False
+        self,
+        fitted: Annotated[
+            Mapping[str, npt.NDArray[np.generic]] | None,
+            Rule(
+                extra="auto or a file of python -m traces fit-predictor",
+                about="auto: what is shipped",
+            ),
+        ],
+        cache_size: Annotated[int, Rule(0, 1_000_000, about="predictions kept, 0 = none")] = 4096,
+        refreshes: Annotated[bool, Rule(about="nearer predictions replace farther ones")] = False,
     ) -> None:
         if cache_size < 0:
             raise ValueError(f"ForestPredictor cache_size={cache_size} must be 0 (no cache) or more")

@@ -10,13 +10,14 @@ integers: compiled (`hybrid_compiled.py`: forwards of one token, where numba is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.network import HistoryNetwork, Ints, compiled_functions
 from expertflow.parts import Announced, Effort, Prediction, Predictor, Step, Worths
 from expertflow.predictors.history import RoutingHistory
@@ -41,7 +42,18 @@ class HybridPredictor(Predictor):
     effort_at_once: Effort | None = Effort(0.4, 0.08)
 
     def __init__(
-        self, fitted: Mapping[str, npt.NDArray[np.generic]] | None, keep: int = 0, refreshes: bool = True
+        self,
+        fitted: Annotated[
+            Mapping[str, npt.NDArray[np.generic]] | None,
+            Rule(
+                extra="auto or a file of python -m traces fit-predictor",
+                about="auto: what is shipped",
+            ),
+        ],
+        keep: Annotated[
+            int, Rule(0, 65_535, unit="experts", about="the best are returned for a single token, 0 = all")
+        ] = 0,
+        refreshes: Annotated[bool, Rule(about="nearer predictions replace farther ones")] = True,
     ) -> None:
         if fitted is None:
             raise ValueError(

@@ -144,7 +144,7 @@ class AnnouncedBlock:
             assert scores is not None
             self._packed, self._reach = scores.score(reach, row).packed, reach
         num_wants, num_selected, overfetched = self._decide(network.shared, self._packed, row, layer, reach)
-        return network.one_want[:num_wants].tolist() if num_wants else [], num_selected, reach, overfetched
+        return network.one_want[:num_wants].tolist() if num_wants else [], num_selected, reach, bool(overfetched)
 
     def predict(self, layer: int, distance: int) -> Prediction:
         """Of the forward that runs."""
@@ -217,7 +217,7 @@ class _NumpyBlock:
         self.net = net = history.net
         self._block = block = history.run_block(keys, starts)
         ends = zip(block.after, block.features_after, strict=True)
-        self._forecasts = [net.outlook(hidden, features) for hidden, features in ends]
+        self._forecasts = [net.forecast(hidden, features) for hidden, features in ends]
 
     def forecast(self, row: int) -> Ints:
         return self._forecasts[row]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Prediction, Predictor
 from expertflow.predictors.ranking import rank_scores
 from expertflow.units import SCORE_ONE
@@ -23,7 +24,9 @@ class LookaheadPredictor(Predictor):
 
     needs_pregate: ClassVar[bool] = True
 
-    def __init__(self, refreshes: bool = True) -> None:
+    def __init__(
+        self, refreshes: Annotated[bool, Rule(about="nearer predictions replace farther ones")] = True
+    ) -> None:
         self.refreshes = refreshes
 
     def start(self, view: View, future: Future | None) -> None:

@@ -8,11 +8,13 @@ popularity seen so far. Draws depend on (seed, event, distance) alone, never on 
 from __future__ import annotations
 
 from math import exp
+from typing import Annotated
 
 import numpy as np
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Prediction, Predictor
 from expertflow.units import SCORE_ONE
 from expertflow.view import View
@@ -23,7 +25,14 @@ class NoisyOraclePredictor(Predictor):
 
     uses_future = True
 
-    def __init__(self, a: float = 0.3, b: float = 0.5, c: float = 0.6, wrong: str = "uniform", seed: int = 0) -> None:
+    def __init__(
+        self,
+        a: Annotated[float, Rule(-1e6, 1e6, about="recall at distance d is a exp(-b d) + c, within [0, 1]")] = 0.3,
+        b: Annotated[float, Rule(0, 1e6, about="see a")] = 0.5,
+        c: Annotated[float, Rule(0, 1, about="see a")] = 0.6,
+        wrong: Annotated[str, Rule(choices=("uniform", "popularity"), about="how a wrong expert is drawn")] = "uniform",
+        seed: Annotated[int, Rule(0, 2**63 - 1, about="null in a configuration = the run's")] = 0,
+    ) -> None:
         if wrong not in ("uniform", "popularity"):
             raise ValueError(f"NoisyOraclePredictor wrong={wrong!r} is unknown; choose uniform or popularity")
         if b < 0 or not 0 <= c <= 1 or not 0 <= a * exp(-b) + c <= 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Prediction, Predictor
 from expertflow.units import SCORE_ONE
 from expertflow.view import View
@@ -15,14 +18,14 @@ from expertflow.view import View
 class OraclePredictor(Predictor):
     """Every expert that will be demanded, with certainty, and no other.
 
-    outlook: also forecast, after each forward, when each expert is used next (2^-16 times the inverse of the forwards
+    forecast: also say, after each forward, when each expert is used next (2^-16 times the inverse of the forwards
     until then), for evictions that ask.
     """
 
     uses_future = True
 
-    def __init__(self, outlook: bool = True) -> None:
-        self.forecasts = outlook
+    def __init__(self, forecast: Annotated[bool, Rule(about="it also forecasts for the eviction")] = True) -> None:
+        self.forecasts = forecast
 
     def start(self, view: View, future: Future | None) -> None:
         assert future is not None
@@ -41,7 +44,7 @@ class OraclePredictor(Predictor):
             return
         first = forward.index * self.num_layers
         for event in range(first, first + self.num_layers):
-            self.next_use[self.future.demand(event)] = self.future.next_uses(event)
+            self.next_use[list(self.future.demand(event))] = self.future.next_uses(event)
         self.num_events = first + self.num_layers
 
     def forecast(self) -> npt.NDArray[np.int64] | None:

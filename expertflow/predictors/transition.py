@@ -9,12 +9,14 @@ one forward, and another machine give the same scores to the bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Announced, Prediction, Predictor
 from expertflow.predictors.ranking import RowRanking
 from expertflow.predictors.transition_block import AnnouncedBlock
@@ -38,13 +40,21 @@ class TransitionPredictor(Predictor):
 
     def __init__(
         self,
-        max_distance: int = 8,
-        cross: float = 0.525,
-        persistence: float = 0.375,
-        popularity: float = 0.75,
-        smoothing: float = 8.0,
-        keep: int = 0,
-        fitted_start: Mapping[str, npt.NDArray[np.generic]] | None = None,
+        max_distance: Annotated[int, Rule(1, 64, unit="layers", about="ahead, at most")] = 8,
+        cross: Annotated[float, Rule(0, 100, about="damping exponent of the layers before")] = 0.525,
+        persistence: Annotated[float, Rule(0, 100, about="damping exponent of the forward before")] = 0.375,
+        popularity: Annotated[float, Rule(0, 100, about="damping exponent of an expert's share")] = 0.75,
+        smoothing: Annotated[float, Rule(1e-6, 1e6, unit="counts", about="of the independent guess")] = 8.0,
+        keep: Annotated[
+            int, Rule(0, 65_535, unit="experts", about="the best are returned for a single token, 0 = all")
+        ] = 0,
+        fitted_start: Annotated[
+            Mapping[str, npt.NDArray[np.generic]] | None,
+            Rule(
+                extra="auto or a file of python -m traces fit-predictor",
+                about="auto: what is shipped",
+            ),
+        ] = None,
     ) -> None:
         if max_distance < 1:
             raise ValueError(f"TransitionPredictor max_distance={max_distance} must be at least 1")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Prediction, Selection
 from expertflow.view import View
 
@@ -13,7 +15,11 @@ from expertflow.view import View
 class Mass(Selection):
     """Best first until `mass` of the summed scores; at least top_k, at most `at_most` (0 = all experts)."""
 
-    def __init__(self, mass: float = 0.9, at_most: int = 0) -> None:
+    def __init__(
+        self,
+        mass: Annotated[float, Rule(0, 1, above=True, about="of the summed chances that is prefetched")] = 0.9,
+        at_most: Annotated[int, Rule(0, 65_535, unit="experts", about="of a layer, 0 = no limit")] = 0,
+    ) -> None:
         if not 0 < mass <= 1:
             raise ValueError(f"Mass mass={mass} must be in (0, 1]")
         if at_most < 0:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Annotated
 
 from expertflow.diversity import expected_union
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.keys import Rule
 from expertflow.parts import Prediction, Selection
 from expertflow.view import View
 
@@ -15,7 +17,9 @@ from expertflow.view import View
 class TopK(Selection):
     """The `top_k + extra` best at one token; at n tokens the expected union E(1 - (1 - k/E)^n), plus `extra`."""
 
-    def __init__(self, extra: int = 0) -> None:
+    def __init__(
+        self, extra: Annotated[int, Rule(0, 65_535, unit="experts", about="beyond the model's top_k")] = 0
+    ) -> None:
         if extra < 0:
             raise ValueError(f"TopK extra={extra} must be 0 or more")
         self.extra = extra

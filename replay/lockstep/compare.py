@@ -1,7 +1,8 @@
 """`python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]`: does a fresh policy decide as the logged one did?
 
 Everything a policy learns of time comes from records. Fed with the records of a log it must make the same calls,
-yield the same waits and want the same experts, one by one: all of them, in order.
+yield the same waits and want the same experts, one by one: all of them, in order. And every layer launches the experts
+that it demands, each once: a log in which one is missing is equal to nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertflow.boundary import PartError
 from expertflow.forward import Forward
+from expertflow.launches import Launches
 from expertflow.machine import Record, Wait
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
@@ -69,7 +72,8 @@ class _LogEndsError(Exception):
 def check_log(reader: LogReader, work: Workload, policy: Policy) -> LockstepResult:
     """Feed the records of `reader` to `policy` over `work`, which must be fresh, and compare all that it decides.
 
-    LogError for a damaged log, ValueError for a workload that is not the log's.
+    LogError for a damaged log, ValueError for a workload that is not the log's, PartError for a part of the policy that
+    breaks a rule or raises.
     """
     header = reader.header
     if work.trace_sha256 != header.trace_sha256:
@@ -95,7 +99,7 @@ def check_log(reader: LogReader, work: Workload, policy: Policy) -> LockstepResu
                 wait = loop.send(machine.record())
         except StopIteration:
             machine.ended()
-        except (_DifferenceError, _LogEndsError, LogError):
+        except (_DifferenceError, _LogEndsError, LogError, PartError):
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {_first_line(error)}"
@@ -123,6 +127,7 @@ class _LoggedMachine:
         self._place = 0
         self._forward = -1
         self._layer: int | None = None
+        self._launches = Launches()
 
     # -- the log, event by event -------------------------------------------------------------------------------
 
@@ -177,6 +182,7 @@ class _LoggedMachine:
             raise self.differs(tell(logged, self.num_experts), f"the begin of forward {forward.index}")
         self._ahead, self._events, self._place = None, logged.events, 0
         self._forward, self._layer = forward.index, None
+        self._launches.begin_forward(forward)
 
     def _end_forward(self, now: str) -> None:
         if self._place < len(self._events):
@@ -192,14 +198,26 @@ class _LoggedMachine:
             raise self.differs(tell(logged, self.num_experts), "the end of the run")
 
     def attention(self, layer: int) -> int:
+        if layer:
+            self._end_layer(layer - 1)
         self._layer = layer
         return _mark(self._compare(Attention(layer, 0)))
 
+    def _end_layer(self, layer: int) -> None:
+        """What the log and the policy agree on is to be what was demanded."""
+        wrong = self._launches.end_layer(layer)
+        if wrong is not None:
+            keys = [f"{key // self.num_experts}/{key % self.num_experts}" for key in wrong.keys[:8]]
+            raise self.differs("launches", f"a demand from which they differ in experts {', '.join(keys)}")
+
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
         tokens = None if counts is None else tuple(counts[key] for key in keys)
+        self._launches.launched(keys)
         return _mark(self._compare(Experts(layer, tuple(keys), tokens, shared, 0)))
 
     def head(self) -> int:
+        if self._layer is not None:
+            self._end_layer(self._layer)
         self._layer = None
         return _mark(self._compare(Head(0)))
 

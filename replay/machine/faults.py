@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from replay.keys import FAULTS
 from replay.machine.device import Device, DeviceLostError, Event, Program
-
-FAULTS = ("delayed", "failed", "reordered", "duplicated", "early_reuse", "lost")
 
 
 class FaultyDevice:

@@ -96,6 +96,8 @@ class RealMachine:
 
     def begin_forward(self, forward: Forward) -> None:
         self.device.begin_forward()
+        if self.stamps is not None:
+            self.stamps.begin_forward(forward)
         self._forward = forward.index
         self._num_tokens = len(forward.rows)
         self._shared_rows = self.kernels.shared_rows(self._num_tokens)
@@ -119,10 +121,14 @@ class RealMachine:
         return mark
 
     def attention(self, layer: int) -> int:
+        if self.stamps is not None and layer:
+            self.stamps.end_layer(layer - 1)
         return self._launch_gated(self._attention[layer])
 
     def head(self) -> int:
         assert self._head is not None
+        if self.stamps is not None:
+            self.stamps.end_layer(len(self._attention) - 1)
         return self._launch_gated(self._head)
 
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from expertflow.model import ModelSpec
+from replay.keys import MACHINES
 from replay.machine.cpu import CpuDevice
 from replay.machine.cuda import CudaDevice
 from replay.machine.cuda_errors import explaining
@@ -21,9 +22,6 @@ from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.real import RealMachine
 from replay.machine.stamps import Stamps
 from sim.specs.hardware import Stack
-
-MACHINES = ("auto", "cuda", "cpu")
-
 
 _GRAPH_BYTES = 1 << 30
 """GPU memory that the captured programs of a run take: some 2 MiB each on an H200, of which there are hundreds."""

@@ -5,6 +5,8 @@ the number of the load that copied it. A host buffer that several experts share 
 no load. Checked on the device, within the program of each launch of experts, before and after the kernels that read
 a slot: a copy that is late, lost, misplaced, or that overwrites a slot too early, shows. The host waits for no check,
 and looks at what they found at the end. Checking takes device time: such a run is no measurement.
+
+What is not launched reads nothing, and no stamp tells of it: so the launches of each layer are held against its demand.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from itertools import pairwise
 
 import torch
 
+from expertflow.forward import Forward
+from expertflow.launches import Launches, Mislaunched
 from replay.machine.device import Work
 from replay.machine.launch_row import Row
 from replay.machine.pools import HostPool, SlotPool
@@ -54,6 +58,10 @@ class Stamps:
         self._wrong = torch.zeros(1, dtype=torch.int64, device=device)
         self._first_bad = torch.full((1,), 1 << 62, dtype=torch.int64, device=device)
         self._launches: list[tuple[int, int, tuple[int, ...]]] = []
+        self._layers = Launches()
+        self.num_mislaunched = 0
+        """Experts that their layer demanded and that were not launched in it, or launched more than once or in vain."""
+        self.first_mislaunched: Mislaunched | None = None
         self._shared = host.plan.shared
         self._host_words = [
             host.buffer(number)[: offsets[-1] // 8 * 8].view(torch.int64).numpy()
@@ -92,8 +100,20 @@ class Stamps:
                 words[at] = word
                 at += 1
         self._launches.append((forward, layer, tuple(keys)))
+        self._layers.launched(keys)
         self.num_executions += len(slots)
         self.num_checks += len(slots) * self.words_per_expert
+
+    def begin_forward(self, forward: Forward) -> None:
+        """What is launched from now on is of `forward`."""
+        self._layers.begin_forward(forward)
+
+    def end_layer(self, layer: int) -> None:
+        """All experts of `layer` are launched: hold them against its demand."""
+        wrong = self._layers.end_layer(layer)
+        if wrong is not None:
+            self.num_mislaunched += len(wrong.keys)
+            self.first_mislaunched = self.first_mislaunched or wrong
 
     def check(self, row: Row) -> Work:
         """Compares the slots named in `row` with the words expected there, on the device."""

@@ -253,7 +253,7 @@ class Validation:
                 "case": str(case),
                 "executions": found.num_executions,
                 "checks": found.num_checks,
-                "wrong": found.num_wrong,
+                "wrong": found.num_wrong + found.num_mislaunched,
             }
         )
         self.say(f"{case}: {found.num_wrong} wrong stamps in {found.num_executions} executions")

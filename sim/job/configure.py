@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from expertflow.keys import Key, declared, nearest, shown
+from sim.job.former_names import refuse_former
+from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
 from sim.paths import CONF, config_files, own_folder
 
-COMPARE = ("full", "floor", "none")
-_SWITCHES = ("count_redundant", "timeline", "events", "skip_done")
-KEYS = (
-    "hardware",
-    "policy",
-    "model",
-    "stack",
-    "trace",
-    "residency",
-    "gpu_memory_gb",
-    "batch_size",
-    "prefill_chunk",
-    "max_tokens",
-    "chunk_mib",
-    "channel_depth",
-    "start",
-    "warmup_forwards",
-    "seed",
-    "compare",
-    *_SWITCHES,
-)
+KEYS = (*GROUPS, *declared(RunKeys))
+"""Those that every run has."""
+_OF_A_GROUP = re.compile(r"^[+~]*([\w/]+)(?:@[\w.:@/]*)?=\s*(.*)$", re.DOTALL)
+_ENDLESS = re.compile(r"\d{4000}")
+_NO_NAME = re.compile(r"[\[{]|(null|true|false|[-+]?[\d.][\d._e+-]*|nan|[-+]?inf|)$", re.IGNORECASE)
 
 
-def configure(overrides: list[str], config_name: str = "config", own_keys: Sequence[str] = ()) -> dict[str, Any]:
+def configure(
+    overrides: list[str], config_name: str = "config", own_keys: Mapping[str, Key] | None = None
+) -> dict[str, Any]:
     """A configuration as `python -m sim` composes it, checked, as plain values.
 
     config_name, own_keys: another file of `conf/`, and the keys that it has beside `KEYS`.
     """
+    check_words(overrides)
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose(config_name=config_name, overrides=[*overrides, *_search_path(config_name)])
     return checked(cfg, own_keys)
@@ -58,58 +46,56 @@ def _search_path(config_name: str) -> list[str]:
     return [f"hydra.searchpath=[{quoted}]"]
 
 
-def checked(cfg: DictConfig, own_keys: Sequence[str] = (), own_hardware: Sequence[str] = ()) -> dict[str, Any]:
-    """Plain values of a composed configuration; ValueError for what would silently mean something else."""
+def check_words(words: Sequence[str]) -> None:
+    """ValueError for an override that Hydra would take for something else, or of which it would not say which it was.
+
+    Of a list of files Hydra takes each, one over the other.
+    """
+    for word in words:
+        if word.startswith("="):
+            raise ValueError(f"cannot read the override {shown(word)}: it has no key; give key=value")
+        if _ENDLESS.search(word):
+            raise ValueError(f"{word[:60]}… holds a number of thousands of digits; no key takes one")
+        found = _OF_A_GROUP.match(word)
+        if found is None or not ("/" in found[1] or found[1] in GROUPS) or found[1].startswith("hydra"):
+            continue
+        if _NO_NAME.match(found[2].strip()):
+            group, value = found[1], found[2].strip()
+            choices = nearest(value, sorted(config_files(group)), 120)
+            raise ValueError(
+                f"{group}={value[:60]} must be the name of one file: {choices} "
+                "(to sweep over several: -m and a comma list, without brackets)"
+            )
+
+
+def checked(
+    cfg: DictConfig, own_keys: Mapping[str, Key] | None = None, own_hardware: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Plain values of a composed configuration; ValueError for what would silently mean something else.
+
+    own_keys: those that a command has beside the run's; own_hardware: names that it knows beside the files.
+    """
     _require_groups(cfg, own_hardware)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    known = (*KEYS, *own_keys)
-    for key in plain:
-        if key not in known:
-            raise ValueError(f"{key} is no key; known: {', '.join(known)}")
-    for key in known:
-        if key not in plain:
-            raise ValueError(f"{key} is missing; it cannot be taken out, only given another value")
-    for key in ("hardware", "policy", "model", "stack", "trace"):
-        if not isinstance(plain[key], dict):
-            raise ValueError(f"{key}={plain[key]!r} must be the name of a file in conf/{key}")
-    if plain["compare"] not in COMPARE:
-        raise ValueError(f"compare={plain['compare']!r} is unknown; choose one of: {', '.join(COMPARE)}")
-    for key in _SWITCHES:
-        if not isinstance(plain[key], bool):
-            raise ValueError(f"{key}={plain[key]!r} must be true or false")
-    if not isinstance(plain["seed"], int) or isinstance(plain["seed"], bool) or plain["seed"] < 0:
-        raise ValueError(f"seed={plain['seed']!r} must be a whole number of at least 0")
+    refuse_former(plain)
+    check_run(plain, own_keys or {})
+    return settled(plain)
+
+
+def settled(plain: dict[str, Any]) -> dict[str, Any]:
+    """The same with what stands for a key that is left out because another may say it."""
+    if plain["residency"] is None and plain["gpu_memory_gb"] is None:
+        return {**plain, "residency": DEFAULT_RESIDENCY}
     return plain
 
 
 def _require_groups(cfg: DictConfig, own_hardware: Sequence[str]) -> None:
     """`hardware` and `policy` have no default: say what there is to choose from."""
     for group in ("hardware", "policy"):
-        more = own_hardware if group == "hardware" else ()
-        choices = ", ".join([*more, *sorted(config_files(group))])
+        choices = [*(own_hardware if group == "hardware" else ()), *sorted(config_files(group))]
         if OmegaConf.is_missing(cfg, group) or group not in cfg:
-            raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {choices}")
+            raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {nearest('', choices)}")
         if not isinstance(cfg[group], DictConfig):
-            raise ValueError(f"{group}={cfg[group]!r} is no choice; say +{group}=NAME with one of: {choices}")
-
-
-def check_arguments(cfg: Mapping[str, Any], key: str) -> None:
-    """Types and finiteness of a part's arguments, by the annotations of its constructor."""
-    target = get_object(cfg["_target_"])
-    if not inspect.isclass(target):
-        return
-    hints = get_type_hints(target.__init__)
-    for name, value in cfg.items():
-        expected = hints.get(name)
-        if expected is float and not (_is_number(value) and math.isfinite(value)):
-            raise ValueError(f"{key}.{name}={value!r} must be a finite number")
-        if expected is int and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{key}.{name}={value!r} must be a whole number")
-        if expected is bool and not isinstance(value, bool):
-            raise ValueError(f"{key}.{name}={value!r} must be true or false")
-        if expected is str and not isinstance(value, str):
-            raise ValueError(f"{key}.{name}={value!r} must be text")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+            raise ValueError(
+                f"{group}={shown(cfg[group])} is no choice; say +{group}=NAME with one of: {nearest('', choices)}"
+            )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
+from collections.abc import Sequence
 
+import yaml
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from expertflow.keys import near_to, nearest, shown
+from sim.job.former_names import present_key, renamed
 from traces.messages import line, shortened, told, why
 
 
@@ -15,8 +18,10 @@ def one_line(error: BaseException) -> str | None:
     """The message for a user, or None if the error is a mistake of ours and deserves its traceback."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return shortened(_hydra(error))
+    if isinstance(error, yaml.YAMLError):
+        return shortened(f"{_place(error)}: no YAML ({_first_line(str(error))}); mend the file")
     if isinstance(error, ValueError):
-        return shortened(_first_line(str(error) or type(error).__name__))
+        return shortened(_value(_first_line(str(error) or type(error).__name__)))
     if isinstance(error, OSError) and error.filename:
         problem, remedy = why(error)
         return line(str(error.filename), problem, f"{remedy}, or choose an output folder with hydra.run.dir=FOLDER")
@@ -28,28 +33,66 @@ def _first_line(text: str) -> str:
     return lines[0] if lines else text
 
 
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return "a file of configuration" if mark is None else f"{mark.name}, line {mark.line + 1}"
+
+
+def _value(text: str) -> str:
+    """What Hydra and Python themselves say of a value, which is not for a user."""
+    if text.startswith("Config group override must be"):
+        return "a group such as +hardware= must be given the name of one file; see python -m sim --help"
+    return text
+
+
 def _hydra(error: BaseException) -> str:
     """Hydra says what and, on further lines, which choices there are: join them, and add the remedy it leaves out."""
     text = str(error)
-    chain = error.__cause__
     message = _first_line(text)
-    missing = re.search(r"Could not find '([\w./-]+)/([\w.@-]+)'", text)
-    if missing:
-        found = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
-        options = [line.strip() for line in found.group(1).splitlines()] if found else []
-        near = difflib.get_close_matches(missing.group(2), options, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        if missing.groups() == ("hardware", "local"):
-            hint = " in a simulation: local is the machine that a replay runs on (python -m replay)"
-        return f"{missing.group(1)}={missing.group(2)} does not exist{hint}; choose one of: {', '.join(options)}"
+    found = re.search(r"Could not find '([\w./-]+)/([\w.@-]+)'", text)
+    if found:
+        return _no_such_choice(found[1], found[2], text)
     plus = re.search(r"Could not override '(hardware|policy)'", text)
     if plus:
-        return f"{plus.group(1)} has no default to override; say +{plus.group(1)}=NAME, with the plus sign"
+        return f"{plus[1]} has no default to override; say +{plus[1]}=NAME, with the plus sign"
     if isinstance(error, OverrideParseException):
-        return f"cannot read the override {error.override!r}; give key=value, +group=NAME or key=[a,b] (in quotes)"
+        word = shown(error.override)
+        return f"cannot read the override {word}; give key=value, +group=NAME or key=[a,b] (in quotes)"
+    if text.startswith("Ambiguous value for argument"):
+        word = message.partition("'")[2].rstrip("'")
+        return f"{word} is a comma list: add -m to sweep over it, or give one value, or a list in brackets (in quotes)"
+    twice = re.match(r"Multiple values for (\S+)\. ", message)
+    if twice:
+        return f"{twice[1]} is chosen twice; choose it once"
+    gone = re.match(r"Could not delete from config\. '([^']+)'", message)
+    if gone:
+        return f"{gone[1]} cannot be taken out: it is not there, or null; leave it, or give it another value"
     if "An item is already at" in text:
         key = text.split("'")[1]
         return f"{key} exists already; leave out the plus sign: {key}=VALUE"
-    if "Could not override" in text or "Key '" in text or "not in struct" in str(chain or ""):
-        return f"{message.rstrip('.')}; unknown keys are refused: see conf/run.yaml for those there are"
-    return message
+    return _of_a_value(error, message)
+
+
+def _of_a_value(error: BaseException, message: str) -> str:
+    text, key = str(error), getattr(error, "full_key", None)
+    words = message.rstrip(".")
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    present = present_key(unknown[1]) if unknown else None
+    if unknown and present:
+        return renamed(unknown[1], present)
+    if "nterpolation" in text:
+        place = f"{key}: " if key and key not in words else ""
+        return f"{place}{words}; an interpolation names a key or resolver that is there and not itself"
+    if "Could not override" in text or "Key '" in text or "not in struct" in str(error.__cause__ or ""):
+        return f"{words}; unknown keys are refused: see docs/keys.md and conf/run.yaml for those there are"
+    return f"{key}: {words}" if key and key not in words else message
+
+
+def _no_such_choice(group: str, name: str, text: str) -> str:
+    """hardware=nosuch: what there is, the nearest first."""
+    listed = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
+    options: Sequence[str] = [line.strip() for line in listed[1].splitlines()] if listed else []
+    hint = near_to(name, options)
+    if (group, name) == ("hardware", "local"):
+        hint = " in a simulation: local is the machine that a replay runs on (python -m replay)"
+    return f"{group}={name[:60]} does not exist{hint}; choose one of: {nearest(name, options)}"

@@ -11,8 +11,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from sim.job.configure import check_words
 from sim.job.errors import one_line
-from sim.paths import use_own_folder
+from sim.paths import check_named, use_own_folder
 from traces.messages import PREFIX
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"
@@ -36,11 +37,24 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         use_own_folder(next((one.path for one in sources if one.provider == "command-line"), None))
         return run(cfg)
     except Exception as error:
+        if os.environ.get(TRACEBACK) and HydraConfig.get().mode != RunMode.MULTIRUN:
+            traceback.print_exception(error)
         line = one_line(error)
         if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         print(f"{PREFIX}{line}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def run_hydra(main: Callable[[], int | None]) -> int:
+    """`run_cli` for a command whose words are Hydra's."""
+
+    def checked() -> int | None:
+        check_words([word for word in sys.argv[1:] if not word.startswith("-")])
+        check_named(sys.argv[1:])
+        return main()
+
+    return run_cli(checked)
 
 
 def run_cli(

@@ -5,24 +5,27 @@ Every user error is a ValueError with one line that names the key, the value and
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from hydra.utils import get_object, instantiate
 
+from expertflow.boundary import CHECKING, is_own_class
 from expertflow.forward import Forward
 from expertflow.future import Future
+from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
 from expertflow.model import ModelSpec, model_from_dict
-from expertflow.parts import Announced, Effort
+from expertflow.parts import Announced, Effort, Predictor
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
-from sim.job.configure import check_arguments
 from sim.job.fitted_start import fitted_arrays, transition_start
+from sim.job.keys import check_trace
+from sim.job.parts import KINDS, check_arguments, class_of, make_part
 from sim.paths import config_files
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
@@ -32,8 +35,15 @@ from traces.reader import Trace, open_trace
 from traces.shipped import cache_folder, shipped
 from traces.yamltext import read_yaml
 
-STARTS = ("cold", "popular", "resident")
+CANDIDATES = ("hybrid", "forest", "lookahead", "transition")
+"""Predictors of which an automatic choice takes one."""
+OPTIONAL = ("name", "transfer", "effort", "place")
+"""Keys that a policy of parts may leave out."""
 WORKSPACE_GB = 1.5
+CHECK_PARTS = "EXPERTFLOW_CHECK_PARTS"
+"""Environment variable: `all` = what the parts of this package answer is checked as well, as others' always is."""
+MOST_CHUNKS = 1024
+"""Of one expert: each is an event of its own in a run."""
 KEEP_SCORES = "EXPERTFLOW_KEEP_SCORES"
 """Environment variable: 0 = nothing that a predictor computes is kept in the user's cache for the next run."""
 LEAST_KEPT = 256
@@ -81,18 +91,12 @@ class Workload:
 class Transfer:
     """How a policy's copies run: from `pinned` or `pageable` memory; `serial` = never beside compute."""
 
-    memory: str = PINNED
-    serial: bool = False
-    staging_slots: int = 0
+    memory: Annotated[str, Rule(choices=(PINNED, PAGEABLE), about="that experts wait in")] = PINNED
+    serial: Annotated[bool, Rule(about="copies never run beside compute")] = False
+    staging_slots: Annotated[int, Rule(0, 65_536, unit="slots", about="beside the cache, for demand alone")] = 0
 
     def __post_init__(self) -> None:
-        if self.memory not in (PINNED, PAGEABLE):
-            raise ValueError(f"policy.transfer.memory={self.memory!r} is unknown; choose {PINNED} or {PAGEABLE}")
-        if not isinstance(self.serial, bool):
-            raise ValueError(f"policy.transfer.serial={self.serial!r} must be true or false")
-        staging = self.staging_slots
-        if not isinstance(staging, int) or isinstance(staging, bool) or staging < 0:
-            raise ValueError(f"policy.transfer.staging_slots={staging!r} must be a whole number of at least 0")
+        check_fields(self, "policy.transfer")
 
 
 def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workload:
@@ -100,7 +104,6 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
 
     trace: already open, in place of the one that the configuration names.
     """
-    _check_choice("start", cfg["start"], STARTS)
     if cfg["start"] == "resident" and (cfg["gpu_memory_gb"] is not None or cfg["residency"] != 1):
         raise ValueError("start=resident needs room for every expert: set residency=1.0, or choose start=popular")
     hardware = hardware_from_dict(cfg["hardware"])
@@ -114,18 +117,10 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
             f"hardware={hardware.name} was measured with {scaled[0]}, widths divided, and says nothing of "
             f"{model.name} itself; hold it against its machine: python -m replay.validate"
         )
-    batch = BatchConfig(
-        _whole(cfg, "batch_size", 1),
-        _whole(cfg, "prefill_chunk", 1),
-        None if cfg["max_tokens"] is None else _whole(cfg, "max_tokens", 1),
-    )
+    batch = BatchConfig(cfg["batch_size"], cfg["prefill_chunk"], cfg["max_tokens"])
     batches = Batches(trace, batch)
-    chunk_mib = cfg["chunk_mib"]
-    if not isinstance(chunk_mib, int | float) or isinstance(chunk_mib, bool) or not 1 / 1024 <= chunk_mib <= 4096:
-        raise ValueError(f"chunk_mib={chunk_mib!r} must be a number of MiB from 1/1024 to 4096")
-    warmup = _whole(cfg, "warmup_forwards", 0)
     num_slots = _num_slots(cfg, model, trace, batch.batch_size, hardware.memory_gb)
-    return Workload(
+    work = Workload(
         trace,
         trace.sha256(),
         model,
@@ -133,11 +128,24 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         stack,
         batches,
         num_slots,
-        float(chunk_mib),
-        _whole(cfg, "channel_depth", 1),
+        float(cfg["chunk_mib"]),
+        cfg["channel_depth"],
         cfg["start"],
-        warmup,
+        cfg["warmup_forwards"],
     )
+    _check_chunks(work)
+    return work
+
+
+def _check_chunks(work: Workload) -> None:
+    """ValueError where an expert falls into so many chunks that a run would not end in any reasonable time."""
+    num_chunks = len(load_chunks(work))
+    if num_chunks > MOST_CHUNKS:
+        least = work.model.expert_bytes / MOST_CHUNKS / 2**20
+        raise ValueError(
+            f"chunk_mib={work.chunk_mib:g} cuts an expert of {work.model.name} ({work.model.expert_bytes} bytes) into "
+            f"{num_chunks} chunks, more than {MOST_CHUNKS}; give chunk_mib={math.ceil(least * 1e4) / 1e4:g} or more"
+        )
 
 
 def load_chunks(work: Workload) -> tuple[int, ...]:
@@ -165,30 +173,16 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
 
 def make_trace(cfg: Mapping[str, Any]) -> Trace:
     """The trace at `path`, one generated where a key of the generator is set, or the shipped recording."""
-    unknown = set(cfg) - {"path", "num_tokens", "num_requests", "seed", "params"}
-    if unknown:
-        raise ValueError(f"trace.{sorted(unknown)[0]} is no key; known: path, num_tokens, num_requests, seed, params")
+    check_trace(cfg)
     if cfg.get("path") is not None:
-        return open_trace(_paths(cfg["path"]))
+        return open_trace(cfg["path"])
     from sim.job.default_trace import GENERATED, SHIPPED_TRACE, generated_trace
 
     told = {key: value for key, value in cfg.items() if key != "path" and value is not None}
     if not told:
         return open_trace(str(shipped(SHIPPED_TRACE)))
     cfg = GENERATED | told
-    return generated_trace(
-        _whole(cfg, "num_tokens", 1, "trace."),
-        _whole(cfg, "num_requests", 1, "trace."),
-        _whole(cfg, "seed", 0, "trace."),
-        cfg.get("params"),
-    )
-
-
-def _paths(value: Any) -> str | list[str]:
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"trace.path={value!r} must be a file, a glob, or a list of files")
-    return value if isinstance(value, str) else paths
+    return generated_trace(cfg["num_tokens"], cfg["num_requests"], cfg["seed"], cfg.get("params"))
 
 
 def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
@@ -227,8 +221,6 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
     num_keys = model.num_layers * model.num_experts
     gigabytes, residency = cfg["gpu_memory_gb"], cfg["residency"]
     if gigabytes is None:
-        if not isinstance(residency, int | float) or isinstance(residency, bool) or not 0 < residency <= 1:
-            raise ValueError(f"residency={residency!r} must be in (0, 1]: the share of all experts that have a slot")
         slots = int(residency * num_keys + 1e-9)
         if slots < 1:
             raise ValueError(
@@ -236,8 +228,6 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
                 f"the least is residency={1 / num_keys:.6f}"
             )
         return slots
-    if not isinstance(gigabytes, int | float) or isinstance(gigabytes, bool) or not 0 < gigabytes < float("inf"):
-        raise ValueError(f"gpu_memory_gb={gigabytes!r} must be a number of GB above 0")
     if gigabytes > memory_gb:
         raise ValueError(f"gpu_memory_gb={gigabytes} is more than the GPU has (hardware.memory_gb={memory_gb})")
     context = int(np.max(np.diff(trace.request_start)))
@@ -256,47 +246,62 @@ def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_siz
 
 def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Policy, Transfer]:
     """Compose the parts of a `conf/policy` file for this workload."""
-    copies = _known_keys(cfg.get("transfer") or {}, ("memory", "serial", "staging_slots"), "policy.transfer")
-    transfer = Transfer(**copies)
+    if os.environ.get(CHECK_PARTS) == "all":
+        CHECKING.own = True
+    transfer = from_mapping(Transfer, _mapping(cfg.get("transfer", {}), "policy.transfer"), "policy.transfer")
     if "_target_" in cfg:
         # A policy that is not composed of parts; only references that know the future are built that way.
         own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
-        return _part(own, "policy", future=work.future), transfer
-    optional = {"name", "transfer", "effort", "place"}
-    known = {"predictor", "horizon", "selection", "eviction", "order"} | optional
-    unknown = sorted(set(cfg) - known)
-    if unknown:
-        raise ValueError(f"policy.{unknown[0]} is no key; known: {', '.join(sorted(known))}")
-    missing = sorted(known - optional - set(cfg))
+        _require_own(own)
+        return make_part(own, "policy", Policy, future=work.future), transfer
+    known = [*KINDS, *OPTIONAL]
+    for key in cfg:
+        if key not in known:
+            raise unknown_key("policy", key, known)
+    missing = [key for key in KINDS if key not in cfg and key not in OPTIONAL]
     if missing:
         raise ValueError(f"policy.{missing[0]} is missing; compose it with policy/{missing[0]}=NAME")
     predictor = _make_predictor(cfg["predictor"], work, seed)
-    parts = [_part(cfg[name], f"policy.{name}") for name in ("horizon", "selection", "eviction", "order")]
-    place = _part(cfg["place"], "policy.place") if "place" in cfg else Gpu()
+    parts = [
+        make_part(cfg[name], f"policy.{name}", KINDS[name]) for name in ("horizon", "selection", "eviction", "order")
+    ]
+    place = make_part(cfg["place"], "policy.place", KINDS["place"]) if "place" in cfg else Gpu()
     needs_future = any(part.uses_future for part in (predictor, *parts, place))
     horizon, selection, eviction, order = parts
     future = work.future if needs_future else None
     told = cfg.get("effort")
-    effort = None if told is None else Effort(**_known_keys(told, ("once", "per_layer"), "policy.effort"))
+    effort = None if told is None else from_mapping(Effort, _mapping(told, "policy.effort"), "policy.effort")
     return Policy(predictor, horizon, selection, eviction, order, future, effort, place), transfer
+
+
+def _require_own(cfg: Mapping[str, Any]) -> None:
+    """A whole policy knows the future, and nothing stands around it: only this package's are built."""
+    if not is_own_class(class_of(cfg, "policy", Policy)):
+        raise ValueError(
+            f"policy._target_={cfg['_target_']} is no policy of this package; compose one of your own of parts: "
+            "policy.predictor._target_, policy.eviction._target_ and so on (docs/contract.md)"
+        )
 
 
 def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
     if not isinstance(given, Mapping):
-        raise ValueError(f"policy.predictor={given!r} is no part; choose one with policy/predictor=NAME, e.g. none")
+        raise ValueError(
+            f"policy.predictor={shown(given)} is no part; choose one with policy/predictor=NAME, e.g. none"
+        )
     cfg, key = dict(given), "policy.predictor"
-    if "transition" in cfg and "_target_" not in cfg:
+    if "_target_" not in cfg and "transition" in cfg:
         name = _automatic(cfg, work)
         cfg, key = dict(cfg[name]), f"{key}.{name}"
+    found = class_of(cfg, key, Predictor)
     extra: dict[str, Any] = {}
     if "fitted_start" in cfg:
         extra["fitted_start"] = transition_start(cfg.pop("fitted_start"), work.trace.model, key)
     if "fitted" in cfg:
-        kind = _fitted_kind(cfg, "policy.predictor")
+        kind = str(getattr(found, "fitted_kind", ""))
         extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind, key)
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
-    predictor = _part(cfg, "policy.predictor", **extra)
+    predictor = make_part(cfg, key, Predictor, **extra)
     if predictor.needs_pregate and not _has_lookahead(work.trace):
         # A predictor's file is called like its configuration.
         name = type(predictor).__module__.rpartition(".")[2]
@@ -311,10 +316,15 @@ def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
 
 def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
     """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
+    for name, part in cfg.items():
+        if name not in CANDIDATES:
+            raise unknown_key("policy.predictor", name, CANDIDATES)
+        # Those that are not taken, too: which one is depends on the trace.
+        _check_candidate(part, f"policy.predictor.{name}")
     recorded = _has_lookahead(work.trace)
     arrays = None
     if "hybrid" in cfg:
-        kind = _fitted_kind(cfg["hybrid"], "policy.predictor.hybrid")
+        kind = str(getattr(class_of(cfg["hybrid"], "policy.predictor.hybrid", Predictor), "fitted_kind", ""))
         arrays = fitted_arrays(cfg["hybrid"].get("fitted"), work.trace.model, kind, "policy.predictor.hybrid")
     if arrays is not None and ("pregate" in arrays) == recorded:
         return "hybrid"
@@ -323,31 +333,16 @@ def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
     return "forest" if "forest" in cfg else "lookahead"
 
 
-def _target(cfg: Mapping[str, Any], key: str) -> Any:
-    try:
-        return get_object(str(cfg["_target_"]))
-    except Exception as error:
-        raise ValueError(f"{key}: {str(error.__cause__ or error).splitlines()[0]}") from error
-
-
-def _fitted_kind(cfg: Mapping[str, Any], key: str) -> str:
-    """What kind of fitted file the class that `cfg` names takes."""
-    return str(getattr(_target(cfg, key), "fitted_kind", ""))
+def _check_candidate(cfg: object, key: str) -> None:
+    found = class_of(cfg, key, Predictor)
+    assert isinstance(cfg, Mapping)
+    filled = [name for name in ("fitted", "fitted_start") if name in cfg]
+    given = {name: value for name, value in cfg.items() if name not in ("_target_", *filled)}
+    check_arguments(found, given, key, tuple(filled))
 
 
 def _has_lookahead(trace: Trace) -> bool:
     return trace.lookahead is not None or trace.lookahead_ids is not None
-
-
-def _part(cfg: Mapping[str, Any], key: str, **extra: Any) -> Any:
-    if not isinstance(cfg, Mapping) or "_target_" not in cfg:
-        raise ValueError(f"{key} has no _target_; choose a part with {key.replace('.', '/')}=NAME")
-    try:
-        check_arguments(cfg, key)
-        return instantiate(dict(cfg), **extra, _convert_="all")
-    except Exception as error:
-        message = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
 
 
 def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Forward]:
@@ -386,20 +381,7 @@ def _prepared_all(takes: Announced, batches: Batches, trace_sha256: str) -> bool
     return takes.prepare_all(batches, num_forwards, KeptArrays(folder), f"{trace_sha256} {batches.config} {code}")
 
 
-def _whole(cfg: Mapping[str, Any], key: str, least: int, prefix: str = "") -> int:
-    value = cfg.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{prefix}{key}={value!r} must be a whole number of at least {least}")
+def _mapping(value: object, key: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key}={shown(value)} must be a mapping of its keys, as {key}.KEY=VALUE")
     return value
-
-
-def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key}={value!r} is unknown; choose one of: {', '.join(choices)}")
-
-
-def _known_keys(cfg: Mapping[str, Any], known: tuple[str, ...], group: str) -> dict[str, Any]:
-    for key in cfg:
-        if key not in known:
-            raise ValueError(f"{group}.{key} is no key; known: {', '.join(known)}")
-    return dict(cfg)

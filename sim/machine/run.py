@@ -7,6 +7,7 @@ from typing import Any
 
 from expertflow.bounds import Floor, floor, min_loads
 from expertflow.clairvoyant import portfolio
+from expertflow.keys import MOST
 from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
@@ -29,7 +30,12 @@ def run_policy(
     kernels = KernelTimes(model, work.hardware, work.stack)
     machine = machine_for(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
-    simulate(runtime, machine)
+    try:
+        simulate(runtime, machine)
+    except OverflowError as error:
+        raise _too_long(work) from error
+    if runtime.counters.elapsed_ns > MOST:
+        raise _too_long(work)
     runtime.check_identities()
     if work.warmup_forwards >= runtime.counters.num_forwards:
         raise ValueError(
@@ -37,6 +43,13 @@ def run_policy(
             f"{runtime.counters.num_forwards} forwards"
         )
     return collect_metrics(runtime)
+
+
+def _too_long(work: Workload) -> ValueError:
+    return ValueError(
+        f"hardware={work.hardware.name} takes more than 2^63 ns (292 years) for this run; raise link_gb_per_s, "
+        "memory_gb_per_s, tflops and their efficiencies, or lower max_tokens"
+    )
 
 
 def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:

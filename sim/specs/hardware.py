@@ -4,14 +4,13 @@ Data only: `sim.machine.kernels` and `sim.machine.link` turn it into times. Unit
 Every figure of `conf/hardware` and `conf/stack` carries its origin in `sources`.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Annotated
 
-from expertflow.model import check_range, from_mapping
+from expertflow.keys import Rule, check_fields, check_range, from_mapping
 from sim.specs.kernel_table import KernelTable, kernel_table
 
 Curve = tuple[tuple[int, float], ...]
@@ -21,21 +20,29 @@ PINNED = "pinned"
 PAGEABLE = "pageable"
 """The host memory that experts wait in."""
 
-_SECOND_NS = 1_000_000_000
-_KV_GRID = 1_000_000
-_NS_REMEDY = "give whole nanoseconds, at most a second"
+LEAST_GB_PER_S = 1e-4
+"""No link is slower: a copy of one small expert would last for minutes."""
+_MOST_GB_PER_S = 1e6
 _LINK_REMEDY = "give GB/s in one direction, as measured with pinned memory"
-_POSITIVE = {
-    "memory_gb": (1e5, "give GB of GPU memory"),
-    "memory_gb_per_s": (1e6, "give the peak of the GPU's own memory"),
-    "tflops": (1e6, "give dense bf16, without sparsity"),
-    "memory_efficiency": (1.0, "give the share of the peak"),
-    "compute_efficiency": (1.0, "give the share of the peak"),
-    "pageable_gb_per_s": (math.inf, "give GB/s of a copy from pageable memory"),
-}
+_CURVE = "a list of [bytes, GB/s]"
 
 
-def _check_sources(group: str, spec: Hardware | Stack) -> None:
+def _ns(about: str) -> Rule:
+    return Rule(0, 1_000_000_000, unit="ns", about=about, remedy="give whole nanoseconds, at most a second")
+
+
+def _rate(unit: str, about: str, low: float = 1e-6) -> Rule:
+    return Rule(low, 1e6, unit=unit, about=about, remedy=f"give {about}")
+
+
+def _link(about: str, remedy: str, extra: str = "") -> Rule:
+    return Rule(LEAST_GB_PER_S, _MOST_GB_PER_S, infinite=True, unit="GB/s", about=about, remedy=remedy, extra=extra)
+
+
+_SHARE = Rule(1e-3, 1, about="share of the peak that kernels reach", remedy="give the share of the peak")
+
+
+def _check_sources(group: str, spec: "Hardware | Stack") -> None:
     known = {item.name for item in fields(spec)} - {"name", "sources"}
     if not isinstance(spec.sources, Mapping):
         raise ValueError(f"{group}.sources={spec.sources!r} must map each figure's key to its origin")
@@ -62,34 +69,35 @@ class Hardware:
     kernel_ns: measured kernel times by name of the model; they replace the roofline for those models alone.
     """
 
-    name: str
-    memory_gb: float
-    memory_gb_per_s: float
-    tflops: float
-    link_gb_per_s: float | Curve
-    pageable_gb_per_s: float
-    memory_efficiency: float
-    compute_efficiency: float
-    link_latency_ns: int
-    launch_host_ns: int
-    launch_latency_ns: int
-    issue_copy_ns: int
-    gate_sync_ns: int
-    token_sync_ns: int
-    decide_ns: int
-    link_slowdown: float = 1.0
-    kernel_ns: Mapping[str, KernelTable] = field(default_factory=dict, hash=False)
-    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    name: Annotated[str, Rule(about="of the profile")]
+    memory_gb: Annotated[float, Rule(1e-3, 1e5, unit="GB", about="GPU memory", remedy="give GB of GPU memory")]
+    memory_gb_per_s: Annotated[float, _rate("GB/s", "the peak of the GPU's own memory")]
+    tflops: Annotated[float, _rate("TFLOP/s", "dense bf16, without sparsity")]
+    link_gb_per_s: Annotated[float | Curve, _link("host to device, pinned, one way", _LINK_REMEDY, _CURVE)]
+    pageable_gb_per_s: Annotated[
+        float, _link("the same from pageable memory", "give GB/s of a copy from pageable memory")
+    ]
+    memory_efficiency: Annotated[float, _SHARE]
+    compute_efficiency: Annotated[float, _SHARE]
+    link_latency_ns: Annotated[int, _ns("paid by every copy")]
+    launch_host_ns: Annotated[int, _ns("that a launch keeps the host busy")]
+    launch_latency_ns: Annotated[int, _ns("from enqueuing to the start of a kernel")]
+    issue_copy_ns: Annotated[int, _ns("of the host for one asynchronous copy call")]
+    gate_sync_ns: Annotated[int, _ns("from the router kernel's end until the host has the routing")]
+    token_sync_ns: Annotated[int, _ns("the same for the sampled tokens")]
+    decide_ns: Annotated[int, _ns("of a decision of effort 1")]
+    link_slowdown: Annotated[
+        float, Rule(1, 1000, about="factor on a copy while kernels read memory", remedy="1: compute slows no copy")
+    ] = 1.0
+    kernel_ns: Annotated[
+        Mapping[str, KernelTable], Rule(extra="a mapping of models to tables", about="measured kernel times")
+    ] = field(default_factory=dict, hash=False)
+    sources: Annotated[Mapping[str, str], Rule(extra="a mapping of keys to texts", about="origin of each figure")] = (
+        field(default_factory=dict, compare=False)
+    )
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("hardware.name is empty; give the name of the conf/hardware file")
-        for key, (high, remedy) in _POSITIVE.items():
-            check_range(f"hardware.{key}", getattr(self, key), 0, high, above=True, remedy=remedy)
-        check_range("hardware.link_slowdown", self.link_slowdown, 1, 1000, remedy="1: compute slows no copy")
-        times = (item.name for item in fields(self) if item.name.endswith("_ns"))
-        for key in (name for name in times if name != "kernel_ns"):
-            check_range(f"hardware.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
+        check_fields(self, "hardware")
         self._check_link()
         self._check_kernels()
         _check_sources("hardware", self)
@@ -97,7 +105,6 @@ class Hardware:
     def _check_link(self) -> None:
         link = self.link_gb_per_s
         if not isinstance(link, tuple):
-            check_range("hardware.link_gb_per_s", link, 0, math.inf, above=True, remedy=_LINK_REMEDY)
             if self.memory_gb_per_s < link < math.inf:
                 raise ValueError(
                     f"hardware.link_gb_per_s={link} is above memory_gb_per_s={self.memory_gb_per_s}, into "
@@ -109,7 +116,7 @@ class Hardware:
         last_bytes = 0
         for num_bytes, gb_per_s in link:
             key = f"hardware.link_gb_per_s[{num_bytes} bytes]"
-            check_range(key, gb_per_s, 0, 1e6, above=True, remedy=_LINK_REMEDY)
+            check_range(key, gb_per_s, LEAST_GB_PER_S, _MOST_GB_PER_S, remedy=_LINK_REMEDY)
             if num_bytes <= last_bytes:
                 raise ValueError(f"{key} follows {last_bytes} bytes; sizes must rise and be at least 1")
             last_bytes = num_bytes
@@ -143,23 +150,30 @@ class Stack:
     counts as their running. copy_start_ns: from issuing a copy until an idle link begins with it.
     """
 
-    name: str
-    layer_overhead_ns: int
-    head_overhead_ns: int
-    kv_grid: int = 0
-    classify_ns: int = 0
-    observe_ns: int = 0
-    forward_ns: int = 0
-    group_ns: int = 0
-    copy_start_ns: int = 0
-    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    name: Annotated[str, Rule(about="of the stack")]
+    layer_overhead_ns: Annotated[int, _ns("on the compute stream, before each MoE layer")]
+    head_overhead_ns: Annotated[int, _ns("on the compute stream, before the head")]
+    kv_grid: Annotated[
+        int,
+        Rule(
+            0,
+            1_000_000,
+            unit="tokens",
+            about="KV lengths are rounded up to a multiple of it",
+            remedy="give whole tokens of KV; 0: no grid",
+        ),
+    ] = 0
+    classify_ns: Annotated[int, _ns("of the host, from the routing to the first action")] = 0
+    observe_ns: Annotated[int, _ns("of the host, after every other wake")] = 0
+    forward_ns: Annotated[int, _ns("of the host, before each forward")] = 0
+    group_ns: Annotated[int, _ns("on the stream, before the kernels of each launch")] = 0
+    copy_start_ns: Annotated[int, _ns("from issuing a copy until an idle link begins with it")] = 0
+    sources: Annotated[Mapping[str, str], Rule(extra="a mapping of keys to texts", about="origin of each figure")] = (
+        field(default_factory=dict, compare=False)
+    )
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("stack.name is empty; give the name of the conf/stack file")
-        for key in (item.name for item in fields(self) if item.name.endswith("_ns")):
-            check_range(f"stack.{key}", getattr(self, key), 0, _SECOND_NS, remedy=_NS_REMEDY)
-        check_range("stack.kv_grid", self.kv_grid, 0, _KV_GRID, remedy="give whole tokens of KV; 0: no grid")
+        check_fields(self, "stack")
         _check_sources("stack", self)
 
 
@@ -179,8 +193,6 @@ def hardware_from_dict(values: Mapping[str, object]) -> Hardware:
     link = values.get("link_gb_per_s")
     if isinstance(link, list | tuple):
         values = {**values, "link_gb_per_s": tuple(_point(point) for point in link)}
-    elif "link_gb_per_s" in values and (isinstance(link, bool) or not isinstance(link, int | float)):
-        raise ValueError(f"hardware.link_gb_per_s={link!r} must be a number or a list of [bytes, GB/s]")
     kernels = values.get("kernel_ns")
     if isinstance(kernels, Mapping):
         tables = {model: kernel_table(f"hardware.kernel_ns.{model}", table) for model, table in kernels.items()}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from typing import Annotated
 
-from expertflow.model import check_range, from_mapping
+from expertflow.keys import Rule, check_fields, check_range, from_mapping
 
 Points = tuple[tuple[int, float], ...]
 """Points (tokens or rows, ns) of a measured kernel, tokens rising."""
@@ -17,12 +18,14 @@ GroupPoints = tuple[tuple[int, float, float], ...]
 """Points (experts, tokens per expert, ns) of a launch of several experts, on a full grid, both rising."""
 
 _TABLES = ("expert", "shared", "head", "attention", "dense")
-_SLOWDOWNS = ("attention_slowdown", "experts_slowdown", "head_slowdown")
 _TABLE_NS = 1e12
 _TABLE_REMEDY = "give nanoseconds as measured, 1 at least"
 _MOST_EXPERTS = 65_535
 _MOST_TOKENS = 1e6
-_MOST_SLOWDOWN = 100
+_SLOWDOWN = Rule(1, 100, remedy="measure both with the host far ahead; 1: copies slow no kernel")
+_PREFILL_KV = Rule(
+    0, _TABLE_NS, unit="ns", remedy="give ns per (query, key) pair, or leave it out for the roofline's share"
+)
 
 
 @dataclass(frozen=True)
@@ -44,26 +47,20 @@ class KernelTable:
     expert: Points
     head: Points
     attention: Points
-    kv: float
+    kv: Annotated[float, Rule(0, _TABLE_NS, unit="ns", remedy="give ns per token of KV in a layer")]
     shared: Points = ()
     dense: Points = ()
-    prefill_kv: float | None = None
+    prefill_kv: Annotated[float | None, _PREFILL_KV] = None
     groups: GroupPoints = ()
-    attention_slowdown: float = 1.0
-    experts_slowdown: float = 1.0
-    head_slowdown: float = 1.0
+    attention_slowdown: Annotated[float, _SLOWDOWN] = 1.0
+    experts_slowdown: Annotated[float, _SLOWDOWN] = 1.0
+    head_slowdown: Annotated[float, _SLOWDOWN] = 1.0
 
     def check(self, key: str) -> None:
         """ValueError naming `key`.field where a value is out of range or a needed table has no point."""
         for name in _TABLES:
             self._check_points(f"{key}.{name}", getattr(self, name), needed=name not in ("shared", "dense"))
-        check_range(f"{key}.kv", self.kv, 0, _TABLE_NS, remedy="give ns per token of KV in a layer")
-        if self.prefill_kv is not None:
-            remedy = "give ns per (query, key) pair, or leave it out for the roofline's share"
-            check_range(f"{key}.prefill_kv", self.prefill_kv, 0, _TABLE_NS, remedy=remedy)
-        for name in _SLOWDOWNS:
-            remedy = "measure both with the host far ahead; 1: copies slow no kernel"
-            check_range(f"{key}.{name}", getattr(self, name), 1, _MOST_SLOWDOWN, remedy=remedy)
+        check_fields(self, key)
         if self.groups:
             _check_groups(f"{key}.groups", self.groups)
 

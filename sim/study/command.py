@@ -16,6 +16,7 @@ from sim.study.plan import Study, cells, load_study
 from sim.study.report import Run, write_study
 from sim.study.table import make_table
 from sim.study.verdicts import sentences
+from traces.flags import Parser, whole
 
 
 def cli(words: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def cli(words: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sim.study",
         description=__doc__,
         epilog="example: python -m sim.study gap --out results/gap --set trace.path=mine.safetensors",
@@ -48,9 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="AXIS=VALUE[,VALUE]",
         help="only these values of an axis, or of `variant`",
     )
-    parser.add_argument("--tokens", type=int, help="cut every trace after so many tokens (max_tokens)")
+    parser.add_argument("--tokens", type=whole(1), help="cut every trace after so many tokens (max_tokens)")
     add_config_dir(parser)
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1; -1: one a core)")
+    parser.add_argument("--jobs", type=whole(-1, 1024), default=1, help="processes (default: 1; -1: one a core)")
     return parser
 
 
@@ -64,6 +65,8 @@ def run_study(args: argparse.Namespace) -> None:
     given = [_split("--set", word) for word in args.set]
     values = {key: value for key, value in given if key in study.parameters}
     added = [f"{key}={value}" for key, value in given if key not in study.parameters]
+    if args.tokens is not None and any(key == "max_tokens" for key, _ in given):
+        raise ValueError(f"--tokens={args.tokens} and --set max_tokens= both cut the traces; leave one out")
     added += [f"max_tokens={args.tokens}"] if args.tokens is not None else []
     only = {axis: names.split(",") for axis, names in (_split("--only", word) for word in args.only)}
     jobs = plan_jobs(cells(study, values, added, only), study.kind)

@@ -68,7 +68,7 @@ class PhaseRecorder(Observer):
         total = self.sums[forward.phase]
         for key, value in this.items():
             total[key] += value
-        expected = self.policy.horizon.num_expected
+        expected = self.policy.num_expected
         if self.policy.prefetches and expected > 0:
             self._expected += expected
             self._num_expected += 1

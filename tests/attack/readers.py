@@ -132,7 +132,7 @@ def _fitted(kind: str) -> Callable[[Path], Any]:
         from expertflow.predictors.hybrid import HybridPredictor
         from expertflow.predictors.transition import TransitionPredictor
         from sim.job.fitted_start import fitted_arrays, transition_start
-        from tests.policies.support import view_of
+        from tests.support.workloads import view_of
 
         predictor: Any
         if kind == "transition":
@@ -152,7 +152,7 @@ def _fitted(kind: str) -> Callable[[Path], Any]:
 @cache
 def _metrics() -> str:
     from sim.job.output import to_json
-    from tests.cli.support import job
+    from tests.support.commands import job
 
     words = ("+hardware=a100", "+policy=lru", "trace.num_tokens=8", "trace.num_requests=1", "compare=none")
     return to_json(job(*words))
@@ -193,7 +193,7 @@ def _read_done(path: Path) -> Any:
 @cache
 def _timeline() -> str:
     from sim.views.timeline import Timeline
-    from tests.sim_output import by_hand, run
+    from tests.unit.views.support import by_hand, run
 
     timeline = Timeline("lru", 4)
     run(by_hand(), 4, 3, [timeline])
@@ -240,7 +240,7 @@ def _read_kept(path: Path) -> Any:
 
 
 def _calibration() -> str:
-    from tests.validation.test_refused import whole
+    from tests.timing.validation.test_refused import whole
 
     return json.dumps(whole())
 
@@ -265,7 +265,7 @@ def _shipped_yaml(group: str, name: str) -> Callable[[], str]:
 
 def _profile_yaml() -> str:
     from replay.calibration.profile import profiles
-    from tests.validation.test_refused import whole
+    from tests.timing.validation.test_refused import whole
 
     return yaml.safe_dump(profiles(whole(), "mine")[0], sort_keys=False)
 
@@ -337,7 +337,7 @@ def _make_twin(name: str) -> Callable[[Path], Path]:
 @cache
 def _twin() -> dict[str, bytes]:
     """The files of a tiny twin that was trained for two steps."""
-    from tests.twin.tiny import train, write_text
+    from tests.unit.twin.tiny import train, write_text
 
     with tempfile.TemporaryDirectory(prefix="expertflow-") as name:
         folder = Path(name)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.attack import tensors, trace_oracle, traces
-from tests.traces import HEADER, Arrays, save, sound_arrays
-from tests.traces.test_validate import CONTENT, LAYOUT, LISTS, Change
+from tests.support.traces import HEADER, Arrays, save, sound_arrays
+from tests.unit.traces.test_validate import CONTENT, LAYOUT, LISTS, Change
 
 
 def refused(content: bytes) -> str:

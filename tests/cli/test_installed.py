@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
+import runpy
 import subprocess
 import sys
 import tomllib
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 from sim import console
 from sim.console import COMMANDS, main
@@ -207,17 +212,49 @@ def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().out == "expertflow 7.8.9\n"
 
 
+def help_there(words: list[str], folder: Path) -> tuple[object, str, str]:
+    """Exit code, stdout and stderr of `python -m WORDS --help` in a process of its own."""
+    command = [sys.executable, "-m", *words, "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return found.returncode, found.stdout, found.stderr
+
+
+def help_here(module: str, words: list[str], patched: pytest.MonkeyPatch) -> tuple[object, str, str]:
+    """The same in this process, whose folder and paths are left as they were."""
+    out, err = io.StringIO(), io.StringIO()
+    GlobalHydra.instance().clear()
+    with patched.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["given by runpy", *words, "--help"])
+        patch.setattr(sys, "path", list(sys.path))
+        with warnings.catch_warnings():
+            # The module has been imported here before, which a process would not have done.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            with pytest.raises(SystemExit) as stop:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+    GlobalHydra.instance().clear()
+    return stop.value.code, out.getvalue(), err.getvalue()
+
+
+def assert_same_help(found: tuple[object, str, str], module: tuple[object, str, str]) -> None:
+    assert found == module
+    assert "usage" in (found[1] + found[2]).lower() or "hydra" in found[1].lower()
+
+
+IN_PROCESSES = ("sim", "traces", "lockstep")
+"""One command by Hydra, one by argparse, one that needs torch."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_is_its_module(name: str, tmp_path: Path) -> None:
-    """The same help, the same exit code."""
-    if COMMANDS[name][0].startswith("replay"):
+def test_each_command_is_its_module(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same help, the same exit code. A start costs more than all else, so that most are made in this process."""
+    module = COMMANDS[name][0]
+    if module.startswith("replay"):
         pytest.importorskip("torch")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = []
-    for words in (["sim.console", name], [COMMANDS[name][0]]):
-        command = [sys.executable, "-m", *words, "--help"]
-        one = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        found.append((one.returncode, one.stdout, one.stderr))
-    assert found[0] == found[1]
-    assert "usage" in (found[0][1] + found[0][2]).lower() or "hydra" in found[0][1].lower()
+    monkeypatch.chdir(tmp_path)
+    if name in IN_PROCESSES:
+        assert_same_help(help_there(["sim.console", name], tmp_path), help_there([module], tmp_path))
+    else:
+        found = help_here("sim.console", [name], monkeypatch)
+        assert_same_help(found, help_here(module, [], monkeypatch))

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from expertflow.keys import declared
 from sim import collect, paths, regress
 from sim.job.configure import configure
 from sim.paths import CONF, config_files, folder_to_write, own_folder, use_own_folder
-from tests.cli.support import TINY_MODEL, command, run_here, run_there, tiny_trace
+from tests.support.commands import TINY_MODEL, command, run_here, run_there, tiny_trace
 
 POLICY = """defaults:
   - predictor: none
@@ -80,11 +81,12 @@ def test_a_configuration_takes_files_of_both(mine: Path) -> None:
 
 
 def test_the_replay_still_finds_its_own_hardware(mine: Path) -> None:
-    from replay.settings import KEYS
+    from replay.keys import ReplayKeys
 
     use_own_folder(mine)
-    assert configure(["+hardware=local", "+policy=lru"], "replay", KEYS)["hardware"] == {"name": "local"}
-    assert configure(["+hardware=box", "+policy=lru"], "replay", KEYS)["hardware"]["name"] == "box"
+    keys = declared(ReplayKeys)
+    assert configure(["+hardware=local", "+policy=lru"], "replay", keys)["hardware"] == {"name": "local"}
+    assert configure(["+hardware=box", "+policy=lru"], "replay", keys)["hardware"]["name"] == "box"
 
 
 def test_the_command_runs_them_and_finds_the_model_that_the_trace_names(mine: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from sim import collect, regress
 from sim.job.output import code_sha256
 from sim.paths import DATA
-from tests.cli.support import ROOT, command, job, run_here, run_there, small_trace
-from tests.recordings import named, recordings
+from tests.support.commands import ROOT, command, job, run_here, run_there, small_trace
+from tests.support.recordings import named, recordings
 
 LRU = ("+hardware=a100", "+policy=lru")
 ADAPTIVE = ("+hardware=a100", "+policy=adaptive")
@@ -675,7 +675,7 @@ def test_pinned_overrides_are_checked_like_a_command_line(
     small_trace(tmp_path / "t.safetensors")
     assert regress.main(["record", str(path)]) == 2
     error = capsys.readouterr().err
-    assert ("residency=2 must be" in error) if overrides else ("+hardware=NAME" in error)
+    assert ("residency=2 is outside (0, 1]" in error) if overrides else ("+hardware=NAME" in error)
 
 
 def test_max_tokens_gives_what_a_trace_that_ends_there_gives(tmp_path: Path) -> None:

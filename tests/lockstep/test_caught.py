@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from expertflow.boundary import PartError
 from expertflow.machine import GATE
 from replay.lockstep.compare import LockstepResult, main
 from replay.lockstep.log_format import Attention, Copy, Decided, Experts, LoggedForward, Told, Waited
@@ -72,7 +73,11 @@ def test_a_policy_that_raises_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # Counted from here, whichever tests ran before: it is started twice for the log, and raises in the start after.
     monkeypatch.setattr(bad_policies, "_runs", 1)
     job = with_horizon("RaisingHorizon")
-    assert_told(job.check(job.log(tmp_path / "log.parquet")), "now KeyError: 'no such layer'")
+    path = job.log(tmp_path / "log.parquet")
+    with pytest.raises(
+        PartError, match=r"^RaisingHorizon.distances raised KeyError: 'no such layer' \(forward \d, layer"
+    ):
+        job.check(path)
 
 
 @pytest.mark.slow

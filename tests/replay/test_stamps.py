@@ -12,11 +12,12 @@ import torch
 
 import replay.machine.rig
 from replay.app import WRONG
+from replay.keys import FAULTS
 from replay.lockstep.compare import check
 from replay.lockstep.log_format import LOG_NAME
 from replay.lost import LOST
 from replay.machine.device import Work
-from replay.machine.faults import FAULTS, FaultyDevice
+from replay.machine.faults import FaultyDevice
 from replay.machine.launch_row import Row
 from replay.machine.memory import HostPlan, align
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
@@ -26,9 +27,9 @@ from replay.machine.rows import NUM_EXPERTS, RowLayout
 from replay.machine.stamps import Stamps, WrongStamp
 from replay.run import PartialRunError, needs_of
 from sim.job.setup import load_chunks
-from tests.cli.support import tiny_trace
-from tests.replay.scripted import ScriptedDevice
-from tests.replay.support import SMALL, TINY, Case, on_cpu, replay_here
+from tests.support.commands import tiny_trace
+from tests.support.replays import SMALL, TINY, Case, on_cpu, replay_here
+from tests.support.scripted import ScriptedDevice
 
 
 @pytest.fixture(scope="module")

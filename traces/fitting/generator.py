@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from traces.flags import whole
 from traces.generate import generate
 from traces.parameters import Arrays, save_params
 from traces.reader import Trace, open_trace
@@ -288,8 +289,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m traces fit`."""
     parser.add_argument("path", help="the trace to fit (.safetensors)")
     parser.add_argument("output", help="the parameter file to write (.safetensors)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=60, help="calibrating simulations (default: 60)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
+    parser.add_argument("--rounds", type=whole(0, 100_000), default=60, help="calibrating simulations (default: 60)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from traces.fitting.baselines import (
 from traces.fitting.packages import asked_for_by
 from traces.fitting.pointwise import Boosting, Logistic, Perceptron, Ridge
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
+from traces.flags import whole
 from traces.reader import Trace, open_trace
 
 BASELINES: dict[str, Callable[[Training], Baseline]] = {
@@ -63,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("eval", help="the trace to compare on")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write accuracy.csv and fits.csv to")
     parser.add_argument("--only", default="", help=f"some of them, with commas: {','.join(BASELINES)}")
-    parser.add_argument("--distances", type=int, default=8, help="layers ahead (8, or as far as the pre-gate goes)")
+    parser.add_argument(
+        "--distances", type=whole(1, 9_999), default=8, help="layers ahead (8, or as far as the pre-gate goes)"
+    )
     parser.add_argument(
         "--fitted",
         action="append",
@@ -71,13 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND=FILE",
         help="take a predictor of fit-predictor, e.g. forest=FILE; else it is fitted anew",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of what is drawn (0)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Fit, score, write."""
-    if args.distances < 1:
-        raise TraceError(f"--distances={args.distances} must be at least 1")
     if args.seed < 0:
         raise TraceError(f"--seed={args.seed} must be 0 or more")
     names = chosen_names(args.only)

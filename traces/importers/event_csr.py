@@ -29,6 +29,7 @@ from traces.container import Array, check_file, fault
 from traces.format import About
 from traces.importers.common import (
     MAX_LAYERS,
+    MAX_WEIGHT,
     UNKNOWN_LICENSE,
     ImportReport,
     Request,
@@ -196,6 +197,8 @@ def _check(events: _Events) -> None:
     _raise_at(events, (events.counts < 1) | (events.counts > tokens), "has an assignment count outside 1 … token_count")
     _raise_at(events, events.ids < 0, "holds a negative expert id")
     _raise_at(events, ~np.isfinite(events.mass) | (events.mass < 0), "has a gate mass that is not 0 or more")
+    too_much = events.mass > MAX_WEIGHT * events.counts
+    _raise_at(events, too_much, f"has a gate mass of more than {MAX_WEIGHT} an assignment")
     _raise_event(events, events.totals() < events.columns["token_count"], "has fewer assignments than tokens")
     owner = np.repeat(np.arange(lengths.size), lengths)
     order = np.lexsort((events.ids, owner))

@@ -36,6 +36,8 @@ from traces.twin.text import Tokenizer
 TOKENIZERS = ("bpe", "bytes")
 _MAX_JSON_BYTES = 1 << 20
 _MOST_SECONDS = 1e10
+_MOST_WEIGHT = 1e12
+_SQUARES = "exp_avg_sq."
 _NAME = re.compile(r"checkpoint-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _REMEDY = "train it again in a new folder"
@@ -195,6 +197,9 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator
             raise fault(path, f"array {name!r}", problem, _REMEDY)
         if not np.isfinite(array).all():
             raise fault(path, f"array {name!r}", "holds values that are not finite", _REMEDY)
+        if np.abs(array).max(initial=0) > _MOST_WEIGHT or (name.startswith(_SQUARES) and array.min(initial=0) < 0):
+            problem = f"holds values beyond {_MOST_WEIGHT:g}, or below 0 where squares are kept"
+            raise fault(path, f"array {name!r}", problem, _REMEDY)
         yield name, torch.from_numpy(array.copy())
 
 

@@ -1,0 +1,373 @@
+"""What the parts of a policy answer, checked where it enters: a class for each kind of part, with the hooks' own names.
+
+Only around classes that are not of this package (`expertflow.boundary`). What such a part is given it cannot change:
+sequences are tuples, arrays are copies; and what it answers is copied, so that what it does to it later is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from expertflow.boundary import Guard, shown
+from expertflow.forward import KnownForward
+from expertflow.parts import (
+    DEMAND,
+    Eviction,
+    Horizon,
+    Order,
+    Place,
+    Placing,
+    Prediction,
+    Predictor,
+    Selection,
+    Step,
+    Worths,
+)
+from expertflow.units import SCORE_ONE
+from expertflow.view import LOADING, RESIDENT, View
+
+if TYPE_CHECKING:
+    from expertflow.parts import Ints
+
+NOTHING: tuple[int, ...] = ()
+
+
+def frozen(prediction: Prediction) -> Prediction:
+    """The same prediction, with nothing in it that can be changed, or that leads to what was predicted elsewhere."""
+    keys, scores, chances = prediction
+    if chances is not None:
+        chances = chances.copy()
+        chances.setflags(write=False)
+    elif type(keys) is tuple and type(scores) is tuple:
+        return prediction
+    return Prediction(tuple(keys), tuple(scores), chances)
+
+
+def _array(guard: Guard, hook: str, what: str, value: object, length: int) -> Ints:
+    """`value`, which must be whole numbers [length]; int64 is not copied."""
+    if not isinstance(value, np.ndarray) or value.shape != (length,) or value.dtype.kind not in "iu":
+        have = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else shown(value)
+        raise guard.refused(hook, f"answered {have} for {what}", f"give an array of int64 [{length}]")
+    found: Ints = value.astype(np.int64, copy=False)
+    return found
+
+
+def _live(guard: Guard, hook: str, what: str, value: object, length: int) -> Ints:
+    """`value`, an array [length] that another part reads and writes in place, by its address."""
+    found = _array(guard, hook, what, value, length)
+    flags = found.flags
+    if found is not value or type(found) is not np.ndarray or not (flags.c_contiguous and flags.aligned):
+        raise guard.refused(hook, f"answered {what} that cannot be used in place", f"give an int64 array [{length}]")
+    if not flags.writeable:
+        raise guard.refused(hook, f"answered {what} that cannot be written", f"give an int64 array [{length}]")
+    return found
+
+
+class CheckedPredictor:
+    """Around a predictor."""
+
+    def __init__(self, part: Predictor, guard: Guard, view: View) -> None:
+        self._guard, self._residency = guard, view.residency
+        self._num_layers, self._num_experts = view.num_layers, view.num_experts
+        first = range(0, view.num_layers * view.num_experts, view.num_experts)
+        self._keys_of = [frozenset(range(key, key + view.num_experts)) for key in first]
+        self._predict = guard.bind("predict")
+        self._forecast, self._fuse, self._step = (guard.asked(hook) for hook in ("forecast", "fuse", "step"))
+
+    def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
+        guard = self._guard
+        try:
+            found = self._predict(forward, layer, distance)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise guard.raised("predict", error) from error
+        if found is None:
+            return None
+        if not isinstance(found, tuple | list) or not 2 <= len(found) <= 3:
+            raise guard.refused("predict", f"answered {shown(found)}", "give Prediction(keys, scores) or None")
+        most, target = self._num_experts, (layer + distance) % self._num_layers
+        keys = guard.keys("predict", "keys", found[0], most)
+        scores = guard.keys("predict", "scores", found[1], most)
+        self._check_keys(keys, target)
+        if len(scores) != len(keys):
+            raise guard.refused(
+                "predict", f"answered {len(scores)} scores for {len(keys)} keys", "give a score for each key"
+            )
+        if scores:
+            self._check_scores(scores)
+        chances = None
+        if len(found) == 3 and found[2] is not None:
+            chances = self._chances(found[2], most)
+        return Prediction(keys, scores, chances)
+
+    def _check_keys(self, keys: tuple[int, ...], target: int) -> None:
+        seen, allowed = set(keys), self._keys_of[target]
+        if len(seen) != len(keys):
+            double = next(key for place, key in enumerate(keys) if key in keys[:place])
+            raise self._guard.refused("predict", f"scored key {double} twice", "score each key once")
+        if not seen <= allowed:
+            other = next(key for key in keys if key not in allowed)
+            raise self._guard.refused(
+                "predict",
+                f"was asked for layer {target} and scored key {shown(other)}, which is of another",
+                "keys are layer * num_experts + expert",
+            )
+
+    def _check_scores(self, scores: tuple[int, ...]) -> None:
+        if not 0 <= scores[-1] <= scores[0] <= SCORE_ONE or tuple(sorted(scores, reverse=True)) != scores:
+            wrong = next((one for one in scores if not 0 <= one <= SCORE_ONE), None)
+            rule = f"answered score {shown(wrong)}" if wrong is not None else "answered scores that are not best first"
+            raise self._guard.refused("predict", rule, f"scores fall from at most {SCORE_ONE} (2^-16) to at least 0")
+
+    def _chances(self, value: object, length: int) -> Ints:
+        return self._odds("predict", "chances", value, length)
+
+    def _odds(self, hook: str, what: str, value: object, length: int) -> Ints:
+        """A copy of chances [length] in 2^-16."""
+        chances = _array(self._guard, hook, what, value, length)
+        if chances.size and not 0 <= chances.min() <= chances.max() <= SCORE_ONE:
+            rule = f"answered {what} from {chances.min()} to {chances.max()}"
+            raise self._guard.refused(hook, rule, f"chances are in 0 … {SCORE_ONE} (2^-16)")
+        copied = chances.copy()
+        copied.setflags(write=False)
+        return copied
+
+    def forecast(self) -> Ints | None:
+        found = self._forecast()
+        if found is None:
+            return None
+        return self._odds("forecast", "chances", found, self._num_layers * self._num_experts)
+
+    def fuse(self, thresholds: Ints, worths: Worths) -> bool:
+        found = self._fuse(thresholds, worths)
+        if type(found) is not bool:
+            raise self._guard.refused("fuse", f"answered {shown(found)}", "answer True or False")
+        return found
+
+    def step(self, forward: KnownForward, layer: int, reach: int) -> Step | None:
+        guard = self._guard
+        found = self._step(forward, layer, reach)
+        if found is None:
+            return None
+        if not isinstance(found, tuple | list) or len(found) != 4:
+            remedy = "give (wants, keys selected, layers they are of, overfetched) or None"
+            raise guard.refused("step", f"answered {shown(found)}", remedy)
+        wants = guard.keys("step", "wants", found[0], self._num_experts * reach)
+        num_selected, num_layers = guard.whole("step", found[1]), guard.whole("step", found[2])
+        if not 0 <= num_layers <= reach or not len(wants) <= num_selected <= num_layers * self._num_experts:
+            rule = f"wants {len(wants)} keys of {num_selected} selected in {num_layers} layers, asked for {reach}"
+            raise guard.refused("step", rule, "count what was selected, in how many layers")
+        if type(found[3]) is not bool:
+            raise guard.refused("step", f"answered {shown(found[3])} for overfetched", "give True or False")
+        if wants:
+            self._check_wants(wants, layer, reach)
+        return list(wants), num_selected, num_layers, found[3]
+
+    def _check_wants(self, wants: tuple[int, ...], layer: int, reach: int) -> None:
+        num_layers, num_experts, residency = self._num_layers, self._num_experts, self._residency
+        if len(set(wants)) != len(wants):
+            raise self._guard.refused("step", f"wants a key twice: {shown(list(wants))}", "want each key once")
+        for key in wants:
+            if not 0 <= key < len(residency) or not 0 < (key // num_experts - layer) % num_layers <= reach:
+                rule = f"wants key {shown(key)}, which is of none of the {reach} layers behind {layer}"
+                raise self._guard.refused("step", rule, "keys are layer * num_experts + expert")
+            if residency[key]:
+                rule = f"wants key {key}, which is resident or on its way"
+                raise self._guard.refused("step", rule, "leave it out")
+
+
+class CheckedHorizon:
+    """Around a horizon."""
+
+    def __init__(self, part: Horizon, guard: Guard, view: View) -> None:
+        self._part, self._guard, self._limit = part, guard, view.num_layers - 1
+        self._distances, self.overfetched = guard.asked("distances"), guard.told("overfetched")
+
+    def distances(self) -> Sequence[int]:
+        guard, limit = self._guard, self._limit
+        found = guard.keys("distances", "distances", self._distances(), max(limit, 0))
+        before = 0
+        for distance in found:
+            if not before < distance <= limit:
+                rule = f"answered {shown(found)}"
+                raise guard.refused("distances", rule, f"distances are whole numbers that rise, each in 1 … {limit}")
+            before = distance
+        return found
+
+    def expect(self, num_expected: float) -> None:
+        """Set its `num_expected`."""
+        try:
+            self._part.num_expected = num_expected
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise self._guard.raised("num_expected", error) from error
+
+
+class CheckedSelection:
+    """Around a selection."""
+
+    def __init__(self, part: Selection, guard: Guard, view: View) -> None:
+        self._guard, self._num_layers = guard, view.num_layers
+        self._select, self._thresholds = guard.asked("select"), guard.asked("thresholds")
+
+    def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
+        guard = self._guard
+        known = frozen(prediction)
+        keys = guard.keys("select", "keys", self._select(known, forward), 2 * len(known.keys) + 8)
+        if keys == known.keys[: len(keys)]:
+            return keys
+        left = set(known.keys)
+        for key in keys:
+            if key not in left:
+                how = "twice" if key in known.keys else "which was not predicted"
+                rule = f"selected key {shown(key)}{' ' if how == 'twice' else ', '}{how}"
+                raise guard.refused("select", rule, "select a subset of the predicted keys, each once")
+            left.remove(key)
+        return keys
+
+    def thresholds(self) -> Ints | None:
+        found = self._thresholds()
+        return None if found is None else _live(self._guard, "thresholds", "thresholds", found, self._num_layers + 1)
+
+
+class CheckedEviction:
+    """Around an eviction."""
+
+    def __init__(self, part: Eviction, guard: Guard, view: View, by_layer: bool) -> None:
+        self._guard, self._view, self._residency, self._by_layer = guard, view, view.residency, by_layer
+        self._num_experts, self._num_keys = view.num_experts, len(view.residency)
+        self._victim, self.admitted = guard.bind("victim"), guard.told("admitted")
+        self._touched, self._foreseen, self._predicted = map(guard.told, ("touched", "foreseen", "predicted"))
+        self._release, self._worths = guard.asked("release"), guard.asked("worths")
+
+    def touched(self, keys: Sequence[int]) -> None:
+        self._touched(tuple(keys))
+
+    def predicted(self, keys: Sequence[int], layer: int, prediction: Prediction) -> None:
+        self._predicted(tuple(keys), layer, frozen(prediction))
+
+    def foreseen(self, forecast: Ints) -> None:
+        # A copy leads to no other array: the predictor may have looked ahead of what is known.
+        copied = forecast.copy()
+        copied.setflags(write=False)
+        self._foreseen(copied)
+
+    def victim(self, key: int, cause: int) -> int | None:
+        guard = self._guard
+        try:
+            found = self._victim(key, cause)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise guard.raised("victim", error) from error
+        if found is None:
+            if cause == DEMAND:
+                self._check_none(key)
+            return None
+        victim: int = found if type(found) is int else guard.whole("victim", found)
+        self._check("victim", victim)
+        if victim in self._view.pinned:
+            rule = f"answered key {victim}, which is pinned: the current layer demands it"
+            raise guard.refused("victim", rule, "answer none of view.pinned")
+        if self._by_layer and victim // self._num_experts != key // self._num_experts:
+            rule = f"answered key {victim} for key {key}, which is of another layer, under scope=layer"
+            raise guard.refused("victim", rule, "answer a key of the same layer")
+        return victim
+
+    def _check(self, hook: str, key: int) -> None:
+        """`key` must be resident."""
+        if not 0 <= key < self._num_keys:
+            raise self._guard.refused(hook, f"answered {shown(key)}, which is no key", "answer a resident key")
+        state = self._residency[key]
+        if state != RESIDENT:
+            how = "is still being copied" if state == LOADING else "is not resident"
+            raise self._guard.refused(hook, f"answered key {key}, which {how}", "answer a resident key")
+
+    def _check_none(self, key: int) -> None:
+        """None for the demand of `key` says that nothing can give way."""
+        first, stop = 0, self._num_keys
+        if self._by_layer:
+            first = key // self._num_experts * self._num_experts
+            stop = first + self._num_experts
+        residency, pinned = self._residency, self._view.pinned
+        num_resident = bytes(residency[first:stop]).count(RESIDENT)
+        if num_resident > sum(1 for one in pinned if first <= one < stop and residency[one] == RESIDENT):
+            free = next(one for one in range(first, stop) if residency[one] == RESIDENT and one not in pinned)
+            rule = f"answered None to the demand of key {key}, though key {free} can give way"
+            raise self._guard.refused("victim", rule, "refuse prefetches only")
+
+    def release(self, layer: int, keys: Sequence[int]) -> Sequence[int]:
+        guard = self._guard
+        found = guard.drawn("release", "keys", self._release(layer, tuple(keys)), self._num_keys)
+        if not found:
+            return NOTHING
+        pinned = self._view.pinned
+        seen: set[int] = set()
+        for key in found:
+            self._check("release", key)
+            if key in pinned:
+                raise guard.refused("release", f"answered key {key}, which is pinned", "give up none of view.pinned")
+            if key in seen:
+                raise guard.refused("release", f"answered key {key} twice", "give up each key once")
+            seen.add(key)
+        return found
+
+    def worths(self) -> Worths | None:
+        found = self._worths()
+        if found is None:
+            return None
+        if type(found) is not Worths:
+            raise self._guard.refused("worths", f"answered {shown(found)}", "give expertflow.parts.Worths or None")
+        names, length = Worths._fields, self._num_keys
+        arrays = [_live(self._guard, "worths", *pair, length) for pair in zip(names, found, strict=True)]
+        if any(np.may_share_memory(one, other) for place, one in enumerate(arrays) for other in arrays[:place]):
+            raise self._guard.refused("worths", "answered one array under two names", "give five arrays")
+        return found
+
+
+class CheckedOrder:
+    """Around an order."""
+
+    def __init__(self, part: Order, guard: Guard) -> None:
+        self._guard, self._arrange = guard, guard.asked("arrange")
+
+    def arrange(self, keys: Sequence[int]) -> Sequence[int]:
+        given = tuple(keys)
+        found = self._guard.keys("arrange", "keys", self._arrange(given), 2 * len(given) + 8)
+        if len(found) != len(given) or set(found) != set(given):
+            raise self._guard.refused("arrange", self._how(given, found), "answer exactly the keys given, in any order")
+        return found
+
+    def _how(self, given: tuple[int, ...], found: tuple[int, ...]) -> str:
+        """How the answer differs from a permutation."""
+        missing = [key for key in given if key not in found]
+        added = [key for key in found if key not in given]
+        double = sorted({key for key in found if found.count(key) > 1})
+        told = (("leaves out", missing), ("adds", added), ("doubles", double))
+        return " and ".join(
+            f"{verb} {'key' if len(keys) == 1 else 'keys'} {shown(keys)[1:-1]}" for verb, keys in told if keys
+        )
+
+
+class CheckedPlace:
+    """Around a place. Whosever class it is: no machine computes on the host yet."""
+
+    def __init__(self, part: Place, guard: Guard) -> None:
+        self._guard = guard
+        self._on_host: Callable[..., Any] = guard.asked("on_host")
+
+    def on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
+        given = Placing(placing.layer, tuple(placing.resident), tuple(placing.in_flight), tuple(placing.missing))
+        keys = self._guard.keys("on_host", "keys", self._on_host(given, forward), len(given.missing))
+        if keys:
+            raise self._guard.refused(
+                "on_host",
+                f"places {len(keys)} experts of layer {placing.layer} on the host, where nothing computes them yet",
+                "answer none, or choose place=gpu",
+            )
+        return NOTHING

@@ -1,0 +1,153 @@
+"""The keys that a replay has beside those of a simulation, and `python -m replay.keys`: every key there is.
+
+Prints the page of docs/keys.md: each key with its type, range, unit and default, read from where it is declared.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import yaml
+
+from expertflow.clairvoyant import Clairvoyant
+from expertflow.keys import OTHER, REQUIRED, Key, Rule, arguments_of, declared
+from expertflow.model import ModelSpec
+from expertflow.parts import Effort
+from sim.job.keys import PolicyKeys, RunKeys, TraceKeys
+from sim.job.parts import KINDS, class_of
+from sim.job.setup import Transfer
+from sim.paths import CONF
+from sim.specs.hardware import LEAST_GB_PER_S, Hardware, Stack
+from traces.flags import Parser
+
+MACHINES = ("auto", "cuda", "cpu")
+FAULTS = ("delayed", "failed", "reordered", "duplicated", "early_reuse", "lost")
+"""See `replay.machine.faults`."""
+DEFAULT_FAULT_AT = 100
+
+
+@dataclass(frozen=True)
+class ReplayKeys:
+    """A replay's own keys, as they are composed; `replay.settings.Settings` is what becomes of them."""
+
+    machine: Annotated[str, Rule(choices=MACHINES, about="auto takes a GPU if there is one")]
+    host_memory_gb: Annotated[
+        float | None,
+        Rule(0, 1e6, above=True, unit="GB", null="what is prudent", about="of pinned memory for the experts"),
+    ]
+    verify: Annotated[bool, Rule(about="check every chunk's stamp around every kernel")]
+    log: Annotated[bool, Rule(about="write records.parquet, for python -m replay.lockstep")]
+    fault: Annotated[str | None, Rule(choices=FAULTS, null="none", about="a fault on purpose")]
+    fault_at: Annotated[
+        int | None, Rule(1, 2**31 - 1, null=str(DEFAULT_FAULT_AT), about="at which copy; only with fault")
+    ]
+    scale: Annotated[
+        int | None, Rule(1, 1024, null="1 on a GPU, 16 on a CPU", about="the model's widths are divided by it")
+    ]
+    throttle_gb_per_s: Annotated[
+        float | None,
+        Rule(
+            LEAST_GB_PER_S,
+            1e6,
+            unit="GB/s",
+            null="the profile's, at the experts' scale; none for local",
+            about="pace of a CPU machine's link",
+        ),
+    ]
+
+
+HEAD = """# Keys
+
+Every key of a configuration, and what it may hold. This page is made by `python -m replay.keys` (`expertflow keys`)
+from the declarations that the keys are checked by, and a test holds it equal to them.
+
+A value of another type, or outside its range, an unknown key, a key that is missing, and two keys of which one would be
+ignored are refused in one line, with exit code 2, before anything is run. `(` and `)` leave an end of a range out. A
+whole number serves where a number is wanted; text, `true` and `false` never do. A group (`hardware`, `policy`, `model`,
+`stack`, `trace`, `policy/PART`) is given the name of one file.
+
+The `_target_` of a policy's part must name a class that derives from that part's class in `expertflow/parts.py`. That
+is checked before the class is called; to find it, its module is imported. Arguments are plain values: of what they
+hold nothing is called.
+
+These exclude each other: `residency` and `gpu_memory_gb`; `trace.path` and the other keys of `trace`; `fault_at`
+without `fault`; `throttle_gb_per_s` and a GPU; `count_redundant=true` and a policy without parts; `model=auto` and a
+key of `model`. An expert is cut into 1024 chunks at most, and a run lasts 2^63 ns at most.
+"""
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    sections = [HEAD]
+    for title, note, keys, defaults in tables():
+        lines = [f"## {title}", "", *([note, ""] if note else [])]
+        lines += ["| key | type and range | default | |", "|---|---|---|---|"]
+        lines += [_row(name, key, defaults) for name, key in keys.items()]
+        sections.append("\n".join([*lines, ""]))
+    return "\n".join(sections)
+
+
+def tables() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
+    """Title, a note, the keys by name, and the values of a file that gives them, table by table."""
+    run, replay = (yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("run", "replay"))
+    yield "A run", "Of a simulation and of a replay.", declared(RunKeys), run
+    yield "A replay alone", "`compare` is `none` there.", declared(ReplayKeys), replay
+    grouped: tuple[tuple[str, Any], ...] = (
+        ("trace", TraceKeys),
+        ("hardware", Hardware),
+        ("stack", Stack),
+        ("model", ModelSpec),
+        ("policy", PolicyKeys),
+        ("policy.transfer", Transfer),
+        ("policy.effort", Effort),
+    )
+    for group, cls in grouped:
+        yield group, "", {f"{group}.{name}": key for name, key in declared(cls).items()}, {}
+    own, _ = arguments_of(Clairvoyant)
+    keys = {f"policy.{name}": key for name, key in own.items() if name != "future"}
+    yield "policy=clairvoyant", "A policy without parts.", keys, {}
+    yield from _parts()
+
+
+def _parts() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
+    """One table for each class, under the first file that names it."""
+    for part, kind in KINDS.items():
+        seen = set()
+        for path in sorted((CONF / "policy" / part).glob("*.yaml")):
+            cfg = yaml.safe_load(path.read_text(encoding="utf-8"))
+            target = cfg.get("_target_")
+            if target is None or target in seen:
+                continue
+            seen.add(target)
+            keys = {f"policy.{part}.{name}": key for name, key in arguments_of(class_of(cfg, part, kind))[0].items()}
+            if keys:
+                given = {f"policy.{part}.{name}": value for name, value in cfg.items()}
+                yield f"policy/{part}={path.stem}", f"`{target}`", keys, given
+
+
+def _row(name: str, key: Key, given: Mapping[str, Any]) -> str:
+    rule = key.rule
+    kind = key.allowed.removesuffix(", or null")
+    default = given.get(name, key.default)
+    shown = "–" if default is REQUIRED else "" if key.kind == OTHER and default != "auto" else f"`{_plain(default)}`"
+    about = f"{rule.about}; null: {rule.null}" if key.nullable and rule.null else rule.about
+    return f"| `{name}` | {kind}{', or null' if key.nullable else ''} | {shown} | {about} |".replace("`` |", "|")
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value}"
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line."""
+    parser = Parser(prog="python -m replay.keys", description=__doc__)
+    parser.parse_args(words)
+    sys.stdout.write(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

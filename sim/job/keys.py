@@ -1,0 +1,142 @@
+"""The keys of a run, declared: what each may hold, and which exclude each other.
+
+Those of hardware, stack and model are declared where these are (`sim.specs.hardware`, `expertflow.model`), those of a
+policy's parts by the parts' constructors, those of a replay alone in `replay.settings`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from expertflow.keys import Key, Rule, declared, shown, unknown_key
+
+COMPARE = ("full", "floor", "none")
+STARTS = ("cold", "popular", "resident")
+GROUPS = ("hardware", "policy", "model", "stack", "trace")
+"""Keys that hold a file of conf/, or one of the user's own, changed key by key."""
+DEFAULT_RESIDENCY = 0.5
+MOST_TOKENS = 1_000_000
+"""Of a trace that is generated in memory."""
+_COUNT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """What a simulation and a replay have in common, beside the groups."""
+
+    residency: Annotated[
+        float | None,
+        Rule(0, 1, above=True, null="0.5, unless gpu_memory_gb is given", about="share of all experts with a slot"),
+    ]
+    gpu_memory_gb: Annotated[
+        float | None,
+        Rule(
+            1e-3,
+            1e5,
+            unit="GB",
+            null="residency says it",
+            about="for all weights, KV and workspace; not more than the GPU has",
+        ),
+    ]
+    batch_size: Annotated[int, Rule(1, 65_536, unit="requests", about="decoded together")]
+    prefill_chunk: Annotated[int, Rule(1, 1_000_000, unit="tokens", about="of a prompt in one forward")]
+    max_tokens: Annotated[int | None, Rule(1, _COUNT, unit="tokens", null="all", about="of the trace that are run")]
+    chunk_mib: Annotated[
+        float,
+        Rule(1 / 1024, 4096, unit="MiB", about="an expert is copied in chunks of at most this, at most 1024 of them"),
+    ]
+    channel_depth: Annotated[int, Rule(1, 1024, unit="chunks", about="issued ahead")]
+    start: Annotated[str, Rule(choices=STARTS, about="what the cache holds at first")]
+    warmup_forwards: Annotated[int, Rule(0, _COUNT, unit="forwards", about="not measured; fewer than there are")]
+    seed: Annotated[int, Rule(0, 2**63 - 1, about="of parts that draw at random")]
+    compare: Annotated[str, Rule(choices=COMPARE, about="what is run beside")]
+    count_redundant: Annotated[bool, Rule(about="count prefetches that were not needed, by a run without prefetch")]
+    timeline: Annotated[bool, Rule(about="write timeline.json")]
+    events: Annotated[bool, Rule(about="write events.parquet")]
+    skip_done: Annotated[bool, Rule(about="leave a folder alone that holds this very run's result")]
+
+
+@dataclass(frozen=True)
+class TraceKeys:
+    """The group `trace`."""
+
+    path: Annotated[
+        str | list[str] | None,
+        Rule(
+            null="generated, or the shipped recording",
+            extra="a list of files",
+            about="a file, a glob, or a list of files",
+        ),
+    ] = None
+    num_tokens: Annotated[int | None, Rule(1, MOST_TOKENS, unit="tokens", null="1024", about="that are generated")] = (
+        None
+    )
+    num_requests: Annotated[int | None, Rule(1, MOST_TOKENS, null="8", about="at most num_tokens")] = None
+    seed: Annotated[int | None, Rule(0, 2**63 - 1, null="0", about="of what is generated")] = None
+    params: Annotated[str | None, Rule(null="the shipped ones", about="a file of python -m traces fit")] = None
+
+
+@dataclass(frozen=True)
+class PolicyKeys:
+    """The group `policy`, beside its parts."""
+
+    name: Annotated[str, Rule(about="of the policy, in results")]
+
+
+def check_run(plain: Mapping[str, Any], more: Mapping[str, Key]) -> None:
+    """ValueError for a key of a run that is unknown, missing or holds what it may not, or for two that exclude each
+    other. more: the keys that a command has beside `RunKeys`."""
+    own = {**declared(RunKeys), **more}
+    known = [*GROUPS, *own]
+    for name in plain:
+        if name not in known:
+            raise unknown_key("", name, known)
+    for name in known:
+        if name not in plain:
+            raise ValueError(f"{name} is missing; it cannot be taken out, only given another value")
+    for name in GROUPS:
+        if not isinstance(plain[name], dict):
+            raise ValueError(f"{name}={shown(plain[name])} must be the name of a file in conf/{name}")
+    for name, key in own.items():
+        key.check(plain[name], name)
+    check_trace(plain["trace"])
+    declared(PolicyKeys)["name"].check(plain["policy"].get("name"), "policy.name")
+    _check_pairs(plain)
+
+
+def check_trace(trace: Mapping[str, Any]) -> None:
+    """The same for the keys of the trace."""
+    known = declared(TraceKeys)
+    for name, value in trace.items():
+        if name not in known:
+            raise unknown_key("trace", name, list(known))
+        known[name].check(value, f"trace.{name}")
+    path = trace.get("path")
+    if isinstance(path, list | tuple) and not (path and all(isinstance(one, str) and one for one in path)):
+        raise ValueError(f"trace.path={shown(path)} must be a file, a glob, or a list of files")
+    told = [name for name, value in trace.items() if name != "path" and value is not None]
+    if path is not None and told:
+        raise ValueError(
+            f"trace.{told[0]}={shown(trace[told[0]])} is of a trace that is generated, and trace.path={shown(path)} is "
+            f"read; leave one out{' (max_tokens cuts a trace)' if told[0] == 'num_tokens' else ''}"
+        )
+
+
+def _check_pairs(plain: Mapping[str, Any]) -> None:
+    """ValueError for two keys of which one would be ignored."""
+    residency, gigabytes = plain["residency"], plain["gpu_memory_gb"]
+    if residency is not None and gigabytes is not None:
+        raise ValueError(
+            f"residency={shown(residency)} and gpu_memory_gb={shown(gigabytes)} both say how many experts have a slot; "
+            "leave one out"
+        )
+    warmup, tokens = plain["warmup_forwards"], plain["max_tokens"]
+    if tokens is not None and warmup >= tokens:
+        raise ValueError(
+            f"warmup_forwards={warmup} leaves nothing to measure of max_tokens={tokens}: a forward has a token at least"
+        )
+    if plain["count_redundant"] and "_target_" in plain["policy"]:
+        raise ValueError(
+            "count_redundant=true compares with the same policy without its predictor; "
+            f"policy={shown(plain['policy']['name'])} has no parts: leave it false"
+        )

@@ -1,0 +1,126 @@
+"""The parts of a policy from their configuration: which class, whether it is one of the right kind, its arguments.
+
+Nothing that a configuration names is called before it is known to be a class of the kind that was asked for, and
+nothing in its arguments is called at all. To find a class its module must be imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from expertflow import parts
+from expertflow.keys import REQUIRED, arguments_of, shown, unknown_key
+from expertflow.parts import Eviction, Horizon, Order, Place, Predictor, Selection
+from sim.job.former_names import refuse_former
+
+KINDS: Mapping[str, type] = {
+    "predictor": Predictor,
+    "horizon": Horizon,
+    "selection": Selection,
+    "eviction": Eviction,
+    "order": Order,
+    "place": Place,
+}
+"""The parts of a policy by key, and what the class of each derives from."""
+_DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def class_of(cfg: object, key: str, kind: type) -> type:
+    """The class that `cfg` names; ValueError that names `key` unless it derives from `kind`."""
+    if not isinstance(cfg, Mapping) or "_target_" not in cfg:
+        told = f"{key} has no _target_" if isinstance(cfg, Mapping) else f"{key}={shown(cfg)} is no part"
+        raise ValueError(f"{told}; choose a part with {key.replace('.', '/')}=NAME")
+    target, name = cfg["_target_"], f"{key}._target_"
+    wanted = f"must name a class that derives from {kind.__module__}.{kind.__name__}"
+    if not isinstance(target, str) or len(target) > 500 or not _DOTTED.fullmatch(target):
+        raise ValueError(f"{name}={shown(target)} {wanted}, as package.module.Class")
+    found = _looked_up(target, name)
+    if not isinstance(found, type):
+        raise ValueError(f"{name}={shown(target)} {wanted}; it is a {type(found).__name__}, and was not called")
+    if not issubclass(found, kind) or found is kind or found.__module__ == parts.__name__:
+        raise ValueError(f"{name}={shown(target)} {wanted}; this one does not, and was not called")
+    return found
+
+
+def _looked_up(target: str, name: str) -> Any:
+    """What `target` names: the longest module in it that is there, and attributes from there on."""
+    words = target.split(".")
+    module = None
+    for number in range(1, len(words)):
+        path = ".".join(words[:number])
+        try:
+            module = importlib.import_module(path)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if isinstance(error, ModuleNotFoundError) and error.name is not None and path.startswith(error.name):
+                if module is None:
+                    raise ValueError(
+                        f"{name}={shown(target)}: there is no module {words[0]}; it is looked for in the current "
+                        "folder and among what is installed"
+                    ) from None
+                break
+            line = (str(error).splitlines() or [""])[0][:120]
+            raise ValueError(
+                f"{name}={shown(target)}: importing {path} failed: {type(error).__name__}: {line}"
+            ) from error
+        if not hasattr(module, "__path__"):
+            break
+    found, place = module, module.__name__ if module is not None else ""
+    for word in words[place.count(".") + 1 :]:
+        try:
+            found = getattr(found, word)
+        except AttributeError:
+            raise ValueError(f"{name}={shown(target)}: {place} has no {word}; check the name") from None
+        place = f"{place}.{word}"
+    return found
+
+
+def make_part(cfg: object, key: str, kind: type, **extra: Any) -> Any:
+    """The part that `cfg` describes, of a class that derives from `kind`. extra: arguments that no configuration gives.
+
+    ValueError, one line that names the key, for a wrong class or a wrong argument.
+    """
+    found = class_of(cfg, key, kind)
+    assert isinstance(cfg, Mapping)
+    given = {name: value for name, value in cfg.items() if name != "_target_"}
+    check_arguments(found, given, key, tuple(extra))
+    try:
+        return found(**given, **extra)
+    except (Exception, SystemExit) as error:
+        line = next(iter(str(error).splitlines()), "") if isinstance(error, Exception) else ""
+        line = line or f"{found.__name__} raised {type(error).__name__} when it was made"
+        raise ValueError(line if line.startswith(key) else f"{key}: {line}") from error
+
+
+def check_arguments(found: type, given: Mapping[str, Any], key: str, extra: tuple[str, ...] = ()) -> None:
+    """ValueError that names `key`.argument unless the class takes `given`, by what its constructor declares."""
+    refuse_former({"_target_": f"{found.__module__}.{found.__qualname__}", **given}, key)
+    try:
+        known, open_ended = arguments_of(found)
+    except (TypeError, ValueError, NameError) as error:
+        raise ValueError(f"{key}: the arguments of {found.__name__} cannot be read: {error}") from error
+    for name, value in given.items():
+        _refuse_code(value, f"{key}.{name}", name)
+        if name in extra or (name not in known and not open_ended):
+            raise unknown_key(key, name, [one for one in known if one not in extra])
+        if name in known:
+            known[name].check(value, f"{key}.{name}")
+    for name, one in known.items():
+        if one.default is REQUIRED and name not in given and name not in extra:
+            raise ValueError(f"{key}.{name} is missing: {found.__name__} needs it; say +{key}.{name}=VALUE")
+
+
+def _refuse_code(value: Any, place: str, name: str) -> None:
+    """ValueError for a key such as `_partial_`, or a `_target_` inside an argument: an argument is a plain value."""
+    if name.startswith("_"):
+        raise ValueError(f"{place}={shown(value)} is no argument: of a part's keys only _target_ begins with _")
+    if isinstance(value, Mapping):
+        for inner, one in value.items():
+            _refuse_code(one, f"{place}.{inner}", str(inner))
+    elif isinstance(value, list | tuple):
+        for index, one in enumerate(value):
+            _refuse_code(one, f"{place}.{index}", "")
