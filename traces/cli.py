@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from traces.flags import Parser
-from traces.messages import PREFIX, TraceError, told
+from traces.messages import PREFIX, TraceError, cut, plain, told
 from traces.processes.ending import keeping, stopped
 from traces.reader import Trace, open_trace
 
@@ -141,7 +141,8 @@ def describe(trace: Trace) -> str:
     """One line: what the trace holds."""
     arrays = ", ".join(trace.layout_arrays())
     return (
-        f"{trace.name}: {trace.model}, {trace.num_requests} requests, {trace.num_tokens} tokens × "
+        f"{cut(plain(trace.name), 80)}: {cut(plain(trace.model), 80)}, "
+        f"{trace.num_requests} requests, {trace.num_tokens} tokens × "
         f"{trace.num_layers} layers × top-{trace.top_k} of {trace.num_experts} experts; {arrays}; "
         f"sha256 {trace.sha256()[:12]}"
     )

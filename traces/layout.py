@@ -181,6 +181,8 @@ def _check_lists(path: Path, header: Mapping[str, str], sizes: Sizes) -> None:
         if len(values) != length:
             problem = f"{key} has {len(values)} entries, the trace needs {length}"
             raise fault(path, "header", problem, "give one each, or leave it out")
+        if kind is str and any("\ud800" <= letter <= "\udfff" for value in values for letter in value):
+            raise fault(path, "header", f"{key} holds a broken character", "give valid Unicode")
         if kind is int and any(b <= a for a, b in zip([-1, *values[:-1]], values, strict=True)):
             raise fault(path, "header", f"{key} does not rise from 0 or more", "list the MoE layers in order")
 

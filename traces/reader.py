@@ -23,6 +23,9 @@ __all__ = ["ChainedArray", "RowArray", "Trace", "TraceError", "open_trace"]
 
 Paths = str | Path | Sequence[str | Path]
 
+_MAX_FORWARDS = 1 << 62
+"""Of several files together: their numbers stay far from the end of int64."""
+
 
 def open_trace(path: Paths, validate: bool = True) -> Trace:
     """Open a file, a list of files, or a glob as one trace.
@@ -74,16 +77,21 @@ def _chain(paths: Sequence[Path], parts: Sequence[Trace]) -> Trace:
             starts = [piece[:-1] + end for piece, end in zip(pieces, ends[:-1], strict=True)]
             arrays[name] = np.concatenate([*starts, ends[-1:]]).astype(np.int64)
         elif name in PER_TOKEN:
-            arrays[name] = ChainedArray(pieces, _forward_offsets(pieces) if name == "forward_id" else None)
+            arrays[name] = ChainedArray(pieces, _forward_offsets(paths, pieces) if name == "forward_id" else None)
         else:
             arrays[name] = np.concatenate(pieces)
     return Trace(paths, _merge_headers(parts), arrays, parts)
 
 
-def _forward_offsets(pieces: Sequence[RowArray]) -> list[int]:
-    offsets = [0]
-    for piece in pieces[:-1]:
-        offsets.append(offsets[-1] + 1 + max(int(block.max()) for _, block in blocks(piece)))
+def _forward_offsets(paths: Sequence[Path], pieces: Sequence[RowArray]) -> list[int]:
+    offsets, reached = [], 0
+    for path, piece in zip(paths, pieces, strict=True):
+        highest = max(int(block.max()) for _, block in blocks(piece))
+        offsets.append(reached)
+        reached += highest + 1
+        if reached > _MAX_FORWARDS:
+            problem = f"goes up to {highest}, which leaves no numbers for the other files"
+            raise fault(path, "forward_id", problem, "number forwards from 0")
     return offsets
 
 
@@ -106,6 +114,8 @@ def _merge_headers(parts: Sequence[Trace]) -> dict[str, str]:
     """What all files say alike; totals summed, labels joined, sources and licences listed."""
     headers = [part.header for part in parts]
     merged = {k: v for k, v in headers[0].items() if all(h.get(k) == v for h in headers)}
+    # They agree as numbers, though one file may write 08 where another writes 8.
+    merged |= {key: headers[0][key] for key in ("num_layers", "num_experts", "top_k")}
     for key in ("num_requests", "num_tokens"):
         merged[key] = str(sum(int(h[key]) for h in headers))
     for key in ("source", "license"):

@@ -193,7 +193,7 @@ def _read_done(path: Path) -> Any:
 @cache
 def _timeline() -> str:
     from sim.views.timeline import Timeline
-    from tests.sim_output import by_hand, run
+    from tests.unit.views.support import by_hand, run
 
     timeline = Timeline("lru", 4)
     run(by_hand(), 4, 3, [timeline])
