@@ -623,10 +623,10 @@ def score_block(
 
 
 @_compile("void(i4[::1], i1[:,::1], i8[::1], i8[::1], i8[:,::1], f8[:,::1], i4[::1], i8[::1])")
-def outlook(hidden, forecast, scale, bias, own, features, chances, found):
-    """found [N]: `HistoryNetwork.outlook` of hidden [H] and features [F, N]; forecast [H, N], own [F, N]."""
+def forecast(hidden, weights, scale, bias, own, features, chances, found):
+    """found [N]: `HistoryNetwork.forecast` of hidden [H] and features [F, N]; weights [H, N], own [F, N]."""
     odds = np.empty(len(found), np.int32)
-    _multiply(hidden, forecast, np.empty(len(hidden) + 1, np.int64), odds)
+    _multiply(hidden, weights, np.empty(len(hidden) + 1, np.int64), odds)
     span = len(chances) // 2
     for key in range(len(found)):
         remembered = np.int64(0)

@@ -104,7 +104,7 @@ class HistoryNetwork:
         self.out_scale, self.bias = self._array(arrays, "out_scale", (L, E), 1 << 28), bias
         self.own_by_feature = self._array(arrays, "own", (D, NUM_OWN, L, E), 1 << 24)
         self.frequency = self._array(arrays, "frequency", (L, E), UNIT)
-        self.forecast = self._array(arrays, "forecast", (H, N), TOP).astype(np.float32)
+        self.forecast_weights = self._array(arrays, "forecast", (H, N), TOP).astype(np.float32)
         self.forecast_scale = self._array(arrays, "forecast_scale", (N,), 1 << 28)
         self.forecast_bias = self._array(arrays, "forecast_bias", (N,), 1 << 24)
         self.forecast_own = self._array(arrays, "forecast_own", (NUM_OWN, N), 1 << 24)
@@ -256,9 +256,9 @@ class HistoryNetwork:
         odds: Floats = PREGATE_ODDS[steps.astype(np.intp)] * weights[0] + steps * weights[1]
         return np.floor(odds / LOG_UNIT)
 
-    def outlook(self, hidden: Singles, features: Floats) -> Ints:
+    def forecast(self, hidden: Singles, features: Floats) -> Ints:
         """Chances [N] in 2^-16 of use in the next forwards, nearer ones weighing more; hidden [H]."""
-        odds = np.floor((hidden @ self.forecast) * self.forecast_scale / UNIT) + self.forecast_bias
+        odds = np.floor((hidden @ self.forecast_weights) * self.forecast_scale / UNIT) + self.forecast_bias
         own = (features.reshape(NUM_OWN, -1) * self.forecast_own).sum(axis=0)
         return chance_of(odds + np.floor(own / LOG_UNIT))
 

@@ -14,6 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
+# Read when the hub's client is first imported: no test may use the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # What one test computes must not be what the next one finds; those of the kept scores say where they are.
 os.environ["EXPERTFLOW_KEEP_SCORES"] = "0"
 

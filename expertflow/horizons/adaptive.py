@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from expertflow.forward import KnownForward
 from expertflow.future import Future
+from expertflow.horizons.decision_account import DecisionAccount
 from expertflow.horizons.feedback import StepFeedback
 from expertflow.horizons.formula import StepFormula
-from expertflow.horizons.worth import Worth
 from expertflow.parts import Horizon
 from expertflow.view import Feedback, View
 
@@ -28,9 +28,9 @@ class AdaptiveHorizon(Horizon):
     start, but a miss was not foreseen, and looking farther does not help it (results/LOG.md). `dist_exponent`
     corrects N_e by how diverse the batch is: times (Dist per pair of tokens / its running mean) to this power,
     where the trace holds embeddings; 0, the default, is off, since how Dist enters is not published.
-    `worth`, our own, guards against decisions that cost more host time than they are worth: `Worth` caps the step, down
-    to nothing, so that no more than about this share of what prefetch saves is spent on them, and tries again every
-    `retry_forwards`. 0, the default, is off.
+    `decision_share`, our own, guards against decisions that cost more host time than they save: a `DecisionAccount`
+    caps the step, down to nothing, so that no more than about this share of what prefetch saves is spent on them, and
+    tries again every `retry_forwards`. 0, the default, is off.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class AdaptiveHorizon(Horizon):
         cooldown_forwards: int = 1,
         count: str = "late",
         dist_exponent: float = 0.0,
-        worth: float = 0.0,
+        decision_share: float = 0.0,
         retry_forwards: int = 256,
     ) -> None:
         if max_distance < 1:
@@ -59,9 +59,10 @@ class AdaptiveHorizon(Horizon):
                 f"AdaptiveHorizon formula_jump={formula_jump} must be at least 1, "
                 f"cooldown_forwards={cooldown_forwards} at least 0"
             )
-        if worth < 0 or retry_forwards < 1:
+        if decision_share < 0 or retry_forwards < 1:
             raise ValueError(
-                f"AdaptiveHorizon worth={worth} must be 0 (off) or more, retry_forwards={retry_forwards} at least 1"
+                f"AdaptiveHorizon decision_share={decision_share} must be 0 (off) or more, "
+                f"retry_forwards={retry_forwards} at least 1"
             )
         if count not in ("any", "late"):
             raise ValueError(f"AdaptiveHorizon count={count!r} is unknown; choose any or late")
@@ -73,7 +74,7 @@ class AdaptiveHorizon(Horizon):
         self.cooldown_forwards = cooldown_forwards
         self.count = count
         self.dist_exponent = dist_exponent
-        self.worth = worth
+        self.decision_share = decision_share
         self.retry_forwards = retry_forwards
 
     def start(self, view: View, future: Future | None) -> None:
@@ -83,9 +84,9 @@ class AdaptiveHorizon(Horizon):
         self.asked = 0
         """What the formula asked for when it last moved by `formula_jump`; 0 = nothing yet."""
         self.signs = StepFeedback(view, self.stall_threshold, self.overfetch_threshold, self.cooldown_forwards)
-        self.guard: Worth | None = None
-        if self.worth:
-            self.guard = Worth(view, self.limit, self.worth, self.retry_forwards, self.memory)
+        self.account: DecisionAccount | None = None
+        if self.decision_share:
+            self.account = DecisionAccount(view, self.limit, self.decision_share, self.retry_forwards, self.memory)
         self._windows = [list(range(1, size + 1)) for size in range(self.limit + 1)]
         self._set(1 if view.num_layers > 1 else 0)
 
@@ -96,10 +97,10 @@ class AdaptiveHorizon(Horizon):
     @property
     def cap(self) -> int:
         """How far decisions may look."""
-        return self.limit if self.guard is None else self.guard.cap
+        return self.limit if self.account is None else self.account.cap
 
     def distances(self) -> Sequence[int]:
-        if self.guard is not None and self.guard.spent():
+        if self.account is not None and self.account.spent():
             return ()
         return self._windows[self.size]
 
@@ -108,7 +109,7 @@ class AdaptiveHorizon(Horizon):
         asked = self.formula.evaluate(self.num_expected or self.view.top_k, forward)
         if self.view.num_layers == 1:
             return
-        raised = self.guard is not None and self.guard.judge(forward.index, self.formula.copy_ns)
+        raised = self.account is not None and self.account.judge(forward.index, self.formula.copy_ns)
         if asked and (self.asked == 0 or abs(asked - self.asked) >= self.formula_jump):
             self.asked = asked
             self._set(min(asked, self.cap))
@@ -116,12 +117,12 @@ class AdaptiveHorizon(Horizon):
             self._set(min(max(self.size, self.asked, 1), self.cap))
         elif self.size > self.cap:
             self._set(self.cap)
-        if self.guard is not None:
-            self.guard.begin(forward.index, self.size)
+        if self.account is not None:
+            self.account.begin(forward.index, self.size)
 
     def feedback(self, feedback: Feedback) -> None:
-        if self.guard is not None:
-            self.guard.heard(feedback)
+        if self.account is not None:
+            self.account.heard(feedback)
         if feedback.stall_ns > 0 and (self.count == "any" or feedback.num_late > 0):
             self._step(self.signs.stalled())
 

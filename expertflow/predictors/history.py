@@ -106,8 +106,8 @@ class RoutingHistory:
         if not self.closed:
             return self.net.frequency.reshape(-1).astype(np.int64)
         if self.quick is not None:
-            return self.quick.outlook(self.features)
-        return self.net.outlook(self.after, self.features)
+            return self.quick.forecast(self.features)
+        return self.net.forecast(self.after, self.features)
 
     def run_block(self, keys: Ints, starts: Flags) -> Block:
         """Take in whole forwards at once; arguments as of `HistoryNetwork.run_block`."""

@@ -217,7 +217,7 @@ class _NumpyBlock:
         self.net = net = history.net
         self._block = block = history.run_block(keys, starts)
         ends = zip(block.after, block.features_after, strict=True)
-        self._forecasts = [net.outlook(hidden, features) for hidden, features in ends]
+        self._forecasts = [net.forecast(hidden, features) for hidden, features in ends]
 
     def forecast(self, row: int) -> Ints:
         return self._forecasts[row]

@@ -67,8 +67,8 @@ class CompiledNetwork:
             net.own_by_feature.astype(np.int32),
             np.zeros((1, 1, 1), np.int32) if net.pregate is None else net.pregate.astype(np.int32),
         )
-        self.forecast = (
-            net.forecast.astype(np.int8),
+        self.forecast_weights = (
+            net.forecast_weights.astype(np.int8),
             net.forecast_scale.astype(np.int64),
             net.forecast_bias.astype(np.int64),
             net.forecast_own.astype(np.int64),
@@ -89,7 +89,7 @@ class CompiledNetwork:
     def hash(self) -> str:
         """Of all that scores depend on beside the forwards and the code."""
         told = (self.tables, self.rank_weights, self.place, self.net.prior, self.net.frequency, *self.rates, LOGS)
-        return f"{self.table_bits} {arrays_hash([*told, *self.weights, *self.forecast])}"
+        return f"{self.table_bits} {arrays_hash([*told, *self.weights, *self.forecast_weights])}"
 
     def pregate(self, forward: KnownForward, layer: int) -> npt.NDArray[np.float32] | None:
         """Chances [any, E] by distance that are to be added, empty where none are recorded; None: none are added."""
@@ -121,14 +121,14 @@ class CompiledNetwork:
         )
         memory.shares = used.reshape(self.net.L, self.net.E)
 
-    def outlook(self, features: Floats) -> Ints:
-        """Chances [N] of use in the next forwards, as `HistoryNetwork.outlook`; features [F, L, E]."""
-        return self.outlook_of(self.hidden, features.reshape(NUM_OWN, -1))
+    def forecast(self, features: Floats) -> Ints:
+        """Chances [N] of use in the next forwards, as `HistoryNetwork.forecast`; features [F, L, E]."""
+        return self.forecast_of(self.hidden, features.reshape(NUM_OWN, -1))
 
-    def outlook_of(self, hidden: npt.NDArray[np.int32], features: Floats) -> Ints:
+    def forecast_of(self, hidden: npt.NDArray[np.int32], features: Floats) -> Ints:
         """The same of activations after a forward [H] and features [F, N]."""
         found: Ints = np.empty(self.net.L * self.net.E, np.int64)
-        self.functions.outlook(hidden, *self.forecast, features, self.scales[1], found)
+        self.functions.forecast(hidden, *self.forecast_weights, features, self.scales[1], found)
         return found
 
     def look(
@@ -264,7 +264,7 @@ class CompiledBlock:
 
     def forecast(self, row: int) -> Ints:
         """Chances [N] of use in the next forwards, after forward `row`."""
-        return self.network.outlook_of(self.hidden[row, -1], self.after[row])
+        return self.network.forecast_of(self.hidden[row, -1], self.after[row])
 
     def score(self, reach: int, row: int) -> ScoredForwards:
         """Score all distances up to `reach` that are not, for the forwards of the group of `row` at least."""

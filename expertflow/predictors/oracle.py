@@ -15,14 +15,14 @@ from expertflow.view import View
 class OraclePredictor(Predictor):
     """Every expert that will be demanded, with certainty, and no other.
 
-    outlook: also forecast, after each forward, when each expert is used next (2^-16 times the inverse of the forwards
+    forecast: also say, after each forward, when each expert is used next (2^-16 times the inverse of the forwards
     until then), for evictions that ask.
     """
 
     uses_future = True
 
-    def __init__(self, outlook: bool = True) -> None:
-        self.forecasts = outlook
+    def __init__(self, forecast: bool = True) -> None:
+        self.forecasts = forecast
 
     def start(self, view: View, future: Future | None) -> None:
         assert future is not None

@@ -22,27 +22,27 @@ class StallSaved(Selection):
 
     saved: what of a copy the time left would hide, which is that of as many layers, stall excluded, as the prediction
     looks ahead; at most a whole copy. cost: the time of a copy, times the chance that it holds others up, times
-    `price`. That chance is u^`queue`, u the share of the time in which the link works: in a queue with random arrivals
-    and durations (M/M/1) the chance that so many are waiting or served. A needless copy costs next to nothing on a
-    link that idles, and its whole time on one that is always busy. All are observed, running means (`memory` of the
-    old kept). `least`, `most`: bounds of the threshold. Where the link is full and copies cannot be hidden the
+    `copy_weight`. That chance is u^`queue`, u the share of the time in which the link works: in a queue with random
+    arrivals and durations (M/M/1) the chance that so many are waiting or served. A needless copy costs next to nothing
+    on a link that idles, and its whole time on one that is always busy. All are observed, running means (`memory` of
+    the old kept). `least`, `most`: bounds of the threshold. Where the link is full and copies cannot be hidden the
     threshold tends to 1: prefetch that would hurt switches itself off.
     """
 
     at_once: ClassVar[bool] = True
 
     def __init__(
-        self, price: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0, memory: float = 0.9
+        self, copy_weight: float = 1.0, queue: int = 4, least: float = 0.01, most: float = 1.0, memory: float = 0.9
     ) -> None:
-        if price < 0:
-            raise ValueError(f"StallSaved price={price} must be at least 0")
+        if copy_weight < 0:
+            raise ValueError(f"StallSaved copy_weight={copy_weight} must be at least 0")
         if not isinstance(queue, int) or not 0 <= queue <= 64:
             raise ValueError(f"StallSaved queue={queue} must be a whole number of 0 (a copy always holds up) to 64")
         if not 0 < least <= most <= 1:
             raise ValueError(f"StallSaved least={least}, most={most} must be in 0 < least <= most <= 1")
         if not 0 <= memory < 1:
             raise ValueError(f"StallSaved memory={memory} must be in [0, 1)")
-        self.price, self.queue, self.least, self.most, self.memory = price, queue, least, most, memory
+        self.copy_weight, self.queue, self.least, self.most, self.memory = copy_weight, queue, least, most, memory
 
     def start(self, view: View, future: Future | None) -> None:
         self.view = view
@@ -56,7 +56,7 @@ class StallSaved(Selection):
         pace = self.pace
         pace.look()
         # Products, not a power: these are the same on every machine.
-        cost = self.price * prod([pace.busy] * self.queue) * pace.copy_ns
+        cost = self.copy_weight * prod([pace.busy] * self.queue) * pace.copy_ns
         self.limits = limits = [self._limit(cost, 0)]
         num_limits = len(self.least_scores)
         while len(limits) < num_limits:

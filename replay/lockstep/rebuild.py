@@ -18,10 +18,8 @@ from expertflow.policy import Policy
 from replay.lockstep.log_format import LogError
 from replay.lockstep.log_reader import LogReader
 from sim.job.configure import KEYS, checked
+from sim.job.former_names import with_present_names
 from sim.job.setup import Workload, make_policy, make_workload
-
-_START_OF = ".TransitionPredictor"
-"""The part whose `warm` is `fitted_start` now."""
 
 
 def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload, Policy]:
@@ -50,19 +48,6 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     work = make_workload(config)
     policy, _ = make_policy(config["policy"], work, config["seed"])
     return work, policy
-
-
-def with_present_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A logged configuration, with keys that have been given other names since under these: a log is older than the
-    program that reads it. Parts of a user's own keep all their keys."""
-    return {("count_redundant" if key == "twin" else key): _present(value) for key, value in config.items()}
-
-
-def _present(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    is_transition = str(value.get("_target_", "")).endswith(_START_OF)
-    return {("fitted_start" if is_transition and key == "warm" else key): _present(one) for key, one in value.items()}
 
 
 def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:

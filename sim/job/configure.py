@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from sim.job.former_names import refuse_former
 from sim.paths import CONF, config_files, own_folder
 
 COMPARE = ("full", "floor", "none")
@@ -63,6 +64,7 @@ def checked(cfg: DictConfig, own_keys: Sequence[str] = (), own_hardware: Sequenc
     _require_groups(cfg, own_hardware)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     known = (*KEYS, *own_keys)
+    refuse_former(plain)
     for key in plain:
         if key not in known:
             raise ValueError(f"{key} is no key; known: {', '.join(known)}")
@@ -94,10 +96,11 @@ def _require_groups(cfg: DictConfig, own_hardware: Sequence[str]) -> None:
 
 
 def check_arguments(cfg: Mapping[str, Any], key: str) -> None:
-    """Types and finiteness of a part's arguments, by the annotations of its constructor."""
+    """Names, types and finiteness of a part's arguments, by the annotations of its constructor."""
     target = get_object(cfg["_target_"])
     if not inspect.isclass(target):
         return
+    refuse_former(cfg, key)
     hints = get_type_hints(target.__init__)
     for name, value in cfg.items():
         expected = hints.get(name)

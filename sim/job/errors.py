@@ -8,6 +8,8 @@ import re
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from sim.job.former_names import present_key, renamed
+
 
 def one_line(error: BaseException) -> str | None:
     """The message for a user, or None if the error is a mistake of ours and deserves its traceback."""
@@ -48,6 +50,10 @@ def _hydra(error: BaseException) -> str:
     if "An item is already at" in text:
         key = text.split("'")[1]
         return f"{key} exists already; leave out the plus sign: {key}=VALUE"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    present = present_key(unknown.group(1)) if unknown else None
+    if unknown and present:
+        return renamed(unknown.group(1), present)
     if "Could not override" in text or "Key '" in text or "not in struct" in str(chain or ""):
         return f"{message.rstrip('.')}; unknown keys are refused: see conf/run.yaml for those there are"
     return message

@@ -1,1 +1,1 @@
-"""The command line, end to end: input that must be refused, runs, sweeps, every file of `conf/`."""
+"""Does a command do what it promises, from its words to its files, and refuse in one line what is wrong?"""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.cli.support import TINY_MODEL_WORDS, Outcome, routing, run_here, run_there, small_trace, tiny_trace
+from tests.support.commands import TINY_MODEL_WORDS, Outcome, routing, run_here, run_there, small_trace, tiny_trace
 
 LRU = "+hardware=a100 +policy=lru"
 ADAPTIVE = "+hardware=a100 +policy=adaptive"

@@ -17,7 +17,7 @@ from sim.job.configure import configure
 from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from sim.paths import CONF
-from tests.cli.support import GPT_OSS, job, routing, small_trace
+from tests.support.commands import GPT_OSS, job, routing, small_trace
 
 
 def choices(group: str) -> list[str]:

@@ -15,7 +15,7 @@ from sim.job import reads
 from sim.job.decided import Decided, code_that_ran, stands
 from sim.job.fitted_start import fitted_arrays
 from sim.paths import DATA, ROOT
-from tests.cli.support import run_here, small_trace
+from tests.support.commands import run_here, small_trace
 
 LRU = ("+hardware=a100", "+policy=lru")
 MINE = """from expertflow.evictions.lru import LRU

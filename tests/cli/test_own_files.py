@@ -13,7 +13,7 @@ import yaml
 from sim import collect, paths, regress
 from sim.job.configure import configure
 from sim.paths import CONF, config_files, folder_to_write, own_folder, use_own_folder
-from tests.cli.support import TINY_MODEL, command, run_here, run_there, tiny_trace
+from tests.support.commands import TINY_MODEL, command, run_here, run_there, tiny_trace
 
 POLICY = """defaults:
   - predictor: none

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from sim import collect, regress
 from sim.job.output import code_sha256
 from sim.paths import DATA
-from tests.cli.support import ROOT, command, job, run_here, run_there, small_trace
-from tests.recordings import named, recordings
+from tests.support.commands import ROOT, command, job, run_here, run_there, small_trace
+from tests.support.recordings import named, recordings
 
 LRU = ("+hardware=a100", "+policy=lru")
 ADAPTIVE = ("+hardware=a100", "+policy=adaptive")

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tests.cli.support import TINY_MODEL, tiny_trace
+from tests.support.commands import TINY_MODEL, tiny_trace
 
 ROOT = Path(__file__).parents[2]
 CARRIED = (

@@ -1,4 +1,4 @@
-"""Figures that tests are held against and that the tested code did not make.
+"""Are the counts those of references that share no code with us? Here: the figures of such references.
 
 `contract.json`: hits, misses and evictions of the event-atomic cache contract on tiny traces, and what near-miss
 semantics would give. `statistics.json`: the statistics of recorded traces, counted by `tests.conformance.figures`.

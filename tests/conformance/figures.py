@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from tests.conformance import STATISTICS_FILE
-from tests.reference import count_hits_fast, trace_events
+from tests.support.reference import count_hits_fast, trace_events
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.25, 0.5, 0.75)

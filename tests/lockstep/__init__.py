@@ -1,1 +1,1 @@
-"""Logs of runs, and whether a fresh policy decides by them as the logged one did."""
+"""Does a fresh policy decide by a log as the logged one did?"""

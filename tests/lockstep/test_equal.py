@@ -13,8 +13,8 @@ from replay.lockstep.compare import main
 from replay.lockstep.log_format import LOG_NAME, Copy, Decided, Experts, LoggedForward, Told, Waited
 from sim.machine.simulated import simulate
 from sim.paths import CONF
-from tests.cli.support import small_trace
 from tests.lockstep.support import BlockingSim, Job, LostError, read_events, rewritten
+from tests.support.commands import small_trace
 
 POLICIES = sorted(path.stem for path in (CONF / "policy").glob("*.yaml"))
 _FILES = {name: yaml.safe_load((CONF / "policy" / f"{name}.yaml").read_text(encoding="utf-8")) for name in POLICIES}

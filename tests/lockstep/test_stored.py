@@ -8,7 +8,7 @@ import pytest
 
 from replay.lockstep.compare import check
 from replay.lockstep.log_reader import LogReader
-from replay.lockstep.rebuild import with_present_names
+from sim.job.former_names import with_present_names
 from tests.lockstep.store import STORED
 
 FROM_A_GPU = Path(__file__).parents[2] / "results" / "validation-h200" / "graph" / "logs"
@@ -36,17 +36,30 @@ def test_stored_log_is_equal(path: Path) -> None:
 
 def test_a_log_with_keys_by_former_names_is_read_by_the_present_ones() -> None:
     of = "expertflow.predictors.transition.TransitionPredictor"
-    own = {"_target_": "mine.MRU", "warm": 2, "twin": 1}
+    selection = "expertflow.selections.stall_saved.StallSaved"
+    own = {"_target_": "mine.MRU", "warm": 2, "twin": 1, "price": 3}
     config = {
         "twin": True,
-        "policy": {"predictor": {"transition": {"_target_": of, "warm": "auto"}}, "eviction": own},
+        "policy": {
+            "predictor": {"transition": {"_target_": of, "warm": "auto"}},
+            "selection": {"_target_": selection, "price": 0.5, "queue": 4},
+            "eviction": own,
+        },
         "seed": 3,
     }
     assert with_present_names(config) == {
         "count_redundant": True,
-        "policy": {"predictor": {"transition": {"_target_": of, "fitted_start": "auto"}}, "eviction": own},
+        "policy": {
+            "predictor": {"transition": {"_target_": of, "fitted_start": "auto"}},
+            "selection": {"_target_": selection, "copy_weight": 0.5, "queue": 4},
+            "eviction": own,
+        },
         "seed": 3,
     }
     # Those that are stored do have them.
     with LogReader(STORED / "cpu-adaptive.parquet") as reader:
-        assert "twin" in reader.header.config
+        config = reader.header.config
+        policy = with_present_names(config)["policy"]
+    assert "twin" in config
+    assert config["policy"]["horizon"]["worth"] == policy["horizon"]["decision_share"] == 0.4
+    assert config["policy"]["selection"]["price"] == policy["selection"]["copy_weight"] == 1.0

@@ -1,1 +1,1 @@
-"""The replay: real copies and real kernels of the machine that the tests run on. Structure is tested, never speed."""
+"""Do real copies and kernels do what the runtime asks, and is it reported as it happened? On the CPU; never speed."""

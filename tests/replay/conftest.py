@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from unittest.mock import patch
 
 import pytest
+
+from tests.support.replays import uncollected
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _collecting() -> Iterator[None]:
-    """A whole garbage collection before each of hundreds of runs would take longer than they do."""
-    with patch("replay.run.gc_paused", nullcontext):
+    with uncollected():
         yield

@@ -13,7 +13,7 @@ import torch
 
 from replay.machine.cpu import CpuDevice
 from replay.machine.device import DeviceLostError, Program, Work
-from tests.replay.support import on_cpu
+from tests.support.replays import on_cpu
 
 
 @pytest.fixture

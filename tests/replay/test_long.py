@@ -9,7 +9,7 @@ import pytest
 from replay.lockstep.compare import check_log
 from replay.lockstep.log_reader import LogReader
 from tests.lockstep.test_equal import POLICIES
-from tests.replay.support import SMALL, Case
+from tests.support.replays import SMALL, Case
 
 pytestmark = pytest.mark.slow
 

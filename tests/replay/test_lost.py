@@ -143,8 +143,8 @@ def test_a_replay_that_loses_its_gpu_leaves_what_was_measured(tmp_path: Path) ->
 import replay.machine.faults
 from pathlib import Path
 from replay.app import cli
-from tests.cli.support import tiny_trace
-from tests.replay.support import TINY
+from tests.support.commands import tiny_trace
+from tests.support.replays import TINY
 trace = tiny_trace(Path("tiny.safetensors"), 24)
 replay.machine.faults.DeviceLostError = lambda text: DeviceLostError(GONE)
 Path("run").mkdir()

@@ -20,8 +20,8 @@ from replay.gc_pause import gc_paused, keep_loaded
 from replay.machine.real import RealMachine
 from sim.job.setup import load_chunks
 from sim.machine.run import run_policy
-from tests.cli.support import job, tiny_trace
-from tests.replay.support import SMALL, TINY, Case
+from tests.support.commands import job, tiny_trace
+from tests.support.replays import SMALL, TINY, Case
 from traces.batching import Batches
 
 

@@ -18,10 +18,10 @@ from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
 from replay.machine.scale import scaled_model
 from replay.run import needs_of
-from tests.cli.support import tiny_trace
-from tests.replay.scripted import Made, ScriptedDevice, decode, machine_on, prefill
-from tests.replay.support import SMALL, TINY, Case
 from tests.replay.test_scale import model_of
+from tests.support.commands import tiny_trace
+from tests.support.replays import SMALL, TINY, Case
+from tests.support.scripted import Made, ScriptedDevice, decode, machine_on, prefill
 
 WINDOW = 128
 PLAIN = replace(scaled_model(model_of("qwen3-30b-a3b"), 16), num_layers=2, num_experts=8, top_k=3)

@@ -13,8 +13,8 @@ from expertflow.machine import GATE, LOAD, TOKEN, Record
 from replay.machine.programs import REPLICAS
 from replay.machine.real import RealMachine
 from replay.machine.scale import scaled_model
-from tests.replay.scripted import CHUNKS, ScriptedDevice, chunks_of, decode, machine_on
 from tests.replay.test_scale import model_of
+from tests.support.scripted import CHUNKS, ScriptedDevice, chunks_of, decode, machine_on
 
 MODEL = replace(scaled_model(model_of("qwen3-30b-a3b"), 16), num_layers=2, num_experts=8, top_k=2)
 SIZES = chunks_of(MODEL)

@@ -13,8 +13,8 @@ from replay.machine.programs import LEAST_ROWS, REPLICAS
 from replay.machine.real import RealMachine
 from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
 from replay.machine.scale import scaled_model
-from tests.replay.scripted import ScriptedDevice, chunks_of, decode, machine_on
 from tests.replay.test_scale import model_of
+from tests.support.scripted import ScriptedDevice, chunks_of, decode, machine_on
 
 COUNTED = 8
 """Experts of a layer: key 8 is the first of layer 1."""

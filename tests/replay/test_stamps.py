@@ -26,9 +26,9 @@ from replay.machine.rows import NUM_EXPERTS, RowLayout
 from replay.machine.stamps import Stamps, WrongStamp
 from replay.run import PartialRunError, needs_of
 from sim.job.setup import load_chunks
-from tests.cli.support import tiny_trace
-from tests.replay.scripted import ScriptedDevice
-from tests.replay.support import SMALL, TINY, Case, on_cpu, replay_here
+from tests.support.commands import tiny_trace
+from tests.support.replays import SMALL, TINY, Case, on_cpu, replay_here
+from tests.support.scripted import ScriptedDevice
 
 
 @pytest.fixture(scope="module")

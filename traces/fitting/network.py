@@ -215,7 +215,7 @@ def train(
             seen.append((float(chosen.detach()), float(soon.detach())))
         mean = np.mean(seen, axis=0)
         report(
-            f"pass {epoch + 1} of {training.epochs}: loss {mean[0]:.4f}, outlook {mean[1]:.4f}, "
+            f"pass {epoch + 1} of {training.epochs}: loss {mean[0]:.4f}, forecast {mean[1]:.4f}, "
             f"{(time.monotonic() - began) / 60:.1f} min"
         )
     return net.eval()

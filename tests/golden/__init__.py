@@ -1,0 +1,1 @@
+"""Are the pinned runs what they were?"""

@@ -1,1 +1,0 @@
-"""Policies and references against theorems: bounds, oracles, recorded predictions."""

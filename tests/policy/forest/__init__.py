@@ -1,0 +1,1 @@
+"""The forest predictor and the transitions: features, fitting, scores."""

@@ -1,0 +1,1 @@
+"""Does the project keep its own rules: imports, pages, notebooks, the steps of CONTRIBUTING?"""

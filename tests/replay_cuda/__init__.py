@@ -1,1 +1,0 @@
-"""The CUDA machine: on a fake of torch.cuda whose clock is simulated, and, where there is a GPU, on the GPU itself."""

@@ -1,0 +1,1 @@
+"""The stopwatches: what they count and compare. How fast anything is, no test says."""

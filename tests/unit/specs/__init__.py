@@ -1,0 +1,1 @@
+"""What `conf/` says of models and machines: bytes, kernel times, link times."""

@@ -1,0 +1,1 @@
+"""Studies: their files, estimates and verdicts."""
