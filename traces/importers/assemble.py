@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ _DONE = {
 }
 
 Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Source:
 
 @dataclass
 class Choices:
-    """Choices in the order in which they were read. What is the same for all layers of a token may be given with any."""
+    """Choices in the order in which they were read."""
 
     labels: list[str] = field(default_factory=list)
     """One a request; a request's number is its place here."""
@@ -142,7 +144,7 @@ class Choices:
         """Weights [N,K], 0 where there is no expert; None where not every choice has them."""
         return self._rows(np.frombuffer(self._weights, np.float64), 0) if self.has_weights else None
 
-    def _rows(self, values: npt.NDArray[np.generic], padding: int) -> npt.NDArray[np.generic]:
+    def _rows(self, values: npt.NDArray[Any], padding: int) -> npt.NDArray[Any]:
         sizes = np.frombuffer(self._size, np.intc).astype(np.int64)
         width = int(sizes.max())
         if int(sizes.min()) == width:
@@ -180,7 +182,7 @@ def assemble(
     experts: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float64] | None,
 ) -> tuple[list[Request], list[int], list[str]]:
-    """Requests in their order, the layers there are, and notes. Tokens of a request are in the order of their numbers."""
+    """Requests in their order, their tokens in the order of their numbers; the layers there are; and notes."""
     request, token, layer, forward, prefill = choices.columns()
     order = np.lexsort((layer, token, request))
     sorted_request, sorted_token, sorted_layer = request[order], token[order], layer[order]
@@ -244,11 +246,11 @@ def _notes(choices: Choices, source: Source, num_changed: int, num_cut: int) -> 
 
 
 def _complete(
-    choices: Choices, source: Source, found: Ints, of_prompt: npt.NDArray[np.bool_], token: Ints, layers: Ints
+    choices: Choices, source: Source, found: Ints, of_prompt: Flags, token: Ints, layers: Ints
 ) -> tuple[Ints, int, int, int]:
     """The choices [T,L] of a request's whole tokens, how many tokens stand before them, how many prompt tokens were
     left out or filled, and how many were cut off at the end."""
-    lacking = (found < 0).any(axis=1)
+    lacking: Flags = np.any(found < 0, axis=1)
     if not lacking.any():
         return found, 0, 0, 0
     num_cut = 0
@@ -350,11 +352,19 @@ class Runs:
         run.sizes.extend([0] * (forward + 1 - len(run.sizes)))
         run.sizes[forward] += 1
 
-    def number(self) -> list[str]:
-        """Give all choices their requests and tokens; notes on what was concluded."""
+    def number(self, path: Path) -> list[str]:
+        """Give all choices their requests and tokens; notes on what was concluded.
+
+        TraceError, which names `path`, where a layer lacks forwards other than that at which the recording ended.
+        """
         num_joined = 0
         for stream, layers in self._streams.items():
             num_forwards = max(len(run.sizes) for run in layers.values())
+            lengths = [len(layers[layer].sizes) for layer in sorted(layers)]
+            if lengths != sorted(lengths, reverse=True) or lengths[-1] < num_forwards - 1:
+                layer = next(layer for layer in sorted(layers) if len(layers[layer].sizes) != num_forwards)
+                problem = f"{stream}: layer {layer} has {len(layers[layer].sizes)} forwards, others {num_forwards}"
+                raise fault(path, "source", problem, "rows are missing; record all layers of a run")
             sizes = np.zeros((len(layers), num_forwards), np.int64)
             for row, run in enumerate(layers.values()):
                 sizes[row, : len(run.sizes)] = run.sizes

@@ -51,7 +51,7 @@ def import_megatron(
                 reader.take(line, value)
             except ValueError as error:
                 raise fault(path, f"line {line}", str(error), f"a record is {_RECORD}") from None
-    notes = [*reader.notes(), *runs.number()]
+    notes = [*reader.notes(), *runs.number(paths[0])]
     what = Source(paths[0], "Megatron-LM router trace", license, model, num_experts, incomplete, notes=tuple(notes))
     return write_choices(choices, what, output)
 

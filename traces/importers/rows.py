@@ -57,7 +57,7 @@ class RowFile:
         if self.kind == "parquet":
             return [str(name) for name in _parquet(self.path).schema_arrow.names]
         if self.kind == "jsonl":
-            value = next((value for _, value in json_lines(self.path)), {})
+            value: Any = next((value for _, value in json_lines(self.path)), {})
             return list(value) if isinstance(value, dict) else []
         return _header(self.path, self.kind)[0]
 
@@ -188,16 +188,17 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     names = [str(name) for name in file.schema_arrow.names]
     for name in columns:
         _place(path, names, name)
-    number = 0
+    begin = 0
     try:
         for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns)):
             parts = [batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns]
-            for number, values in enumerate(zip(*parts, strict=True), number + 1):
+            for number, values in enumerate(zip(*parts, strict=True), begin + 1):
                 yield number, list(values)
+            begin += batch.num_rows
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, TraceError):
             raise
-        raise fault(path, f"row {number + 1}", "cannot be read", "write or fetch the file again") from None
+        raise fault(path, f"row {begin + 1}", "cannot be read", "write or fetch the file again") from None
 
 
 def _record_type(path: Path, fields: str) -> np.dtype[Any]:

@@ -171,7 +171,7 @@ def read_table(
         except ValueError as error:
             at = error.place if isinstance(error, _RowError) else place
             raise fault(file.path, f"{file.unit} {at}", str(error), _TEXT) from None
-    return choices, ([] if columns.token else runs.number())
+    return choices, ([] if columns.token else runs.number(files[0].path))
 
 
 @dataclass

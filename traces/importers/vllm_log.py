@@ -3,9 +3,9 @@
 A line `{"type": "route", "req_id": …, "token_idx": …, "layer": …, "topk_ids": […], "topk_weights": […]}` is what one
 token chose in one layer; a line of the type `meta` names model and top_k. How it is read:
 
-- `token_idx` counts the tokens of a forward and begins again with each. A forward of several tokens is a prompt, one of
-  a single token decodes; a prompt after a decoded token begins a request. Several requests decoded in one forward look
-  like a prompt: record one at a time.
+- `token_idx` counts the tokens of a forward: it begins again with the next, in which the layer number falls. A forward
+  of several tokens is a prompt, one of a single token decodes; a prompt after a decoded token begins a request. Several
+  requests decoded in one forward look like a prompt: record one at a time.
 - Each `req_id` is a sequence of forwards of its own.
 - Files of a folder belong together (one a layer) until a layer comes again for the same `req_id`: then that file begins
   another log.
@@ -50,7 +50,7 @@ def import_vllm_log(
                 reader.take(line, value)
             except ValueError as error:
                 raise fault(path, f"line {line}", str(error), f"a choice is {_ROUTE}") from None
-    notes = tuple(runs.number())
+    notes = tuple(runs.number(paths[0]))
     text = "vLLM routing log"
     named = model or reader.model
     return write_choices(choices, Source(paths[0], text, license, named, num_experts, incomplete, notes=notes), output)
@@ -65,11 +65,12 @@ class _Reader:
         self._log = 0
         self._seen: set[tuple[str, int]] = set()
         self._in_file: set[tuple[str, int]] = set()
-        self._last: dict[tuple[str, int], tuple[int, int]] = {}
+        self._last: dict[str, tuple[int, int, int]] = {}
+        """Request → the layer, token and forward of its last choice in this file."""
 
     def begin_file(self) -> None:
         self._seen |= self._in_file
-        self._in_file = set()
+        self._in_file, self._last = set(), {}
 
     def take(self, line: int, value: Any) -> None:
         """One line. ValueError says what is wrong with it."""
@@ -86,9 +87,9 @@ class _Reader:
             self._log += 1
             self._seen, self._in_file, self._last = set(), set(), {}
         self._in_file.add((request, layer))
-        before, forward = self._last.get((request, layer), (-1, 0))
-        forward += token <= before
-        self._last[(request, layer)] = (token, forward)
+        last_layer, last_token, forward = self._last.get(request, (layer, -1, 0))
+        forward += layer < last_layer or (layer == last_layer and token <= last_token)
+        self._last[request] = (layer, token, forward)
         weights = numbers(value, "topk_weights") if value.get("topk_weights") is not None else None
         experts = integers(value, "topk_ids")
         stream = f"log {self._log}/{request}" if self._log else request or "log"
