@@ -205,6 +205,9 @@ def run_import(args: argparse.Namespace) -> int:
 def _split_words(words: Sequence[str]) -> tuple[list[str], str, list[str]]:
     """Sources, output and `key=value` options of the words after KIND: options come last, the output before them."""
     num_paths = next((n for n, word in enumerate(words) if _OPTION.match(word) and n >= 2), len(words))
+    if num_paths > 2 and not words[num_paths - 1].endswith(".safetensors"):
+        # Several sources are told from a misspelt option by the suffix of what is to be written.
+        num_paths = 2
     if num_paths < 2:
         raise TraceError("no output is named; write python -m traces import KIND SOURCE… OUT.safetensors key=value…")
     return list(words[: num_paths - 1]), words[num_paths - 1], list(words[num_paths:])
