@@ -287,8 +287,16 @@ def _declaration(part: object, name: str) -> object:
         raise PartError(plain(f"{plain(type(part).__name__, 60)}.{name} raised {kind}{_told(error)}", 290)) from error
 
 
-def check_unchanged(guard: Guard, before: Declared, now: Declared) -> None:
-    """PartError if a part declares something else than when the run was set up, which has been counted on since."""
+def check_unchanged(guard: Guard, part: Part, kind: type[Part], before: Declared) -> None:
+    """PartError if `part` declares something else than when the run was set up, which has been counted on since."""
+    try:
+        if all(getattr(part, name) is value for name, value in before.items()):
+            return
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise guard.raised("declarations", error) from error
+    now = declared(part, kind)
     for name, value in before.items():
         if now[name] != value:
             rule = f"is {shown(now[name])} now and was {shown(value)} when the run was set up"

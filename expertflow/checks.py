@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from expertflow.parts import Ints
 
 NOTHING: tuple[int, ...] = ()
+_FEW = 256
 
 
 def frozen(prediction: Prediction) -> Prediction:
@@ -87,7 +88,7 @@ class CheckedPredictor:
             raise guard.raised("predict", error) from error
         if found is None:
             return None
-        if not isinstance(found, tuple | list) or not 2 <= len(found) <= 3:
+        if type(found) is not Prediction and not (isinstance(found, tuple | list) and 2 <= len(found) <= 3):
             raise guard.refused("predict", f"answered {shown(found)}", "give Prediction(keys, scores) or None")
         most, target = self._num_experts, (layer + distance) % self._num_layers
         keys = guard.keys("predict", "keys", found[0], most)
@@ -101,15 +102,15 @@ class CheckedPredictor:
             self._check_scores(scores)
         chances = None
         if len(found) == 3 and found[2] is not None:
-            chances = self._chances(found[2], most)
+            chances = self._odds("predict", "chances", found[2], most)
         return Prediction(keys, scores, chances)
 
     def _check_keys(self, keys: tuple[int, ...], target: int) -> None:
-        seen, allowed = set(keys), self._keys_of[target]
-        if len(seen) != len(keys):
+        allowed = self._keys_of[target]
+        if len(set(keys)) != len(keys):
             double = next(key for place, key in enumerate(keys) if key in keys[:place])
             raise self._guard.refused("predict", f"scored key {double} twice", "score each key once")
-        if not seen <= allowed:
+        if not allowed.issuperset(keys):
             other = next(key for key in keys if key not in allowed)
             raise self._guard.refused(
                 "predict",
@@ -118,23 +119,24 @@ class CheckedPredictor:
             )
 
     def _check_scores(self, scores: tuple[int, ...]) -> None:
-        if not 0 <= scores[-1] <= scores[0] <= SCORE_ONE or tuple(sorted(scores, reverse=True)) != scores:
+        if not 0 <= scores[-1] <= scores[0] <= SCORE_ONE or sorted(scores, reverse=True) != list(scores):
             wrong = next((one for one in scores if not 0 <= one <= SCORE_ONE), None)
             rule = f"answered score {shown(wrong)}" if wrong is not None else "answered scores that are not best first"
             raise self._guard.refused("predict", rule, f"scores fall from at most {SCORE_ONE} (2^-16) to at least 0")
 
-    def _chances(self, value: object, length: int) -> Ints:
-        return self._odds("predict", "chances", value, length)
-
     def _odds(self, hook: str, what: str, value: object, length: int) -> Ints:
         """A copy of chances [length] in 2^-16."""
         chances = _array(self._guard, hook, what, value, length)
-        if chances.size and not 0 <= chances.min() <= chances.max() <= SCORE_ONE:
-            rule = f"answered {what} from {chances.min()} to {chances.max()}"
+        # Of a layer's few, numpy's calls take longer than the numbers.
+        if length <= _FEW:
+            values = chances.tolist()
+            least, most = min(values), max(values)
+        else:
+            least, most = int(chances.min()), int(chances.max())
+        if not 0 <= least <= most <= SCORE_ONE:
+            rule = f"answered {what} from {least} to {most}"
             raise self._guard.refused(hook, rule, f"chances are in 0 … {SCORE_ONE} (2^-16)")
-        copied = chances.copy()
-        copied.setflags(write=False)
-        return copied
+        return chances.copy()
 
     def forecast(self) -> Ints | None:
         found = self._forecast()
@@ -186,16 +188,21 @@ class CheckedHorizon:
     def __init__(self, part: Horizon, guard: Guard, view: View) -> None:
         self._part, self._guard, self._limit = part, guard, view.num_layers - 1
         self._distances, self.overfetched = guard.asked("distances"), guard.told("overfetched")
+        self._last: tuple[int, ...] = ()
+        """Distances that were sound."""
 
     def distances(self) -> Sequence[int]:
         guard, limit = self._guard, self._limit
         found = guard.keys("distances", "distances", self._distances(), max(limit, 0))
+        if found == self._last:
+            return found
         before = 0
         for distance in found:
             if not before < distance <= limit:
                 rule = f"answered {shown(found)}"
                 raise guard.refused("distances", rule, f"distances are whole numbers that rise, each in 1 … {limit}")
             before = distance
+        self._last = found
         return found
 
     def expect(self, num_expected: float) -> None:

@@ -142,7 +142,7 @@ class Policy:
         """What parts have declared was counted on when the run was set up."""
         for part, kind, guard, told in zip(self.parts, _KINDS, self._guards, self._declared, strict=True):
             if guard is not None:
-                check_unchanged(guard, told, declared(part, kind))
+                check_unchanged(guard, part, kind, told)
 
     def tampered(self) -> PartError:
         """The error for a policy of which a part has written to what is shown of the slots."""

@@ -27,11 +27,12 @@ from replay.machine.device import DeviceLostError
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
-from sim.app import Recorders, relative
+from sim.app import Recorders, kept, relative
 from sim.job.beside import baselines, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
-from sim.job.output import provenance, to_json, write_text
+from sim.job.limit import limited
+from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, run_hydra
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
@@ -55,12 +56,21 @@ def replay_configured(cfg: DictConfig) -> float | None:
     plain = checked(cfg, declared(ReplayKeys), ("local",))
     _check(plain)
     settings = Settings.of(plain)
+    # Before the device is opened: who waits for the folder takes nothing from the run that has it.
+    with of_one_job(folder):
+        return _replay(cfg, plain, settings, folder, overrides, started)
+
+
+def _replay(
+    cfg: DictConfig, plain: dict[str, Any], settings: Settings, folder: Path, overrides: list[str], started: float
+) -> float | None:
+    """The job, with its folder held."""
     device = settings.device()
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     with ExitStack() as stack:
         stack.callback(device.close)
         # Before the machine's memory stands in it: what is left of that differs from run to run.
-        told = {key: value for key, value in plain.items() if key != "skip_done"}
+        told = {key: value for key, value in plain.items() if key not in IGNORED}
         told["machine"] = [settings.machine, device.describe()["name"]]
         plain = as_found(plain, device)
         work = make_workload(plain)
@@ -68,11 +78,10 @@ def replay_configured(cfg: DictConfig) -> float | None:
         if plain["skip_done"] and stands(folder / "DONE", mark):
             console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
             return None
-        for stale in ("DONE", "partial.json"):
-            (folder / stale).unlink(missing_ok=True)
+        begin_folder(folder, cfg, "partial.json", LOG_NAME)
         decided = Decided(mark, __name__, plain)
         try:
-            with decided:
+            with decided, limited(plain["timeout_s"]):
                 job = Job(plain, settings, work, folder, overrides)
                 metrics = job.run(device)
         except (PartialRunError, DeviceLostError) as error:
@@ -237,4 +246,4 @@ def notes(metrics: dict[str, Any]) -> list[str]:
 
 def cli() -> int:
     """Entry point."""
-    return run_hydra(main)
+    return run_hydra(main, kept(sys.argv[1:]))

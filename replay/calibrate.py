@@ -31,6 +31,7 @@ from sim.job.run_cli import run_cli
 from sim.paths import CONF, add_config_dir, folder_to_write
 from sim.specs.hardware import LEAST_GB_PER_S
 from traces.flags import Parser, number, whole
+from traces.processes.locks import locked
 from traces.yamltext import read_yaml
 
 POLICIES = ("lru", "adaptive")
@@ -129,13 +130,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
     add_config_dir(parser)
     args = parser.parse_args(words)
-    return run_cli(lambda: _calibrate(args, sys.argv[1:] if words is None else words), "no profile was written")
+    given = sys.argv[1:] if words is None else words
+    return run_cli(lambda: _calibrate(args, given), "no profile was written; give the same command again")
 
 
 def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
     name = check_name(args.name)
     folder = folder_to_write(args.config_dir)
     check_free(name, folder)
+    with locked(folder / f".{name}.lock", f"the profile {name}"):
+        _measure(args, words, name, folder)
+
+
+def _measure(args: argparse.Namespace, words: list[str], name: str, folder: Path) -> None:
     policies, models = args.policies.split(","), args.models.split(",")
     for policy in policies:
         configure(["+hardware=a100", f"+policy={policy}"])

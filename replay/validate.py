@@ -26,6 +26,8 @@ from sim.job.run_cli import run_cli
 from sim.paths import add_config_dir, use_own_folder
 from sim.specs.hardware import LEAST_GB_PER_S
 from traces.flags import Parser, number, whole
+from traces.processes.locks import locked_folder
+from traces.processes.whole import clear
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
 
@@ -134,16 +136,35 @@ def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
     args.words = words
-    return run_cli(lambda: _validate(args), "finished rows are kept")
+    return run_cli(lambda: _validate(args), lambda: _kept(args))
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """What is said of a validation that is told to stop."""
+    table = _folder_of(args) / "table.csv"
+    if not table.exists():
+        return "nothing was measured yet; give the same command again"
+    return f"finished rows are kept in {table}; the same command begins anew"
+
+
+def _folder_of(args: argparse.Namespace) -> Path:
+    out: Path | None = args.out
+    return out or Path("results") / f"validation-{args.name}"
 
 
 def _validate(args: argparse.Namespace) -> int:
     use_own_folder(args.config_dir)
-    name = check_name(args.name)
+    check_name(args.name)
     machine = choose_machine(args.machine)
     asked = with_defaults(args, machine)
-    out = args.out or Path("results") / f"validation-{name}"
+    out = _folder_of(args)
     out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out):
+        clear(out)
+        return _measure(args, asked, machine, out)
+
+
+def _measure(args: argparse.Namespace, asked: Asked, machine: str, out: Path) -> int:
     scale = args.scale = scale_of(args.scale, machine)
     pace = args.throttle if args.throttle is not None or machine == "cuda" else _pace(args.hardware, scale)
     device = make_device(machine, pace)

@@ -8,4 +8,6 @@ except ImportError as error:
         "install expertflow anew, in an environment of its own"
     ) from error
 
+__all__ = ["start"]
+
 start()

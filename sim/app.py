@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from expertflow.policy import Policy
 from sim.job.beside import describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
-from sim.job.output import provenance, to_json, write_text
+from sim.job.limit import limited
+from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
@@ -52,18 +54,19 @@ def run_configured(cfg: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     plain = checked(cfg)
     work = make_workload(plain)
-    mark = asked({k: v for k, v in plain.items() if k != "skip_done"}, work.trace_sha256, work.model)
+    mark = asked({k: v for k, v in plain.items() if k not in IGNORED}, work.trace_sha256, work.model)
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
-    if plain["skip_done"] and stands(folder / "DONE", mark):
-        console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
-        return None
-    (folder / "DONE").unlink(missing_ok=True)
-    with Decided(mark, __name__, plain) as decided:
-        metrics = run_job(plain, work, folder)
-    write_text(folder / "metrics.json", to_json(metrics))
-    wall_s = time.perf_counter() - started
-    write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
-    write_text(folder / "DONE", decided.to_json())
+    with of_one_job(folder):
+        if plain["skip_done"] and stands(folder / "DONE", mark):
+            console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
+            return None
+        begin_folder(folder, cfg)
+        with Decided(mark, __name__, plain) as decided, limited(plain["timeout_s"]):
+            metrics = run_job(plain, work, folder)
+        write_text(folder / "metrics.json", to_json(metrics))
+        wall_s = time.perf_counter() - started
+        write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
+        write_text(folder / "DONE", decided.to_json())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder))
     else:
@@ -131,6 +134,22 @@ class Recorders:
             self.timeline.write(self.folder / "timeline.json")
 
 
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether the words of a command ask for more than one run."""
+    return any(word == "-m" or word.startswith("--m") or "hydra.mode" in word for word in words)
+
+
+def kept(words: Sequence[str]) -> str:
+    """What is said when the command of these words is told to stop."""
+    if not is_sweep(words):
+        return "the run has no result; give the same command again"
+    key = "hydra.sweep.dir="
+    folder = next(
+        (word.removeprefix(key) for word in words if word.startswith(key)), "FOLDER, the last one in multirun,"
+    )
+    return f"finished runs are kept: the same command with {key}{folder} skip_done=true goes on"
+
+
 def relative(folder: Path) -> str:
     """`folder` as seen from here, if it lies below."""
     try:
@@ -141,7 +160,13 @@ def relative(folder: Path) -> str:
 
 def cli() -> int:
     """Entry point."""
-    return run_hydra(main)
+    words = sys.argv[1:]
+    if is_sweep(words):
+        # A sweep; only now, since it loads joblib.
+        from sim.job.pool import use_workers
+
+        use_workers()
+    return run_hydra(main, kept(words))
 
 
 __all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]

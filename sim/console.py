@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from traces.processes.ending import begin
+
 COMMANDS = {
     "sim": ("sim", "simulate one configuration, or with -m a sweep of them"),
     "study": ("sim.study", "run a study of many configurations, and write its report"),
@@ -43,6 +45,9 @@ def main(words: Sequence[str] | None = None) -> int:
         hint = f" (did you mean {near[0]}?)" if near else ""
         print(f"error: {name!r} is no command{hint}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if words is None:
+        # This process is the command.
+        begin()
     if not sys.flags.safe_path:
         # As `python -m` has it: a user's own parts are imported from the current folder.
         sys.path[0] = os.getcwd()

@@ -2,9 +2,13 @@
 
 import sys
 
-from traces.installed import start
+from traces.processes.ending import begin
 
 if __name__ == "__main__":
+    begin()
+    # Only now: a signal that comes meanwhile is heard.
+    from traces.installed import start
+
     start()
     # Only now: another distribution may have overwritten what this needs.
     from traces.cli import main

@@ -1,7 +1,7 @@
 """`python -m traces`: check, describe, import, record, fit and generate traces; fit and compare predictors.
 
-A user's error is one line on stderr and exit code 2; an interrupt is 130. Knows no formats itself: each sub-command
-is a module, loaded only when it is asked for.
+A user's error is one line on stderr and exit code 2; of what is told to stop see `traces.processes.ending`. Knows no
+formats itself: each sub-command is a module, loaded only when it is asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
@@ -18,6 +19,7 @@ from rich.progress import Progress
 
 from traces.flags import Parser
 from traces.messages import PREFIX, TraceError, cut, plain, told
+from traces.processes.ending import keeping, stopped
 from traces.reader import Trace, open_trace
 
 KINDS = {
@@ -26,7 +28,15 @@ KINDS = {
     "route-csv": "route_csv",
     "event-csr": "event_csr",
     "engine-dumps": "engine_dumps",
+    "vllm-log": "vllm_log",
+    "llama-csv": "llama_csv",
+    "sglang-recorder": "sglang_recorder",
+    "nested-json": "nested_json",
+    "megatron": "megatron",
+    "table": "table",
 }
+AUTO = "auto"
+"""The kind that recognises what it is given; see `traces.importers.auto`."""
 DELEGATED = {
     "stats": "print what a trace looks like: reuse, popularity, predictability, best cache hits",
     "fit": "fit the parameters of the trace generator to a trace",
@@ -35,6 +45,7 @@ DELEGATED = {
     "fit-predictor": "fit a predictor of later layers' experts to a trace",
     "score-predictors": "compare predictors, fitted to one trace, by distance on another",
 }
+_OPTION = re.compile(r"[a-z_]+=")
 MODULES = {
     "record": "recorder.command",
     "fit": "fitting.generator",
@@ -68,20 +79,23 @@ _IMPORT_EXAMPLES = """examples:
   python -m traces import moe-beyond-csv prompts/ moe-beyond.safetensors
   python -m traces import route-csv route.csv my.safetensors model=gpt-oss-120b incomplete=repeat
   python -m traces import event-csr events.safetensors my.safetensors model=qwen3-30b-a3b num_experts=128
-  python -m traces import engine-dumps answers.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128 top_k=8"""
+  python -m traces import engine-dumps answers.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128 top_k=8
+  python -m traces import auto layer0.jsonl layer1.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128
+  python -m traces import table log.csv my.safetensors token=pos layer=l expert=e0,e1 prompt_len=12"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = build_parser(next((word for word in given if not word.startswith("-")), "")).parse_args(given)
-        return int(args.run(args))
+        with keeping("nothing was written; give the same command again"):
+            args = build_parser(next((word for word in given if not word.startswith("-")), "")).parse_args(given)
+            return int(args.run(args))
     except (ValueError, OSError, MemoryError) as error:
         print(f"{PREFIX}{told(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return stopped(error)
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -103,10 +117,14 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     validate.add_argument("paths", nargs="+", metavar="PATH")
     validate.set_defaults(run=run_validate)
     importing = add("import", "turn other routing records into a trace", "")
-    importing.add_argument("kind", metavar="KIND", choices=sorted(KINDS), help=", ".join(sorted(KINDS)))
-    importing.add_argument("source", help="the recorded file; a folder of them, but for event-csr")
-    importing.add_argument("output", help="the trace to write (.safetensors)")
-    importing.add_argument("options", nargs="*", metavar="key=value", help="options of the kind, listed below")
+    kinds = [AUTO, *sorted(KINDS)]
+    importing.add_argument("kind", metavar="KIND", choices=kinds, help=", ".join(kinds))
+    importing.add_argument(
+        "source", metavar="SOURCE…", help="recorded files, or a folder of them (event-csr: one file)"
+    )
+    importing.add_argument(
+        "output", nargs="+", metavar="OUT key=value", help="the trace to write (.safetensors); options"
+    )
     importing.set_defaults(run=run_import)
     if command == "import":
         importing.epilog = _option_list() + "\n\n" + _IMPORT_EXAMPLES
@@ -158,16 +176,33 @@ def importer_of(kind: str) -> Callable[..., Any]:
 
 def run_import(args: argparse.Namespace) -> int:
     """Import, and say what was left out or approximated."""
-    importer = importer_of(args.kind)
-    options = parse_options(args.kind, importer, args.options)
+    sources, output, words = _split_words([args.source, *args.output])
+    kind = args.kind
+    if kind == AUTO:
+        guess = importlib.import_module("traces.importers.auto").recognise(sources)
+        kind = guess.kind
+        print(f"taken for {kind}: {guess.seen}")
+    importer = importer_of(kind)
+    options = parse_options(kind, importer, words)
     console = Console(stderr=True)
     # Without a terminal a progress bar would leave blank lines among the messages.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        report = importer(args.source, args.output, progress, **options)
+        report = importer(sources if len(sources) > 1 else sources[0], output, progress, **options)
     print(f"wrote {report.path}: {report.num_requests} requests, {report.num_tokens} tokens")
     for note in report.notes:
         print(f"note: {note}")
     return 0
+
+
+def _split_words(words: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Sources, output and `key=value` options of the words after KIND: options come last, the output before them."""
+    num_paths = next((n for n, word in enumerate(words) if _OPTION.match(word) and n >= 2), len(words))
+    if num_paths > 2 and not words[num_paths - 1].endswith(".safetensors"):
+        # Several sources are told from a misspelt option by the suffix of what is to be written.
+        num_paths = 2
+    if num_paths < 2:
+        raise TraceError("no output is named; write python -m traces import KIND SOURCE… OUT.safetensors key=value…")
+    return list(words[: num_paths - 1]), words[num_paths - 1], list(words[num_paths:])
 
 
 def _options_of(importer: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.messages import TraceError, fault, why
+from traces.processes.whole import Unfinished
 
 
 @contextmanager
@@ -38,20 +38,14 @@ def unwritable(path: Path | str, error: OSError) -> TraceError:
 def whole_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` when the block ends, and is removed if it fails.
 
-    Its name is its own, so that processes that write one path do not meet. sync: wait until the disk has it. TraceError
-    as of `writing`.
+    Its name is its own, so that processes that write one path do not meet, and what a killed one has left goes with the
+    next (`traces.processes.whole`). sync: wait until the disk has it. TraceError as of `writing`.
     """
-    unfinished = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    with writing(path):
-        try:
-            with unfinished.open("xb") as file:
-                yield file
-                if sync:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with writing(path), Unfinished(path) as unfinished, unfinished.path.open("wb") as file:
+        yield file
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def safetensors_bytes(arrays: Mapping[str, npt.NDArray[np.generic]], metadata: Mapping[str, str]) -> bytes:

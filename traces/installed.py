@@ -13,6 +13,7 @@ from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from traces.processes.ending import begin
 from traces.shipped import cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,11 @@ def is_installed(root: Path) -> bool:
 
 
 def start() -> None:
-    """Keep compiled functions in the user's cache, not beside the source, and warn of a mixed installation."""
+    """Keep compiled functions in the user's cache, not beside the source; warn of a mixed installation; and hear
+    signals, if this process is a command."""
+    if sys.argv[:1] == ["-m"]:
+        # What `python -m` runs is being looked for: this process is a command, and hears signals from here on.
+        begin()
     if is_installed(ROOT) and "NUMBA_CACHE_DIR" not in os.environ:
         with suppress(RuntimeError):
             os.environ["NUMBA_CACHE_DIR"] = str(cache_folder() / "numba")

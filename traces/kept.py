@@ -1,7 +1,7 @@
 """Arrays that take long to make, kept in a folder from run to run.
 
 One .npy file each, under a name that says all that the array depends on; whoever finds the file maps it. A file appears
-whole or not at all, so that processes that make the same one at once only do the work twice.
+whole or not at all; of processes that want the same one at once, one makes it and the others wait.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
+from traces.processes.locks import locked
+from traces.processes.whole import Unfinished, clear
+
 MOST_BYTES = 2 << 30
 """What a folder may hold; the files that were used longest ago go first."""
 
-_FINISHED, _UNFINISHED = ".npy", ".tmp"
+_FINISHED = ".npy"
 _SUM_BYTES = 4
 """Of the checksum behind the array: a file may have its size and yet lack its content after a power cut."""
 
@@ -67,12 +68,20 @@ class KeptArrays:
         if num_bytes > self.most_bytes // 4:
             return False
         path = self._path(name)
-        unfinished = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(num_bytes)
-            with NamedTemporaryFile(dir=self.folder, suffix=_UNFINISHED, delete=False) as file:
-                unfinished = Path(file.name)
+            with locked(path.with_suffix(".lock"), str(self.folder), say=_say_nothing):
+                # While it was waited for, another process may have made it.
+                return self.find(name, shape, dtype) is not None or self._write(path, shape, kind, parts)
+        except OSError:
+            return False
+
+    def _write(self, path: Path, shape: tuple[int, ...], kind: np.dtype[Any], parts: Iterable[Any]) -> bool:
+        num_bytes = int(np.prod(shape)) * kind.itemsize
+        self._make_room(num_bytes)
+        unfinished = Unfinished(path)
+        try:
+            with unfinished.path.open("wb") as file:
                 # Written, not mapped: a full disk is then an error that can be caught.
                 header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call, unused-ignore]
@@ -84,26 +93,23 @@ class KeptArrays:
                 file.write(found.to_bytes(_SUM_BYTES, "big"))
                 file.flush()
                 os.fsync(file.fileno())
-            if written != num_bytes:
-                return False
-            os.replace(unfinished, path)
-        except OSError:
+        except BaseException:
+            unfinished.abandon()
+            raise
+        if written != num_bytes:
+            unfinished.abandon()
             return False
-        finally:
-            if unfinished is not None:
-                unfinished.unlink(missing_ok=True)
+        unfinished.finish()
         return True
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}{_FINISHED}"
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove files until so much more may be written, and what nobody has finished for a day. Who has mapped one
+        """Remove files until so much more may be written, and what dead processes have not finished. Who has mapped one
         keeps what it maps."""
-        for written, _, path in self._files(_UNFINISHED):
-            if written < time.time() - 86_400:
-                path.unlink(missing_ok=True)
-        files = sorted(self._files(_FINISHED))
+        clear(self.folder)
+        files = sorted(self._files())
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
             if total + num_bytes <= self.most_bytes:
@@ -111,11 +117,15 @@ class KeptArrays:
             path.unlink(missing_ok=True)
             total -= size
 
-    def _files(self, suffix: str) -> Iterator[tuple[float, int, Path]]:
-        for path in self.folder.glob(f"*{suffix}"):
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        for path in self.folder.glob(f"*{_FINISHED}"):
             with suppress(OSError):
                 told = path.stat()
                 yield told.st_mtime, told.st_size, path
+
+
+def _say_nothing(line: str) -> None:
+    """A sweep's workers all want the same file at first: that they wait is nothing to tell of each."""
 
 
 @lru_cache

@@ -37,6 +37,11 @@ def check_bytes(path: Path | str, where: str, num_bytes: int) -> None:
         raise fault(path, where, f"would take {num_bytes} bytes of memory, at most {most} are allowed", _REMEDY)
 
 
+def check_pairs(path: Path | str, num_layers: int, num_experts: int, tables: int) -> None:
+    """TraceError where so many float64 tables [L, E, E] take too much: so far is a header's num_experts believed."""
+    check_bytes(path, f"num_experts {num_experts}", 8 * tables * num_layers * num_experts**2)
+
+
 def check_expansion(path: Path | str, where: str, num_bytes: int, file_bytes: int) -> None:
     """The same for what is far larger in memory than in a file of `file_bytes`: counts are not believed unseen."""
     check_bytes(path, where, num_bytes)

@@ -9,6 +9,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from traces.processes.whole import write_bytes
+
 FOLDER = Path(__file__).resolve().parent / "data"
 PACKED = ".xz"
 REPOSITORY_ONLY = (
@@ -69,10 +71,5 @@ def _written(folder: Path, name: str, content: bytes) -> Path:
     path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            unfinished.write_bytes(lzma.decompress(content))
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_bytes(path, lzma.decompress(content))
     return path

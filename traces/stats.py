@@ -21,6 +21,7 @@ from rich.table import Column, Table
 
 from traces.files import replace_text
 from traces.flags import whole
+from traces.limits import check_pairs
 from traces.reader import open_trace
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
@@ -294,6 +295,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens={args.max_tokens} leaves no token: needs at least 1, in a trace that has one")
     starts = np.asarray(trace.request_start)
     starts = np.append(starts[starts < tokens], tokens)
+    check_pairs(trace.paths[0], 1, trace.num_experts, 2)
     stats = compute_stats(np.asarray(trace.experts[:tokens]), starts, trace.num_experts)
     print_stats(stats, Console())
     if args.json is not None:

@@ -10,7 +10,6 @@ twice. Knows nothing of where the rows come from.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from traces.files import replace_text, unwritable, writing
 from traces.format import About, checked_trace, write_trace
 from traces.journal import JOURNAL, JOURNAL_VERSION, LABELS, TAKEN, Journal
 from traces.layout import PER_REQUEST, PER_TOKEN
+from traces.processes.whole import remove_folder
 
 try:
     import fcntl
@@ -131,7 +131,7 @@ class TraceWriter:
     def abort(self) -> None:
         """Throw away what was written."""
         self._release()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_folder(self._folder)
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -169,8 +169,17 @@ class TraceWriter:
             write_trace(path, arrays, about)
         finally:
             lock.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         return path
+
+    @staticmethod
+    def discard(path: str | Path) -> None:
+        """Remove what a killed writer of `path` left, if anything. TraceError where one is running."""
+        folder = folder_of(Path(path))
+        if folder.is_dir():
+            lock = _lock(Path(path), folder)
+            remove_folder(folder)
+            lock.close()
 
     # -- one request -------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from traces.jsontext import kind_of
 from traces.messages import TraceError, fault, plain
 from traces.reading import read_text
 
-MAX_YAML = 16 << 20
+MAX_YAML = 1 << 20
 """Bytes of a file."""
 MAX_VALUES = 1 << 20
 """Values that a file may come to once its aliases are followed."""
+_MOST_DEPTH = 100
 _REMEDY = "correct the file; those in conf/ show the form"
 
 
 def read_yaml(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """The table that a YAML file holds. TraceError names file, line and fault."""
     text = read_text(path, MAX_YAML, remedy)
+    if _depth(text) > _MOST_DEPTH:
+        raise fault(path, "file", "is no usable YAML (nested too deeply)", remedy)
     try:
         value = _constructed(path, text, remedy)
     except yaml.reader.ReaderError as error:
@@ -41,6 +45,15 @@ def read_yaml(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise fault(path, "file", f"holds a YAML {kind_of(value)}, not a table", remedy)
     return value
+
+
+def _depth(text: str) -> int:
+    """How deep brackets stand in each other, those in texts included: the parser's time grows with it."""
+    depth = deepest = 0
+    for found in re.finditer(r"[][{}]", text):
+        depth += 1 if found[0] in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _constructed(path: Path, text: str, remedy: str) -> Any:

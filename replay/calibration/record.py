@@ -201,10 +201,13 @@ def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
     ]
     for path in paths[:2]:
         path.parent.mkdir(parents=True, exist_ok=True)
+    # The record first: it says that the name is this program's. And at no moment do profiles of two measurements stand
+    # beside each other.
+    write_text(paths[2], to_json(raw))
+    paths[1].unlink(missing_ok=True)
     head = f"# Measured by python -m replay.calibrate on {raw['date']}; the raw record: {paths[2].name}\n"
     for path, content in zip(paths, (hardware, stack), strict=False):
         write_text(path, head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110))
-    write_text(paths[2], to_json(raw))
     return paths
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from replay.lockstep.log_format import (
 )
 from replay.lost import close_at_end, loss
 from traces.files import writing
+from traces.processes.whole import Unfinished
 
 
 class _Buffer:
@@ -86,7 +86,7 @@ class LogWriter:
         text = header.to_json().encode()
         self.path = Path(path)
         self.values_per_group = values_per_group
-        self._partial = self.path.with_name(f".{self.path.name}.tmp")
+        self._unfinished = Unfinished(self.path)
         self._crc = zlib.crc32(text)
         schema = pa.schema(
             [pa.field(name, kind, nullable=False) for name, kind in TYPES.items()], metadata={FORMAT: text}
@@ -95,7 +95,7 @@ class LogWriter:
         differenced = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in DIFFERENCED}
         with writing(self.path):
             self._writer: pq.ParquetWriter | None = pq.ParquetWriter(
-                self._partial,
+                self._unfinished.path,
                 schema,
                 compression="zstd",
                 use_dictionary=["op.list.element"],
@@ -134,7 +134,7 @@ class LogWriter:
         with writing(self.path):
             self._writer.close()
             self._writer = None
-            os.replace(self._partial, self.path)
+            self._unfinished.finish()
 
     def abort(self) -> None:
         """Leave no file behind. Does nothing after `close`."""
@@ -142,7 +142,7 @@ class LogWriter:
             with suppress(OSError):
                 self._writer.close()
             self._writer = None
-            self._partial.unlink(missing_ok=True)
+            self._unfinished.abandon()
 
     def __enter__(self) -> LogWriter:
         return self

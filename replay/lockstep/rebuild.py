@@ -28,7 +28,9 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     A log is data of unknown origin: code that it names is run only if it is this package's, or if an override names
     it as well. ValueError says which override is wanted.
     """
-    plain = {key: value for key, value in with_present_names(reader.header.config).items() if key in KEYS}
+    logged = with_present_names(reader.header.config)
+    # A key that came later and decides nothing.
+    plain = {"timeout_s": None} | {key: value for key, value in logged.items() if key in KEYS}
     if plain.get("gpu_memory_gb") is not None:
         # Logs once held the default of the one beside the other.
         plain["residency"] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 
 import yaml
@@ -25,7 +26,18 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename:
         problem, remedy = why(error)
         return line(str(error.filename), problem, f"{remedy}, or choose an output folder with hydra.run.dir=FOLDER")
+    if _is_lost_worker(error):
+        return (
+            "a worker process ended before its run had: it was killed, ran out of memory, or hung beyond timeout_s; "
+            "finished runs are kept: the same command with skip_done=true goes on (a study goes on by itself)"
+        )
     return told(error)
+
+
+def _is_lost_worker(error: BaseException) -> bool:
+    """Whether a pool of processes has lost one; where nothing has loaded those, none has been lost."""
+    pools = sys.modules.get("concurrent.futures.process")
+    return pools is not None and isinstance(error, pools.BrokenProcessPool)
 
 
 def _first_line(text: str) -> str:
@@ -81,7 +93,9 @@ def _of_a_value(error: BaseException, message: str) -> str:
     if unknown and present:
         return renamed(unknown[1], present)
     if "nterpolation" in text:
-        place = f"{key}: " if key and key not in words else ""
+        # Where Hydra itself resolves, it does not say of what; the command's words do.
+        place = key or next((shown(word) for word in sys.argv[1:] if "${" in word), "")
+        place = f"{place}: " if place and place not in words else ""
         return f"{place}{words}; an interpolation names a key or resolver that is there and not itself"
     if "Could not override" in text or "Key '" in text or "not in struct" in str(error.__cause__ or ""):
         return f"{words}; unknown keys are refused: see docs/keys.md and conf/run.yaml for those there are"

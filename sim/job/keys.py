@@ -17,6 +17,7 @@ GROUPS = ("hardware", "policy", "model", "stack", "trace")
 DEFAULT_RESIDENCY = 0.5
 MOST_TOKENS = 1_000_000
 """Of a trace that is generated in memory."""
+LONGEST_RUN_S = 1e7
 _COUNT = 2**31 - 1
 
 
@@ -54,6 +55,10 @@ class RunKeys:
     timeline: Annotated[bool, Rule(about="write timeline.json")]
     events: Annotated[bool, Rule(about="write events.parquet")]
     skip_done: Annotated[bool, Rule(about="leave a folder alone that holds this very run's result")]
+    timeout_s: Annotated[
+        float | None,
+        Rule(0, LONGEST_RUN_S, above=True, unit="s", null="no limit", about="of wall time, for a run and those beside"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,10 @@ def check_run(plain: Mapping[str, Any], more: Mapping[str, Key]) -> None:
     for name, key in own.items():
         key.check(plain[name], name)
     check_trace(plain["trace"])
-    declared(PolicyKeys)["name"].check(plain["policy"].get("name"), "policy.name")
+    for name, key in declared(PolicyKeys).items():
+        if name not in plain["policy"]:
+            raise ValueError(f"policy.{name} is missing; it cannot be taken out, only given another value")
+        key.check(plain["policy"][name], f"policy.{name}")
     _check_pairs(plain)
 
 

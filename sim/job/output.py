@@ -1,4 +1,4 @@
-"""The output folder of a run: each file written whole or not at all, `DONE` last.
+"""The output folder of a run: one process at a time, each file written whole or not at all, `DONE` last.
 
 Nothing without `DONE` counts as a result. It says what decided the result (`sim.job.decided`), so that a sweep that is
 started again repeats nothing and takes no stale result for a fresh one.
@@ -11,19 +11,57 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
 from sim.paths import ROOT
 from traces.files import replace_text
+from traces.processes.locks import locked_folder
+from traces.processes.whole import clear
 
+__all__ = ["begin_folder", "code_sha256", "of_one_job", "provenance", "to_json", "write_text"]
+
+IGNORED = ("skip_done", "timeout_s")
+"""Keys that decide whether a run takes place or is given up, not what it results in."""
+VIEWS = ("events.parquet", "timeline.json")
+"""What a run writes only if it is asked to: an earlier run's must not lie beside a later one's result."""
 PACKAGES = ("expertflow", "simpy", "numpy", "pandas", "pyarrow", "safetensors", "hydra-core")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all. ValueError names the file where that cannot be."""
     replace_text(path, text, sync=False)
+
+
+@contextmanager
+def of_one_job(folder: Path) -> Iterator[None]:
+    """Hold the run's folder: another process that runs into it waits, and says so. What a killed one has left
+    unfinished in it is removed."""
+    with locked_folder(folder):
+        clear(folder)
+        yield
+
+
+def begin_folder(folder: Path, cfg: DictConfig, *stale: str) -> None:
+    """Nothing in `folder` counts from here on: `DONE` goes first, then what might pass for this run's, and `stale`.
+
+    Writes Hydra's record of the configuration, as Hydra itself would, but each file whole.
+    """
+    for name in ("DONE", *VIEWS, *stale):
+        (folder / name).unlink(missing_ok=True)
+    hydra: Any = HydraConfig.instance().cfg
+    if hydra is None or hydra.hydra.output_subdir is not None:
+        # Asked for on the command line: then it is Hydra that writes it.
+        return
+    (folder / ".hydra").mkdir(exist_ok=True)
+    for name, content in (("config", cfg), ("hydra", hydra), ("overrides", hydra.hydra.overrides.task)):
+        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))
 
 
 def to_json(value: Any) -> str:

@@ -15,6 +15,7 @@ from sim.job.configure import check_words
 from sim.job.errors import one_line
 from sim.paths import check_named, use_own_folder
 from traces.messages import PREFIX
+from traces.processes.ending import Kept, keeping, stopped
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"
 """Environment variable: where it is set, a command that ends with an error prints where that came from, too."""
@@ -46,7 +47,7 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         raise SystemExit(2) from error
 
 
-def run_hydra(main: Callable[[], int | None]) -> int:
+def run_hydra(main: Callable[[], int | None], interrupted: Kept) -> int:
     """`run_cli` for a command whose words are Hydra's."""
 
     def checked() -> int | None:
@@ -54,20 +55,18 @@ def run_hydra(main: Callable[[], int | None]) -> int:
         check_named(sys.argv[1:])
         return main()
 
-    return run_cli(checked)
+    return run_cli(checked, interrupted)
 
 
-def run_cli(
-    main: Callable[[], int | None], interrupted: str = "finished runs are kept (skip_done=true goes on from there)"
-) -> int:
+def run_cli(main: Callable[[], int | None], interrupted: Kept) -> int:
     """Run a command's `main`; its exit code, which is 0 where it returns none. interrupted: what is said of what was
-    done by then."""
+    done by then, and how to go on, if the command is told to stop."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
     try:
-        return main() or 0
-    except KeyboardInterrupt:
-        print(f"interrupted; {interrupted}", file=sys.stderr)
-        return 130
+        with keeping(interrupted):
+            return main() or 0
+    except KeyboardInterrupt as error:
+        return stopped(error)
     except Exception as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exception(error)

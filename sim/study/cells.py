@@ -19,7 +19,9 @@ from sim.job.beside import describe, run_asked
 from sim.job.configure import configure
 from sim.job.decided import Decided, asked, at_start, stands
 from sim.job.errors import one_line
-from sim.job.output import to_json, write_text
+from sim.job.limit import limited
+from sim.job.output import IGNORED, to_json, write_text
+from sim.job.pool import use_workers
 from sim.job.setup import Workload, make_model, make_policy, make_trace, make_workload
 from sim.machine.link import Link
 from sim.machine.run import run_policy
@@ -27,6 +29,8 @@ from sim.paths import own_folder, use_own_folder
 from sim.study.estimates import run_estimates
 from sim.study.phases import PhaseRecorder
 from sim.study.plan import Cell
+from traces.processes.locks import locked
+from traces.processes.whole import clear
 from traces.reader import Trace
 from traces.reading import read_table
 
@@ -64,7 +68,8 @@ def plan_jobs(cells: Sequence[Cell], kind: str = "runs") -> list[Job]:
         try:
             cfg = configure([*cell.overrides, *ALONE])
             trace = _open_trace(to_json(cfg["trace"]))
-            mark = asked(cfg, trace.sha256(), make_model(cfg["model"], trace), kind)
+            plain = {key: value for key, value in cfg.items() if key not in IGNORED}
+            mark = asked(plain, trace.sha256(), make_model(cfg["model"], trace), kind)
         except Exception as error:
             raise _named(cell, error) from error
         jobs.append(Job(cell, cfg, mark, kind, own_folder()))
@@ -90,6 +95,8 @@ def run_jobs(
     failed first.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
+    use_workers()
     write_text(folder / ".gitignore", "*\n")
     waiting = [job for job in jobs if not job.is_kept(folder)]
     print(f"{len(jobs)} cells, {len(jobs) - len(waiting)} of them done before", flush=True)
@@ -110,19 +117,23 @@ def run_jobs(
 
 def _attempt(job: Job, folder: Path) -> str | None:
     """Run one job and keep its result; a user's error as a line."""
-    try:
-        use_own_folder(job.config_dir)
-        with Decided(job.mark, __name__, job.cfg) as decided:
-            work = make_workload(job.cfg, _open_trace(to_json(job.cfg["trace"])))
-            result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        return line
-    job.decided(folder).unlink(missing_ok=True)
-    write_text(job.path(folder), to_json(result))
-    write_text(job.decided(folder), decided.to_json())
+    with locked(job.path(folder).with_suffix(".lock"), f"the cell {job.cell}"):
+        if job.is_kept(folder):
+            # By another process, while this one waited.
+            return None
+        try:
+            use_own_folder(job.config_dir)
+            with Decided(job.mark, __name__, job.cfg) as decided, limited(job.cfg["timeout_s"]):
+                work = make_workload(job.cfg, _open_trace(to_json(job.cfg["trace"])))
+                result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
+        except Exception as error:
+            line = one_line(error)
+            if line is None:
+                raise
+            return line
+        job.decided(folder).unlink(missing_ok=True)
+        write_text(job.path(folder), to_json(result))
+        write_text(job.decided(folder), decided.to_json())
     return None
 
 

@@ -17,6 +17,8 @@ from sim.study.report import Run, write_study
 from sim.study.table import make_table
 from sim.study.verdicts import sentences
 from traces.flags import Parser, whole
+from traces.processes.locks import locked_folder
+from traces.processes.whole import clear
 
 
 def cli(words: list[str] | None = None) -> int:
@@ -87,7 +89,10 @@ def run_study(args: argparse.Namespace) -> None:
         left_out=left_out,
         wall_s=time.perf_counter() - started,
     )
-    for line in sentences(write_study(args.out, run, table)):
+    with locked_folder(args.out):
+        clear(args.out)
+        summary = write_study(args.out, run, table)
+    for line in sentences(summary):
         print(line)
     print(f"{len(results)} cells: {args.out / 'README.md'}")
 

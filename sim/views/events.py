@@ -5,7 +5,6 @@ Written in row groups as the run goes, so memory does not grow with it. Knows no
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.observer import Observer
 from traces.files import writing
+from traces.processes.whole import Unfinished
 
 PHASES = (DECODE, PREFILL)
 CLASSES = ("hit", "late", "miss")
@@ -94,9 +94,9 @@ class EventTable(Observer):
         self.path = Path(path)
         self.num_experts = num_experts
         self.rows_per_group = rows_per_group
-        self._partial = self.path.with_name(self.path.name + ".tmp")
         with writing(self.path):
-            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._partial, SCHEMA, compression="zstd")
+            self._unfinished = Unfinished(self.path)
+            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._unfinished.path, SCHEMA, compression="zstd")
         self._columns = _Columns()
         self._open: dict[int, int] = {}
         """Row of each key of the layer that is running: its stall and its landing are yet to come."""
@@ -165,7 +165,7 @@ class EventTable(Observer):
         with writing(self.path):
             self._writer.close()
             self._writer = None
-            os.replace(self._partial, self.path)
+            self._unfinished.finish()
 
     def abort(self) -> None:
         """The run failed: leave no file behind. Does nothing after `close`."""
@@ -173,4 +173,4 @@ class EventTable(Observer):
             with suppress(OSError):
                 self._writer.close()
             self._writer = None
-            self._partial.unlink(missing_ok=True)
+            self._unfinished.abandon()

@@ -224,9 +224,10 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch
 def test_members_of_an_archive_are_checked(tmp_path: Path) -> None:
     array = io.BytesIO()
     np.save(array, files.routing(2))
-    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive:
         archive.writestr("a.npy", array.getvalue())
-        archive.writestr("a.npy", array.getvalue())
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a.npy", array.getvalue())
     with pytest.raises(TraceError, match="array 'a': comes twice; keep one"):
         list(npz_arrays(tmp_path / "twice.npz"))
     with zipfile.ZipFile(tmp_path / "more.npz", "w") as archive:
@@ -436,7 +437,7 @@ def test_the_bound_is_set_by_the_variable(monkeypatch: pytest.MonkeyPatch) -> No
         budget.take("line 2", 600)
     for wrong in ("0", "-1", "many", "1e9", "1" * 30):
         monkeypatch.setenv(MAX_BYTES, wrong)
-        with pytest.raises(ValueError, match="EXPERTFLOW_MAX_BYTES=.* must be a whole number of bytes above 0"):
+        with pytest.raises(ValueError, match=r"EXPERTFLOW_MAX_BYTES=.* must be a whole number of bytes above 0"):
             max_bytes()
 
 
@@ -446,6 +447,25 @@ def test_a_small_file_grows_by_a_bounded_factor_unless_the_variable_says_more(mo
         check_expansion("f", "event 0", (16 << 20) + 100 * 16384 + 1, 100)
     monkeypatch.setenv(MAX_BYTES, str(1 << 30))
     check_expansion("f", "event 0", 1 << 30, 100)
+
+
+@pytest.mark.parametrize("command", ["stats", "fit-predictor", "fit"])
+def test_a_trace_that_claims_many_experts_makes_no_table_of_their_pairs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """528 bytes, of which tables of 34 GB a layer would be made."""
+    from traces import cli
+    from traces.format import About, write_trace
+
+    experts = np.array([[[0, 65_534]] * 2] * 4)
+    path = write_trace(
+        tmp_path / "wide.safetensors",
+        {"experts": experts, "request_start": [0, 4], "prompt_len": [1]},
+        About("x", 65_535, "tests", "none"),
+    )
+    more = {"fit-predictor": [str(tmp_path / "o"), "kind=transition"], "fit": [str(tmp_path / "o")]}
+    assert cli.main([command, str(path), *more.get(command, [])]) == 2
+    assert f"{path}: num_experts 65535: would take " in capsys.readouterr().err
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,16 @@ SLOW = ("composed", "twin")
 """Of the names of readers that take a second for a file, or to make one."""
 TOLERANT = ("done", "kept-scores", "prompts-txt")
 """Readers for whom a damaged file is none, and one that takes any text."""
+WHOLE = (
+    ("half", "gpt-oss-jsonl"),
+    ("half", "prompts-jsonl"),
+    ("half", "hardware-yaml"),
+    ("half", "hardware-composed"),
+    ("half", "study-yaml"),
+    ("half", "twin-curve"),
+    ("empty", "prompts-jsonl"),
+)
+"""What is left of the file is a whole one: lines, or keys of which those that are missing may be."""
 BY_KEY = ("-yaml", "-composed")
 """Their messages name the key, as those of an override do; which file it stood in is the choice of the user."""
 
@@ -51,7 +61,7 @@ def within(seconds: int) -> Iterator[None]:
 def outcome(reader: Reader, path: Path) -> str | None:
     """The line in which the file is refused; None where it is taken. Anything else fails the test."""
     try:
-        with within(10):
+        with within(60):  # of which imports may take some, and a busy machine the rest
             reader.read(path)
     except ValueError as error:
         line = str(error)
@@ -100,7 +110,10 @@ DAMAGES: dict[str, Damage] = {
 def test_a_damaged_file_is_one_line(reader: Reader, damage: str, tmp_path: Path) -> None:
     path = reader.make(tmp_path)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    check_refused(reader, path)
+    if (damage, reader.name) in WHOLE:
+        outcome(reader, path)
+    else:
+        check_refused(reader, path)
 
 
 def _as_folder(path: Path) -> None:

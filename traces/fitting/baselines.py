@@ -22,6 +22,7 @@ from expertflow.units import SCORE_ONE
 from traces.container import TraceError
 from traces.fitting.forest import ForestOptions, fit_forest, knot_counts, rising_shares
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
+from traces.limits import check_pairs
 from traces.reader import Trace
 from traces.reading import read_arrays
 
@@ -88,6 +89,7 @@ class Transition:
         trace, D = training.trace, training.distances
         L, E = trace.num_layers, trace.num_experts
         self.top_k = trace.top_k
+        check_pairs(trace.paths[0], L, E, 2 * D + 2)
         cross, used, rows = np.zeros((D, L, E, E)), np.zeros((L, E)), 0
         same, before = np.zeros((L, E, E)), np.zeros((L, E))
         for block in row_blocks(trace, training.requests):

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from traces.flags import whole
 from traces.generate import generate
+from traces.limits import check_pairs
 from traces.parameters import Arrays, save_params
 from traces.reader import Trace, open_trace
 from traces.stats import activation, check_routing, layer_onehot, lru_distances, next_layer_recall, reuse, row_positions
@@ -264,6 +265,7 @@ def fit_trace(trace: Trace, *, seed: int = 0, rounds: int = 60, say: Progress = 
     """
     if trace.num_tokens == 0 or rounds < 1:
         raise ValueError(f"a fit needs a token and a round, got {trace.num_tokens} tokens and rounds={rounds}")
+    check_pairs(trace.paths[0], trace.num_layers, trace.num_experts, 2)
     rows, starts = _select_rows(trace.request_start)
     experts, num_experts = np.asarray(trace.experts)[rows], trace.num_experts
     ids = check_routing(experts, starts, num_experts)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertflow.transitions import TransitionCounts
 from traces.batching import BatchConfig, Batches
+from traces.limits import check_pairs
 from traces.reader import Trace
 
 _BLOCK = 256
@@ -34,6 +35,7 @@ def fit_transition(
 
 def count_transitions(trace: Trace, max_distance: int) -> TransitionCounts:
     """Transition counts over a trace at batch 1."""
+    check_pairs(trace.paths[0], trace.num_layers, trace.num_experts, max_distance + 1)
     counts = TransitionCounts(trace.num_layers, trace.num_experts, min(max_distance, trace.num_layers - 1))
     shape = (trace.num_layers, trace.num_experts)
     recent: list[tuple[npt.NDArray[np.float64], int]] = [(np.zeros(shape), 1)]

@@ -110,8 +110,11 @@ def widen(array: npt.NDArray[Any], width: int, value: int) -> npt.NDArray[Any]:
     return np.pad(array, ((0, 0), (0, 0), (0, missing)), constant_values=value) if missing else array
 
 
-def files_of(source: str | Path, *suffixes: str) -> list[Path]:
-    """The file itself, or the folder's files with these suffixes, names with numbers in their numeric order."""
+def files_of(source: str | Path | Sequence[str | Path], *suffixes: str) -> list[Path]:
+    """The file itself, or the folder's files with these suffixes, names with numbers in their numeric order; of several
+    sources all, in the order given."""
+    if not isinstance(source, str | Path):
+        return [path for item in source for path in files_of(item, *suffixes)]
     path = Path(source)
     if not path.is_dir():
         check_file(path)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from traces.container import TraceError, fault
+from traces.processes.ending import keeping
 from traces.recorder.load import load_model
 from traces.recorder.options import RecordOptions
 from traces.recorder.prompts import check_tokens, read_prompts
@@ -64,15 +64,19 @@ def run(args: argparse.Namespace) -> int:
         if key not in options:
             raise TraceError(f"option {key} is missing; write {key}=…")
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        try:
-            print(record(RecordOptions(**options), progress))
-        except KeyboardInterrupt:
-            if folder_of(Path(options["out"])).is_dir():
-                kept = f"python -m traces record --recover {options['out']}"
-                print(f"interrupted; what was whole is kept: {kept}", file=sys.stderr)
-            raise
+    with (
+        keeping(lambda: _kept(Path(options["out"]))),
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        print(record(RecordOptions(**options), progress))
     return 0
+
+
+def _kept(out: Path) -> str:
+    """What is said of a recording that is told to stop."""
+    if folder_of(out).is_dir():
+        return f"what was whole is kept: python -m traces record --recover {out}"
+    return "nothing was written; give the same command again"
 
 
 def record(options: RecordOptions, progress: Progress | None = None) -> str:

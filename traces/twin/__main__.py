@@ -2,7 +2,11 @@
 
 import sys
 
-from traces.twin.cli import main
+from traces.processes.ending import begin
 
 if __name__ == "__main__":
+    begin()
+    # Only now: a signal that comes meanwhile is heard.
+    from traces.twin.cli import main
+
     sys.exit(main())

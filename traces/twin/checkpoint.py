@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 from traces.container import fault, map_file
 from traces.files import replace_text, writing
 from traces.jsontext import shown
+from traces.processes.whole import Unfinished, clear, remove_folder
 from traces.reading import read_table
 from traces.twin.config import TwinConfig
 from traces.twin.model import Twin
@@ -116,33 +116,30 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def write_checkpoint(folder: Path, model: Twin, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> Path:
     """Save model, optimizer and state (`step` among it); older checkpoints go once the new one stands."""
     target = folder / f"checkpoint-{state['step']:08d}"
-    unfinished = folder / f".{target.name}.{os.getpid()}.tmp"
-    for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-    moments = {
-        f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for moment in _MOMENTS
-    }
-    with writing(target):
-        try:
-            unfinished.mkdir()
-            # The library's own writing to a file tells no full disk from other faults.
-            (unfinished / "model.safetensors").write_bytes(save(weights))
-            (unfinished / "optimizer.safetensors").write_bytes(save(moments))
-            (unfinished / "state.json").write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
-            for path in unfinished.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            if target.exists():  # as after a resume of no steps
-                shutil.rmtree(target)
-            os.replace(unfinished, target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    clear(folder)  # what a run that was killed has left
+    if target.exists():  # as after a resume of no steps
+        remove_folder(target)
+    with writing(target), Unfinished(target, folder=True) as unfinished:
+        _write_parts(unfinished.path, model, optimizer, state)
     for _, path in checkpoints(folder)[:-1]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
     return target
+
+
+def _write_parts(folder: Path, model: Twin, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """The files of one checkpoint, on disk when this returns."""
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    # The library's own writing to a file tells no full disk from other faults.
+    (folder / "model.safetensors").write_bytes(save(weights))
+    moments = {}
+    for name, parameter in model.named_parameters():
+        for moment in _MOMENTS:
+            moments[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+    (folder / "optimizer.safetensors").write_bytes(save(moments))
+    (folder / "state.json").write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def read_model(folder: Path, settings: Settings) -> tuple[Twin, dict[str, Any]]:

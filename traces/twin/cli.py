@@ -1,6 +1,7 @@
 """`python -m traces.twin`: train a twin, record it, check its routing, ship small traces.
 
-A user's error is one line on stderr and exit code 2; an interrupt is 130. torch is loaded only once a command needs it.
+A user's error is one line on stderr and exit code 2; of what is told to stop see `traces.processes.ending`. torch is
+loaded only once a command needs it.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
 from traces.messages import PREFIX, shortened, told
-from traces.twin.config import TOPOLOGIES, preset
+from traces.processes.ending import keeping, stopped
+from traces.processes.locks import locked
+from traces.twin.config import TOPOLOGIES, TwinConfig, preset
+
+if TYPE_CHECKING:
+    from traces.twin import train
 
 EXAMPLES = {
     "": """examples:
@@ -63,16 +70,17 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; the exit code."""
     try:
-        args = build_parser().parse_args(argv)
-        return int(args.run(args))
+        with keeping("nothing was written; give the same command again"):
+            args = build_parser().parse_args(argv)
+            return int(args.run(args))
     except (ValueError, OSError, MemoryError) as error:
         print(f"{PREFIX}{told(error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is not installed; install it: pip install 'expertflow[record]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return stopped(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,10 +163,36 @@ def run_train(args: argparse.Namespace) -> int:
 
     pace = train.Pace(args.minutes, args.steps, args.save_every, args.log_every, args.device, args.bf16, args.threads)
     train.open_device(args.device)
-    if (args.folder / "twin.json").exists():
-        _check_unchanged(args)
-    else:
-        _begin(args)
+    asked = None if (args.folder / "twin.json").exists() else _asked(args)
+    with _lock(args.folder), keeping(lambda: _kept(args.folder)):
+        if asked is None or (args.folder / "twin.json").exists():
+            _check_unchanged(args)
+        else:
+            train.begin(args.folder, *asked)
+        return _train(args, pace)
+
+
+def _lock(folder: Path) -> AbstractContextManager[None]:
+    """Against a second training of the same twin. Beside its folder, which may be yet to be made."""
+    place = folder.absolute()
+    if not place.parent.is_dir():
+        return nullcontext()
+    return locked(place.with_name(f".{place.name}.lock"), str(folder))
+
+
+def _kept(folder: Path) -> str:
+    """What is said of a training that is told to stop."""
+    from traces.twin.checkpoint import checkpoints
+
+    found = checkpoints(folder) if folder.is_dir() else []
+    if not found:
+        return "there is no checkpoint yet; the same command begins anew"
+    return f"{folder} holds the checkpoint of step {found[-1][0]}; the same command goes on from there"
+
+
+def _train(args: argparse.Namespace, pace: train.Pace) -> int:
+    from traces.twin import train
+
     trainer = train.Trainer(args.folder, pace)
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     config = trainer.settings.config
@@ -172,7 +206,8 @@ def run_train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _begin(args: argparse.Namespace) -> None:
+def _asked(args: argparse.Namespace) -> tuple[TwinConfig, train.Start]:
+    """What a new twin is to be; ValueError where it cannot be."""
     from traces.twin import train
 
     if args.topology is None:
@@ -184,7 +219,7 @@ def _begin(args: argparse.Namespace) -> None:
         given["balance_weight"] = given.pop("balance")
     if given.get("tokenizer") == "bytes":
         shape["vocab_size"] = 257
-    train.begin(args.folder, preset(args.topology, **shape), train.Start(**given))
+    return preset(args.topology, **shape), train.Start(**given)
 
 
 def _check_unchanged(args: argparse.Namespace) -> None:
@@ -226,7 +261,8 @@ def run_record(args: argparse.Namespace) -> int:
         args.ahead,
         args.device,
     )
-    record(args.folder, plan, lambda line: print(line, flush=True))
+    with keeping("traces that were finished are kept; the same command records all anew"):
+        record(args.folder, plan, lambda line: print(line, flush=True))
     return 0
 
 

@@ -180,6 +180,8 @@ def record(folder: Path, plan: Plan, report: Callable[[str], None]) -> list[Path
     for split, some in chosen.items():
         targets = paths_of(folder, config.name, split)
         header = _header(settings, state, plan, split)
+        for path in targets.values():
+            TraceWriter.discard(path)
         record_pieces(model, some, plan, targets, header, _source(settings, state), _license(settings))
         for path in targets.values():
             report(f"wrote {path}: {len(some)} requests, {path.stat().st_size / 1e6:.1f} MB")

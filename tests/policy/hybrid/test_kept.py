@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +132,26 @@ def test_the_oldest_make_room(tmp_path: Path) -> None:
 def test_two_that_make_the_same_at_once_and_one_that_is_cut_off(tmp_path: Path) -> None:
     kept = KeptArrays(tmp_path)
 
+    others = []
+
+    def never() -> Iterator[Any]:
+        raise AssertionError("the other one has made it")
+        yield
+
     def meanwhile() -> Iterator[Any]:
         yield ROWS[0]
         assert kept.find("name", SHAPE, np.int16) is None
-        assert KeptArrays(tmp_path).keep("name", SHAPE, np.int16, ROWS)
+        others.append(pool.submit(KeptArrays(tmp_path).keep, "name", SHAPE, np.int16, never()))
+        assert not others[0].done()
         yield ROWS[1]
 
     def cut_off() -> Iterator[Any]:
         yield ROWS[0]
         raise KeyboardInterrupt
 
-    assert kept.keep("name", SHAPE, np.int16, meanwhile())
+    with ThreadPoolExecutor(1) as pool:
+        assert kept.keep("name", SHAPE, np.int16, meanwhile())
+        assert others[0].result(60)
     found = kept.find("name", SHAPE, np.int16)
     assert found is not None
     assert found.tolist() == np.concatenate(ROWS).tolist()

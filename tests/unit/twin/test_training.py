@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(text: Path, trained: Path
 
     with pytest.raises(KeyboardInterrupt):
         trainer.run(kill)
-    left = folder / ".checkpoint-00000005.1.tmp"
+    left = folder / ".checkpoint-00000005.0123abcd.tmp"
     left.mkdir()
     assert [step for step, _ in checkpoint.checkpoints(folder)] == [4]
     train(folder, text, 6)

@@ -1,0 +1,125 @@
+"""`import auto`: which importer a source is for, from its suffix and its first bytes.
+
+Only the beginning of the first file is looked at, and nothing is converted on the way: the importer that is chosen
+checks the rest. `python -m traces import auto` says what it took a source for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from traces.container import TraceError, check_file, fault
+from traces.importers import event_csr, moe_beyond_csv, route_csv
+from traces.importers.common import files_of
+from traces.importers.rows import RowFile, kind_of
+from traces.importers.table import Columns, completed
+
+_HEAD_BYTES = 1 << 18
+_SUFFIXES = (
+    *(".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".ndjson"),
+    *(".json", ".npy", ".npz", ".pt", ".safetensors"),
+)
+_KEY = re.compile(r'"([A-Za-z_]\w{0,60})"\s*:')
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Which importer, and what was seen that says so."""
+
+    kind: str
+    seen: str
+
+
+def recognise(source: str | Path | Sequence[str | Path]) -> Guess:
+    """The importer for a file, a folder or several of them. TraceError where none fits."""
+    path = files_of(source, *_SUFFIXES)[0]
+    check_file(path)
+    suffix = path.suffix.lower()
+    if suffix in (".npy", ".npz"):
+        return Guess("engine-dumps", f"{suffix} arrays of routed experts")
+    if suffix == ".pt":
+        return Guess("sglang-recorder", "a .pt file")
+    if suffix == ".safetensors":
+        return _safetensors(path)
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        return _json(path)
+    if suffix in (".csv", ".tsv", ".txt", ".parquet"):
+        return _rows(path)
+    raise _unknown(path, f"has the suffix {suffix or '(none)'}")
+
+
+def _unknown(path: Path, problem: str) -> TraceError:
+    remedy = "choose a KIND, or name the columns with import table (python -m traces import --help)"
+    return fault(path, "file", f"{problem}: no importer recognises it", remedy)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path and its rights") from None
+
+
+def _safetensors(path: Path) -> Guess:
+    names = set(_KEY.findall(_head(path).decode("utf-8", "replace")))
+    if {"offsets", "expert_ids"} <= names:
+        arrays = (*event_csr.EVENT_ARRAYS, *event_csr.ENTRY_ARRAYS)
+        missing = [name for name in arrays if name not in names]
+        return Guess("event-csr", "arrays offsets and expert_ids" + (f"; lacks {missing[0]}" if missing else ""))
+    if {"experts", "request_start"} <= names:
+        raise fault(path, "file", "is a trace already", f"check it: python -m traces validate {path}")
+    raise _unknown(path, f"holds the arrays {', '.join(sorted(names))[:80]}")
+
+
+def _json(path: Path) -> Guess:
+    """By the keys that stand in the beginning of the file."""
+    text = _head(path).decode("utf-8-sig", "replace")
+    keys = set(_KEY.findall(text))
+    for kind, needed in (
+        ("gpt-oss-json", {"router_data"}),
+        ("vllm-log", {"topk_ids", "layer", "token_idx"}),
+        ("megatron", {"top_indices", "layer", "step"}),
+        ("sglang-recorder", {"tokens", "experts", "slot", "position"}),
+        ("engine-dumps", {"routed_experts"}),
+    ):
+        if needed <= keys:
+            return Guess(kind, f"the keys {', '.join(sorted(needed))}")
+    if path.suffix.lower() == ".json":
+        for needed in ({"prompts"}, {"prefill"}, {"decode"}, {"tokens"}, {"trace"}):
+            if needed <= keys:
+                return Guess("nested-json", f"the key {next(iter(needed))}")
+        raise _unknown(path, f"has the keys {', '.join(sorted(keys))[:80] or '(none)'}")
+    first = text.lstrip().splitlines()[:1]
+    try:
+        is_table = bool(first) and isinstance(json.loads(first[0]), dict)
+    except (ValueError, RecursionError):
+        is_table = len(text) >= _HEAD_BYTES // 2
+    if not is_table:
+        raise fault(path, "line 1", "is no JSON object", "give one object a line")
+    return _table(path)
+
+
+def _rows(path: Path) -> Guess:
+    if path.suffix.lower() == ".csv":
+        there = set(RowFile(path, "csv").columns())
+        for kind, needed in (("route-csv", route_csv.COLUMNS), ("moe-beyond-csv", moe_beyond_csv.COLUMNS)):
+            if there.issuperset(needed):
+                return Guess(kind, f"the columns {', '.join(needed)}")
+        if {"layer", "expert"} == there or {"phase", "token", "layer", "rank", "expert"} <= there:
+            return Guess("llama-csv", f"the columns {', '.join(sorted(there))}")
+    return _table(path)
+
+
+def _table(path: Path) -> Guess:
+    notes: list[str] = []
+    file = RowFile(path, kind_of(path))
+    try:
+        completed(file, Columns(), notes)
+    except TraceError:
+        raise _unknown(path, f"has the columns {', '.join(file.columns())[:80]}") from None
+    return Guess("table", notes[0] if notes else "its columns")

@@ -1,0 +1,1 @@
+"""What keeps results whole whatever happens to processes: files, locks, signals, and workers whose parent is gone."""
