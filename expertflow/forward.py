@@ -147,17 +147,17 @@ class _Known:
     _counts: tuple[Mapping[int, int], ...]
 
     def __init__(self, forward: Forward) -> None:
-        keep = object.__setattr__
         for name in ("index", "phase", "requests", "kv_lens", "requests_started", "requests_ended", "emits_token"):
-            keep(self, name, getattr(forward, name))
+            object.__setattr__(self, name, getattr(forward, name))
         rows = forward.rows if isinstance(forward.rows, range) else tuple(forward.rows)
-        keep(self, "rows", rows)
-        keep(self, "num_tokens", len(rows))
-        keep(self, "_forward", forward)
-        keep(self, "_num_known", 0)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "num_tokens", len(rows))
+        object.__setattr__(self, "_forward", forward)
+        object.__setattr__(self, "_num_known", 0)
         for name in ("_demands", "_issue_order", "_counts"):
-            keep(self, name, ())
-        keep(self, "recorded", None if forward.recorded is None else _KnownRecorded(forward.recorded, self))
+            object.__setattr__(self, name, ())
+        recorded = None if forward.recorded is None else _KnownRecorded(forward.recorded, self)
+        object.__setattr__(self, "recorded", recorded)
 
     @property
     def demands(self) -> tuple[tuple[int, ...], ...]:

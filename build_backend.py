@@ -1,0 +1,138 @@
+"""Builds as setuptools does, and compiles the core with mypyc where it can: `expertflow/core.py` says what the core is.
+
+EXPERTFLOW_COMPILED in the environment of a build: 0, nothing is compiled; 1, a core that cannot be compiled ends the
+build; unset, a wheel has the compiled core if there are a C compiler and mypy, else pure Python, and an editable
+installation stays pure Python. `python build_backend.py` compiles the core of this checkout in place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403 - the hooks of PEP 517 that are not defined here
+
+ROOT = Path(__file__).resolve().parent
+NEEDED = "mypy>=1.18"
+LEVEL = "3"
+"""Of the C compiler's optimisation."""
+MYPY = ("--config-file=", "--strict", "--ignore-missing-imports", "--follow-imports=silent", "--no-warn-unused-ignores")
+"""Options of the type check before the compilation: as in pyproject.toml, without what need not be installed."""
+
+
+def _load_core():
+    """`expertflow/core.py`, without the package around it."""
+    spec = importlib.util.spec_from_file_location("expertflow_core", ROOT / "expertflow" / "core.py")
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    return core
+
+
+core = _load_core()
+
+
+# -- hooks of PEP 517 and 660 ------------------------------------------------------------------------------------------
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    """mypy too, where a C compiler could use it or the compiled core is asked for."""
+    wanted = wanted_by_environment()
+    needed = [NEEDED] if wanted or (wanted is None and has_c_compiler()) else []
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *needed]
+
+
+def get_requires_for_build_editable(config_settings=None):
+    """mypy only where the compiled core is asked for."""
+    needed = [NEEDED] if wanted_by_environment() else []
+    return [*build_meta.get_requires_for_build_editable(config_settings), *needed]
+
+
+# -- compilation -------------------------------------------------------------------------------------------------------
+
+
+def wanted_by_environment():
+    """Whether the environment asks for the compiled core; None: it says nothing."""
+    word = os.environ.get(core.SWITCH, "")
+    if word not in ("", "0", "1"):
+        sys.exit(f"error: {core.SWITCH}={word[:40]!r} is unknown; choose 0, 1, or unset it")
+    return {"": None, "0": False, "1": True}[word]
+
+
+def has_c_compiler():
+    """Whether the C compiler that this Python names is there. Where it names none setuptools looks for one itself."""
+    named = shlex.split(sysconfig.get_config_var("CC") or "")
+    return not named or shutil.which(named[0]) is not None
+
+
+def compile_core(root=ROOT):
+    """Compile the core below `root` into `expertflow/_core/` there. RuntimeError says why it could not be."""
+    if importlib.util.find_spec("mypyc") is None:
+        raise RuntimeError("mypy, which brings mypyc, is not installed")
+    if not has_c_compiler():
+        raise RuntimeError("there is no C compiler")
+    target = core.file_of(core.LIBRARY, root).parent
+    shutil.rmtree(target, ignore_errors=True)
+    # Before they are read for the compilation: what is edited meanwhile then counts as changed.
+    hashes = core.hashes(root)
+    with tempfile.TemporaryDirectory(prefix="expertflow-core-") as folder:
+        # A process of its own: mypyc ends the one it runs in where it cannot compile.
+        command = [sys.executable, str(ROOT / "build_backend.py"), "--into", folder]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        made = {name: Path(folder, *name.split(".")).with_suffix("") for name in (core.LIBRARY, *core.MODULES)}
+        files = {name: path.with_name(path.name + core.EXTENSION_SUFFIXES[0]) for name, path in made.items()}
+        if done.returncode or not all(path.is_file() for path in files.values()):
+            raise RuntimeError("mypyc or the C compiler failed:\n" + (done.stdout + done.stderr)[-4000:])
+        target.mkdir()
+        for name, path in files.items():
+            shutil.copyfile(path, core.file_of(name, root))
+    (target / core.SOURCES).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+
+
+def try_compile(root=ROOT):
+    """Whether the core was compiled, as the environment has it: said in the build's log; ends a build that needs it."""
+    wanted = wanted_by_environment()
+    if wanted is False:
+        print(f"expertflow: {core.SWITCH}=0, the core stays pure Python")
+        return False
+    try:
+        compile_core(root)
+    except (RuntimeError, OSError) as error:
+        if wanted:
+            sys.exit(f"error: {core.SWITCH}=1, but the core was not compiled: {error}")
+        print(f"expertflow: the core was not compiled and stays pure Python: {error}")
+        return False
+    print("expertflow: the core was compiled")
+    return True
+
+
+def _run_mypyc(into):
+    """Compile the core below the current folder; the extension modules go below `into`, each where its name says."""
+    from mypyc.build import mypycify
+    from setuptools import setup
+
+    files = [str(core.source_of(name, Path())) for name in core.MODULES]
+    group = core.LIBRARY.removesuffix("__mypyc")
+    modules = mypycify(
+        [*MYPY, *files], opt_level=LEVEL, debug_level="0", target_dir=f"{into}/c", group_name=group
+    )
+    words = ["build_ext", f"--build-lib={into}", f"--build-temp={into}/o"]
+    setup(name="expertflow-core", packages=[], ext_modules=modules, script_args=words)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--into"]:
+        _run_mypyc(sys.argv[2])
+    else:
+        try:
+            compile_core()
+        except RuntimeError as error:
+            sys.exit(f"error: the core was not compiled: {error}")
