@@ -73,13 +73,14 @@ def has_c_compiler():
     return not named or shutil.which(named[0]) is not None
 
 
-def compile_core(root=ROOT):
-    """Compile the core below `root` into `expertflow/_core/` there. RuntimeError says why it could not be."""
+def compile_core(root=ROOT, target=None):
+    """Compile the core below `root` into the folder `target`, by default where it is found: `expertflow/_core/` there.
+    RuntimeError says why it could not be."""
     if importlib.util.find_spec("mypyc") is None:
         raise RuntimeError("mypy, which brings mypyc, is not installed")
     if not has_c_compiler():
         raise RuntimeError("there is no C compiler")
-    target = core.file_of(core.LIBRARY, root).parent
+    target = target or core.file_of(core.LIBRARY, root).parent
     shutil.rmtree(target, ignore_errors=True)
     # Before they are read for the compilation: what is edited meanwhile then counts as changed.
     hashes = core.hashes(root)
@@ -91,20 +92,21 @@ def compile_core(root=ROOT):
         files = {name: path.with_name(path.name + core.EXTENSION_SUFFIXES[0]) for name, path in made.items()}
         if done.returncode or not all(path.is_file() for path in files.values()):
             raise RuntimeError("mypyc or the C compiler failed:\n" + (done.stdout + done.stderr)[-4000:])
-        target.mkdir()
         for name, path in files.items():
-            shutil.copyfile(path, core.file_of(name, root))
+            place = target / core.file_of(name).relative_to(core.file_of(core.LIBRARY).parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
     (target / core.SOURCES).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
 
 
-def try_compile(root=ROOT):
-    """Whether the core was compiled, as the environment has it: said in the build's log; ends a build that needs it."""
+def try_compile(target=None):
+    """Whether the core was compiled into `target` (see `compile_core`), as the environment has it: said in the build's log; ends a build that needs it."""
     wanted = wanted_by_environment()
     if wanted is False:
         print(f"expertflow: {core.SWITCH}=0, the core stays pure Python")
         return False
     try:
-        compile_core(root)
+        compile_core(target=target)
     except (RuntimeError, OSError) as error:
         if wanted:
             sys.exit(f"error: {core.SWITCH}=1, but the core was not compiled: {error}")
@@ -121,9 +123,7 @@ def _run_mypyc(into):
 
     files = [str(core.source_of(name, Path())) for name in core.MODULES]
     group = core.LIBRARY.removesuffix("__mypyc")
-    modules = mypycify(
-        [*MYPY, *files], opt_level=LEVEL, debug_level="0", target_dir=f"{into}/c", group_name=group
-    )
+    modules = mypycify([*MYPY, *files], opt_level=LEVEL, debug_level="0", target_dir=f"{into}/c", group_name=group)
     words = ["build_ext", f"--build-lib={into}", f"--build-temp={into}/o"]
     setup(name="expertflow-core", packages=[], ext_modules=modules, script_args=words)
 

@@ -31,7 +31,6 @@ MODULES = (
     "expertflow.stream",
     "expertflow.view",
     "sim.machine.host_bound",
-    "sim.machine.link",
     "sim.machine.simulated",
     "sim.machine.slowed",
 )
@@ -58,8 +57,10 @@ def hashes(root: Path = ROOT) -> dict[str, str]:
 
 
 def file_of(name: str, root: Path = ROOT) -> Path:
-    """The extension module that stands in for a module of the core, for the Python that runs."""
-    return root / "expertflow" / "_core" / (name + EXTENSION_SUFFIXES[0])
+    """The extension module that stands in for a module of the core, for the Python that runs. Laid out as the sources
+    are, with the library on top: mypyc's modules look for each other so."""
+    parts = name.split(".") if name != LIBRARY else ["library__mypyc"]
+    return root.joinpath("expertflow", "_core", *parts[:-1], parts[-1] + EXTENSION_SUFFIXES[0])
 
 
 def is_compiled() -> bool:
@@ -126,13 +127,4 @@ class _Finder(MetaPathFinder):
         if name not in self._names:
             return None
         file = str(file_of(name))
-        return spec_from_file_location(name, file, loader=_Loader(name, file))
-
-
-class _Loader(ExtensionFileLoader):
-    """Says of a module that its file is the source, which it was made from: what asks for the file wants to read it."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        if module.__name__ != LIBRARY:
-            module.__file__ = str(source_of(module.__name__))
+        return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, file))
