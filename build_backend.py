@@ -68,8 +68,8 @@ def wanted_by_environment():
 
 
 def has_c_compiler():
-    """Whether the C compiler that this Python names is there. Where it names none setuptools looks for one itself."""
-    named = shlex.split(sysconfig.get_config_var("CC") or "")
+    """Whether the C compiler is there that CC or this Python names. Where none is named setuptools looks for one."""
+    named = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "")
     return not named or shutil.which(named[0]) is not None
 
 
@@ -100,7 +100,8 @@ def compile_core(root=ROOT, target=None):
 
 
 def try_compile(target=None):
-    """Whether the core was compiled into `target` (see `compile_core`), as the environment has it: said in the build's log; ends a build that needs it."""
+    """Whether the core was compiled into `target` (see `compile_core`): said in the build's log. Ends a build that was
+    to be compiled and could not be."""
     wanted = wanted_by_environment()
     if wanted is False:
         print(f"expertflow: {core.SWITCH}=0, the core stays pure Python")

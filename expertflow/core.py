@@ -74,8 +74,8 @@ def described() -> str:
 
 
 def start() -> None:
-    """Choose, before any module of the core is imported; `expertflow/__init__.py` does. A choice that cannot be had ends
-    the process with one line and exit code 2."""
+    """Choose, before any module of the core is imported; `expertflow/__init__.py` does. A choice that cannot be had
+    ends the process with one line and exit code 2."""
     if is_compiled():
         return
     wanted = os.environ.get(SWITCH, "")

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from expertflow.observer import Observer
 from expertflow.policy import Policy
+from sim.console import version_line
 from sim.job.beside import describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
@@ -140,7 +141,10 @@ def relative(folder: Path) -> str:
 
 
 def cli() -> int:
-    """Entry point."""
+    """Entry point. Of `--version`, Hydra would tell its own."""
+    if sys.argv[1:] == ["--version"]:
+        print(version_line())
+        return 0
     return run_cli(main)
 
 

@@ -3,7 +3,8 @@
 A layer-step is one MoE layer of one forward. Machines differ and are shared, so that only ratios compare: how many
 `timeout` events of SimPy one layer-step takes, by the process's own time. Both are measured in turn, and the median of
 several runs counts. A generated trace, one chunk per load, batch 1, residency 0.5, nothing beside the run. `adaptive`
-is run twice: where an earlier run has kept what its network says of the trace, as in a sweep, and on its own.
+is run twice: where an earlier run has kept what its network says of the trace, as in a sweep, and on its own. The first
+line says which core runs, compiled or in pure Python (docs/installation.md); the two have ratios of their own.
 
 The bars are for an idle machine of two cores; where one is missed the exit code is 1. `--check` asks another question:
 is any ratio worse by more than a fifth than that of `bench.json`, which `--update` writes?
@@ -25,6 +26,7 @@ from typing import Any
 
 import simpy
 
+from expertflow.core import described, is_compiled
 from expertflow.network import compiled_functions
 from sim.job.configure import configure
 from sim.job.setup import KEEP_SCORES, Workload, make_policy, make_workload
@@ -32,7 +34,7 @@ from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
 
 ALONE = "adaptive, alone"
-BARS = {"lru": 16.0, "adaptive": 32.0, ALONE: 32.0}
+BARS = {"lru": 8.0 if is_compiled() else 16.0, "adaptive": 32.0, ALONE: 32.0}
 TRACE = ("trace.num_tokens=2048", "trace.num_requests=8", "trace.seed=0")
 COMMITTED = Path(__file__).with_name("bench.json")
 WORSE = 1.2
@@ -73,6 +75,7 @@ def composed(policy: str, hardware: str, trace: str | None) -> dict[str, Any]:
 def measure(trace: str | None, hardware: str, repeat: int) -> dict[str, float]:
     """Print times and timeouts per layer-step; the latter."""
     found: dict[str, float] = {}
+    print(described())
     print(f"{'policy':16} {'us a layer-step':>16} {'by the clock':>13} {'us a timeout':>13} {'timeouts':>9} {'bar':>4}")
     for name, bar in BARS.items():
         os.environ[KEEP_SCORES] = "0" if name == ALONE else "1"
@@ -145,8 +148,9 @@ def main(words: list[str] | None = None) -> int:
             compare_length(trace, args.hardware)
         if args.update:
             rounded = {name: round(ratio, 1) for name, ratio in found.items()}
-            COMMITTED.write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
-        committed = json.loads(COMMITTED.read_text(encoding="utf-8")) if args.check else {}
+            kept = json.loads(COMMITTED.read_text(encoding="utf-8")) | {described(): rounded}
+            COMMITTED.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        committed = json.loads(COMMITTED.read_text(encoding="utf-8")).get(described(), {}) if args.check else {}
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from expertflow.core import described
+
 COMMANDS = {
     "sim": ("sim", "simulate one configuration, or with -m a sweep of them"),
     "study": ("sim.study", "run a study of many configurations, and write its report"),
@@ -34,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if given else 2
     if given[0] == "--version":
-        print(f"expertflow {installed_version()}")
+        print(version_line())
         return 0
     name, *rest = given
     if name not in COMMANDS:
@@ -54,6 +56,11 @@ def usage() -> str:
     """What there is to choose from."""
     lines = [f"  {name:<13} {about} (python -m {module})" for name, (module, about) in COMMANDS.items()]
     return "\n".join(["usage: expertflow COMMAND …", "       expertflow COMMAND --help", "", *lines])
+
+
+def version_line() -> str:
+    """What `--version` prints: of the installed distribution, and which core runs."""
+    return f"expertflow {installed_version()}, {described()}"
 
 
 def installed_version() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from expertflow.core import described
 from sim import console
 from sim.console import COMMANDS, main
 from traces import installed, shipped
@@ -204,7 +205,7 @@ def test_a_command_is_run_as_python_m_does(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "version", lambda name: {"expertflow": "7.8.9"}[name])
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == "expertflow 7.8.9\n"
+    assert capsys.readouterr().out == f"expertflow 7.8.9, {described()}\n"
 
 
 @pytest.mark.slow
