@@ -73,23 +73,23 @@ def has_c_compiler():
     return not named or shutil.which(named[0]) is not None
 
 
-def compile_core(root=ROOT, target=None):
-    """Compile the core below `root` into the folder `target`, by default where it is found: `expertflow/_core/` there.
-    RuntimeError says why it could not be."""
+def compile_core(target=None):
+    """Compile the core into the folder `target`, by default where it is found: `expertflow/_core/`. RuntimeError says
+    why it could not be."""
     if importlib.util.find_spec("mypyc") is None:
         raise RuntimeError("mypy, which brings mypyc, is not installed")
     if not has_c_compiler():
         raise RuntimeError("there is no C compiler")
-    target = target or core.file_of(core.LIBRARY, root).parent
+    target = target or core.file_of(core.LIBRARY).parent
     shutil.rmtree(target, ignore_errors=True)
     # Before they are read for the compilation: what is edited meanwhile then counts as changed.
-    hashes = core.hashes(root)
+    hashes = core.hashes()
     with tempfile.TemporaryDirectory(prefix="expertflow-core-") as folder:
         # A process of its own: mypyc ends the one it runs in where it cannot compile.
         command = [sys.executable, str(ROOT / "build_backend.py"), "--into", folder]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        made = {name: Path(folder, *name.split(".")).with_suffix("") for name in (core.LIBRARY, *core.MODULES)}
-        files = {name: path.with_name(path.name + core.EXTENSION_SUFFIXES[0]) for name, path in made.items()}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        modules = (core.LIBRARY, *core.MODULES)
+        files = {name: Path(folder, *name.split(".")[:-1], core.file_of(name).name) for name in modules}
         if done.returncode or not all(path.is_file() for path in files.values()):
             raise RuntimeError("mypyc or the C compiler failed:\n" + (done.stdout + done.stderr)[-4000:])
         for name, path in files.items():
@@ -107,7 +107,7 @@ def try_compile(target=None):
         print(f"expertflow: {core.SWITCH}=0, the core stays pure Python")
         return False
     try:
-        compile_core(target=target)
+        compile_core(target)
     except (RuntimeError, OSError) as error:
         if wanted:
             sys.exit(f"error: {core.SWITCH}=1, but the core was not compiled: {error}")
@@ -118,13 +118,14 @@ def try_compile(target=None):
 
 
 def _run_mypyc(into):
-    """Compile the core below the current folder; the extension modules go below `into`, each where its name says."""
+    """Compile the core of the current folder; the extension modules go below `into`, each where its name says."""
     from mypyc.build import mypycify
     from setuptools import setup
 
     files = [str(core.source_of(name, Path())) for name in core.MODULES]
     group = core.LIBRARY.removesuffix("__mypyc")
-    modules = mypycify([*MYPY, *files], opt_level=LEVEL, debug_level="0", target_dir=f"{into}/c", group_name=group)
+    options = [*MYPY, f"--cache-dir={into}/mypy", *files]
+    modules = mypycify(options, opt_level=LEVEL, debug_level="0", target_dir=f"{into}/c", group_name=group)
     words = ["build_ext", f"--build-lib={into}", f"--build-temp={into}/o"]
     setup(name="expertflow-core", packages=[], ext_modules=modules, script_args=words)
 

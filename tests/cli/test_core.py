@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from expertflow import core
+from sim.bench import TRACE
 from sim.job.decided import code_that_ran
 from tests.cli.wheels import ROOT, build_wheel, copy_checkout
 
@@ -195,6 +196,7 @@ JOBS = {
         "compare=floor",
     ],
     "serial": ["+hardware=a6000", "+policy=hf_offload", "compare=none"],
+    "bench": ["+hardware=a100", "+policy=lru", "compare=none", "chunk_mib=64", *TRACE],
     "mine": ["+hardware=a100", "+policy=lru", "policy.eviction._target_=mine.Mine", "compare=none"],
 }
 MINE = """from expertflow.core import is_compiled
@@ -283,8 +285,8 @@ def run(root: Path, compiled: str, *words: str) -> str:
 def test_it_says_which_runs(both: Path) -> None:
     assert run(both, "1", "-m", "sim", "--version").endswith(f", {COMPILED}\n")
     assert run(both, "0", "-m", "sim", "--version").endswith(f", {PURE}\n")
-    # Each module of it, whichever is asked for first.
-    for name in core.MODULES:
+    # All of it, whichever module is asked for first.
+    for name in ("expertflow.view", "expertflow.runtime", "sim.machine.host_bound"):
         told = run(
             both,
             "1",
@@ -313,9 +315,14 @@ def test_every_file_of_a_job_is_the_same(name: str, both: Path) -> None:
         assert (pure / file).read_bytes() == (other / file).read_bytes(), file
     ran = [json.loads((folder / "provenance.json").read_text())["core"] for folder in (pure, other)]
     assert ran == [PURE, COMPILED]
-    # What one has finished the other need not repeat.
-    done = run(both, "0", "-m", "sim", *words[:-1], "skip_done=true", f"hydra.run.dir={other}")
-    assert done.startswith("done before")
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_what_one_has_finished_the_other_need_not_repeat(both: Path) -> None:
+    words = ["-m", "sim", *JOBS["mine"], "max_tokens=4", "skip_done=true", "hydra.run.dir=finished"]
+    assert not run(both, "1", *words).startswith("done before")
+    assert run(both, "0", *words).startswith("done before")
 
 
 @needs_a_compiler
