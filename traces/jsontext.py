@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from traces.limits import check_bytes
 from traces.messages import fault
 
-_PERHAPS_LARGE = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{300}")
 REWRITE = "fetch or write the file again"
 
 
 def parse_json(path: Path | str, where: str, text: str, remedy: str = REWRITE) -> Any:
     """The value of a JSON text; TraceError names file, place and fault. where: `file`, or a place in it."""
     check_bytes(path, where, json_bytes(text))
-    # Called once a number, which costs: only where one may be too large.
-    parse_float = _finite_number if _PERHAPS_LARGE.search(text) else None
     try:
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=parse_float)
+        return json.loads(
+            text, object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=_finite_number
+        )
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}" if where == "file" else where
         raise fault(path, place, f"is no JSON ({error.msg}, column {error.colno})", remedy) from None
