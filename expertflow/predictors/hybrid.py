@@ -112,7 +112,7 @@ class HybridPredictor(Predictor):
         # What `predict` has looked at is not kept up.
         self.window.clear()
         pregate = quick.pregate(forward, layer)
-        return quick.decide(keys, layer, history.sums, history.used, history.features, pregate, reach)
+        return quick.decide(keys, layer, history.packed, pregate, reach)
 
 
 class _Window:
@@ -157,5 +157,5 @@ class _Window:
                 # What was not seen before.
                 seen = len(self._seen)
                 pregate = quick.pregate(forward, layer)
-                self._seen += quick.look(history.features, pregate, layer, seen, self._chance[seen:reach])
+                self._seen += quick.look(history.packed, pregate, layer, seen, self._chance[seen:reach])
         return self._seen[distance - 1]
