@@ -27,7 +27,8 @@ import simpy
 
 from expertflow.network import compiled_functions
 from sim.job.configure import configure
-from sim.job.setup import KEEP_SCORES, Workload, make_policy, make_workload
+from sim.job.forwards import KEEP_SCORES
+from sim.job.setup import Workload, make_policy, make_workload
 from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
 

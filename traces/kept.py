@@ -34,7 +34,7 @@ _SUM_BYTES = 4
 
 
 class KeptRows:
-    """Implements `expertflow.parts.KeptRows` by an open file: one that is removed meanwhile can be read all the same."""
+    """Implements `expertflow.parts.KeptRows` by an open file: one that is removed meanwhile can still be read."""
 
     def __init__(self, file: BinaryIO, num_rows: int, row_bytes: int) -> None:
         self._file, self._begin = file, file.tell()

@@ -31,8 +31,8 @@ def _select(chance, limit, order):
 
 @inner
 def _take(by, begin, limit, num_kept, num_wants):
-    """The chances of one layer, whose first key is `begin`, have been written to `chance`: what a selection by threshold
-    wants of the num_kept best, and what `Outlook.predicted` makes of it.
+    """The chances of one layer, whose first key is `begin`, have been written to `chance`: what a selection by
+    threshold wants of the num_kept best, and what `Outlook.predicted` makes of it.
 
     wants, from num_wants on, becomes the keys wanted and absent, best first, the lower on a tie. Returns how many wants
     there are now, how many keys were selected, and how many of these are resident.

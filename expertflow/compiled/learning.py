@@ -16,15 +16,36 @@ _FUSED = 4
 
 
 @inner
-def learn_layer(net, table_bits, keys, layer, history_sums, used, hidden):
-    """Take note of one token's experts at one layer: keys [K], best first. Sums, used [N] and hidden as of `History`."""
-    width, num, sums = net.place.shape[1], len(keys), history_sums
-    for column in range(width, 2 * width):
-        sums[column] = (sums[column] * _RECENT_KEPT) >> _RECENT_BITS
+def _copy(values, to):
+    """A loop: it compiles in a fraction of the time of an assignment to a slice."""
+    for place in range(len(values)):
+        to[place] = values[place]
+
+
+@inner
+def _fill(to):
+    """With zeros; a loop for the same reason."""
+    for place in range(len(to)):
+        to[place] = 0
+
+
+@inner
+def learn_layer(net, table_bits, keys, layer, sums, used, hidden):
+    """Take note of one token's experts at one layer: keys [K], best first. Sums, used, hidden: as of `History`."""
+    width, num = net.place.shape[1], len(keys)
+    # Slices: where an index might be negative, a loop is not done in vectors.
+    all_layers, recent = sums[:width], sums[width : 2 * width]
+    for column in range(width):
+        recent[column] = (recent[column] * _RECENT_KEPT) >> _RECENT_BITS
     for first in range(0, num, _FUSED):
         # What is left over is added no times.
         second, third, fourth = min(first + 1, num - 1), min(first + 2, num - 1), min(first + 3, num - 1)
-        a, b, c, d = net.tables[keys[first]], net.tables[keys[second]], net.tables[keys[third]], net.tables[keys[fourth]]
+        a, b, c, d = (
+            net.tables[keys[first]],
+            net.tables[keys[second]],
+            net.tables[keys[third]],
+            net.tables[keys[fourth]],
+        )
         of_a, of_b = net.rank_weights[first], net.rank_weights[second] * np.int32(second > first)
         of_c, of_d = (
             net.rank_weights[third] * np.int32(third > second),
@@ -34,27 +55,28 @@ def learn_layer(net, table_bits, keys, layer, history_sums, used, hidden):
             sums[column] += np.int32(of_a * a[column] + of_b * b[column] + of_c * c[column] + of_d * d[column])
     for key in keys:
         used[key] = 1.0
+    place = net.place[layer + 1]
     for column in range(width):
-        total = (sums[column] + sums[width + column] + net.place[layer + 1, column]) >> table_bits
+        total = (all_layers[column] + recent[column] + place[column]) >> table_bits
         hidden[column] = min(max(total, 0), TOP)
 
 
 @inner
-def remember(net, table_bits, history_sums, used, states, use, features, hidden):
+def remember(net, table_bits, sums, used, states, use, features, hidden):
     """A forward has ended: `HistoryNetwork.after`, `own_features` and `activate` at once.
 
     states f8 [R, H] and use f8 [F - 1, N] are brought up to date, features [F, N] and hidden written.
     """
     num_rates, width = states.shape
     for rate in range(num_rates):
+        state, made, speed = states[rate], sums[(2 + rate) * width : (3 + rate) * width], net.rates[rate]
         for column in range(width):
-            new = float(history_sums[(2 + rate) * width + column] << STATE_BITS)
-            old = states[rate, column]
-            states[rate, column] = old + np.floor((new - old) * net.rates[rate] / UNIT)
+            new = float(made[column] << STATE_BITS)
+            state[column] += np.floor((new - state[column]) * speed / UNIT)
     for feature in range(len(use)):
+        share, speed = use[feature], net.own_rates[feature]
         for key in range(len(used)):
-            old = use[feature, key]
-            use[feature, key] = old + np.floor((used[key] * UNIT - old) * net.own_rates[feature] / UNIT)
+            share[key] += np.floor((used[key] * UNIT - share[key]) * speed / UNIT)
     own_features(net, use, used, features)
     for column in range(width):
         total = (_base(states, column) + net.place[0, column]) >> table_bits
@@ -109,17 +131,20 @@ def learn_block(network, block, keys, starts, states, use, shares):
     sums = np.empty((2 + s.R) * s.H, np.int64)
     for row in range(len(keys)):
         if starts[row]:
-            states[:] = net.prior
-            use[:] = net.frequency
-            shares[:] = 0
+            for rate in range(s.R):
+                _copy(net.prior[rate], states[rate])
+            for feature in range(s.F - 1):
+                _copy(net.frequency, use[feature])
+            _fill(shares)
         if row == 0 or starts[row]:
             own_features(net, use, shares, to.before[row])
         else:
-            to.before[row] = to.after[row - 1]
-        sums[:] = 0
+            for feature in range(s.F):
+                _copy(to.after[row - 1, feature], to.before[row, feature])
+        _fill(sums)
         for column in range(s.H):
             sums[column] = _base(states, column)
-        shares[:] = 0
+        _fill(shares)
         for layer in range(s.L):
             learn_layer(net, s.table_bits, keys[row, layer], layer, sums, shares, to.hidden[row, layer])
         remember(net, s.table_bits, sums, shares, states, use, to.after[row], to.hidden[row, s.L])

@@ -8,10 +8,11 @@ import numpy as np
 from expertflow.compiled.arrays import block_at, filled, history_at, network_at, quads, sizes_at
 from expertflow.compiled.compiling import compiled, inner
 from expertflow.compiled.products import multiply, multiply_four
-from expertflow.network import CODE_GAP, LOG_STEPS, LOG_UNIT, SPAN, TOP, UNIT
+from expertflow.network import CODE_GAP, LOG_STEPS, LOG_UNIT, NUM_OWN, SPAN, TOP, UNIT
 
 _ROWS = 4
 """Forwards whose products are made together."""
+assert NUM_OWN == 4, "own features are written out"
 
 
 @inner
@@ -39,16 +40,16 @@ def mix(net, sums, target, ahead, mixed):
 def add_up(net, sums, features, target, ahead, odds):
     """odds f8 [E]: log-odds of the experts of layer `target`, seen from distance ahead + 1, without pre-gate, of the
     products `sums` with `out` and own features [F, N]."""
-    num_experts, own = len(odds), net.own[ahead, target]
-    begin = target * num_experts
-    odds[:] = 0
-    for feature in range(len(own)):
-        for expert in range(num_experts):
-            odds[expert] += features[feature, begin + expert] * own[feature, expert]
+    own = net.own[ahead, target]
+    begin, end = target * len(odds), (target + 1) * len(odds)
+    # One loop over slices: an index that might be negative, or a loop within, and it is not done in vectors.
+    a, b, c, d = features[0, begin:end], features[1, begin:end], features[2, begin:end], features[3, begin:end]
+    of_a, of_b, of_c, of_d = own[0], own[1], own[2], own[3]
     scale, bias = net.out_scale[target], net.bias[ahead, target]
-    for expert in range(num_experts):
-        seen = np.floor(sums[expert] * scale[expert] / UNIT)
-        odds[expert] = np.floor(odds[expert] / LOG_UNIT) + seen + bias[expert]
+    for expert in range(len(odds)):
+        seen = a[expert] * of_a[expert] + b[expert] * of_b[expert] + c[expert] * of_c[expert] + d[expert] * of_d[expert]
+        mixed = np.floor(sums[expert] * scale[expert] / UNIT)
+        odds[expert] = np.floor(seen / LOG_UNIT) + mixed + bias[expert]
 
 
 @inner
@@ -63,7 +64,12 @@ def add_pregate(net, chances, target, ahead, odds):
 @inner
 def answers(pregate, ahead):
     """Whether there is a pre-gate f4 [any, E], by distance, for distance ahead + 1."""
-    return ahead < len(pregate) and not np.isnan(pregate[ahead]).any()
+    if ahead >= len(pregate):
+        return False
+    for chance in pregate[ahead]:  # noqa: SIM110  (a loop compiles in a tenth of the time)
+        if np.isnan(chance):
+            return False
+    return True
 
 
 @inner
@@ -161,12 +167,14 @@ def score_block(network, block, ahead, start, stop):
 @inner
 def foresee(net, sums, features, codes):
     """codes u2 [N]: `HistoryNetwork.forecast` of the products `sums` with `forecast` and own features [F, N]."""
+    own = net.forecast_own
+    a, b, c, d = features[0], features[1], features[2], features[3]
+    of_a, of_b, of_c, of_d = own[0], own[1], own[2], own[3]
+    scale, bias = net.forecast_scale, net.forecast_bias
     for key in range(len(codes)):
-        own = 0.0
-        for feature in range(len(net.forecast_own)):
-            own += features[feature, key] * net.forecast_own[feature, key]
-        seen = np.floor(sums[key] * net.forecast_scale[key] / UNIT)
-        codes[key] = code_of(net, np.floor(own / LOG_UNIT) + seen + net.forecast_bias[key])
+        seen = a[key] * of_a[key] + b[key] * of_b[key] + c[key] * of_c[key] + d[key] * of_d[key]
+        mixed = np.floor(sums[key] * scale[key] / UNIT)
+        codes[key] = code_of(net, np.floor(seen / LOG_UNIT) + mixed + bias[key])
 
 
 @compiled("void(i8[::1], i8[::1], u2[::1])")
@@ -192,4 +200,7 @@ def forecast_block(network, block, num):
         multiply_four(hidden[first, s.L], hidden[b, s.L], hidden[c, s.L], hidden[d, s.L], net.forecast, sums)
         for row in range(min(_ROWS, num - first)):
             foresee(net, sums[row], of.after[first + row], codes)
-            of.scores[first + row, :, s.D] = codes.reshape(s.L, s.E)
+            for layer in range(s.L):
+                scores = of.scores[first + row, layer, s.D]
+                for expert in range(s.E):
+                    scores[expert] = codes[layer * s.E + expert]

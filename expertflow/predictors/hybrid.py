@@ -153,6 +153,9 @@ class _Window:
             quick = history.quick
             if quick is None:
                 self._seen = self._inference.look(forward, layer, reach, self._chance)
+            elif self._seen and self._seen[-1] is None:
+                # The pre-gate has ended; what it says farther off is not asked for.
+                self._seen += [None] * (reach - len(self._seen))
             else:
                 # What was not seen before.
                 seen = len(self._seen)

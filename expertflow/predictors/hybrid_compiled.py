@@ -137,7 +137,9 @@ class CompiledNetwork:
         self.functions.forecast(self.packed, history, self.codes)
         return chances_of_codes(self.codes)
 
-    def look(self, history: Ints, pregate: Pregate | None, layer: int, seen: int, chance: Ints) -> list[Prediction | None]:
+    def look(
+        self, history: Ints, pregate: Pregate | None, layer: int, seen: int, chance: Ints
+    ) -> list[Prediction | None]:
         """Predictions at distances seen + 1 … seen + len(chance) from `layer`; chance [any, E] is written.
 
         pregate: as `pregate` says.
@@ -166,7 +168,9 @@ class CompiledNetwork:
         packed: Ints = self.functions.packed(net.L, net.E, net.D, self.num_kept, num, *arrays)
         return packed
 
-    def decide(self, keys: Sequence[int] | None, layer: int, history: Ints, pregate: Pregate | None, reach: int) -> Step:
+    def decide(
+        self, keys: Sequence[int] | None, layer: int, history: Ints, pregate: Pregate | None, reach: int
+    ) -> Step:
         """`learn` of keys (None: known already), then one decision for distances 1 … reach."""
         if keys is not None:
             self.keys[:] = keys

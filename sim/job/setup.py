@@ -5,39 +5,30 @@ Every user error is a ValueError with one line that names the key, the value and
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import yaml
-from hydra.utils import get_object, instantiate
 
-from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.model import ModelSpec, model_from_dict
-from expertflow.parts import Announced, Effort
+from expertflow.parts import Effort
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
-from sim.job.configure import check_arguments
-from sim.job.fitted_start import fitted_arrays, transition_start
+from sim.job.make_parts import make_part, make_predictor
 from sim.paths import config_files
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from traces.batching import BatchConfig, Batches
-from traces.kept import KeptArrays, code_hash
 from traces.reader import Trace, open_trace
-from traces.shipped import cache_folder, shipped
+from traces.shipped import shipped
 
 STARTS = ("cold", "popular", "resident")
 WORKSPACE_GB = 1.5
-KEEP_SCORES = "EXPERTFLOW_KEEP_SCORES"
-"""Environment variable: 0 = nothing that a predictor computes is kept in the user's cache for the next run."""
-LEAST_KEPT = 256
-"""Forwards of a run whose scores are kept."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +252,7 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     if "_target_" in cfg:
         # A policy that is not composed of parts; only references that know the future are built that way.
         own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
-        return _part(own, "policy", future=work.future), transfer
+        return make_part(own, "policy", future=work.future), transfer
     optional = {"name", "transfer", "effort", "place"}
     known = {"predictor", "horizon", "selection", "eviction", "order"} | optional
     unknown = sorted(set(cfg) - known)
@@ -270,120 +261,15 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     missing = sorted(known - optional - set(cfg))
     if missing:
         raise ValueError(f"policy.{missing[0]} is missing; compose it with policy/{missing[0]}=NAME")
-    predictor = _make_predictor(cfg["predictor"], work, seed)
-    parts = [_part(cfg[name], f"policy.{name}") for name in ("horizon", "selection", "eviction", "order")]
-    place = _part(cfg["place"], "policy.place") if "place" in cfg else Gpu()
+    predictor = make_predictor(cfg["predictor"], work.trace, work.model.num_layers, seed)
+    parts = [make_part(cfg[name], f"policy.{name}") for name in ("horizon", "selection", "eviction", "order")]
+    place = make_part(cfg["place"], "policy.place") if "place" in cfg else Gpu()
     needs_future = any(part.uses_future for part in (predictor, *parts, place))
     horizon, selection, eviction, order = parts
     future = work.future if needs_future else None
     told = cfg.get("effort")
     effort = None if told is None else Effort(**_known_keys(told, ("once", "per_layer"), "policy.effort"))
     return Policy(predictor, horizon, selection, eviction, order, future, effort, place), transfer
-
-
-def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"policy.predictor={given!r} is no part; choose one with policy/predictor=NAME, e.g. none")
-    cfg, key = dict(given), "policy.predictor"
-    if "transition" in cfg and "_target_" not in cfg:
-        name = _automatic(cfg, work)
-        cfg, key = dict(cfg[name]), f"{key}.{name}"
-    extra: dict[str, Any] = {}
-    if "fitted_start" in cfg:
-        extra["fitted_start"] = transition_start(cfg.pop("fitted_start"), work.trace.model, key)
-    if "fitted" in cfg:
-        kind = _fitted_kind(cfg, "policy.predictor")
-        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind, key)
-    if cfg.get("seed", 0) is None:
-        cfg["seed"] = seed
-    predictor = _part(cfg, "policy.predictor", **extra)
-    if predictor.needs_pregate and not _has_lookahead(work.trace):
-        # A predictor's file is called like its configuration.
-        name = type(predictor).__module__.rpartition(".")[2]
-        raise ValueError(
-            f"policy/predictor={name} needs a recorded pre-gate; the trace {work.trace.name} has none; "
-            "choose policy/predictor=transition or auto"
-        )
-    if not predictor.predicts or work.model.num_layers > 1:
-        return predictor
-    raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
-
-
-def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
-    """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
-    recorded = _has_lookahead(work.trace)
-    arrays = None
-    if "hybrid" in cfg:
-        kind = _fitted_kind(cfg["hybrid"], "policy.predictor.hybrid")
-        arrays = fitted_arrays(cfg["hybrid"].get("fitted"), work.trace.model, kind, "policy.predictor.hybrid")
-    if arrays is not None and ("pregate" in arrays) == recorded:
-        return "hybrid"
-    if not recorded:
-        return "transition"
-    return "forest" if "forest" in cfg else "lookahead"
-
-
-def _target(cfg: Mapping[str, Any], key: str) -> Any:
-    try:
-        return get_object(str(cfg["_target_"]))
-    except Exception as error:
-        raise ValueError(f"{key}: {str(error.__cause__ or error).splitlines()[0]}") from error
-
-
-def _fitted_kind(cfg: Mapping[str, Any], key: str) -> str:
-    """What kind of fitted file the class that `cfg` names takes."""
-    return str(getattr(_target(cfg, key), "fitted_kind", ""))
-
-
-def _has_lookahead(trace: Trace) -> bool:
-    return trace.lookahead is not None or trace.lookahead_ids is not None
-
-
-def _part(cfg: Mapping[str, Any], key: str, **extra: Any) -> Any:
-    if not isinstance(cfg, Mapping) or "_target_" not in cfg:
-        raise ValueError(f"{key} has no _target_; choose a part with {key.replace('.', '/')}=NAME")
-    try:
-        check_arguments(cfg, key)
-        return instantiate(dict(cfg), **extra, _convert_="all")
-    except Exception as error:
-        message = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
-
-
-def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Forward]:
-    """The forwards of the workload, announced to the policy in blocks: it may compute ahead what no timing
-    can change."""
-    takes = policy.announced()
-    if takes is None or _prepared_all(takes, work.batches, work.trace_sha256):
-        yield from work.batches
-        return
-    pending: list[Forward] = []
-    for forward in work.batches:
-        pending.append(forward)
-        if len(pending) == block:
-            takes.prepare(pending)
-            yield from pending
-            pending = []
-    if pending:
-        takes.prepare(pending)
-        yield from pending
-
-
-def _prepared_all(takes: Announced, batches: Batches, trace_sha256: str) -> bool:
-    """Whether what `takes` says of all forwards is at hand, kept from an earlier run or for later ones.
-
-    Not for few forwards, which are scored sooner than a file is written, and not where `KEEP_SCORES` is 0.
-    """
-    num_forwards = batches.num_tokens
-    few = batches.config.batch_size > 1 or num_forwards < LEAST_KEPT
-    if few or not takes.code or os.environ.get(KEEP_SCORES) == "0":
-        return False
-    try:
-        folder = cache_folder() / "scores"
-    except RuntimeError:
-        return False
-    code = code_hash("traces.batching", "traces.reader", "traces.trace", "traces.layout", *takes.code)
-    return takes.prepare_all(batches, num_forwards, KeptArrays(folder), f"{trace_sha256} {batches.config} {code}")
 
 
 def _whole(cfg: Mapping[str, Any], key: str, least: int, prefix: str = "") -> int:

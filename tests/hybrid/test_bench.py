@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sim import bench
-from sim.job.setup import KEEP_SCORES
+from sim.job.forwards import KEEP_SCORES
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from expertflow.forward import Forward
 from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.predictors.hybrid_compiled import arrays_hash
 from sim.job.configure import configure
-from sim.job.setup import KEEP_SCORES, LEAST_KEPT, make_policy, make_workload
+from sim.job.forwards import KEEP_SCORES, LEAST_KEPT
+from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from tests.hybrid.support import PROMPTS, answers, arrays, forwards, started
 from tests.hybrid.test_fused import WINDOWS, InheritedSelection, World, run
