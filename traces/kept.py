@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
@@ -36,7 +36,7 @@ _SUM_BYTES = 4
 class KeptRows:
     """Implements `expertflow.parts.KeptRows` by an open file: one that is removed meanwhile can still be read."""
 
-    def __init__(self, file: BinaryIO, num_rows: int, row_bytes: int) -> None:
+    def __init__(self, file: BufferedReader, num_rows: int, row_bytes: int) -> None:
         self._file, self._begin = file, file.tell()
         self._num_rows, self._row_bytes = num_rows, row_bytes
 

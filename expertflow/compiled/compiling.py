@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
+from pkgutil import get_data
 from typing import Any
 
 import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -14,15 +14,16 @@ import numpy.typing as npt
 from numba.core import cgutils  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from numba.extending import intrinsic  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-_HERE = Path(__file__).parent
-_CONSTANTS = tuple(_HERE.with_name(f"{name}.py") for name in ("forest", "network", "units", "view"))
+_OWN = ("arrays", "compiling", "deciding", "forest", "learning", "products", "scoring")
+_CONSTANTS = ("forest", "network", "units", "view")
 
 
 def _sources_hash() -> str:
     """Of all that goes into a compiled function: this package, and the files whose numbers it takes for constants."""
     told = hashlib.sha256()
-    for path in (*sorted(_HERE.glob("*.py")), *_CONSTANTS):
-        told.update(path.read_bytes() if path.is_file() else b"")
+    for package, names in ((__package__, _OWN), ("expertflow", _CONSTANTS)):
+        for name in names:
+            told.update(get_data(package, f"{name}.py") or b"")
     return told.hexdigest()[:12]
 
 

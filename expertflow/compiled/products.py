@@ -4,7 +4,7 @@ Processors multiply and add bytes in fours: in one instruction (AVX-512 VNNI), o
 their 16 bits, since 2 · 127 · 127 < 2^15 (AVX2). Compilers do not find these by themselves, so that they are named
 here; elsewhere the same sums are written out.
 """
-# mypy: disable-error-code="no-untyped-def, misc"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
 
 from __future__ import annotations
 
@@ -141,16 +141,11 @@ def adding(way: Callable[..., Any] | None = None) -> Any:
     return intrinsic(add_quad)
 
 
-@intrinsic
-def zeros(_context):
-    """Sums of nothing."""
+def _zeros(_context):
     return _sums(), lambda context, builder, signature, arguments: ir.Constant(_SUMS, None)
 
 
-@intrinsic
-def store(_context, sums, found, index):
-    """Write `sums` to found i4[:], from `index` on."""
-
+def _store(_context, sums, found, index):
     def generate(context, builder, signature, arguments):
         sums, found, index = arguments
         data = context.make_array(signature.args[1])(context, builder, found).data
@@ -160,6 +155,10 @@ def store(_context, sums, found, index):
     return types.void(_sums, types.Array(types.int32, 1, "C"), types.intp), generate
 
 
+zeros: Any = intrinsic(_zeros)
+"""A compiled function: sums of nothing."""
+store: Any = intrinsic(_store)
+"""A compiled function (sums, found i4[:], index) that writes the sums to `found`, from `index` on."""
 _add_quad: Any = adding()
 
 

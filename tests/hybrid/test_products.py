@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from pkgutil import get_data
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 numba = pytest.importorskip("numba")
 
-from expertflow.compiled import products  # noqa: E402  (after numba)
+from expertflow.compiled import compiling, products  # noqa: E402  (after numba)
 from expertflow.compiled.compiling import inner  # noqa: E402
 
 FEATURES = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()[2].split(",")
@@ -86,3 +88,10 @@ def test_weights_of_several_layers_are_laid_out_alike() -> None:
     weights = np.random.default_rng(0).integers(-127, 128, (3, 10, 12))
     laid = products.by_quads(weights)
     assert [row.tolist() for row in laid] == [products.by_quads(one).tolist() for one in weights]
+
+
+def test_what_is_compiled_is_told_from_what_other_sources_gave() -> None:
+    """By all files of the package, so that none is forgotten where one is added."""
+    folder = Path(compiling.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} == {*compiling._OWN, "__init__"}
+    assert all(len(get_data("expertflow", f"{name}.py") or b"") > 100 for name in compiling._CONSTANTS)
