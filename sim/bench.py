@@ -28,8 +28,9 @@ from expertflow.core import described, is_compiled
 from expertflow.network import compiled_functions
 from sim.job.configure import configure
 from sim.job.errors import one_line
+from sim.job.forwards import KEEP_SCORES
 from sim.job.output import to_json, write_text
-from sim.job.setup import KEEP_SCORES, Workload, make_policy, make_workload
+from sim.job.setup import Workload, make_policy, make_workload
 from sim.machine.run import run_policy
 from traces.batching import BatchConfig, Batches
 from traces.flags import Parser, whole
@@ -120,7 +121,7 @@ def compare_length(trace: str | None, hardware: str) -> None:
 
 
 def read_ratios(path: Path) -> dict[str, dict[str, float]]:
-    """The ratios of a file such as `bench.json`, by the core that ran. TraceError names file and key of what is none."""
+    """The ratios of a file such as `bench.json`, by core. TraceError names file and key of what is none."""
     remedy = "write it with python -m sim.bench --update"
     found: dict[str, dict[str, float]] = {}
     for core, ratios in read_table(path, remedy).items():

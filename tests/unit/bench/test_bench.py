@@ -11,7 +11,7 @@ import pytest
 
 from expertflow.core import described, is_compiled
 from sim import bench
-from sim.job.setup import KEEP_SCORES
+from sim.job.forwards import KEEP_SCORES
 
 
 @pytest.fixture
