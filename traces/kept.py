@@ -45,7 +45,8 @@ class KeptArrays:
         """The array, mapped and read-only; None where there is none of that shape and type."""
         path = self._path(name)
         try:
-            found: npt.NDArray[Any] = np.load(path, mmap_mode="r")
+            with warnings.catch_warnings(action="ignore"):
+                found: npt.NDArray[Any] = np.load(path, mmap_mode="r")
             with path.open("rb") as file:
                 file.seek(-_SUM_BYTES, os.SEEK_END)
                 told = file.read()
