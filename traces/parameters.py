@@ -81,6 +81,9 @@ def check_params(params: Arrays, path: str | Path = "routing parameters") -> Non
 def _check_values(path: str | Path, name: str, rule: Rule, array: npt.NDArray[Any]) -> None:
     if array.dtype.kind not in "fiu":
         raise fault(path, f"array {name!r}", f"holds {array.dtype}", f"it must hold numbers; {REMEDY}")
+    if array.dtype.itemsize < 4:
+        # Half precision would have the bounds rounded to its own, with a warning of numpy's.
+        array = array.astype(np.float64)
     inside = (array > rule.low) if rule.above else (array >= rule.low)
     inside &= array <= rule.high
     if not inside.all():

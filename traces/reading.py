@@ -11,6 +11,7 @@ from __future__ import annotations
 import lzma
 import math
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -134,10 +135,13 @@ def npy_layout(path: Path, where: str, file: BinaryIO, num_bytes: int) -> tuple[
     try:
         version = read.read_magic(file)  # type: ignore[no-untyped-call, unused-ignore]
         header = {(1, 0): read.read_array_header_1_0, (2, 0): read.read_array_header_2_0}[version]
-        shape, fortran, dtype = header(file, max_header_size=10_000)
+        # Of a header that Python 2 wrote numpy tells in a warning.
+        with warnings.catch_warnings(action="ignore"):
+            shape, fortran, dtype = header(file, max_header_size=10_000)
     except Exception as error:
         # numpy hands the header to Python's own parser, which may fail in any way.
-        reason = str(error).splitlines()[0][:80] if isinstance(error, ValueError) and str(error) else "no .npy header"
+        told = str(error).splitlines()[0][:80] if isinstance(error, ValueError) and str(error) else ""
+        reason = told if told and " at 0x" not in told else "no .npy header"
         raise fault(path, where, f"is no plain array file ({reason})", "save integers, not objects") from None
     if dtype.hasobject or dtype.kind not in "biufc":
         raise fault(path, where, f"is no plain array file (it holds {dtype})"[:160], "save integers, not objects")

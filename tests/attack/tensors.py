@@ -147,7 +147,7 @@ def shuffle(rng: Random, doc: Doc) -> None:
 
 def cast(rng: Random, doc: Doc) -> None:
     """A tensor in another type."""
-    if name := some(rng, doc):
+    if (name := some(rng, doc)) and doc.tensors[name].dtype.kind in "biufc":
         with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
             doc.tensors[name] = doc.tensors[name].astype(CODES[rng.choice(list(CODES))])
 

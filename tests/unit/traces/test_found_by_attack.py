@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from tests.attack import files
 from tests.support.traces import HEADER, save, sound_arrays
 from traces.cli import main
+from traces.parameters import load_params
 from traces.reader import TraceError, open_trace
+from traces.reading import read_npy
 
 
 def test_files_that_write_one_number_in_two_ways_are_chained(tmp_path: Path) -> None:
@@ -30,6 +34,32 @@ def test_forwards_that_leave_no_numbers_for_the_next_file_are_refused(tmp_path: 
     arrays["forward_id"] = arrays["forward_id"] - (2**63 - 2**61)
     chained = open_trace([save(first, arrays, HEADER), second])
     assert np.unique(np.asarray(chained.forward_id)).size == 6
+
+
+def test_a_header_that_is_no_literal_is_refused_in_our_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': x}".ljust(117) + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64))
+    with pytest.raises(TraceError, match=r"a\.npy: array: is no plain array file \(no \.npy header\); save integers"):
+        read_npy(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_header_that_python_2_wrote_is_read_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (2L, 2, 2)}".ljust(117) + b"\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(32))
+    assert read_npy(path).shape == (2, 2, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_parameters_in_half_precision_are_held_against_bounds_that_it_cannot_hold(tmp_path: Path) -> None:
+    for dtype in (np.float16, np.float32):
+        path = tmp_path / "a.params.safetensors"
+        arrays = {name: np.asarray(array, dtype) for name, array in files.params().items()}
+        save_file(arrays, path, files.PARAMS_HEADER)
+        params, _ = load_params(path)
+        assert params["bias"].dtype == dtype
 
 
 @pytest.mark.parametrize("model", ["two\nlines\r\u2028and more", "x" * 70_000, "\u202egnp\x1b[2J"])
