@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from replay.machine.device import Device, DeviceLostError, Event, Program
+from replay.lost import DeviceLostError
+from replay.machine.device import Device, Event, Program
 
 FAULTS = ("delayed", "failed", "reordered", "duplicated", "early_reuse", "lost")
 
