@@ -22,8 +22,7 @@ from expertflow.policy import Policy
 from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LOG_NAME, LogHeader
-from replay.lost import end
-from replay.machine.device import DeviceLostError
+from replay.lost import DeviceLostError, end
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found

@@ -32,6 +32,10 @@ _BEYOND_REPAIR = ("CUDA error", "the GPU has not answered")
 otherwise, and leave a process that can end as ever."""
 
 
+class DeviceLostError(RuntimeError):
+    """The device stopped answering midway: what was measured so far is kept, the run is not finished."""
+
+
 class Closable(Protocol):
     """A file that is written while a run goes on."""
 
@@ -46,11 +50,7 @@ _open: weakref.WeakSet[Closable] = weakref.WeakSet()
 
 def loss(error: BaseException | None) -> BaseException | None:
     """The DeviceLostError that `error` is or was raised from, None if it is another failure."""
-    module = sys.modules.get("replay.machine.device")
-    if module is None:
-        return None
-    lost: type[BaseException] = module.DeviceLostError
-    while error is not None and not isinstance(error, lost):
+    while error is not None and not isinstance(error, DeviceLostError):
         error = error.__cause__
     return error
 

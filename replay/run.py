@@ -17,8 +17,9 @@ from expertflow.runtime import Runtime
 from replay.drive import drive
 from replay.gc_pause import gc_paused
 from replay.lockstep.log import LoggingMachine, LogWriter
+from replay.lost import DeviceLostError
 from replay.machine.cuda_errors import explaining
-from replay.machine.device import Device, DeviceLostError
+from replay.machine.device import Device
 from replay.machine.faults import FaultyDevice
 from replay.machine.programs import DEFAULT_KV_GRID
 from replay.machine.real import RealMachine

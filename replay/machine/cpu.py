@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from replay.machine.device import DeviceLostError, Program, Words, Work
+from replay.lost import DeviceLostError
+from replay.machine.device import Program, Words, Work
 
 _SLACK_NS = 1000
 _LATE_NS = 2_000_000

@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from replay.lost import DeviceLostError
 from replay.machine.cuda_clock import CudaClock
 from replay.machine.cuda_errors import explained, told_if_lost
-from replay.machine.device import DeviceLostError, Program, Words, Work, words_of
+from replay.machine.device import Program, Words, Work, words_of
 from replay.machine.raw import raw_copy
 from replay.machine.slot_kernels import gate
 

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from replay.lost import found_lost
-from replay.machine.device import DeviceLostError
+from replay.lost import DeviceLostError, found_lost
 
 _MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 _OUR_MISTAKES = (

@@ -26,10 +26,6 @@ def words_of(tensor: torch.Tensor) -> memoryview[int]:
     return memoryview(array).cast("B").cast("q")
 
 
-class DeviceLostError(RuntimeError):
-    """The device stopped answering midway: what was measured so far is kept, the run is not finished."""
-
-
 class Program:
     """A group of kernels that is prepared once and launched many times, on the compute stream.
 

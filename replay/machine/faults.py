@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from replay.keys import FAULTS
-from replay.machine.device import Device, DeviceLostError, Event, Program
+from replay.lost import DeviceLostError
+from replay.machine.device import Device, Event, Program
 
 
 class FaultyDevice:

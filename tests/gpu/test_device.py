@@ -9,9 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from replay.lost import DeviceLostError
 from replay.machine.cuda import CudaDevice
 from replay.machine.cuda_errors import explaining
-from replay.machine.device import Device, DeviceLostError, Program
+from replay.machine.device import Device, Program
 from tests.gpu.fake_cuda import (
     BUSY_GHZ,
     CALL_NS,

@@ -37,7 +37,7 @@ SCALE = 4
 LOST = """
 import sys, torch
 from replay.machine.cuda import CudaDevice
-from replay.machine.device import DeviceLostError
+from replay.lost import DeviceLostError
 device = CudaDevice()
 pinned = torch.zeros(1 << 20, dtype=torch.uint8, pin_memory=True)
 there = torch.zeros(1 << 20, dtype=torch.uint8, device=device.torch_device)

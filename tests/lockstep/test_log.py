@@ -34,7 +34,7 @@ from replay.lockstep.log_format import (
     Waited,
 )
 from replay.lockstep.log_reader import LogReader
-from replay.machine.device import DeviceLostError
+from replay.lost import DeviceLostError
 from replay.run import PartialRunError
 from tests.lockstep.support import SMALL_RUN, edited, read_events, small_header, some_forwards, write_events
 

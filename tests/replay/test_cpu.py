@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from replay.lost import DeviceLostError
 from replay.machine.cpu import CpuDevice
-from replay.machine.device import DeviceLostError, Program, Work
+from replay.machine.device import Program, Work
 from tests.support.replays import on_cpu
 
 

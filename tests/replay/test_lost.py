@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 
 from replay.lockstep.compare import check
-from replay.lost import LOST, beyond_repair, loss
-from replay.machine.device import DeviceLostError
+from replay.lost import LOST, DeviceLostError, beyond_repair, loss
 from replay.run import PartialRunError
 
 ROOT = Path(__file__).parents[2]
 HEAD = """
 import atexit, logging.handlers, os, sys
 from replay import lost
-from replay.machine.device import DeviceLostError
+from replay.lost import DeviceLostError
 
 class Pinned:
     \"\"\"Like a pinned tensor on a lost device: whoever throws it away ends the process.\"\"\"

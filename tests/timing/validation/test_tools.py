@@ -13,7 +13,7 @@ import yaml
 from replay import calibrate, validate
 from replay.calibration.record import load_record
 from replay.lockstep.compare import main as lockstep
-from replay.machine.device import DeviceLostError
+from replay.lost import DeviceLostError
 from replay.machine.rig import Rig
 from replay.run import PartialRunError
 from replay.validation import session as validation
