@@ -1,18 +1,29 @@
-"""What pyproject.toml cannot say of the wheel: configuration goes inside a package, large data are packed."""
+"""What pyproject.toml cannot say of the wheel: configuration goes inside a package, large data are packed, and the
+compiled core comes along where it can be compiled (`build_backend.py`)."""
 
 from __future__ import annotations
 
 import lzma
 import shutil
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+# Not there where setup.py is run by itself.
+sys.path.insert(0, str(ROOT))
+
+import build_backend  # noqa: E402 - see the line before
+
 PACK_FROM = 200_000  # bytes
 # Small symbols in whole bytes and pairs of them: 3 % smaller than by default.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 1, "pb": 1}]
+CORE = ROOT / "build" / "core"
+"""Where it is compiled to for a wheel: in a checkout it would stay, and be found."""
+BUILDS = {"bdist_wheel", "build", "build_py", "install"}
+"""Commands that make what is installed."""
 
 
 class BuildPy(build_py):
@@ -21,6 +32,8 @@ class BuildPy(build_py):
     def run(self) -> None:
         if self.editable_mode:
             super().run()
+            if build_backend.wanted_by_environment():
+                build_backend.try_compile()
             return
         built = Path(self.build_lib)
         shutil.rmtree(built, ignore_errors=True)
@@ -34,6 +47,17 @@ class BuildPy(build_py):
                 packed = lzma.compress(path.read_bytes(), format=lzma.FORMAT_XZ, filters=FILTERS)
                 path.with_name(path.name + ".xz").write_bytes(packed)
                 path.unlink()
+        if self.distribution.has_ext_modules():
+            shutil.copytree(CORE, built / "expertflow" / "_core")
 
 
-setup(cmdclass={"build_py": BuildPy})
+class Compiled(Distribution):
+    """Not for every Python and machine: it holds extension modules, which setuptools has not made."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+# Before anything is built: what there is to build depends on it, and so does the name of the wheel.
+compiled = bool(BUILDS.intersection(sys.argv)) and build_backend.try_compile(CORE)
+setup(cmdclass={"build_py": BuildPy}, distclass=Compiled if compiled else Distribution)

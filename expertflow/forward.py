@@ -155,18 +155,18 @@ class _Known:
     _counts: tuple[Mapping[int, int], ...]
 
     def __init__(self, forward: Forward, copies: bool) -> None:
-        keep = object.__setattr__
         for name in ("index", "phase", "requests", "kv_lens", "requests_started", "emits_token"):
-            keep(self, name, getattr(forward, name))
+            object.__setattr__(self, name, getattr(forward, name))
         rows = forward.rows if isinstance(forward.rows, range) else tuple(forward.rows)
-        keep(self, "rows", rows)
-        keep(self, "num_tokens", len(rows))
-        keep(self, "_forward", forward)
-        keep(self, "_num_known", 0)
-        keep(self, "_ended", False)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "num_tokens", len(rows))
+        object.__setattr__(self, "_forward", forward)
+        object.__setattr__(self, "_num_known", 0)
+        object.__setattr__(self, "_ended", False)
         for name in ("_demands", "_issue_order", "_counts"):
-            keep(self, name, ())
-        keep(self, "recorded", None if forward.recorded is None else _KnownRecorded(forward.recorded, self, copies))
+            object.__setattr__(self, name, ())
+        recorded = None if forward.recorded is None else _KnownRecorded(forward.recorded, self, copies)
+        object.__setattr__(self, "recorded", recorded)
 
     @property
     def requests_ended(self) -> tuple[int, ...]:

@@ -52,6 +52,9 @@ LOGS = np.array([round(LOG_UNIT * math.log(step / LOG_STEPS + LOG_FLOOR)) for st
 """Logarithm of remembered use, floored, in 1/64 nat, by its upper 10 bits."""
 CHANCES = np.array([round(UNIT / (1 + math.exp(-x / NAT))) for x in range(-SPAN, SPAN + 1)], np.int64)
 """Sigmoid of log-odds -14 … 14 nats, in 2^-16."""
+CODE_GAP = UNIT // 2
+CODES = (CHANCES - (CHANCES > CODE_GAP)).astype(np.uint16)
+"""The same, so that 16 bits hold certainty: one less above a half, next to which there is none (`chances_of_codes`)."""
 PREGATE_ODDS = np.array(
     [round(LOG_UNIT * math.log((step + 4) / (LOG_STEPS - step + 4))) for step in range(LOG_STEPS + 1)], np.float64
 )
@@ -71,6 +74,13 @@ def origin_of(arrays: Arrays, what: str) -> str:
 def chance_of(odds: Floats) -> Ints:
     """Log-odds in 1/1024 nat → chances in 2^-16."""
     return CHANCES[np.clip(odds, -SPAN, SPAN).astype(np.intp) + SPAN]
+
+
+def chances_of_codes(codes: npt.NDArray[np.uint16]) -> Ints:
+    """Chances in 2^-16 by their `CODES`."""
+    found = codes.astype(np.int64)
+    found += codes > CODE_GAP
+    return found
 
 
 class HistoryNetwork:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from expertflow.copy_queue import Load
 from expertflow.forward import Forward
+from expertflow.hints import mypyc_attr
 from expertflow.machine import Chunk, Mark
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Observer:
     """Override what is of interest. All times in ns on the machine's clock."""
 

@@ -71,14 +71,23 @@ class Placing(NamedTuple):
     missing: Sequence[int]
 
 
+class KeptRows(Protocol):
+    """An array that is kept, read a few rows at a time."""
+
+    def read(self, first: int, into: npt.NDArray[Any]) -> int:
+        """Read rows from `first` on, as many as `into` holds or there are; how many those were. `into` is C-contiguous
+        and of the array's type."""
+
+
 class Kept(Protocol):
     """Arrays that take long to make, kept from run to run under names that say all that they depend on."""
 
-    def find(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
-        """The array, read-only; None where there is none of that shape and type."""
+    def find(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> KeptRows | None:
+        """The array; None where there is none of that shape and type."""
 
     def keep(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> bool:
-        """Keep an array of which `parts` are the consecutive rows. False: it is not, for want of room or of parts."""
+        """Keep an array of which `parts` are the consecutive rows, each done with before the next is asked for. False:
+        it is not kept, for want of room or of parts."""
 
 
 class Announced(Protocol):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from expertflow.copy_queue import CopyQueue, SlotHooks
 from expertflow.counters import Counters
 from expertflow.forward import Forward
+from expertflow.hints import mypyc_attr
 from expertflow.identities import check_identities
 from expertflow.journal import Journal
 from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
@@ -24,6 +25,7 @@ from expertflow.view import RESIDENT, Feedback, Progress, View
 NOTHING: tuple[int, ...] = ()
 
 
+@mypyc_attr(native_class=False)
 class StuckError(RuntimeError):
     """Nothing can proceed and nothing is under way: a mistake of ours, printed with the state, never a hang."""
 

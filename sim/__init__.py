@@ -1,5 +1,7 @@
 """The simulated machine, and jobs: what `python -m sim` composes, runs and writes."""
 
+import expertflow  # noqa: F401 - first: it chooses whether modules of this package run compiled
+
 try:
     from traces.installed import start
 except ImportError as error:

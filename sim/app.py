@@ -18,6 +18,7 @@ from rich.console import Console
 
 from expertflow.observer import Observer
 from expertflow.policy import Policy
+from sim.console import version_line
 from sim.job.beside import describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
@@ -159,8 +160,11 @@ def relative(folder: Path) -> str:
 
 
 def cli() -> int:
-    """Entry point."""
+    """Entry point. Of `--version`, Hydra would tell its own."""
     words = sys.argv[1:]
+    if words == ["--version"]:
+        print(version_line())
+        return 0
     if is_sweep(words):
         # A sweep; only now, since it loads joblib.
         from sim.job.pool import use_workers

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from expertflow.core import described
 from traces.processes.ending import begin
 
 COMMANDS = {
@@ -37,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if given else 2
     if given[0] == "--version":
-        print(f"expertflow {installed_version()}")
+        print(version_line())
         return 0
     name, *rest = given
     if name not in COMMANDS:
@@ -60,6 +61,11 @@ def usage() -> str:
     """What there is to choose from."""
     lines = [f"  {name:<13} {about} (python -m {module})" for name, (module, about) in COMMANDS.items()]
     return "\n".join(["usage: expertflow COMMAND …", "       expertflow COMMAND --help", "", *lines])
+
+
+def version_line() -> str:
+    """What `--version` prints: of the installed distribution, and which core runs."""
+    return f"expertflow {installed_version()}, {described()}"
 
 
 def installed_version() -> str:

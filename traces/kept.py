@@ -1,11 +1,13 @@
 """Arrays that take long to make, kept in a folder from run to run.
 
-One .npy file each, under a name that says all that the array depends on; whoever finds the file maps it. A file appears
-whole or not at all; of processes that want the same one at once, one makes it and the others wait.
+One .npy file each, under a name that says all that the array depends on; whoever finds the file reads it, a few rows at
+a time: neither who writes nor who reads holds more of it. A file appears whole or not at all; of processes that want
+the same one at once, one makes it and the others wait.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sys
@@ -13,8 +15,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -27,8 +30,26 @@ MOST_BYTES = 2 << 30
 """What a folder may hold; the files that were used longest ago go first."""
 
 _FINISHED = ".npy"
+_READ_BYTES = 1 << 20
 _SUM_BYTES = 4
 """Of the checksum behind the array: a file may have its size and yet lack its content after a power cut."""
+
+
+class KeptRows:
+    """Implements `expertflow.parts.KeptRows` by an open file: one that is removed meanwhile can still be read."""
+
+    def __init__(self, file: BufferedReader, num_rows: int, row_bytes: int) -> None:
+        self._file, self._begin = file, file.tell()
+        self._num_rows, self._row_bytes = num_rows, row_bytes
+
+    def read(self, first: int, into: npt.NDArray[Any]) -> int:
+        """As `expertflow.parts.KeptRows`; OSError where the file has become shorter than it was."""
+        num = min(len(into), self._num_rows - first)
+        wanted = into[:num].reshape(-1).view(np.uint8)
+        self._file.seek(self._begin + first * self._row_bytes)
+        if self._file.readinto(wanted.data) != len(wanted):
+            raise OSError(errno.EIO, "was cut short while it was read; run again", self._file.name)
+        return num
 
 
 class KeptArrays:
@@ -42,25 +63,19 @@ class KeptArrays:
         self.folder = folder
         self.most_bytes = most_bytes
 
-    def find(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any] | None:
-        """The array, mapped and read-only; None where there is none of that shape and type."""
-        path = self._path(name)
+    def find(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> KeptRows | None:
+        """The array; None where there is none of that shape and type, or it is damaged."""
+        path, kind = self._path(name), np.dtype(dtype)
+        header, num_bytes = _header(shape, kind), int(np.prod(shape)) * kind.itemsize
         try:
-            with warnings.catch_warnings(action="ignore"):
-                found: npt.NDArray[Any] = np.load(path, mmap_mode="r")
-            with path.open("rb") as file:
-                file.seek(-_SUM_BYTES, os.SEEK_END)
-                told = file.read()
-        except Exception:
-            # What is damaged may be taken for anything, a zip archive for one: it is made anew.
-            return None
-        if found.shape != shape or found.dtype != np.dtype(dtype) or not found.flags.c_contiguous:
-            return None
-        if crc32(found.reshape(-1).view(np.uint8).data).to_bytes(_SUM_BYTES, "big") != told:
-            return None
-        with suppress(OSError):
+            file = path.open("rb")
+            if file.read(len(header)) != header or not _is_whole(file, num_bytes):
+                return None
             os.utime(path)
-        return found
+        except OSError:
+            return None
+        file.seek(len(header))
+        return KeptRows(file, shape[0], num_bytes // max(shape[0], 1))
 
     def keep(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> bool:
         """Write an array of which `parts` are the consecutive rows. False: it is not kept, for want of room or since
@@ -85,8 +100,7 @@ class KeptArrays:
         try:
             with unfinished.path.open("wb") as file:
                 # Written, not mapped: a full disk is then an error that can be caught.
-                header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call, unused-ignore]
+                file.write(_header(shape, kind))
                 written = found = 0
                 for part in parts:
                     rows = np.ascontiguousarray(part, kind).reshape(-1).view(np.uint8).data
@@ -108,8 +122,8 @@ class KeptArrays:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}{_FINISHED}"
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove files until so much more may be written, and what dead processes have not finished. Who has mapped one
-        keeps what it maps."""
+        """Remove files until so much more may be written, and what dead processes have not finished. Who has opened
+        one can still read it."""
         clear(self.folder)
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
@@ -128,6 +142,25 @@ class KeptArrays:
 
 def _say_nothing(line: str) -> None:
     """A sweep's workers all want the same file at first: that they wait is nothing to tell of each."""
+
+
+def _header(shape: tuple[int, ...], kind: np.dtype[Any]) -> bytes:
+    """What an .npy file of such an array begins with."""
+    made = BytesIO()
+    told = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(made, told)  # type: ignore[no-untyped-call, unused-ignore]
+    return made.getvalue()
+
+
+def _is_whole(file: BinaryIO, num_bytes: int) -> bool:
+    """Whether so many bytes follow, and then their checksum and nothing else."""
+    found = 0
+    while num_bytes:
+        some = file.read(min(num_bytes, _READ_BYTES))
+        if not some:
+            return False
+        found, num_bytes = crc32(some, found), num_bytes - len(some)
+    return file.read() == found.to_bytes(_SUM_BYTES, "big")
 
 
 @lru_cache

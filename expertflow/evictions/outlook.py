@@ -84,17 +84,8 @@ class Outlook(Eviction):
         self.compiled = functions is not None
         """Whether the work between two layers is done by compiled functions; else Python and numpy do it."""
         if functions is not None:
-            self.shared = functions.packed(
-                self.soon,
-                self.chance,
-                self.worth,
-                self.bar,
-                self.held,
-                self.states,
-                self.keys,
-                view.num_layers,
-                view.num_experts,
-            )
+            own = functions.Choice(*self.worths(), self.states, self.keys, *[0] * 5)
+            self.shared = functions.packed(view.num_layers, view.num_experts, 0, 0, 0, *own)
             self.settle = functions.settle
 
     def touched(self, keys: Sequence[int]) -> None:
@@ -130,7 +121,7 @@ class Outlook(Eviction):
         np.maximum(soon, chance, out=worth)
         np.bitwise_or(worth, bar, out=held)
 
-    def worths(self) -> Worths | None:
+    def worths(self) -> Worths:
         return Worths(self.soon, self.chance, self.worth, self.bar, self.held)
 
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:

@@ -25,6 +25,7 @@ class RoutingHistory:
         self.compiled = compiled
         self.memory = net.begin()
         self._features: Floats | None = None
+        self._packed: Ints | None = None
         self._begin(1)
 
     @property
@@ -33,6 +34,14 @@ class RoutingHistory:
         if self._features is None:
             self._features = self.net.own_features(self.memory.use, self.memory.shares)
         return self._features
+
+    @property
+    def packed(self) -> Ints:
+        """The forward that runs, for what is compiled."""
+        if self._packed is None:
+            assert self.compiled is not None
+            self._packed = self.compiled.pack_history(self.sums, self.used, self.features)
+        return self._packed
 
     def begin_forward(self, forward: KnownForward) -> None:
         """A forward begins; what came before it is forgotten if all its requests begin with it."""
@@ -55,6 +64,7 @@ class RoutingHistory:
         """Over all layers (and the forwards before), over recent layers, one per rate."""
         self.sums[: net.H] = self.base
         self.used: Floats = np.zeros(net.L * net.E)
+        self._packed = None
 
     def know(self, forward: KnownForward, layer: int) -> None:
         """Take note of the routing up to `layer`, which has become known; after the last the forward is closed."""
@@ -64,7 +74,7 @@ class RoutingHistory:
             keys = forward.demands[known]
             self.num_known += 1
             if self.quick is not None and len(keys) == self.top_k:
-                self.quick.learn(keys, known, self.sums, self.used)
+                self.quick.learn(keys, known, self.packed)
                 continue
             made = net.embed(keys, None if counts is None else [counts[known][key] for key in keys], self.num_tokens)
             self.sums[H : 2 * H] = net.forget_recent(self.sums[H : 2 * H].astype(np.float64))
@@ -72,7 +82,7 @@ class RoutingHistory:
             for key in keys:
                 self.used[key] = 1.0 if counts is None else counts[known][key] / self.num_tokens
             if self.quick is not None:
-                self.quick.hidden[:] = self.activations(known)
+                self.quick.hidden[: net.H] = self.activations(known)
         if layer == net.L - 1 and not self.closed:
             self._close()
 
@@ -94,11 +104,11 @@ class RoutingHistory:
         self.closed = True
         net, memory = self.net, self.memory
         if self.quick is not None:
-            self.quick.close(memory, self.used, self.sums, self.features)
+            self.quick.close(self.packed, memory, self.used)
             return
         total = self.sums[2 * net.H :].astype(np.float64)
         self.memory = net.after(memory, total, self.used.reshape(net.L, net.E), self.num_steps)
-        self._features = net.own_features(self.memory.use, self.memory.shares)
+        self._features, self._packed = net.own_features(self.memory.use, self.memory.shares), None
         self.after: Singles = net.activate(net.base(self.memory.states) + net.place[0])
 
     def forecast(self) -> Ints:
@@ -106,7 +116,7 @@ class RoutingHistory:
         if not self.closed:
             return self.net.frequency.reshape(-1).astype(np.int64)
         if self.quick is not None:
-            return self.quick.forecast(self.features)
+            return self.quick.forecast(self.packed)
         return self.net.forecast(self.after, self.features)
 
     def run_block(self, keys: Ints, starts: Flags) -> Block:
@@ -117,4 +127,4 @@ class RoutingHistory:
 
     def replaced(self) -> None:
         """The memory is that after other forwards."""
-        self._features = None
+        self._features = self._packed = None

@@ -124,7 +124,7 @@ class HybridPredictor(Predictor):
         # What `predict` has looked at is not kept up.
         self.window.clear()
         pregate = quick.pregate(forward, layer)
-        return quick.decide(keys, layer, history.sums, history.used, history.features, pregate, reach)
+        return quick.decide(keys, layer, history.packed, pregate, reach)
 
 
 class _Window:
@@ -165,9 +165,12 @@ class _Window:
             quick = history.quick
             if quick is None:
                 self._seen = self._inference.look(forward, layer, reach, self._chance)
+            elif self._seen and self._seen[-1] is None:
+                # The pre-gate has ended; what it says farther off is not asked for.
+                self._seen += [None] * (reach - len(self._seen))
             else:
                 # What was not seen before.
                 seen = len(self._seen)
                 pregate = quick.pregate(forward, layer)
-                self._seen += quick.look(history.features, pregate, layer, seen, self._chance[seen:reach])
+                self._seen += quick.look(history.packed, pregate, layer, seen, self._chance[seen:reach])
         return self._seen[distance - 1]

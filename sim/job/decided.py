@@ -18,6 +18,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
+from expertflow.core import MODULES, source_of
 from expertflow.model import ModelSpec
 from sim.job import reads
 from sim.paths import ROOT
@@ -111,12 +112,12 @@ def code_that_ran(roots: set[str]) -> dict[str, str]:
         file = sys.modules[name].__file__
         if file is None:
             continue
-        path = Path(file)
+        # A module that runs compiled is what its source was, and leads to the same.
+        path = source_of(name) if name in MODULES else Path(file)
         own = path.is_relative_to(ROOT)
         place = path.relative_to(ROOT).as_posix() if own else str(path)
         found[place] = at_start().get(place) or str(reads.sha256_of(path))
-        # A compiled module lies beside its source.
-        waiting += _imports(path.with_name(path.name.partition(".")[0] + ".py"), name)
+        waiting += _imports(path, name)
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from expertflow.core import described
 from sim.paths import ROOT
 from traces.files import replace_text
 from traces.processes.locks import locked_folder
@@ -80,7 +81,7 @@ def code_sha256(*extra: str) -> str:
 
 
 def provenance(overrides: list[str], trace_sha256: str, wall_s: float, *extra: str) -> dict[str, Any]:
-    """Where a result came from: code, trace, versions, host, time taken."""
+    """Where a result came from: code, trace, versions, compiled or not, host, time taken."""
     commit, dirty = _git_state()
     return {
         "commit": commit,
@@ -89,6 +90,7 @@ def provenance(overrides: list[str], trace_sha256: str, wall_s: float, *extra: s
         "overrides": overrides,
         "trace_sha256": trace_sha256,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "core": described(),
         "host": {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()},
         "wall_s": round(wall_s, 3),
     }

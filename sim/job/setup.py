@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -15,28 +15,24 @@ from typing import Annotated, Any
 import numpy as np
 
 from expertflow.boundary import CHECKING, is_own_class
-from expertflow.forward import Forward
 from expertflow.future import Future
 from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
 from expertflow.model import ModelSpec, model_from_dict
-from expertflow.parts import Announced, Effort, Predictor
+from expertflow.parts import Effort
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
-from sim.job.fitted_start import fitted_arrays, transition_start
 from sim.job.keys import check_trace
-from sim.job.parts import KINDS, check_arguments, class_of, make_part
+from sim.job.parts import KINDS, class_of, make_part
+from sim.job.predictor import make_predictor
 from sim.paths import config_files
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from traces.batching import BatchConfig, Batches
-from traces.kept import KeptArrays, code_hash
 from traces.reader import Trace, open_trace
-from traces.shipped import cache_folder, shipped
+from traces.shipped import shipped
 from traces.yamltext import read_yaml
 
-CANDIDATES = ("hybrid", "forest", "lookahead", "transition")
-"""Predictors of which an automatic choice takes one."""
 OPTIONAL = ("name", "transfer", "effort", "place")
 """Keys that a policy of parts may leave out."""
 WORKSPACE_GB = 1.5
@@ -44,10 +40,6 @@ CHECK_PARTS = "EXPERTFLOW_CHECK_PARTS"
 """Environment variable: `all` = what the parts of this package answer is checked as well, as others' always is."""
 MOST_CHUNKS = 1024
 """Of one expert: each is an event of its own in a run."""
-KEEP_SCORES = "EXPERTFLOW_KEEP_SCORES"
-"""Environment variable: 0 = nothing that a predictor computes is kept in the user's cache for the next run."""
-LEAST_KEPT = 256
-"""Forwards of a run whose scores are kept."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +253,7 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     missing = [key for key in KINDS if key not in cfg and key not in OPTIONAL]
     if missing:
         raise ValueError(f"policy.{missing[0]} is missing; compose it with policy/{missing[0]}=NAME")
-    predictor = _make_predictor(cfg["predictor"], work, seed)
+    predictor = make_predictor(cfg["predictor"], work.trace, work.model.num_layers, seed)
     parts = [
         make_part(cfg[name], f"policy.{name}", KINDS[name]) for name in ("horizon", "selection", "eviction", "order")
     ]
@@ -281,104 +273,6 @@ def _require_own(cfg: Mapping[str, Any]) -> None:
             f"policy._target_={cfg['_target_']} is no policy of this package; compose one of your own of parts: "
             "policy.predictor._target_, policy.eviction._target_ and so on (docs/contract.md)"
         )
-
-
-def _make_predictor(given: Any, work: Workload, seed: int) -> Any:
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"policy.predictor={shown(given)} is no part; choose one with policy/predictor=NAME, e.g. none"
-        )
-    cfg, key = dict(given), "policy.predictor"
-    if "_target_" not in cfg and "transition" in cfg:
-        name = _automatic(cfg, work)
-        cfg, key = dict(cfg[name]), f"{key}.{name}"
-    found = class_of(cfg, key, Predictor)
-    extra: dict[str, Any] = {}
-    if "fitted_start" in cfg:
-        extra["fitted_start"] = transition_start(cfg.pop("fitted_start"), work.trace.model, key)
-    if "fitted" in cfg:
-        kind = str(getattr(found, "fitted_kind", ""))
-        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), work.trace.model, kind, key)
-    if cfg.get("seed", 0) is None:
-        cfg["seed"] = seed
-    predictor = make_part(cfg, key, Predictor, **extra)
-    if predictor.needs_pregate and not _has_lookahead(work.trace):
-        # A predictor's file is called like its configuration.
-        name = type(predictor).__module__.rpartition(".")[2]
-        raise ValueError(
-            f"policy/predictor={name} needs a recorded pre-gate; the trace {work.trace.name} has none; "
-            "choose policy/predictor=transition or auto"
-        )
-    if not predictor.predicts or work.model.num_layers > 1:
-        return predictor
-    raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
-
-
-def _automatic(cfg: Mapping[str, Any], work: Workload) -> str:
-    """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
-    for name, part in cfg.items():
-        if name not in CANDIDATES:
-            raise unknown_key("policy.predictor", name, CANDIDATES)
-        # Those that are not taken, too: which one is depends on the trace.
-        _check_candidate(part, f"policy.predictor.{name}")
-    recorded = _has_lookahead(work.trace)
-    arrays = None
-    if "hybrid" in cfg:
-        kind = str(getattr(class_of(cfg["hybrid"], "policy.predictor.hybrid", Predictor), "fitted_kind", ""))
-        arrays = fitted_arrays(cfg["hybrid"].get("fitted"), work.trace.model, kind, "policy.predictor.hybrid")
-    if arrays is not None and ("pregate" in arrays) == recorded:
-        return "hybrid"
-    if not recorded:
-        return "transition"
-    return "forest" if "forest" in cfg else "lookahead"
-
-
-def _check_candidate(cfg: object, key: str) -> None:
-    found = class_of(cfg, key, Predictor)
-    assert isinstance(cfg, Mapping)
-    filled = [name for name in ("fitted", "fitted_start") if name in cfg]
-    given = {name: value for name, value in cfg.items() if name not in ("_target_", *filled)}
-    check_arguments(found, given, key, tuple(filled))
-
-
-def _has_lookahead(trace: Trace) -> bool:
-    return trace.lookahead is not None or trace.lookahead_ids is not None
-
-
-def forwards_for(policy: Policy, work: Workload, block: int = 64) -> Iterator[Forward]:
-    """The forwards of the workload, announced to the policy in blocks: it may compute ahead what no timing
-    can change."""
-    takes = policy.announced()
-    if takes is None or _prepared_all(takes, work.batches, work.trace_sha256):
-        yield from work.batches
-        return
-    pending: list[Forward] = []
-    for forward in work.batches:
-        pending.append(forward)
-        if len(pending) == block:
-            takes.prepare(pending)
-            yield from pending
-            pending = []
-    if pending:
-        takes.prepare(pending)
-        yield from pending
-
-
-def _prepared_all(takes: Announced, batches: Batches, trace_sha256: str) -> bool:
-    """Whether what `takes` says of all forwards is at hand, kept from an earlier run or for later ones.
-
-    Not for few forwards, which are scored sooner than a file is written, and not where `KEEP_SCORES` is 0.
-    """
-    num_forwards = batches.num_tokens
-    few = batches.config.batch_size > 1 or num_forwards < LEAST_KEPT
-    if few or not takes.code or os.environ.get(KEEP_SCORES) == "0":
-        return False
-    try:
-        folder = cache_folder() / "scores"
-    except RuntimeError:
-        return False
-    code = code_hash("traces.batching", "traces.reader", "traces.trace", "traces.layout", *takes.code)
-    return takes.prepare_all(batches, num_forwards, KeptArrays(folder), f"{trace_sha256} {batches.config} {code}")
 
 
 def _mapping(value: object, key: str) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from expertflow.forward import Forward
+from expertflow.hints import mypyc_attr
 from expertflow.machine import GATE, Record, Wait
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
@@ -17,6 +18,7 @@ from sim.machine.simulated import HostCosts, SimMachine
 from sim.machine.slowed import SlowedMachine
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class HostBoundMachine(SlowedMachine):
     """A `SlowedMachine` that also charges the host for what `Stack` names beside its overheads on the stream.
 

@@ -12,7 +12,8 @@ from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
-from sim.job.setup import Transfer, Workload, forwards_for, load_chunks, run_config
+from sim.job.forwards import forwards_for
+from sim.job.setup import Transfer, Workload, load_chunks, run_config
 from sim.machine.groups import CheapestGroups
 from sim.machine.host_bound import machine_for
 from sim.machine.kernels import KernelTimes

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import simpy
 
 from expertflow.forward import PREFILL, Forward
+from expertflow.hints import mypyc_attr
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
 from expertflow.runtime import Runtime
 from sim.machine.kernels import KernelTimes
@@ -83,6 +84,7 @@ class _OneEach(dict[int, int]):
         return duration_ns
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SimMachine:
     """Implements `expertflow.machine.Machine`. Both streams are first in, first out."""
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from expertflow.hints import mypyc_attr
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, SimMachine
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SlowedMachine(SimMachine):
     """A `SimMachine` whose kernels take up to `KernelTimes.slowdowns` times as long.
 

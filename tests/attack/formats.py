@@ -7,6 +7,8 @@ then its bytes. Leaving out a step leaves the others as they were, by which a fa
 from __future__ import annotations
 
 import copy
+import io
+import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +160,39 @@ PARQUET = Format(
 )
 YAML = Format(bytes, (_change_tree,), yamls.write, (yamls.strange,), copy=yamls.parse)
 
+
+def _members(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def _zipped(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def _damage_member(rng: Random, members: dict[str, bytes]) -> None:
+    name = rng.choice(sorted(members))
+    members[name] = raw.mutate(rng, members[name])
+
+
+def _lose_member(rng: Random, members: dict[str, bytes]) -> None:
+    del members[rng.choice(sorted(members))]
+
+
+def _damage(rng: Random, parts: list[bytes]) -> None:
+    parts[0] = raw.mutate(rng, parts[0])
+
+
+TORCH = Format(_members, (_damage_member, _damage_member, _lose_member), _zipped, (), copy=dict)
+"""A file of torch.save: a zip archive of a pickle and of raw tensors."""
+BINARY = Format(lambda content: [content], (_damage,), lambda parts: parts[0], (), copy=list)
 BY_SUFFIX: dict[str, Format] = {
+    ".pt": TORCH,
+    ".bin": BINARY,
     ".safetensors": SAFETENSORS,
     ".json": JSON,
     ".jsonl": JSON_LINES,

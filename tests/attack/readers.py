@@ -20,6 +20,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from tests.attack import files
+from tests.support import import_sources
 
 
 class Reader(NamedTuple):
@@ -85,6 +86,12 @@ def _imported(kind: str, **options: Any) -> Callable[[Path], Any]:
             return dataclasses.replace(report, path=path), {k: np.array(v) for k, v in trace.layout_arrays().items()}
 
     return read
+
+
+def _recognised(path: Path) -> Any:
+    from traces.importers.auto import recognise
+
+    return recognise(path)
 
 
 def _read_params(path: Path) -> Any:
@@ -396,6 +403,24 @@ READERS: list[Reader] = [
         _text("d.jsonl", lambda: files.lines(files.answers())),
         _imported("engine-dumps", model="tiny", num_layers=files.L, top_k=files.K),
     ),
+    Reader("vllm-log", import_sources.vllm, _imported("vllm-log")),
+    Reader("llama-csv", import_sources.llama_upstream, _imported("llama-csv", top_k=2)),
+    Reader("llama-csv-tokens", import_sources.llama_with_tokens, _imported("llama-csv")),
+    Reader("nested-json", import_sources.nested, _imported("nested-json")),
+    Reader("nested-json-flat", import_sources.flat, _imported("nested-json", prompt_len=4)),
+    Reader("megatron", import_sources.megatron, _imported("megatron")),
+    Reader("sglang-steps", import_sources.sglang_steps, _imported("sglang-recorder")),
+    Reader("sglang-dump", import_sources.sglang_dump, _imported("sglang-recorder")),
+    Reader("table-jsonl", import_sources.table_jsonl, _imported("table")),
+    Reader("table-parquet", import_sources.table_parquet, _imported("table")),
+    Reader("table-csv", import_sources.table_csv_of_lists, _imported("table", positions=True)),
+    Reader("table-text", import_sources.table_text, _imported("table", token="1", layer="2", expert="3,4")),
+    Reader(
+        "table-binary",
+        import_sources.table_binary,
+        _imported("table", fields="t:u4,l:u2,e:u2*2", token="t", layer="l", expert="e"),
+    ),
+    Reader("recognised", import_sources.llama_with_tokens, _recognised),
     Reader("fitted-transition", _arrays("t.safetensors", files.transition), _fitted("transition")),
     Reader("fitted-network", _arrays("n.safetensors", files.network), _fitted("hybrid")),
     Reader("fitted-forest", _arrays("f.safetensors", files.forest), _fitted("forest")),

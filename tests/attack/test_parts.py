@@ -27,6 +27,8 @@ from replay.run import replay_policy
 from sim.job.setup import Transfer
 from sim.machine.run import run_policy
 from sim.regress import differences, read_pins, run_once
+from sim.study.cells import plan_jobs, run_jobs
+from sim.study.plan import Cell
 from tests.attack import hostile_table
 from tests.attack.hostile_hooks import OwnLRU, OwnOrder
 from tests.attack.hostile_table import HONEST, WORDS, World, in_lockstep, policy_of, replayed, simulated, world
@@ -199,6 +201,14 @@ def test_a_sweep_names_the_part_and_keeps_the_other_runs(tmp_path: Path) -> None
     assert found.code == 2
     assert re.search(r"error: .*DropsLast\.arrange leaves out key \d+", found.err)
     assert len(list((tmp_path / "all").rglob("DONE"))) == 1
+
+
+def test_a_study_names_the_part_and_keeps_no_result(tmp_path: Path) -> None:
+    words = ("+hardware=a100", *TINY_MODEL_WORDS, *words_of(tmp_path, f"policy.order._target_={HERE}.DropsLast"))
+    told = r"1 of 1 cells failed, .+: DropsLast\.arrange leaves out key \d+ \(forward \d+, layer \d\)"
+    with pytest.raises(ValueError, match=told):
+        run_jobs(plan_jobs([Cell((("stack", "eager"),), "hostile", words)]), tmp_path / "cells", 1)
+    assert not list((tmp_path / "cells").glob("*.done"))
 
 
 def test_the_environment_shows_where_a_part_has_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

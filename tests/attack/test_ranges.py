@@ -343,6 +343,8 @@ def test_a_calibration_that_no_machine_gives_is_named(change: Any, says: str, tm
         ("[NaN]", "NaN is no number"),
         ("[-Infinity]", "-Infinity is no number"),
         ("[1e999]", "1e999 is too large a number"),
+        ("[1E+0999]", "1E+0999 is too large a number"),
+        (f"[{'9' * 400}.5]", "is too large a number"),
         (f"[{'9' * 5000}]", "a number of too many digits"),
         ("[" * 100_000, "nested too deeply"),
     ],

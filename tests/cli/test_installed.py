@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from expertflow.core import described
 from sim import console
 from sim.console import COMMANDS, main
 from traces import installed, shipped
@@ -209,7 +210,7 @@ def test_a_command_is_run_as_python_m_does(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "version", lambda name: {"expertflow": "7.8.9"}[name])
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == "expertflow 7.8.9\n"
+    assert capsys.readouterr().out == f"expertflow 7.8.9, {described()}\n"
 
 
 def help_there(words: list[str], folder: Path) -> tuple[object, str, str]:

@@ -198,7 +198,7 @@ def test_texts_and_messages_become_tokens(folder: Path, tmp_path: Path, capsys: 
         ("[true]", (), ("line 1: holds the token True",)),
         ("[]", (), ("line 1: is an empty prompt",)),
         ("{", (), ("line 1: is no JSON",)),
-        ("[" * 100_000, (), ("line 1: is no usable JSON",)),
+        ("[" * 100_000, (), ("line 1: is no usable JSON (nested too deeply)",)),
         ("7", (), ("line 1: holds no prompt; give one of prompt, tokens, messages",)),
         ('{"prompt": [1]}', (), ("line 1: holds no prompt",)),
         ('{"prompt": "a", "tokens": [1]}', (), ("line 1: holds no prompt",)),

@@ -20,21 +20,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from tests.cli.wheels import build_wheel, copy_checkout, pip
 from tests.support.commands import TINY_MODEL, tiny_trace
 
 ROOT = Path(__file__).parents[2]
-CARRIED = (
-    "pyproject.toml",
-    "setup.py",
-    "MANIFEST.in",
-    "README.md",
-    "LICENSE",
-    "conf",
-    "expertflow",
-    "sim",
-    "replay",
-    "traces",
-)
 MOST_MB = 8.0
 POLICY = """defaults:
   - lru
@@ -63,7 +52,7 @@ class Installed:
         """One command in the working folder, of this environment alone."""
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
         environment |= {"XDG_CACHE_HOME": str(self.work / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-        for name in ("EXPERTFLOW_CHECKED", "NUMBA_CACHE_DIR"):
+        for name in ("EXPERTFLOW_CHECKED", "EXPERTFLOW_COMPILED", "NUMBA_CACHE_DIR"):
             environment.pop(name, None)
         command = [str(self.bin / words[0]), *words[1:]]
         return subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=300)
@@ -84,29 +73,16 @@ class Installed:
         }
 
 
-def pip(*words: str) -> None:
-    """Run pip of this environment, without a network."""
-    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy: a build leaves folders behind."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in CARRIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, copy / name)
+    copy_checkout(copy)
     # What an earlier build left must not come along.
     stale = copy / "build" / "lib" / "conf" / "stale.yaml"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    pip("wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", str(out), str(copy))
-    (found,) = out.glob("*.whl")
-    return found
+    return build_wheel(copy, out)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +144,7 @@ def run_of(there: Installed, *words: str, command: Sequence[str] = ("python", "-
 
 
 def test_the_wheel_is_small_and_claims_four_names(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
     assert wheel.stat().st_size <= MOST_MB * 1e6
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
@@ -179,7 +156,7 @@ def test_the_wheel_is_small_and_claims_four_names(wheel: Path) -> None:
 
 def test_it_says_its_version(there: Installed) -> None:
     version = yaml.safe_load((ROOT / "pyproject.toml").read_text().split("version = ")[1].splitlines()[0])
-    assert there.run("expertflow", "--version") == f"expertflow {version}\n"
+    assert there.run("expertflow", "--version") == f"expertflow {version}, core in pure Python\n"
 
 
 def test_the_main_command_gives_what_a_checkout_gives(there: Installed) -> None:

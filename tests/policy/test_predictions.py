@@ -46,7 +46,7 @@ def guesses(predictor: Predictor, future: Future, distance: int) -> list[tuple[l
         for layer in range(L):
             scores = predictor.predict(forward_rows(forward, [forward], L), layer, distance)
             assert scores is not None
-            pairs.append((future.demand(forward * L + layer + distance), list(scores[0])))
+            pairs.append((list(future.demand(forward * L + layer + distance)), list(scores[0])))
     return pairs
 
 

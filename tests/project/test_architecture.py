@@ -54,6 +54,11 @@ MAY_SIMULATE = {"replay/bench_decide.py"}
 """Beside the validation: it times decisions while the simulated machine drives them."""
 
 
+CHOOSES_THE_CORE = "expertflow/core.py"
+"""Reads files and the environment before anything else of the package runs: are there compiled modules, and may they
+stand for their sources?"""
+
+
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of everything imported, `from a import b` as a.b, and of each call of open()."""
     for node in ast.walk(tree):
@@ -88,6 +93,7 @@ def test_a_package_imports_nothing_it_must_not_know(package: str) -> None:
         for path in modules(package)
         if (wrong := breaches(path.read_text(), FORBIDDEN[package]))
     }
+    assert found.pop(CHOOSES_THE_CORE, []) == (["12: os", "18: pathlib.Path"] if package == "expertflow" else [])
     assert found == {}
 
 

@@ -27,7 +27,14 @@ README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 TOP = "expertflow|sim|replay|traces|conf|tests|results|docs|notebooks"
-MADE = {"sim/conf", "sim/conf/", "conf/policy/PART/", "results/validation-mine/", "results/validation-NAME"}
+MADE = {
+    "expertflow/_core/",
+    "sim/conf",
+    "sim/conf/",
+    "conf/policy/PART/",
+    "results/validation-mine/",
+    "results/validation-NAME",
+}
 """Named as what a command writes, what only a wheel has, or with a word in place of a name."""
 
 

@@ -19,7 +19,16 @@ import numpy.typing as npt
 
 from traces.container import TraceError, fault
 from traces.format import About
-from traces.importers.common import MAX_WEIGHT, PADDING, ImportReport, Request, check_choice, write_requests
+from traces.importers.common import (
+    MAX_LAYERS,
+    MAX_WEIGHT,
+    PADDING,
+    ImportReport,
+    Request,
+    check_choice,
+    write_requests,
+)
+from traces.limits import check_bytes
 
 INCOMPLETE = ("drop", "repeat")
 UNNAMED = "unknown"
@@ -100,8 +109,10 @@ class Choices:
         """One choice: experts best first, negative ones are none; weights as many. ValueError says what is wrong."""
         if not 0 < len(experts) <= _MAX_TOP_K:
             raise ValueError(f"has {len(experts)} experts for one token and layer")
-        if max(experts) >= _MAX_ID or not 0 <= layer < _MAX_ID or not -_MAX_ID < token < _MAX_ID:
-            raise ValueError("holds a number of more than 31 bits, or a layer below 0")
+        if max(experts) >= _MAX_ID or min(experts) < -_MAX_ID or not -_MAX_ID < token < _MAX_ID:
+            raise ValueError("holds a number of more than 31 bits")
+        if not 0 <= layer < MAX_LAYERS:
+            raise ValueError(f"has the layer {layer}, outside 0 … {MAX_LAYERS - 1}")
         if weights is None:
             self.has_weights = False
         elif len(weights) != len(experts):
@@ -147,6 +158,8 @@ class Choices:
     def _rows(self, values: npt.NDArray[Any], padding: int) -> npt.NDArray[Any]:
         sizes = np.frombuffer(self._size, np.intc).astype(np.int64)
         width = int(sizes.max())
+        # One long row widens all others.
+        check_bytes(self._paths[-1], "source", 3 * 8 * width * len(sizes))
         if int(sizes.min()) == width:
             return values.reshape(-1, width)
         rows = np.full((len(sizes), width), padding, values.dtype)
@@ -173,7 +186,7 @@ def write_choices(choices: Choices, source: Source, output: str | Path) -> Impor
         license=source.license,
         moe_layer_ids=layers,
     )
-    return write_requests(output, requests, about, [*source.notes, *notes, *more])
+    return write_requests(source.path, output, requests, about, [*source.notes, *notes, *more])
 
 
 def assemble(

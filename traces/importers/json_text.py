@@ -5,53 +5,28 @@ A source is untrusted text: it is parsed, never evaluated.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from traces.container import check_file, fault
+from traces.jsontext import parse_json
+from traces.limits import Budget
+from traces.reading import text_lines
 
 _REMEDY = "correct or remove it"
+_VALUE_BYTES = 2
+"""What a character of a source takes at most once its numbers are kept: a digit and a comma become a number of eight
+bytes, beside which the place and the layer are kept, too."""
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Line number and value of each line that is not empty. TraceError names file and line of what is no JSON."""
-    check_file(path)
-    line = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, 1):
-                if text.strip():
-                    yield line, json.loads(text)
-    except UnicodeDecodeError:
-        raise fault(path, f"line {line + 1}", "is not UTF-8 text", "give JSON in UTF-8") from None
-    except (json.JSONDecodeError, RecursionError):
-        raise fault(path, f"line {line}", "is no JSON", _REMEDY) from None
-    except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path") from None
-
-
-def json_file(path: Path) -> Any:
-    """The value of a whole file. TraceError names file and line of what is no JSON."""
-    check_file(path)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file)
-    except UnicodeDecodeError:
-        raise fault(path, "file", "is not UTF-8 text", "give JSON in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise fault(path, f"line {error.lineno}", "is no JSON", _REMEDY) from None
-    except (ValueError, RecursionError):
-        raise fault(path, "file", "is no usable JSON", _REMEDY) from None
-    except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path") from None
-
-
-def is_integer(value: Any) -> bool:
-    """Whether it is a whole number (true and false are none)."""
-    return type(value) is int
+    budget = Budget(path)
+    for number, text in text_lines(path, _REMEDY):
+        if text.strip():
+            budget.take(f"line {number}", _VALUE_BYTES * len(text))
+            yield number, parse_json(path, f"line {number}", text, _REMEDY)
 
 
 def integer(table: Mapping[str, Any], key: str) -> int:

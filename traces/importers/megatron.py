@@ -23,7 +23,7 @@ from rich.progress import Progress
 from traces.container import fault
 from traces.importers.assemble import Choices, Runs, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
-from traces.importers.json_text import integer, integer_list, json_lines
+from traces.importers.json_text import integer, integer_list, numbered_lines
 
 _RECORD = '{"step": 0, "layer": 0, "rank": 0, "top_indices": [[…], …]}'
 
@@ -46,7 +46,7 @@ def import_megatron(
     paths = files_of(source, ".jsonl")
     for path in tracked(paths, progress, "reading router traces"):
         choices.reads(path)
-        for line, value in json_lines(path):
+        for line, value in numbered_lines(path):
             try:
                 reader.take(line, value)
             except ValueError as error:

@@ -23,7 +23,8 @@ from rich.progress import Progress
 from traces.container import fault
 from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
-from traces.importers.json_text import integer, integer_list, json_file, numbers
+from traces.importers.json_text import integer, integer_list, numbers
+from traces.reading import read_json
 
 _PARTS = (("prefill", True), ("decode", False), ("tokens", None))
 _LAYOUT = 'give {"prompts": {name: {"prefill": [tokens][layers][experts], "decode": …}}} or {"trace": [[layer, …], …]}'
@@ -52,7 +53,7 @@ def import_nested_json(
     paths = files_of(source, ".json")
     for path in tracked(paths, progress, "reading routes"):
         choices.reads(path)
-        value = json_file(path)
+        value = read_json(path, "correct or remove it")
         for name, table in _requests(path, value):
             try:
                 _learn(facts, table)

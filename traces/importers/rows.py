@@ -17,7 +17,10 @@ import numpy as np
 
 from traces.container import TraceError, check_file, fault
 from traces.importers.common import CsvTable, check_choice
-from traces.importers.json_text import json_lines
+from traces.importers.json_text import numbered_lines
+from traces.limits import Budget, check_bytes
+from traces.parquet import open_parquet, read_group
+from traces.reading import text_lines
 
 FORMATS = ("csv", "text", "jsonl", "parquet", "binary")
 _SUFFIXES = {
@@ -32,6 +35,9 @@ _SUFFIXES = {
 _FIELD = re.compile(r"(?P<name>\w{1,100}):(?P<type>[<>]?[uif][1248])(\*(?P<count>[1-9][0-9]{0,3}))?", re.ASCII)
 _SPLIT = re.compile(r"[\s,;|]+")
 _BLOCK_ROWS = 65_536
+_ROW_BYTES = 256
+"""What a row takes while it is read and kept."""
+_NOT_TEXT = "give text in UTF-8, or format=binary with fields="
 
 Row = tuple[int, list[Any]]
 
@@ -55,9 +61,9 @@ class RowFile:
         if self.kind == "binary":
             return list(_record_type(self.path, self.fields).names or ())
         if self.kind == "parquet":
-            return [str(name) for name in _parquet(self.path).schema_arrow.names]
+            return [str(name) for name in open_parquet(self.path).schema_arrow.names]
         if self.kind == "jsonl":
-            value: Any = next((value for _, value in json_lines(self.path)), {})
+            value: Any = next((value for _, value in numbered_lines(self.path)), {})
             return list(value) if isinstance(value, dict) else []
         return _header(self.path, self.kind)[0]
 
@@ -73,6 +79,7 @@ class RowFile:
         if size % record.itemsize:
             problem = f"has {size} bytes, no multiple of {record.itemsize} a row"
             raise fault(path, "file", problem, "correct fields=, or fetch the file again")
+        check_bytes(path, "file", _ROW_BYTES * (size // record.itemsize))
         if not size:
             return
         data = np.memmap(path, record, mode="r")
@@ -98,17 +105,11 @@ def kind_of(path: Path, given: str = "") -> str:
 
 def _header(path: Path, kind: str) -> tuple[list[str], bool]:
     """The column names of a text file, and whether its first line holds them; else they are 1, 2, …"""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                words = [] if line.startswith("#") else [word.strip() for word in _split(line, kind)]
-                if words and words != [""]:
-                    named = not all(_is_number(word) for word in words)
-                    return words if named else [str(number + 1) for number in range(len(words))], named
-    except UnicodeDecodeError:
-        raise fault(path, "file", "is not UTF-8 text", "give format=binary with fields=, or text in UTF-8") from None
-    except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path") from None
+    for _, line in text_lines(path, _NOT_TEXT):
+        words = [] if line.startswith("#") else [word.strip() for word in _split(line, kind)]
+        if words and words != [""]:
+            named = not all(_is_number(word) for word in words)
+            return words if named else [str(number + 1) for number in range(len(words))], named
     raise fault(path, "file", "holds no rows", "give a file with a row for each token and layer")
 
 
@@ -139,22 +140,19 @@ def _text(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 def _text_rows(path: Path, columns: Sequence[str], kind: str) -> Iterator[Row]:
     header, named = _header(path, kind)
     places = [_place(path, header, name) for name in columns]
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.startswith("#") or not line.strip():
-                    continue
-                cells = [cell.strip() for cell in _split(line, kind)]
-                if named:
-                    named = False
-                    continue
-                if len(cells) != len(header):
-                    problem = f"has {len(cells)} values, the first line {len(header)}"
-                    raise fault(path, f"line {number}", problem, "correct or remove it")
-                yield number, [cells[place] for place in places]
-    except UnicodeDecodeError:
-        raise fault(path, f"line {number + 1}", "is not UTF-8 text", "give text in UTF-8") from None
+    budget = Budget(path)
+    for number, line in text_lines(path, _NOT_TEXT):
+        if line.startswith("#") or not line.strip():
+            continue
+        if named:
+            named = False
+            continue
+        budget.take(f"line {number}", _ROW_BYTES)
+        cells = [cell.strip() for cell in _split(line, kind)]
+        if len(cells) != len(header):
+            problem = f"has {len(cells)} values, the first line {len(header)}"
+            raise fault(path, f"line {number}", problem, "correct or remove it")
+        yield number, [cells[place] for place in places]
 
 
 def _place(path: Path, header: Sequence[str], name: str) -> int:
@@ -165,40 +163,24 @@ def _place(path: Path, header: Sequence[str], name: str) -> int:
 
 
 def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    for line, value in json_lines(path):
+    for line, value in numbered_lines(path):
         if not isinstance(value, dict):
             raise fault(path, f"line {line}", "is no JSON object", "give an object a line")
         yield line, [value.get(name) for name in columns]
 
 
-def _parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError, pyarrow.ArrowException):
-        raise fault(path, "file", "is no sound Parquet file", "write or fetch it again") from None
-
-
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    import pyarrow
-
-    file = _parquet(path)
+    file = open_parquet(path)
     names = [str(name) for name in file.schema_arrow.names]
     for name in columns:
         _place(path, names, name)
-    begin = 0
-    try:
-        for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns)):
-            parts = [batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns]
-            for number, values in enumerate(zip(*parts, strict=True), begin + 1):
-                yield number, list(values)
-            begin += batch.num_rows
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        if isinstance(error, TraceError):
-            raise
-        raise fault(path, f"row {begin + 1}", "cannot be read", "write or fetch the file again") from None
+    number = 0
+    for group in range(file.num_row_groups):
+        table = read_group(path, file, group)
+        parts = [table.column(name).to_pylist() for name in columns]
+        for values in zip(*parts, strict=True):
+            number += 1
+            yield number, list(values)
 
 
 def _record_type(path: Path, fields: str) -> np.dtype[Any]:

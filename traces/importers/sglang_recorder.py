@@ -30,10 +30,10 @@ from rich.progress import Progress
 from traces.container import TraceError, check_file, fault
 from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
-from traces.importers.json_text import integer, integers, json_lines
+from traces.importers.json_text import integer, integers, numbered_lines
+from traces.limits import check_expansion
 
 _EXTEND, _DECODE, _MIXED = 1, 2, 3
-_MAX_BYTES = 4 << 30
 _NO_DUMP = "give what SGLang's recorder dumped in the mode per_token"
 
 Ints = npt.NDArray[np.int64]
@@ -100,7 +100,10 @@ class _Dumps:
         records = content.get("records")
         if not isinstance(records, list):
             raise fault(path, "file", "has no list records", _NO_DUMP)
-        mapping = _array(content.get("last_physical_to_logical_map"), 2)
+        try:
+            mapping = _array(content.get("last_physical_to_logical_map"), 2)
+        except ValueError as error:
+            raise fault(path, "last_physical_to_logical_map", str(error), _NO_DUMP) from None
         self._next = {}
         ranks = {record["rank"] for record in records if isinstance(record, dict) and type(record.get("rank")) is int}
         self._ranks |= ranks
@@ -172,8 +175,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             size = sum(item.file_size for item in archive.infolist())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         raise fault(path, "file", "is no file of torch.save", _NO_DUMP) from None
-    if size > _MAX_BYTES:
-        raise fault(path, "file", f"unpacks to {size} bytes", f"at most {_MAX_BYTES} are read; split it")
+    check_expansion(path, "file", size, path.stat().st_size)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises nearly anything on a damaged file, and shows it at length
@@ -191,7 +193,7 @@ def _array(value: Any, num_axes: int) -> Ints | None:
         found = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError("holds a tensor that cannot be read") from None
-    if found.dtype.kind not in "iu" or found.ndim != num_axes or found.size > _MAX_BYTES // 8:
+    if found.dtype.kind not in "iu" or found.ndim != num_axes:
         raise ValueError(f"holds {found.dtype} of the shape {list(found.shape)}")
     if found.size and (int(found.max()) >= 1 << 31 or int(found.min()) < -(1 << 31)):
         raise ValueError("holds numbers of more than 31 bits")
@@ -240,7 +242,7 @@ class _Steps:
 
     def read(self, path: Path) -> None:
         """One file; files of a folder go on where the one before ended."""
-        for line, value in json_lines(path):
+        for line, value in numbered_lines(path):
             try:
                 self._take(line, value)
             except ValueError as error:

@@ -155,7 +155,7 @@ def read_table(
     """The choices of all files, and notes on what was concluded. TraceError names file and row."""
     choices = Choices(positions=options.positions)
     if options.positions and not columns.token:
-        raise TraceError("option positions=true needs token=, the column of positions")
+        raise fault(files[0].path, "file", "has no column of positions", "name it with token=, or leave out positions=")
     runs = Runs(choices)
     for number, file in enumerate(tracked(files, progress, "reading tables")):
         choices.reads(file.path)

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from traces.container import fault
 from traces.importers.assemble import Choices, Runs, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
-from traces.importers.json_text import integer, integers, json_lines, numbers
+from traces.importers.json_text import integer, integers, numbered_lines, numbers
 
 _ROUTE = '{"type": "route", "req_id": …, "token_idx": 0, "layer": 0, "topk_ids": […]}'
 
@@ -45,7 +45,7 @@ def import_vllm_log(
     for path in tracked(paths, progress, "reading logs"):
         choices.reads(path)
         reader.begin_file()
-        for line, value in json_lines(path):
+        for line, value in numbered_lines(path):
             try:
                 reader.take(line, value)
             except ValueError as error:

@@ -159,9 +159,12 @@ def test_several_tokens_are_decided_by_asking_and_the_next_single_one_at_once(ba
 
 @pytest.mark.parametrize("block", [1, 5, 64])
 @pytest.mark.parametrize("prompts", [PROMPTS, (0, 0, 0, 0)])
-def test_announced_forwards_are_decided_as_one_after_the_other(prompts: tuple[int, ...], block: int) -> None:
+@pytest.mark.parametrize("pregate", [False, True])
+def test_announced_forwards_are_decided_as_one_after_the_other(
+    pregate: bool, prompts: tuple[int, ...], block: int
+) -> None:
     """The replay, which knows no forward before it runs, decides as the simulator does."""
-    fitted, some = arrays(5), forwards(seed=2, prompts=prompts)
+    fitted, some = arrays(5, pregate=pregate), forwards(seed=2, prompts=prompts, pregate=pregate)
     alone, announced, asked = World(fitted), World(fitted), World(fitted, InheritedSelection())
     worlds = [alone, announced, asked]
     takes = [world.policy.announced() for world in worlds[1:]]

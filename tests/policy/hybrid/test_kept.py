@@ -15,7 +15,8 @@ from expertflow.forward import Forward
 from expertflow.predictors.hybrid import HybridPredictor
 from expertflow.predictors.hybrid_compiled import arrays_hash
 from sim.job.configure import configure
-from sim.job.setup import KEEP_SCORES, LEAST_KEPT, make_policy, make_workload
+from sim.job.forwards import KEEP_SCORES, LEAST_KEPT
+from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from tests.policy.hybrid.support import PROMPTS, answers, arrays, forwards, started
 from tests.policy.hybrid.test_fused import WINDOWS, InheritedSelection, World, run
@@ -154,9 +155,11 @@ def test_two_that_make_the_same_at_once_and_one_that_is_cut_off(tmp_path: Path) 
         assert others[0].result(60)
     found = kept.find("name", SHAPE, np.int16)
     assert found is not None
-    assert found.tolist() == np.concatenate(ROWS).tolist()
-    with pytest.raises(ValueError, match="read-only"):
-        found[0] = 0
+    whole = np.zeros(SHAPE, np.int16)
+    assert found.read(0, whole) == len(whole)
+    assert whole.tolist() == np.concatenate(ROWS).tolist()
+    assert found.read(3, whole) == 1
+    assert whole[0].tolist() == ROWS[1][-1].tolist()
     with pytest.raises(KeyboardInterrupt):
         kept.keep("other", SHAPE, np.int16, cut_off())
     assert not kept.keep("other", SHAPE, np.int16, ROWS[:1])
@@ -197,6 +200,21 @@ def test_a_run_that_finds_scores_is_the_run_that_makes_them(tmp_path: Path, monk
     policy, transfer = make_policy(cfg["policy"], few, cfg["seed"])
     run_policy(few, policy, transfer)
     assert list(scores.iterdir()) == [file]
+
+
+def test_a_file_that_is_removed_can_be_read_on_and_one_that_is_cut_short_says_so(tmp_path: Path) -> None:
+    kept = KeptArrays(tmp_path)
+    assert kept.keep("name", SHAPE, np.int16, ROWS)
+    path, some = kept._path("name"), np.zeros((2, 8), np.int16)
+    found = kept.find("name", SHAPE, np.int16)
+    assert found is not None
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(OSError, match="cut short while it was read; run again") as error:
+        found.read(2, some)
+    assert error.value.filename == str(path)
+    path.unlink()
+    assert found.read(0, some) == 2
+    assert some.tolist() == ROWS[0].tolist()
 
 
 @pytest.mark.parametrize("place", [8, 9, 40, -5, -1])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from expertflow.network import CHANCES, UNIT, HistoryNetwork
+from expertflow.network import CHANCES, CODES, UNIT, HistoryNetwork, chances_of_codes
 from expertflow.units import SCORE_ONE
-from tests.policy.hybrid.support import PROMPTS, D, E, H, L, answers, arrays, forwards, plain, started
+from tests.policy.hybrid.support import PROMPTS, STARTS, D, E, H, L, answers, arrays, forwards, plain, started
 
 
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,28 +67,79 @@ def test_chances_are_those_of_the_scores_and_of_the_rest(keep: int) -> None:
 @pytest.mark.parametrize("prompts", [(0, 0, 0, 0), PROMPTS])
 @pytest.mark.parametrize("block", [1, 3, 12, 64])
 @pytest.mark.parametrize("keep", [0, 4])
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("compiled", "pregate"), [(True, False), (False, False), (True, True)])
 def test_a_block_gives_the_integers_of_one_forward_after_another(
-    compiled: bool, keep: int, block: int, prompts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    compiled: bool,
+    pregate: bool,
+    keep: int,
+    block: int,
+    prompts: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A prompt among them is taken alone, and those behind it together again."""
-    some = forwards(prompts=prompts)
+    fitted, some = arrays(pregate=pregate), forwards(prompts=prompts, pregate=pregate)
     assert any(forward.counts is not None for forward in some) is any(prompts)
-    alone = list(answers(started(arrays(), keep=keep), some))
+    alone = list(answers(started(fitted, keep=keep), some))
     if not compiled:
         without_numba(monkeypatch)
-    predictor = started(arrays(), keep=keep)
+    predictor = started(fitted, keep=keep)
     assert (predictor.compiled is not None) is compiled
     assert list(answers(predictor, some, block)) == alone
     assert predictor.block.num_taken == sum(forward.counts is None for forward in some)
 
 
-def test_several_tokens_and_a_pregate_are_not_taken_in_blocks() -> None:
-    for fitted, some in ((arrays(), forwards(2)), (arrays(pregate=True), forwards(pregate=True))):
-        predictor = started(fitted)
-        told = list(answers(predictor, some, 4))
-        assert predictor.block.num_taken == 0 if "pregate" in fitted else predictor.block.num_taken < len(some)
-        assert told == list(answers(started(fitted), some))
+def test_several_tokens_are_not_taken_in_blocks() -> None:
+    predictor, some = started(arrays()), forwards(2)
+    told = list(answers(predictor, some, 4))
+    assert predictor.block.num_taken < len(some)
+    assert told == list(answers(started(arrays()), some))
+
+
+def test_a_pregate_is_taken_in_blocks_by_what_is_compiled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = forwards(pregate=True)
+    without_numba(monkeypatch)
+    predictor = started(arrays(pregate=True))
+    told = list(answers(predictor, some, 4))
+    assert predictor.block.num_taken == 0
+    assert told == list(answers(started(arrays(pregate=True)), some))
+
+
+@pytest.mark.parametrize("block", [1, 5, 12])
+@pytest.mark.parametrize("ahead", [0, 1, D, D + 2])
+@pytest.mark.parametrize("gap", [False, True])
+def test_a_pregate_in_a_block_ends_where_it_ends_for_one_forward(block: int, ahead: int, gap: bool) -> None:
+    """It may look less far than the network does, or farther; it may lack a distance, or one expert's number."""
+    fitted, some = arrays(pregate=True), forwards(pregate=True)
+    scores = np.random.default_rng(1).random((STARTS[-1], L, ahead, E)).astype(np.float32)
+    if gap and ahead:
+        scores[3:9, 1, ahead // 2, 2] = np.nan
+        scores[::4, 0, 0] = np.nan
+    for forward in some:
+        forward.recorded = recorded = Gates(scores)
+    told = list(answers(started(fitted), some))
+    for forward in some[7:]:
+        # A block is of one recording.
+        forward.recorded = Gates(scores)
+    some[6].recorded = recorded
+    predictor = started(fitted)
+    assert list(answers(predictor, some, block)) == told
+    assert predictor.block.num_taken == sum(forward.counts is None for forward in some)
+
+
+class Gates:
+    """A recorded pre-gate [rows, L, any, E], as it is."""
+
+    def __init__(self, chances: Any) -> None:
+        self.chances = chances
+
+    def lookahead(self, rows: Sequence[int], layer: int) -> Any:
+        return self.chances[list(rows), layer]
+
+    def embedding(self, rows: Sequence[int]) -> None:
+        return None
+
+    def token_ids(self, rows: Sequence[int]) -> None:
+        return None
 
 
 def test_scores_are_ranked_chances_of_the_target_layer() -> None:
@@ -283,3 +335,9 @@ def test_products_in_parts_are_whole_products(monkeypatch: pytest.MonkeyPatch) -
     for limit in (1, H * 10, 5 * H * 10, 22 * H * 10):
         monkeypatch.setattr("expertflow.network.SINGLE_THREADED", limit)
         assert net.odds(hidden, 2, 1).tolist() == whole.tolist()
+
+
+def test_sixteen_bits_hold_every_chance() -> None:
+    assert CODES.dtype == np.uint16
+    assert chances_of_codes(CODES).tolist() == CHANCES.tolist()
+    assert {0, UNIT} <= set(CHANCES.tolist())

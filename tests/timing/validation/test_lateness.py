@@ -13,7 +13,8 @@ from replay.drive import BlockingMachine, drive
 from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
 from replay.validation.verdict import BARS
 from sim.job.configure import configure
-from sim.job.setup import forwards_for, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.job.forwards import forwards_for
+from sim.job.setup import load_chunks, make_policy, make_trace, make_workload, run_config
 from sim.machine.host_bound import machine_for
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link

@@ -1,0 +1,78 @@
+"""The predictor of a policy from its configuration, which may leave the choice to what the trace holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from expertflow.keys import shown, unknown_key
+from expertflow.parts import Predictor
+from sim.job.fitted_start import fitted_arrays, transition_start
+from sim.job.parts import check_arguments, class_of, make_part
+from traces.reader import Trace
+
+CANDIDATES = ("hybrid", "forest", "lookahead", "transition")
+"""Predictors of which an automatic choice takes one."""
+
+
+def make_predictor(given: Any, trace: Trace, num_layers: int, seed: int) -> Any:
+    """The predictor for `trace`, of a model with so many layers. ValueError names key, value and remedy."""
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"policy.predictor={shown(given)} is no part; choose one with policy/predictor=NAME, e.g. none"
+        )
+    cfg, key = dict(given), "policy.predictor"
+    if "_target_" not in cfg and "transition" in cfg:
+        name = _automatic(cfg, trace)
+        cfg, key = dict(cfg[name]), f"{key}.{name}"
+    found = class_of(cfg, key, Predictor)
+    extra: dict[str, Any] = {}
+    if "fitted_start" in cfg:
+        extra["fitted_start"] = transition_start(cfg.pop("fitted_start"), trace.model, key)
+    if "fitted" in cfg:
+        kind = str(getattr(found, "fitted_kind", ""))
+        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), trace.model, kind, key)
+    if cfg.get("seed", 0) is None:
+        cfg["seed"] = seed
+    predictor = make_part(cfg, key, Predictor, **extra)
+    if predictor.needs_pregate and not _has_lookahead(trace):
+        # A predictor's file is called like its configuration.
+        name = type(predictor).__module__.rpartition(".")[2]
+        raise ValueError(
+            f"policy/predictor={name} needs a recorded pre-gate; the trace {trace.name} has none; "
+            "choose policy/predictor=transition or auto"
+        )
+    if not predictor.predicts or num_layers > 1:
+        return predictor
+    raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
+
+
+def _automatic(cfg: Mapping[str, Any], trace: Trace) -> str:
+    """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
+    for name, part in cfg.items():
+        if name not in CANDIDATES:
+            raise unknown_key("policy.predictor", name, CANDIDATES)
+        # Those that are not taken, too: which one is depends on the trace.
+        _check_candidate(part, f"policy.predictor.{name}")
+    recorded = _has_lookahead(trace)
+    arrays = None
+    if "hybrid" in cfg:
+        kind = str(getattr(class_of(cfg["hybrid"], "policy.predictor.hybrid", Predictor), "fitted_kind", ""))
+        arrays = fitted_arrays(cfg["hybrid"].get("fitted"), trace.model, kind, "policy.predictor.hybrid")
+    if arrays is not None and ("pregate" in arrays) == recorded:
+        return "hybrid"
+    if not recorded:
+        return "transition"
+    return "forest" if "forest" in cfg else "lookahead"
+
+
+def _check_candidate(cfg: object, key: str) -> None:
+    found = class_of(cfg, key, Predictor)
+    assert isinstance(cfg, Mapping)
+    filled = [name for name in ("fitted", "fitted_start") if name in cfg]
+    given = {name: value for name, value in cfg.items() if name not in ("_target_", *filled)}
+    check_arguments(found, given, key, tuple(filled))
+
+
+def _has_lookahead(trace: Trace) -> bool:
+    return trace.lookahead is not None or trace.lookahead_ids is not None
