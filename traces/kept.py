@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache

@@ -8,6 +8,8 @@ from typing import Any
 from traces.jsontext import shown
 
 _MOST = 1e15
+_MOST_PADDED = 1_000
+"""A pad of a stack's largest overhead, 1 ms a layer, is then at most a second."""
 _TEXTS = ("date",)
 _POSITIVE = ("memory_gb", "memory_gb_per_s", "matrix_tflops", "pad_share")
 _LINK = ("bytes", "in_a_row_ns", "pageable_ns")
@@ -29,6 +31,8 @@ def check_record(raw: Mapping[str, Any]) -> None:
         raise ValueError("threads_share_interpreter is neither true nor false")
     for key in _POSITIVE:
         _number(key, raw.get(key), above=True)
+    if raw["pad_share"] > _MOST_PADDED:
+        raise ValueError(f"pad_share is {shown(raw['pad_share'])}, more than {_MOST_PADDED} times what was asked for")
     for index, row in enumerate(_list(raw, "link")):
         for key in _LINK:
             _number(f"link[{index}].{key}", _inside(row, f"link[{index}]").get(key), above=True)

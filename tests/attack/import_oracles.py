@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,12 +127,14 @@ def event_csr(content: bytes, found: Found) -> str:
 
 def engine_npy(content: bytes, found: Found) -> str:
     """One request: NumPy's own reading of it."""
-    return _dumps([np.load(io.BytesIO(content), allow_pickle=False)], found)
+    # It tells of a header that Python 2 wrote in a warning.
+    with warnings.catch_warnings(action="ignore"):
+        return _dumps([np.load(io.BytesIO(content), allow_pickle=False)], found)
 
 
 def engine_npz(content: bytes, found: Found) -> str:
     """A request an array."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    with warnings.catch_warnings(action="ignore"), np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return _dumps([arrays[name] for name in arrays.files if name != "prompt_len"], found)
 
 

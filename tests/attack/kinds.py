@@ -81,6 +81,8 @@ class FileKind:
         self.contents = [path.read_bytes() for path in self.paths]
         self.documents = [self.form.parse(content) for content in self.contents]
         for index, content in enumerate(self.contents):
+            if self.read(self.paths[index]) is None:
+                raise AssertionError(f"{self.name}: the sound file {self.paths[index].name} is not read")
             outcome = self._judge(index, content)
             if outcome.verdict != ACCEPTED:
                 raise AssertionError(f"{self.name}: the sound file {self.paths[index].name} is not accepted: {outcome}")

@@ -210,12 +210,8 @@ def change_metadata(rng: Random, tables: list[Any]) -> None:
     if rng.random() < 0.2:
         del meta[key]
     else:
-        value = meta[key]
-        try:
-            changed = trees.write(trees.mutate(rng, trees.parse(value))).encode("utf-8", "surrogatepass")
-        except ValueError:
-            changed = raw.mutate(rng, value)
-        meta[key] = changed
+        text = trees.mutate_text(rng, meta[key].decode("utf-8", "replace"))
+        meta[key] = text.encode("utf-8", "surrogatepass")
     tables[0] = tables[0].replace_schema_metadata(meta)
 
 

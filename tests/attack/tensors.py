@@ -205,7 +205,7 @@ def change_meta(rng: Random, doc: Doc) -> None:
         key = rng.choice(list(doc.meta))
         value = doc.meta[key]
         if value[:1] in ("[", "{") and rng.random() < 0.7:
-            doc.meta[key] = trees.write(trees.mutate(rng, trees.parse(value)))
+            doc.meta[key] = trees.mutate_text(rng, value)
         else:
             near = str(int(value) + rng.choice((-1, 1))) if value.isdecimal() and len(value) < 16 else value + "0"
             doc.meta[key] = rng.choice((near, near, draw.text(rng), draw.literal(rng), str(draw.whole(rng))))

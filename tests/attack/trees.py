@@ -146,6 +146,14 @@ def mutate(rng: Random, tree: Any) -> Any:
     return root[0] if root else Literal("")
 
 
+def mutate_text(rng: Random, text: str) -> str:
+    """The text of a JSON value after a change; text that is none, or too deep by now, is damaged as such."""
+    try:
+        return write(mutate(rng, parse(text)))
+    except (ValueError, RecursionError):
+        return raw.mutate(rng, text.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+
+
 def space(rng: Random, text: str) -> str:
     """Blanks where JSON allows them, which changes nothing."""
     return rng.choice((" ", "\n", "\t")) + text.replace(",", rng.choice((", ", " ,", ",\n"))) + rng.choice(("", "\n\n"))

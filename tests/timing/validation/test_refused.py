@@ -49,6 +49,7 @@ def test_a_whole_record_is_taken(tmp_path: Path) -> None:
         ("beside", {}),
         ("link_peak_gb_per_s", "x"),
         ("memory_gb_per_s", -1),
+        ("pad_share", 1e6),
         ("matrix_tflops", "fast"),
         ("link", [{"bytes": 1}]),
     ],
