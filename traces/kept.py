@@ -67,12 +67,18 @@ class KeptArrays:
         """The array; None where there is none of that shape and type, or it is damaged."""
         path, kind = self._path(name), np.dtype(dtype)
         header, num_bytes = _header(shape, kind), int(np.prod(shape)) * kind.itemsize
+        if not path.is_file():  # a pipe of that name would be waited for
+            return None
+        file = None
         try:
             file = path.open("rb")
-            if file.read(len(header)) != header or not _is_whole(file, num_bytes):
-                return None
+            whole = file.read(len(header)) == header and _is_whole(file, num_bytes)
             os.utime(path)
         except OSError:
+            whole = False
+        if file is None or not whole:
+            if file is not None:
+                file.close()
             return None
         file.seek(len(header))
         return KeptRows(file, shape[0], num_bytes // max(shape[0], 1))

@@ -26,9 +26,12 @@ WHOLE = (
     ("half", "hardware-composed"),
     ("half", "study-yaml"),
     ("half", "twin-curve"),
+    ("half", "table-binary"),
+    ("half", "recognised"),
     ("empty", "prompts-jsonl"),
 )
-"""What is left of the file is a whole one: lines, or keys of which those that are missing may be."""
+"""What is left of the file is a whole one: lines or records, or keys of which those that are missing may be; to
+recognise a file only its beginning is read."""
 BY_KEY = ("-yaml", "-composed")
 """Their messages name the key, as those of an override do; which file it stood in is the choice of the user."""
 

@@ -343,7 +343,7 @@ def test_counts_fitted_on_another_model_are_one_line(tmp_path: Path) -> None:
 def test_a_warm_start_that_is_no_safetensors_file_is_one_line(sound: Path, tmp_path: Path) -> None:
     (tmp_path / "warm").write_text("counts")
     words = f"{TRANSITION} policy.predictor.fitted_start={tmp_path / 'warm'}"
-    refuse(words, sound, tmp_path / "run", ("policy.predictor.fitted_start", "not a readable safetensors file"))
+    refuse(words, sound, tmp_path / "run", ("warm: file: is not a safetensors file", "fit-predictor"))
 
 
 # -- the output folder, and true processes -------------------------------------------------------------------
