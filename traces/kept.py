@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache

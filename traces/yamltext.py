@@ -17,6 +17,8 @@ MAX_YAML = 1 << 20
 MAX_VALUES = 1 << 20
 """Values that a file may come to once its aliases are followed."""
 _MOST_DEPTH = 100
+_NO_VALUES = ("set", "omap", "pairs", "binary")
+"""Kinds that YAML has and a configuration has not: Hydra fails on some without a word."""
 _REMEDY = "correct the file; those in conf/ show the form"
 
 
@@ -79,6 +81,9 @@ def _check_size(path: Path, root: yaml.Node, remedy: str) -> None:
                 raise fault(path, _line(node), "holds an alias of itself", remedy)
             return found
         sizes[id(node)] = -1
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind in _NO_VALUES:
+            raise fault(path, _line(node), f"holds a YAML {kind}, which is no value of a configuration", remedy)
         total = 1
         if isinstance(node, yaml.MappingNode):
             _check_keys(path, node, remedy)

@@ -106,7 +106,8 @@ class Warned:
             yield self
 
     def _keep(self, message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if not issubclass(category, DeprecationWarning | PendingDeprecationWarning):
+        # These Python itself does not show to users.
+        if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | ResourceWarning):
             self.last = f"{category.__name__}: {message}"
 
     def take(self) -> str:

@@ -14,6 +14,7 @@ from traces.cli import main
 from traces.parameters import load_params
 from traces.reader import TraceError, open_trace
 from traces.reading import read_npy
+from traces.yamltext import read_yaml
 
 
 def test_files_that_write_one_number_in_two_ways_are_chained(tmp_path: Path) -> None:
@@ -42,6 +43,15 @@ def test_a_header_that_is_no_literal_is_refused_in_our_words(tmp_path: Path) -> 
     path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64))
     with pytest.raises(TraceError, match=r"a\.npy: array: is no plain array file \(no \.npy header\); save integers"):
         read_npy(path)
+
+
+@pytest.mark.parametrize("value", ["!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!binary aGVsbG8="])
+def test_kinds_that_only_yaml_has_are_named_with_their_line(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\ndecide_ns: {value}\n")
+    kind = value.split()[0].removeprefix("!!")
+    with pytest.raises(TraceError, match=rf"mine\.yaml: line 2: holds a YAML {kind}, which is no value"):
+        read_yaml(path)
 
 
 @pytest.mark.filterwarnings("error")
