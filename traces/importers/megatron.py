@@ -21,9 +21,10 @@ from typing import Any
 from rich.progress import Progress
 
 from traces.container import fault
-from traces.importers.assemble import Choices, Runs, Source, write_choices
+from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
 from traces.importers.json_text import integer, integer_list, numbered_lines
+from traces.importers.runs import Runs
 
 _RECORD = '{"step": 0, "layer": 0, "rank": 0, "top_indices": [[…], …]}'
 

@@ -25,9 +25,10 @@ from typing import Any
 from rich.progress import Progress
 
 from traces.container import TraceError, fault
-from traces.importers.assemble import Choices, Runs, Source, write_choices
+from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
 from traces.importers.rows import RowFile, cell_integer, cell_integers, cell_numbers, kind_of
+from traces.importers.runs import Runs
 
 USUAL: Mapping[str, tuple[str, ...]] = {
     "request": ("request", "request_id", "req_id", "rid", "turn", "prompt_id", "sequence", "seq_id", "sample_id"),

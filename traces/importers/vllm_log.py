@@ -20,9 +20,10 @@ from typing import Any
 from rich.progress import Progress
 
 from traces.container import fault
-from traces.importers.assemble import Choices, Runs, Source, write_choices
+from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
 from traces.importers.json_text import integer, integers, numbered_lines, numbers
+from traces.importers.runs import Runs
 
 _ROUTE = '{"type": "route", "req_id": …, "token_idx": 0, "layer": 0, "topk_ids": […]}'
 
