@@ -60,7 +60,7 @@ class ModelSpec:
     v_dim: Annotated[int, _width("mla: width of a value", 0)] = 0
     q_rank: Annotated[int, _width("mla: rank of the queries, 0 = full", 0)] = 0
     window: Annotated[int, Rule(0, 10_000_000, unit="tokens", about="of windowed layers, 0 = none")] = 0
-    window_every: Annotated[int, Rule(0, 10_000, about="every how manieth MoE layer is windowed")] = 0
+    window_every: Annotated[int, Rule(0, 10_000, about="a windowed MoE layer every so many layers, from the first")] = 0
     expert_matrices: Annotated[int, Rule(2, 3, about="3 = gated, 2 = Switch and NLLB")] = 3
     shared_intermediate: Annotated[int, _width("inner width of all shared experts together, 0 = none", 0)] = 0
     num_dense_layers: Annotated[int, Rule(0, 10_000, about="ordinary layers before the MoE layers")] = 0

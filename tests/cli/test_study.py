@@ -8,7 +8,7 @@ import pytest
 
 from sim.study import cells as cells_module
 from sim.study.cells import run_cell
-from tests.support.commands import job, small_trace
+from tests.support.commands import exit_code, job, small_trace
 from tests.support.studies import command, summary, table, write_study
 
 
@@ -156,14 +156,14 @@ def test_an_optional_variant_is_left_out_and_any_other_fails_the_study(
         (["--set", "recording=R", "--only", "stack=fast"], "choose from: eager, graph"),
         (["--set", "recording=R", "--only", "link=fast"], "no axis of tiny"),
         (["--set", "recording=R", "--jobs", "0"], "--jobs=0"),
-        (["--set", "recording=R", "--tokens", "0"], "max_tokens"),
+        (["--set", "recording=R", "--tokens", "0"], "argument --tokens: 0 must be a whole number"),
     ],
 )
 def test_a_wrong_word_is_one_line(
     told: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = [word.replace("recording=R", f"recording={folder / 'r.safetensors'}") for word in told]
-    assert command(folder, *told) == 2
+    assert exit_code(lambda: command(folder, *told)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1

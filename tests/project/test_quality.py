@@ -1,4 +1,4 @@
-"""The commands of README, of CI and of pre-commit are one set, and what README lists is there."""
+"""The commands of README, of CI and of pre-commit are one set, and what the pages list is there."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def main():
     held = Pinned()
     print(GONE)
     lose()
-sys.exit(run_cli(main))
+sys.exit(run_cli(main, "nothing"))
 """,
     "by the context manager": """
 print(GONE)
@@ -174,7 +174,7 @@ atexit.register(lambda: os.write(1, b"handler "))
 lost.found_lost(DeviceLostError({text!r}))
 Pinned.__del__ = lambda self: os.write(1, b"destructor ")
 from sim.job.run_cli import run_cli
-sys.exit(run_cli(lambda: lose({text!r})))
+sys.exit(run_cli(lambda: lose({text!r}), "nothing"))
 """
     done = python(code, tmp_path)
     assert (done.returncode, done.stdout.split()[0]) == (LOST, "destructor"), done
@@ -188,7 +188,7 @@ Pinned.__del__ = lambda self: None
 from sim.job.run_cli import run_cli
 def main():
     raise ValueError("key=1 is wrong")
-assert run_cli(main) == 2
+assert run_cli(main, "nothing") == 2
 try:
     with lost.ending():
         main()

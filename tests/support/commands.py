@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,3 +160,11 @@ def small_trace(
 def tiny_trace(path: Path, num_tokens: int = 12, **settings: Any) -> Path:
     """A trace of `TINY_MODEL`."""
     return small_trace(path, num_tokens, shape=(4, 8, 2), model="tiny", **settings)
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """The exit code of a command's `main`, also where its flags end it."""
+    try:
+        return run() or 0
+    except SystemExit as ended:
+        return int(ended.code or 0)

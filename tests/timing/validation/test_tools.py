@@ -19,6 +19,7 @@ from replay.run import PartialRunError
 from replay.validation import session as validation
 from replay.validation.fidelity import Ran
 from sim.specs.hardware import hardware_from_dict, stack_from_dict
+from tests.support.commands import exit_code
 
 SMALL = ["--machine", "cpu", "--quick"]
 
@@ -294,20 +295,20 @@ def test_calibrate_answers_mistakes_with_one_line(
     ("words", "expected"),
     [
         (["a/b"], "NAME='a/b'"),
-        (["mine", "--tokens", "0"], "--tokens=0"),
+        (["mine", "--tokens", "0"], "argument --tokens: 0 must be a whole number"),
         (["mine", "--calibration", "missing.json"], "missing.json"),
         (["mine", "--hardware", "abacus"], "abacus"),
         (["mine", "--residency", "half"], "--residency='half' must be numbers"),
         (["mine", "--batch-sizes", "1.5"], "--batch-sizes='1.5' must be whole numbers"),
         (["mine", "--policies", "lru,best"], "best"),
         (["mine", "--models", "gpt-5"], "gpt-5"),
-        (["mine", "--scale", "-1"], "--scale=-1"),
+        (["mine", "--scale", "-1"], "argument --scale: -1 must be a whole number"),
     ],
 )
 def test_validate_answers_mistakes_with_one_line(
     words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert validate.main([*words, "--machine", "cpu", "--out", str(tmp_path)]) == 2
+    assert exit_code(lambda: validate.main([*words, "--machine", "cpu", "--out", str(tmp_path)])) == 2
     error = capsys.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
