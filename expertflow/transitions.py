@@ -49,8 +49,8 @@ class TransitionCounts:
                 raise ValueError(f"{origin}: {name} must hold counts, it holds {arrays[name].dtype}; {remedy}")
         values = {name: np.asarray(arrays[name], np.float64) for name in (*shapes, "cross")}
         num_forwards = float(values["num_forwards"][0])
-        if not 0 < num_forwards <= _MOST_FORWARDS:
-            raise ValueError(f"{origin}: num_forwards is {num_forwards:g}, it must be above 0; {remedy}")
+        if not 0 <= num_forwards <= _MOST_FORWARDS:
+            raise ValueError(f"{origin}: num_forwards is {num_forwards:g}, it must be 0 or more; {remedy}")
         for name, value in values.items():
             # Counts of a forward are shares of its tokens, at most 1; what was rounded may be a half above.
             if value.size and not (value.min() >= 0 and value.max() <= num_forwards + 1):
