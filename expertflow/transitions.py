@@ -58,6 +58,8 @@ class TransitionCounts:
                     f"{origin}: {name} holds values that are no counts of {num_forwards:g} forwards "
                     f"(negative, NaN or larger); {remedy}"
                 )
+            if not num_forwards and value.any():
+                raise ValueError(f"{origin}: num_forwards is 0, and {name} holds counts of some; {remedy}")
         self.num_forwards = num_forwards
         self.frequency += values["frequency"]
         self.persistence += values["persistence"]
