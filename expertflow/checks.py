@@ -23,8 +23,6 @@ from expertflow.parts import (
     Prediction,
     Predictor,
     Selection,
-    Step,
-    Worths,
 )
 from expertflow.units import SCORE_ONE
 from expertflow.view import LOADING, RESIDENT, View
@@ -56,27 +54,15 @@ def _array(guard: Guard, hook: str, what: str, value: object, length: int) -> In
     return found
 
 
-def _live(guard: Guard, hook: str, what: str, value: object, length: int) -> Ints:
-    """`value`, an array [length] that another part reads and writes in place, by its address."""
-    found = _array(guard, hook, what, value, length)
-    flags = found.flags
-    if found is not value or type(found) is not np.ndarray or not (flags.c_contiguous and flags.aligned):
-        raise guard.refused(hook, f"answered {what} that cannot be used in place", f"give an int64 array [{length}]")
-    if not flags.writeable:
-        raise guard.refused(hook, f"answered {what} that cannot be written", f"give an int64 array [{length}]")
-    return found
-
-
 class CheckedPredictor:
     """Around a predictor."""
 
     def __init__(self, part: Predictor, guard: Guard, view: View) -> None:
-        self._guard, self._residency = guard, view.residency
-        self._num_layers, self._num_experts = view.num_layers, view.num_experts
+        self._guard, self._num_layers, self._num_experts = guard, view.num_layers, view.num_experts
         first = range(0, view.num_layers * view.num_experts, view.num_experts)
         self._keys_of = [frozenset(range(key, key + view.num_experts)) for key in first]
         self._predict = guard.bind("predict")
-        self._forecast, self._fuse, self._step = (guard.asked(hook) for hook in ("forecast", "fuse", "step"))
+        self._forecast = guard.asked("forecast")
 
     def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         guard = self._guard
@@ -144,43 +130,6 @@ class CheckedPredictor:
             return None
         return self._odds("forecast", "chances", found, self._num_layers * self._num_experts)
 
-    def fuse(self, thresholds: Ints, worths: Worths) -> bool:
-        found = self._fuse(thresholds, worths)
-        if type(found) is not bool:
-            raise self._guard.refused("fuse", f"answered {shown(found)}", "answer True or False")
-        return found
-
-    def step(self, forward: KnownForward, layer: int, reach: int) -> Step | None:
-        guard = self._guard
-        found = self._step(forward, layer, reach)
-        if found is None:
-            return None
-        if not isinstance(found, tuple | list) or len(found) != 4:
-            remedy = "give (wants, keys selected, layers they are of, overfetched) or None"
-            raise guard.refused("step", f"answered {shown(found)}", remedy)
-        wants = guard.keys("step", "wants", found[0], self._num_experts * reach)
-        num_selected, num_layers = guard.whole("step", found[1]), guard.whole("step", found[2])
-        if not 0 <= num_layers <= reach or not len(wants) <= num_selected <= num_layers * self._num_experts:
-            rule = f"wants {len(wants)} keys of {num_selected} selected in {num_layers} layers, asked for {reach}"
-            raise guard.refused("step", rule, "count what was selected, in how many layers")
-        if type(found[3]) is not bool:
-            raise guard.refused("step", f"answered {shown(found[3])} for overfetched", "give True or False")
-        if wants:
-            self._check_wants(wants, layer, reach)
-        return list(wants), num_selected, num_layers, found[3]
-
-    def _check_wants(self, wants: tuple[int, ...], layer: int, reach: int) -> None:
-        num_layers, num_experts, residency = self._num_layers, self._num_experts, self._residency
-        if len(set(wants)) != len(wants):
-            raise self._guard.refused("step", f"wants a key twice: {shown(list(wants))}", "want each key once")
-        for key in wants:
-            if not 0 <= key < len(residency) or not 0 < (key // num_experts - layer) % num_layers <= reach:
-                rule = f"wants key {shown(key)}, which is of none of the {reach} layers behind {layer}"
-                raise self._guard.refused("step", rule, "keys are layer * num_experts + expert")
-            if residency[key]:
-                rule = f"wants key {key}, which is resident or on its way"
-                raise self._guard.refused("step", rule, "leave it out")
-
 
 class CheckedHorizon:
     """Around a horizon."""
@@ -218,9 +167,8 @@ class CheckedHorizon:
 class CheckedSelection:
     """Around a selection."""
 
-    def __init__(self, part: Selection, guard: Guard, view: View) -> None:
-        self._guard, self._num_layers = guard, view.num_layers
-        self._select, self._thresholds = guard.asked("select"), guard.asked("thresholds")
+    def __init__(self, part: Selection, guard: Guard) -> None:
+        self._guard, self._select = guard, guard.asked("select")
 
     def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
         guard = self._guard
@@ -237,10 +185,6 @@ class CheckedSelection:
             left.remove(key)
         return keys
 
-    def thresholds(self) -> Ints | None:
-        found = self._thresholds()
-        return None if found is None else _live(self._guard, "thresholds", "thresholds", found, self._num_layers + 1)
-
 
 class CheckedEviction:
     """Around an eviction."""
@@ -250,7 +194,7 @@ class CheckedEviction:
         self._num_experts, self._num_keys = view.num_experts, len(view.residency)
         self._victim, self.admitted = guard.bind("victim"), guard.told("admitted")
         self._touched, self._foreseen, self._predicted = map(guard.told, ("touched", "foreseen", "predicted"))
-        self._release, self._worths = guard.asked("release"), guard.asked("worths")
+        self._release = guard.asked("release")
 
     def touched(self, keys: Sequence[int]) -> None:
         self._touched(tuple(keys))
@@ -322,18 +266,6 @@ class CheckedEviction:
             if key in seen:
                 raise guard.refused("release", f"answered key {key} twice", "give up each key once")
             seen.add(key)
-        return found
-
-    def worths(self) -> Worths | None:
-        found = self._worths()
-        if found is None:
-            return None
-        if type(found) is not Worths:
-            raise self._guard.refused("worths", f"answered {shown(found)}", "give expertflow.parts.Worths or None")
-        names, length = Worths._fields, self._num_keys
-        arrays = [_live(self._guard, "worths", *pair, length) for pair in zip(names, found, strict=True)]
-        if any(np.may_share_memory(one, other) for place, one in enumerate(arrays) for other in arrays[:place]):
-            raise self._guard.refused("worths", "answered one array under two names", "give five arrays")
         return found
 
 

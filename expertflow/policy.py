@@ -55,7 +55,9 @@ class Policy:
         """Whether the place is to be asked: whether it may answer anything but the GPU."""
         # Without prediction the horizon has nothing to look at: a model of one layer is then no error.
         self.active = [part for part in self.parts if self.prefetches or part is not horizon]
-        self._at_once = predictor.refreshes and all(part.at_once for part in (predictor, selection, eviction))
+        # What the eviction keeps is then read and written in place: by classes of this package alone.
+        fusing: tuple[Part, ...] = (predictor, selection, eviction)
+        self._at_once = predictor.refreshes and all(part.at_once and is_own(part) for part in fusing)
         self.effort = effort or (self._at_once and predictor.effort_at_once) or predictor.effort
         self.reach_counts: list[int] = []
         """How many layer-steps looked this many layers ahead, by reach; 0: nothing was decided."""
@@ -121,11 +123,11 @@ class Policy:
         parts = Parts(self.predictor, self.horizon, self.selection, self.eviction, self.order, self.place)
         self.answers = answers = Answers(parts, self._guards, view, self._declared[3]["scope"] == "layer")
         # Bound once: `decide` runs at every layer.
-        self._refreshes, self._predict, self._step = self.predictor.refreshes, answers.predict, answers.step
+        self._refreshes, self._predict = self.predictor.refreshes, answers.predict
         self._select, self._distances = answers.select, answers.distances
         self._residency, self._num_layers = view.residency, view.num_layers
         self._hand_on_forecast()
-        self._fused = self.prefetches and self._fuse()
+        self._step = self.predictor.step if self.prefetches and self._fuse() else None
 
     def _start_parts(self, view: View, shown: View) -> None:
         for part, guard, told in zip(self.parts, self._guards, self._declared, strict=True):
@@ -157,9 +159,8 @@ class Policy:
         """Whether the predictor decides at once, now that all parts have started."""
         if not self._at_once:
             return False
-        answers = self.answers
-        thresholds, worths = answers.thresholds(), answers.worths()
-        return thresholds is not None and worths is not None and answers.fuse(thresholds, worths)
+        thresholds, worths = self.selection.thresholds(), self.eviction.worths()
+        return thresholds is not None and worths is not None and self.predictor.fuse(thresholds, worths)
 
     def _hand_on_forecast(self) -> None:
         if self._hears_forecast:
@@ -233,7 +234,7 @@ class Policy:
         reach = distances[-1]
         self.reach_counts[reach] += 1
         self.num_decisions += 1
-        if self._fused and reach == len(distances):
+        if self._step is not None and reach == len(distances):
             told = self._step(self.known, layer, reach)
             if told is not None:
                 wants, num_selected, num_layers, overfetched = told
