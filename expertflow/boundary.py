@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from inspect import isfunction
 from itertools import islice
 from operator import countOf, index
 from reprlib import repr as short_repr
@@ -19,13 +20,21 @@ from expertflow.parts import Effort, Eviction, Horizon, Order, Part, Place, Pred
 from expertflow.view import View
 
 _OWN = __name__.partition(".")[0] + "."
-MOST_CHARACTERS = 300
-"""Of a message to the user, which is one line."""
+MOST_CHARACTERS = 300 - len("error: ")
+"""Of a message to the user, which is one line of 300 and begins so."""
 SCOPES = ("global", "layer")
 
 
 class PartError(ValueError):
     """A part has broken a rule of the contract, or has raised: one line with its class, the rule, forward and layer."""
+
+
+class Interruption(BaseException):
+    """Ends a run from outside its parts, as KeyboardInterrupt does: no part has raised it, and no guard holds it up."""
+
+
+INTERRUPTIONS = (KeyboardInterrupt, Interruption)
+"""What passes every guard; whatever else comes out of a part is the part's."""
 
 
 class Checking:
@@ -87,11 +96,18 @@ def shown(value: object) -> str:
     return f"{'an' if name[:1] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def _told(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
+    """What `error` says, in one line; nothing where it cannot say it."""
     try:
-        text = str(error)
-    except Exception:
-        text = ""
+        return " ".join(str(error).split())
+    except INTERRUPTIONS:
+        raise
+    except BaseException:
+        return ""
+
+
+def _told(error: BaseException) -> str:
+    text = words_of(error)
     return f": {text}" if text else ""
 
 
@@ -133,7 +149,7 @@ class Guard:
         """The part's own method."""
         try:
             found: Callable[..., Any] = getattr(self._part, hook)
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self.raised(hook, error) from error
@@ -146,7 +162,7 @@ class Guard:
         def ask(*values: Any) -> Any:
             try:
                 return method(*values)
-            except KeyboardInterrupt:
+            except INTERRUPTIONS:
                 raise
             except BaseException as error:
                 raise self.raised(hook, error) from error
@@ -160,7 +176,7 @@ class Guard:
         def tell(*values: Any) -> None:
             try:
                 answer = method(*values)
-            except KeyboardInterrupt:
+            except INTERRUPTIONS:
                 raise
             except BaseException as error:
                 raise self.raised(hook, error) from error
@@ -206,7 +222,7 @@ class Guard:
                 return tuple(value[: most + 1].tolist() if value.dtype.kind in "iu" else value[: most + 1])
             if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
                 return tuple(islice(value, most + 1))
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self.raised(hook, error) from error
@@ -218,7 +234,7 @@ class Guard:
             raise self.refused(hook, f"answered {shown(values)} for {what}", "give whole numbers")
         try:
             found = tuple(islice(values, most + 1))
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self.raised(hook, error) from error
@@ -243,6 +259,13 @@ _FLAGS: dict[type[Part], tuple[str, ...]] = {
     Order: ("uses_future", "at_once", "strict"),
     Place: ("uses_future", "at_once"),
 }
+_HOOKS: dict[type[Part], frozenset[str]] = {
+    kind: frozenset(
+        name for base in (Part, kind) for name, one in vars(base).items() if name[0] != "_" and isfunction(one)
+    )
+    for kind in _FLAGS
+}
+"""Who is heard, and who is asked, is found out by the class."""
 Declared = dict[str, object]
 """What a part declares, by attribute."""
 
@@ -253,9 +276,12 @@ def declared(part: object, kind: type[Part]) -> Declared:
     Asked before the part is used, whosever class it is: a configuration may have set it.
     """
     name, article = plain(type(part).__name__, 60), "an" if kind.__name__[0] in "EO" else "a"
-    if not isinstance(part, kind):
+    if not issubclass(type(part), kind):  # what it says of its class itself is not taken for it
         word = kind.__name__
         raise PartError(f"{name} is no {word}; the class of a {word.lower()} derives from expertflow.parts.{word}")
+    own = _declaration(part, "__dict__")
+    for hook in _HOOKS[kind].intersection(own if isinstance(own, dict) else ()):
+        raise PartError(f"{name}.{hook} is set on the object, where a hook is not heard; define it in the class")
     found = {flag: _declaration(part, flag) for flag in _FLAGS[kind]}
     for flag, value in found.items():
         if type(value) is not bool:
@@ -264,7 +290,7 @@ def declared(part: object, kind: type[Part]) -> Declared:
             )
     if kind is Eviction:
         scope = found["scope"] = _declaration(part, "scope")
-        if scope not in SCOPES:
+        if type(scope) is not str or scope not in SCOPES:
             raise PartError(f"{name}.scope={shown(scope)} is unknown; choose global or layer")
     if kind is Predictor:
         for effort in ("effort", "effort_at_once"):
@@ -280,19 +306,22 @@ def declared(part: object, kind: type[Part]) -> Declared:
 def _declaration(part: object, name: str) -> object:
     try:
         return getattr(part, name)
-    except KeyboardInterrupt:
+    except INTERRUPTIONS:
         raise
     except BaseException as error:
         kind = plain(type(error).__name__, 60)
-        raise PartError(plain(f"{plain(type(part).__name__, 60)}.{name} raised {kind}{_told(error)}", 290)) from error
+        raise PartError(
+            plain(f"{plain(type(part).__name__, 60)}.{name} raised {kind}{_told(error)}", MOST_CHARACTERS)
+        ) from error
 
 
 def check_unchanged(guard: Guard, part: Part, kind: type[Part], before: Declared) -> None:
     """PartError if `part` declares something else than when the run was set up, which has been counted on since."""
     try:
-        if all(getattr(part, name) is value for name, value in before.items()):
+        same = all(getattr(part, name) is value for name, value in before.items())
+        if same and _HOOKS[kind].isdisjoint(vars(part)):
             return
-    except KeyboardInterrupt:
+    except INTERRUPTIONS:
         raise
     except BaseException as error:
         raise guard.raised("declarations", error) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertflow.boundary import Guard, shown
+from expertflow.boundary import INTERRUPTIONS, Guard, shown
 from expertflow.forward import KnownForward
 from expertflow.parts import (
     DEMAND,
@@ -54,6 +54,11 @@ def _array(guard: Guard, hook: str, what: str, value: object, length: int) -> In
     return found
 
 
+def _listed(keys: Sequence[int]) -> str:
+    """The first of them, for a message."""
+    return ", ".join([*map(shown, keys[:6]), *(("…",) if len(keys) > 6 else ())])
+
+
 class CheckedPredictor:
     """Around a predictor."""
 
@@ -68,7 +73,7 @@ class CheckedPredictor:
         guard = self._guard
         try:
             found = self._predict(forward, layer, distance)
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise guard.raised("predict", error) from error
@@ -158,7 +163,7 @@ class CheckedHorizon:
         """Set its `num_expected`."""
         try:
             self._part.num_expected = num_expected
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self._guard.raised("num_expected", error) from error
@@ -212,7 +217,7 @@ class CheckedEviction:
         guard = self._guard
         try:
             found = self._victim(key, cause)
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise guard.raised("victim", error) from error
@@ -289,7 +294,7 @@ class CheckedOrder:
         double = sorted({key for key in found if found.count(key) > 1})
         told = (("leaves out", missing), ("adds", added), ("doubles", double))
         return " and ".join(
-            f"{verb} {'key' if len(keys) == 1 else 'keys'} {shown(keys)[1:-1]}" for verb, keys in told if keys
+            f"{verb} {'key' if len(keys) == 1 else 'keys'} {_listed(keys)}" for verb, keys in told if keys
         )
 
 

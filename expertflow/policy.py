@@ -44,7 +44,7 @@ class Policy:
         self.selection = selection
         self.eviction = eviction
         self.order = order
-        self.place: Place = place or Gpu()
+        self.place: Place = Gpu() if place is None else place
         self.parts: list[Part] = [predictor, horizon, selection, eviction, order, self.place]
         self._declared = [declared(part, kind) for part, kind in zip(self.parts, _KINDS, strict=True)]
         self.uses_future = any(bool(told["uses_future"]) for told in self._declared)
@@ -54,7 +54,7 @@ class Policy:
         self.places = self.overrides(self.place, "on_host")
         """Whether the place is to be asked: whether it may answer anything but the GPU."""
         # Without prediction the horizon has nothing to look at: a model of one layer is then no error.
-        self.active = [part for part in self.parts if self.prefetches or part is not horizon]
+        self.active = [self.prefetches or kind is not Horizon for kind in _KINDS]
         # What the eviction keeps is then read and written in place: by classes of this package alone.
         fusing: tuple[Part, ...] = (predictor, selection, eviction)
         self._at_once = predictor.refreshes and all(part.at_once and is_own(part) for part in fusing)
@@ -87,8 +87,8 @@ class Policy:
     def listeners(self, hook: str) -> list[Callable[..., Any]]:
         """The parts' own methods for `hook`, in the order of the parts, with what stands around them. After `start`."""
         heard: list[Callable[..., Any]] = []
-        for part, guard in zip(self.parts, self._guards, strict=True):
-            if part in self.active and self.overrides(part, hook):
+        for part, guard, active in zip(self.parts, self._guards, self.active, strict=True):
+            if active and self.overrides(part, hook):
                 if guard is None:
                     heard.append(getattr(part, hook))
                 else:
@@ -130,9 +130,9 @@ class Policy:
         self._step = self.predictor.step if self.prefetches and self._fuse() else None
 
     def _start_parts(self, view: View, shown: View) -> None:
-        for part, guard, told in zip(self.parts, self._guards, self._declared, strict=True):
+        for part, guard, told, active in zip(self.parts, self._guards, self._declared, self.active, strict=True):
             future = self.future if told["uses_future"] else None
-            if part not in self.active:
+            if not active:
                 continue
             if guard is None:
                 part.start(view, future)
@@ -146,12 +146,22 @@ class Policy:
             if guard is not None:
                 check_unchanged(guard, part, kind, told)
 
+    def _others(self) -> str:
+        """The classes that are not of this package."""
+        return plain(", ".join(type(part).__name__ for part in self.parts if is_guarded(part)), 120)
+
+    def unsound(self, error: AssertionError) -> PartError:
+        """The error for a run whose books do not balance, and of which a part may have changed what is not its own."""
+        return PartError(
+            f"{self._others()}: the run's books do not balance ({plain(str(error), 90)}); "
+            "a part changes no class and no value that is not its own"
+        )
+
     def tampered(self) -> PartError:
         """The error for a policy of which a part has written to what is shown of the slots."""
-        names = ", ".join(type(part).__name__ for part in self.parts if is_guarded(part))
         where = f"forward {self.view.forward}, layer {self.view.layer}"
         return PartError(
-            f"{plain(names, 120)}: a part has written to the memory behind view.residency ({where}); "
+            f"{self._others()}: a part has written to the memory behind view.residency ({where}); "
             "a part reads its view, and acts by what it answers"
         )
 
