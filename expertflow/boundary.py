@@ -278,7 +278,9 @@ def declared(part: object, kind: type[Part]) -> Declared:
     name, article = plain(type(part).__name__, 60), "an" if kind.__name__[0] in "EO" else "a"
     if not issubclass(type(part), kind):  # what it says of its class itself is not taken for it
         word = kind.__name__
-        raise PartError(f"{name} is no {word}; the class of a {word.lower()} derives from expertflow.parts.{word}")
+        raise PartError(
+            f"{name} is no {word}; the class of {article} {word.lower()} derives from expertflow.parts.{word}"
+        )
     own = _declaration(part, "__dict__")
     for hook in _HOOKS[kind].intersection(own if isinstance(own, dict) else ()):
         raise PartError(f"{name}.{hook} is set on the object, where a hook is not heard; define it in the class")
