@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from inspect import isfunction
 from itertools import islice
 from operator import countOf, index
-from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
 
+from expertflow.keys import literal, plain
 from expertflow.parts import Effort, Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from expertflow.view import View
 
@@ -72,28 +72,9 @@ def is_guarded(part: Part) -> bool:
 # -- what is said ----------------------------------------------------------------------------------------------------
 
 
-def plain(text: str, most: int) -> str:
-    """`text` in one line of at most so many characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
-
-
-_SCALARS = (int, float, bool, str, bytes, type(None))
-
-
-def shown(value: object) -> str:
-    """`value` for a message, whatever it is; without addresses, which are others in every run."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    several = type(value) in (list, tuple)
-    first = value[:6] if isinstance(value, list | tuple) and several else (value,)
-    if all(type(one) in _SCALARS for one in first):
-        try:
-            return plain(short_repr(value), 48)
-        except ValueError:  # of an int with more digits than Python writes
-            return "a number of thousands of digits"
-    name = plain(type(value).__name__, 40)
-    return f"{'an' if name[:1] in 'aeiouAEIOU' else 'a'} {name}"
+def as_python(value: object) -> str:
+    """An answer for a message, whatever it is."""
+    return literal(value.item() if isinstance(value, np.generic) else value)
 
 
 def words_of(error: BaseException) -> str:
@@ -196,7 +177,7 @@ class Guard:
 
     def answered(self, hook: str, answer: object) -> PartError:
         """The error for an answer where there was no question: it would have no effect, and a generator never run."""
-        return self.refused(hook, f"answered {shown(answer)}; this hook has no answer", "return nothing")
+        return self.refused(hook, f"answered {as_python(answer)}; this hook has no answer", "return nothing")
 
     # -- numbers -----------------------------------------------------------------------------------------------------
 
@@ -226,12 +207,12 @@ class Guard:
             raise
         except BaseException as error:
             raise self.raised(hook, error) from error
-        raise self.refused(hook, f"answered {shown(value)} for {what}", "give a list or a tuple of whole numbers")
+        raise self.refused(hook, f"answered {as_python(value)} for {what}", "give a list or a tuple of whole numbers")
 
     def drawn(self, hook: str, what: str, values: object, most: int) -> tuple[int, ...]:
         """As `keys`, of whatever can be gone through: a generator too, which runs here."""
         if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-            raise self.refused(hook, f"answered {shown(values)} for {what}", "give whole numbers")
+            raise self.refused(hook, f"answered {as_python(values)} for {what}", "give whole numbers")
         try:
             found = tuple(islice(values, most + 1))
         except INTERRUPTIONS:
@@ -246,7 +227,7 @@ class Guard:
             return value
         if isinstance(value, int | np.integer) and not isinstance(value, bool):
             return index(value)
-        raise self.refused(hook, f"answered {shown(value)}, which is no whole number", "give int")
+        raise self.refused(hook, f"answered {as_python(value)}, which is no whole number", "give int")
 
 
 # -- what is declared ------------------------------------------------------------------------------------------------
@@ -288,20 +269,22 @@ def declared(part: object, kind: type[Part]) -> Declared:
     for flag, value in found.items():
         if type(value) is not bool:
             raise PartError(
-                f"{name}.{flag}={shown(value)} must be True or False; {article} {kind.__name__} declares it"
+                f"{name}.{flag}={as_python(value)} must be True or False; {article} {kind.__name__} declares it"
             )
     if kind is Eviction:
         scope = found["scope"] = _declaration(part, "scope")
         if type(scope) is not str or scope not in SCOPES:
-            raise PartError(f"{name}.scope={shown(scope)} is unknown; choose global or layer")
+            raise PartError(f"{name}.scope={as_python(scope)} is unknown; choose global or layer")
     if kind is Predictor:
         for effort in ("effort", "effort_at_once"):
             value = found[effort] = _declaration(part, effort)
             if type(value) is not Effort and (effort == "effort" or value is not None):
-                raise PartError(f"{name}.{effort}={shown(value)} must be an expertflow.parts.Effort(once, per_layer)")
+                raise PartError(
+                    f"{name}.{effort}={as_python(value)} must be an expertflow.parts.Effort(once, per_layer)"
+                )
         fitted = found["fitted_kind"] = _declaration(part, "fitted_kind")
         if type(fitted) is not str:
-            raise PartError(f"{name}.fitted_kind={shown(fitted)} must be text: the kind of a fitted file, or empty")
+            raise PartError(f"{name}.fitted_kind={as_python(fitted)} must be text: the kind of a fitted file, or empty")
     return found
 
 
@@ -330,5 +313,5 @@ def check_unchanged(guard: Guard, part: Part, kind: type[Part], before: Declared
     now = declared(part, kind)
     for name, value in before.items():
         if now[name] != value:
-            rule = f"is {shown(now[name])} now and was {shown(value)} when the run was set up"
+            rule = f"is {as_python(now[name])} now and was {as_python(value)} when the run was set up"
             raise guard.refused(name, rule, "declare it in the class or in __init__")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertflow.boundary import INTERRUPTIONS, Guard, shown
+from expertflow.boundary import INTERRUPTIONS, Guard, as_python
 from expertflow.forward import KnownForward
 from expertflow.parts import (
     DEMAND,
@@ -48,7 +48,7 @@ def frozen(prediction: Prediction) -> Prediction:
 def _array(guard: Guard, hook: str, what: str, value: object, length: int) -> Ints:
     """`value`, which must be whole numbers [length]; int64 is not copied."""
     if not isinstance(value, np.ndarray) or value.shape != (length,) or value.dtype.kind not in "iu":
-        have = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else shown(value)
+        have = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else as_python(value)
         raise guard.refused(hook, f"answered {have} for {what}", f"give an array of int64 [{length}]")
     found: Ints = value.astype(np.int64, copy=False)
     return found
@@ -56,7 +56,7 @@ def _array(guard: Guard, hook: str, what: str, value: object, length: int) -> In
 
 def _listed(keys: Sequence[int]) -> str:
     """The first of them, for a message."""
-    return ", ".join([*map(shown, keys[:6]), *(("…",) if len(keys) > 6 else ())])
+    return ", ".join([*map(as_python, keys[:6]), *(("…",) if len(keys) > 6 else ())])
 
 
 class CheckedPredictor:
@@ -80,7 +80,7 @@ class CheckedPredictor:
         if found is None:
             return None
         if type(found) is not Prediction and not (isinstance(found, tuple | list) and 2 <= len(found) <= 3):
-            raise guard.refused("predict", f"answered {shown(found)}", "give Prediction(keys, scores) or None")
+            raise guard.refused("predict", f"answered {as_python(found)}", "give Prediction(keys, scores) or None")
         most, target = self._num_experts, (layer + distance) % self._num_layers
         keys = guard.keys("predict", "keys", found[0], most)
         scores = guard.keys("predict", "scores", found[1], most)
@@ -105,14 +105,16 @@ class CheckedPredictor:
             other = next(key for key in keys if key not in allowed)
             raise self._guard.refused(
                 "predict",
-                f"was asked for layer {target} and scored key {shown(other)}, which is of another",
+                f"was asked for layer {target} and scored key {as_python(other)}, which is of another",
                 "keys are layer * num_experts + expert",
             )
 
     def _check_scores(self, scores: tuple[int, ...]) -> None:
         if not 0 <= scores[-1] <= scores[0] <= SCORE_ONE or sorted(scores, reverse=True) != list(scores):
             wrong = next((one for one in scores if not 0 <= one <= SCORE_ONE), None)
-            rule = f"answered score {shown(wrong)}" if wrong is not None else "answered scores that are not best first"
+            rule = (
+                f"answered score {as_python(wrong)}" if wrong is not None else "answered scores that are not best first"
+            )
             raise self._guard.refused("predict", rule, f"scores fall from at most {SCORE_ONE} (2^-16) to at least 0")
 
     def _odds(self, hook: str, what: str, value: object, length: int) -> Ints:
@@ -153,7 +155,7 @@ class CheckedHorizon:
         before = 0
         for distance in found:
             if not before < distance <= limit:
-                rule = f"answered {shown(found)}"
+                rule = f"answered {as_python(found)}"
                 raise guard.refused("distances", rule, f"distances are whole numbers that rise, each in 1 … {limit}")
             before = distance
         self._last = found
@@ -185,7 +187,7 @@ class CheckedSelection:
         for key in keys:
             if key not in left:
                 how = "twice" if key in known.keys else "which was not predicted"
-                rule = f"selected key {shown(key)}{' ' if how == 'twice' else ', '}{how}"
+                rule = f"selected key {as_python(key)}{' ' if how == 'twice' else ', '}{how}"
                 raise guard.refused("select", rule, "select a subset of the predicted keys, each once")
             left.remove(key)
         return keys
@@ -238,7 +240,7 @@ class CheckedEviction:
     def _check(self, hook: str, key: int) -> None:
         """`key` must be resident."""
         if not 0 <= key < self._num_keys:
-            raise self._guard.refused(hook, f"answered {shown(key)}, which is no key", "answer a resident key")
+            raise self._guard.refused(hook, f"answered {as_python(key)}, which is no key", "answer a resident key")
         state = self._residency[key]
         if state != RESIDENT:
             how = "is still being copied" if state == LOADING else "is not resident"

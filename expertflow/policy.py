@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expertflow.answers import Answers, Guards, Parts
-from expertflow.boundary import Guard, PartError, check_unchanged, declared, is_guarded, is_own, plain
+from expertflow.boundary import Guard, PartError, check_unchanged, declared, is_guarded, is_own
 from expertflow.forward import Forward, KnownForward, Unveiling
 from expertflow.future import Future
+from expertflow.keys import plain
 from expertflow.parts import Announced, Effort, Eviction, Horizon, Order, Part, Place, Placing, Predictor, Selection
 from expertflow.places.gpu import Gpu
 from expertflow.view import RESIDENT, Feedback, View

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from expertflow import parts
-from expertflow.boundary import INTERRUPTIONS, declared, plain, words_of
-from expertflow.keys import REQUIRED, arguments_of, shown, unknown_key
+from expertflow.boundary import INTERRUPTIONS, declared, words_of
+from expertflow.keys import REQUIRED, arguments_of, plain, shown, unknown_key
 from expertflow.parts import Eviction, Horizon, Order, Place, Predictor, Selection
 from sim.job.former_names import refuse_former
 

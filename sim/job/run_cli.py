@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from expertflow.boundary import plain, words_of
+from expertflow.boundary import words_of
+from expertflow.keys import plain
 from sim.job.configure import check_words
 from sim.job.errors import one_line
 from sim.paths import check_named, use_own_folder
