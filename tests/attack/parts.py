@@ -31,6 +31,7 @@ from tests.attack.hostile_hooks import (
     OwnSelection,
     Sees,
     Sure,
+    Untold,
     answers,
     append,
     counts,
@@ -154,6 +155,10 @@ ORDERS = [
     arranging(
         "DropsInTurn", "leaves out an expert where copies go one by one", lambda self, keys: keys[:-1], serial=True
     ),
+    arranging(
+        "ArrangesHuge", "numbers of thousands of digits", lambda self, keys: [10**5000] * len(keys) or [10**5000]
+    ),
+    arranging("RaisesAnExit", "raises what cannot be told", raises(Untold())),
     arranging("ArrangeRaises", "raises ValueError", raises(ValueError("no order"))),
 ]
 EVICTIONS = [
