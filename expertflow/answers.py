@@ -2,7 +2,7 @@
 
 What a class of this package answers is taken as it is: its own bound method, at no cost. Around the answer of any other
 class stands a check. A check on one more question is one more method in `expertflow.checks` (docs/contract.md lists who
-asks what, and the rules).
+asks what, and the rules). A decision at once is of this package's classes alone and is asked by the policy itself.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class Answers:
         if guards.predictor is not None:
             predictor = CheckedPredictor(parts.predictor, guards.predictor, view)
         self.predict, self.forecast = predictor.predict, predictor.forecast
-        self.fuse, self.step = predictor.fuse, predictor.step
         horizon: Horizon | CheckedHorizon = parts.horizon
         self._expects: Callable[[float], None] | None = None
         if guards.horizon is not None:
@@ -75,14 +74,13 @@ class Answers:
         self.distances, self.overfetched = horizon.distances, horizon.overfetched
         selection: Selection | CheckedSelection = parts.selection
         if guards.selection is not None:
-            selection = CheckedSelection(parts.selection, guards.selection, view)
-        self.select, self.thresholds = selection.select, selection.thresholds
+            selection = CheckedSelection(parts.selection, guards.selection)
+        self.select = selection.select
 
     def _bind_eviction(self, part: Eviction, guard: Guard | None, view: View, by_layer: bool) -> None:
         eviction = part if guard is None else CheckedEviction(part, guard, view, by_layer)
         self.touched, self.admitted, self.victim = eviction.touched, eviction.admitted, eviction.victim
-        self.release, self.worths = eviction.release, eviction.worths
-        self.predicted, self.foreseen = eviction.predicted, eviction.foreseen
+        self.release, self.predicted, self.foreseen = eviction.release, eviction.predicted, eviction.foreseen
 
     def expect(self, num_expected: float) -> None:
         """Tell the horizon N_e."""

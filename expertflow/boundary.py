@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from inspect import isfunction
 from itertools import islice
 from operator import countOf, index
-from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
 
+from expertflow.keys import literal, plain
 from expertflow.parts import Effort, Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from expertflow.view import View
 
 _OWN = __name__.partition(".")[0] + "."
-MOST_CHARACTERS = 300
-"""Of a message to the user, which is one line."""
+MOST_CHARACTERS = 300 - len("error: ")
+"""Of a message to the user, which is one line of 300 and begins so."""
 SCOPES = ("global", "layer")
 
 
 class PartError(ValueError):
     """A part has broken a rule of the contract, or has raised: one line with its class, the rule, forward and layer."""
+
+
+class Interruption(BaseException):
+    """Ends a run from outside its parts, as KeyboardInterrupt does: no part has raised it, and no guard holds it up."""
+
+
+INTERRUPTIONS = (KeyboardInterrupt, Interruption)
+"""What passes every guard; whatever else comes out of a part is the part's."""
 
 
 class Checking:
@@ -63,35 +72,23 @@ def is_guarded(part: Part) -> bool:
 # -- what is said ----------------------------------------------------------------------------------------------------
 
 
-def plain(text: str, most: int) -> str:
-    """`text` in one line of at most so many characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+def as_python(value: object) -> str:
+    """An answer for a message, whatever it is."""
+    return literal(value.item() if isinstance(value, np.generic) else value)
 
 
-_SCALARS = (int, float, bool, str, bytes, type(None))
-
-
-def shown(value: object) -> str:
-    """`value` for a message, whatever it is; without addresses, which are others in every run."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    several = type(value) in (list, tuple)
-    first = value[:6] if isinstance(value, list | tuple) and several else (value,)
-    if all(type(one) in _SCALARS for one in first):
-        try:
-            return plain(short_repr(value), 48)
-        except ValueError:  # of an int with more digits than Python writes
-            return "a number of thousands of digits"
-    name = plain(type(value).__name__, 40)
-    return f"{'an' if name[:1] in 'aeiouAEIOU' else 'a'} {name}"
+def words_of(error: BaseException) -> str:
+    """What `error` says, in one line; nothing where it cannot say it."""
+    try:
+        return " ".join(str(error).split())
+    except INTERRUPTIONS:
+        raise
+    except BaseException:
+        return ""
 
 
 def _told(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:
-        text = ""
+    text = words_of(error)
     return f": {text}" if text else ""
 
 
@@ -133,7 +130,7 @@ class Guard:
         """The part's own method."""
         try:
             found: Callable[..., Any] = getattr(self._part, hook)
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self.raised(hook, error) from error
@@ -146,7 +143,7 @@ class Guard:
         def ask(*values: Any) -> Any:
             try:
                 return method(*values)
-            except KeyboardInterrupt:
+            except INTERRUPTIONS:
                 raise
             except BaseException as error:
                 raise self.raised(hook, error) from error
@@ -160,7 +157,7 @@ class Guard:
         def tell(*values: Any) -> None:
             try:
                 answer = method(*values)
-            except KeyboardInterrupt:
+            except INTERRUPTIONS:
                 raise
             except BaseException as error:
                 raise self.raised(hook, error) from error
@@ -180,7 +177,7 @@ class Guard:
 
     def answered(self, hook: str, answer: object) -> PartError:
         """The error for an answer where there was no question: it would have no effect, and a generator never run."""
-        return self.refused(hook, f"answered {shown(answer)}; this hook has no answer", "return nothing")
+        return self.refused(hook, f"answered {as_python(answer)}; this hook has no answer", "return nothing")
 
     # -- numbers -----------------------------------------------------------------------------------------------------
 
@@ -206,19 +203,19 @@ class Guard:
                 return tuple(value[: most + 1].tolist() if value.dtype.kind in "iu" else value[: most + 1])
             if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
                 return tuple(islice(value, most + 1))
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self.raised(hook, error) from error
-        raise self.refused(hook, f"answered {shown(value)} for {what}", "give a list or a tuple of whole numbers")
+        raise self.refused(hook, f"answered {as_python(value)} for {what}", "give a list or a tuple of whole numbers")
 
     def drawn(self, hook: str, what: str, values: object, most: int) -> tuple[int, ...]:
         """As `keys`, of whatever can be gone through: a generator too, which runs here."""
         if not isinstance(values, Iterable) or isinstance(values, str | bytes):
-            raise self.refused(hook, f"answered {shown(values)} for {what}", "give whole numbers")
+            raise self.refused(hook, f"answered {as_python(values)} for {what}", "give whole numbers")
         try:
             found = tuple(islice(values, most + 1))
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self.raised(hook, error) from error
@@ -230,7 +227,7 @@ class Guard:
             return value
         if isinstance(value, int | np.integer) and not isinstance(value, bool):
             return index(value)
-        raise self.refused(hook, f"answered {shown(value)}, which is no whole number", "give int")
+        raise self.refused(hook, f"answered {as_python(value)}, which is no whole number", "give int")
 
 
 # -- what is declared ------------------------------------------------------------------------------------------------
@@ -243,6 +240,13 @@ _FLAGS: dict[type[Part], tuple[str, ...]] = {
     Order: ("uses_future", "at_once", "strict"),
     Place: ("uses_future", "at_once"),
 }
+_HOOKS: dict[type[Part], frozenset[str]] = {
+    kind: frozenset(
+        name for base in (Part, kind) for name, one in vars(base).items() if name[0] != "_" and isfunction(one)
+    )
+    for kind in _FLAGS
+}
+"""Who is heard, and who is asked, is found out by the class."""
 Declared = dict[str, object]
 """What a part declares, by attribute."""
 
@@ -253,51 +257,61 @@ def declared(part: object, kind: type[Part]) -> Declared:
     Asked before the part is used, whosever class it is: a configuration may have set it.
     """
     name, article = plain(type(part).__name__, 60), "an" if kind.__name__[0] in "EO" else "a"
-    if not isinstance(part, kind):
+    if not issubclass(type(part), kind):  # what it says of its class itself is not taken for it
         word = kind.__name__
-        raise PartError(f"{name} is no {word}; the class of a {word.lower()} derives from expertflow.parts.{word}")
+        raise PartError(
+            f"{name} is no {word}; the class of {article} {word.lower()} derives from expertflow.parts.{word}"
+        )
+    own = _declaration(part, "__dict__")
+    for hook in _HOOKS[kind].intersection(own if isinstance(own, dict) else ()):
+        raise PartError(f"{name}.{hook} is set on the object, where a hook is not heard; define it in the class")
     found = {flag: _declaration(part, flag) for flag in _FLAGS[kind]}
     for flag, value in found.items():
         if type(value) is not bool:
             raise PartError(
-                f"{name}.{flag}={shown(value)} must be True or False; {article} {kind.__name__} declares it"
+                f"{name}.{flag}={as_python(value)} must be True or False; {article} {kind.__name__} declares it"
             )
     if kind is Eviction:
         scope = found["scope"] = _declaration(part, "scope")
-        if scope not in SCOPES:
-            raise PartError(f"{name}.scope={shown(scope)} is unknown; choose global or layer")
+        if type(scope) is not str or scope not in SCOPES:
+            raise PartError(f"{name}.scope={as_python(scope)} is unknown; choose global or layer")
     if kind is Predictor:
         for effort in ("effort", "effort_at_once"):
             value = found[effort] = _declaration(part, effort)
             if type(value) is not Effort and (effort == "effort" or value is not None):
-                raise PartError(f"{name}.{effort}={shown(value)} must be an expertflow.parts.Effort(once, per_layer)")
+                raise PartError(
+                    f"{name}.{effort}={as_python(value)} must be an expertflow.parts.Effort(once, per_layer)"
+                )
         fitted = found["fitted_kind"] = _declaration(part, "fitted_kind")
         if type(fitted) is not str:
-            raise PartError(f"{name}.fitted_kind={shown(fitted)} must be text: the kind of a fitted file, or empty")
+            raise PartError(f"{name}.fitted_kind={as_python(fitted)} must be text: the kind of a fitted file, or empty")
     return found
 
 
 def _declaration(part: object, name: str) -> object:
     try:
         return getattr(part, name)
-    except KeyboardInterrupt:
+    except INTERRUPTIONS:
         raise
     except BaseException as error:
         kind = plain(type(error).__name__, 60)
-        raise PartError(plain(f"{plain(type(part).__name__, 60)}.{name} raised {kind}{_told(error)}", 290)) from error
+        raise PartError(
+            plain(f"{plain(type(part).__name__, 60)}.{name} raised {kind}{_told(error)}", MOST_CHARACTERS)
+        ) from error
 
 
 def check_unchanged(guard: Guard, part: Part, kind: type[Part], before: Declared) -> None:
     """PartError if `part` declares something else than when the run was set up, which has been counted on since."""
     try:
-        if all(getattr(part, name) is value for name, value in before.items()):
+        same = all(getattr(part, name) is value for name, value in before.items())
+        if same and _HOOKS[kind].isdisjoint(vars(part)):
             return
-    except KeyboardInterrupt:
+    except INTERRUPTIONS:
         raise
     except BaseException as error:
         raise guard.raised("declarations", error) from error
     now = declared(part, kind)
     for name, value in before.items():
         if now[name] != value:
-            rule = f"is {shown(now[name])} now and was {shown(value)} when the run was set up"
+            rule = f"is {as_python(now[name])} now and was {as_python(value)} when the run was set up"
             raise guard.refused(name, rule, "declare it in the class or in __init__")

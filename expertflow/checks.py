@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertflow.boundary import Guard, shown
+from expertflow.boundary import INTERRUPTIONS, Guard, as_python
 from expertflow.forward import KnownForward
 from expertflow.parts import (
     DEMAND,
@@ -23,8 +23,6 @@ from expertflow.parts import (
     Prediction,
     Predictor,
     Selection,
-    Step,
-    Worths,
 )
 from expertflow.units import SCORE_ONE
 from expertflow.view import LOADING, RESIDENT, View
@@ -50,46 +48,39 @@ def frozen(prediction: Prediction) -> Prediction:
 def _array(guard: Guard, hook: str, what: str, value: object, length: int) -> Ints:
     """`value`, which must be whole numbers [length]; int64 is not copied."""
     if not isinstance(value, np.ndarray) or value.shape != (length,) or value.dtype.kind not in "iu":
-        have = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else shown(value)
+        have = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else as_python(value)
         raise guard.refused(hook, f"answered {have} for {what}", f"give an array of int64 [{length}]")
     found: Ints = value.astype(np.int64, copy=False)
     return found
 
 
-def _live(guard: Guard, hook: str, what: str, value: object, length: int) -> Ints:
-    """`value`, an array [length] that another part reads and writes in place, by its address."""
-    found = _array(guard, hook, what, value, length)
-    flags = found.flags
-    if found is not value or type(found) is not np.ndarray or not (flags.c_contiguous and flags.aligned):
-        raise guard.refused(hook, f"answered {what} that cannot be used in place", f"give an int64 array [{length}]")
-    if not flags.writeable:
-        raise guard.refused(hook, f"answered {what} that cannot be written", f"give an int64 array [{length}]")
-    return found
+def _listed(keys: Sequence[int]) -> str:
+    """The first of them, for a message."""
+    return ", ".join([*map(as_python, keys[:6]), *(("…",) if len(keys) > 6 else ())])
 
 
 class CheckedPredictor:
     """Around a predictor."""
 
     def __init__(self, part: Predictor, guard: Guard, view: View) -> None:
-        self._guard, self._residency = guard, view.residency
-        self._num_layers, self._num_experts = view.num_layers, view.num_experts
+        self._guard, self._num_layers, self._num_experts = guard, view.num_layers, view.num_experts
         first = range(0, view.num_layers * view.num_experts, view.num_experts)
         self._keys_of = [frozenset(range(key, key + view.num_experts)) for key in first]
         self._predict = guard.bind("predict")
-        self._forecast, self._fuse, self._step = (guard.asked(hook) for hook in ("forecast", "fuse", "step"))
+        self._forecast = guard.asked("forecast")
 
     def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         guard = self._guard
         try:
             found = self._predict(forward, layer, distance)
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise guard.raised("predict", error) from error
         if found is None:
             return None
         if type(found) is not Prediction and not (isinstance(found, tuple | list) and 2 <= len(found) <= 3):
-            raise guard.refused("predict", f"answered {shown(found)}", "give Prediction(keys, scores) or None")
+            raise guard.refused("predict", f"answered {as_python(found)}", "give Prediction(keys, scores) or None")
         most, target = self._num_experts, (layer + distance) % self._num_layers
         keys = guard.keys("predict", "keys", found[0], most)
         scores = guard.keys("predict", "scores", found[1], most)
@@ -114,14 +105,16 @@ class CheckedPredictor:
             other = next(key for key in keys if key not in allowed)
             raise self._guard.refused(
                 "predict",
-                f"was asked for layer {target} and scored key {shown(other)}, which is of another",
+                f"was asked for layer {target} and scored key {as_python(other)}, which is of another",
                 "keys are layer * num_experts + expert",
             )
 
     def _check_scores(self, scores: tuple[int, ...]) -> None:
         if not 0 <= scores[-1] <= scores[0] <= SCORE_ONE or sorted(scores, reverse=True) != list(scores):
             wrong = next((one for one in scores if not 0 <= one <= SCORE_ONE), None)
-            rule = f"answered score {shown(wrong)}" if wrong is not None else "answered scores that are not best first"
+            rule = (
+                f"answered score {as_python(wrong)}" if wrong is not None else "answered scores that are not best first"
+            )
             raise self._guard.refused("predict", rule, f"scores fall from at most {SCORE_ONE} (2^-16) to at least 0")
 
     def _odds(self, hook: str, what: str, value: object, length: int) -> Ints:
@@ -144,43 +137,6 @@ class CheckedPredictor:
             return None
         return self._odds("forecast", "chances", found, self._num_layers * self._num_experts)
 
-    def fuse(self, thresholds: Ints, worths: Worths) -> bool:
-        found = self._fuse(thresholds, worths)
-        if type(found) is not bool:
-            raise self._guard.refused("fuse", f"answered {shown(found)}", "answer True or False")
-        return found
-
-    def step(self, forward: KnownForward, layer: int, reach: int) -> Step | None:
-        guard = self._guard
-        found = self._step(forward, layer, reach)
-        if found is None:
-            return None
-        if not isinstance(found, tuple | list) or len(found) != 4:
-            remedy = "give (wants, keys selected, layers they are of, overfetched) or None"
-            raise guard.refused("step", f"answered {shown(found)}", remedy)
-        wants = guard.keys("step", "wants", found[0], self._num_experts * reach)
-        num_selected, num_layers = guard.whole("step", found[1]), guard.whole("step", found[2])
-        if not 0 <= num_layers <= reach or not len(wants) <= num_selected <= num_layers * self._num_experts:
-            rule = f"wants {len(wants)} keys of {num_selected} selected in {num_layers} layers, asked for {reach}"
-            raise guard.refused("step", rule, "count what was selected, in how many layers")
-        if type(found[3]) is not bool:
-            raise guard.refused("step", f"answered {shown(found[3])} for overfetched", "give True or False")
-        if wants:
-            self._check_wants(wants, layer, reach)
-        return list(wants), num_selected, num_layers, found[3]
-
-    def _check_wants(self, wants: tuple[int, ...], layer: int, reach: int) -> None:
-        num_layers, num_experts, residency = self._num_layers, self._num_experts, self._residency
-        if len(set(wants)) != len(wants):
-            raise self._guard.refused("step", f"wants a key twice: {shown(list(wants))}", "want each key once")
-        for key in wants:
-            if not 0 <= key < len(residency) or not 0 < (key // num_experts - layer) % num_layers <= reach:
-                rule = f"wants key {shown(key)}, which is of none of the {reach} layers behind {layer}"
-                raise self._guard.refused("step", rule, "keys are layer * num_experts + expert")
-            if residency[key]:
-                rule = f"wants key {key}, which is resident or on its way"
-                raise self._guard.refused("step", rule, "leave it out")
-
 
 class CheckedHorizon:
     """Around a horizon."""
@@ -199,7 +155,7 @@ class CheckedHorizon:
         before = 0
         for distance in found:
             if not before < distance <= limit:
-                rule = f"answered {shown(found)}"
+                rule = f"answered {as_python(found)}"
                 raise guard.refused("distances", rule, f"distances are whole numbers that rise, each in 1 … {limit}")
             before = distance
         self._last = found
@@ -209,7 +165,7 @@ class CheckedHorizon:
         """Set its `num_expected`."""
         try:
             self._part.num_expected = num_expected
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise self._guard.raised("num_expected", error) from error
@@ -218,9 +174,8 @@ class CheckedHorizon:
 class CheckedSelection:
     """Around a selection."""
 
-    def __init__(self, part: Selection, guard: Guard, view: View) -> None:
-        self._guard, self._num_layers = guard, view.num_layers
-        self._select, self._thresholds = guard.asked("select"), guard.asked("thresholds")
+    def __init__(self, part: Selection, guard: Guard) -> None:
+        self._guard, self._select = guard, guard.asked("select")
 
     def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
         guard = self._guard
@@ -232,14 +187,10 @@ class CheckedSelection:
         for key in keys:
             if key not in left:
                 how = "twice" if key in known.keys else "which was not predicted"
-                rule = f"selected key {shown(key)}{' ' if how == 'twice' else ', '}{how}"
+                rule = f"selected key {as_python(key)}{' ' if how == 'twice' else ', '}{how}"
                 raise guard.refused("select", rule, "select a subset of the predicted keys, each once")
             left.remove(key)
         return keys
-
-    def thresholds(self) -> Ints | None:
-        found = self._thresholds()
-        return None if found is None else _live(self._guard, "thresholds", "thresholds", found, self._num_layers + 1)
 
 
 class CheckedEviction:
@@ -250,7 +201,7 @@ class CheckedEviction:
         self._num_experts, self._num_keys = view.num_experts, len(view.residency)
         self._victim, self.admitted = guard.bind("victim"), guard.told("admitted")
         self._touched, self._foreseen, self._predicted = map(guard.told, ("touched", "foreseen", "predicted"))
-        self._release, self._worths = guard.asked("release"), guard.asked("worths")
+        self._release = guard.asked("release")
 
     def touched(self, keys: Sequence[int]) -> None:
         self._touched(tuple(keys))
@@ -268,7 +219,7 @@ class CheckedEviction:
         guard = self._guard
         try:
             found = self._victim(key, cause)
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             raise guard.raised("victim", error) from error
@@ -289,7 +240,7 @@ class CheckedEviction:
     def _check(self, hook: str, key: int) -> None:
         """`key` must be resident."""
         if not 0 <= key < self._num_keys:
-            raise self._guard.refused(hook, f"answered {shown(key)}, which is no key", "answer a resident key")
+            raise self._guard.refused(hook, f"answered {as_python(key)}, which is no key", "answer a resident key")
         state = self._residency[key]
         if state != RESIDENT:
             how = "is still being copied" if state == LOADING else "is not resident"
@@ -324,18 +275,6 @@ class CheckedEviction:
             seen.add(key)
         return found
 
-    def worths(self) -> Worths | None:
-        found = self._worths()
-        if found is None:
-            return None
-        if type(found) is not Worths:
-            raise self._guard.refused("worths", f"answered {shown(found)}", "give expertflow.parts.Worths or None")
-        names, length = Worths._fields, self._num_keys
-        arrays = [_live(self._guard, "worths", *pair, length) for pair in zip(names, found, strict=True)]
-        if any(np.may_share_memory(one, other) for place, one in enumerate(arrays) for other in arrays[:place]):
-            raise self._guard.refused("worths", "answered one array under two names", "give five arrays")
-        return found
-
 
 class CheckedOrder:
     """Around an order."""
@@ -357,7 +296,7 @@ class CheckedOrder:
         double = sorted({key for key in found if found.count(key) > 1})
         told = (("leaves out", missing), ("adds", added), ("doubles", double))
         return " and ".join(
-            f"{verb} {'key' if len(keys) == 1 else 'keys'} {shown(keys)[1:-1]}" for verb, keys in told if keys
+            f"{verb} {'key' if len(keys) == 1 else 'keys'} {_listed(keys)}" for verb, keys in told if keys
         )
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -159,13 +160,44 @@ def shown(value: object) -> str:
     """A value as the user would have written it, cut where it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    return literal(value)
+
+
+def plain(text: str, most: int) -> str:
+    """`text` in one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+_SCALARS = (int, float, complex, bool, str, bytes, type(None))
+
+
+def literal(value: object) -> str:
+    """A value as Python writes it, cut where it is long; of one that is not plain, what it is: its own words may be
+    anything, and hold addresses, which are others in every run."""
+    if not _is_plain(value, 3):
+        name = plain(type(value).__name__, 40)
+        return f"{'an' if name[:1] in 'aeiouAEIOU' else 'a'} {name}"
+    if isinstance(value, str | bytes | list | tuple):
+        value = value[: 2 * _LONGEST_SHOWN]
     try:
-        text = repr(value)
-    except ValueError:
-        # Python writes no number of more than 4300 digits.
-        text = "a number of thousands of digits"
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
+        return plain(repr(value), _LONGEST_SHOWN)
+    except ValueError:  # of an int with more digits than Python writes
+        return "a number of thousands of digits"
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    """Whether `value` is a number or a text, or a list, tuple or dict of some, so deep at most."""
+    if type(value) in _SCALARS:
+        return True
+    inner: Iterable[object] = ()
+    if type(value) is dict:
+        inner = chain.from_iterable(islice(value.items(), _LONGEST_SHOWN))
+    elif type(value) in (list, tuple):
+        inner = value[: 2 * _LONGEST_SHOWN]  # type: ignore[index]
+    else:
+        return False
+    return depth > 0 and all(_is_plain(one, depth - 1) for one in inner)
 
 
 def nearest(given: str, known: Sequence[str], room: int = 160) -> str:

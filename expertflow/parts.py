@@ -132,7 +132,8 @@ class Part:
     at_once: ClassVar[bool] = False
     """True: this very class also answers by arrays (`Predictor.step`, `Selection.thresholds`, `Eviction.worths`), so
     that a whole decision is taken in one call. Not inherited: a class that derives may answer something else, and is
-    asked in the ordinary way unless it says so itself."""
+    asked in the ordinary way unless it says so itself. Heeded of this package's own classes alone: the arrays are
+    another part's, read and written in place, and what another class does to them cannot be checked."""
 
     def __init_subclass__(cls) -> None:
         if "at_once" not in vars(cls):
@@ -189,7 +190,7 @@ class Predictor(Part):
     effort: Effort = Effort()
     """Of a policy's decision with this predictor, unless the policy says otherwise."""
     effort_at_once: Effort | None = None
-    """The same where all parts are `at_once` (see `step`); None: no less."""
+    """The same where a decision is taken at once (see `step`); None: no less."""
 
     def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         """Scores for layer `layer + distance`, past the last layer the next forward's first; None = no idea."""
@@ -210,7 +211,7 @@ class Predictor(Part):
         return None
 
     # A decision at once, in place of predict, select and predicted for each distance: where predictor, selection and
-    # eviction are all `at_once`.
+    # eviction are all `at_once`, and all classes of this package.
 
     def fuse(self, thresholds: Ints, worths: Worths) -> bool:
         """Whether `step` can decide by `Selection.thresholds` and `Eviction.worths`; once, when all parts started."""

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expertflow.answers import Answers, Guards, Parts
-from expertflow.boundary import Guard, PartError, check_unchanged, declared, is_guarded, is_own, plain
+from expertflow.boundary import Guard, PartError, check_unchanged, declared, is_guarded, is_own
 from expertflow.forward import Forward, KnownForward, Unveiling
 from expertflow.future import Future
+from expertflow.keys import plain
 from expertflow.parts import Announced, Effort, Eviction, Horizon, Order, Part, Place, Placing, Predictor, Selection
 from expertflow.places.gpu import Gpu
 from expertflow.view import RESIDENT, Feedback, View
@@ -44,7 +45,7 @@ class Policy:
         self.selection = selection
         self.eviction = eviction
         self.order = order
-        self.place: Place = place or Gpu()
+        self.place: Place = Gpu() if place is None else place
         self.parts: list[Part] = [predictor, horizon, selection, eviction, order, self.place]
         self._declared = [declared(part, kind) for part, kind in zip(self.parts, _KINDS, strict=True)]
         self.uses_future = any(bool(told["uses_future"]) for told in self._declared)
@@ -54,8 +55,10 @@ class Policy:
         self.places = self.overrides(self.place, "on_host")
         """Whether the place is to be asked: whether it may answer anything but the GPU."""
         # Without prediction the horizon has nothing to look at: a model of one layer is then no error.
-        self.active = [part for part in self.parts if self.prefetches or part is not horizon]
-        self._at_once = predictor.refreshes and all(part.at_once for part in (predictor, selection, eviction))
+        self.active = [self.prefetches or kind is not Horizon for kind in _KINDS]
+        # What the eviction keeps is then read and written in place: by classes of this package alone.
+        fusing: tuple[Part, ...] = (predictor, selection, eviction)
+        self._at_once = predictor.refreshes and all(part.at_once and is_own(part) for part in fusing)
         self.effort = effort or (self._at_once and predictor.effort_at_once) or predictor.effort
         self.reach_counts: list[int] = []
         """How many layer-steps looked this many layers ahead, by reach; 0: nothing was decided."""
@@ -85,8 +88,8 @@ class Policy:
     def listeners(self, hook: str) -> list[Callable[..., Any]]:
         """The parts' own methods for `hook`, in the order of the parts, with what stands around them. After `start`."""
         heard: list[Callable[..., Any]] = []
-        for part, guard in zip(self.parts, self._guards, strict=True):
-            if part in self.active and self.overrides(part, hook):
+        for part, guard, active in zip(self.parts, self._guards, self.active, strict=True):
+            if active and self.overrides(part, hook):
                 if guard is None:
                     heard.append(getattr(part, hook))
                 else:
@@ -121,16 +124,16 @@ class Policy:
         parts = Parts(self.predictor, self.horizon, self.selection, self.eviction, self.order, self.place)
         self.answers = answers = Answers(parts, self._guards, view, self._declared[3]["scope"] == "layer")
         # Bound once: `decide` runs at every layer.
-        self._refreshes, self._predict, self._step = self.predictor.refreshes, answers.predict, answers.step
+        self._refreshes, self._predict = self.predictor.refreshes, answers.predict
         self._select, self._distances = answers.select, answers.distances
         self._residency, self._num_layers = view.residency, view.num_layers
         self._hand_on_forecast()
-        self._fused = self.prefetches and self._fuse()
+        self._step = self.predictor.step if self.prefetches and self._fuse() else None
 
     def _start_parts(self, view: View, shown: View) -> None:
-        for part, guard, told in zip(self.parts, self._guards, self._declared, strict=True):
+        for part, guard, told, active in zip(self.parts, self._guards, self._declared, self.active, strict=True):
             future = self.future if told["uses_future"] else None
-            if part not in self.active:
+            if not active:
                 continue
             if guard is None:
                 part.start(view, future)
@@ -144,12 +147,22 @@ class Policy:
             if guard is not None:
                 check_unchanged(guard, part, kind, told)
 
+    def _others(self) -> str:
+        """The classes that are not of this package."""
+        return plain(", ".join(type(part).__name__ for part in self.parts if is_guarded(part)), 120)
+
+    def unsound(self, error: AssertionError) -> PartError:
+        """The error for a run whose books do not balance, and of which a part may have changed what is not its own."""
+        return PartError(
+            f"{self._others()}: the run's books do not balance ({plain(str(error), 90)}); "
+            "a part changes no class and no value that is not its own"
+        )
+
     def tampered(self) -> PartError:
         """The error for a policy of which a part has written to what is shown of the slots."""
-        names = ", ".join(type(part).__name__ for part in self.parts if is_guarded(part))
         where = f"forward {self.view.forward}, layer {self.view.layer}"
         return PartError(
-            f"{plain(names, 120)}: a part has written to the memory behind view.residency ({where}); "
+            f"{self._others()}: a part has written to the memory behind view.residency ({where}); "
             "a part reads its view, and acts by what it answers"
         )
 
@@ -157,9 +170,8 @@ class Policy:
         """Whether the predictor decides at once, now that all parts have started."""
         if not self._at_once:
             return False
-        answers = self.answers
-        thresholds, worths = answers.thresholds(), answers.worths()
-        return thresholds is not None and worths is not None and answers.fuse(thresholds, worths)
+        thresholds, worths = self.selection.thresholds(), self.eviction.worths()
+        return thresholds is not None and worths is not None and self.predictor.fuse(thresholds, worths)
 
     def _hand_on_forecast(self) -> None:
         if self._hears_forecast:
@@ -233,7 +245,7 @@ class Policy:
         reach = distances[-1]
         self.reach_counts[reach] += 1
         self.num_decisions += 1
-        if self._fused and reach == len(distances):
+        if self._step is not None and reach == len(distances):
             told = self._step(self.known, layer, reach)
             if told is not None:
                 wants, num_selected, num_layers, overfetched = told

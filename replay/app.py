@@ -27,13 +27,13 @@ from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
 from sim.app import Recorders, kept, relative
-from sim.job.beside import baselines, describe, run_asked, run_baselines
+from sim.job.beside import answerable, baselines, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_job, run_hydra
+from sim.job.run_cli import Ended, as_job, run_hydra
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.paths import CONF
 
@@ -85,7 +85,7 @@ def _replay(
                 metrics = job.run(device)
         except (PartialRunError, DeviceLostError) as error:
             _write_partial(job, folder, error)
-            raise SystemExit(end(error)) from error
+            raise Ended(end(error)) from error
     write_text(folder / "metrics.json", to_json(metrics))
     wall_s = time.perf_counter() - started
     found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
@@ -93,7 +93,7 @@ def _replay(
     _print(console, metrics, folder)
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
-        raise SystemExit(WRONG)
+        raise Ended(WRONG)
     write_text(folder / "DONE", decided.to_json())
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
@@ -152,7 +152,8 @@ class Job:
                 cfg, work, self.policy, self.transfer, run, recorders.observers, main=main_run, full=self.full
             )
         metrics = self.head | asked_for
-        metrics["compare"] = run_baselines(run) if beside else None
+        with answerable(self.policy):
+            metrics["compare"] = run_baselines(run) if beside else None
         metrics["bounds"] = None
         metrics["scale"] = settings.scale
         metrics["integrity"] = None if self.integrity is None else asdict(self.integrity)

@@ -19,7 +19,7 @@ from rich.console import Console
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from sim.console import version_line
-from sim.job.beside import describe, run_asked, run_baselines
+from sim.job.beside import answerable, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
@@ -83,7 +83,8 @@ def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[st
     with Recorders(cfg, work, folder) as recorders:
         asked_for = run_asked(cfg, work, policy, transfer, run, recorders.observers)
     metrics = describe(work, policy, cfg["policy"]["name"]) | asked_for
-    metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
+    with answerable(policy):
+        metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
     return metrics
 
 

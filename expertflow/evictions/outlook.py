@@ -84,7 +84,7 @@ class Outlook(Eviction):
         self.compiled = functions is not None
         """Whether the work between two layers is done by compiled functions; else Python and numpy do it."""
         if functions is not None:
-            own = functions.Choice(*self.worths(), self.states, self.keys, *[0] * 5)
+            own = functions.Choice(*Outlook.worths(self), self.states, self.keys, *[0] * 5)
             self.shared = functions.packed(view.num_layers, view.num_experts, 0, 0, 0, *own)
             self.settle = functions.settle
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from expertflow.boundary import Interruption
 from expertflow.parts import Part
 from traces.processes.whole import abandon_all
 
@@ -27,7 +28,7 @@ _AGAIN_S = 0.5
 _CODE = 2
 
 
-class TimeoutReached(BaseException):
+class TimeoutReached(Interruption):
     """The time is up. No Exception: a part that goes on after any of these would go on after this one."""
 
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from expertflow import parts
-from expertflow.keys import REQUIRED, arguments_of, shown, unknown_key
+from expertflow.boundary import INTERRUPTIONS, declared, words_of
+from expertflow.keys import REQUIRED, arguments_of, plain, shown, unknown_key
 from expertflow.parts import Eviction, Horizon, Order, Place, Predictor, Selection
 from sim.job.former_names import refuse_former
 
@@ -53,7 +54,7 @@ def _looked_up(target: str, name: str) -> Any:
         path = ".".join(words[:number])
         try:
             module = importlib.import_module(path)
-        except KeyboardInterrupt:
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             if isinstance(error, ModuleNotFoundError) and error.name is not None and path.startswith(error.name):
@@ -63,7 +64,7 @@ def _looked_up(target: str, name: str) -> Any:
                         "folder and among what is installed"
                     ) from None
                 break
-            line = (str(error).splitlines() or [""])[0][:120]
+            line = plain(words_of(error), 120)
             raise ValueError(
                 f"{name}={shown(target)}: importing {path} failed: {type(error).__name__}: {line}"
             ) from error
@@ -75,6 +76,11 @@ def _looked_up(target: str, name: str) -> Any:
             found = getattr(found, word)
         except AttributeError:
             raise ValueError(f"{name}={shown(target)}: {place} has no {word}; check the name") from None
+        except INTERRUPTIONS:
+            raise
+        except BaseException as error:
+            told = f"{place}.{word} raised {type(error).__name__}: {plain(words_of(error), 120)}"
+            raise ValueError(f"{name}={shown(target)}: {told}") from error
         place = f"{place}.{word}"
     return found
 
@@ -82,18 +88,24 @@ def _looked_up(target: str, name: str) -> Any:
 def make_part(cfg: object, key: str, kind: type, **extra: Any) -> Any:
     """The part that `cfg` describes, of a class that derives from `kind`. extra: arguments that no configuration gives.
 
-    ValueError, one line that names the key, for a wrong class or a wrong argument.
+    ValueError, one line that names the key, for a wrong class or a wrong argument; for what was made, if it is of
+    another class, or declares what it may not, one line that names the class.
     """
     found = class_of(cfg, key, kind)
     assert isinstance(cfg, Mapping)
     given = {name: value for name, value in cfg.items() if name != "_target_"}
     check_arguments(found, given, key, tuple(extra))
     try:
-        return found(**given, **extra)
-    except (Exception, SystemExit) as error:
-        line = next(iter(str(error).splitlines()), "") if isinstance(error, Exception) else ""
+        made = found(**given, **extra)
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:
+        line = words_of(error) if isinstance(error, Exception) else ""
         line = line or f"{found.__name__} raised {type(error).__name__} when it was made"
         raise ValueError(line if line.startswith(key) else f"{key}: {line}") from error
+    if kind in KINDS.values():
+        declared(made, kind)
+    return made
 
 
 def check_arguments(found: type, given: Mapping[str, Any], key: str, extra: tuple[str, ...] = ()) -> None:

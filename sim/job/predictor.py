@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from expertflow.keys import shown, unknown_key
+from expertflow.keys import literal, plain, shown, unknown_key
 from expertflow.parts import Predictor
 from sim.job.fitted_start import fitted_arrays, transition_start
 from sim.job.parts import check_arguments, class_of, make_part
@@ -30,8 +30,7 @@ def make_predictor(given: Any, trace: Trace, num_layers: int, seed: int) -> Any:
     if "fitted_start" in cfg:
         extra["fitted_start"] = transition_start(cfg.pop("fitted_start"), trace.model, key)
     if "fitted" in cfg:
-        kind = str(getattr(found, "fitted_kind", ""))
-        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), trace.model, kind, key)
+        extra["fitted"] = fitted_arrays(cfg.pop("fitted"), trace.model, _fitted_kind(found), key)
     if cfg.get("seed", 0) is None:
         cfg["seed"] = seed
     predictor = make_part(cfg, key, Predictor, **extra)
@@ -57,13 +56,22 @@ def _automatic(cfg: Mapping[str, Any], trace: Trace) -> str:
     recorded = _has_lookahead(trace)
     arrays = None
     if "hybrid" in cfg:
-        kind = str(getattr(class_of(cfg["hybrid"], "policy.predictor.hybrid", Predictor), "fitted_kind", ""))
+        kind = _fitted_kind(class_of(cfg["hybrid"], "policy.predictor.hybrid", Predictor))
         arrays = fitted_arrays(cfg["hybrid"].get("fitted"), trace.model, kind, "policy.predictor.hybrid")
     if arrays is not None and ("pregate" in arrays) == recorded:
         return "hybrid"
     if not recorded:
         return "transition"
     return "forest" if "forest" in cfg else "lookahead"
+
+
+def _fitted_kind(found: type[Predictor]) -> str:
+    """What the class declares; its object is not made yet."""
+    kind: object = found.fitted_kind
+    if type(kind) is not str:
+        name = plain(found.__name__, 60)
+        raise ValueError(f"{name}.fitted_kind={literal(kind)} must be text: the kind of a fitted file, or empty")
+    return kind
 
 
 def _check_candidate(cfg: object, key: str) -> None:

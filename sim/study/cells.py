@@ -22,6 +22,7 @@ from sim.job.errors import one_line
 from sim.job.limit import limited
 from sim.job.output import IGNORED, to_json, write_text
 from sim.job.pool import use_workers
+from sim.job.run_cli import no_exit
 from sim.job.setup import Workload, make_model, make_policy, make_trace, make_workload
 from sim.machine.link import Link
 from sim.machine.run import run_policy
@@ -123,7 +124,7 @@ def _attempt(job: Job, folder: Path) -> str | None:
             return None
         try:
             use_own_folder(job.config_dir)
-            with Decided(job.mark, __name__, job.cfg) as decided, limited(job.cfg["timeout_s"]):
+            with no_exit(), Decided(job.mark, __name__, job.cfg) as decided, limited(job.cfg["timeout_s"]):
                 work = make_workload(job.cfg, _open_trace(to_json(job.cfg["trace"])))
                 result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
         except Exception as error:

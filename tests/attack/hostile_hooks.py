@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from expertflow.evictions.lru import LRU
-from expertflow.evictions.outlook import Outlook
 from expertflow.future import Future
 from expertflow.parts import Horizon, Order, Part, Prediction, Predictor, Selection, Worths
 from expertflow.units import SCORE_ONE
@@ -115,6 +114,13 @@ class Oracle(OwnPredictor):
         assert self.future is not None
         keys = self.future.demand(forward.index * self.view.num_layers + layer + distance)
         return (keys, [1] * len(keys)) if keys else None
+
+
+class Untold(Exception):
+    """Whoever asks what it says ends the process."""
+
+    def __str__(self) -> str:
+        raise SystemExit(0)
 
 
 # -- what hooks do ---------------------------------------------------------------------------------------------------
@@ -237,21 +243,27 @@ def recurses(self: Any, *values: Any) -> Any:
     return recurses(self, *values)
 
 
-def resident_key(self: Any, forward: Any, layer: int, reach: int) -> Any:
-    """A decision that wants what is there."""
-    first = self._first(layer, 1)
-    there = [key for key in range(first, first + self.view.num_experts) if self.view.residency[key]]
-    return there[:1], len(there[:1]), 1, False
+def counts(value: Any) -> Callable[..., Any]:
+    """A hook that counts how often it is asked, and answers the same."""
+
+    def hook(self: Any, *values: Any) -> Any:
+        self.saw += 1
+        return value
+
+    return hook
 
 
-def step_of(change: Callable[[int], tuple[Any, ...]]) -> Callable[..., Any]:
-    """A decision at once, made of the first key of the next layer."""
-    return lambda self, forward, layer, reach: change(self._first(layer, 1))
+def takes_worths(self: Any, thresholds: Any, worths: Worths) -> bool:
+    """Keeps the arrays of the eviction."""
+    self.saw += 1
+    self.worths_of_other = worths
+    return False
 
 
-def worths_of(change: Callable[[Worths], Any]) -> Callable[..., Any]:
-    """Arrays of `Outlook`, changed."""
-    return lambda self: change(Outlook.worths(self))
+def frees_pinned(self: Any, forward: Any, layer: int) -> None:
+    """Makes what the layer demands the next to give way."""
+    if self.saw:
+        self.worths_of_other.held[list(self.view.pinned)] = -5
 
 
 def append(keys: Any) -> None:

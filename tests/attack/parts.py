@@ -31,8 +31,11 @@ from tests.attack.hostile_hooks import (
     OwnSelection,
     Sees,
     Sure,
+    Untold,
     answers,
     append,
+    counts,
+    frees_pinned,
     late,
     looks,
     of_lru,
@@ -40,13 +43,11 @@ from tests.attack.hostile_hooks import (
     predicts,
     raises,
     recurses,
-    resident_key,
     sees,
     stale,
     state,
-    step_of,
     takes_announced,
-    worths_of,
+    takes_worths,
 )
 
 REFUSED, MARKED, BLIND = "refused", "marked as a reference", "sees nothing"
@@ -84,7 +85,6 @@ class Kind:
         return CLASSES[self.name]
 
 
-AT_ONCE: dict[str, Maker] = {"predictor": AtOnce, "selection": StallSaved, "eviction": Outlook}
 BESIDE_STEP: dict[str, Maker] = {"selection": StallSaved, "eviction": Outlook}
 
 
@@ -155,6 +155,10 @@ ORDERS = [
     arranging(
         "DropsInTurn", "leaves out an expert where copies go one by one", lambda self, keys: keys[:-1], serial=True
     ),
+    arranging(
+        "ArrangesHuge", "numbers of thousands of digits", lambda self, keys: [10**5000] * len(keys) or [10**5000]
+    ),
+    arranging("RaisesAnExit", "raises what cannot be told", raises(Untold())),
     arranging("ArrangeRaises", "raises ValueError", raises(ValueError("no order"))),
 ]
 EVICTIONS = [
@@ -307,97 +311,44 @@ PREDICTORS = [
 ]
 AT_ONCE_KINDS = [
     Kind(
-        "StepOfThree",
+        "TakesWorths",
         AtOnce,
-        "three values for a decision",
-        {"at_once": True, "step": answers(([], 0, 0))},
+        "takes the eviction's arrays",
+        {"at_once": True, "fuse": counts(True)},
         BESIDE_STEP,
+        ends=BLIND,
     ),
     Kind(
-        "StepWantsTwice",
+        "DecidesAtOnce",
         AtOnce,
-        "a key wanted twice",
-        {"at_once": True, "step": step_of(lambda first: ([first, first], 2, 1, False))},
+        "decides in place of all",
+        {"at_once": True, "step": counts(([], 0, 0, False))},
         BESIDE_STEP,
-    ),
-    Kind("StepWantsResident", AtOnce, "wants what is there", {"at_once": True, "step": resident_key}, BESIDE_STEP),
-    Kind(
-        "StepWantsOther",
-        AtOnce,
-        "wants a key of no layer that was asked for",
-        {"at_once": True, "step": step_of(lambda first: ([(first + 8) % 32], 1, 1, False))},
-        BESIDE_STEP,
+        ends=BLIND,
     ),
     Kind(
-        "StepWantsFloat",
+        "FreesPinned",
         AtOnce,
-        "wants a float",
-        {"at_once": True, "step": step_of(lambda first: ([float(first)], 1, 1, False))},
+        "writes to what the eviction keeps of the demanded",
+        {"at_once": True, "fuse": takes_worths, "routed": frees_pinned},
         BESIDE_STEP,
+        ends=BLIND,
     ),
     Kind(
-        "StepMiscounts",
-        AtOnce,
-        "counts fewer keys than it wants",
-        {"at_once": True, "step": step_of(lambda first: ([first], 0, 1, False))},
-        BESIDE_STEP,
-    ),
-    Kind(
-        "StepTooFar",
-        AtOnce,
-        "counts more layers than it was asked for",
-        {"at_once": True, "step": step_of(lambda first: ([], 0, 9, False))},
-        BESIDE_STEP,
-    ),
-    Kind(
-        "StepFlags",
-        AtOnce,
-        "a number for a truth value",
-        {"at_once": True, "step": answers(([], 0, 0, 0))},
-        BESIDE_STEP,
-    ),
-    Kind("FusesMaybe", AtOnce, "a text for a truth value", {"at_once": True, "fuse": answers("maybe")}, BESIDE_STEP),
-    Kind(
-        "ThresholdsShort",
+        "GivesThresholds",
         StallSaved,
-        "thresholds of another shape",
-        {"at_once": True, "thresholds": answers(np.zeros(2, np.int64))},
+        "keeps the thresholds that others read",
+        {"at_once": True, "saw": 0, "thresholds": counts(np.zeros(5, np.int64))},
         {"predictor": AtOnce, "eviction": Outlook},
+        ends=BLIND,
     ),
     Kind(
-        "ThresholdsFloat",
-        StallSaved,
-        "thresholds as shares",
-        {"at_once": True, "thresholds": answers(np.zeros(5))},
-        {"predictor": AtOnce, "eviction": Outlook},
-    ),
-    Kind(
-        "WorthsStrided",
+        "GivesWorths",
         Outlook,
-        "an array that is not whole",
-        {"at_once": True, "worths": worths_of(lambda found: found._replace(soon=np.zeros(64, np.int64)[::2]))},
+        "keeps the arrays that others write to",
+        {"at_once": True, "saw": 0, "worths": counts(None)},
         {"predictor": AtOnce, "selection": StallSaved},
-    ),
-    Kind(
-        "WorthsOnce",
-        Outlook,
-        "one array under two names",
-        {"at_once": True, "worths": worths_of(lambda found: found._replace(soon=found.worth))},
-        {"predictor": AtOnce, "selection": StallSaved},
-    ),
-    Kind(
-        "WorthsLocked",
-        Outlook,
-        "an array that cannot be written",
-        {"at_once": True, "worths": worths_of(lambda found: found._replace(held=np.frombuffer(bytes(256), np.int64)))},
-        {"predictor": AtOnce, "selection": StallSaved},
-    ),
-    Kind(
-        "WorthsList",
-        Outlook,
-        "a list for arrays",
-        {"at_once": True, "worths": worths_of(list)},
-        {"predictor": AtOnce, "selection": StallSaved},
+        ends=BLIND,
     ),
 ]
 HORIZONS = [

@@ -73,11 +73,13 @@ class World:
         step = self.policy._step
 
         def counted(forward: KnownForward, layer: int, reach: int) -> Step | None:
+            assert step is not None
             told = step(forward, layer, reach)
             self.num_steps += told is not None
             return told
 
-        self.policy._step = counted
+        if step is not None:
+            self.policy._step = counted
 
     def reveal(self, num_layers: int) -> None:
         """The routing of the first layers is read."""
@@ -246,7 +248,7 @@ def test_without_numba_the_wants_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     compiled = World(fitted)
     without_numba(monkeypatch)
     plain = World(fitted)
-    assert plain.policy._fused is False
+    assert plain.policy._step is None
     run([compiled, plain], some, 11, WINDOWS)
     assert compiled.num_steps > 0
 
@@ -261,8 +263,8 @@ def test_without_numba_the_wants_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_class_that_inherits_is_asked(changes: dict[str, Any]) -> None:
-    assert World(arrays()).policy._fused is True
-    assert World(arrays(), **changes).policy._fused is False
+    assert World(arrays()).policy._step is not None
+    assert World(arrays(), **changes).policy._step is None
 
 
 class Best(Selection):
