@@ -25,7 +25,7 @@ from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_job, run_hydra
+from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
@@ -133,11 +133,6 @@ class Recorders:
             self.events.close()
         if self.timeline is not None and self.folder is not None:
             self.timeline.write(self.folder / "timeline.json")
-
-
-def is_sweep(words: Sequence[str]) -> bool:
-    """Whether the words of a command ask for more than one run."""
-    return any(word == "-m" or word.startswith("--m") or "hydra.mode" in word for word in words)
 
 
 def kept(words: Sequence[str]) -> str:

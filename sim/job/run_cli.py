@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -19,6 +22,7 @@ from traces.processes.ending import Kept, keeping, stopped
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"
 """Environment variable: where it is set, a command that ends with an error prints where that came from, too."""
+_NO_FOLDER = re.compile(r"""\+*(hydra\.(?:run\.dir|sweep\.dir|sweep\.subdir))=\s*(?:"\s*"|'\s*')?\s*""")
 Ending = Callable[[Exception], int | None]
 """The exit code after an error that it knows, which it has told; None for any other."""
 
@@ -40,27 +44,53 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
     except Exception as error:
         if os.environ.get(TRACEBACK) and HydraConfig.get().mode != RunMode.MULTIRUN:
             traceback.print_exception(error)
-        line = one_line(error)
+        line = one_line(error, _output_remedy(sweep=False))
         if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         print(f"{PREFIX}{line}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
+def is_sweep(words: Sequence[str]) -> bool:
+    """Whether the words of a command ask for more than one run."""
+    return any(word == "-m" or word.startswith("--m") or "hydra.mode" in word for word in words)
+
+
 def run_hydra(main: Callable[[], int | None], interrupted: Kept) -> int:
     """`run_cli` for a command whose words are Hydra's."""
 
     def checked() -> int | None:
-        check_words([word for word in sys.argv[1:] if not word.startswith("-")])
-        check_named(sys.argv[1:])
+        words = sys.argv[1:]
+        named = _check_flags(words)
+        check_words([word for word in words if not word.startswith("-")])
+        for word in words:
+            if found := _NO_FOLDER.fullmatch(word):
+                raise ValueError(f"{found[1]} is empty, which is the current folder; give {found[1]}=FOLDER")
+        if named is not None:
+            check_named(named)
         return main()
 
-    return run_cli(checked, interrupted)
+    return run_cli(checked, interrupted, _output_remedy(is_sweep(sys.argv[1:])))
 
 
-def run_cli(main: Callable[[], int | None], interrupted: Kept) -> int:
+def _check_flags(words: Sequence[str]) -> str | None:
+    """ValueError for flags that Hydra does not take, of which it would print its usage; what --config-dir names."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help shows what there is")
+
+    parser.error = refuse
+    return parser.parse_args(list(words)).config_dir
+
+
+def _output_remedy(sweep: bool) -> str:
+    return f"choose an output folder with hydra.{'sweep' if sweep else 'run'}.dir=FOLDER"
+
+
+def run_cli(main: Callable[[], int | None], interrupted: Kept, remedy: str = "") -> int:
     """Run a command's `main`; its exit code, which is 0 where it returns none. interrupted: what is said of what was
-    done by then, and how to go on, if the command is told to stop."""
+    done by then, and how to go on, if the command is told to stop. remedy: of `one_line`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
     try:
         with keeping(interrupted):
@@ -74,7 +104,7 @@ def run_cli(main: Callable[[], int | None], interrupted: Kept) -> int:
         for code in (ending(error) for ending in _endings):
             if code is not None:
                 return code
-        line = one_line(error)
+        line = one_line(error, remedy)
         if line is None:
             raise
         print(f"{PREFIX}{line}", file=sys.stderr)

@@ -418,9 +418,8 @@ def test_aliases_that_unfold_without_end_are_refused_before_hydra_follows_them(t
     with pytest.raises(TraceError, match=says):
         use_own_folder(tmp_path)
     assert own_folder() is None
-    for words in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["-cd", str(tmp_path)]):
-        with pytest.raises(TraceError, match=says):
-            check_named(["+policy=lru", *words])
+    with pytest.raises(TraceError, match=says):
+        check_named(tmp_path)
 
 
 # -- the bound -----------------------------------------------------------------------------------------------
