@@ -19,6 +19,7 @@ from sim.job.errors import one_line
 from sim.paths import check_named, use_own_folder
 from traces.messages import PREFIX
 from traces.processes.ending import Kept, keeping, stopped
+from traces.processes.streams import prepare_streams
 
 TRACEBACK = "EXPERTFLOW_TRACEBACK"
 """Environment variable: where it is set, a command that ends with an error prints where that came from, too."""
@@ -36,8 +37,10 @@ def on_error(ending: Ending) -> None:
 
 def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float | None:
     """Run one Hydra job. In a sweep Hydra must see a failure: it names the job and lets the others finish."""
+    # Here, since this may be a process of its own.
+    prepare_streams()
     try:
-        # Here, since this may be a process of its own. Hydra itself has looked in the folder already.
+        # Hydra itself has looked in the folder already.
         sources = HydraConfig.get().runtime.config_sources
         use_own_folder(next((one.path for one in sources if one.provider == "command-line"), None))
         return run(cfg)
