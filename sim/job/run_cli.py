@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from contextlib import redirect_stderr, suppress
+from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -48,10 +50,23 @@ def as_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float 
         if os.environ.get(TRACEBACK) and HydraConfig.get().mode != RunMode.MULTIRUN:
             traceback.print_exception(error)
         line = one_line(error, _output_remedy(sweep=False))
+        _remove_unused()
         if line is None or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         print(f"{PREFIX}{line}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _remove_unused() -> None:
+    """Remove the folder that Hydra has made for a single run which wrote nothing, unless the user named it: by its time
+    of day it is this run's alone. With it goes the folder of the day, if nothing else is in it."""
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN or any("hydra.run.dir" in word for word in hydra.overrides.hydra):
+        return
+    folder = Path(hydra.runtime.output_dir)
+    with suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def is_sweep(words: Sequence[str]) -> bool:
@@ -78,13 +93,17 @@ def run_hydra(main: Callable[[], int | None], interrupted: Kept) -> int:
 
 def _check_flags(words: Sequence[str]) -> str | None:
     """ValueError for flags that Hydra does not take, of which it would print its usage; what --config-dir names."""
-    parser = get_args_parser()
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help shows what there is")
-
-    parser.error = refuse
-    return parser.parse_args(list(words)).config_dir
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            named: str | None = get_args_parser().parse_args(list(words)).config_dir
+    except SystemExit as end:
+        message = said.getvalue().partition("error: ")[2].strip()
+        if not message:
+            # It was asked for the version, and has printed that.
+            raise
+        raise ValueError(f"{message}; --help shows what there is") from end
+    return named
 
 
 def _output_remedy(sweep: bool) -> str:

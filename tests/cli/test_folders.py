@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sim.job.errors import one_line
-from sim.paths import check_files, resolved
+from sim.paths import ROOT, check_files, resolved
 from tests.support.commands import run_here
 from traces.messages import TraceError, told
 
@@ -86,3 +89,13 @@ def test_links_in_a_circle_are_no_error_until_they_are_opened(tmp_path: Path) ->
     assert resolved(tmp_path / "loop").name == "loop"
     (tmp_path / "link").symlink_to("there")
     assert resolved(tmp_path / "link") == resolved(tmp_path) / "there"
+
+
+@pytest.mark.slow
+def test_a_refused_run_leaves_no_folder_of_its_own(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sim", "+hardware=a100", "+policy=lru", "residency=2"]
+    given = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for more in ([], ["hydra.run.dir=mine"]):
+        found = subprocess.run([*words, *more], cwd=tmp_path, env=given, capture_output=True, text=True, timeout=60)
+        assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert [path for path in sorted(tmp_path.rglob("*"))] == [tmp_path / "mine", tmp_path / "outputs"]

@@ -29,7 +29,7 @@ class _Raw(io.FileIO):
         super().__init__(number, "wb", closefd=False)
         self._told, self._gone = told, False
 
-    def write(self, content: Any) -> int | None:
+    def write(self, content: Any) -> int:
         """As of FileIO; all of it is taken where the system takes nothing any more."""
         if not self._gone:
             try:
