@@ -31,7 +31,7 @@ from sim.job.beside import answerable, baselines, describe, run_asked, run_basel
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
-from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_json, write_text
+from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import Ended, as_job, run_hydra
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
@@ -74,7 +74,8 @@ def _replay(
         plain = as_found(plain, device)
         work = make_workload(plain)
         mark = asked(told, work.trace_sha256, work.model, "replay")
-        if plain["skip_done"] and stands(folder / "DONE", mark):
+        wrote = results_of(folder, plain, *([LOG_NAME] if settings.log else []))
+        if plain["skip_done"] and stands(folder / "DONE", mark, wrote):
             console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
             return None
         begin_folder(folder, cfg, "partial.json", LOG_NAME)

@@ -36,6 +36,7 @@ from sim.machine.host_bound import machine_for
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, simulate
+from sim.paths import resolved
 
 BAR_P50_NS = 25_000
 BAR_P99_NS = 100_000
@@ -239,7 +240,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=_whole, default=1, help="requests run together (default: 1)")
     parser.add_argument("--tokens", type=_whole, default=512, help="tokens of the trace to run (default: 512)")
     args = parser.parse_args(words)
-    trace = str(args.trace.resolve()) if args.trace else None
+    trace = str(resolved(args.trace)) if args.trace else None
 
     def run() -> int:
         return 0 if compare_policies(trace, args.policies, args.batch_size, args.tokens) else 1

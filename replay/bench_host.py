@@ -34,6 +34,7 @@ from replay.stopwatch import Stopwatch, measure_overhead
 from sim.job.configure import configure
 from sim.job.run_cli import run_cli
 from sim.job.setup import load_chunks, make_policy, make_workload, run_config
+from sim.paths import resolved
 from traces.flags import Parser, whole
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
@@ -248,7 +249,7 @@ def main(words: list[str] | None = None) -> int:
     )
     args = parser.parse_args(words)
     given = (
-        [f"trace.path={args.trace.resolve()}", f"max_tokens={args.tokens}"]
+        [f"trace.path={resolved(args.trace)}", f"max_tokens={args.tokens}"]
         if args.trace
         else [f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]
     )

@@ -28,7 +28,7 @@ from replay.machine.rig import choose_machine, make_device
 from sim.job.configure import configure
 from sim.job.output import provenance
 from sim.job.run_cli import run_cli
-from sim.paths import CONF, add_config_dir, folder_to_write
+from sim.paths import CONF, add_config_dir, folder_to_write, resolved
 from sim.specs.hardware import LEAST_GB_PER_S
 from traces.flags import Parser, number, whole
 from traces.processes.locks import locked
@@ -106,7 +106,7 @@ def check_free(name: str, folder: Path) -> None:
     """ValueError if `name` stands for a profile in `folder` that no calibration has written, or for a shipped one."""
     record = folder / "hardware" / f"{name}.calibration.json"
     names = [f"{kind}/{name}.yaml" for kind in ("hardware", "stack")]
-    shipped = folder.resolve() != CONF and any((CONF / path).exists() for path in names)
+    shipped = resolved(folder) != CONF and any((CONF / path).exists() for path in names)
     if shipped or (not record.exists() and any((folder / path).exists() for path in names)):
         raise ValueError(
             f"NAME={name!r} is a profile that was not measured here, and would be overwritten; choose "

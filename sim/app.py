@@ -23,9 +23,9 @@ from sim.job.beside import answerable, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
-from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_json, write_text
+from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import as_job, run_hydra
+from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
@@ -58,7 +58,7 @@ def run_configured(cfg: DictConfig) -> float | None:
     mark = asked({k: v for k, v in plain.items() if k not in IGNORED}, work.trace_sha256, work.model)
     console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
     with of_one_job(folder):
-        if plain["skip_done"] and stands(folder / "DONE", mark):
+        if plain["skip_done"] and stands(folder / "DONE", mark, results_of(folder, plain)):
             console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
             return None
         begin_folder(folder, cfg)
@@ -134,11 +134,6 @@ class Recorders:
             self.events.close()
         if self.timeline is not None and self.folder is not None:
             self.timeline.write(self.folder / "timeline.json")
-
-
-def is_sweep(words: Sequence[str]) -> bool:
-    """Whether the words of a command ask for more than one run."""
-    return any(word == "-m" or word.startswith("--m") or "hydra.mode" in word for word in words)
 
 
 def kept(words: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ from sim.job.forwards import KEEP_SCORES
 from sim.job.output import to_json, write_text
 from sim.job.setup import Workload, make_policy, make_workload
 from sim.machine.run import run_policy
+from sim.paths import resolved
 from traces.batching import BatchConfig, Batches
 from traces.flags import Parser, whole
 from traces.jsontext import shown
@@ -158,7 +159,7 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.trace is not None and (args.check or args.update):
         parser.error(f"{COMMITTED.name} is of the generated trace: leave {args.trace} out")
-    trace = str(args.trace.resolve()) if args.trace else None
+    trace = str(resolved(args.trace)) if args.trace else None
     before = {name: os.environ.get(name) for name in (KEEP_SCORES, "XDG_CACHE_HOME")}
     # Compiled code stays where it is; what this run keeps goes with it.
     compiled_functions()

@@ -7,14 +7,18 @@ laid out alike (`model/`, `hardware/`, `stack/`, `policy/`, `study/` …) and na
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from traces.messages import fault
+from traces.reading import unreadable
 from traces.shipped import FOLDER as DATA
 from traces.yamltext import read_yaml
 
-__all__ = ["CONF", "DATA", "INSTALLED", "ROOT"]
+__all__ = ["CONF", "DATA", "INSTALLED", "ROOT", "resolved"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _INSIDE = Path(__file__).resolve().parent / "conf"
@@ -23,6 +27,12 @@ CONF = _INSIDE if INSTALLED else ROOT / "conf"
 
 _own: list[Path] = []
 """The user's folder, if one was named: one entry at most."""
+
+
+def resolved(path: str | Path) -> Path:
+    """The path from the root, symbolic links followed; of links in a circle one of them, which cannot be opened."""
+    # Path.resolve raises RuntimeError there, in some versions of Python.
+    return Path(os.path.realpath(path))
 
 
 def use_own_folder(folder: str | Path | None) -> None:
@@ -34,9 +44,7 @@ def use_own_folder(folder: str | Path | None) -> None:
     _own.clear()
     if folder is None:
         return
-    path = Path(folder).resolve()
-    if not path.is_dir():
-        raise ValueError(f"--config-dir={folder}: no such folder; give one with model/, hardware/, policy/ … in it")
+    path = _own_place(folder)
     if path == CONF:
         return
     shipped = {file.relative_to(conf) for conf in (CONF, ROOT / "replay" / "conf") for file in conf.rglob("*.yaml")}
@@ -47,28 +55,68 @@ def use_own_folder(folder: str | Path | None) -> None:
     _own.append(path)
 
 
-def check_named(words: Sequence[str]) -> None:
-    """`check_files` of the folder that a command line of Hydra's names, which Hydra itself reads before we can."""
-    for place, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            folder = Path(value if equals else "".join(words[place + 1 : place + 2]))
-            if folder.is_dir() and folder.resolve() != CONF:
-                check_files(folder)
+def _own_place(folder: str | Path) -> Path:
+    path = resolved(folder)
+    if not path.is_dir():
+        raise ValueError(f"--config-dir={folder}: no such folder; give one with model/, hardware/, policy/ … in it")
+    return path
+
+
+def check_named(folder: str | Path) -> None:
+    """`check_files` of the folder that --config-dir names, which Hydra itself reads before we can."""
+    path = _own_place(folder)
+    if path != CONF:
+        check_files(path)
 
 
 def check_files(folder: Path) -> None:
-    """ValueError for a file in a user's folder that is no YAML table, before Hydra follows its aliases."""
+    """ValueError for a file in a user's folder that is no YAML table, before Hydra follows its aliases, or that
+    includes itself by its `defaults`, which Hydra follows without end."""
+    includes: dict[str, tuple[str, ...]] = {}
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
         for path in sorted((folder / group).rglob("*.yaml")):
-            found = path.stat()
-            _check_file(path, found.st_mtime_ns, found.st_size)
+            try:
+                found = path.stat()
+            except OSError as error:
+                raise unreadable(path, error) from None
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            includes[name] = _check_file(path, name.rpartition("/")[0], found.st_mtime_ns, found.st_size)
+    for name in includes:
+        _check_circle(folder, name, includes)
+
+
+def _check_circle(folder: Path, name: str, includes: Mapping[str, Sequence[str]]) -> None:
+    """ValueError if following what `name` includes leads back to it."""
+    seen: set[str] = set()
+    waiting = list(includes[name])
+    while waiting:
+        other = waiting.pop()
+        if other == name:
+            problem = "includes itself by its defaults, or by those of a file that it includes"
+            raise fault(folder / f"{name}.yaml", "defaults", problem, "take it out of the list")
+        if other not in seen:
+            seen.add(other)
+            waiting += includes.get(other, ())
+
+
+def _included(group: str, defaults: Any) -> tuple[str, ...]:
+    """Group and name of what a defaults list includes: `name`, `group: name`, and either from the root with a slash."""
+    found: list[str] = []
+    for entry in defaults if isinstance(defaults, list) else []:
+        for key, value in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            # Before a group may stand `optional` or `override`, behind it the place of what is included.
+            inner = str(key).rpartition(" ")[2].partition("@")[0]
+            for one in value if isinstance(value, list) else [value]:
+                word = str(one).partition("@")[0].removesuffix(".yaml")
+                path = f"{inner}/{word}" if inner else word
+                found.append(path[1:] if path.startswith("/") else f"{group}/{path}")
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
-def _check_file(path: Path, mtime_ns: int, size: int) -> None:
-    """Once for a file that stays as it is."""
-    read_yaml(path)
+def _check_file(path: Path, group: str, mtime_ns: int, size: int) -> tuple[str, ...]:
+    """What the file includes; once for one that stays as it is."""
+    return _included(group, read_yaml(path).get("defaults"))
 
 
 def own_folder() -> Path | None:

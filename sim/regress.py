@@ -21,7 +21,7 @@ from sim.job.configure import configure
 from sim.job.errors import one_line
 from sim.job.output import to_json, write_text
 from sim.job.setup import make_workload
-from sim.paths import add_config_dir, use_own_folder
+from sim.paths import add_config_dir, resolved, use_own_folder
 from traces.flags import Parser
 from traces.jsontext import shown
 from traces.messages import PREFIX, fault
@@ -60,7 +60,7 @@ def run_once(overrides: list[str], folder: Path) -> dict[str, Any]:
 
 def _resolve(word: str, folder: Path) -> str:
     key, _, value = word.partition("=")
-    return f"{key}={(folder / value).resolve()}" if key == "trace.path" else word
+    return f"{key}={resolved(folder / value)}" if key == "trace.path" else word
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -215,11 +215,6 @@ def generate(params: Arrays, request_lengths: Sequence[int] | Integers, seed: in
     return arrays
 
 
-def generate_default(num_tokens: int = 2048, num_requests: int = 16, seed: int = 0) -> Arrays:
-    """The simulator's default trace, in memory, from the shipped parameters: 24 layers, 4 of 32 experts."""
-    return generate(load_params(SHIPPED)[0], split_tokens(num_tokens, num_requests), seed)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m traces generate`."""
     parser.add_argument("output", help="the trace to write (.safetensors)")

@@ -22,6 +22,7 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
+from traces.messages import TraceError
 from traces.processes.locks import locked
 from traces.processes.whole import Unfinished, clear
 
@@ -95,7 +96,7 @@ class KeptArrays:
             with locked(path.with_suffix(".lock"), str(self.folder), say=_say_nothing):
                 # While it was waited for, another process may have made it.
                 return self.find(name, shape, dtype) is not None or self._write(path, shape, kind, parts)
-        except OSError:
+        except (OSError, TraceError):
             return False
 
     def _write(self, path: Path, shape: tuple[int, ...], kind: np.dtype[Any], parts: Iterable[Any]) -> bool:

@@ -6,7 +6,6 @@ K top-k, E experts, R requests, D distances ahead, M listed candidates, d width 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from traces.container import DTYPE_NAMES, Array, fault
+from traces.jsontext import parse_json
+from traces.messages import TraceError
 
 FORMAT = "expertflow-trace"
 FORMAT_VERSION = "1"
@@ -190,7 +191,7 @@ def _check_lists(path: Path, header: Mapping[str, str], sizes: Sizes) -> None:
 def json_list(text: str) -> list[Any] | None:
     """The list that `text` is in JSON; None if it is anything else."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
+        values = parse_json("header", "text", text)
+    except TraceError:
         return None
     return values if isinstance(values, list) else None

@@ -20,6 +20,7 @@ _WHY: Mapping[int, tuple[str, str]] = {
     errno.ENOENT: ("does not exist", "check the path"),
     errno.EACCES: ("no permission", "check the rights of file and folder"),
     errno.EPERM: ("no permission", "check the rights of file and folder"),
+    errno.EEXIST: ("something of that name is there already", "choose another name, or remove it"),
     errno.EISDIR: ("is a folder", "name a file"),
     errno.ENOTDIR: ("part of the path is no folder", "check the path"),
     errno.ENAMETOOLONG: ("the name is too long", "use a shorter one"),
@@ -93,6 +94,8 @@ def told(error: BaseException) -> str | None:
         return line(place, problem, remedy)
     if isinstance(error, MemoryError):
         return "there is too little memory for this; use a smaller file or fewer tokens, or close other programs"
+    if isinstance(error, RecursionError):
+        return "a file or configuration is nested too deeply, or includes itself; make it flatter"
     if isinstance(error, ValueError):
         return shortened(str(error)) or type(error).__name__
     return None

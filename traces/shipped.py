@@ -9,7 +9,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from traces.processes.whole import write_bytes
+from traces.messages import TraceError
 
 FOLDER = Path(__file__).resolve().parent / "data"
 PACKED = ".xz"
@@ -51,7 +51,7 @@ def _unpacked(packed: Path) -> Path:
     name = packed.name.removesuffix(PACKED)
     try:
         return _written(cache_folder() / hashlib.sha256(content).hexdigest()[:16], name, content)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, TraceError):
         # No home, or none that can be written to: for as long as this process runs.
         return _written(Path(_temporary().name), name, content)
 
@@ -71,5 +71,8 @@ def _written(folder: Path, name: str, content: bytes) -> Path:
     path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, lzma.decompress(content))
+        # Here: NumPy takes a while, and who asks for the folder alone needs none.
+        from traces.files import replace_file
+
+        replace_file(path, lzma.decompress(content), sync=False)
     return path

@@ -86,7 +86,8 @@ class LogWriter:
         text = header.to_json().encode()
         self.path = Path(path)
         self.values_per_group = values_per_group
-        self._unfinished = Unfinished(self.path)
+        with writing(self.path):
+            self._unfinished = Unfinished(self.path)
         self._crc = zlib.crc32(text)
         schema = pa.schema(
             [pa.field(name, kind, nullable=False) for name, kind in TYPES.items()], metadata={FORMAT: text}

@@ -19,6 +19,7 @@ from replay.run import Integrity, needs_of, replay_policy, scaled_workload
 from replay.validation.plan import Case
 from sim.job.configure import configure
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_trace, make_workload, run_config
+from sim.paths import resolved
 
 
 class Workbench:
@@ -36,7 +37,7 @@ class Workbench:
             # As many requests as a batch holds: of a trace that is cut, the first requests alone are left.
             trace = [f"trace.num_tokens={num_tokens}", f"trace.num_requests={case.batch_size}"]
         else:
-            trace = [f"trace.path={self.args.trace.resolve()}", f"max_tokens={num_tokens}"]
+            trace = [f"trace.path={resolved(self.args.trace)}", f"max_tokens={num_tokens}"]
         start = [] if self.start(case) is None else [f"start={self.start(case)}"]
         return [
             f"+hardware={self.args.hardware}",

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, lru_cache
 from importlib.util import resolve_name
@@ -58,11 +59,16 @@ class Decided:
         return json.dumps(found, indent=1, sort_keys=True) + "\n"
 
 
-def stands(path: Path, mark: str) -> bool:
-    """Whether `path` says that exactly this was run, by the code and on the files that are there now."""
+def stands(path: Path, mark: str, results: Sequence[Path] = ()) -> bool:
+    """Whether `path` says that exactly this was run, by the code and on the files that are there now.
+
+    results: the files that the run wrote, all of which must still be there and readable.
+    """
     try:
         found = read_table(path)
     except ValueError:
+        return False
+    if not all(map(_is_whole, results)):
         return False
     files, code, asked_for = (found.get(key) for key in ("files", "code", "asked"))
     return (
@@ -72,6 +78,25 @@ def stands(path: Path, mark: str) -> bool:
         and all(reads.hash_now(name) == sha256 for name, sha256 in files.items())
         and all(reads.sha256_of(ROOT / name) == sha256 for name, sha256 in code.items())
     )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a result is there and can be read: JSON as a table that holds something, Parquet by its two marks."""
+    if path.suffix == ".json":
+        try:
+            return bool(read_table(path))
+        except ValueError:
+            return False
+    mark = b"PAR1"
+    try:
+        if not path.is_file() or path.stat().st_size <= 2 * len(mark):
+            return False
+        with path.open("rb") as file:
+            found = file.read(len(mark))
+            file.seek(-len(mark), os.SEEK_END)
+            return found == file.read() == mark
+    except OSError:
+        return False
 
 
 def _targets(value: Any) -> Iterator[str]:

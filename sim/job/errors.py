@@ -15,8 +15,11 @@ from sim.job.former_names import present_key, renamed
 from traces.messages import line, shortened, told, why
 
 
-def one_line(error: BaseException) -> str | None:
-    """The message for a user, or None if the error is a mistake of ours and deserves its traceback."""
+def one_line(error: BaseException, remedy: str = "") -> str | None:
+    """The message for a user, or None if the error is a mistake of ours and deserves its traceback.
+
+    remedy: what helps, beside the usual, where the file system refuses what a command writes.
+    """
     if isinstance(error, HydraException | OmegaConfBaseException):
         return shortened(_hydra(error))
     if isinstance(error, yaml.YAMLError):
@@ -24,8 +27,8 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, ValueError):
         return shortened(_value(_first_line(str(error) or type(error).__name__)))
     if isinstance(error, OSError) and error.filename:
-        problem, remedy = why(error)
-        return line(str(error.filename), problem, f"{remedy}, or choose an output folder with hydra.run.dir=FOLDER")
+        problem, usual = why(error)
+        return line(str(error.filename), problem, f"{usual}, or {remedy}" if remedy else usual)
     if _is_lost_worker(error):
         return (
             "a worker process ended before its run had: it was killed, ran out of memory, or hung beyond timeout_s; "

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from traces.files import replace_text
 from traces.processes.locks import locked_folder
 from traces.processes.whole import clear
 
-__all__ = ["begin_folder", "code_sha256", "of_one_job", "provenance", "to_json", "write_text"]
+__all__ = ["begin_folder", "code_sha256", "of_one_job", "provenance", "results_of", "to_json", "write_text"]
 
 IGNORED = ("skip_done", "timeout_s")
 """Keys that decide whether a run takes place or is given up, not what it results in."""
@@ -63,6 +63,12 @@ def begin_folder(folder: Path, cfg: DictConfig, *stale: str) -> None:
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, content in (("config", cfg), ("hydra", hydra), ("overrides", hydra.hydra.overrides.task)):
         write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))
+
+
+def results_of(folder: Path, cfg: Mapping[str, Any], *more: str) -> list[Path]:
+    """What a run of `cfg` writes into `folder` before `DONE`; more: names that it writes besides."""
+    views = [name for name in VIEWS if cfg[name.partition(".")[0]]]
+    return [folder / name for name in ("metrics.json", "provenance.json", *views, *more)]
 
 
 def to_json(value: Any) -> str:

@@ -53,8 +53,8 @@ class Job:
         return folder / f"{self.mark[:20]}.json"
 
     def is_kept(self, folder: Path) -> bool:
-        """Whether its result is there, and nothing that decided it has changed since."""
-        return self.path(folder).exists() and stands(self.decided(folder), self.mark)
+        """Whether its result is there and readable, and nothing that decided it has changed since."""
+        return stands(self.decided(folder), self.mark, [self.path(folder)])
 
     def decided(self, folder: Path) -> Path:
         """Where it is kept what decided the result; written after that."""

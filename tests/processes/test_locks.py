@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from traces.messages import TraceError
 from traces.processes import locks, whole
 from traces.processes.locks import LOCK, locked, locked_folder
 
@@ -103,3 +104,9 @@ def test_where_there_are_no_locks_the_work_goes_on_and_that_is_said_once(
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), locked(tmp_path / "none" / LOCK, "it"):
         raise AssertionError
+
+
+def test_a_pipe_of_the_locks_name_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(TraceError, match=r"/\.lock: lock: is a pipe or a device.*; remove it"), locked_folder(tmp_path):
+        pass

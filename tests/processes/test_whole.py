@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from traces.files import replace_file
+from traces.messages import TraceError
 from traces.processes import whole
-from traces.processes.whole import Unfinished, abandon_all, clear, remove_folder, write_bytes
+from traces.processes.whole import Unfinished, abandon_all, clear, remove_folder
 
 ROOT = Path(__file__).parents[2]
 OPENS = "import sys, time; from traces.processes.whole import Unfinished; u = Unfinished(sys.argv[1], {}); {}"
@@ -87,7 +89,7 @@ def test_it_is_finished_on_success_and_gone_on_failure(tmp_path: Path) -> None:
 def test_the_file_has_the_rights_that_the_user_gives_files(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_bytes(tmp_path / "file", b"text")
+        replace_file(tmp_path / "file", b"text")
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
@@ -95,11 +97,11 @@ def test_the_file_has_the_rights_that_the_user_gives_files(tmp_path: Path) -> No
 
 def test_an_error_names_the_target(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No such file or directory: .*/none/file'"):
-        write_bytes(tmp_path / "none" / "file", b"")
+        Unfinished(tmp_path / "none" / "file")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "something").touch()
-    with pytest.raises(OSError):
-        write_bytes(tmp_path / "taken", b"")
+    with pytest.raises(IsADirectoryError):
+        Unfinished(tmp_path / "taken")
     assert names(tmp_path) == ["taken"]
 
 
@@ -108,7 +110,7 @@ def test_many_writers_of_one_file_leave_one_whole(tmp_path: Path) -> None:
 
     def write(content: bytes) -> None:
         for _ in range(20):
-            write_bytes(tmp_path / "file", content)
+            replace_file(tmp_path / "file", content)
             assert (tmp_path / "file").read_bytes() in contents
 
     with ThreadPoolExecutor(8) as pool:
@@ -148,5 +150,42 @@ def test_where_there_are_no_locks_nothing_is_taken_for_dead(tmp_path: Path, monk
     monkeypatch.setattr(whole.fcntl, "flock", refuse)
     left = killed_or_not = tmp_path / ".file.0123abcd.tmp"
     left.touch()
-    write_bytes(tmp_path / "file", b"text")
+    replace_file(tmp_path / "file", b"text")
     assert (killed_or_not.exists(), (tmp_path / "file").read_text()) == (True, "text")
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("old")
+    for name, leads_to in (("near", "there/file"), ("far", "near"), ("dangling", "there/new")):
+        (tmp_path / name).symlink_to(leads_to)
+        with Unfinished(tmp_path / name) as unfinished:
+            assert unfinished.path.parent == tmp_path / "there"
+            unfinished.path.write_text(name)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "there" / ("new" if name == "dangling" else "file")).read_text() == name
+    (tmp_path / "twin").symlink_to("there/twin")
+    for text in "ab":
+        remove_folder(tmp_path / "twin")
+        with Unfinished(tmp_path / "twin", folder=True) as unfinished:
+            (unfinished.path / "part").write_text(text)
+        assert (tmp_path / "there" / "twin" / "part").read_text() == text
+    assert names(tmp_path / "there") == ["file", "new", "twin"]
+
+
+def test_what_is_no_file_is_refused_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    (tmp_path / "device").symlink_to("/dev/null")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    before = names(tmp_path)
+    for name in ("pipe", "to_pipe", "device", "loop"):
+        problem = "lead in a circle" if name == "loop" else "a device, a pipe or a socket"
+        with pytest.raises(TraceError, match=rf"/{name}: file: cannot be written \(.*{problem}\); .+") as refused:
+            replace_file(tmp_path / name, b"text")
+        assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(NotADirectoryError):
+        Unfinished(tmp_path / "file", folder=True)
+    assert names(tmp_path) == before
+    assert (tmp_path / "pipe").is_fifo()

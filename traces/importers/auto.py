@@ -6,7 +6,6 @@ checks the rest. `python -m traces import auto` says what it took a source for.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from traces.importers import event_csr, moe_beyond_csv, route_csv
 from traces.importers.common import files_of
 from traces.importers.rows import RowFile, kind_of
 from traces.importers.table import Columns, completed
+from traces.jsontext import parse_json
 
 _HEAD_BYTES = 1 << 18
 _SUFFIXES = (
@@ -96,8 +96,8 @@ def _json(path: Path) -> Guess:
         raise _unknown(path, f"has the keys {', '.join(sorted(keys))[:80] or '(none)'}")
     first = text.lstrip().splitlines()[:1]
     try:
-        is_table = bool(first) and isinstance(json.loads(first[0]), dict)
-    except (ValueError, RecursionError):
+        is_table = bool(first) and isinstance(parse_json(path, "line 1", first[0]), dict)
+    except TraceError:
         is_table = len(text) >= _HEAD_BYTES // 2
     if not is_table:
         raise fault(path, "line 1", "is no JSON object", "give one object a line")

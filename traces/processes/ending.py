@@ -21,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from traces.processes import whole
+from traces.processes.streams import code_of_loss, prepare_streams
 
 GRACE_S = 10.0
 """Seconds that a command has to end by itself: it may be within a long call, or be writing what it knows."""
@@ -52,10 +53,11 @@ class Stopped(KeyboardInterrupt):
 
 
 def begin() -> None:
-    """Hear signals from here on: for a process that is a command, before anything that takes time."""
+    """Hear signals from here on, and print safely: for a process that is a command, before anything that takes time."""
     if _begun or threading.current_thread() is not threading.main_thread():
         return
     _begun.append(True)
+    prepare_streams()
     heard = [one for one in WORDS if signal.getsignal(one) in (signal.SIG_DFL, signal.default_int_handler)]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -90,10 +92,13 @@ def _watch(reader: int, heard: set[int]) -> None:
 
 
 def _let_go(heard: list[int]) -> None:
-    """Everything is done: a signal ends the process as it ends any other."""
+    """Everything is done: a signal ends the process as it ends any other, and what was lost decides its code."""
     for one in heard:
         with suppress(ValueError, OSError):
             signal.signal(one, signal.SIG_DFL)
+    if code := code_of_loss():
+        # Python itself has no other way to a code that is known only now.
+        os._exit(code)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from traces.messages import fault
 from traces.processes.whole import bears, lock
 
 LOCK = ".lock"
@@ -29,7 +31,8 @@ def _to_stderr(line: str) -> None:
 def locked(path: Path, what: str, say: Callable[[str], None] = _to_stderr) -> Iterator[None]:
     """Hold the lock file `path`; if another holds it, wait until it ends, and say so in one line.
 
-    what: is written meanwhile, for the line. OSError where the file cannot be made.
+    what: is written meanwhile, for the line. OSError where the file cannot be made, TraceError where a pipe or a device
+    has its name.
     """
     handle = _taken(path, what, say)
     try:
@@ -53,6 +56,8 @@ def _taken(path: Path, what: str, say: Callable[[str], None]) -> int | None:
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise fault(path, "lock", "is a pipe or a device, not a file", "remove it")
             found = lock(handle)
             if found is False:
                 if not told:

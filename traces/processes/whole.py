@@ -11,9 +11,12 @@ import errno
 import os
 import re
 import shutil
+import stat
 import weakref
 from contextlib import suppress
 from pathlib import Path
+
+from traces.messages import fault
 
 try:
     import fcntl
@@ -32,18 +35,19 @@ class Unfinished:
     """A file, or a folder, that is not finished: it lies at `path` until `finish` gives it the name `target`.
 
     It exists, empty, from the start: who writes it may open it by its name. As a context manager it finishes on success
-    and leaves nothing behind otherwise. OSError, naming the target, where it cannot be made.
+    and leaves nothing behind otherwise. Of a symbolic link the target is what it leads to, there or not yet. OSError,
+    naming what was given, where it cannot be made; TraceError for a device, a pipe or a socket, which it would replace.
     """
 
     def __init__(self, target: str | Path, folder: bool = False) -> None:
-        self.target = Path(target)
+        self.target = _place(Path(target), folder)
         clear(self.target.parent, self.target.name)
         while True:
             self.path = self.target.with_name(f".{self.target.name}.{os.urandom(4).hex()}.tmp")
             try:
                 handle = _made(self.path, folder)
             except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.target)) from None
+                raise OSError(error.errno, error.strerror, str(target)) from None
             # Between its making and its lock another process may have taken it for a dead one's.
             if handle is not None and bears(handle, self.path):
                 break
@@ -80,18 +84,12 @@ class Unfinished:
             self.abandon()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, whole or not at all. OSError from the file system."""
-    with Unfinished(path) as unfinished:
-        unfinished.path.write_bytes(content)
-
-
 def remove_folder(folder: Path) -> None:
     """Remove a folder in one step: if this process is killed, what is left of it does not bear its name."""
     if folder.is_dir():
         with suppress(OSError):
             unfinished = Unfinished(folder, folder=True)
-            os.replace(folder, unfinished.path)
+            os.replace(unfinished.target, unfinished.path)
             unfinished.abandon()
 
 
@@ -139,6 +137,23 @@ def bears(handle: int, path: Path) -> bool:
     except FileNotFoundError:
         return False
     return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+
+def _place(target: Path, folder: bool) -> Path:
+    """Where what is written to `target` lies in the end; OSError or TraceError if that is taken by another kind."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        # Or a link to what is not there yet.
+        mode = None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
+    if mode is not None and not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise fault(target, "file", "cannot be written (a device, a pipe or a socket)", "name a regular file")
+    if mode is not None and stat.S_ISDIR(mode) is not folder:
+        number = errno.ENOTDIR if folder else errno.EISDIR
+        raise OSError(number, os.strerror(number), str(target))
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
 def _made(path: Path, folder: bool) -> int | None:
