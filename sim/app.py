@@ -22,6 +22,7 @@ from sim.console import version_line
 from sim.job.beside import describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
+from sim.job.help import register
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_json, write_text
 from sim.job.report import print_line, print_report
@@ -40,6 +41,7 @@ def slug(overrides: str) -> str:
 
 
 OmegaConf.register_new_resolver("slug", slug, replace=True)
+register()
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
