@@ -26,9 +26,12 @@ def help_of(name: str, *words: str) -> str:
     out = io.StringIO()
     GlobalHydra.instance().clear()
     try:
-        with patch.object(sys, "argv", [name, "--help", *words]), redirect_stdout(out):
-            with pytest.raises(SystemExit) as stop:
-                {"sim": sim, "replay": replay}[name]()
+        with (
+            patch.object(sys, "argv", [name, "--help", *words]),
+            redirect_stdout(out),
+            pytest.raises(SystemExit) as stop,
+        ):
+            {"sim": sim, "replay": replay}[name]()
         assert stop.value.code == 0
     finally:
         GlobalHydra.instance().clear()

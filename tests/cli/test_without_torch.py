@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ROOT
+from tests.support.commands import ROOT, small_trace
 
 HIDDEN = (
     "import runpy, sys; sys.modules['torch'] = None; module = sys.argv[1]; del sys.argv[1]; "
@@ -43,3 +43,21 @@ def test_help_needs_no_torch(module: str, tmp_path: Path) -> None:
     found = without_torch(module, "--help", cwd=tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     assert f"python -m {module}" in found.stdout
+
+
+FIT = "fit-predictor"
+
+
+@pytest.mark.slow
+def test_fitting_needs_torch_only_for_the_kind_that_does(tmp_path: Path) -> None:
+    small_trace(tmp_path / "train.safetensors")
+    words = (FIT, "train.safetensors", "out.safetensors")
+    listed = without_torch("traces", FIT, "--help", cwd=tmp_path)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert "kind=hybrid epochs=" in listed.stdout
+    found = without_torch("traces", *words, "kind=hybrid", cwd=tmp_path)
+    told = "error: kind=hybrid needs torch; install it: pip install 'expertflow[fit]'\n"
+    assert (found.returncode, found.stderr) == (2, told)
+    found = without_torch("traces", *words, "kind=transition", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "out.safetensors").is_file()
