@@ -34,6 +34,7 @@ from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.job.title import policy_title
 
 WRONG = 1
 """Exit code of a run whose stamps or launches were wrong."""
@@ -82,7 +83,7 @@ def _replay(
     wall_s = time.perf_counter() - started
     found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
     write_text(folder / "provenance.json", to_json(found))
-    _print(console, metrics, folder)
+    _print(console, metrics, folder, policy_title(plain["policy"]))
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise SystemExit(WRONG)
@@ -181,11 +182,11 @@ def _most(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _print(console: Console, metrics: dict[str, Any], folder: Path) -> None:
+def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder))
+        print_line(console, metrics, relative(folder), title)
         return
-    print_report(console, metrics, None)
+    print_report(console, metrics, None, title)
     for note in notes(metrics):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)

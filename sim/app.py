@@ -28,6 +28,7 @@ from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, to_jso
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
+from sim.job.title import policy_title
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
 
@@ -71,9 +72,9 @@ def run_configured(cfg: DictConfig) -> float | None:
         write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
         write_text(folder / "DONE", decided.to_json())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder))
+        print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
     else:
-        print_report(console, metrics, relative(folder))
+        print_report(console, metrics, relative(folder), policy_title(plain["policy"]))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 
