@@ -2,7 +2,7 @@
 
 import sys
 
-from replay.app import cli
+from replay.command import cli
 
 if __name__ == "__main__":
     sys.exit(cli())

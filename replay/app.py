@@ -1,4 +1,5 @@
-"""`python -m replay`: one configuration on a real machine, one folder, the same `metrics.json` as a simulation's."""
+"""The job of `python -m replay`: one configuration on a real machine, one folder, the same `metrics.json` as a
+simulation's."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -26,25 +26,19 @@ from replay.lost import DeviceLostError, end
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
-from sim.app import Recorders, kept, relative
+from sim.app import Recorders, relative
 from sim.job.beside import answerable, baselines, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
-from sim.job.run_cli import Ended, as_job, run_hydra
+from sim.job.run_cli import Ended
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
-from sim.paths import CONF
+from sim.job.title import policy_title
 
 WRONG = 1
 """Exit code of a run whose stamps or launches were wrong."""
-
-
-@hydra.main(config_path=str(CONF), config_name="replay", version_base="1.3")
-def main(cfg: DictConfig) -> float | None:
-    """Replay what `cfg` says; returns TPOT in ms."""
-    return as_job(replay_configured, cfg)
 
 
 def replay_configured(cfg: DictConfig) -> float | None:
@@ -91,7 +85,7 @@ def _replay(
     wall_s = time.perf_counter() - started
     found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
     write_text(folder / "provenance.json", to_json(found))
-    _print(console, metrics, folder)
+    _print(console, metrics, folder, policy_title(plain["policy"]))
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)
@@ -191,11 +185,11 @@ def _most(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _print(console: Console, metrics: dict[str, Any], folder: Path) -> None:
+def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder))
+        print_line(console, metrics, relative(folder), title)
         return
-    print_report(console, metrics, None)
+    print_report(console, metrics, None, title)
     for note in notes(metrics):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)
@@ -243,8 +237,3 @@ def notes(metrics: dict[str, Any]) -> list[str]:
                 f"launched too often {list(wrong['too_often'])}"
             )
     return lines
-
-
-def cli() -> int:
-    """Entry point."""
-    return run_hydra(main, kept(sys.argv[1:]))

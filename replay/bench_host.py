@@ -14,188 +14,21 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from expertflow.runtime import Runtime
-from replay.drive import drive
-from replay.gc_pause import gc_paused
-from replay.machine.cuda import CudaDevice
-from replay.machine.cuda_clock import CudaClock
-from replay.machine.device import Program, Words, Work, words_of
-from replay.machine.rig import Rig
-from replay.run import needs_of, scaled_workload
-from replay.stopwatch import Stopwatch, measure_overhead
-from sim.job.configure import configure
+from replay.packages import asked_for_by
 from sim.job.run_cli import run_cli
-from sim.job.setup import load_chunks, make_policy, make_workload, run_config
 from sim.paths import resolved
 from traces.flags import Parser, whole
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
-SCALE = 64
-"""What the model's widths are divided by. No byte of the model is computed or copied here."""
-
-
-class _Event:
-    """An event of a device on which all has happened. at_ns: when it was recorded."""
-
-    __slots__ = ("at_ns",)
-
-    def __init__(self) -> None:
-        self.at_ns = 0
-
-    def record(self, stream: object) -> None:
-        self.at_ns = time.perf_counter_ns()
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: _Event) -> float:
-        return (other.at_ns - self.at_ns) / 1e6
-
-
-class _Stream:
-    """A stream that accepts what is enqueued and runs nothing."""
-
-    def wait_event(self, event: object) -> None:
-        """Nothing is left to wait for."""
-
-
-class EmptyDriver(CudaDevice):
-    """`CudaDevice` on a driver that does nothing. calls: how often it was called, by name, where they are counted."""
-
-    world = "cpu"
-    ends_inside = True
-
-    def __init__(self, counting: bool = False) -> None:
-        self._lost = False
-        self._pool: list[Any] = []
-        self.torch_device = torch.device("cpu")
-        self._compute: Any = _Stream()
-        self._link: Any = self._compute
-        self._flag = torch.zeros(1, dtype=torch.int64)
-        self._number = words_of(self._flag)
-        self.numbers: Sequence[int] = self._number
-        self._raw_copy = _nothing
-        self.seen_ns: list[int] = []
-        self.launched_ns: list[int] = []
-        self.calls: Counter[str] = Counter()
-        if counting:
-            self._count()
-        self._use_clock(CudaClock(None, self._pool, self._event))
-        self._clock.count_from_now(_nothing)
-
-    def _event(self) -> Any:
-        return self._pool.pop() if self._pool else _Event()
-
-    def _count(self) -> None:
-        counted = type(
-            "_Counted",
-            (_Event,),
-            {name: self._counted(name, getattr(_Event, name)) for name in ("record", "query", "elapsed_time")},
-        )
-        self._event = lambda: self._pool.pop() if self._pool else counted()  # type: ignore[method-assign]
-        self._raw_copy = self._counted("copy", _nothing)
-
-    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        calls = self.calls
-
-        def counting(*given: Any) -> Any:
-            calls[name] += 1
-            return call(*given)
-
-        return counting
-
-    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
-        start, end, number, gated = self._event(), self._event(), self._number, words is not None
-        clock, calls = time.perf_counter_ns, self.calls
-
-        def run() -> None:
-            calls["launch"] += 1
-            start.at_ns = end.at_ns = clock()
-            if gated:
-                number[0] += 1
-
-        return Program(start, end, run)
-
-    def restart_clock(self) -> None:
-        """Nothing has run."""
-
-    def synchronize(self) -> None:
-        """Nothing runs."""
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def wait(self, number: int, event: Any = None, idle: Callable[[], object] | None = None) -> None:
-        super().wait(number, event, idle)
-        self.seen_ns.append(time.perf_counter_ns())
-
-    def launch(self, program: Program) -> None:
-        super().launch(program)
-        if program.row is not None:
-            self.launched_ns.append(time.perf_counter_ns())
-
-
-def _nothing(*given: Any) -> None:
-    """Stand in for a call of the driver, and do nothing."""
-
-
-class HostTimes:
-    """Python time of the layer-steps of one run in ns, and how often the driver was called.
-
-    launched_ns: by layer-step, from the moment at which the gate's number was seen to the first launch of experts.
-    total_ns: the whole run. policy_ns: the part of it that was spent in the policy's own code.
-    """
-
-    def __init__(self, words: Sequence[str], counting: bool = False, timed_policy: bool = False) -> None:
-        cfg = configure(["+hardware=a100", "stack=found", "compare=none", *words])
-        full = make_workload(cfg)
-        work = scaled_workload(full, SCALE)
-        policy, transfer = make_policy(cfg["policy"], full, 0)
-        watch = Stopwatch(overhead=measure_overhead())
-        if timed_policy:
-            watch.attach(policy)
-        device = EmptyDriver(counting)
-        rig = Rig(device, work.model, needs_of(work, policy, transfer))
-        chunk_bytes = load_chunks(work)
-        machine = rig.machine(chunk_bytes, work.stack)
-        runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, list(work.batches))
-        watch.event_of = lambda: runtime.view.event
-        machine.prepare(work.batches)
-        machine.preload(runtime.slots.slot_of)
-        for list_of in (device.seen_ns, device.launched_ns):
-            list_of.clear()
-        device.calls.clear()
-        with gc_paused():
-            started = time.perf_counter_ns()
-            drive(runtime, machine)
-            self.total_ns = time.perf_counter_ns() - started
-        self.num_layers = work.model.num_layers * runtime.counters.num_forwards
-        self.num_chunks = runtime.counters.num_misses * len(chunk_bytes)
-        self.calls = device.calls
-        self.policy_ns = sum(step.total_ns for step in watch.steps)
-        self.launched_ns = _first_after(device.seen_ns, device.launched_ns)
-
-
-def _first_after(seen: Sequence[int], launched: Sequence[int]) -> list[int]:
-    """The time in ns from the last entry of `seen` before each launch to that launch."""
-    found, place = [], 0
-    for at in launched:
-        while place + 1 < len(seen) and seen[place + 1] <= at:
-            place += 1
-        found.append(at - seen[place])
-    return found
 
 
 def measure(words: Sequence[str], repeat: int) -> dict[str, dict[str, float]]:
     """Medians over `repeat` runs, by what the time is spent on: us of Python, and calls of the driver."""
+    with asked_for_by("python -m replay.bench_host"):
+        from replay.host_times import HostTimes
     resident = ["residency=1.0", "start=resident", "+policy=lru", *words]
     copying = ["residency=0.5", "+policy=lru", *words]
     seen, rest, chunk = [], [], []

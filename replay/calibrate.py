@@ -20,11 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from replay.calibration.hostspeed import drift
-from replay.calibration.profile import profiles
-from replay.calibration.record import calibrate, named_model, scale_of, write_profile
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
-from replay.machine.rig import choose_machine, make_device
+from replay.packages import asked_for_by
 from sim.job.configure import configure
 from sim.job.output import provenance
 from sim.job.run_cli import run_cli
@@ -143,6 +141,10 @@ def _calibrate(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def _measure(args: argparse.Namespace, words: list[str], name: str, folder: Path) -> None:
+    with asked_for_by("python -m replay.calibrate"):
+        from replay.calibration.profile import profiles
+        from replay.calibration.record import calibrate, named_model, scale_of, write_profile
+        from replay.machine.rig import choose_machine, make_device
     policies, models = args.policies.split(","), args.models.split(",")
     for policy in policies:
         configure(["+hardware=a100", f"+policy={policy}"])

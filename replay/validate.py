@@ -14,12 +14,10 @@ import sys
 from pathlib import Path
 
 from replay.calibrate import check_name
-from replay.calibration.record import scale_of
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
-from replay.machine.rig import choose_machine, make_device
+from replay.packages import asked_for_by
 from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
-from replay.validation.session import Validation
 from sim.job.configure import configure
 from sim.job.keys import STARTS
 from sim.job.run_cli import run_cli
@@ -153,6 +151,8 @@ def _folder_of(args: argparse.Namespace) -> Path:
 
 
 def _validate(args: argparse.Namespace) -> int:
+    with asked_for_by("python -m replay.validate"):
+        from replay.machine.rig import choose_machine
     use_own_folder(args.config_dir)
     check_name(args.name)
     machine = choose_machine(args.machine)
@@ -165,6 +165,10 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, asked: Asked, machine: str, out: Path) -> int:
+    from replay.calibration.record import scale_of
+    from replay.machine.rig import make_device
+    from replay.validation.session import Validation
+
     scale = args.scale = scale_of(args.scale, machine)
     pace = args.throttle if args.throttle is not None or machine == "cuda" else _pace(args.hardware, scale)
     device = make_device(machine, pace)

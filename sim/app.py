@@ -22,11 +22,13 @@ from sim.console import version_line
 from sim.job.beside import answerable, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
+from sim.job.help import register
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
+from sim.job.title import policy_title
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
 
@@ -40,6 +42,7 @@ def slug(overrides: str) -> str:
 
 
 OmegaConf.register_new_resolver("slug", slug, replace=True)
+register()
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -69,9 +72,9 @@ def run_configured(cfg: DictConfig) -> float | None:
         write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
         write_text(folder / "DONE", decided.to_json())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder))
+        print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
     else:
-        print_report(console, metrics, relative(folder))
+        print_report(console, metrics, relative(folder), policy_title(plain["policy"]))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+_SHARE = "of on-demand"
+"""A column that is there only where on-demand ran beside."""
+_COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
 
 
 def _per_token(metrics: dict[str, Any], key: str) -> str:
     return f"{metrics[key] / max(metrics['num_tokens'], 1) / 1e6:.3f}"
 
 
-def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None) -> list[str]:
+def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has_share: bool) -> list[str]:
     prefetch, accesses = metrics["prefetch"], max(metrics["num_accesses"], 1)
     issued = prefetch["issued"]
     left = f"{100 * metrics['stall_ns'] / on_demand_stall_ns:.2f} %" if on_demand_stall_ns else "–"
@@ -24,48 +30,59 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None) -> 
         _per_token(metrics, "stall_ns"),
         _per_token(metrics, "late_stall_ns"),
         _per_token(metrics, "miss_stall_ns"),
-        left,
+        *([left] if has_share else []),
         f"{100 * metrics['num_hits'] / accesses:.2f} %",
         f"{100 * (prefetch['useful'] + prefetch['late']) / issued:.1f} %" if issued else "–",
         f"{100 * metrics['link']['utilisation']:.1f} %",
     ]
 
 
-def print_report(console: Console, metrics: dict[str, Any], folder: str | None) -> None:
-    """One table a person can read, from the metrics of a run and those beside it."""
+def print_report(console: Console, metrics: dict[str, Any], folder: str | None, title: str) -> None:
+    """One table a person can read, from the metrics of a run and those beside it.
+
+    title: of the policy (see `sim.job.title`); where it is the name alone, a run of that name beside is the same run.
+    """
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
-        f"[bold]{metrics['policy']}[/bold] on {metrics['hardware']}, {metrics['stack']} stack, {metrics['model']} with "
+        f"[bold]{escape(title)}[/bold] on {metrics['hardware']}, {metrics['stack']} stack, {metrics['model']} with "
         f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("policy", no_wrap=True)
-    titles = ("TPOT ms", "ms/token", "stall ms", "late", "miss", "of on-demand", "hits", "prefetch used", "link busy")
-    for title in titles:
-        table.add_column(title, justify="right")
     compare = metrics["compare"] or {}
     base = compare.get("on_demand", {}).get("stall_ns")
-    table.add_row(*_row(metrics["policy"], metrics, base), style="bold")
-    for name, other in compare.items():
-        if name == metrics["policy"]:
-            continue
-        table.add_row(*_row(name, other, base))
+    for column in _COLUMNS if compare else [one for one in _COLUMNS if one != _SHARE]:
+        table.add_column(column, justify="right")
+    is_named = title == metrics["policy"]
+    own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
+    rows = [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
+    for place, (name, one) in enumerate(rows):
+        table.add_row(*_row(name, one, base, bool(compare)), style=None if place else "bold")
     bounds = metrics["bounds"]
     if bounds and bounds["floor_ns"] is not None:
         floor = bounds["floor_ns"] / max(metrics["num_tokens"], 1) / 1e6
-        table.add_row("floor", "", f"{floor:.3f}", "", "", "", "", "", "", "", style="dim")
-    console.print(table)
+        table.add_row("floor", "", f"{floor:.3f}", style="dim")
+    _print_table(console, table)
     _print_notes(console, metrics, folder)
 
 
-def print_line(console: Console, metrics: dict[str, Any], folder: str) -> None:
-    """One line a run, for sweeps."""
+def _print_table(console: Console, table: Table) -> None:
+    """Without the blanks that fill up a row's last cells."""
+    for segments in console.render_lines(table, console.options, pad=False):
+        line = Text.assemble(*((one.text, one.style or "") for one in segments))
+        line.rstrip()
+        console.print(line, highlight=False, no_wrap=True, overflow="ignore", crop=False)
+
+
+def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str) -> None:
+    """One line a run, for sweeps. title: as in `print_report`."""
     mean = metrics["tpot_ms"]["mean"]
     place = f"{metrics['hardware']}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
-    console.print(f"{metrics['policy']} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{escape(title)} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
 
 
 def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) -> None:
@@ -79,7 +96,8 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) 
         )
     if metrics["link"]["utilisation"] > 0.95:
         notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
-    notes.append("stall, late and miss are per token; of on-demand: the share of its stall that is left")
+    share = f"; {_SHARE}: the share of its stall that is left" if metrics["compare"] else ""
+    notes.append(f"stall, late and miss are per token{share}")
     if "clairvoyant" in (metrics["compare"] or {}):
         notes.append("clairvoyant: the best of five schedules that know the future")
     if metrics["bounds"] and metrics["bounds"]["floor_ns"] is not None:

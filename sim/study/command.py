@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,9 +112,18 @@ def printed(args: argparse.Namespace, study: Study) -> list[str]:
         key, value = _split("--set", word)
         return f"{key}=${key.upper().replace('.', '_')}" if "/" in value or value.endswith(".safetensors") else word
 
-    words: list[str] = [study.name, "--out", f"results/{args.out.name}"]
+    words: list[str] = [study.name, "--out", _from_here(args.out)]
     words += ["--config-dir", "$CONFIG_DIR"] if args.config_dir is not None else []
     parts: Sequence[tuple[str, list[str]]] = (("--set", [shown(word) for word in args.set]), ("--only", args.only))
     for option, listed in parts:
         words += [option, *listed] if listed else []
     return words + (["--tokens", str(args.tokens)] if args.tokens is not None else [])
+
+
+def _from_here(path: Path) -> str:
+    """`path` as seen from the current folder; its name alone where it lies outside."""
+    place = Path(os.path.normpath(Path.cwd() / path))
+    try:
+        return place.relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return place.name

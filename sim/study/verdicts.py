@@ -9,6 +9,10 @@ import pandas as pd
 
 from sim.study.plan import Study
 
+_UNDECODED = "the run ends before the first decoded token; give more --tokens"
+_OF_A_PROMPT = ("prefill_", "ttft_")
+"""How columns begin that a run has without a decoded token."""
+
 
 def judge(study: Study, table: pd.DataFrame, axes: Sequence[str]) -> dict[str, Any]:
     """Every claim, contest and comparison of the study, as plain values."""
@@ -17,6 +21,24 @@ def judge(study: Study, table: pd.DataFrame, axes: Sequence[str]) -> dict[str, A
         "best": [_best(spec, table, axes) for spec in study.best],
         "pairs": [_pair(spec, table, axes) for spec in study.pairs],
     }
+
+
+def _with_values(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """`table` without the column's values of runs that decoded nothing: policies cannot differ there."""
+    if "decode_forwards" not in table or column.startswith(_OF_A_PROMPT):
+        return table
+    return table.assign(**{column: table[column].where(table["decode_forwards"] > 0)})
+
+
+def _gap(rows: pd.DataFrame, column: str) -> dict[str, Any]:
+    """num_empty: how many of `rows`, as `_with_values` has them, are without a value; why they are."""
+    empty = rows[rows[column].isna()]
+    undecoded = "decode_forwards" in empty and bool((empty["decode_forwards"] == 0).any())
+    if rows.empty:
+        why = "what it is about was not run"
+    else:
+        why = _UNDECODED if undecoded else "what it is held against was not run, or is 0"
+    return {"num_empty": len(empty), "why_empty": why if rows.empty or len(empty) else None}
 
 
 def _place(row: Any, axes: Sequence[str]) -> str:
@@ -28,7 +50,9 @@ def _claim(spec: Mapping[str, Any], table: pd.DataFrame, axes: Sequence[str]) ->
 
     split: column -> value, at which the cells are told apart.
     """
-    chosen = table[table["variant"].isin(spec["variants"])].dropna(subset=[spec["column"]])
+    rows = _with_values(table, spec["column"])
+    rows = rows[rows["variant"].isin(spec["variants"])]
+    chosen = rows.dropna(subset=[spec["column"]])
     holds: list[dict[str, Any]] = []
     fails: list[dict[str, Any]] = []
     for row in chosen.to_dict("records"):
@@ -37,13 +61,15 @@ def _claim(spec: Mapping[str, Any], table: pd.DataFrame, axes: Sequence[str]) ->
         entry = {"place": _place(row, axes), "variant": row["variant"], "value": value}
         entry |= {column: row[column] for column in spec.get("split", {})}
         (holds if kept else fails).append(entry)
-    return {**spec, "num_holds": len(holds), "num_fails": len(fails), "holds": holds, "fails": fails}
+    counts = {"num_holds": len(holds), "num_fails": len(fails), **_gap(rows, spec["column"])}
+    return {**spec, **counts, "holds": holds, "fails": fails}
 
 
 def _best(spec: Mapping[str, Any], table: pd.DataFrame, axes: Sequence[str]) -> dict[str, Any]:
     """One variant against the best of others, by place; `gain` > 0 where it is better (the column is a cost)."""
     places: list[dict[str, Any]] = []
     column = spec["column"]
+    table = _with_values(table, column)
     for _, rows in _by_place(table, axes):
         values = rows.set_index("variant")[column].dropna()
         others = values[[name for name in spec["of"] if name in values.index]]
@@ -66,6 +92,7 @@ def _best(spec: Mapping[str, Any], table: pd.DataFrame, axes: Sequence[str]) -> 
         "num_places": len(gains),
         "least_gain": min(gains, default=None),
         "most_gain": max(gains, default=None),
+        **_gap(table[table["variant"].isin([spec["variant"], *spec["of"]])], column),
         "places": places,
     }
 
@@ -78,6 +105,7 @@ def _pair(spec: Mapping[str, Any], table: pd.DataFrame, axes: Sequence[str]) -> 
     """The same cell at two values of one axis: where the one named fast costs more than the one named slow."""
     rest = [axis for axis in axes if axis != spec["axis"]]
     keys = [*rest, "variant"]
+    table = _with_values(table, spec["column"])
     fast = table[table[spec["axis"]] == spec["fast"]].set_index(keys)[spec["column"]]
     slow = table[table[spec["axis"]] == spec["slow"]].set_index(keys)[spec["column"]]
     found: list[dict[str, Any]] = []
@@ -85,14 +113,21 @@ def _pair(spec: Mapping[str, Any], table: pd.DataFrame, axes: Sequence[str]) -> 
         names = key if isinstance(key, tuple) else (key,)
         found.append({"place": " ".join(map(str, names)), "ratio": float(fast[key] / slow[key])})
     inverted = [one for one in found if one["ratio"] > 1]
-    return {**spec, "num_places": len(found), "num_inverted": len(inverted), "inverted": inverted, "places": found}
+    counts = {"num_places": len(found), "num_inverted": len(inverted)}
+    counts |= _gap(table[table[spec["axis"]].isin([spec["fast"], spec["slow"]])], spec["column"])
+    return {**spec, **counts, "inverted": inverted, "places": found}
 
 
 def sentences(verdicts: Mapping[str, Any]) -> list[str]:
-    """Each verdict as a line of the report."""
-    lines = [_claim_line(claim) for claim in verdicts["claims"] if claim["num_holds"] + claim["num_fails"]]
-    lines += [_best_line(best) for best in verdicts["best"] if best["num_places"]]
-    return lines + [_pair_line(pair) for pair in verdicts["pairs"] if pair["num_places"]]
+    """Each verdict as a line of the report; of what has no value why it has none."""
+    lines = [_claim_line(claim) for claim in verdicts["claims"]]
+    lines += [_best_line(best) for best in verdicts["best"]]
+    return lines + [_pair_line(pair) for pair in verdicts["pairs"]]
+
+
+def _no_value(verdict: Mapping[str, Any]) -> str:
+    count = verdict["num_empty"]
+    return f"no value in {count} cell{'' if count == 1 else 's'}: {verdict['why_empty']}"
 
 
 def _listed(found: Sequence[str], most: int = 8) -> str:
@@ -101,27 +136,32 @@ def _listed(found: Sequence[str], most: int = 8) -> str:
 
 def _claim_line(claim: Mapping[str, Any]) -> str:
     limits = [f"{key.replace('_', ' ')} {claim[key]:g}" for key in ("at_most", "at_least") if key in claim]
+    head = f"{claim['name']} ({claim['column']} {' and '.join(limits)})"
+    if not claim["num_holds"] + claim["num_fails"]:
+        return f"{head}: {_no_value(claim)}."
     held = [f"{one['variant']} at {one['place']}" for one in claim["holds"]]
     parts = [f"{claim['num_holds']} of {claim['num_holds'] + claim['num_fails']} cells{_listed(held)}"]
     for column, at in claim.get("split", {}).items():
         for word, is_above in (("at most", False), ("above", True)):
             holds, fails = (sum((one[column] > at) == is_above for one in claim[key]) for key in ("holds", "fails"))
             parts.append(f"where {column} is {word} {at:g}, in {holds} of {holds + fails}")
-    return f"{claim['name']} ({claim['column']} {' and '.join(limits)}): holds in {'; '.join(parts)}."
+    if claim["why_empty"] == _UNDECODED:
+        parts.append(_no_value(claim))
+    return f"{head}: holds in {'; '.join(parts)}."
 
 
 def _best_line(best: Mapping[str, Any]) -> str:
-    low, high = 100 * best["least_gain"], 100 * best["most_gain"]
     others = best["of"][0] if len(best["of"]) == 1 else f"the best of {len(best['of'])}"
-    return (
-        f"{best['name']} ({best['column']}, {best['variant']} against {others}): better in {best['num_wins']} of "
-        f"{best['num_places']} places; it saves {low:.2f} to {high:.2f} %."
-    )
+    head = f"{best['name']} ({best['column']}, {best['variant']} against {others})"
+    if not best["num_places"]:
+        return f"{head}: {_no_value(best)}."
+    low, high = 100 * best["least_gain"], 100 * best["most_gain"]
+    return f"{head}: better in {best['num_wins']} of {best['num_places']} places; it saves {low:.2f} to {high:.2f} %."
 
 
 def _pair_line(pair: Mapping[str, Any]) -> str:
+    head = f"{pair['name']} ({pair['column']}, {pair['fast']} over {pair['slow']})"
+    if not pair["num_places"]:
+        return f"{head}: {_no_value(pair)}."
     inverted = [f"{one['place']} ({one['ratio']:.2f})" for one in pair["inverted"]]
-    return (
-        f"{pair['name']} ({pair['column']}, {pair['fast']} over {pair['slow']}): in {pair['num_inverted']} of "
-        f"{pair['num_places']} places{_listed(inverted)}."
-    )
+    return f"{head}: in {pair['num_inverted']} of {pair['num_places']} places{_listed(inverted)}."

@@ -214,12 +214,16 @@ COLUMNS = [
 ]
 
 
-def table_of(out: str) -> dict[str, list[str]]:
-    """The cells of the printed table by first cell, cut where its columns end: right-aligned below their titles."""
+def table_of(out: str, beside: bool = True) -> dict[str, list[str]]:
+    """The cells of the printed table by first cell, cut where its columns end: right-aligned below their titles.
+
+    beside: other runs stand in it, on-demand among them.
+    """
     lines = out.splitlines()
     top = next(number for number, line in enumerate(lines) if line.startswith("policy "))
-    assert re.split(r" {2,}", lines[top].strip()) == COLUMNS
-    ends = [lines[top].index(title) + len(title) for title in COLUMNS[1:]]
+    columns = [title for title in COLUMNS if title != "of on-demand" or beside]
+    assert re.split(r" {2,}", lines[top].strip()) == columns
+    ends = [lines[top].index(title) + len(title) for title in columns[1:]]
     width = lines[top].index(COLUMNS[1])
     rows = {}
     for line in lines[top + 1 :]:
@@ -239,7 +243,7 @@ def cells(metrics: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
     return [
         f"{metrics['tpot_ms']['mean']:.3f}",
         *(f"{value:.3f}" for value in times),
-        f"{100 * metrics['stall_ns'] / base['stall_ns']:.2f} %" if base else "–",
+        *([f"{100 * metrics['stall_ns'] / base['stall_ns']:.2f} %"] if base else []),
         f"{100 * metrics['num_hits'] / metrics['num_accesses']:.2f} %",
         f"{100 * used / prefetch['issued']:.1f} %" if prefetch["issued"] else "–",
         f"{100 * metrics['link']['utilisation']:.1f} %",
@@ -273,14 +277,14 @@ def test_the_table_has_a_row_for_each_run_beside_but_not_the_runs_own(
 
 def test_the_table_of_a_run_alone_is_one_row(trace: Path, tmp_path: Path) -> None:
     found = run_here([*ADAPTIVE, f"trace.path={trace}", "compare=none"], tmp_path / "run")
-    assert table_of(found.out) == {"adaptive": cells(found.metrics(), None)}
+    assert table_of(found.out, beside=False) == {"adaptive": cells(found.metrics(), None)}
 
 
 def test_the_table_of_a_prompt_alone_has_no_time_between_tokens(tmp_path: Path) -> None:
     path = small_trace(tmp_path / "t.safetensors", 4, 1, prompt=3)
     found = run_here([*LRU, f"trace.path={path}", "compare=none", "max_tokens=2"], tmp_path / "run")
     assert found.metrics()["tpot_ms"]["mean"] is None
-    assert table_of(found.out)["lru"][0] == "–"
+    assert table_of(found.out, beside=False)["lru"][0] == "–"
 
 
 def test_redundant_prefetches_are_told_of_below_the_table(trace: Path, tmp_path: Path) -> None:

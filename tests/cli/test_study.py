@@ -103,7 +103,7 @@ def test_the_report_shows_command_verdicts_and_tables_but_no_path(folder: Path) 
     assert command(folder, *words(folder), "--tokens", "20") == 0
     text = (folder / "out" / "README.md").read_text(encoding="utf-8")
     told = "--config-dir $CONFIG_DIR --set recording=$RECORDING --tokens 20"
-    assert f"python -m sim.study tiny --out results/out {told}" in text
+    assert f"python -m sim.study tiny --out out {told}" in text
     assert "Below (stall_left_on_demand at most 1): holds in 2 of 2 cells" in text
     assert "| variant | small eager | small graph |" in text
     for path in (folder / "out").iterdir():
@@ -172,3 +172,11 @@ def test_a_wrong_word_is_one_line(
 def test_an_unknown_study_is_one_line_with_the_choices(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(folder, name="tinny") == 2
     assert "did you mean tiny?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_that_decodes_nothing_says_so_in_place_of_a_verdict(folder: Path) -> None:
+    assert command(folder, *words(folder), "--tokens", "1") == 0
+    text = (folder / "out" / "README.md").read_text(encoding="utf-8")
+    assert "holds in" not in text
+    assert "the run ends before the first decoded token; give more --tokens" in text

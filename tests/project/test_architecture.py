@@ -43,9 +43,16 @@ ROOMS: dict[str, list[str]] = {
     "sim/job": ["sim.machine", "sim.views", "sim.study"],
     "sim/views": ["sim.job", "sim.machine", "sim.study"],
     "sim/machine": ["sim.views", "sim.study"],
-    "replay/machine": ["sim.job.configure", "replay.calibration", "replay.lockstep", "replay.validation", "replay.app"],
-    "replay/lockstep": ["replay.machine", "replay.calibration", "replay.validation", "replay.app"],
-    "replay/calibration": ["replay.lockstep", "replay.validation", "replay.app"],
+    "replay/machine": [
+        "sim.job.configure",
+        "replay.calibration",
+        "replay.lockstep",
+        "replay.validation",
+        "replay.app",
+        "replay.command",
+    ],
+    "replay/lockstep": ["replay.machine", "replay.calibration", "replay.validation", "replay.app", "replay.command"],
+    "replay/calibration": ["replay.lockstep", "replay.validation", "replay.app", "replay.command"],
 }
 """What the rooms of a package must not know of each other."""
 

@@ -141,7 +141,7 @@ def test_a_replay_that_loses_its_gpu_leaves_what_was_measured(tmp_path: Path) ->
     code = """
 import replay.machine.faults
 from pathlib import Path
-from replay.app import cli
+from replay.command import cli
 from tests.support.commands import tiny_trace
 from tests.support.replays import TINY
 trace = tiny_trace(Path("tiny.safetensors"), 24)

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
-from replay.app import cli
+from replay.command import cli
 from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader

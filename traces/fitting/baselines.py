@@ -203,7 +203,8 @@ class NetworkBaseline:
         if "hybrid" in training.files:
             arrays = read_arrays(training.files["hybrid"])[0]
         else:
-            from traces.fitting.network import HybridOptions, fit_hybrid
+            from traces.fitting.network import fit_hybrid
+            from traces.fitting.training import HybridOptions
 
             options = HybridOptions(distances=training.distances, seed=training.seed)
             arrays = fit_hybrid(self.trace, training.report, options)[0]

@@ -22,11 +22,11 @@ from traces.fitting.packages import asked_for_by
 from traces.reader import open_trace
 
 FITS = {
-    "forest": ("traces.fitting.forest", "fit_forest", "ForestOptions"),
-    "hybrid": ("traces.fitting.network", "fit_hybrid", "HybridOptions"),
-    "transition": ("traces.fitting.transition", "fit_transition", "TransitionOptions"),
+    "forest": ("traces.fitting.forest:fit_forest", "traces.fitting.forest:ForestOptions"),
+    "hybrid": ("traces.fitting.network:fit_hybrid", "traces.fitting.training:HybridOptions"),
+    "transition": ("traces.fitting.transition:fit_transition", "traces.fitting.transition:TransitionOptions"),
 }
-"""Kinds; module, function and options of each. The first is the default."""
+"""Kinds; function and options of each. The first is the default."""
 ZERO_ALLOWED = ("seed", "threads", "dropout")
 _EXAMPLES = """examples:
   python -m traces fit-predictor train.safetensors my-model.forest.safetensors kind=forest
@@ -34,14 +34,23 @@ _EXAMPLES = """examples:
   python -m traces fit-predictor train.safetensors my-model.transition.safetensors kind=transition"""
 
 
-def fit_of(kind: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The function that fits `kind`, and its options. TraceError on an unknown one."""
+def options_of(kind: str) -> Callable[..., Any]:
+    """The options of `kind`, without what its function needs. TraceError on an unknown one."""
     if kind not in FITS:
         raise TraceError(f"kind={kind} is unknown; known are {', '.join(FITS)}")
-    name, function, options = FITS[kind]
+    return _loaded(FITS[kind][1])
+
+
+def fit_of(kind: str) -> Callable[..., Any]:
+    """The function that fits `kind`. TraceError where a package that it needs is missing."""
     with asked_for_by(f"kind={kind}"):
-        module = importlib.import_module(name)
-    return getattr(module, function), getattr(module, options)
+        return _loaded(FITS[kind][0])
+
+
+def _loaded(place: str) -> Callable[..., Any]:
+    module, name = place.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lines = [
         "options, by kind (defaults shown; max_mb: 10^6 bytes of the file; rows: pairs of row and distance that",
         "each target layer is fitted on; distances: layers ahead):",
-        *(f"  kind={kind} {listed_options(fit_of(kind)[1])}" for kind in FITS),
+        *(f"  kind={kind} {listed_options(options_of(kind))}" for kind in FITS),
         "",
         _EXAMPLES,
     ]
@@ -69,13 +78,14 @@ def run(args: argparse.Namespace) -> int:
     if len(kinds) > 1:
         raise TraceError("option kind is given twice; keep one")
     kind = kinds[0] if kinds else next(iter(FITS))
-    function, make_options = fit_of(kind)
+    make_options = options_of(kind)
     words = [word for word in args.options if not word.startswith("kind=")]
     options = make_options(**parse_options(kind, make_options, words, ZERO_ALLOWED))
     if not args.output.absolute().parent.is_dir():
         raise fault(
             args.output, "file", f"the folder {args.output.absolute().parent} does not exist", "create it first"
         )
+    function = fit_of(kind)
     trace = open_trace(args.trace)
     with asked_for_by(f"kind={kind}"):
         arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,31 +31,12 @@ from expertflow.network import (
 )
 from expertflow.units import NAT
 from traces.fitting.dataset import MAX_ROWS, WEIGHT_SUM, Dataset, log_use, read_dataset, read_pregate
+from traces.fitting.training import HybridOptions, Training
 from traces.reader import Trace
 
 _RECENT_KEPT = RECENT[0] / RECENT[1]
 _PEAK_SHARE = 99.9
 _CALIBRATION_ROWS = 3000
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how: passes over the rows, widths of the two hidden layers, the farthest distance, and the seed.
-
-    discount: of each further forward in what counts as soon. distances_a_step: how many distances a step is taken on.
-    """
-
-    epochs: int = 12
-    hidden: int = 192
-    mixed: int = 128
-    distances: int = 8
-    seed: int = 0
-    batch: int = 128
-    lr: float = 3e-3
-    weight_decay: float = 0.05
-    dropout: float = 0.1
-    discount: float = 0.75
-    distances_a_step: int = 4
 
 
 class FloatNetwork(nn.Module):
@@ -289,37 +269,6 @@ def _rows_to_bytes(weights: npt.NDArray[np.float64], axis: int) -> tuple[npt.NDA
     """Weights to log-odds as bytes, and what turns sums of them into 1/1024 nat, in 2^-16; one scale per expert."""
     steps = np.maximum(np.abs(weights).max(axis=axis), 1e-9) / TOP
     return np.rint(weights / np.expand_dims(steps, axis)).astype(np.int8), np.rint(UNIT * NAT * steps).astype(np.int64)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HybridOptions:
-    """What `fit-predictor kind=hybrid` may be told.
-
-    dropout: in percent; more where rows are few. rows: of whole requests, from the first, at most so many. threads: of
-    torch, 0 = its own choice. The others as in `Training`.
-    """
-
-    epochs: int = 12
-    hidden: int = 192
-    mixed: int = 128
-    distances: int = 8
-    dropout: int = 10
-    rows: int = MAX_ROWS
-    seed: int = 0
-    threads: int = 0
-
-    def training(self, num_layers: int) -> Training:
-        """How a network for so many layers is trained."""
-        distances = min(self.distances, num_layers - 1)
-        return Training(
-            epochs=self.epochs,
-            hidden=self.hidden,
-            mixed=self.mixed,
-            distances=distances,
-            seed=self.seed,
-            dropout=self.dropout / 100,
-            distances_a_step=min(Training.distances_a_step, distances),
-        )
 
 
 def fit_hybrid(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from replay.bench_host import BARS_US, HostTimes, _first_after, main, measure
+from replay.bench_host import BARS_US, main, measure
+from replay.host_times import HostTimes, _first_after
 
 WORDS = ["trace.num_tokens=6", "trace.num_requests=1"]
 
