@@ -7,8 +7,11 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from expertflow.keys import declared
+from replay.keys import ReplayKeys
 from replay.packages import asked_for_by
 from sim.app import kept
+from sim.job.known import known_beside
 from sim.job.run_cli import as_job, run_hydra
 from sim.paths import CONF
 
@@ -27,4 +30,5 @@ def _replay(cfg: DictConfig) -> float | None:
 
 def cli() -> int:
     """Entry point."""
+    known_beside(declared(ReplayKeys))
     return run_hydra(main, kept(sys.argv[1:]))

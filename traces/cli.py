@@ -74,14 +74,15 @@ EXAMPLES = {
   python -m traces score-predictors train.safetensors eval.safetensors --out accuracy
   python -m traces score-predictors train.safetensors eval.safetensors --out accuracy --only pregate,forest""",
 }
-_IMPORT_EXAMPLES = """examples:
-  python -m traces import gpt-oss-json GPT-OSS-MoE-ExpertFingerprinting/data train.safetensors split=train
-  python -m traces import moe-beyond-csv prompts/ moe-beyond.safetensors
-  python -m traces import route-csv route.csv my.safetensors model=gpt-oss-120b incomplete=repeat
-  python -m traces import event-csr events.safetensors my.safetensors model=qwen3-30b-a3b num_experts=128
-  python -m traces import engine-dumps answers.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128 top_k=8
-  python -m traces import auto layer0.jsonl layer1.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128
-  python -m traces import table log.csv my.safetensors token=pos layer=l expert=e0,e1 prompt_len=12"""
+_IMPORT_EXAMPLES = (
+    "python -m traces import gpt-oss-json GPT-OSS-MoE-ExpertFingerprinting/data train.safetensors split=train",
+    "python -m traces import moe-beyond-csv prompts/ moe-beyond.safetensors",
+    "python -m traces import route-csv route.csv my.safetensors model=gpt-oss-120b incomplete=repeat",
+    "python -m traces import event-csr events.safetensors my.safetensors model=qwen3-30b-a3b num_experts=128",
+    "python -m traces import engine-dumps answers.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128 top_k=8",
+    "python -m traces import auto layer0.jsonl layer1.jsonl my.safetensors model=qwen3-30b-a3b num_experts=128",
+    "python -m traces import table log.csv my.safetensors token=pos layer=l expert=e0,e1 prompt_len=12",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,11 +124,14 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         "source", metavar="SOURCE…", help="recorded files, or a folder of them (event-csr: one file)"
     )
     importing.add_argument(
-        "output", nargs="+", metavar="OUT key=value", help="the trace to write (.safetensors); options"
+        "output", nargs="+", metavar="OUT [key=value …]", help="the trace to write (.safetensors); options"
     )
+    importing.usage = "python -m traces import [-h] KIND SOURCE… OUT [key=value …]"
     importing.set_defaults(run=run_import)
     if command == "import":
-        importing.epilog = _option_list() + "\n\n" + _IMPORT_EXAMPLES
+        words = importlib.import_module("traces.importers.option_words")
+        options = {kind: listed_options(importer_of(kind)) for kind in sorted(KINDS)}
+        importing.epilog = words.described(options, _IMPORT_EXAMPLES, words.help_width())
     for name, about in DELEGATED.items():
         delegate = add(name, about, EXAMPLES[name])
         if command == name:
@@ -245,12 +249,6 @@ def _value(key: str, text: str, wanted: type, least: int) -> Any:
     if not text:
         raise TraceError(f"option {key} is empty; give it a value, or leave it out")
     return text
-
-
-def _option_list() -> str:
-    lines = ["options, by kind (defaults shown; those without one are read from the file if it has them):"]
-    lines += [f"  {kind}: {listed_options(importer_of(kind))}" for kind in sorted(KINDS)]
-    return "\n".join(lines)
 
 
 def listed_options(function: Callable[..., Any]) -> str:

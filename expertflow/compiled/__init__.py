@@ -15,12 +15,12 @@ from importlib import import_module
 import_module("numba")
 
 from expertflow.compiled.arrays import Block, Choice, History, Network, Sizes  # noqa: E402  (after numba)
-from expertflow.compiled.compiling import packed  # noqa: E402
-from expertflow.compiled.deciding import decide, decide_scored, settle  # noqa: E402
-from expertflow.compiled.forest import evaluate_forest  # noqa: E402
-from expertflow.compiled.learning import close, learn, learn_block  # noqa: E402
-from expertflow.compiled.products import QUAD, by_quads, padded  # noqa: E402
-from expertflow.compiled.scoring import forecast, forecast_block, look, score_block  # noqa: E402
+from expertflow.compiled.compiling import packed  # noqa: E402  (after numba)
+from expertflow.compiled.deciding import decide, decide_scored, settle  # noqa: E402  (after numba)
+from expertflow.compiled.forest import evaluate_forest  # noqa: E402  (after numba)
+from expertflow.compiled.learning import close, learn, learn_block  # noqa: E402  (after numba)
+from expertflow.compiled.products import QUAD, by_quads, padded  # noqa: E402  (after numba)
+from expertflow.compiled.scoring import forecast, forecast_block, look, score_block  # noqa: E402  (after numba)
 
 MODULES = tuple(name for name in sys.modules if name == __name__ or name.startswith(f"{__name__}."))
 """The modules that compute."""

@@ -17,9 +17,9 @@ import torch
 
 def feed_forward(
     inputs: torch.Tensor,
-    first: List[torch.Tensor],  # noqa: UP006
-    second: List[torch.Tensor],  # noqa: UP006
-    rows: List[int],  # noqa: UP006
+    first: List[torch.Tensor],  # noqa: UP006  (TorchScript reads typing.List)
+    second: List[torch.Tensor],  # noqa: UP006  (TorchScript reads typing.List)
+    rows: List[int],  # noqa: UP006  (TorchScript reads typing.List)
     up: torch.Tensor,
     middle: torch.Tensor,
     out: torch.Tensor,

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from expertflow.keys import near_to, nearest, shown
 from sim.job.former_names import present_key, renamed
+from sim.job.known import LISTED, no_key
 from traces.messages import line, shortened, told, why
 
 
@@ -100,8 +101,10 @@ def _of_a_value(error: BaseException, message: str) -> str:
         place = key or next((shown(word) for word in sys.argv[1:] if "${" in word), "")
         place = f"{place}: " if place and place not in words else ""
         return f"{place}{words}; an interpolation names a key or resolver that is there and not itself"
-    if "Could not override" in text or "Key '" in text or "not in struct" in str(error.__cause__ or ""):
-        return f"{words}; unknown keys are refused: see docs/keys.md and conf/run.yaml for those there are"
+    if unknown:
+        return no_key(unknown[1])
+    if "Key '" in text or "not in struct" in str(error.__cause__ or ""):
+        return f"{words}; {LISTED}"
     return f"{key}: {words}" if key and key not in words else message
 
 

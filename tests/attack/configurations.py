@@ -398,7 +398,7 @@ WORDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("+hardware=a100", "+policy=lru", "~model"), ("model is missing",)),
     (("+hardware=a100", "+policy=lru", "~nosuch"), ("nosuch",)),
     (("+hardware=a100", "+policy=lru", "~policy.name"), ("policy.name",)),
-    (("+hardware=a100", "+policy=lru", "foo=1"), ("foo", "unknown keys")),
+    (("+hardware=a100", "+policy=lru", "foo=1"), ("foo", "is no key")),
     (("+hardware=a100", "+policy=lru", "+seed=5"), ("seed", "leave out the plus sign")),
     (("hardware=a100", "+policy=lru"), ("hardware", "+hardware=NAME")),
     (("+hardware=a100", "+policy=lru", "residency=${foo}"), ("residency", "foo")),

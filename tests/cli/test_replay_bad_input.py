@@ -52,7 +52,8 @@ BAD = [
     Bad(f"{LRU} host_memory_gb=1000000", ("host_memory_gb=1000000", "more than the host has left", "would fit")),
     Bad(f"{LRU} compare=floor", ("compare=floor", "simulator", "full or none")),
     Bad(f"{LRU} compare=some", ("compare='some'", "full, floor, none")),
-    Bad(f"{LRU} foo=1", ("foo", "unknown keys")),
+    Bad(f"{LRU} foo=1", ("foo", "is no key")),
+    Bad(f"{LRU} machne=cpu", ("machne is no key (did you mean machine?)",)),
     Bad(f"{LRU} +foo=1", ("foo is no key", "batch_size")),
     Bad(f"{LRU} ~verify", ("verify is missing", "another value")),
     Bad(f"{LRU} gpu_memory_gb=100000", ("gpu_memory_gb=100000", "more than the GPU has")),
@@ -122,7 +123,7 @@ def test_a_profile_that_only_a_replay_knows_is_one_line_to_the_simulator(tmp_pat
 
 def test_a_replays_key_is_one_line_to_the_simulator(tmp_path: Path) -> None:
     found = run_here(["+hardware=a100", "+policy=lru", "verify=true"], tmp_path / "run")
-    assert_refused(found, ("verify", "unknown keys"))
+    assert_refused(found, ("verify", "is no key"))
 
 
 @pytest.mark.slow

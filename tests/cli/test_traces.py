@@ -11,7 +11,9 @@ import pytest
 from tests.support.traces import HEADER, check_error, run, save, sound_arrays
 from tests.unit.traces.test_importers import BY_LAYER, GAP, record
 from traces import cli
+from traces.cli import KINDS, _options_of, importer_of
 from traces.format import open_trace
+from traces.importers.option_words import MEANINGS
 
 
 @pytest.fixture
@@ -101,6 +103,23 @@ def test_import_help_lists_the_options_of_each_kind(capsys: pytest.CaptureFixtur
     out = run(capsys, "import", "--help")[1]
     for text in ("route-csv: incomplete=drop", "gpt-oss-json: split=all keep_all=false", "event-csr: prefill_phase=0"):
         assert text in out
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "120"])
+def test_import_help_fits_and_says_what_each_option_means(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    out = run(capsys, "import", "--help")[1]
+    assert out.startswith("usage: python -m traces import [-h] KIND SOURCE… OUT [key=value …]\n")
+    assert max(map(len, out.splitlines())) <= max(int(columns), 80)
+    options = {name for kind in KINDS for name in _options_of(importer_of(kind))}
+    assert options == set(MEANINGS)
+    assert [name for name in sorted(options) if f"\n  {name}=  " not in out] == []
+    # Broken lines of an example are one command to a shell.
+    assert "import table log.csv my.safetensors token=pos layer=l expert=e0,e1 prompt_len=12" in " ".join(
+        out.replace("\\\n", " ").split()
+    )
 
 
 @pytest.mark.parametrize(

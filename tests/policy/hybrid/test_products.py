@@ -13,7 +13,7 @@ import pytest
 numba = pytest.importorskip("numba")
 
 from expertflow.compiled import compiling, products  # noqa: E402  (after numba)
-from expertflow.compiled.compiling import inner  # noqa: E402
+from expertflow.compiled.compiling import inner  # noqa: E402  (after numba)
 
 FEATURES = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 WAYS = {

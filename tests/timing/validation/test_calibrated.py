@@ -57,7 +57,7 @@ class InPlace:
     """In place of short replays: runs of the lengths given, one after the other."""
 
     lengths: tuple[float, ...] = ()
-    log: list[str] = []  # noqa: RUF012
+    log: list[str] = []  # noqa: RUF012  (each test sets its own)
 
     def __init__(self, device: Any, model: Any, scale: int, num_tokens: int) -> None:
         self.model, self.count = model, 0

@@ -1,0 +1,53 @@
+"""What is said of a key that Hydra does not find: the nearest of those that may stand there, and where all are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from expertflow.keys import declared, near_to
+from expertflow.model import ModelSpec
+from sim.job.keys import GROUPS, PolicyKeys, RunKeys, TraceKeys
+from sim.job.parts import KINDS
+from sim.paths import config_files
+from sim.specs.hardware import Hardware, Stack
+from traces.yamltext import read_yaml
+
+LISTED = "`expertflow keys` lists them"
+_PARTS = (*KINDS, "transfer")
+_TABLES = {"trace": TraceKeys, "hardware": Hardware, "stack": Stack, "model": ModelSpec}
+_beside: list[str] = []
+"""Keys of the command that runs, beside those of every run."""
+
+
+def known_beside(names: Iterable[str]) -> None:
+    """Let messages know the keys that a command has beside those of every run."""
+    _beside.extend(name for name in names if name not in _beside)
+
+
+def known_at(place: str) -> Sequence[str]:
+    """The keys that may stand at `place` (`trace`, `policy.horizon`; empty: at the top); none where that is unknown."""
+    if not place:
+        return [*GROUPS, *declared(RunKeys), *_beside]
+    if place in _TABLES:
+        return list(declared(_TABLES[place]))
+    if place == "policy":
+        return [*declared(PolicyKeys), *_PARTS]
+    group, _, part = place.partition(".")
+    if group != "policy" or part not in _PARTS:
+        return []
+    # Of a part whose class is not known here: those that files of the group have.
+    return sorted({key for path in config_files(f"policy/{part}").values() for key in read_yaml(path)})
+
+
+def no_key(key: str) -> str:
+    """The message for the dotted `key`, or for the group `policy/part`."""
+    shown = key if len(key) <= 60 else f"{key[:59]}…"
+    if "/" in key:
+        hint = near_to(key, [f"policy/{part}" for part in _PARTS])
+        return f"{shown} is no group{hint}; {LISTED}"
+    place, _, name = key.rpartition(".")
+    known = known_at(place)
+    prefix = f"{place}." if place else ""
+    if place and name in known:
+        return f"{shown} is not among the keys of the file that was chosen; where its part takes it: +{shown}=VALUE"
+    return f"{shown} is no key{near_to(name, known, prefix)}; {LISTED}"
