@@ -12,7 +12,7 @@ MEANINGS: Mapping[str, str] = {
     "expert": "column of experts: lists, several columns with commas between, or one expert a row",
     "fields": "of format=binary: NAME:TYPE with commas between, such as token:u4,layer:u2,expert:u2*8",
     "format": "of the file, where its suffix does not tell",
-    "incomplete": "prompt tokens that lack a layer: drop counts them as context, repeat fills them in and keeps them",
+    "incomplete": "prompt tokens that lack a layer: drop counts them as context, repeat takes the next token's",
     "keep_all": "true: also requests that repeat themselves or did not finish",
     "layer": "column of the layer",
     "license": "of the recording, for the header",
