@@ -263,7 +263,10 @@ def declared(part: object, kind: type[Part]) -> Declared:
             f"{name} is no {word}; the class of {article} {word.lower()} derives from expertflow.parts.{word}"
         )
     own = _declaration(part, "__dict__")
-    for hook in _HOOKS[kind].intersection(own if isinstance(own, dict) else ()):
+    held: dict[str, object] = own if isinstance(own, dict) else {}
+    for hook in _HOOKS[kind].intersection(held):
+        if hasattr(held[hook], "__wrapped__"):  # around the class's own hook, as a stopwatch puts it
+            continue
         raise PartError(f"{name}.{hook} is set on the object, where a hook is not heard; define it in the class")
     found = {flag: _declaration(part, flag) for flag in _FLAGS[kind]}
     for flag, value in found.items():

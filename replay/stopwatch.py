@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
@@ -79,6 +80,7 @@ class Stopwatch:
         clock, stack, spent = self._clock, self._stack, self._spent
         inside, outside = self._overhead.inside, self._overhead.outside
 
+        @wraps(function)
         def timed(*args: Any, **named: Any) -> Any:
             entered = clock()
             if stack:

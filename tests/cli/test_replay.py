@@ -136,9 +136,12 @@ def test_a_finished_run_is_left_alone_and_another_is_not(trace: str, tmp_path: P
     words = [*ADAPTIVE, trace, "skip_done=true"]
     first = replay_here(words, folder)
     assert first.done
-    (folder / "metrics.json").unlink()
+    written = (folder / "metrics.json").stat()
     assert "done before" in replay_here(words, folder).out
-    assert not (folder / "metrics.json").exists()
+    found = (folder / "metrics.json").stat()
+    assert (found.st_mtime_ns, found.st_ino) == (written.st_mtime_ns, written.st_ino)
+    assert "done before" not in replay_here([*words, "seed=1"], folder).out
+    (folder / "metrics.json").unlink()
     assert "done before" not in replay_here([*words, "seed=1"], folder).out
     assert (folder / "metrics.json").exists()
 

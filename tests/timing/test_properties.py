@@ -417,8 +417,9 @@ def test_a_counter_off_by_one_breaks_its_identity(name: str, identity: str) -> N
     account: Any = job.runtime.queue if name == "num_launched" else counters
     off = counters.elapsed_ns + 1 if name == "link_busy_ns" else getattr(account, name) + 1
     setattr(account, name, off)
-    with pytest.raises(AssertionError, match=identity):
+    with pytest.raises(PartError, match=identity) as refused:  # the parts of this job are foreign
         job.runtime.check_identities()
+    assert isinstance(refused.value.__cause__, AssertionError)
 
 
 class NeverGives(LRU):
