@@ -18,6 +18,7 @@ is read:
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -177,7 +178,8 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise fault(path, "file", "is no file of torch.save", _NO_DUMP) from None
     check_expansion(path, "file", size, path.stat().st_size)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's own words about a damaged file
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises nearly anything on a damaged file, and shows it at length
         raise fault(path, "file", "holds more than tensors and plain values, or is damaged", _NO_DUMP) from None
     if not isinstance(content, dict):
