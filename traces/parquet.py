@@ -68,5 +68,7 @@ def reading(path: Path, where: str, remedy: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "a name in it is not UTF-8"
     text = plain(str(error))
     return text[:100] or type(error).__name__

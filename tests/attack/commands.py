@@ -82,7 +82,10 @@ def commands(inputs: Path) -> dict[str, Command]:
     traces = ["-m", "traces"]
     route = ["model=toy", "num_experts=8"]
     record = ["record", f"model={inputs / 'Tiny-Model'}", f"prompts={inputs / 'prompts.jsonl'}", f"out={plain}"]
-    validated = [*SMALL, *_words("--residency 0.5 --stacks found --tokens 8 --log-tokens 4 --batch-sizes 1")]
+    validated = [
+        *(word for word in SMALL if word != "--quick"),
+        *_words("--residency 0.5 --stacks found --tokens 8 --log-tokens 4 --batch-sizes 1"),
+    ]
     validated += _words("--verify-executions 0 --verify-tokens 8 --repeat 1 --minutes 1 --out validation")
     validated += ["--calibration", str(inputs / "hardware" / "mine.calibration.json")]
     made = [
