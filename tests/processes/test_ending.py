@@ -125,7 +125,12 @@ def test_within_a_simulation_it_stays_what_it_is() -> None:
     assert exit_code(caught.value) == 143
 
 
-def test_in_a_process_that_is_no_command_it_is_said_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_process_that_is_no_command_it_is_said_each_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Earlier tests may have run a command in this process.
+    monkeypatch.setattr(ending, "_begun", [])
+    monkeypatch.setattr(ending, "_told", [])
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt) as caught, keeping("x" * 400):
             raise KeyboardInterrupt
