@@ -34,7 +34,7 @@ MODULES = (
     "sim.machine.simulated",
     "sim.machine.slowed",
 )
-LIBRARY = "expertflow._core.library__mypyc"
+LIBRARY = "expertflow._core.shared__mypyc"
 """The module that holds the code of all of them."""
 SWITCH = "EXPERTFLOW_COMPILED"
 """Environment variable, read by builds and by runs. 0: pure Python. 1: compiled, or an error that says why not. Unset:
@@ -58,8 +58,8 @@ def hashes(root: Path = ROOT) -> dict[str, str]:
 
 def file_of(name: str, root: Path = ROOT) -> Path:
     """The extension module that stands in for a module of the core, for the Python that runs. Laid out as the sources
-    are, with the library on top: mypyc's modules look for each other so."""
-    parts = name.split(".") if name != LIBRARY else ["library__mypyc"]
+    are, with what they share on top: mypyc's modules look for each other so."""
+    parts = name.split(".") if name != LIBRARY else ["shared__mypyc"]
     return root.joinpath("expertflow", "_core", *parts[:-1], parts[-1] + EXTENSION_SUFFIXES[0])
 
 
