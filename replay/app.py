@@ -125,7 +125,7 @@ class Job:
         self.overrides = list(overrides)
         self.policy, self.transfer = make_policy(cfg["policy"], work, cfg["seed"])
         self.integrity: Integrity | None = None
-        self.head = describe(self.work, self.policy, cfg["policy"]["name"], settings.machine)
+        self.head = describe(self.work, self.policy, cfg, settings.machine)
 
     def run(self, device: Any) -> dict[str, Any]:
         """The metrics of all of it."""

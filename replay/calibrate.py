@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,28 @@ from traces.yamltext import read_yaml
 
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
+_OTHER_CARD = {"ti", "super", "d", "laptop", "max", "mobile"}
+"""Words behind a card's name that make it another card."""
 
 
 def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
-    """The profile of conf/hardware whose name stands in the device's name, as a word or within it; None if there is
-    none."""
+    """The profile of conf/hardware whose name stands in the device's name, as one word or several; None if there is
+    none. A name with a number behind it, as a100_40, is of the card with so many GB."""
     words = device_name.lower().replace("-", " ").split()
-    joined = "".join(words)
     for path in sorted((CONF / "hardware").glob("*.yaml"), key=lambda p: -len(p.stem)):
-        if path.stem in words or (path.stem in joined and "_" not in path.stem):
+        card, _, memory = path.stem.partition("_")
+        if _stands_in(card, words) and (not memory or f"{memory}gb" in words):
             return path.stem, read_yaml(path)
     return None
+
+
+def _stands_in(card: str, words: Sequence[str]) -> bool:
+    """Whether consecutive words make up `card`, and none behind them says that another one is meant."""
+    for first in range(len(words)):
+        for end in range(first + 1, len(words) + 1):
+            if "".join(words[first:end]) == card and not _OTHER_CARD.intersection(words[end:]):
+                return True
+    return False
 
 
 def print_beside(

@@ -19,6 +19,7 @@ from sim.job.parts import KINDS, class_of
 from sim.job.setup import Transfer
 from sim.paths import CONF
 from sim.specs.hardware import LEAST_GB_PER_S, Hardware, Stack
+from sim.specs.links import LinkPreset
 from traces.flags import Parser
 
 MACHINES = ("auto", "cuda", "cpu")
@@ -64,8 +65,8 @@ from the declarations that the keys are checked by, and a test holds it equal to
 
 A value of another type, or outside its range, an unknown key, a key that is missing, and two keys of which one would be
 ignored are refused in one line, with exit code 2, before anything is run. `(` and `)` leave an end of a range out. A
-whole number serves where a number is wanted; text, `true` and `false` never do. A group (`hardware`, `policy`, `model`,
-`stack`, `trace`, `policy/PART`) is given the name of one file.
+whole number serves where a number is wanted; text, `true` and `false` never do. A group (`hardware`, `link`, `policy`,
+`model`, `stack`, `trace`, `policy/PART`) is given the name of one file.
 
 The `_target_` of a policy's part must name a class that derives from that part's class in `expertflow/parts.py`. That
 is checked before the class is called; to find it, its module is imported. Arguments are plain values: of what they
@@ -73,7 +74,9 @@ hold nothing is called.
 
 These exclude each other: `residency` and `gpu_memory_gb`; `trace.path` and the other keys of `trace`; `fault_at`
 without `fault`; `throttle_gb_per_s` and a GPU; `count_redundant=true` and a policy without parts; `model=auto` and a
-key of `model`. An expert is cut into 1024 chunks at most, and a run lasts 2^63 ns at most.
+key of `model`; `link=profile` and a key of `link`; any other `link` and `hardware.link_gb_per_s`,
+`hardware.pageable_gb_per_s`, `throttle_gb_per_s`, or a GPU. An expert is cut into 1024 chunks at most, and a run lasts
+2^63 ns at most.
 """
 
 
@@ -96,6 +99,7 @@ def tables() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
     grouped: tuple[tuple[str, Any], ...] = (
         ("trace", TraceKeys),
         ("hardware", Hardware),
+        ("link", LinkPreset),
         ("stack", Stack),
         ("model", ModelSpec),
         ("policy", PolicyKeys),

@@ -13,6 +13,7 @@ from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
 from sim.specs.hardware import hardware_from_dict
+from sim.specs.links import PROFILE
 
 CPU_SCALE = 16
 _COSTS = (
@@ -50,6 +51,7 @@ class Settings:
             raise ValueError(f"fault_at={at} is for a fault, and none is asked for; add fault=NAME, or leave it out")
         if fault not in (None, "lost") and not cfg["verify"]:
             raise ValueError(f"fault={fault} would pass unseen; add verify=true")
+        _check_link(cfg, machine)
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
         return cls(
             machine,
@@ -64,6 +66,23 @@ class Settings:
     def device(self) -> Device:
         """The device that these settings ask for."""
         return make_device(self.machine, self.throttle_gb_per_s)
+
+
+def _check_link(cfg: Mapping[str, Any], machine: str) -> None:
+    """ValueError for a chosen link that nothing here would follow."""
+    name = cfg["link"]["name"]
+    if name == PROFILE:
+        return
+    if machine != "cpu":
+        raise ValueError(
+            f"link={name} is for a simulation or machine=cpu; a GPU's link is as fast as it is: leave it out"
+        )
+    if is_local(cfg["hardware"]):
+        raise ValueError(f"link={name} stands for the link of a profile, and hardware=local has none; leave it out")
+    if cfg["throttle_gb_per_s"] is not None:
+        raise ValueError(
+            f"link={name} and throttle_gb_per_s={cfg['throttle_gb_per_s']} both say how fast copies are; leave one out"
+        )
 
 
 def _throttle(cfg: Mapping[str, Any], machine: str, scale: int) -> float | None:

@@ -85,7 +85,7 @@ def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[st
     run = partial(run_policy, work)
     with Recorders(cfg, work, folder) as recorders:
         asked_for = run_asked(cfg, work, policy, transfer, run, recorders.observers)
-    metrics = describe(work, policy, cfg["policy"]["name"]) | asked_for
+    metrics = describe(work, policy, cfg) | asked_for
     with answerable(policy):
         metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
     return metrics

@@ -82,9 +82,10 @@ def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, value: str) -> str:
-    """A Markdown table of one column: a row a policy, a column a (hardware, stack, residency)."""
+    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency)."""
     if value not in table.columns:
         raise ValueError(f"--markdown={value} is no column; there are: {', '.join(table.columns)}")
+    table = table.assign(hardware=[_place(row) for _, row in table.iterrows()])
     keys = ["hardware", "stack", "residency"]
     repeated = table[table.duplicated([*keys, "policy"])]
     if len(repeated):
@@ -96,6 +97,14 @@ def markdown(table: pd.DataFrame, value: str) -> str:
     for policy, row in wide.iterrows():
         lines.append(f"| {policy} | " + " | ".join("–" if pd.isna(x) else f"{x:.3f}" for x in row) + " |")
     return "\n".join(lines)
+
+
+def _place(row: pd.Series[Any]) -> str:
+    """The hardware of a run, with the link that was chosen for it and, where that is more, the one asked for."""
+    link, asked = row.get("link_preset.name"), row.get("link_preset.asked")
+    if not isinstance(link, str):
+        return str(row["hardware"])
+    return f"{row['hardware']} {link}" + ("" if asked == link else f" of {asked}")
 
 
 def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:

@@ -20,6 +20,7 @@ from replay.lockstep.log_reader import LogReader
 from sim.job.configure import KEYS, checked
 from sim.job.former_names import with_present_names
 from sim.job.setup import Workload, make_policy, make_workload
+from sim.specs.links import PROFILE
 
 
 def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload, Policy]:
@@ -29,8 +30,10 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     it as well. ValueError says which override is wanted.
     """
     logged = with_present_names(reader.header.config)
-    # A key that came later and decides nothing.
-    plain = {"timeout_s": None} | {key: value for key, value in logged.items() if key in KEYS}
+    # Keys that came later, as they were before.
+    plain: dict[str, Any] = {"timeout_s": None, "link": {"name": PROFILE}} | {
+        key: value for key, value in logged.items() if key in KEYS
+    }
     if plain.get("gpu_memory_gb") is not None:
         # Logs once held the default of the one beside the other.
         plain["residency"] = None

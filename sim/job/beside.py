@@ -18,6 +18,7 @@ from expertflow.orders.resident_first import ResidentFirst
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.selections.top_k import TopK
+from sim.job.link import chosen_link
 from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy
 
@@ -25,16 +26,18 @@ Run = Callable[[Policy, Transfer, Sequence[Observer]], dict[str, Any]]
 """Runs a policy over the job's workload, told to the observers; its metrics."""
 
 
-def describe(work: Workload, policy: Policy, name: str, world: str = "sim") -> dict[str, Any]:
-    """What was run, as the head of the metrics; world: sim, cuda or cpu.
+def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str = "sim") -> dict[str, Any]:
+    """What was run, as the head of the metrics; world: sim, cuda or cpu. cfg: the configuration of the run.
 
     A start that was chosen from the whole trace uses the future.
     """
+    link = chosen_link(cfg)
     return {
         "schema": SCHEMA,
         "world": world,
-        "policy": name,
+        "policy": cfg["policy"]["name"],
         "hardware": work.hardware.name,
+        **({} if link is None else {"link_preset": link.metrics()}),
         "model": work.model.name,
         "stack": work.stack.name,
         "trace": {

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from expertflow.keys import Key, declared, nearest, shown
 from sim.job.former_names import refuse_former
 from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
+from sim.job.link import check_link_words, with_link
 from sim.paths import CONF, config_files, own_folder
 
 KEYS = (*GROUPS, *declared(RunKeys))
@@ -66,6 +67,7 @@ def check_words(words: Sequence[str]) -> None:
                 f"{group}={value[:60]} must be the name of one file: {choices} "
                 "(to sweep over several: -m and a comma list, without brackets)"
             )
+    check_link_words(words)
 
 
 def checked(
@@ -84,6 +86,7 @@ def checked(
 
 def settled(plain: dict[str, Any]) -> dict[str, Any]:
     """The same with what stands for a key that is left out because another may say it."""
+    plain = with_link(plain)
     if plain["residency"] is None and plain["gpu_memory_gb"] is None:
         return {**plain, "residency": DEFAULT_RESIDENCY}
     return plain

@@ -12,7 +12,7 @@ from expertflow.keys import Key, Rule, declared, shown, unknown_key
 
 COMPARE = ("full", "floor", "none")
 STARTS = ("cold", "popular", "resident")
-GROUPS = ("hardware", "policy", "model", "stack", "trace")
+GROUPS = ("hardware", "link", "policy", "model", "stack", "trace")
 """Keys that hold a file of conf/, or one of the user's own, changed key by key."""
 DEFAULT_RESIDENCY = 0.5
 MOST_TOKENS = 1_000_000

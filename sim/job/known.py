@@ -10,11 +10,12 @@ from sim.job.keys import GROUPS, PolicyKeys, RunKeys, TraceKeys
 from sim.job.parts import KINDS
 from sim.paths import config_files
 from sim.specs.hardware import Hardware, Stack
+from sim.specs.links import LinkPreset
 from traces.yamltext import read_yaml
 
 LISTED = "`expertflow keys` lists them"
 _PARTS = (*KINDS, "transfer")
-_TABLES = {"trace": TraceKeys, "hardware": Hardware, "stack": Stack, "model": ModelSpec}
+_TABLES = {"trace": TraceKeys, "hardware": Hardware, "stack": Stack, "model": ModelSpec, "link": LinkPreset}
 _beside: list[str] = []
 """Keys of the command that runs, beside those of every run."""
 

@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sim.job.title import hardware_title
+
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
@@ -44,7 +46,7 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None, 
     """
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
-        f"[bold]{escape(title)}[/bold] on {metrics['hardware']}, {metrics['stack']} stack, {metrics['model']} with "
+        f"[bold]{escape(title)}[/bold] on {hardware_title(metrics)}, {metrics['stack']} stack, {metrics['model']} with "
         f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
         highlight=False,
@@ -80,7 +82,7 @@ def _print_table(console: Console, table: Table) -> None:
 def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str) -> None:
     """One line a run, for sweeps. title: as in `print_report`."""
     mean = metrics["tpot_ms"]["mean"]
-    place = f"{metrics['hardware']}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
+    place = f"{hardware_title(metrics)}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
     console.print(f"{escape(title)} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""What a run's policy is called where it is shown: its name, and what the command changed of the file it is from."""
+"""What a run's policy and its hardware are called where they are shown: by name, and by what the command changed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def policy_title(policy: Mapping[str, Any]) -> str:
     title = name if file == name else f"{name} of {file}.yaml"
     changed = _changes(policy, words, str(job.job.config_name))
     return f"{title} with {', '.join(changed)}" if changed else title
+
+
+def hardware_title(metrics: Mapping[str, Any]) -> str:
+    """The name of the hardware, with the link where one was chosen, and what was asked for where that is more."""
+    name, link = str(metrics["hardware"]), metrics.get("link_preset")
+    if link is None:
+        return name
+    asked = "" if link["asked"] == link["name"] else f" of {link['asked']}"
+    return f"{name} (link {link['name']}{asked}, {link['gb_per_s']:.3g} GB/s)"
 
 
 def _changes(policy: Mapping[str, Any], words: Sequence[str], config_name: str) -> list[str]:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Protocol
 
 from expertflow.keys import Rule, check_fields, check_range, from_mapping
 from sim.specs.kernel_table import KernelTable, kernel_table
@@ -42,7 +42,17 @@ def _link(about: str, remedy: str, extra: str = "") -> Rule:
 _SHARE = Rule(1e-3, 1, about="share of the peak that kernels reach", remedy="give the share of the peak")
 
 
-def _check_sources(group: str, spec: "Hardware | Stack") -> None:
+class _Sourced(Protocol):
+    """A group of figures, each with its origin in `sources`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def sources(self) -> Mapping[str, str]: ...
+
+
+def check_sources(group: str, spec: _Sourced) -> None:
+    """ValueError for an origin that is no text, or that is of no figure of `spec`."""
     known = {item.name for item in fields(spec)} - {"name", "sources"}
     if not isinstance(spec.sources, Mapping):
         raise ValueError(f"{group}.sources={spec.sources!r} must map each figure's key to its origin")
@@ -61,6 +71,7 @@ class Hardware:
     (memory_gb_per_s, tflops) that kernels reach.
     link_gb_per_s: host to device, pinned, one way; an asymptotic figure or a curve by copy size, either
     *without* link_latency_ns, which every copy pays on top (`sim.machine.link`). Infinity is a copy in no time.
+    link: the name of the widest link that the card takes; only a choice of another one (`sim.job.link`) reads it.
     link_slowdown: factor on a copy's transfer time while kernels read memory.
     launch_host_ns: a launch keeps the host busy. launch_latency_ns: from enqueuing to the start of the kernel
     on an idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until
@@ -86,6 +97,13 @@ class Hardware:
     gate_sync_ns: Annotated[int, _ns("from the router kernel's end until the host has the routing")]
     token_sync_ns: Annotated[int, _ns("the same for the sampled tokens")]
     decide_ns: Annotated[int, _ns("of a decision of effort 1")]
+    link: Annotated[
+        str | None,
+        Rule(
+            about="the widest link that the card takes, a file of conf/link",
+            null="unknown, so that no other can be chosen",
+        ),
+    ] = None
     link_slowdown: Annotated[
         float, Rule(1, 1000, about="factor on a copy while kernels read memory", remedy="1: compute slows no copy")
     ] = 1.0
@@ -100,7 +118,7 @@ class Hardware:
         check_fields(self, "hardware")
         self._check_link()
         self._check_kernels()
-        _check_sources("hardware", self)
+        check_sources("hardware", self)
 
     def _check_link(self) -> None:
         link = self.link_gb_per_s
@@ -174,12 +192,12 @@ class Stack:
 
     def __post_init__(self) -> None:
         check_fields(self, "stack")
-        _check_sources("stack", self)
+        check_sources("stack", self)
 
 
 HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))
 """The figures of a stack that `sim.machine.host_bound` charges, 0 unless measured."""
-_OPTIONAL = {"kernel_ns", "kv_grid", *HOST_COSTS}
+_OPTIONAL = {"link", "kernel_ns", "kv_grid", *HOST_COSTS}
 
 
 def unsourced(spec: Hardware | Stack) -> list[str]:

@@ -143,7 +143,7 @@ def run_cell(cfg: dict[str, Any], work: Workload) -> dict[str, Any]:
     policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
     phases = PhaseRecorder(policy, work.warmup_forwards)
     found = run_asked(cfg, work, policy, transfer, partial(run_policy, work), [phases])
-    metrics = describe(work, policy, cfg["policy"]["name"]) | found
+    metrics = describe(work, policy, cfg) | found
     load_ns = Link(work.hardware).fastest_load_ns(work.model.expert_bytes, int(work.chunk_mib * 2**20))
     costs = {"load_ns": load_ns, "expert_bytes": work.model.expert_bytes, "num_layers": work.model.num_layers}
     return {**metrics, "phases": phases.result(), "costs": costs}

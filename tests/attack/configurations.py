@@ -28,6 +28,7 @@ from sim.job.parts import KINDS, class_of
 from sim.job.setup import Transfer, make_policy, make_workload
 from sim.paths import CONF
 from sim.specs.hardware import Hardware, Stack
+from sim.specs.links import LinkPreset
 from traces.reader import open_trace
 from traces.shipped import shipped
 
@@ -37,6 +38,7 @@ LRU = ("+hardware=a100", "+policy=lru", "compare=none", "max_tokens=20")
 ADAPTIVE = ("+hardware=a100", "+policy=adaptive", "compare=none", "max_tokens=20")
 CLAIRVOYANT = ("+hardware=a100", "+policy=clairvoyant", "compare=none", "max_tokens=20")
 MODEL = (*LRU, "model=gpt-oss-20b")
+LINKED = (*LRU, "link=pcie4x8")
 REPLAY = ("+hardware=local", "+policy=lru", "max_tokens=20", "machine=cpu", "scale=64")
 TRACE = "gpt-oss-20b-twin-eval.safetensors"
 LONGEST = 300
@@ -152,6 +154,7 @@ def places() -> tuple[Place, ...]:
         (LRU, "trace", TraceKeys),
         (LRU, "policy", PolicyKeys),
         (LRU, "hardware", Hardware),
+        (LINKED, "link", LinkPreset),
         (LRU, "stack", Stack),
         (MODEL, "model", ModelSpec),
         (LRU, "policy.transfer", Transfer),

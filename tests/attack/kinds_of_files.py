@@ -9,7 +9,7 @@ from tests.attack import formats, import_oracles
 from tests.attack.kinds import FileKind
 from tests.attack.readers import READERS, Reader
 
-SLOW = ("hardware-composed", "stack-composed", "model-composed")
+SLOW = ("hardware-composed", "link-composed", "stack-composed", "model-composed")
 """Readers that take long for each file, since Hydra composes a whole configuration with it."""
 
 

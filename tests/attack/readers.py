@@ -288,9 +288,15 @@ def _spec(group: str) -> Callable[[Path], Any]:
         from expertflow.model import model_from_dict
         from sim.job.errors import one_line
         from sim.specs.hardware import hardware_from_dict, stack_from_dict
+        from sim.specs.links import link_from_dict
         from traces.yamltext import read_yaml
 
-        kinds: dict[str, Any] = {"hardware": hardware_from_dict, "stack": stack_from_dict, "model": model_from_dict}
+        kinds: dict[str, Any] = {
+            "hardware": hardware_from_dict,
+            "link": link_from_dict,
+            "stack": stack_from_dict,
+            "model": model_from_dict,
+        }
         try:
             return kinds[group](read_yaml(path))
         except ValueError as error:
@@ -437,9 +443,11 @@ READERS: list[Reader] = [
     Reader("kept-scores", _make_kept, _read_kept),
     Reader("calibration", _text("mine.calibration.json", _calibration), _read_calibration),
     Reader("hardware-yaml", _text("mine.yaml", _profile_yaml), _spec("hardware")),
+    Reader("link-yaml", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _spec("link")),
     Reader("stack-yaml", _text("mine.yaml", _shipped_yaml("stack", "graph")), _spec("stack")),
     Reader("model-yaml", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _spec("model")),
     Reader("hardware-composed", _text("mine.yaml", _profile_yaml), _own_folder("hardware")),
+    Reader("link-composed", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _own_folder("link")),
     Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _own_folder("stack")),
     Reader("model-composed", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _own_folder("model")),
     Reader("study-yaml", _text("mine.yaml", files.study), _own_folder("study")),

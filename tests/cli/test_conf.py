@@ -44,7 +44,7 @@ def composed(group: str, name: str) -> dict[str, Any]:
     return made
 
 
-NAMED = [(group, name) for group in ("hardware", "model", "policy", "stack") for name in choices(group)]
+NAMED = [(group, name) for group in ("hardware", "link", "model", "policy", "stack") for name in choices(group)]
 KINDS = ("predictor", "horizon", "selection", "eviction", "order", "place", "transfer")
 PARTS = [(part, name) for part in KINDS for name in choices(f"policy/{part}")]
 MODELS = [name for name in choices("model") if name != "auto"]
@@ -77,7 +77,7 @@ def test_a_file_says_its_own_name(group: str, name: str) -> None:
 def test_every_folder_of_conf_is_tested_here() -> None:
     folders = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir() and list(path.glob("*.yaml"))}
     parts = {f"policy/{part}" for part, _ in PARTS}
-    assert folders - {"experiment", "study"} == {"hardware", "model", "policy", "stack", "trace"} | parts
+    assert folders - {"experiment", "study"} == {"hardware", "link", "model", "policy", "stack", "trace"} | parts
     assert len(NAMED) >= 40
     assert len(PARTS) >= 20
 

@@ -207,6 +207,36 @@ def test_a_measured_machine_is_compared_with_the_datasheet_of_its_name() -> None
     assert datasheet("x86_64") is None
 
 
+@pytest.mark.parametrize(
+    ("device", "profile"),
+    [
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090ti"),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "rtx4070tisuper"),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100_40"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A5000", "a5000"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtxpro6000"),
+        ("NVIDIA GB200", None),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_a_card_is_not_taken_for_another_with_part_of_its_name(device: str, profile: str | None) -> None:
+    found = datasheet(device)
+    assert (None if found is None else found[0]) == profile
+
+
 @pytest.mark.parametrize("name", ["local", "auto", "", "a/b", "..", "a b", "x.yaml"])
 def test_a_name_that_is_no_file_of_ours_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="NAME="):
