@@ -12,6 +12,7 @@ GQA = "gqa"
 MLA = "mla"
 
 FULL = "f"
+INDEXED = "i"
 SHARED_INDEX = "s"
 WINDOWED = "w"
 CHUNKED = "c"
@@ -19,7 +20,7 @@ SPARSE = "x"
 HEAVY = "h"
 LINEAR = "l"
 NONE = "n"
-KINDS = FULL + SHARED_INDEX + WINDOWED + CHUNKED + SPARSE + HEAVY + LINEAR + NONE
+KINDS = FULL + INDEXED + SHARED_INDEX + WINDOWED + CHUNKED + SPARSE + HEAVY + LINEAR + NONE
 """Letters of `ModelSpec.attention_pattern`."""
 
 
@@ -108,7 +109,7 @@ class Projections:
 def entries_kept(model: Reach, kind: str, context_tokens: int) -> int:
     """Entries that one request of `context_tokens` tokens leaves in the KV cache of a layer of that kind: tokens, and
     what stands for several."""
-    if kind in (FULL, SHARED_INDEX):
+    if kind in (FULL, INDEXED, SHARED_INDEX):
         return context_tokens
     if kind == CHUNKED:
         return min(context_tokens, model.chunk)
@@ -119,8 +120,8 @@ def entries_kept(model: Reach, kind: str, context_tokens: int) -> int:
 
 def entries_read(model: Reach, kind: str, kv_len: int) -> int:
     """Cached tokens that the query of token number `kv_len` (from 1) reads, its own among them."""
-    if kind in (FULL, SHARED_INDEX):
-        return min(kv_len, model.index_top_k) if model.index_top_k else kv_len
+    if kind in (FULL, INDEXED, SHARED_INDEX):
+        return kv_len if kind == FULL else min(kv_len, model.index_top_k)
     if kind == CHUNKED:
         return (kv_len - 1) % model.chunk + 1
     if kind in (LINEAR, NONE):
@@ -131,19 +132,23 @@ def entries_read(model: Reach, kind: str, kv_len: int) -> int:
 
 def entries_at_most(model: Reach, kind: str) -> int | None:
     """What `entries_read` never exceeds, however long the context; None where it grows with it."""
-    if kind in (FULL, SHARED_INDEX):
-        return model.index_top_k or None
-    if kind in (LINEAR, NONE):
-        return 0
-    bounds = {WINDOWED: model.window, CHUNKED: model.chunk, SPARSE: model.window + model.index_top_k}
+    bounds = {
+        INDEXED: model.index_top_k,
+        SHARED_INDEX: model.index_top_k,
+        WINDOWED: model.window,
+        CHUNKED: model.chunk,
+        SPARSE: model.window + model.index_top_k,
+        LINEAR: 0,
+        NONE: 0,
+    }
     return bounds.get(kind)
 
 
 def entries_read_together(model: Reach, kind: str, first: int, last: int) -> int:
     """Cached tokens that any of the queries of tokens `first` to `last` of one request reads: a prefill reads each
     once. Of an indexer's choices it is the most there can be."""
-    if kind in (FULL, SHARED_INDEX):
-        return min(last, (last - first + 1) * model.index_top_k) if model.index_top_k else last
+    if kind in (FULL, INDEXED, SHARED_INDEX):
+        return last if kind == FULL else min(last, (last - first + 1) * model.index_top_k)
     if kind == CHUNKED:
         return last - (first - 1) // model.chunk * model.chunk
     if kind in (LINEAR, NONE):
@@ -158,7 +163,7 @@ def index_keys(model: Reach, kind: str, kv_len: int) -> int:
     """Keys that the indexer of a layer of that kind scores for the query of token number `kv_len`, and keeps."""
     if kind == SPARSE:
         return _compressed(model, kind, kv_len)
-    return -(-kv_len // model.index_block) if kind == FULL and model.index_top_k else 0
+    return -(-kv_len // model.index_block) if kind == INDEXED else 0
 
 
 def _compressed(model: Reach, kind: str, tokens: int) -> int:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
-from expertflow.attention import CHUNKED, FULL, HEAVY, LINEAR, SHARED_INDEX, SPARSE, WINDOWED
+from expertflow.attention import CHUNKED, FULL, HEAVY, INDEXED, LINEAR, SHARED_INDEX, SPARSE, WINDOWED
 from expertflow.keys import shown
 
 MOE = "m"
@@ -20,12 +20,12 @@ _NEEDED = (
     ("sparse_ratio", SPARSE),
     ("heavy_ratio", HEAVY),
     ("linear_params", LINEAR),
+    ("index_top_k", INDEXED + SHARED_INDEX + SPARSE),
 )
 """A key, and the kinds of layers of which each needs it."""
 _USED = (
     *((f"window_{name}", WINDOWED) for name in ("heads", "kv_heads", "head_dim", "kv_rank", "nope_dim", "v_dim")),
     ("linear_state", LINEAR),
-    ("index_top_k", FULL + SHARED_INDEX + SPARSE),
 )
 """A key, and the kinds of layers that may use it."""
 
@@ -90,8 +90,6 @@ def check_layers(model: Patterns) -> None:
                 f"model.{key}={shown(getattr(model, key))} is of layers {' or '.join(letters)}, and attention_pattern "
                 "has none; change one of them"
             )
-    if not model.index_top_k and there & {SPARSE, SHARED_INDEX}:
-        raise ValueError("model.index_top_k=0, and attention_pattern has layers x or s, which need it; give it")
 
 
 def with_pattern(values: Mapping[str, object]) -> Mapping[str, object]:

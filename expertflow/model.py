@@ -15,6 +15,7 @@ from typing import Annotated
 from expertflow.attention import (
     FULL,
     GQA,
+    INDEXED,
     KINDS,
     LINEAR,
     MLA,
@@ -60,8 +61,8 @@ class ModelSpec:
     attention: `gqa` uses num_kv_heads and head_dim; `mla` (DeepSeek) uses kv_rank, rope_dim, nope_dim, v_dim
     and, if queries are low-rank too, q_rank. The fields of the other kind stay 0, but for gqa v_dim is the width of a
     value where it is not head_dim, and q_rank, o_rank, o_groups and shared_kv are those of DeepSeek-V4.
-    attention_pattern: a letter a layer, repeated over all layers in their order. f: full, of index_top_k chosen tokens
-    if there is an indexer. s: the same on the choice of the layer before, without an indexer of its own. w: of the last
+    attention_pattern: a letter a layer, repeated over all layers in their order. f: full. i: of the index_top_k
+    tokens that an indexer chooses (DeepSeek-V3.2); s: the same on the choice of the last layer i. w: of the last
     `window` tokens. c: of the own chunk of `chunk` tokens. x: window and index_top_k of the entries that stand for
     sparse_ratio tokens each; h: window and all entries that stand for heavy_ratio tokens each (DeepSeek-V4). l: linear
     attention, a state-space layer or a convolution, with linear_params weights and a state of linear_state values that
@@ -108,7 +109,7 @@ class ModelSpec:
     o_groups: Annotated[int, _width("gqa: groups of heads with an output of rank o_rank", 0)] = 0
     shared_kv: Annotated[bool, Rule(about="gqa: keys serve as values, cached once")] = False
     extra_attention_params: Annotated[int, _weights("of a layer's attention beyond the formulas, such as gates")] = 0
-    index_top_k: Annotated[int, Rule(0, 10_000_000, unit="tokens", about="that an indexer chooses, 0 = none")] = 0
+    index_top_k: Annotated[int, Rule(0, 10_000_000, unit="tokens", about="that layers i, s and x choose")] = 0
     index_heads: Annotated[int, _width("query heads of the indexer", 0)] = 0
     index_dim: Annotated[int, _width("width of an index key", 0)] = 0
     index_block: Annotated[int, Rule(1, 1_000_000, unit="tokens", about="that share an index key")] = 1
@@ -245,7 +246,7 @@ class ModelSpec:
 
     def has_indexer(self, kind: str) -> bool:
         """Whether layers of that kind choose tokens by index keys of their own."""
-        return self.index_top_k > 0 and kind in (FULL, SPARSE)
+        return kind in (INDEXED, SPARSE)
 
     @property
     def kv_up_params(self) -> int:

@@ -15,8 +15,9 @@ from tests.unit.specs.test_model import TINY_MLA
 TOKEN = 16
 ATTENTION = 192
 ROUTER = 32
-INDEXED = {"index_top_k": 4, "index_heads": 3, "index_dim": 5}
-COMPRESSED = {**INDEXED, "window": 4, "sparse_ratio": 2, "heavy_ratio": 3}
+INDEX = {"index_top_k": 4, "index_heads": 3, "index_dim": 5}
+INDEXED = {**INDEX, "attention_pattern": "i"}
+COMPRESSED = {**INDEX, "window": 4, "sparse_ratio": 2, "heavy_ratio": 3}
 
 
 def kv(model: ModelSpec, context: int) -> int:
@@ -59,7 +60,7 @@ def test_the_former_window_every_is_understood(every: int, dense: int, pattern: 
         # Index keys of 5 values in 16 bits, one a token, or one for every four tokens begun.
         (INDEXED, 10, 3 * 10 * (TOKEN + 10)),
         ({**INDEXED, "index_block": 4, "index_bits": 8}, 10, 3 * (10 * TOKEN + 3 * 5)),
-        ({**INDEXED, "attention_pattern": "fss"}, 10, 3 * 10 * TOKEN + 10 * 10),
+        ({**INDEX, "attention_pattern": "iss"}, 10, 3 * 10 * TOKEN + 10 * 10),
         # The window of 4, and 10 // 2 entries with index keys, or 10 // 3 without.
         ({**COMPRESSED, "attention_pattern": "xh"}, 10, 2 * (4 + 5) * TOKEN + 2 * 5 * 10 + (4 + 3) * TOKEN),
         ({"attention_pattern": "wf", "window": 4, "window_kv_heads": 1, "window_head_dim": 6}, 10, 2 * 4 * 24 + 160),
@@ -77,8 +78,8 @@ def test_what_a_request_keeps(changes: dict[str, object], context: int, expected
         ({}, "f", ATTENTION),
         ({"extra_attention_params": 7}, "f", ATTENTION + 7),
         # Queries 8 * 3 * 5, keys 8 * 5, weights of the heads 8 * 3.
-        (INDEXED, "f", ATTENTION + 120 + 40 + 24),
-        ({**INDEXED, "attention_pattern": "fs"}, "s", ATTENTION),
+        (INDEXED, "i", ATTENTION + 120 + 40 + 24),
+        ({**INDEX, "attention_pattern": "is"}, "s", ATTENTION),
         ({"attention_pattern": "lf", "linear_params": 55, "extra_attention_params": 7}, "l", 55),
         ({"attention_pattern": "nf"}, "n", 0),
         ({"q_rank": 3}, "f", 3 * (8 + 8) + 32 + 32 + 64),
@@ -132,7 +133,7 @@ def test_a_chunked_layer_reads_its_own_chunk(kv_len: int, read: int) -> None:
 
 @pytest.mark.parametrize(("kv_len", "read"), [(3, 3), (4, 4), (100, 4)])
 def test_an_indexed_layer_reads_what_is_chosen_and_all_index_keys(kv_len: int, read: int) -> None:
-    kernels = times(replace(TINY, attention_pattern="fss", **INDEXED))  # type: ignore[arg-type]
+    kernels = times(replace(TINY, attention_pattern="iss", **INDEX))  # type: ignore[arg-type]
     own, shared = kernels.attention_list_ns(1, (kv_len,), False)[:2]
     assert shared == MOE_NS + TOKEN * read
     # At two operations a nanosecond the scores of 3 heads of 5 take longer than the keys' bytes, once they are many.
@@ -185,11 +186,12 @@ def test_the_sum_of_lengths_gives_an_upper_bound() -> None:
         ({"attention_pattern": "fq"}, "attention_pattern='fq' must be text of the letters"),
         ({"attention_pattern": "lf"}, "linear_params=0, and attention_pattern has layers l"),
         ({"attention_pattern": "c"}, "chunk=0, and attention_pattern has layers c"),
-        ({"attention_pattern": "fs"}, "index_top_k=0, and attention_pattern has layers x or s"),
+        ({"attention_pattern": "fs"}, "index_top_k=0, and attention_pattern has layers s"),
         ({"chunk": 4}, "chunk=4 is of layers c, and attention_pattern has none"),
         ({"linear_state": 4}, "linear_state=4 is of layers l"),
         ({"window_heads": 4}, "window_heads=4 is of layers w"),
-        ({"index_top_k": 4}, "index_top_k=4 and model.index_heads=0: give both"),
+        ({"index_top_k": 4, "attention_pattern": "i"}, "index_top_k=4 and model.index_heads=0: give both"),
+        (INDEX, "index_top_k=4 is of layers i or s or x"),
         ({"feed_pattern": "md"}, "feed_pattern gives 2 layers m of 3, and model.num_layers=3"),
         ({"feed_pattern": "m", "num_bare_layers": 1}, "feed_pattern gives 4 layers m of 4, and model.num_layers=3"),
         ({"o_rank": 4}, "o_rank=4 and model.o_groups=0: give both"),
