@@ -144,9 +144,9 @@ class _Reader:
         """Numbers of tensors and keys, behind magic and version."""
         start = self.file.read(8)
         if start[:4] != b"GGUF":
-            other = _OLD_MAGIC.get(start[:4])
-            problem = f"is a {other} file, the form before GGUF" if other else "is not a GGUF file (no GGUF at its start)"
-            raise self.fault(problem, "convert the model anew, or give a GGUF file" if other else "give a GGUF file")
+            if other := _OLD_MAGIC.get(start[:4]):
+                raise self.fault(f"is a {other} file, the form before GGUF", "convert the model anew")
+            raise self.fault("is not a GGUF file (it does not begin with GGUF)", "give a GGUF file")
         if len(start) < 8:
             raise self._truncated(8)
         self.at = 8

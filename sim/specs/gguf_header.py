@@ -117,7 +117,8 @@ def _check_shapes(file: GgufFile, model: Model, hidden: int, num_experts: int) -
     for name in (EMBEDDING, _HEAD):
         found = model.contents.outside.get(name)
         if found and (len(found.shape) != 2 or found.shape[0] != hidden):
-            raise file.fault(f"tensor {name!r}", f"has the shape {list(found.shape)}, and the model a width of {hidden}")
+            problem = f"has the shape {list(found.shape)}, and the model a width of {hidden}"
+            raise file.fault(f"tensor {name!r}", problem)
     for index, block in enumerate(model.blocks):
         shape = block.shapes.get("ffn_gate_inp")
         if shape and block.experts and (*shape, 1)[1] != num_experts:
@@ -237,22 +238,23 @@ def _about_experts(experts: Sequence[Experts], spec: ModelSpec) -> str:
     """How much an expert takes."""
     sizes = [own.num_bytes / spec.num_experts for own in experts]
     kinds = ", ".join(sorted(set().union(*(own.kinds for own in experts))))
-    mean = _megabytes(spec.expert_bytes)
+    mean = _amount(spec.expert_bytes)
     if min(sizes) == max(sizes):
-        return f"an expert takes {mean} MB ({kinds})"
-    least, most = _megabytes(min(sizes)), _megabytes(max(sizes))
-    return f"experts take {least} to {most} MB by layer ({kinds}); their mean {mean} MB is used"
+        return f"an expert takes {mean} ({kinds})"
+    return f"experts take {_amount(min(sizes))} to {_amount(max(sizes))} by layer ({kinds}); their mean {mean} is used"
 
 
-def _megabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e6:.3g}" if num_bytes < 1e9 else f"{num_bytes / 1e6:.0f}"
+def _amount(num_bytes: float) -> str:
+    """Bytes to three digits."""
+    unit, size = next((one for one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if num_bytes >= one[1]), ("bytes", 1))
+    return f"{num_bytes / size:.3g} {unit}"
 
 
 def _about_rest(spec: ModelSpec, file: GgufFile, model: Model) -> str:
     """How much all else takes, and the formulas beside it where they do not give that."""
-    there, by_formula = _rest(file, model) / 1e9, spec.non_expert_bytes / 1e9
-    text = f"experts take {spec.total_expert_bytes / 1e9:.2f} GB, all else {there:.2f} GB"
-    return text if by_formula < 1.005 * there else f"{text}, which the formulas of the model make {by_formula:.2f} GB"
+    there, by_formula = _rest(file, model), spec.non_expert_bytes
+    text = f"all experts take {_amount(spec.total_expert_bytes)}, all else {_amount(there)}"
+    return text if by_formula < 1.005 * there else f"{text}, which the formulas of the model make {_amount(by_formula)}"
 
 
 def _assumed(file: GgufFile, model: Model) -> Iterable[str]:

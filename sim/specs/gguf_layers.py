@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertflow.attention import CHUNKED, FULL, GQA, LINEAR, MLA, NONE, SHARED_INDEX, WINDOWED
+from expertflow.attention import CHUNKED, FULL, GQA, INDEXED, LINEAR, MLA, NONE, SHARED_INDEX, WINDOWED
 from sim.specs.gguf_format import REWRITE
 from sim.specs.gguf_keys import GgufKeys
 from sim.specs.gguf_tensors import Block
@@ -62,7 +62,7 @@ def read_attention(keys: GgufKeys, blocks: Sequence[Block]) -> Attention:
     fields["attention"] = kind
     fields |= _mla(keys, blocks) if kind == MLA else _gqa(keys, blocks, letters, told)
     fields |= _linear(keys, blocks, letters, told)
-    fields |= _indexer(keys, blocks, letters)
+    fields |= _indexer(keys, letters)
     return Attention("".join(letters), fields, tuple(told))
 
 
@@ -74,11 +74,8 @@ def _letters(keys: GgufKeys, blocks: Sequence[Block], told: list[str]) -> tuple[
     from gguf.constants import Keys
 
     letters = [_kind(block) for block in blocks]
-    if any(block.has("indexer.attn_k") for block in blocks):
-        letters = [
-            SHARED_INDEX if letter == FULL and not block.has("indexer.attn_k") else letter
-            for letter, block in zip(letters, blocks, strict=True)
-        ]
+    if INDEXED in letters:
+        letters = [SHARED_INDEX if letter == FULL else letter for letter in letters]
     width = keys.whole(Keys.Attention.SLIDING_WINDOW, 0, default=0)
     chunked = keys.arch == "llama4" and (width > 0 or not keys.given(Keys.Attention.SLIDING_WINDOW))
     windowed = _windowed(keys, len(blocks)) if width or chunked else None
@@ -97,7 +94,9 @@ def _kind(block: Block) -> str:
     """By its tensors: blocks with a state may have queries and keys, too."""
     if block.part("linear").num_bytes:
         return LINEAR
-    return FULL if block.has("attn_output", "attn_qkv", "attn_q", "attn_kv_a_mqa") else NONE
+    if block.has("indexer.attn_k"):
+        return INDEXED
+    return FULL if block.part("attention").weights else NONE
 
 
 def _windowed(keys: GgufKeys, num_blocks: int) -> Sequence[bool] | None:
@@ -202,7 +201,8 @@ def _mla(keys: GgufKeys, blocks: Sequence[Block]) -> dict[str, Any]:
 
 def _linear(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: list[str]) -> dict[str, Any]:
     """Weights and state of blocks whose cache does not grow: their mean, and as llama.cpp allots the state."""
-    own = [block.part("attention") + block.part("linear") for block, at in zip(blocks, letters, strict=True) if at == LINEAR]
+    chosen = [block for block, letter in zip(blocks, letters, strict=True) if letter == LINEAR]
+    own = [block.part("attention") + block.part("linear") for block in chosen]
     if not own:
         return {}
     weights = [size.weights for size in own]
@@ -228,12 +228,12 @@ def _state(keys: GgufKeys, num_blocks: int) -> int:
     return state * inner + max(conv - 1, 0) * (inner + 2 * groups * state)
 
 
-def _indexer(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str]) -> dict[str, Any]:
+def _indexer(keys: GgufKeys, letters: Sequence[str]) -> dict[str, Any]:
     """What chooses the tokens that latent attention reads (DeepSeek-V3.2)."""
     from gguf.constants import Keys
 
     names = Keys.Attention.Indexer
-    if not any(block.has("indexer.attn_k") for block in blocks) or FULL not in letters:
+    if INDEXED not in letters:
         return {}
     return {
         "index_top_k": keys.whole(names.TOP_K, 1, 10_000_000),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from sim.specs.gguf_format import MAX_TENSORS, REWRITE, Header, read_header
 from sim.specs.gguf_keys import GgufKeys
-from sim.specs.gguf_tensors import Block, Contents, check_whole, sort_tensors
+from sim.specs.gguf_tensors import Block, Contents, block_number, check_whole, sort_tensors
+from traces.jsontext import shown
 from traces.messages import TraceError, fault
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.ASCII | re.DOTALL)
@@ -21,11 +23,12 @@ _MOST_BLOCKS = 4096
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One model: its first part, which has the keys, all parts that are there, and the names of those that are not."""
+    """One model: its first part, which has the keys, the parts that are there with their numbers (from 0), and the
+    names of those that are not."""
 
     path: Path
     first: Header
-    parts: Sequence[Header]
+    parts: Mapping[int, Header]
     missing: Sequence[str]
 
     def fault(self, where: str, problem: str, remedy: str = REWRITE) -> TraceError:
@@ -45,27 +48,27 @@ def read_parts(path: Path) -> GgufFile:
         if isinstance(told, int) and told > 1:
             problem = f"is one of {told} parts by its key {Keys.Split.LLM_KV_SPLIT_COUNT}"
             raise fault(path, "file", problem, "give the parts the names that they had, …-00001-of-00003.gguf")
-        return GgufFile(path, header, [header], [])
+        return GgufFile(path, header, {0: header}, [])
     names = [f"{named[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
     there = [name for name in names if name == path.name or (path.parent / name).exists()]
     if names[0] not in there:
         problem = f"is part {int(named[2])} of {count}, and {names[0]}, which has the keys, is not beside it"
         raise fault(path, "file", problem, "fetch the first part, too; its header is enough")
-    parts = []
+    parts: dict[int, Header] = {}
     for name in there:
-        parts.append(read_header(path.parent / name))
-        if sum(len(part.tensors) for part in parts) > MAX_TENSORS:
+        number = names.index(name)
+        parts[number] = part = read_header(path.parent / name)
+        if sum(len(one.tensors) for one in parts.values()) > MAX_TENSORS:
             raise fault(path, "file", f"has more than {MAX_TENSORS} tensors with its other parts", REWRITE)
-    for number, part in zip([names.index(name) for name in there], parts, strict=True):
         own = [part.keys.get(key) for key in (Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT)]
         if own != [number, count]:
-            problem = f"says that it is part {own[0]} (from 0) of {own[1]}"
+            problem = f"says that it is part {shown(own[0])} (from 0) of {shown(own[1])}"
             raise fault(part.path, "file", problem, "give the parts the names that they had")
-    _check_tensors_of(path, parts, len(parts) == count)
+    _check_tensors_of(path, parts.values(), len(parts) == count)
     return GgufFile(path, parts[0], parts, [name for name in names if name not in there])
 
 
-def _check_tensors_of(path: Path, parts: Sequence[Header], whole: bool) -> None:
+def _check_tensors_of(path: Path, parts: Collection[Header], whole: bool) -> None:
     """TraceError where a tensor stands in two parts, or they have not as many as they say together."""
     from gguf.constants import Keys
 
@@ -73,7 +76,7 @@ def _check_tensors_of(path: Path, parts: Sequence[Header], whole: bool) -> None:
     for name, times in counted.most_common(1):
         if times > 1:
             raise fault(path, f"tensor {name!r}", "stands in two of its parts", REWRITE)
-    told = parts[0].keys.get(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
+    told = next(iter(parts)).keys.get(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
     if isinstance(told, int) and whole and told != len(counted):
         raise fault(path, "file", f"has {len(counted)} tensors with its other parts, its key says {told}", REWRITE)
 
@@ -95,7 +98,7 @@ def read_blocks(file: GgufFile, keys: GgufKeys) -> Model:
     count = keys.whole(Keys.LLM.BLOCK_COUNT, 1, _MOST_BLOCKS)
     extra = keys.whole(Keys.LLM.NEXTN_PREDICT_LAYERS, 0, count - 1, default=0)
     num_experts = keys.whole(Keys.LLM.EXPERT_COUNT, 2, 65_535)
-    tensors = [tensor for part in file.parts for tensor in part.tensors]
+    tensors = [tensor for part in file.parts.values() for tensor in part.tensors]
     contents = sort_tensors(tensors, count, num_experts, file.fault)
     if extra:
         told.append(f"{extra} of {count} blocks, which predict further tokens (MTP), are left out")
@@ -126,10 +129,11 @@ def _filled(file: GgufFile, keys: GgufKeys, contents: Contents, wanted: range) -
 
     names = {index: _names(contents.blocks[index]) for index in wanted if index in contents.blocks}
     kinds = set(names.values())
+    cut = set(_cut_blocks(file))
     whole = [
         index
         for index, own in names.items()
-        if not any(own < other for other in kinds) and _is_whole(contents.blocks[index])
+        if index not in cut and not any(own < other for other in kinds) and _is_whole(contents.blocks[index])
     ]
     if not any(contents.blocks[index].experts for index in whole):
         problem = "no block with experts is whole in the parts that are there"
@@ -141,6 +145,15 @@ def _filled(file: GgufFile, keys: GgufKeys, contents: Contents, wanted: range) -
         distances = [(abs(at - index), at) for at in ([index] if index in whole else alike)]
         blocks.append(contents.blocks[min(distances)[1]])
     return blocks, len(wanted) - len(whole)
+
+
+def _cut_blocks(file: GgufFile) -> Iterator[int]:
+    """Blocks that may go on in a part that is not there: those of a part's last and first tensor."""
+    for number, part in file.parts.items():
+        for other, tensors in ((number - 1, part.tensors), (number + 1, part.tensors[::-1])):
+            if 0 <= other < len(file.parts) + len(file.missing) and other not in file.parts:
+                numbers = (block_number(tensor.name) for tensor in tensors)
+                yield from islice((found for found in numbers if found is not None), 1)
 
 
 def _names(block: Block) -> frozenset[str]:

@@ -114,12 +114,11 @@ class Contents:
     blocks: dict[int, Block]
     outside: dict[str, Tensor]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        inside = (b.experts.num_bytes if b.experts else 0 for b in self.blocks.values())
-        parts = (size.num_bytes for b in self.blocks.values() for size in b.parts.values())
-        return sum(inside) + sum(parts) + sum(tensor.num_bytes for tensor in self.outside.values())
+
+def block_number(name: str) -> int | None:
+    """Of the block that a tensor of that name is of; None if it is of none."""
+    found = _BLOCK.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def sort_tensors(tensors: Iterable[Tensor], num_blocks: int, num_experts: int, refuse: Refuse) -> Contents:
@@ -178,7 +177,7 @@ def _add_single(
     """Count the tensors of one expert each, `ffn_gate.0.weight` and on."""
     members = list(numbered.values())
     first = members[0]
-    if numbered.keys() != set(range(num_experts)) or block.experts is not None and role in block.experts.shapes:
+    if numbered.keys() != set(range(num_experts)) or (block.experts is not None and role in block.experts.shapes):
         problem = f"is one of {len(members)} of its kind, and there are {num_experts} experts"
         raise refuse(f"tensor {first.name!r}", problem, REWRITE)
     experts = block.experts = block.experts or Experts()

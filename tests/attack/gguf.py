@@ -17,7 +17,7 @@ _KINDS = (0, 1, 2, 6, 8, 10, 11, 12, 13, 14, 16, 19, 20, 23, 28, 30, 39, 4, 5, 3
 _BYTES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 6: (32, 22), 8: (32, 34), 10: (256, 84), 11: (256, 110), 12: (256, 144)}
 _BYTES |= {13: (256, 176), 14: (256, 210), 16: (256, 66), 19: (256, 50), 20: (32, 18), 23: (256, 136), 28: (1, 8)}
 _BYTES |= {30: (1, 2), 39: (32, 17)}
-_EDGES = (0, 1, 2, 3, 7, 255, 256, 257, 4096, 65_535, 65_536, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 62, 1 << 63)
+_EDGES = (0, 1, 2, 3, 7, 255, 256, 257, 4096, 65_535, 65_536, 1 << 20, 1 << 31, 2**32 - 1, 1 << 40, 1 << 62, 1 << 63)
 _WORDS = ("ffn_up_exps", "ffn_down_exps", "ffn_gate_exps", "ffn_gate_up_exps", "attn_k", "ffn_down", "nextn.eh_proj")
 _WORDS += ("ssm_out", "indexer.attn_k", "attn_kv_a_mqa", "ffn_down.0", "ffn_norm_exps", "ffn_down_shexp")
 
@@ -158,7 +158,7 @@ def change_value(rng: Random, doc: Doc) -> None:
 
 def _other(rng: Random, kind: int) -> Any:
     if kind == _STRING:
-        return rng.choice(("", "llama", "model", "adapter", "x" * 5000, "a\nb", "é", b"\xff\xfe", "{arch}", "qwen3next"))
+        return rng.choice(("", "llama", "llama4", "model", "adapter", "x" * 5000, "a\nb", "é", b"\xff\xfe", "{arch}"))
     if kind in (6, 12):
         return rng.choice((0.0, -1.0, float("nan"), float("inf"), 1e30))
     return rng.choice(_EDGES)
@@ -241,7 +241,7 @@ def change_kind(rng: Random, doc: Doc) -> None:
     name, _, _ = rng.choice(doc.tensors)
     kind, role = rng.choice(_KINDS), str(name).rsplit(".", 2)[-2:]
     for entry in doc.tensors:
-        if entry[0] == name or rng.random() < 0.5 and str(entry[0]).rsplit(".", 2)[-2:] == role:
+        if entry[0] == name or (rng.random() < 0.5 and str(entry[0]).rsplit(".", 2)[-2:] == role):
             entry[2] = kind
 
 

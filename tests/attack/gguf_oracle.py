@@ -63,7 +63,7 @@ def gguf(content: bytes, found: Any) -> str:
     rest = 0
     for name, (_, size) in tensors.items():
         inside = re.match(r"blk\.(\d+)\.", name, re.ASCII)
-        if inside and int(inside[1]) >= last or name.startswith("blk.") and ".nextn." in name:
+        if (inside and int(inside[1]) >= last) or (name.startswith("blk.") and ".nextn." in name):
             continue
         if chosen := _EXPERTS.fullmatch(name):
             experts[int(chosen[1])] = experts.get(int(chosen[1]), 0) + size
@@ -77,7 +77,7 @@ def gguf(content: bytes, found: Any) -> str:
     if spec.expert_bytes != each:
         return f"an expert of {spec.expert_bytes} bytes, by hand {each}"
     # What the formulas of a model make of its widths may be more than the tensors have, never less.
-    if spec.non_expert_bytes < rest or spec.extra_bytes and spec.non_expert_bytes != rest:
+    if spec.non_expert_bytes < rest or (spec.extra_bytes and spec.non_expert_bytes != rest):
         return f"{spec.non_expert_bytes} bytes beside the experts, by hand {rest}"
     return _ends(spec, keys, tensors)
 

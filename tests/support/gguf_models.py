@@ -68,15 +68,13 @@ def _q4_k_m(name: str, shape: tuple[int, ...], kind: str, num_layers: int, num_e
     layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
     more = layer < num_layers // 8 or layer >= 7 * num_layers // 8 or (layer - num_layers // 8) % 3 == 2
     chosen = "Q4_K"
-    if name == "output.weight" or tied and name == "token_embd.weight":
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
         return "Q6_K" if shape[0] % 256 == 0 else "Q8_0"
     if "attn_v.weight" in name or "attn_kv_b.weight" in name:
         chosen = "Q8_0" if num_experts == 8 else "Q6_K" if more else "Q4_K"
     elif "attn_k.weight" in name and num_experts == 8:
         chosen = "Q8_0"
-    elif "attn_output" in name and num_experts == 8:
-        chosen = "Q5_K"
-    elif "attn_qkv" in name:
+    elif ("attn_output" in name and num_experts == 8) or "attn_qkv" in name:
         chosen = "Q5_K"
     elif "ffn_down" in name and more:
         chosen = "Q6_K"
