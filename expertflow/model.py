@@ -29,7 +29,7 @@ from expertflow.attention import (
 from expertflow.keys import Rule, check_fields, check_range, from_mapping
 from expertflow.layers import FEEDS, MOE, Layer, check_layers, layers_of, with_pattern
 
-_MLA_FIELDS = ("kv_rank", "rope_dim", "nope_dim", "v_dim")
+_MLA_FIELDS = ("kv_rank", "nope_dim", "v_dim")
 _GQA_FIELDS = ("num_kv_heads", "head_dim")
 _NOT_GQA = ("kv_rank", "rope_dim", "nope_dim", "window_kv_rank", "window_nope_dim")
 _NOT_MLA = (*_GQA_FIELDS, "window_kv_heads", "window_head_dim", "o_rank", "o_groups", "shared_kv")

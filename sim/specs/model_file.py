@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertflow.model import ModelSpec
+from traces.container import check_file
 from traces.messages import fault
+from traces.reading import unreadable
 
 GGUF = b"GGUF"
 """The first bytes of a GGUF file."""
@@ -27,4 +29,25 @@ class ReadModel:
 
 def read_model_file(path: Path) -> ReadModel:
     """The model that `path` describes; TraceError, one line with file, place and remedy, where it does not."""
-    raise fault(path, "file", "is no model file", "give a Hugging Face config.json or a GGUF file")
+    file = path / "config.json" if path.is_dir() else path
+    check_file(file)
+    if _first_bytes(file) == GGUF:
+        try:
+            from sim.specs.gguf_header import read_gguf
+        except ImportError:
+            raise fault(
+                file, "file", "is a GGUF file, which this version does not read", "give a config.json"
+            ) from None
+        found: ReadModel = read_gguf(file)
+        return found
+    from sim.specs.hf_config import read_hf_config
+
+    return ReadModel(*read_hf_config(file))
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF))
+    except OSError as error:
+        raise unreadable(path, error) from None
