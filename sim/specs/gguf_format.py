@@ -176,6 +176,7 @@ class _Reader:
                 raise self.fault("comes twice")
             kind = self.number("<I")
             self.budget.take(self.where, 200 + len(name))
+            value: Value | None
             if kind == _ARRAY:
                 value, length = self._array()
             elif kind == _STRING:

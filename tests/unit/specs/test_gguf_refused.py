@@ -246,7 +246,7 @@ def test_a_vocabulary_alone(tmp_path: Path) -> None:
     [
         (".expert_used_count", 9, "key 'deepseek.expert_used_count': is 9, a whole number from 1 to 8 is needed"),
         (".expert_used_count", None, "file: lacks the key deepseek.expert_used_count"),
-        (".block_count", 2, "tensor 'blk.2.attn_q.weight': is of block 2, the file says it has 2 blocks"),
+        (".block_count", 2, "tensor 'blk.2.attn_q.weight': is of block 2, the file says it has 2"),
         (".block_count", 4, "block 3: has no tensors, the file says it has 4 blocks"),
         (".block_count", 5000, "key 'deepseek.block_count': is 5000, a whole number from 1 to 4096 is needed"),
         (".block_count", "3", "key 'deepseek.block_count': is '3', a whole number"),
