@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from expertflow.keys import nearest
 from sim.views.plots import plot_stall_against_residency, plot_timeline, plot_tpot_bars
 from sim.views.timeline import Frames
 
@@ -17,8 +18,8 @@ def plot_rows(table: pd.DataFrame, title: str) -> Figure:
     """Of one result: a bar a row. table: of `Result.table`."""
     rows = table.drop(index="floor", errors="ignore").reset_index()
     if "floor" in table.index:
-        rows["floor_ms_per_token"] = table.loc["floor", "ms_per_token"]
-    return plot_tpot_bars(rows, title=f"Time per output token: {title}")
+        rows = rows.assign(floor_ms_per_token=table["ms_per_token"].loc["floor"])
+    return plot_tpot_bars(rows, title=f"Time per token: {title}", value="ms_per_token")
 
 
 def plot_window(frames: Frames, start_ms: float | None, stop_ms: float | None, title: str) -> Figure:
@@ -34,9 +35,9 @@ def plot_window(frames: Frames, start_ms: float | None, stop_ms: float | None, t
 
 
 def plot_sweep(table: pd.DataFrame, swept: Sequence[str], value: str) -> Figure:
-    """Of a sweep: lines over residency where that was swept, else bars of `tpot_ms`, a panel a hardware and stack.
+    """Of a sweep: lines over residency where that was swept, else bars of the time per token.
 
-    What else was swept is told apart by the name of the policy.
+    A panel for each hardware and stack; what else was swept is told apart by the name of the policy.
     """
     rows, others = table, [key for key in swept if key not in (*FACETS, "policy", "residency")]
     names = rows["policy"].astype(str)
@@ -44,9 +45,8 @@ def plot_sweep(table: pd.DataFrame, swept: Sequence[str], value: str) -> Figure:
         names = names + ", " + key + "=" + rows[key].astype(str)
     rows = rows.assign(policy=names)
     if value not in rows.columns:
-        raise ValueError(
-            f"value={value[:60]!r} is no column of the table; there are: {', '.join(rows.columns[:40])}, …"
-        )
+        known = nearest(value, [str(name) for name in rows.columns])
+        raise ValueError(f"value={value[:60]!r} is no column of the table; there are: {known}")
     if rows["residency"].nunique() > 1:
         return plot_stall_against_residency(rows, value)
-    return plot_tpot_bars(rows)
+    return plot_tpot_bars(rows, value="ms_per_token")

@@ -125,16 +125,16 @@ class Result:
         assert self.recorded.timeline is not None
         return self.recorded.timeline
 
-    def plot(self, kind: str = "tpot", *, start_ms: float | None = None, stop_ms: float | None = None) -> Figure:
-        """A picture. kind: `tpot`, the time per output token of each row and the stall in it; or `timeline`, from
+    def plot(self, kind: str = "time", *, start_ms: float | None = None, stop_ms: float | None = None) -> Figure:
+        """A picture. kind: `time`, the time per token of each row, the stall in it, and the floor; or `timeline`, from
         start_ms to stop_ms of the run, by default two tokens in its middle."""
         from sim.api.pictures import plot_rows, plot_window
 
-        if kind == "tpot":
+        if kind == "time":
             return plot_rows(self.table, self.title)
         if kind == "timeline":
             return plot_window(self.timeline, start_ms, stop_ms, self.title)
-        raise ValueError(f"kind={str(kind)[:60]!r} is no picture of a result; choose tpot or timeline")
+        raise ValueError(f"kind={str(kind)[:60]!r} is no picture of a result; choose time or timeline")
 
     def __str__(self) -> str:
         """The report that the command prints."""

@@ -112,8 +112,8 @@ class Job:
                 found = run_policy(work, policy, transfer, recorders.observers)
         if any(found[key] != metrics[key] for key in ("elapsed_ns", "stall_ns", "num_hits", "num_evictions", "bytes")):
             raise ValueError(
-                f"{plain(self.title, 80)} decides otherwise when it is run again: the trace has changed, or a part keeps "
-                "state in its class or module; give events=True and timeline=True to the run itself"
+                f"{plain(self.title, 80)} decides otherwise when it is run again: the trace has changed, or a part "
+                "keeps state in its class or module; give events=True and timeline=True to the run itself"
             )
         return recorders.recorded()
 
@@ -124,11 +124,10 @@ class Job:
             target = policy[name]["_target_"]
             kind = target if isinstance(target, type) else type(target)
             policy[name] = {**policy[name], "_target_": target if isinstance(target, str) else dotted(kind)}
-        trace = self.given.trace
-        told = (
-            self.cfg["trace"] if trace is None else {**self.cfg["trace"], "path": [str(path) for path in trace.paths]}
-        )
-        return {**self.cfg, "policy": policy, "trace": told}
+        trace = dict(self.cfg["trace"])
+        if self.given.trace is not None:
+            trace["path"] = [str(path) for path in self.given.trace.paths]
+        return {**self.cfg, "policy": policy, "trace": trace}
 
 
 def plan(keys: Mapping[str, Any]) -> Job:
@@ -172,6 +171,7 @@ def _class_name(target: Any) -> str:
 def run(job: Job, out: Path | None, may_end: bool = False) -> Result:
     """The result of a job, written to `out` if there is one. may_end: of `limited`, where the process is a worker."""
     started = time.perf_counter()
+    check_folder(job, out)
     cfg, work = job.cfg, job.workload()
     made: list[tuple[Policy, Transfer]] = []
     recorders = _Recorders(cfg, work, cfg["events"], cfg["timeline"])
@@ -182,8 +182,6 @@ def run(job: Job, out: Path | None, may_end: bool = False) -> Result:
 
     found: dict[str, Any] | None
     if out is None:
-        if cfg["skip_done"]:
-            raise ValueError("skip_done=true means nothing without a folder; give out=FOLDER, or leave it out")
         with limited(cfg["timeout_s"], may_end):
             found = metrics_of()
     else:
@@ -211,6 +209,12 @@ class _Recorders:
             None if self._events is None else self._events.frame(),
             None if self._timeline is None else self._timeline.frames(),
         )
+
+
+def check_folder(job: Job, out: str | Path | None) -> None:
+    """ValueError where a job asks for what only a folder can give."""
+    if job.cfg["skip_done"] and out is None:
+        raise ValueError("skip_done=true means nothing without a folder; give out=FOLDER, or leave it out")
 
 
 def _has_objects(job: Job) -> bool:

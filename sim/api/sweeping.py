@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed, effective_n_jobs
-from joblib.externals.loky import get_reusable_executor
 
 from expertflow.keys import plain
 from sim.api.result import Recorded, Result
-from sim.api.simulating import Job, as_library, plan, run
+from sim.api.simulating import Job, as_library, check_folder, plan, run
 from sim.api.words import label_of
 from sim.collect import row_of
 from sim.execute import slug
@@ -52,13 +50,12 @@ class Sweep(Sequence[Result]):
         rows = []
         for place, result in zip(self._places, self.results, strict=True):
             row = row_of(result.metrics, place.name)
-            rows.append(
-                {"run": row.pop("run"), **place.labels, **{k: v for k, v in row.items() if k not in self.swept}}
-            )
+            others = {key: value for key, value in row.items() if key not in place.labels}
+            rows.append({"run": others.pop("run"), **place.labels, **others})
         return pd.DataFrame(rows)
 
     def plot(self, value: str = "stall_ms_per_token") -> Figure:
-        """A picture: `value` by residency, a line a policy, where residency was swept; else bars of the time per output
+        """A picture: `value` by residency, a line a policy, where residency was swept; else bars of the time per
         token. A panel for each hardware and stack."""
         from sim.api.pictures import plot_sweep
 
@@ -146,18 +143,19 @@ def sweep(
     axes = {key: _values(key, value) for key, value in asked.items() if _is_axis(key, value)}
     with as_library(config_dir):
         planned = _planned(asked, axes)
+        check_folder(planned[0][1], out)
     if jobs == 1 or len(planned) == 1:
         outcomes = (_attempt(job, _folder(out, place), False) for place, job in planned)
         return _gathered(planned, outcomes, tuple(axes), out)
-    workers = Parallel(n_jobs=min(effective_n_jobs(jobs), len(planned)), backend=Workers(), return_as="generator")
+    backend = Workers()
+    workers = Parallel(n_jobs=min(effective_n_jobs(jobs), len(planned)), backend=backend, return_as="generator")
     outcomes = workers(delayed(_attempt)(job, _folder(out, place), True) for place, job in planned)
     try:
         with closing(outcomes):
             return _gathered(planned, outcomes, tuple(axes), out)
     finally:
-        if threading.current_thread() is not threading.main_thread():
-            # They end with the thread that started them: none must be found broken by the next sweep.
-            get_reusable_executor().shutdown()
+        # The next sweep must not find modules in them that have been edited since.
+        backend.end()
 
 
 def _is_axis(key: str, value: Any) -> bool:

@@ -27,7 +27,8 @@ def compose(words: Sequence[str], config_name: str = "config") -> DictConfig:
     """
     with _COMPOSING, _version_base():
         told = [*words, *_search_path(config_name)]
-        return _loader().load_configuration(config_name, told, RunMode.RUN, from_shell=False)
+        found: DictConfig = _loader().load_configuration(config_name, told, RunMode.RUN, from_shell=False)
+        return found
 
 
 @lru_cache(maxsize=1)
