@@ -30,6 +30,7 @@ _CHOICES = (*KINDS, "transfer")
 """What a policy is composed of, each a file of a group of its own."""
 _NAME = re.compile(r"[\w./+-]+")
 _KEY = re.compile(r"(\+{0,2}|~)([A-Za-z_][\w]*(?:[./][\w-]+)*)")
+_ENTRY = re.compile(r"\w[\w.-]*")
 _BARE = re.compile(r"[A-Za-z_][\w.-]*")
 _NO_TEXT = re.compile(r"null|true|false|nan|inf", re.IGNORECASE)
 _MOST_BITS = 4_000
@@ -87,7 +88,7 @@ class _Given:
             for word in self.words:
                 if of_part.match(word):
                     raise ValueError(
-                        f"{plain(word, 80)} would have no effect: policy.{part} is given in Python; "
+                        f"{plain(word.lstrip('+~'), 80)} would have no effect: policy.{part} is given in Python; "
                         "give what it needs to the object, or to its mapping"
                     )
 
@@ -110,7 +111,8 @@ class _Given:
         elif name in _NO_DEFAULT:
             raise ValueError(f"{name} has no name; give {name}={{'name': NAME, …}} or {name}=NAME")
         for key, one in entries.items():
-            self._entry(f"{name}.{key}", str(key), one, name)
+            _check_name(key, name)
+            self._entry(f"{name}.{key}", key, one, name)
 
     def _entry(self, key: str, name: str, value: Any, group: str) -> None:
         """An entry of a group's mapping."""
@@ -154,14 +156,17 @@ class _Given:
             return
         if isinstance(value, Mapping) and "." in key:
             for name, one in value.items():
-                if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-                    raise ValueError(
-                        f"{key}: {_told(name)} cannot be given here; write a file of your own (config_dir=)"
-                    )
+                _check_name(name, key)
                 self._nested(f"{key}.{name}", one, sign)
             return
         # A key that the file does not have is one that its part may take.
         self.words.append(f"{sign or ('++' if '.' in key else '')}{key}={text_of(value, key)}")
+
+
+def _check_name(name: Any, place: str) -> None:
+    """ValueError for an entry of a mapping that no override can name."""
+    if not isinstance(name, str) or not _ENTRY.fullmatch(name):
+        raise ValueError(f"{place}: {_told(name)} cannot be given as a key; write a file of your own (config_dir=)")
 
 
 def _is_part(value: Any) -> bool:
@@ -192,8 +197,11 @@ def text_of(value: Any, key: str) -> str:
 
 
 def _told(value: Any) -> str:
-    """A value for a message."""
-    return plain(shown(value) if isinstance(value, str | int | float | list | tuple) else repr(value), 60)
+    """A value for a message; of an object its class, since what it says of itself may be anything."""
+    if value is None or isinstance(value, str | int | float | list | tuple):
+        return plain(shown(value), 60)
+    kind = value if isinstance(value, type) else type(value)
+    return plain(f"{'the class' if kind is value else 'a'} {kind.__qualname__}", 60)
 
 
 def label_of(value: Any) -> Any:
