@@ -26,7 +26,8 @@ from replay.lost import DeviceLostError, end
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
-from sim.app import Recorders, relative
+from sim.app import relative
+from sim.execute import Recorders
 from sim.job.beside import answerable, baselines, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands

@@ -39,6 +39,13 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has
     ]
 
 
+def named_runs(metrics: dict[str, Any], title: str) -> list[tuple[str, dict[str, Any]]]:
+    """The run and those beside it, each with the name of its row. title: as in `print_report`."""
+    compare, is_named = metrics["compare"] or {}, title == metrics["policy"]
+    own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
+    return [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
+
+
 def print_report(console: Console, metrics: dict[str, Any], folder: str | None, title: str) -> None:
     """One table a person can read, from the metrics of a run and those beside it.
 
@@ -58,10 +65,7 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None, 
     base = compare.get("on_demand", {}).get("stall_ns")
     for column in _COLUMNS if compare else [one for one in _COLUMNS if one != _SHARE]:
         table.add_column(column, justify="right")
-    is_named = title == metrics["policy"]
-    own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
-    rows = [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
-    for place, (name, one) in enumerate(rows):
+    for place, (name, one) in enumerate(named_runs(metrics, title)):
         table.add_row(*_row(name, one, base, bool(compare)), style=None if place else "bold")
     bounds = metrics["bounds"]
     if bounds and bounds["floor_ns"] is not None:
