@@ -52,7 +52,7 @@ def print_beside(
 ) -> None:
     """Each measured figure beside the last calibration's, and the datasheet's or the assumption in its place."""
     sheet = datasheet(raw["device"]["name"])
-    title = "no profile to compare with" if sheet is None else f"conf/hardware/{sheet[0]}.yaml"
+    title = "no profile to compare with" if sheet is None else f"the shipped profile {sheet[0]}"
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column, justify in (("figure", "left"), ("measured", "right"), ("last time", "right"), (title, "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "",
         "options (defaults shown):",
         f"  {listed_options(RecordOptions)}",
-        "  name: the model's name in the trace, that of conf/model (default: the last part of model, in small letters)",
+        "  name: the model's name in the trace, one that `expertflow sim --help` lists (default: the last part of model, in small letters)",
         "  sampling: greedy, or temperature=0.8 and the like; lookahead: layers ahead of the pre-gate, 0 for none",
         "  lookahead_top: candidates listed for each (default: twice top-k), or all; chat: wrap texts as user messages",
         "",
