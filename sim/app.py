@@ -14,7 +14,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from expertflow.observer import Observer
 from expertflow.policy import Policy
@@ -25,12 +24,13 @@ from sim.job.decided import Decided, asked, stands
 from sim.job.help import register
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
-from sim.job.report import print_line, print_report
+from sim.job.report import asked_of, print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.job.title import policy_title
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
+from traces.tables import console_for_tables
 
 
 def slug(overrides: str) -> str:
@@ -59,22 +59,23 @@ def run_configured(cfg: DictConfig) -> float | None:
     plain = checked(cfg)
     work = make_workload(plain)
     mark = asked({k: v for k, v in plain.items() if k not in IGNORED}, work.trace_sha256, work.model)
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    console = console_for_tables()
     with of_one_job(folder):
         if plain["skip_done"] and stands(folder / "DONE", mark, results_of(folder, plain)):
             console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
             return None
         begin_folder(folder, cfg)
         with Decided(mark, __name__, plain) as decided, limited(plain["timeout_s"]):
-            metrics = run_job(plain, work, folder)
+            found, told = asked_of(plain, work)
+            metrics = run_job(plain, work, folder) | found
         write_text(folder / "metrics.json", to_json(metrics))
         wall_s = time.perf_counter() - started
         write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
         write_text(folder / "DONE", decided.to_json())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_line(console, metrics, relative(folder), policy_title(plain["policy"]), told)
     else:
-        print_report(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_report(console, metrics, relative(folder), policy_title(plain["policy"]), told)
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 
