@@ -42,7 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = given
     if name not in COMMANDS:
-        print(f"error: {name!r} is no command{near_to(name, COMMANDS)}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint, known = near_to(name, COMMANDS), ", ".join(COMMANDS)
+        print(f"error: {name[:60]!r} is no command{hint}; choose one of: {known}", file=sys.stderr)
         return 2
     if words is None:
         # This process is the command.

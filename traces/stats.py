@@ -21,6 +21,7 @@ from rich.console import Console
 from traces.files import replace_text
 from traces.flags import whole
 from traces.limits import check_pairs
+from traces.processes.progress import shown
 from traces.reader import open_trace
 from traces.tables import console_for_tables, print_columns
 
@@ -294,8 +295,10 @@ def run(args: argparse.Namespace) -> int:
     starts = np.asarray(trace.request_start)
     starts = np.append(starts[starts < tokens], tokens)
     check_pairs(trace.paths[0], 1, trace.num_experts, 2)
-    stats = compute_stats(np.asarray(trace.experts[:tokens]), starts, trace.num_experts)
+    with shown(f"counting {trace.name}"):
+        stats = compute_stats(np.asarray(trace.experts[:tokens]), starts, trace.num_experts)
     print_stats(stats, console_for_tables())
     if args.json is not None:
         replace_text(args.json, json.dumps(stats, indent=1) + "\n")
+        print(f"wrote {args.json}")
     return 0

@@ -20,6 +20,7 @@ from expertflow.predictors.none import NoPredictor
 from expertflow.selections.top_k import TopK
 from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy
+from traces.processes.progress import shown
 
 Run = Callable[[Policy, Transfer, Sequence[Observer]], dict[str, Any]]
 """Runs a policy over the job's workload, told to the observers; its metrics."""
@@ -76,12 +77,16 @@ def run_asked(
     work: what is run. full: what policies are made for, where that differs: a replay may run a smaller model. main: how
     `policy` itself is run, where that differs from `run`.
     """
+    name = cfg["policy"]["name"]
     if not cfg["count_redundant"]:
-        return (main or run)(policy, transfer, observers)
+        with shown(f"running {name}"):
+            return (main or run)(policy, transfer, observers)
     hits = HitRecord()
-    run(*make_policy(without_prefetch(cfg["policy"]), full or work, cfg["seed"]), [hits])
+    with shown(f"running {name} without prefetch"):
+        run(*make_policy(without_prefetch(cfg["policy"]), full or work, cfg["seed"]), [hits])
     redundancy = RedundancyCounter(hits, len(load_chunks(work)), work.warmup_forwards)
-    metrics = (main or run)(policy, transfer, [redundancy, *observers])
+    with shown(f"running {name}"):
+        metrics = (main or run)(policy, transfer, [redundancy, *observers])
     metrics["prefetch"]["redundant"] = redundancy.num_redundant
     return metrics
 
@@ -100,4 +105,8 @@ def answerable(policy: Policy) -> Iterator[None]:
 
 def run_baselines(run: Run) -> dict[str, dict[str, Any]]:
     """The metrics of each of `baselines`."""
-    return {name: run(policy, transfer, ()) for name, (policy, transfer) in baselines().items()}
+    found = {}
+    for name, (policy, transfer) in baselines().items():
+        with shown(f"running {name} beside"):
+            found[name] = run(policy, transfer, ())
+    return found

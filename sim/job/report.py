@@ -73,8 +73,8 @@ def print_report(
     asked = asked or Asked()
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
-        f"[bold]{escape(title)}[/bold]{asked.chosen} on {metrics['hardware']}, {metrics['stack']} stack, {metrics['model']} with "
-        f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
+        f"[bold]{escape(title)}[/bold]{asked.chosen} on {metrics['hardware']}, {metrics['stack']} stack, "
+        f"{metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
         highlight=False,
         soft_wrap=True,
@@ -96,9 +96,7 @@ def print_report(
     _print_notes(console, metrics, folder, asked.notes)
 
 
-def print_line(
-    console: Console, metrics: dict[str, Any], folder: str, title: str, asked: Asked | None = None
-) -> None:
+def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str, asked: Asked | None = None) -> None:
     """One line a run, for sweeps. title: as in `print_report`."""
     asked = asked or Asked()
     mean = metrics["tpot_ms"]["mean"]

@@ -104,12 +104,16 @@ def check_form(file: str, content: Mapping[str, Any]) -> None:
     for part in NEEDED:
         entries = content.get(part, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{file}: {part} is {shown(entries)}; it must be a list of tables, as in the shipped studies")
+            raise ValueError(
+                f"{file}: {part} is {shown(entries)}; it must be a list of tables, as in the shipped studies"
+            )
         for entry in entries:
             for key, value in entry.items():
                 check, wanted = _COMMON.get(key, (lambda _: True, ""))
                 if not check(value):
-                    raise ValueError(f"{file}: {part}: {key} is {shown(value)}; it must be {wanted}, as in the shipped studies")
+                    raise ValueError(
+                        f"{file}: {part}: {key} is {shown(value)}; it must be {wanted}, as in the shipped studies"
+                    )
 
 
 def check_needed(file: str, content: Mapping[str, Any]) -> None:

@@ -75,7 +75,9 @@ def load_study(name: str) -> Study:
     """The study of that name; ValueError with the choices if there is none."""
     known = config_files("study")
     if name not in known:
-        raise ValueError(f"study {name!r} does not exist{near_to(name, known)}; choose one of: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"study {name!r} does not exist{near_to(name, known)}; choose one of: {', '.join(sorted(known))}"
+        )
     return read_study(known[name])
 
 

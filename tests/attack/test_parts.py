@@ -165,7 +165,11 @@ COMMANDS = [
         r"DropsLast\.arrange leaves out key \d+ \(forward \d+, layer \d\); answer exactly",
     ),
     ("policy.eviction._target_", "EvictsPinned", r"EvictsPinned\.victim answered key \d+, which is pinned"),
-    ("policy.eviction._target_", "VictimExits", r"VictimExits\.victim raised SystemExit: 0 at attack/hostile_hooks\.py:\d+ \(forward \d+, layer \d\)"),
+    (
+        "policy.eviction._target_",
+        "VictimExits",
+        r"VictimExits\.victim raised SystemExit: 0 at attack/hostile_hooks\.py:\d+ \(forward \d+, layer \d\)",
+    ),
     ("policy.order._target_", "StrictIsText", r"StrictIsText\.strict='no' must be True or False"),
 ]
 
