@@ -11,20 +11,22 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from sim.console import version_line
 from sim.execute import Kept, run_job, run_kept, slug
 from sim.job.configure import checked
 from sim.job.help import register
 from sim.job.output import begin_folder
-from sim.job.report import print_line, print_report
+from sim.job.overrides import let_words_add
+from sim.job.report import asked_of, print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import make_workload
 from sim.job.title import policy_title
 from sim.paths import CONF
+from traces.tables import console_for_tables
 
 OmegaConf.register_new_resolver("slug", slug, replace=True)
+let_words_add()
 register()
 
 
@@ -41,16 +43,17 @@ def run_configured(cfg: DictConfig) -> float | None:
     plain = checked(cfg)
     work = make_workload(plain)
     words = list(HydraConfig.get().overrides.task)
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    console = console_for_tables()
     where = Kept(folder, __name__, lambda: begin_folder(folder, cfg), words, started)
+    told = asked_of(plain, work)
     metrics = run_kept(where, plain, work, lambda: run_job(plain, work, folder))
     if metrics is None:
         console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
         return None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_line(console, metrics, relative(folder), policy_title(plain["policy"]), told)
     else:
-        print_report(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_report(console, metrics, relative(folder), policy_title(plain["policy"]), told)
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

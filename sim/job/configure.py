@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from expertflow.keys import Key, declared, nearest, shown
+from expertflow.keys import Key, declared, near_to, nearest, shown
 from sim.job.compose import compose
 from sim.job.former_names import refuse_former
 from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
@@ -51,10 +51,12 @@ def check_words(words: Sequence[str]) -> None:
             continue
         if _NO_NAME.match(found[2].strip()):
             group, value = found[1], found[2].strip()
-            choices = nearest(value, sorted(config_files(group)), 120)
+            names = sorted(config_files(group))
+            hint = near_to(value, names)
+            remedy = "" if hint else " (to sweep over several: -m and a comma list, without brackets)"
             raise ValueError(
-                f"{group}={value[:60]} must be the name of one file: {choices} "
-                "(to sweep over several: -m and a comma list, without brackets)"
+                f"{group}={value[:60]} must be the name of one file{hint}; choose from: "
+                f"{nearest(value, names, 120)}{remedy}"
             )
     check_link_words(words)
 

@@ -72,8 +72,10 @@ def _composed(words: Sequence[str], config_name: str) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key and value, as text, of each entry that `now` has otherwise; a key that is gone is null."""
-    for key in (*now, *(key for key in before if key not in now)):
+    """Dotted key and value, as text, of each entry that `now` has otherwise; a key that is gone is null, but for an
+    argument of a class in whose place there is another."""
+    gone = [key for key in before if key not in now] if before.get("_target_") == now.get("_target_") else []
+    for key in (*now, *gone):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _differences(old, new, f"{prefix}{key}.")

@@ -101,7 +101,7 @@ def read_hf_config(path: Path) -> tuple[ModelSpec, tuple[str, ...], tuple[str, .
 def language_part(top: Values) -> Values:
     """The table that tells of the language model: the file's own, or one within it; the first that names experts."""
     waiting = [top]
-    for depth in range(3):
+    for _ in range(3):
         found = next((one for one in waiting if _names_experts(one)), None)
         if found is not None:
             return found

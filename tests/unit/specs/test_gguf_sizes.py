@@ -28,7 +28,9 @@ PUBLISHED: list[tuple[Callable[[], Any], float, str]] = [
 
 
 @pytest.mark.parametrize(("model", "published", "name"), PUBLISHED, ids=[name for _, _, name in PUBLISHED])
-def test_a_model_takes_what_its_file_does(model: Callable[[], Any], published: float, name: str, tmp_path: Path) -> None:
+def test_a_model_takes_what_its_file_does(
+    model: Callable[[], Any], published: float, name: str, tmp_path: Path
+) -> None:
     arch, keys, tensors = model()
     found = read_gguf(gguf_models.write(tmp_path / "m.gguf", arch, keys, tensors)).spec
     assert found.name == name
