@@ -33,7 +33,7 @@ from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
-from sim.job.report import Asked, asked_of, print_line, print_report
+from sim.job.report import print_line, print_report
 from sim.job.run_cli import Ended
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.job.title import policy_title
@@ -87,7 +87,7 @@ def _replay(
     wall_s = time.perf_counter() - started
     where_from = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
     write_text(folder / "provenance.json", to_json(where_from))
-    _print(console, metrics, folder, policy_title(plain["policy"]), asked_of(plain, work))
+    _print(console, metrics, folder, policy_title(plain["policy"]), plain)
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)
@@ -187,11 +187,11 @@ def _most(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str, told: Asked) -> None:
+def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str, cfg: dict[str, Any]) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), title, told)
+        print_line(console, metrics, relative(folder), title, cfg)
         return
-    print_report(console, metrics, None, title, told)
+    print_report(console, metrics, None, title, cfg)
     for note in notes(metrics):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)

@@ -51,6 +51,10 @@ class Runnable(Protocol):
     def title(self) -> str:
         """What its policy is called."""
 
+    @property
+    def cfg(self) -> Mapping[str, Any]:
+        """Its configuration."""
+
     def record(self, metrics: Mapping[str, Any]) -> Recorded:
         """Events and timeline of it, run again. ValueError where it then differs from `metrics`."""
 
@@ -150,7 +154,7 @@ class Result:
 
     def _report(self) -> Console:
         console = Console(file=io.StringIO(), width=WIDTH, record=True, force_terminal=False, force_jupyter=False)
-        print_report(console, self.metrics, None if self.out is None else str(self.out), self.title)
+        print_report(console, self.metrics, None if self.out is None else str(self.out), self.title, self._job.cfg)
         return console
 
     def __getstate__(self) -> dict[str, Any]:

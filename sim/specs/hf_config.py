@@ -266,8 +266,5 @@ def model_name(path: Path) -> str:
     """The name of the folder of a config.json, or of the file, in small letters; of a hub cache that of the model."""
     whole = path.resolve()
     hub = [part for part in whole.parts if part.startswith("models--")]
-    if hub:
-        name = hub[-1].split("--")[-1]
-    else:
-        name = whole.parent.name if whole.stem == "config" else whole.stem
+    name = hub[-1].split("--")[-1] if hub else whole.parent.name if whole.stem == "config" else whole.stem
     return _SLUG.sub("-", name).strip("-.").lower()[:120] or "model"
