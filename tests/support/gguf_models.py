@@ -215,6 +215,36 @@ def deepseek_v2_lite(split_kv: bool = False) -> tuple[str, dict[str, Any], list[
     return "deepseek2", keys, q4_k_m(tensors, 27, 64)
 
 
+def qwen3_next_80b() -> tuple[str, dict[str, Any], list[Info]]:
+    """Qwen3-Next-80B-A3B, not quantised: linear attention in three of four blocks."""
+    keys = {
+        ".block_count": 48,
+        ".embedding_length": 2048,
+        ".attention.head_count": 16,
+        ".attention.head_count_kv": 2,
+        ".attention.key_length": 256,
+        ".attention.value_length": 256,
+        ".full_attention_interval": 4,
+        ".ssm.conv_kernel": 4,
+        ".ssm.inner_size": 4096,
+        ".ssm.state_size": 128,
+        ".ssm.time_step_rank": 32,
+        ".ssm.group_count": 16,
+        ".expert_count": 512,
+        ".expert_used_count": 10,
+    }
+    tensors = ends(2048, 151_936)
+    for layer in range(48):
+        if layer % 4 == 3:
+            query, *rest = gqa(layer, 2048, 16, 2, 256)
+            tensors += [query._replace(shape=(2048, 2 * 16 * 256)), *rest]  # with their gate
+        else:
+            tensors += delta(layer, 2048, 128, 16, 32)
+        tensors += experts(layer, 2048, 512, 512) + dense(layer, 2048, 512, "_shexp")
+        tensors += norms(layer, 2048, "attn_norm", "post_attention_norm", "ffn_gate_inp_shexp")
+    return "qwen3next", keys, tensors
+
+
 # -- parts of a block ----------------------------------------------------------------------------------------
 
 

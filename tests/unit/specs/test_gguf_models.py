@@ -253,7 +253,10 @@ def test_delta_attention_beside_latent(tmp_path: Path) -> None:
 def test_blocks_of_a_state_attention_or_experts_alone(tmp_path: Path) -> None:
     """Nemotron 3: each block is one of them; experts work in a narrower width."""
     mamba = [Info("blk.0.ssm_in.weight", (H, 1024), "Q8_0"), Info("blk.0.ssm_out.weight", (512, H), "Q8_0")]
-    latent = [Info("blk.2.ffn_latent_down.weight", (H, 128), "F16"), Info("blk.2.ffn_latent_up.weight", (128, H), "F16")]
+    latent = [
+        Info("blk.2.ffn_latent_down.weight", (H, 128), "F16"),
+        Info("blk.2.ffn_latent_up.weight", (128, H), "F16"),
+    ]
     router, up, down = experts(2, 128, 512, E, "Q8_0", gated=False)
     tensors = [
         *mamba,
@@ -290,7 +293,10 @@ def test_blocks_of_a_state_attention_or_experts_alone(tmp_path: Path) -> None:
 
 def test_short_convolutions(tmp_path: Path) -> None:
     """LFM2-MoE: no head, which is the embedding."""
-    conv = [Info("blk.0.shortconv.in_proj.weight", (H, 3 * H), "F16"), Info("blk.0.shortconv.conv.weight", (3, H), "F32")]
+    conv = [
+        Info("blk.0.shortconv.in_proj.weight", (H, 3 * H), "F16"),
+        Info("blk.0.shortconv.conv.weight", (3, H), "F32"),
+    ]
     conv += [Info("blk.0.shortconv.out_proj.weight", (H, H), "F16")]
     tensors = [*conv, *gqa(1, H, 8, 2, 32), *dense(0, H, 768), *experts(1, H, 512, E)]
     keys = {".block_count": 2, ".attention.head_count_kv": [0, 2], ".shortconv.l_cache": 3}
@@ -337,7 +343,9 @@ def test_an_indexer_and_a_block_that_predicts_further_tokens(tmp_path: Path) -> 
     }
     assert found.spec.num_layers == 2
     assert "1 of 3 blocks, which predict further tokens (MTP), are left out" in found.derived
-    two = sum(info.num_bytes for info in tensors if info.name.startswith(("blk.0", "blk.1")) and "_exps" not in info.name)
+    two = sum(
+        info.num_bytes for info in tensors if info.name.startswith(("blk.0", "blk.1")) and "_exps" not in info.name
+    )
     assert found.spec.non_expert_bytes == two + sum(info.num_bytes for info in ends(H, 1000, "Q8_0"))
 
 
@@ -350,7 +358,12 @@ def test_heads_that_differ_by_block_are_those_of_most(tmp_path: Path) -> None:
 
 
 def test_widths_that_differ_by_block_are_their_mean_and_the_bytes_stay_exact(tmp_path: Path) -> None:
-    tensors = [*gqa(0, H, 8, 2, 32), *gqa(1, H, 8, 2, 32), *experts(0, H, 512, E, "Q8_0"), *experts(1, H, 256, E, "Q8_0")]
+    tensors = [
+        *gqa(0, H, 8, 2, 32),
+        *gqa(1, H, 8, 2, 32),
+        *experts(0, H, 512, E, "Q8_0"),
+        *experts(1, H, 256, E, "Q8_0"),
+    ]
     found = read(tmp_path, "olmoe", {".block_count": 2}, tensors)
     assert found.spec.expert_intermediate == 384
     assert found.spec.expert_bytes == 3 * 256 * (512 + 256) // 2 * 34 // 32

@@ -250,7 +250,11 @@ def test_a_vocabulary_alone(tmp_path: Path) -> None:
         (".block_count", 4, "block 3: has no tensors, the file says it has 4 blocks"),
         (".block_count", 5000, "key 'deepseek.block_count': is 5000, a whole number from 1 to 4096 is needed"),
         (".block_count", "3", "key 'deepseek.block_count': is '3', a whole number"),
-        (".embedding_length", 512, "tensor 'token_embd.weight': has the shape [256, 1000], and the model a width of 512"),
+        (
+            ".embedding_length",
+            512,
+            "tensor 'token_embd.weight': has the shape [256, 1000], and the model a width of 512",
+        ),
         (".expert_count", 16, "has the shape [256, 512, 8], not that of 16 matrices"),
         (".attention.head_count_kv", 4, "has the shape [256, 64], and by the keys 4 KV heads of width 32"),
         (".attention.head_count_kv", [2, 2], "has 2 values, of 3 blocks"),
@@ -315,7 +319,9 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     first, second = in_parts(tmp_path, "m", tiny(), 20)
     content = second.read_bytes()
     second.write_bytes(first.read_bytes())
-    with pytest.raises(TraceError, match=r"m-00002-of-00002.gguf: file: says that it is part 0 \(from 0\) of 2; give the"):
+    with pytest.raises(
+        TraceError, match=r"m-00002-of-00002.gguf: file: says that it is part 0 \(from 0\) of 2; give the"
+    ):
         read_gguf(first)
     second.write_bytes(content)
     alone = tmp_path / "alone.gguf"
@@ -336,7 +342,9 @@ def test_a_part_whose_sibling_is_damaged_names_the_sibling(tmp_path: Path) -> No
 def test_no_whole_block_with_experts_in_the_parts_that_are_there(tmp_path: Path) -> None:
     first, second = in_parts(tmp_path, "m", tiny(), 20)
     second.unlink()
-    assert "no block with experts is whole in the parts that are there; fetch m-00002-of-00002.gguf, too" in refused(first)
+    assert "no block with experts is whole in the parts that are there; fetch m-00002-of-00002.gguf, too" in refused(
+        first
+    )
 
 
 def test_a_tensor_that_stands_in_two_parts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from sim.specs.gguf_header import read_gguf
+from sim.specs.model_file import read_model_file
 from tests.support import gguf_models
 
 GIB = 2**30
@@ -28,7 +30,9 @@ PUBLISHED: list[tuple[Callable[[], Any], float, str]] = [
 
 
 @pytest.mark.parametrize(("model", "published", "name"), PUBLISHED, ids=[name for _, _, name in PUBLISHED])
-def test_a_model_takes_what_its_file_does(model: Callable[[], Any], published: float, name: str, tmp_path: Path) -> None:
+def test_a_model_takes_what_its_file_does(
+    model: Callable[[], Any], published: float, name: str, tmp_path: Path
+) -> None:
     arch, keys, tensors = model()
     found = read_gguf(gguf_models.write(tmp_path / "m.gguf", arch, keys, tensors)).spec
     assert found.name == name
@@ -75,3 +79,37 @@ def test_dimensions_are_those_of_the_shipped_model(model: Callable[[], Any], con
     for key in vars(shipped).keys() - stored:
         assert getattr(found, key) == getattr(shipped, key), key
     assert found.num_params == shipped.num_params
+
+
+def test_a_hybrid_model_is_the_same_from_its_config_and_from_its_tensors(tmp_path: Path) -> None:
+    """Qwen3-Next-80B-A3B: two readers that share nothing but the spec; one counts tensors, one has formulas."""
+    config = {
+        "model_type": "qwen3_next",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "intermediate_size": 5120,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    by_config = read_model_file(tmp_path / "config.json").spec
+    by_tensors = read_model_file(gguf_models.write(tmp_path / "m.gguf", *gguf_models.qwen3_next_80b())).spec
+    stored = {"name", "source", "weight_bits", "expert_bits", "embedding_bits", "extra_bytes", "linear_state"}
+    for key in vars(by_config).keys() - stored:
+        assert getattr(by_tensors, key) == getattr(by_config, key), key
+    assert by_tensors.num_params == by_config.num_params
+    # llama.cpp keeps one column of the convolution less than transformers.
+    assert by_config.linear_state - by_tensors.linear_state == 2 * 16 * 128 + 32 * 128
