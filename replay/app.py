@@ -31,6 +31,7 @@ from sim.job.beside import answerable, baselines, describe, run_asked, run_basel
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
+from sim.job.model import recorded, remarks
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import Ended
@@ -83,9 +84,10 @@ def _replay(
             raise Ended(end(error)) from error
     write_text(folder / "metrics.json", to_json(metrics))
     wall_s = time.perf_counter() - started
-    found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
+    origin = provenance(overrides, work.trace_sha256, wall_s, "replay") | recorded(work.model, work.model_file)
+    found = {**origin, "machine": metrics["machine"]}
     write_text(folder / "provenance.json", to_json(found))
-    _print(console, metrics, folder, policy_title(plain["policy"]))
+    _print(console, metrics, folder, policy_title(plain["policy"]), list(remarks(work.model, work.model_file)))
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)
@@ -185,12 +187,12 @@ def _most(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str) -> None:
+def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str, more: Sequence[str]) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder), title)
         return
     print_report(console, metrics, None, title)
-    for note in notes(metrics):
+    for note in [*notes(metrics), *more]:
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)
 

@@ -24,6 +24,7 @@ from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.help import register
 from sim.job.limit import limited
+from sim.job.model import recorded, remarks
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
@@ -69,12 +70,15 @@ def run_configured(cfg: DictConfig) -> float | None:
             metrics = run_job(plain, work, folder)
         write_text(folder / "metrics.json", to_json(metrics))
         wall_s = time.perf_counter() - started
-        write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
+        origin = provenance(overrides, work.trace_sha256, wall_s) | recorded(work.model, work.model_file)
+        write_text(folder / "provenance.json", to_json(origin))
         write_text(folder / "DONE", decided.to_json())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
     else:
-        print_report(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_report(
+            console, metrics, relative(folder), policy_title(plain["policy"]), remarks(work.model, work.model_file)
+        )
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

@@ -10,13 +10,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from expertflow.keys import Key, declared, nearest, shown
+from expertflow.model import ModelSpec
 from sim.job.former_names import refuse_former
-from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
+from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, ModelKeys, RunKeys, check_run
 from sim.paths import CONF, config_files, own_folder
 
 KEYS = (*GROUPS, *declared(RunKeys))
 """Those that every run has."""
 _OF_A_GROUP = re.compile(r"^[+~]*([\w/]+)(?:@[\w.:@/]*)?=\s*(.*)$", re.DOTALL)
+_OF_A_MODEL = re.compile(r"model\.(\w+)=")
 _ENDLESS = re.compile(r"\d{4000}")
 _NO_NAME = re.compile(r"[\[{]|(null|true|false|[-+]?[\d.][\d._e+-]*|nan|[-+]?inf|)$", re.IGNORECASE)
 
@@ -29,6 +31,7 @@ def configure(
     config_name, own_keys: another file of `conf/`, and the keys that it has beside `KEYS`.
     """
     check_words(overrides)
+    overrides = with_model_keys(overrides)
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose(config_name=config_name, overrides=[*overrides, *_search_path(config_name)])
     return checked(cfg, own_keys)
@@ -44,6 +47,12 @@ def _search_path(config_name: str) -> list[str]:
     places = [str(place).replace("\\", "\\\\").replace("'", "\\'") for place in [*named, f"file://{own}"]]
     quoted = ",".join(f"'{place}'" for place in places)
     return [f"hydra.searchpath=[{quoted}]"]
+
+
+def with_model_keys(words: Sequence[str]) -> list[str]:
+    """`words` with every key of a model taken for any model: where its file does not have it, Hydra wants a sign."""
+    known = {**declared(ModelSpec), **declared(ModelKeys)}
+    return [f"++{word}" if (key := _OF_A_MODEL.match(word)) and key[1] in known else word for word in words]
 
 
 def check_words(words: Sequence[str]) -> None:

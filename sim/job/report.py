@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -37,10 +38,13 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has
     ]
 
 
-def print_report(console: Console, metrics: dict[str, Any], folder: str | None, title: str) -> None:
+def print_report(
+    console: Console, metrics: dict[str, Any], folder: str | None, title: str, more: Iterable[str] = ()
+) -> None:
     """One table a person can read, from the metrics of a run and those beside it.
 
     title: of the policy (see `sim.job.title`); where it is the name alone, a run of that name beside is the same run.
+    more: what is said below it besides.
     """
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
@@ -66,7 +70,7 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None, 
         floor = bounds["floor_ns"] / max(metrics["num_tokens"], 1) / 1e6
         table.add_row("floor", "", f"{floor:.3f}", style="dim")
     _print_table(console, table)
-    _print_notes(console, metrics, folder)
+    _print_notes(console, metrics, folder, more)
 
 
 def _print_table(console: Console, table: Table) -> None:
@@ -85,7 +89,7 @@ def print_line(console: Console, metrics: dict[str, Any], folder: str, title: st
     console.print(f"{escape(title)} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
 
 
-def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) -> None:
+def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, more: Iterable[str]) -> None:
     notes = []
     if metrics["uses_future"]:
         notes.append("policy or start state read ahead in the trace: a reference, not something that can be deployed")
@@ -108,7 +112,7 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) 
             f"{redundant} of {metrics['prefetch']['useful']} useful prefetches were redundant: the same "
             "policy without prefetch hit there too"
         )
-    for note in notes:
+    for note in [*notes, *more]:
         console.print(f"  {note}", style="dim", highlight=False)
     if folder is not None:
         console.print(f"written to {folder}", highlight=False, soft_wrap=True)

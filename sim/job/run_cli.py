@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from expertflow.boundary import words_of
 from expertflow.keys import plain
-from sim.job.configure import check_words
+from sim.job.configure import check_words, with_model_keys
 from sim.job.errors import one_line
 from sim.paths import check_named, use_own_folder
 from traces.messages import PREFIX
@@ -108,6 +108,7 @@ def run_hydra(main: Callable[[], int | None], interrupted: Kept) -> int:
                 raise ValueError(f"{found[1]} is empty, which is the current folder; give {found[1]}=FOLDER")
         if named is not None:
             check_named(named)
+        sys.argv[1:] = with_model_keys(words)
         try:
             return main()
         except SystemExit as left:
