@@ -79,8 +79,8 @@ run lasts 2^63 ns at most.
 
 
 _NOTES = {
-    "model": "Any key may be given for any model, whether its file has it or not: `model.KEY=VALUE`. With `model.path` it "
-    "takes the place of what the file says."
+    "model": "Any key may be given for any model, whether its file has it or not: `model.KEY=VALUE`. With `model.path` "
+    "it takes the place of what the file says."
 }
 
 
