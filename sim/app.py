@@ -16,6 +16,7 @@ from sim.console import version_line
 from sim.execute import Kept, run_job, run_kept, slug
 from sim.job.configure import checked
 from sim.job.help import register
+from sim.job.model import remarks
 from sim.job.output import begin_folder
 from sim.job.overrides import let_words_add
 from sim.job.report import print_line, print_report
@@ -49,10 +50,11 @@ def run_configured(cfg: DictConfig) -> float | None:
     if metrics is None:
         console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
         return None
+    title = policy_title(plain["policy"])
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), policy_title(plain["policy"]), plain)
+        print_line(console, metrics, relative(folder), title, plain)
     else:
-        print_report(console, metrics, relative(folder), policy_title(plain["policy"]), plain)
+        print_report(console, metrics, relative(folder), title, plain, remarks(work.model, work.model_file))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

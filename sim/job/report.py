@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -62,12 +62,17 @@ def named_runs(metrics: dict[str, Any], title: str) -> list[tuple[str, dict[str,
 
 
 def print_report(
-    console: Console, metrics: dict[str, Any], folder: str | None, title: str, cfg: Mapping[str, Any]
+    console: Console,
+    metrics: dict[str, Any],
+    folder: str | None,
+    title: str,
+    cfg: Mapping[str, Any],
+    more: Iterable[str] = (),
 ) -> None:
     """One table a person can read, from the metrics of a run and those beside it.
 
     title: of the policy (see `sim.job.title`); where it is the name alone, a run of that name beside is the same run.
-    cfg: the run's configuration.
+    cfg: the run's configuration. more: what is said below it besides.
     """
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
@@ -89,7 +94,7 @@ def print_report(
         cells.append(["floor", "", f"{floor:.3f}", *[""] * (len(columns) - 2)])
         styles.append("dim")
     print_columns(console, ["policy", *columns], cells, styles)
-    _print_notes(console, metrics, folder, _unfilled(cfg, metrics))
+    _print_notes(console, metrics, folder, [*_unfilled(cfg, metrics), *more])
 
 
 def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str, cfg: Mapping[str, Any]) -> None:
@@ -104,7 +109,7 @@ def print_line(console: Console, metrics: dict[str, Any], folder: str, title: st
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, more: Sequence[str]) -> None:
+def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, more: Iterable[str]) -> None:
     notes = list(more)
     if metrics["uses_future"]:
         notes.append("policy or start state read ahead in the trace: a reference, not something that can be deployed")
@@ -127,7 +132,7 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, 
             f"{redundant} of {metrics['prefetch']['useful']} useful prefetches were redundant: the same "
             "policy without prefetch hit there too"
         )
-    for note in notes:
+    for note in [*notes, *more]:
         console.print(f"  {note}", style="dim", highlight=False)
     if folder is not None:
         console.print(f"written to {folder}", highlight=False, soft_wrap=True)

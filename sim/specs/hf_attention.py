@@ -48,7 +48,7 @@ def read_attention(values: Values, pattern: str) -> dict[str, Any]:
     other, window = _by_kind(values, sizes, pattern)
     found = _spec_keys(other)
     if WINDOWED in pattern:
-        found |= {f"window_{_SHORT[key]}": window[key] for key in window if window[key] != other.get(key)}
+        found |= {f"window_{key}": window[key] for key in window if window[key] != other.get(key)}
     if set(pattern) & {WINDOWED, SPARSE, HEAVY}:
         found["window"] = _window(values)
     if CHUNKED in pattern:
@@ -61,16 +61,6 @@ def read_attention(values: Values, pattern: str) -> dict[str, Any]:
         found |= _linear(values, hidden)
     extra = _extra(values, hidden, other, pattern)
     return found | ({"extra_attention_params": extra} if extra else {})
-
-
-_SHORT = {
-    "heads": "heads",
-    "kv_heads": "kv_heads",
-    "head_dim": "head_dim",
-    "kv_rank": "kv_rank",
-    "nope_dim": "nope_dim",
-    "v_dim": "v_dim",
-}
 
 
 def _sizes(values: Values, hidden: int) -> dict[str, int]:
@@ -118,7 +108,7 @@ def _by_kind(values: Values, sizes: dict[str, int], pattern: str) -> tuple[dict[
             window[key] = values.count(*names)
     setting = values.inner("attention_other_setting")
     if setting is not None:
-        window |= {key: setting.count(name) for name, key in _OVERRIDES.items() if setting.has(name)}
+        window |= {key: setting.count(name) for name, key in _OVERRIDES.items() if key in sizes and setting.has(name)}
     # Gemma: the file's own widths are those of windowed layers.
     if values.has("global_head_dim"):
         other["head_dim"] = values.count("global_head_dim")
@@ -127,7 +117,7 @@ def _by_kind(values: Values, sizes: dict[str, int], pattern: str) -> tuple[dict[
         other["kv_heads"] = values.count("num_global_key_value_heads")
     for kinds, found in ((WINDOWED, window), ("", other)):
         layers = [at for at, kind in enumerate(pattern) if (kind == WINDOWED) == bool(kinds) and kind != LINEAR]
-        found |= _exceptions(values, layers)
+        found |= {key: size for key, size in _exceptions(values, layers).items() if key in sizes}
     return other, window
 
 

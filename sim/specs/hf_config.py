@@ -14,6 +14,7 @@ from typing import Any
 from expertflow.attention import LINEAR, NONE
 from expertflow.keys import LONGEST_TEXT
 from expertflow.model import ModelSpec
+from sim.paths import resolved
 from sim.specs.hf_attention import read_attention
 from sim.specs.hf_bits import with_bits
 from sim.specs.hf_layers import patterns, read_layers
@@ -54,6 +55,7 @@ _SHARED_WIDTH = (
     "share_expert_dim",
 )
 _SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+_VOCABULARY = ("vocab_size", "padded_vocab_size")
 _INNER = ("text_config", "llm_config", "language_config", "language_model_config", "thinker_config", "text_model")
 _TIED = (
     "cohere2_moe",
@@ -81,7 +83,7 @@ def read_hf_config(path: Path) -> tuple[ModelSpec, tuple[str, ...], tuple[str, .
     """The model of a config.json, what was derived and what assumed; TraceError where it has no routed experts, or
     something in it cannot be."""
     text = read_text(path, MOST_BYTES, "give a model's config.json")
-    table = parse_json(path, "file", text)
+    table = parse_json(path, "file", text, infinite=True)
     if not isinstance(table, dict):
         raise fault(path, "file", "holds no table of keys", "give a model's config.json")
     top = Values(path, table)
@@ -128,6 +130,8 @@ def check_kind(values: Values, top: Values) -> None:
         names = ", ".join(_EXPERTS[:3])
         told = kind[:40] or top.text("model_type")[:40] or "no model_type"
         raise fault(values.path, "file", f"is of no Mixture of Experts ({told}; {names} …)", "give one that is")
+    if not values.has(*_VOCABULARY):
+        raise fault(values.path, "file", f"is of no language model ({_VOCABULARY[0]} is not there)", "give one that is")
 
 
 def _experts(values: Values) -> int | None:
@@ -147,7 +151,7 @@ def _keys(values: Values, top: Values) -> dict[str, Any]:
         "num_experts": _experts(values),
         "top_k": ffn.count(*_TOP_K, high=65_535),
         "hidden_size": hidden,
-        "vocab_size": values.count("vocab_size", "padded_vocab_size"),
+        "vocab_size": values.count(*_VOCABULARY),
         **patterns(layers),
         **read_attention(values, layers.attention),
         **_feeds(values, ffn, hidden),
@@ -247,7 +251,9 @@ def _dense_width(values: Values) -> int:
 def _extra_params(values: Values, kind: str, hidden: int) -> int:
     """Weights that belong to no matrix of the formulas."""
     extra = 0
-    if kind in ("gemma4_text",) and values.count("hidden_size_per_layer_input", low=0, default=0):
+    if kind == "diffusion_gemma_text":
+        extra += 3 * hidden * values.count("intermediate_size")  # what a step knows of the one before
+    if kind == "gemma4_text" and values.count("hidden_size_per_layer_input", low=0, default=0):
         width = values.count("hidden_size_per_layer_input")
         layers = values.count("num_hidden_layers", high=4096)
         vocab = values.count("vocab_size_per_layer_input", default=values.count("vocab_size"))
@@ -264,7 +270,7 @@ def _extra_params(values: Values, kind: str, hidden: int) -> int:
 
 def model_name(path: Path) -> str:
     """The name of the folder of a config.json, or of the file, in small letters; of a hub cache that of the model."""
-    whole = path.resolve()
-    hub = [part for part in whole.parts if part.startswith("models--")]
-    name = hub[-1].split("--")[-1] if hub else whole.parent.name if whole.stem == "config" else whole.stem
+    whole = resolved(path)
+    name = whole.parent.name if whole.stem == "config" else whole.stem
+    name = next((part.split("--")[-1] for part in reversed(whole.parts) if part.startswith("models--")), name)
     return _SLUG.sub("-", name).strip("-.").lower()[:120] or "model"

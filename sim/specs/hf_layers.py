@@ -112,8 +112,8 @@ def _attention(values: Values, num_layers: int) -> str:
     if WINDOWED in letters and type(window) is int and type(longest) is int and window >= longest > 0:
         values.notes.derive(f"the window of {window} tokens is no shorter than the longest context: attention is full")
         letters = letters.replace(WINDOWED, FULL)
-    if values.text("model_type") == "qwen4_exp_text" and values.has("indexer_budget"):
-        letters = letters.replace(FULL, INDEXED)
+    if values.text("model_type") == "qwen4_exp_text":
+        letters = letters.replace(*((FULL, INDEXED) if values.has("indexer_budget") else (INDEXED, FULL)))
     return _shared_indexers(values, letters) if INDEXED in letters else letters
 
 
