@@ -50,8 +50,9 @@ class Rule:
     """The range of a key beside its type, and what a reader must know of it.
 
     above, below: whether the lower, the upper end itself is outside. infinite: infinity is allowed, too. choices: the
-    only texts. null: what null stands for; empty: null is refused. extra: what the key takes beside a number or a text,
-    checked elsewhere. remedy: what to do about a value outside, where the range does not say it.
+    only texts; letters: the only characters of a text. null: what null stands for; empty: null is refused. extra: what
+    the key takes beside a number or a text, checked elsewhere. remedy: what to do about a value outside, where the
+    range does not say it.
     """
 
     low: float = -MOST
@@ -61,6 +62,7 @@ class Rule:
     infinite: bool = False
     unit: str = ""
     choices: tuple[str, ...] = ()
+    letters: str = ""
     null: str = ""
     extra: str = ""
     about: str = ""
@@ -100,6 +102,8 @@ class Key:
             words = SWITCH
         elif rule.choices:
             words = f"one of {', '.join(rule.choices)}"
+        elif rule.letters:
+            words = f"text of the letters {', '.join(rule.letters)}, at most {LONGEST_TEXT}"
         elif self.kind == TEXT:
             words = f"text of at most {LONGEST_TEXT} characters"
         elif self.kind in (WHOLE, NUMBER):
@@ -135,7 +139,7 @@ class Key:
         if self.kind == SWITCH:
             return isinstance(value, bool)
         if self.kind == TEXT:
-            if not isinstance(value, str):
+            if not isinstance(value, str) or (rule.letters and not set(value) <= set(rule.letters)):
                 return False
             return value in rule.choices if rule.choices else 0 < len(value) <= LONGEST_TEXT and value.isprintable()
         if self.kind in _ELEMENT:

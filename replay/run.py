@@ -24,7 +24,7 @@ from replay.machine.faults import FaultyDevice
 from replay.machine.programs import DEFAULT_KV_GRID
 from replay.machine.real import RealMachine
 from replay.machine.rig import Needs, Rig
-from replay.machine.scale import scaled_model
+from replay.machine.scale import check_replayable, scaled_model
 from replay.machine.stamps import WrongStamp
 from sim.job.setup import Transfer, Workload, load_chunks, run_config
 
@@ -65,7 +65,9 @@ class Integrity:
 
 
 def scaled_workload(work: Workload, scale: int) -> Workload:
-    """`work` with a model whose widths are divided by `scale`, and chunks as many as before."""
+    """`work` with a model whose widths are divided by `scale`, and chunks as many as before; ValueError for a model
+    that is only simulated."""
+    check_replayable(work.model)
     if scale == 1:
         return work
     return replace(work, model=scaled_model(work.model, scale), chunk_mib=work.chunk_mib / scale**2)

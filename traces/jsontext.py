@@ -17,13 +17,13 @@ from traces.messages import fault
 REWRITE = "fetch or write the file again"
 
 
-def parse_json(path: Path | str, where: str, text: str, remedy: str = REWRITE) -> Any:
-    """The value of a JSON text; TraceError names file, place and fault. where: `file`, or a place in it."""
+def parse_json(path: Path | str, where: str, text: str, remedy: str = REWRITE, infinite: bool = False) -> Any:
+    """The value of a JSON text; TraceError names file, place and fault. where: `file`, or a place in it. infinite: NaN
+    and Infinity are read, for files of programs that write them; who asks must hold each number against its range."""
     check_bytes(path, where, json_bytes(text))
     try:
-        return json.loads(
-            text, object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=_finite_number
-        )
+        constant = float if infinite else _no_constant
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=constant, parse_float=_finite_number)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}" if where == "file" else where
         raise fault(path, place, f"is no JSON ({error.msg}, column {error.colno})", remedy) from None

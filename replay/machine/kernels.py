@@ -20,13 +20,15 @@ from typing import NamedTuple
 
 import torch
 
+from expertflow.attention import GQA
 from expertflow.forward import PREFILL, Forward
-from expertflow.model import GQA, ModelSpec
+from expertflow.model import ModelSpec
 from replay.machine.device import Work
 from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
 from replay.machine.products import products
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, size_class
+from replay.machine.scale import check_replayable
 from replay.machine.slot_kernels import SlotKernels
 from sim.specs.hardware import kv_on_grid
 
@@ -104,6 +106,7 @@ class Kernels:
     def __init__(
         self, model: ModelSpec, slots: SlotPool, dtype: torch.dtype, max_tokens: int, max_context: int
     ) -> None:
+        check_replayable(model)
         self.model = model
         self._dtype = dtype
         self._device = slots.bytes.device

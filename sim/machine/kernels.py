@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
-from expertflow.model import GQA, ModelSpec
+from expertflow.attention import LINEAR, NONE, entries_at_most
+from expertflow.layers import DENSE, MOE
+from expertflow.model import ModelSpec
 from sim.machine.groups import GroupTimes
+from sim.machine.reads import Reads, decode_reads, most_read, prefill_reads
 from sim.specs.hardware import Hardware, Stack, kv_on_grid
 from sim.specs.kernel_table import KernelTable, Points
-
-
-class _Reads(NamedTuple):
-    """What one layer's attention reads. kv_tokens: tokens of KV. pairs: (query, key). expanded: tokens of earlier
-    chunks whose compressed KV a prefill expands anew (MLA)."""
-
-    kv_tokens: int
-    pairs: int
-    expanded: int
-    prefill: bool
 
 
 class _Rates:
@@ -68,27 +61,51 @@ class _Roofline:
         self.shortest_expert_ns = self.expert[1]
         self.slowdowns = (1.0, 1.0, 1.0)
         self._dense = _Matrices(rates, model.dense_params, model.dense_params * model.weight_bits / 8)
-        # (weights, bytes) that attention reads in a dense layer, and with the router in an MoE layer.
-        attention = (model.attention_params, model.attention_params * model.weight_bits / 8)
-        router = (model.router_params, model.router_params * model.embedding_bits / 8)
-        self._dense_layer = attention
-        self._moe_layer = (attention[0] + router[0], attention[1] + router[1])
-        self._token_bytes = model.kv_bytes_per_token_per_layer
-        self._pair_flops = _pair_flops(model)
-        self._expansion_flops = 2 * model.kv_up_params
+        self._router = (model.router_params, model.router_params * model.embedding_bits / 8)
+        self._mixers = {kind: _Mixer(model, kind) for kind in model.num_of}
 
-    def attention_ns(self, num_tokens: int, reads: _Reads) -> int:
+    def attention_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
         """Attention and router of one MoE layer."""
-        return self._layer_ns(self._moe_layer, num_tokens, reads)
+        return self._layer_ns(kind, self._router, num_tokens, reads)
 
-    def dense_ns(self, num_tokens: int, reads: _Reads) -> int:
-        """One leading dense layer."""
-        return self._layer_ns(self._dense_layer, num_tokens, reads) + self._dense[num_tokens]
+    def dense_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+        """One dense layer."""
+        return self.bare_ns(kind, num_tokens, reads) + self._dense[num_tokens]
 
-    def _layer_ns(self, weights: tuple[int, float], num_tokens: int, reads: _Reads) -> int:
-        (params, num_bytes), (kv_tokens, pairs, expanded, prefill) = weights, reads
-        kv_flops = pairs * self._pair_flops[prefill] + expanded * self._expansion_flops
-        return self._rates.ns(num_bytes + kv_tokens * self._token_bytes, 2 * params * num_tokens + kv_flops)
+    def bare_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+        """Attention alone."""
+        return self._layer_ns(kind, (0, 0.0), num_tokens, reads)
+
+    def _layer_ns(self, kind: str, more: tuple[int, float], num_tokens: int, reads: Reads) -> int:
+        mixer = self._mixers[kind]
+        params, num_bytes = mixer.params + more[0], mixer.num_bytes + more[1]
+        num_bytes += reads.entries * mixer.entry_bytes + reads.index_keys * mixer.index_key_bytes
+        num_bytes += reads.requests * mixer.state_bytes
+        flops = 2 * params * num_tokens + reads.pairs * mixer.pair_flops[reads.prefill]
+        flops += reads.expanded * mixer.expansion_flops + reads.index_pairs * mixer.index_flops
+        return self._rates.ns(num_bytes, flops + num_tokens * mixer.state_flops)
+
+
+class _Mixer:
+    """Weights, bytes and operations of the attention of layers of one kind.
+
+    A linear layer reads and writes each request's state, and does four operations a value and token: it takes in a
+    key and value, and answers a query, as a product and a sum each (arXiv 2006.16236, equations 16 to 20). An
+    indexer's score is a product of the width of its keys for each of its heads (DeepSeek-V3.2).
+    """
+
+    def __init__(self, model: ModelSpec, kind: str) -> None:
+        found = model.projections(kind)
+        self.params = model.mixer_params(kind)
+        self.num_bytes = self.params * model.weight_bits / 8
+        self.entry_bytes = model.entry_bytes(kind)
+        self.pair_flops = (0, 0) if found is None else (found.pair_flops(False), found.pair_flops(True))
+        self.expansion_flops = 0 if found is None else 2 * found.kv_up_params
+        self.index_key_bytes = model.index_key_bytes
+        self.index_flops = 2 * model.index_heads * model.index_dim
+        is_linear = kind == LINEAR
+        self.state_bytes = 2 * model.state_bytes if is_linear else 0
+        self.state_flops = 4 * model.linear_state if is_linear else 0
 
 
 def ns_at(points: Points, num_tokens: int) -> float:
@@ -141,24 +158,38 @@ class _Measured:
         self.shortest_expert_ns = shortest if self.groups is None else self.groups.shortest_ns
         self.slowdowns = (table.attention_slowdown, table.experts_slowdown, table.head_slowdown)
         self._table = table
-        prefill_flops = _pair_flops(model)[1]
-        self._pair_ns = prefill_flops / rates.flops_per_ns if table.prefill_kv is None else table.prefill_kv
-        # The points see no context and pairs do not count it: its expansion stays the roofline's.
-        self._expansion_ns = 2 * model.kv_up_params / rates.flops_per_ns
+        self._pair_ns, self._expansion_ns, self._index_ns = {}, {}, {}
+        for kind in model.num_of:
+            found = model.projections(kind)
+            if found is None:
+                continue
+            pair_ns = found.pair_flops(True) / rates.flops_per_ns if table.prefill_kv is None else table.prefill_kv
+            self._pair_ns[kind] = pair_ns
+            # The points see no context and pairs do not count it: its expansion stays the roofline's.
+            self._expansion_ns[kind] = 2 * found.kv_up_params / rates.flops_per_ns
+            # An index key takes as long as its share of a KV token's bytes.
+            self._index_ns[kind] = table.kv * model.index_key_bytes / model.entry_bytes(kind)
 
-    def attention_ns(self, num_tokens: int, reads: _Reads) -> int:
+    def attention_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
         """Attention and router of one MoE layer."""
-        return round(ns_at(self._table.attention, num_tokens) + self._context_ns(num_tokens, reads))
+        return round(ns_at(self._table.attention, num_tokens) + self._context_ns(kind, num_tokens, reads))
 
-    def dense_ns(self, num_tokens: int, reads: _Reads) -> int:
-        """One leading dense layer."""
-        return round(ns_at(self._table.dense, num_tokens) + self._context_ns(num_tokens, reads))
+    def dense_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+        """One dense layer."""
+        return round(ns_at(self._table.dense, num_tokens) + self._context_ns(kind, num_tokens, reads))
 
-    def _context_ns(self, num_tokens: int, reads: _Reads) -> float:
+    def bare_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+        """Attention alone: with the router's time, which was not measured apart."""
+        return self.attention_ns(kind, num_tokens, reads)
+
+    def _context_ns(self, kind: str, num_tokens: int, reads: Reads) -> float:
         """What the points lack: they hold one KV token, and one pair, for each row."""
-        context_ns = (reads.kv_tokens - num_tokens) * self._table.kv
+        if kind in (LINEAR, NONE):
+            return 0.0
+        context_ns = (reads.entries - num_tokens) * self._table.kv + reads.index_keys * self._index_ns[kind]
         if reads.prefill:
-            context_ns += (reads.pairs - num_tokens) * self._pair_ns + reads.expanded * self._expansion_ns
+            context_ns += (reads.pairs - num_tokens) * self._pair_ns[kind]
+            context_ns += reads.expanded * self._expansion_ns[kind]
         return context_ns
 
 
@@ -182,7 +213,11 @@ class KernelTimes:
         self.slowdowns = times.slowdowns
         self.shortest_expert_ns = times.shortest_expert_ns
         self._kv_grid = stack.kv_grid
-        self._window = model.window or sys.maxsize
+        self._kinds = tuple(model.num_of)
+        bounds = [entries_at_most(model, kind) for kind in self._kinds]
+        self._bounds = [sys.maxsize if bound is None else bound for bound in bounds]
+        self._moe_kinds = model.moe_attention
+        self._between = _between(model)
         # Bounded, so that memory does not grow with the trace.
         self._decode = lru_cache(maxsize=4096)(self._decode_list)
 
@@ -208,14 +243,15 @@ class KernelTimes:
     def attention_ns(self, layer: int, num_tokens: int, kv_tokens: int) -> int:
         """Attention, norms and router of MoE layer `layer` in a decode forward of `num_tokens` requests.
 
-        kv_tokens: summed KV length of the requests. A windowed layer takes at most a window of each, which is
-        exact if all requests or none exceed it; `attention_list_ns` is exact always.
+        kv_tokens: summed KV length of the requests. A layer that reads less than all takes the most that so many
+        requests can read of it together, which is exact if they are equally long; `attention_list_ns` is exact always.
         """
-        windowed = min(kv_tokens, self._window * num_tokens)
-        return self._decode_at(num_tokens, kv_tokens, windowed)[layer]
+        entries, index = zip(*(most_read(self.model, kind, num_tokens, kv_tokens) for kind in self._kinds), strict=True)
+        return self._decode_at(num_tokens, entries, index)[layer]
 
     def attention_list_ns(self, num_tokens: int, kv_lens: Sequence[int], prefill: bool) -> list[int]:
-        """The same for every MoE layer [L]; leading dense layers count into the first.
+        """The same for every MoE layer [L]; a layer without routed experts counts into the next that has some, those
+        behind the last into it.
 
         kv_lens [num_tokens]: KV length of each row's request up to and including the row. In a decode forward
         each row is its own request; in a prefill the rows are consecutive tokens of one, attention is causal.
@@ -223,59 +259,49 @@ class KernelTimes:
         if len(kv_lens) != num_tokens:
             raise AssertionError(f"{len(kv_lens)} KV lengths for {num_tokens} rows")
         if prefill:
-            return self._prefill_list(num_tokens, kv_lens)
-        window = self._window
-        if num_tokens == 1:
-            kv_len = kv_lens[0]
-            return self._decode_at(1, kv_len, kv_len if kv_len < window else window)
-        return self._decode_at(num_tokens, sum(kv_lens), sum(min(kv_len, window) for kv_len in kv_lens))
+            return self._spread(num_tokens, [prefill_reads(self.model, kind, kv_lens) for kind in self._kinds])
+        reads = [decode_reads(self.model, kind, kv_lens) for kind in self._kinds]
+        return self._decode_at(num_tokens, *zip(*reads, strict=True))
 
     def resident_layer_ns(self, layer: int, kv_tokens: int) -> int:
         """A whole MoE layer for one decoded token, all experts resident, the stack's overhead included."""
         experts_ns = self.experts_ns([1] * self.model.top_k) + self.shared_ns(1)
         return self.stack.layer_overhead_ns + self.attention_ns(layer, 1, kv_tokens) + experts_ns
 
-    def _decode_at(self, num_tokens: int, full: int, windowed: int) -> list[int]:
-        """Times of all layers, given the KV tokens that a full and a windowed layer need."""
+    def _decode_at(self, num_tokens: int, entries: tuple[int, ...], index: tuple[int, ...]) -> list[int]:
+        """Times of all layers, given the cached entries and the index keys that a layer of each kind needs."""
         grid = self._kv_grid
         if grid:
-            full = kv_on_grid(full, grid)
-            windowed = kv_on_grid(windowed, grid, self._window * num_tokens)
-        return self._decode(num_tokens, full, windowed)
+            pairs = zip(entries, self._bounds, strict=True)
+            entries = tuple(kv_on_grid(need, grid, bound * num_tokens) for need, bound in pairs)
+            index = tuple(kv_on_grid(need, grid) for need in index)
+        return self._decode(num_tokens, entries, index)
 
-    def _decode_list(self, num_tokens: int, full: int, windowed: int) -> list[int]:
-        """Every row reads its own request's keys: as many tokens as there are (query, key) pairs."""
-        return self._spread(num_tokens, _Reads(full, full, 0, False), _Reads(windowed, windowed, 0, False))
+    def _decode_list(self, num_tokens: int, entries: tuple[int, ...], index: tuple[int, ...]) -> list[int]:
+        """Every row reads its own request's keys: as many entries as there are (query, key) pairs."""
+        return self._spread(
+            num_tokens,
+            [Reads(need, need, 0, keys, keys, num_tokens, False) for need, keys in zip(entries, index, strict=True)],
+        )
 
-    def _prefill_list(self, num_tokens: int, kv_lens: Sequence[int]) -> list[int]:
-        """All rows read one request's keys, once; the pairs are a causal triangle, later a trapezoid."""
-        first, last, window = kv_lens[0], kv_lens[-1], self._window
-        # MLA expands the compressed KV of earlier chunks anew; that of its own rows is in the projections.
-        full = _Reads(last, sum(kv_lens), last - num_tokens, True)
-        pairs = sum(min(kv_len, window) for kv_len in kv_lens)
-        windowed = _Reads(last - max(0, first - window), pairs, 0, True)
-        return self._spread(num_tokens, full, windowed)
-
-    def _spread(self, num_tokens: int, full: _Reads, windowed: _Reads) -> list[int]:
-        """Times of all layers, given what a full and a windowed layer read."""
-        model = self.model
-        times = [self._times.attention_ns(num_tokens, full)] * model.num_layers
-        if model.window:
-            windowed_ns = self._times.attention_ns(num_tokens, windowed)
-            times[:: model.window_every] = [windowed_ns] * -(-model.num_layers // model.window_every)
-        if model.num_dense_layers:
-            times[0] += model.num_dense_layers * self._times.dense_ns(num_tokens, full)
-        return times
+    def _spread(self, num_tokens: int, reads: Sequence[Reads]) -> list[int]:
+        """Times of all layers, given what a layer of each kind reads."""
+        times, by_kind = self._times, dict(zip(self._kinds, reads, strict=True))
+        moe_ns = {kind: times.attention_ns(kind, num_tokens, by_kind[kind]) for kind in set(self._moe_kinds)}
+        found = [moe_ns[kind] for kind in self._moe_kinds]
+        for at, kind, feed, count in self._between:
+            one_ns = times.dense_ns if feed == DENSE else times.bare_ns
+            found[at] += count * one_ns(kind, num_tokens, by_kind[kind])
+        return found
 
 
-def _pair_flops(model: ModelSpec) -> tuple[int, int]:
-    """Operations per (query, key) pair, all heads, in decode and in prefill: scores and weighted values.
-
-    MLA decodes on the compressed KV with the expansion folded into the projections (DeepSeek-V2, arXiv
-    2405.04434, section 2.1) and prefills on expanded keys and values.
-    """
-    if model.attention == GQA:
-        flops = 4 * model.num_heads * model.head_dim
-        return flops, flops
-    decode = 2 * model.num_heads * (2 * model.kv_rank + model.rope_dim)
-    return decode, 2 * model.num_heads * (model.nope_dim + model.rope_dim + model.v_dim)
+def _between(model: ModelSpec) -> list[tuple[int, str, str, int]]:
+    """Layers without routed experts: into which MoE layer they count, kinds of attention and block, and how many."""
+    counts: Counter[tuple[int, str, str]] = Counter()
+    at = 0
+    for attention, feed in model.layers:
+        if feed == MOE:
+            at += 1
+        else:
+            counts[min(at, model.num_layers - 1), attention, feed] += 1
+    return [(*key, count) for key, count in counts.items()]

@@ -15,8 +15,9 @@ import torch
 
 import replay.machine.kernels
 import sim.machine.kernels
+from expertflow.attention import MLA
 from expertflow.forward import DECODE, PREFILL, Forward
-from expertflow.model import MLA, ModelSpec
+from expertflow.model import ModelSpec
 from replay.machine.kernels import Kernels
 from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool

@@ -35,7 +35,7 @@ def test_an_expert_weighs_as_much_less_as_the_square_of_the_scale(name: str, sca
         "num_heads",
         "num_kv_heads",
         "window",
-        "window_every",
+        "attention_pattern",
         "expert_matrices",
         "num_dense_layers",
         "expert_bits",

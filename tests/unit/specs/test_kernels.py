@@ -100,25 +100,25 @@ def test_decode_reads_every_requests_keys(kv_lens: tuple[int, ...], expected_ns:
 
 @pytest.mark.parametrize(("kv_len", "windowed"), [(3, 3), (4, 4), (5, 4), (100, 4)])
 def test_windowed_layers_read_at_most_their_window(kv_len: int, windowed: int) -> None:
-    kernels = times(replace(TINY, window=4, window_every=2))
+    kernels = times(replace(TINY, window=4, attention_pattern="wf"))
     short, full = 448 + 16 * windowed, 448 + 16 * kv_len
     assert kernels.attention_list_ns(1, (kv_len,), False) == [short, full, short]
 
 
 def test_a_window_clips_each_request_on_its_own() -> None:
-    kernels = times(replace(TINY, window=4, window_every=2))
+    kernels = times(replace(TINY, window=4, attention_pattern="wf"))
     assert kernels.attention_list_ns(2, (3, 10), False) == [448 + 16 * 7, 448 + 16 * 13, 448 + 16 * 7]
 
 
 @pytest.mark.parametrize("kv_lens", [(2, 3), (10, 10), (4, 4)])
 def test_the_sum_is_enough_where_all_requests_or_none_exceed_the_window(kv_lens: tuple[int, int]) -> None:
-    kernels = times(replace(TINY, window=4, window_every=2))
+    kernels = times(replace(TINY, window=4, attention_pattern="wf"))
     by_layer = [kernels.attention_ns(layer, 2, sum(kv_lens)) for layer in range(3)]
     assert by_layer == kernels.attention_list_ns(2, kv_lens, False)
 
 
 def test_where_only_some_exceed_it_the_sum_gives_an_upper_bound() -> None:
-    kernels = times(replace(TINY, window=4, window_every=2))
+    kernels = times(replace(TINY, window=4, attention_pattern="wf"))
     assert kernels.attention_ns(0, 2, 13) == 448 + 16 * 8 > kernels.attention_list_ns(2, (3, 10), False)[0]
 
 
@@ -161,7 +161,7 @@ def test_doubling_a_long_prompt_nearly_quadruples_the_quadratic_term() -> None:
 
 
 def test_a_windowed_prefill_reads_the_keys_that_its_rows_see() -> None:
-    windowed = replace(TINY, window=4, window_every=2)
+    windowed = replace(TINY, window=4, attention_pattern="wf")
     # Rows 5, 6, 7 see tokens 2..7: six keys, four pairs each.
     reads = times(windowed, replace(SLOW, tflops=1.0)).attention_list_ns(3, (5, 6, 7), True)
     assert reads == [448 + 16 * 6, 448 + 16 * 7, 448 + 16 * 6]
@@ -170,7 +170,7 @@ def test_a_windowed_prefill_reads_the_keys_that_its_rows_see() -> None:
 
 
 def test_one_row_costs_the_same_in_prefill_and_in_decode() -> None:
-    kernels = times(replace(TINY, window=4, window_every=2))
+    kernels = times(replace(TINY, window=4, attention_pattern="wf"))
     assert kernels.attention_list_ns(1, (9,), True) == kernels.attention_list_ns(1, (9,), False)
 
 

@@ -19,7 +19,7 @@ from tests.unit.specs.test_kernels import SLOW, times
 from tests.unit.specs.test_measured import machine
 from tests.unit.specs.test_model import TINY
 
-WINDOWED = replace(TINY, window=4, window_every=2)
+WINDOWED = replace(TINY, window=4, attention_pattern="wf")
 
 
 def on_grid(grid: int) -> Stack:

@@ -98,13 +98,14 @@ def test_decode_adds_each_kv_token_beyond_one_a_row(kv_lens: tuple[int, ...], ex
 
 @pytest.mark.parametrize(("kv_len", "short_ns", "full_ns"), [(3, 3020, 3020), (4, 3030, 3030), (5, 3030, 3040)])
 def test_windowed_layers_read_at_most_their_window(kv_len: int, short_ns: int, full_ns: int) -> None:
-    kernels = times(replace(TINY, window=4, window_every=2), kv=10)
+    kernels = times(replace(TINY, window=4, attention_pattern="wf"), kv=10)
     assert kernels.attention_list_ns(1, (kv_len,), False) == [short_ns, full_ns, short_ns]
     assert kernels.attention_ns(0, 1, kv_len) == short_ns
 
 
 def test_leading_dense_layers_count_into_the_first_and_read_all_their_keys() -> None:
-    kernels = times(replace(TINY, num_dense_layers=2, dense_intermediate=7, window=4, window_every=1), kv=10, **DENSE)
+    spec = replace(TINY, num_dense_layers=2, dense_intermediate=7, window=4, attention_pattern="ffwww")
+    kernels = times(spec, kv=10, **DENSE)
     assert kernels.attention_list_ns(1, (6,), False) == [3030 + 2 * (4000 + 50), 3030, 3030]
     assert kernels.attention_list_ns(2, (6, 1), False)[0] == 3100 + 30 + 2 * (5000 + 50)
 
@@ -120,7 +121,7 @@ def test_prefill_adds_its_pairs_as_measured() -> None:
 
 
 def test_a_windowed_prefill_takes_the_keys_and_pairs_that_its_rows_see() -> None:
-    kernels = times(replace(TINY, window=4, window_every=2), kv=10, prefill_kv=2)
+    kernels = times(replace(TINY, window=4, attention_pattern="wf"), kv=10, prefill_kv=2)
     # Rows 5, 6, 7: six keys and 12 pairs within the window, seven and 18 without.
     assert kernels.attention_list_ns(3, (5, 6, 7), True) == [3200 + 30 + 18, 3200 + 40 + 30, 3200 + 30 + 18]
 

@@ -116,7 +116,7 @@ def test_kv_cache_of_grouped_and_of_latent_attention() -> None:
 
 @pytest.mark.parametrize(("context", "tokens"), [(9, 27), (10, 30), (11, 11 + 20), (100, 100 + 20)])
 def test_windowed_layers_keep_a_window_starting_with_the_first(context: int, tokens: int) -> None:
-    windowed = replace(TINY, window=10, window_every=2)
+    windowed = replace(TINY, window=10, attention_pattern="wf")
     assert [windowed.is_windowed(layer) for layer in range(3)] == [True, False, True]
     assert windowed.kv_bytes(context) == tokens * 16
 
@@ -166,11 +166,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_kv_heads": 3}, r"num_kv_heads=3 does not divide num_heads=4"),
     ({"num_kv_heads": 0}, r"num_kv_heads=0 is outside \[1, .*gqa needs it"),
     ({"kv_rank": 3}, r"kv_rank=3 is outside \[0, 0\]; gqa does not use it"),
-    ({"q_rank": 3}, r"q_rank=3 is outside \[0, 0\]; gqa does not use it"),
+    ({"nope_dim": 3}, r"nope_dim=3 is outside \[0, 0\]; gqa does not use it"),
     ({"attention": "mla"}, r"kv_rank=0 is outside \[1, .*mla needs it"),
-    ({"window": 10}, r"window=10 and model\.window_every=0: give both"),
+    ({"window": 10}, r"window=10 is of layers w or x or h, and attention_pattern has none"),
+    ({"attention_pattern": "wf"}, r"window=0, and attention_pattern has layers w, which need it"),
     ({"dense_intermediate": 7}, r"num_dense_layers=0 and model\.dense_intermediate=7: give both"),
-    ({"window": -1, "window_every": 1}, r"window=-1 is outside"),
+    ({"window": -1, "attention_pattern": "w"}, r"window=-1 is outside"),
     ({"source": ""}, r"source='' must be text"),
 ]
 
@@ -184,8 +185,8 @@ def test_a_value_out_of_range_is_refused_with_its_range(change: dict[str, Any], 
 def test_latent_attention_refuses_what_it_does_not_use() -> None:
     with pytest.raises(ValueError, match=r"head_dim=2 is outside \[0, 0\]; mla does not use it"):
         replace(TINY_MLA, head_dim=2)
-    with pytest.raises(ValueError, match="windowed mla is not modelled"):
-        replace(TINY_MLA, window=10, window_every=2)
+    with pytest.raises(ValueError, match=r"window_head_dim=2 is outside \[0, 0\]; mla does not use it"):
+        replace(TINY_MLA, window=10, attention_pattern="wf", window_head_dim=2)
 
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:

@@ -1,0 +1,54 @@
+"""What the attention of one layer reads in a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from expertflow.attention import HEAVY, entries_at_most, entries_read, entries_read_together, index_keys
+from expertflow.model import ModelSpec
+
+
+class Reads(NamedTuple):
+    """Of one layer. entries: cached tokens, or what stands for several. pairs: (query, key). expanded: tokens of
+    earlier chunks whose compressed KV a prefill expands anew (MLA). index_keys, index_pairs: the same of an indexer.
+    requests: whose state a linear layer reads."""
+
+    entries: int
+    pairs: int
+    expanded: int
+    index_keys: int
+    index_pairs: int
+    requests: int
+    prefill: bool
+
+
+def decode_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> tuple[int, int]:
+    """Entries and index keys that the rows of a decode forward need, each a request of its own."""
+    if len(kv_lens) == 1:
+        return entries_read(model, kind, kv_lens[0]), index_keys(model, kind, kv_lens[0])
+    entries = sum(entries_read(model, kind, kv_len) for kv_len in kv_lens)
+    return entries, sum(index_keys(model, kind, kv_len) for kv_len in kv_lens)
+
+
+def most_read(model: ModelSpec, kind: str, num_requests: int, kv_tokens: int) -> tuple[int, int]:
+    """The same where the sum of the KV lengths alone is known: the most that so many requests can need."""
+    if num_requests == 1:
+        return decode_reads(model, kind, (kv_tokens,))
+    most = entries_at_most(model, kind)
+    # Each request reads no more than it has, nor more than a layer of the kind reads of any.
+    entries = kv_tokens if most is None else min(kv_tokens, most * num_requests)
+    if kind == HEAVY:
+        entries = min(kv_tokens, model.window * num_requests) + kv_tokens // model.heavy_ratio
+    return entries, index_keys(model, kind, kv_tokens)
+
+
+def prefill_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> Reads:
+    """All rows read one request's keys, once; the pairs are a causal triangle, later a trapezoid. MLA expands the
+    compressed KV of earlier chunks anew; that of its own rows is in the projections."""
+    first, last = kv_lens[0], kv_lens[-1]
+    entries = entries_read_together(model, kind, first, last)
+    pairs = sum(entries_read(model, kind, kv_len) for kv_len in kv_lens)
+    index_pairs = sum(index_keys(model, kind, kv_len) for kv_len in kv_lens)
+    expanded = max(0, entries - len(kv_lens))
+    return Reads(entries, pairs, expanded, index_keys(model, kind, last), index_pairs, 1, True)

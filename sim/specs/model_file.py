@@ -1,0 +1,53 @@
+"""The sizes of a model of the user's own, read from the file that publishes it.
+
+A Hugging Face `config.json`, or the folder that holds it; a GGUF file, told by its first four bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertflow.model import ModelSpec
+from traces.container import check_file
+from traces.messages import fault
+from traces.reading import unreadable
+
+GGUF = b"GGUF"
+"""The first bytes of a GGUF file."""
+
+
+@dataclass(frozen=True)
+class ReadModel:
+    """A model as a file tells it. derived: what was computed from several values of the file; assumed: what the file
+    does not say. Short sentences without a full stop, each for a reader to check."""
+
+    spec: ModelSpec
+    derived: tuple[str, ...]
+    assumed: tuple[str, ...]
+
+
+def read_model_file(path: Path) -> ReadModel:
+    """The model that `path` describes; TraceError, one line with file, place and remedy, where it does not."""
+    file = path / "config.json" if path.is_dir() else path
+    check_file(file)
+    if _first_bytes(file) == GGUF:
+        try:
+            from sim.specs.gguf_header import read_gguf
+        except ImportError:
+            raise fault(
+                file, "file", "is a GGUF file, which this version does not read", "give a config.json"
+            ) from None
+        found: ReadModel = read_gguf(file)
+        return found
+    from sim.specs.hf_config import read_hf_config
+
+    return ReadModel(*read_hf_config(file))
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF))
+    except OSError as error:
+        raise unreadable(path, error) from None
