@@ -87,6 +87,25 @@ def words_of(error: BaseException) -> str:
         return ""
 
 
+_FOLDER = __file__.removesuffix("boundary.py")
+
+
+def line_of(error: BaseException, kind: type) -> str:
+    """File and line of the user's code that was running when `error` was raised: the innermost in the file of the class
+    `kind`, else in any that is not of this package. Empty where there is none."""
+    own = getattr(sys.modules.get(str(kind.__module__)), "__file__", None)
+    found, is_of_class = "", False
+    step = error.__traceback__
+    while step is not None:
+        file = step.tb_frame.f_code.co_filename
+        if file == own or (not is_of_class and not file.startswith((_FOLDER, "<"))):
+            # Folder and file are enough to find it by, and the same on every machine.
+            shown = "/".join(file.replace("\\", "/").split("/")[-2:])
+            found, is_of_class = f"{shown if len(shown) <= 60 else f'…{shown[-59:]}'}:{step.tb_lineno}", file == own
+        step = step.tb_next
+    return found
+
+
 def _told(error: BaseException) -> str:
     text = words_of(error)
     return f": {text}" if text else ""
@@ -100,11 +119,11 @@ class Guard:
     def __init__(self, part: Part, view: View) -> None:
         self._part, self._view = part, view
 
-    def refused(self, hook: str, rule: str, remedy: str) -> PartError:
-        """The error for an answer that breaks `rule`. remedy: what to answer instead."""
+    def refused(self, hook: str, rule: str, remedy: str, line: str = "") -> PartError:
+        """The error for an answer that breaks `rule`. remedy: what to answer instead; line: of the code, if known."""
         where = self._where()
         head = f"{plain(type(self._part).__name__, 60)}.{hook} "
-        tail = f" ({where}); {remedy}"
+        tail = f"{line and f' at {line}'} ({where}); {remedy}"
         return PartError(head + plain(rule, max(MOST_CHARACTERS - len(head) - len(tail), 20)) + tail)
 
     def raised(self, hook: str, error: BaseException) -> PartError:
@@ -116,7 +135,8 @@ class Guard:
         elif "'tuple' object has no" in told or "'mappingproxy' object has no" in told:
             remedy = "what a part is given it cannot change"
         rule = f"raised {plain(type(error).__name__, 60)}{told}"
-        return self.refused(hook, rule, f"{remedy}; EXPERTFLOW_TRACEBACK=1 in the environment shows where")
+        remedy = f"{remedy}; EXPERTFLOW_TRACEBACK=1 in the environment shows more"
+        return self.refused(hook, rule, remedy, line_of(error, type(self._part)))
 
     def _where(self) -> str:
         view = self._view

@@ -42,7 +42,7 @@ compiled where that can be had."""
 SOURCES = "sources.json"
 """SHA-256 of each source that was compiled, by path below the folder that holds the packages."""
 ROOT = Path(__file__).resolve().parent.parent
-_REMEDY = "build it again (docs/installation.md), or set EXPERTFLOW_COMPILED=0"
+_REMEDY = "build it again (pip install ., or python build_backend.py in a checkout), or set EXPERTFLOW_COMPILED=0"
 
 
 def source_of(name: str, root: Path = ROOT) -> Path:

@@ -127,7 +127,8 @@ class Key:
         hint = f"; {rule.remedy}" if rule.remedy else ""
         if self.kind in (WHOLE, NUMBER) and _is_of(self.kind, value):
             raise ValueError(f"{told} is outside {rule.range}{hint}")
-        raise ValueError(f"{told} must be {self.allowed}{hint}")
+        near = near_to(value, rule.choices) if isinstance(value, str) else ""
+        raise ValueError(f"{told} must be {self.allowed}{near}{hint}")
 
     def fits(self, value: object) -> bool:
         """Whether `value` is of the kind and within the range. A bool is no number, whatever Python says."""
@@ -218,10 +219,18 @@ def nearest(given: str, known: Sequence[str], room: int = 160) -> str:
     return f"{', '.join(found)} and {len(known) - len(found)} more"
 
 
-def near_to(given: str, known: Sequence[str], prefix: str = "") -> str:
-    """The question whether the one of `known` that is nearest to `given` was meant; nothing where none is near."""
-    near = get_close_matches(given, known, n=1)
-    return f" (did you mean {prefix}{near[0]}?)" if near else ""
+def near_to(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """The question whether the one of `known` that is nearest to `given` was meant; nothing where none is near.
+
+    Upper and lower case, and which of `-`, `_` and a space stands between two words, make no difference.
+    """
+    names = {_folded(name): name for name in known}
+    near = get_close_matches(_folded(given[:_LONGEST_SHOWN]), names, n=1)
+    return f" (did you mean {prefix}{names[near[0]]}?)" if near else ""
+
+
+def _folded(name: str) -> str:
+    return name.casefold().replace("-", "_").replace(" ", "_")
 
 
 def unknown_key(group: str, key: object, known: Sequence[str]) -> ValueError:
@@ -315,7 +324,7 @@ def from_mapping(cls: type[Spec], values: Mapping[str, object], group: str) -> S
             raise unknown_key(group, name, list(known))
     missing = sorted(name for name, key in known.items() if key.default is REQUIRED and name not in values)
     if missing:
-        raise ValueError(f"{group} lacks {', '.join(missing)}; choose a file of conf/{group} or add them")
+        raise ValueError(f"{group} lacks {', '.join(missing)}; choose another file of the group {group}, or add them")
     for name, value in values.items():
         known[name].check(value, f"{group}.{name}")
     return cls(**values)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from expertflow.forward import Forward, KnownForward
-from expertflow.keys import Rule, check_fields
+from expertflow.keys import Rule, check_fields, near_to
 from expertflow.view import Feedback, View
 
 if TYPE_CHECKING:
@@ -141,10 +141,10 @@ class Part:
         known = {name for base in cls.__mro__[1:] for name in vars(base)}
         for name, value in vars(cls).items():
             if not name.startswith("_") and callable(value) and name not in known and not cls._is_contract():
+                hooks = sorted(one for one in known if not one.startswith("_"))
                 raise TypeError(
-                    f"{cls.__name__}.{name} is not in the contract of {cls.__mro__[1].__name__}; "
-                    f"known: {', '.join(sorted(n for n in known if not n.startswith('_')))}; "
-                    "name helpers with a leading underscore"
+                    f"{cls.__name__}.{name} is not in the contract of {cls.__mro__[1].__name__}{near_to(name, hooks)}; "
+                    f"name helpers with a leading underscore; known: {', '.join(hooks)}"
                 )
 
     @classmethod

@@ -26,16 +26,18 @@ from replay.lost import DeviceLostError, end
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
-from sim.app import Recorders, relative
+from sim.app import relative
+from sim.execute import Recorders
 from sim.job.beside import answerable, baselines, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
-from sim.job.report import print_line, print_report
+from sim.job.report import Asked, asked_of, print_line, print_report
 from sim.job.run_cli import Ended
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.job.title import policy_title
+from traces.tables import console_for_tables
 
 WRONG = 1
 """Exit code of a run whose stamps or launches were wrong."""
@@ -59,7 +61,7 @@ def _replay(
 ) -> float | None:
     """The job, with its folder held."""
     device = settings.device()
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    console = console_for_tables()
     with ExitStack() as stack:
         stack.callback(device.close)
         # Before the machine's memory stands in it: what is left of that differs from run to run.
@@ -83,9 +85,9 @@ def _replay(
             raise Ended(end(error)) from error
     write_text(folder / "metrics.json", to_json(metrics))
     wall_s = time.perf_counter() - started
-    found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
-    write_text(folder / "provenance.json", to_json(found))
-    _print(console, metrics, folder, policy_title(plain["policy"]))
+    where_from = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
+    write_text(folder / "provenance.json", to_json(where_from))
+    _print(console, metrics, folder, policy_title(plain["policy"]), asked_of(plain, work))
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)
@@ -185,11 +187,11 @@ def _most(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str) -> None:
+def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str, told: Asked) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), title)
+        print_line(console, metrics, relative(folder), title, told)
         return
-    print_report(console, metrics, None, title)
+    print_report(console, metrics, None, title, told)
     for note in notes(metrics):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)

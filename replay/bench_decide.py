@@ -235,7 +235,7 @@ def main(words: list[str] | None = None) -> int:
         type=_policies,
         default=["adaptive", "lru"],
         metavar="NAME,NAME",
-        help="policies of conf/policy (default: adaptive,lru)",
+        help="policies by name (default: adaptive,lru)",
     )
     parser.add_argument("--batch-size", type=_whole, default=1, help="requests run together (default: 1)")
     parser.add_argument("--tokens", type=_whole, default=512, help="tokens of the trace to run (default: 512)")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from replay.calibration.hostspeed import drift
 from replay.gc_pause import keep_loaded
@@ -31,6 +30,7 @@ from sim.paths import CONF, add_config_dir, folder_to_write, resolved
 from sim.specs.hardware import LEAST_GB_PER_S
 from traces.flags import Parser, number, whole
 from traces.processes.locks import locked
+from traces.tables import console_for_tables, print_columns
 from traces.yamltext import read_yaml
 
 POLICIES = ("lru", "adaptive")
@@ -64,10 +64,8 @@ def print_beside(
 ) -> None:
     """Each measured figure beside the last calibration's, and the datasheet's or the assumption in its place."""
     sheet = datasheet(raw["device"]["name"])
-    title = "no profile to compare with" if sheet is None else f"conf/hardware/{sheet[0]}.yaml"
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column, justify in (("figure", "left"), ("measured", "right"), ("last time", "right"), (title, "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    title = "no profile to compare with" if sheet is None else f"the shipped profile {sheet[0]}"
+    rows: list[list[str]] = []
     for key, value in hardware.items():
         if key in ("name", "sources", "kernel_ns", "memory_efficiency", "compute_efficiency"):
             continue
@@ -76,24 +74,16 @@ def print_beside(
             share = "memory_efficiency" if key == "memory_gb_per_s" else "compute_efficiency"
             said = f"{said} x {sheet[1][share]}"
         before = "–" if last is None else _figure(key, last.get(key))
-        table.add_row(key, _figure(key, value), before, said if isinstance(said, str) else _figure(key, said))
+        rows.append([key, _figure(key, value), before, said if isinstance(said, str) else _figure(key, said)])
     for name, times in raw["decisions"].items():
-        table.add_row(
-            f"decisions of {name}, a layer",
-            f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 {times['p99_ns'] / 1e3:.1f} us",
-            "",
-            "",
-        )
+        measured = f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 {times['p99_ns'] / 1e3:.1f} us"
+        rows.append([f"decisions of {name}, a layer", measured, "", ""])
     for kernels, times in next(iter(raw["prompt"].values())).items():
-        table.add_row(
-            f"prompt's {kernels}, launched",
-            f"host {times['host_ns'] / 1e3:.0f} us, device {times['device_ns'] / 1e3:.0f} us",
-            "",
-            "",
-        )
-    table.add_row("pads last", f"{100 * raw['pad_share']:.1f} %", "", "")
-    table.add_row("the host's speed varied by", f"{100 * drift(raw['python_loop_ns'])['drift']:.0f} %", "", "")
-    console.print(table)
+        measured = f"host {times['host_ns'] / 1e3:.0f} us, device {times['device_ns'] / 1e3:.0f} us"
+        rows.append([f"prompt's {kernels}, launched", measured, "", ""])
+    rows.append(["pads last", f"{100 * raw['pad_share']:.1f} %", "", ""])
+    rows.append(["the host's speed varied by", f"{100 * drift(raw['python_loop_ns'])['drift']:.0f} %", "", ""])
+    print_columns(console, ["figure", "measured", "last time", title], rows)
 
 
 def _figure(key: str, value: Any) -> str:
@@ -174,7 +164,7 @@ def _measure(args: argparse.Namespace, words: list[str], name: str, folder: Path
     there = folder / "hardware" / f"{name}.yaml"
     last = read_yaml(there, "delete it, and calibrate again") if there.exists() else None
     paths = write_profile(raw, name, folder)
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    console = console_for_tables()
     print_beside(console, profiles(raw, name)[0], raw, last)
     for path in paths:
         print(f"written {path}")

@@ -27,6 +27,7 @@ from replay.machine.rig import Needs, Rig
 from replay.machine.scale import check_replayable, scaled_model
 from replay.machine.stamps import WrongStamp
 from sim.job.setup import Transfer, Workload, load_chunks, run_config
+from traces.processes.progress import shown
 
 _FORWARDS_AHEAD = 8192
 """Forwards are built before the clock starts, as far as memory allows: building one takes host time."""
@@ -124,7 +125,8 @@ def replay_policy(
             with gc_paused():
                 device.restart_clock()
                 try:
-                    drive(runtime, logging or machine)
+                    with shown("", lambda: runtime.journal.num_tokens, work.batches.num_tokens):
+                        drive(runtime, logging or machine)
                 finally:
                     if logging is not None:
                         logging.flush()

@@ -111,7 +111,7 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
     if args.trace is not None and not args.trace.is_file():
         raise ValueError(f"--trace={args.trace} is no file")
     if not all(args.policies.split(",")):
-        raise ValueError(f"--policies={args.policies!r} must be names of conf/policy with commas between")
+        raise ValueError(f"--policies={args.policies!r} must be names of policies with commas between")
     return Asked(
         list(dict.fromkeys(args.policies.split(","))),
         list(dict.fromkeys(residencies)),

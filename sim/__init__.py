@@ -1,4 +1,9 @@
-"""The simulated machine, and jobs: what `python -m sim` composes, runs and writes."""
+"""The simulated machine, and jobs: what `python -m sim` composes, runs and writes.
+
+`simulate` and `sweep` do the same from Python (docs/api.md); they are loaded when they are first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 import expertflow  # noqa: F401 - first: it chooses whether modules of this package run compiled
 
@@ -10,6 +15,22 @@ except ImportError as error:
         "install expertflow anew, in an environment of its own"
     ) from error
 
-__all__ = ["start"]
+if TYPE_CHECKING:
+    from sim.api import Result, Sweep, SweepError, SweepInterrupted, simulate, sweep
+
+_FROM_PYTHON = ("Result", "Sweep", "SweepError", "SweepInterrupted", "simulate", "sweep")
+__all__ = ["Result", "Sweep", "SweepError", "SweepInterrupted", "simulate", "start", "sweep"]
 
 start()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_PYTHON:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sim import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FROM_PYTHON})

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from expertflow.observer import Observer
-from expertflow.policy import Policy
 from sim.console import version_line
-from sim.job.beside import answerable, describe, run_asked, run_baselines
+from sim.execute import Kept, run_job, run_kept, slug
 from sim.job.configure import checked
-from sim.job.decided import Decided, asked, stands
 from sim.job.help import register
-from sim.job.limit import limited
-from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
-from sim.job.report import print_line, print_report
+from sim.job.output import begin_folder
+from sim.job.overrides import let_words_add
+from sim.job.report import asked_of, print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
-from sim.job.setup import Transfer, Workload, make_policy, make_workload
+from sim.job.setup import make_workload
 from sim.job.title import policy_title
-from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
-
-
-def slug(overrides: str) -> str:
-    """A folder name from Hydra's override string: short, safe, and different for different overrides."""
-    plain = "".join(c if c.isalnum() or c in "=,._-" else "-" for c in overrides.replace("+", "")) or "defaults"
-    if len(plain) <= 120:
-        return plain
-    return f"{plain[:100]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
-
+from traces.tables import console_for_tables
 
 OmegaConf.register_new_resolver("slug", slug, replace=True)
+let_words_add()
 register()
 
 
@@ -55,88 +40,22 @@ def run_configured(cfg: DictConfig) -> float | None:
     """One job: check, run, write, print."""
     started = time.perf_counter()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    overrides = list(HydraConfig.get().overrides.task)
     plain = checked(cfg)
     work = make_workload(plain)
-    mark = asked({k: v for k, v in plain.items() if k not in IGNORED}, work.trace_sha256, work.model)
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
-    with of_one_job(folder):
-        if plain["skip_done"] and stands(folder / "DONE", mark, results_of(folder, plain)):
-            console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
-            return None
-        begin_folder(folder, cfg)
-        with Decided(mark, __name__, plain) as decided, limited(plain["timeout_s"]):
-            metrics = run_job(plain, work, folder)
-        write_text(folder / "metrics.json", to_json(metrics))
-        wall_s = time.perf_counter() - started
-        write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
-        write_text(folder / "DONE", decided.to_json())
+    words = list(HydraConfig.get().overrides.task)
+    console = console_for_tables()
+    where = Kept(folder, __name__, lambda: begin_folder(folder, cfg), words, started)
+    told = asked_of(plain, work)
+    metrics = run_kept(where, plain, work, lambda: run_job(plain, work, folder))
+    if metrics is None:
+        console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
+        return None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_line(console, metrics, relative(folder), policy_title(plain["policy"]), told)
     else:
-        print_report(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_report(console, metrics, relative(folder), policy_title(plain["policy"]), told)
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
-
-
-def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[str, Any]:
-    """The metrics of one configuration, with the runs beside it; timeline and events go to `folder`."""
-    policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
-    run = partial(run_policy, work)
-    with Recorders(cfg, work, folder) as recorders:
-        asked_for = run_asked(cfg, work, policy, transfer, run, recorders.observers)
-    metrics = describe(work, policy, cfg) | asked_for
-    with answerable(policy):
-        metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
-    return metrics
-
-
-def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Metrics of the runs beside this one, and the bounds, over the same workload: all, the floor alone, or none."""
-    if how == "none":
-        return None, None
-    floor = run_floor(work)
-    whole_run = work.warmup_forwards == 0
-    bounds = {
-        # The floor is of the whole run: with a warm-up left out there is nothing to hold it against.
-        "floor_ns": floor.floor_ns if whole_run else None,
-        "serial_ns": floor.serial_ns if whole_run else None,
-        "min_loads": floor.num_loads,
-        "clairvoyant_ns": None,
-        "clairvoyant": None,
-    }
-    if how == "floor":
-        return None, bounds
-    compare = run_baselines(partial(run_policy, work))
-    name, compare["clairvoyant"] = best_clairvoyant(work)
-    return compare, bounds | {"clairvoyant_ns": compare["clairvoyant"]["elapsed_ns"], "clairvoyant": name}
-
-
-class Recorders:
-    """Timeline and event table, if asked for; written at the end, or not at all."""
-
-    def __init__(self, cfg: dict[str, Any], work: Workload, folder: Path | None) -> None:
-        from sim.views.events import EventTable
-        from sim.views.timeline import Timeline
-
-        self.folder = folder
-        num_experts = work.model.num_experts
-        self.timeline = Timeline(cfg["policy"]["name"], num_experts) if cfg["timeline"] and folder else None
-        self.events = EventTable(folder / "events.parquet", num_experts) if cfg["events"] and folder else None
-        self.observers: list[Observer] = [one for one in (self.timeline, self.events) if one is not None]
-
-    def __enter__(self) -> Recorders:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            if self.events is not None:
-                self.events.abort()
-            return
-        if self.events is not None:
-            self.events.close()
-        if self.timeline is not None and self.folder is not None:
-            self.timeline.write(self.folder / "timeline.json")
 
 
 def kept(words: Sequence[str]) -> str:
@@ -172,4 +91,4 @@ def cli() -> int:
     return run_hydra(main, kept(words))
 
 
-__all__ = ["Policy", "Transfer", "cli", "main", "run_job", "slug"]
+__all__ = ["cli", "main", "run_job", "slug"]

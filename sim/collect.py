@@ -49,6 +49,11 @@ def derived(metrics: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def row_of(metrics: dict[str, Any], run: str) -> dict[str, Any]:
+    """The row of a run. run: its name."""
+    return {"run": run, **flatten(metrics), **derived(metrics)}
+
+
 def _beside(metrics: dict[str, Any], run: str) -> list[dict[str, Any]]:
     """The runs of `compare=full` as rows of their own: same machine, same workload, another policy."""
     rows = []
@@ -69,7 +74,7 @@ def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
         run = str(done.parent.relative_to(folder))
         metrics = read_metrics(path)
         try:
-            made = [{"run": run, **flatten(metrics), **derived(metrics)}]
+            made = [row_of(metrics, run)]
             if beside:
                 made += _beside(metrics, run)
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import runpy
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from expertflow.core import described
+from expertflow.keys import near_to
 from traces.processes.ending import begin
 
 COMMANDS = {
@@ -42,9 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = given
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        print(f"error: {name!r} is no command{hint}; choose one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint, known = near_to(name, COMMANDS), ", ".join(COMMANDS)
+        print(f"error: {name[:60]!r} is no command{hint}; choose one of: {known}", file=sys.stderr)
         return 2
     if words is None:
         # This process is the command.

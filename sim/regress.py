@@ -15,8 +15,8 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from sim.app import run_job
 from sim.collect import flatten
+from sim.execute import run_job
 from sim.job.configure import configure
 from sim.job.errors import one_line
 from sim.job.output import to_json, write_text

@@ -6,11 +6,12 @@ routing came from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,6 +32,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "checked_trace",
+    "file_sha256",
     "open_trace",
     "validate_trace",
     "write_trace",
@@ -74,6 +76,28 @@ def write_checked(path: str | Path, trace: Trace) -> Path:
     """Write what `checked_trace` gave; the path written."""
     _write_atomically(Path(path), trace.header, trace.layout_arrays())
     return Path(path)
+
+
+def file_sha256(trace: Trace) -> str:
+    """SHA-256, in hex, of the file that `write_checked` would write."""
+    digest = _Digest()
+    _write(digest, trace.header, trace.layout_arrays())
+    return digest.sha256.hexdigest()
+
+
+class _Writable(Protocol):
+    def write(self, data: bytes, /) -> int: ...
+
+
+class _Digest:
+    """Takes what is written for its hash alone."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes, /) -> int:
+        self.sha256.update(data)
+        return len(data)
 
 
 def checked_trace(path: Path, arrays: Mapping[str, Any], about: About) -> Trace:
@@ -161,7 +185,7 @@ def _write_atomically(path: Path, header: Mapping[str, str], arrays: Mapping[str
         _write(file, header, arrays)
 
 
-def _write(file: BinaryIO, header: Mapping[str, str], arrays: Mapping[str, Any]) -> None:
+def _write(file: _Writable, header: Mapping[str, str], arrays: Mapping[str, Any]) -> None:
     """The safetensors bytes: widest types first, so that every array is aligned; all else in sorted order."""
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     table: dict[str, Any] = {"__metadata__": dict(sorted(header.items()))}

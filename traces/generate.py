@@ -33,6 +33,7 @@ from traces.format import About, write_trace
 from traces.messages import fault
 from traces.parameters import GROUP, REMEDY, Arrays, check_params
 from traces.parameters import load_params as load_params
+from traces.processes.progress import shown
 
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
 NOISE = 1.28  # spread of a standard Gumbel: scores stay on the scale of log-odds
@@ -204,9 +205,11 @@ def generate(params: Arrays, request_lengths: Sequence[int] | Integers, seed: in
     experts = np.empty((starts[-1], num_layers, model.top_k), kind)
     longest_first = np.lexsort((rng.random(len(lengths)), -lengths))
     topics = _draw_topics(model, lengths[longest_first], rng)
-    for first in range(0, len(lengths), GROUP):
-        group = longest_first[first : first + GROUP]
-        _generate_group(model, lengths[group], starts[group], topics[first : first + GROUP], rng, experts)
+    first = 0
+    with shown("generating", lambda: first, len(lengths)):
+        for first in range(0, len(lengths), GROUP):
+            group = longest_first[first : first + GROUP]
+            _generate_group(model, lengths[group], starts[group], topics[first : first + GROUP], rng, experts)
     unused = experts == num_experts
     experts[unused] = np.iinfo(kind).max
     arrays: Arrays = {"experts": experts, "request_start": starts, "prompt_len": np.zeros(len(lengths), np.int32)}
@@ -244,5 +247,5 @@ def run(args: argparse.Namespace) -> int:
         license=header["license"],
     )
     write_trace(args.output, made, about)
-    print(f"{args.output}: {args.tokens} tokens in {requests} requests")
+    print(f"wrote {args.output}: {requests} requests, {args.tokens} tokens")
     return 0

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Column, Table
 
 from traces.files import replace_text
 from traces.flags import whole
 from traces.limits import check_pairs
+from traces.processes.progress import shown
 from traces.reader import open_trace
+from traces.tables import console_for_tables, print_columns
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 CAPACITY_PERCENT = (10, 20, 30, 40, 50, 60, 70, 80, 90)
@@ -255,11 +256,9 @@ def compute_stats(experts: Integers, request_start: Integers, num_experts: int) 
     }
 
 
-def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    table = Table(*(Column(name, justify="right") for name in headings), title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*("–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row))
-    return table
+def _print_table(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    cells = [["–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    print_columns(console, headings, cells, title=f"\n[italic]{title}[/italic]")
 
 
 def print_stats(stats: dict[str, Any], console: Console) -> None:
@@ -271,13 +270,13 @@ def print_stats(stats: dict[str, Any], console: Console) -> None:
     cache = [[row["percent"], row["slots"], *rate] for row, rate in zip(stats["cache"], rates, strict=True)]
     console.print("{num_tokens} tokens, {num_requests} requests, {num_layers} layers, ".format_map(stats), end="")
     console.print("{top_k} of {num_experts} experts".format_map(stats))
-    console.print(_table("Reuse of a token's experts after … tokens", list(stats["reuse"]), [stats["reuse"].values()]))
+    _print_table(console, "Reuse of a token's experts after … tokens", list(stats["reuse"]), [stats["reuse"].values()])
     means = [stats["entropy_bits"], *stats["next_layer_recall"]]
-    console.print(_table("Mean over layers", ["entropy (bits)", "next-layer recall@K", "from popularity"], [means]))
+    _print_table(console, "Mean over layers", ["entropy (bits)", "next-layer recall@K", "from popularity"], [means])
     headings = ["layer", "reuse after 1 token", "entropy (bits)", "recall@K from the layer before"]
-    console.print(_table("Layers", headings, [[layer, *row] for layer, row in enumerate(by_layer)]))
+    _print_table(console, "Layers", headings, [[layer, *row] for layer, row in enumerate(by_layer)])
     headings = ["% of experts", "slots", *(kind.replace("_", " ") for kind in kinds)]
-    console.print(_table("Hit rate of a cold cache", headings, cache))
+    _print_table(console, "Hit rate of a cold cache", headings, cache)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -296,8 +295,10 @@ def run(args: argparse.Namespace) -> int:
     starts = np.asarray(trace.request_start)
     starts = np.append(starts[starts < tokens], tokens)
     check_pairs(trace.paths[0], 1, trace.num_experts, 2)
-    stats = compute_stats(np.asarray(trace.experts[:tokens]), starts, trace.num_experts)
-    print_stats(stats, Console())
+    with shown(f"counting {trace.name}"):
+        stats = compute_stats(np.asarray(trace.experts[:tokens]), starts, trace.num_experts)
+    print_stats(stats, console_for_tables())
     if args.json is not None:
         replace_text(args.json, json.dumps(stats, indent=1) + "\n")
+        print(f"wrote {args.json}")
     return 0

@@ -6,7 +6,7 @@ shapes are checked by `traces.layout`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from traces.container import Array, TraceError, fault
 from traces.layout import PER_TOKEN, check_layout
+from traces.processes.progress import shown
 from traces.trace import RowArray, Trace, blocks
 
 Mask = npt.NDArray[np.bool_]
@@ -29,12 +30,20 @@ def validate_trace(trace: Trace) -> None:
         present = {name: array for name in PER_TOKEN if (array := getattr(part, name)) is not None}
         check_layout(path, part.header, part.layout_arrays())
         _check_requests(path, part)
+        _check_rows(path, part, present)
+        if part.forward_id is not None:
+            _check_forwards(path, part, part.forward_id)
+
+
+def _check_rows(path: Path, part: Trace, present: Mapping[str, RowArray]) -> None:
+    """TraceError on the first fault in the rows of the arrays."""
+    done = 0
+    with shown(f"checking {path.name}", lambda: done, part.num_tokens * len(present)):
         for name, array in present.items():
             for start, block in blocks(array):
                 faults = _CHECKS[name](part, start, block)
                 _raise_first(path, name, start, faults)
-        if part.forward_id is not None:
-            _check_forwards(path, part, part.forward_id)
+                done += len(block)
 
 
 def _raise_first(path: Path, name: str, start: int, faults: Sequence[Fault]) -> None:

@@ -19,7 +19,7 @@ MAX_VALUES = 1 << 20
 _MOST_DEPTH = 100
 _NO_VALUES = ("set", "omap", "pairs", "binary")
 """Kinds that YAML has and a configuration has not: Hydra fails on some without a word."""
-_REMEDY = "correct the file; those in conf/ show the form"
+_REMEDY = "correct the file: it is a table of `key: value`, as `expertflow keys` lists them"
 
 
 def read_yaml(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:

@@ -36,8 +36,19 @@ from replay.lockstep.rebuild import rebuild
 from replay.lockstep.telling import tell
 from sim.job.run_cli import run_cli
 from sim.job.setup import Workload
+from traces.processes.progress import shown
 
 _USAGE = "usage: python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]"
+_HELP = f"""{_USAGE}
+
+Feed the log of a replay (log=true) to a fresh policy and compare every decision. Exit code 0: all are
+equal; 1: one differs, and is printed; 2: the log cannot be used.
+
+  RUN_FOLDER_OR_LOG  the folder of the run, or its {LOG_NAME}
+  key=value          where a file that the run read lies now, as in the run: trace.path=FILE
+
+example: python -m replay +hardware=local +policy=adaptive machine=cpu log=true hydra.run.dir=run
+         python -m replay.lockstep run"""
 
 
 @dataclass(frozen=True)
@@ -255,12 +266,16 @@ def check(path: Path, overrides: Sequence[str] = ()) -> LockstepResult:
     """Check the log at `path`, or the one in the folder `path`, against a policy built anew from its header."""
     with LogReader(path / LOG_NAME if path.is_dir() else path) as reader:
         work, policy = rebuild(reader, overrides)
-        return check_log(reader, work, policy)
+        with shown(f"checking {path}"):
+            return check_log(reader, work, policy)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """0: all equal. 1: a difference, printed. 2: an error of the user, one line on stderr."""
     words = sys.argv[1:] if words is None else words
+    if words and words[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0
     if not words or words[0].startswith("-"):
         print(_USAGE, file=sys.stderr)
         return 2

@@ -31,7 +31,7 @@ from replay.lockstep.log_format import (
     running_crc,
 )
 from traces.messages import TraceError, line
-from traces.parquet import open_parquet, read_group, reading
+from traces.parquet import open_parquet, reading
 
 _REMEDY = "log the run again"
 
@@ -48,12 +48,12 @@ class LogReader:
         if not self.path.is_file():
             raise LogError(f"{self.path}: no such file; give a log, or the folder of a run made with log=true")
         try:
-            self._file = open_parquet(self.path, _REMEDY)
+            self._opened = open_parquet(self.path, _REMEDY)
         except TraceError as error:
             raise LogError(str(error)) from None
         try:
             with reading(self.path, "schema", _REMEDY):
-                schema = self._file.schema_arrow
+                schema = self._opened.file.schema_arrow
             self._check_shape(schema)
             text = (schema.metadata or {}).get(FORMAT.encode(), b"")
             self.header = LogHeader.from_json(text)
@@ -63,7 +63,7 @@ class LogReader:
                 raise LogError(str(error)) from None
             raise self._fault(str(error)) from None
         self._seed = zlib.crc32(text)
-        self.num_forwards: int = self._file.metadata.num_rows
+        self.num_forwards: int = self._opened.file.metadata.num_rows
 
     def _fault(self, what: str) -> LogError:
         return LogError(line(str(self.path), what, _REMEDY))
@@ -74,18 +74,18 @@ class LogReader:
         for one in schema:
             if one.type != TYPES[one.name] or one.nullable:
                 raise self._fault(f"its column {one.name} is {one.type}, not {TYPES[one.name]} without null")
-        metadata = self._file.metadata
-        for group in range(metadata.num_row_groups):
-            sizes = [metadata.row_group(group).column(column).num_values for column in range(metadata.num_columns)]
-            if sum(sizes) > MAX_GROUP_VALUES:
-                raise self._fault(f"row group {group} claims {sum(sizes)} numbers, more than {MAX_GROUP_VALUES}")
+        for group, claimed in enumerate(self._opened.groups):
+            if claimed.num_values > MAX_GROUP_VALUES:
+                raise self._fault(
+                    f"row group {group} claims {claimed.num_values} numbers, more than {MAX_GROUP_VALUES}"
+                )
 
     def __iter__(self) -> Iterator[LoggedForward]:
         """From the first forward on."""
         crc, before, now_ns = self._seed, -1, -sys.maxsize
-        for group in range(self._file.num_row_groups):
+        for group in range(len(self._opened.groups)):
             try:
-                table = read_group(self.path, self._file, group, _REMEDY)
+                table = self._opened.read_group(group)
             except TraceError as error:
                 raise LogError(str(error)) from None
             lists = [table.column(name).combine_chunks() for name in STREAMS]
@@ -150,7 +150,7 @@ class LogReader:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        self._opened.file.close()
 
     def __enter__(self) -> LogReader:
         return self

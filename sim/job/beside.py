@@ -19,8 +19,10 @@ from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.selections.top_k import TopK
 from sim.job.link import chosen_link
+from sim.job.predictor import predictor_name
 from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy
+from traces.processes.progress import shown
 
 Run = Callable[[Policy, Transfer, Sequence[Observer]], dict[str, Any]]
 """Runs a policy over the job's workload, told to the observers; its metrics."""
@@ -36,6 +38,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
         "schema": SCHEMA,
         "world": world,
         "policy": cfg["policy"]["name"],
+        "predictor": predictor_name(cfg["policy"], work.trace)[0],
         "hardware": work.hardware.name,
         **({} if link is None else {"link_preset": link.metrics()}),
         "model": work.model.name,
@@ -79,12 +82,16 @@ def run_asked(
     work: what is run. full: what policies are made for, where that differs: a replay may run a smaller model. main: how
     `policy` itself is run, where that differs from `run`.
     """
+    name = cfg["policy"]["name"]
     if not cfg["count_redundant"]:
-        return (main or run)(policy, transfer, observers)
+        with shown(f"running {name}"):
+            return (main or run)(policy, transfer, observers)
     hits = HitRecord()
-    run(*make_policy(without_prefetch(cfg["policy"]), full or work, cfg["seed"]), [hits])
+    with shown(f"running {name} without prefetch"):
+        run(*make_policy(without_prefetch(cfg["policy"]), full or work, cfg["seed"]), [hits])
     redundancy = RedundancyCounter(hits, len(load_chunks(work)), work.warmup_forwards)
-    metrics = (main or run)(policy, transfer, [redundancy, *observers])
+    with shown(f"running {name}"):
+        metrics = (main or run)(policy, transfer, [redundancy, *observers])
     metrics["prefetch"]["redundant"] = redundancy.num_redundant
     return metrics
 
@@ -103,4 +110,8 @@ def answerable(policy: Policy) -> Iterator[None]:
 
 def run_baselines(run: Run) -> dict[str, dict[str, Any]]:
     """The metrics of each of `baselines`."""
-    return {name: run(policy, transfer, ()) for name, (policy, transfer) in baselines().items()}
+    found = {}
+    for name, (policy, transfer) in baselines().items():
+        with shown(f"running {name} beside"):
+            found[name] = run(policy, transfer, ())
+    return found

@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from expertflow.keys import Key, declared, nearest, shown
+from expertflow.keys import Key, declared, near_to, nearest, shown
+from sim.job.compose import compose
 from sim.job.former_names import refuse_former
 from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
 from sim.job.link import check_link_words, with_link
-from sim.paths import CONF, config_files, own_folder
+from sim.paths import config_files
 
 KEYS = (*GROUPS, *declared(RunKeys))
 """Those that every run has."""
@@ -30,21 +30,10 @@ def configure(
     config_name, own_keys: another file of `conf/`, and the keys that it has beside `KEYS`.
     """
     check_words(overrides)
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose(config_name=config_name, overrides=[*overrides, *_search_path(config_name)])
+    cfg = compose(overrides, config_name)
+    with open_dict(cfg):
+        del cfg["hydra"]
     return checked(cfg, own_keys)
-
-
-def _search_path(config_name: str) -> list[str]:
-    """The override that lets Hydra find the user's own files, as its flag --config-dir does."""
-    own = own_folder()
-    if own is None:
-        return []
-    # An override takes the place of what the file itself names.
-    named = OmegaConf.select(OmegaConf.load(CONF / f"{config_name}.yaml"), "hydra.searchpath") or []
-    places = [str(place).replace("\\", "\\\\").replace("'", "\\'") for place in [*named, f"file://{own}"]]
-    quoted = ",".join(f"'{place}'" for place in places)
-    return [f"hydra.searchpath=[{quoted}]"]
 
 
 def check_words(words: Sequence[str]) -> None:
@@ -62,10 +51,12 @@ def check_words(words: Sequence[str]) -> None:
             continue
         if _NO_NAME.match(found[2].strip()):
             group, value = found[1], found[2].strip()
-            choices = nearest(value, sorted(config_files(group)), 120)
+            names = sorted(config_files(group))
+            hint = near_to(value, names)
+            remedy = "" if hint else " (to sweep over several: -m and a comma list, without brackets)"
             raise ValueError(
-                f"{group}={value[:60]} must be the name of one file: {choices} "
-                "(to sweep over several: -m and a comma list, without brackets)"
+                f"{group}={value[:60]} must be the name of one file{hint}; choose from: "
+                f"{nearest(value, names, 120)}{remedy}"
             )
     check_link_words(words)
 

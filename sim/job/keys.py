@@ -101,7 +101,8 @@ def check_run(plain: Mapping[str, Any], more: Mapping[str, Key]) -> None:
             raise ValueError(f"{name} is missing; it cannot be taken out, only given another value")
     for name in GROUPS:
         if not isinstance(plain[name], dict):
-            raise ValueError(f"{name}={shown(plain[name])} must be the name of a file in conf/{name}")
+            told = f"{name}={shown(plain[name])}"
+            raise ValueError(f"{told} must be the name of a file of the group {name}; --help lists them")
     for name, key in own.items():
         key.check(plain[name], name)
     check_trace(plain["trace"])

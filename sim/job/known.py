@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from expertflow.keys import declared, near_to
 from expertflow.model import ModelSpec
+from sim.job.former_names import present_key
 from sim.job.keys import GROUPS, PolicyKeys, RunKeys, TraceKeys
 from sim.job.parts import KINDS
 from sim.paths import config_files
@@ -14,7 +15,7 @@ from sim.specs.links import LinkPreset
 from traces.yamltext import read_yaml
 
 LISTED = "`expertflow keys` lists them"
-_PARTS = (*KINDS, "transfer")
+_PARTS = (*KINDS, "transfer", "effort")
 _TABLES = {"trace": TraceKeys, "hardware": Hardware, "stack": Stack, "model": ModelSpec, "link": LinkPreset}
 _beside: list[str] = []
 """Keys of the command that runs, beside those of every run."""
@@ -40,15 +41,34 @@ def known_at(place: str) -> Sequence[str]:
     return sorted({key for path in config_files(f"policy/{part}").values() for key in read_yaml(path)})
 
 
+def is_known(key: str) -> bool:
+    """Whether the dotted `key`, of a group, may be given. Of a part of a policy every name may: its class, which may be
+    a user's own, says what it takes when it is made."""
+    place, name = key.split(".")[:2]
+    if present_key(key):
+        # Its present name is told.
+        return False
+    if place != "policy":
+        return name in known_at(place)
+    return name in _PARTS and key != f"policy.{name}"
+
+
 def no_key(key: str) -> str:
     """The message for the dotted `key`, or for the group `policy/part`."""
     shown = key if len(key) <= 60 else f"{key[:59]}…"
     if "/" in key:
         hint = near_to(key, [f"policy/{part}" for part in _PARTS])
         return f"{shown} is no group{hint}; {LISTED}"
+    if key.startswith("hydra."):
+        return f"{shown} is no key of Hydra's; `python -m sim --cfg hydra` lists them"
     place, _, name = key.rpartition(".")
     known = known_at(place)
+    if place and not known:
+        # Whatever stands there: it is the place that is misspelt, or holds no keys.
+        above, _, wrong = place.rpartition(".")
+        hint = near_to(wrong, known_at(above), f"{above}." if above else "")
+        return f"{shown} is no key: there is no {place[:60]}{hint}; {LISTED}"
     prefix = f"{place}." if place else ""
     if place and name in known:
-        return f"{shown} is not among the keys of the file that was chosen; where its part takes it: +{shown}=VALUE"
+        return f"{shown} is not among the keys of the file that was chosen; add it: +{shown}=VALUE"
     return f"{shown} is no key{near_to(name, known, prefix)}; {LISTED}"

@@ -37,15 +37,16 @@ class RunTimeoutError(ValueError):
 
 
 @contextmanager
-def limited(timeout_s: float | None) -> Iterator[None]:
+def limited(timeout_s: float | None, may_end: bool = True) -> Iterator[None]:
     """Run the block for `timeout_s` seconds of wall time at most; RunTimeoutError, naming the part, if it takes longer.
 
-    None: no limit, and no cost.
+    None: no limit, and no cost. may_end: whether the process may be ended where interrupting the part is in vain; it is
+    not ours where the run is called from a program.
     """
     if timeout_s is None:
         yield
         return
-    limit = _Limit(timeout_s)
+    limit = _Limit(timeout_s, may_end)
     try:
         try:
             limit.start()
@@ -59,8 +60,9 @@ def limited(timeout_s: float | None) -> Iterator[None]:
 
 
 class _Limit:
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, may_end: bool) -> None:
         self.timeout_s = timeout_s
+        self.may_end = may_end
         self.line = f"timeout_s={timeout_s:g}: the time is up; no result was written"
         self._over = threading.Event()
         self._thread = threading.current_thread()
@@ -73,13 +75,16 @@ class _Limit:
             self._before = signal.signal(signal.SIGALRM, self._ring)
             signal.setitimer(signal.ITIMER_REAL, self.timeout_s, _AGAIN_S)
         threading.Thread(target=self._watch, name="timeout", daemon=True).start()
+        if not self.may_end:
+            return
         with suppress(ValueError, OSError, AttributeError):
             # Should the interpreter be held by a call that never comes back: nothing in Python can end that.
             faulthandler.dump_traceback_later(self.timeout_s + 2 * GRACE_S, exit=True)
 
     def stop(self) -> None:
         self._over.set()
-        faulthandler.cancel_dump_traceback_later()
+        if self.may_end:
+            faulthandler.cancel_dump_traceback_later()
         if self._by_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, self._before)
@@ -110,7 +115,7 @@ class _Limit:
             self._interrupts += 1
             ident = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(TimeoutReached))
-        if self._over.wait(GRACE_S):
+        if not self.may_end or self._over.wait(GRACE_S):
             return
         if not self._interrupts:
             self._tell(_running(sys._current_frames().get(self._thread.ident or 0)))

@@ -26,7 +26,16 @@ from traces.files import replace_text
 from traces.processes.locks import locked_folder
 from traces.processes.whole import clear
 
-__all__ = ["begin_folder", "code_sha256", "of_one_job", "provenance", "results_of", "to_json", "write_text"]
+__all__ = [
+    "begin_folder",
+    "clear_results",
+    "code_sha256",
+    "of_one_job",
+    "provenance",
+    "results_of",
+    "to_json",
+    "write_text",
+]
 
 IGNORED = ("skip_done", "timeout_s")
 """Keys that decide whether a run takes place or is given up, not what it results in."""
@@ -54,8 +63,7 @@ def begin_folder(folder: Path, cfg: DictConfig, *stale: str) -> None:
 
     Writes Hydra's record of the configuration, as Hydra itself would, but each file whole.
     """
-    for name in ("DONE", *VIEWS, *stale):
-        (folder / name).unlink(missing_ok=True)
+    clear_results(folder, *stale)
     hydra: Any = HydraConfig.instance().cfg
     if hydra is None or hydra.hydra.output_subdir is not None:
         # Asked for on the command line: then it is Hydra that writes it.
@@ -63,6 +71,12 @@ def begin_folder(folder: Path, cfg: DictConfig, *stale: str) -> None:
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, content in (("config", cfg), ("hydra", hydra), ("overrides", hydra.hydra.overrides.task)):
         write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))
+
+
+def clear_results(folder: Path, *stale: str) -> None:
+    """Remove `DONE`, then what might pass for a result of the run that begins, and `stale`."""
+    for name in ("DONE", *VIEWS, *stale):
+        (folder / name).unlink(missing_ok=True)
 
 
 def results_of(folder: Path, cfg: Mapping[str, Any], *more: str) -> list[Path]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from expertflow import parts
 from expertflow.boundary import INTERRUPTIONS, declared, words_of
 from expertflow.keys import REQUIRED, arguments_of, plain, shown, unknown_key
-from expertflow.parts import Eviction, Horizon, Order, Place, Predictor, Selection
+from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from sim.job.former_names import refuse_former
 
 KINDS: Mapping[str, type] = {
@@ -36,6 +37,9 @@ def class_of(cfg: object, key: str, kind: type) -> type:
         raise ValueError(f"{told}; choose a part with {key.replace('.', '/')}=NAME")
     target, name = cfg["_target_"], f"{key}._target_"
     wanted = f"must name a class that derives from {kind.__module__}.{kind.__name__}"
+    if isinstance(target, Part | type):
+        # Given in Python: no file can hold one.
+        return _given(target, key, kind)
     if not isinstance(target, str) or len(target) > 500 or not _DOTTED.fullmatch(target):
         raise ValueError(f"{name}={shown(target)} {wanted}, as package.module.Class")
     found = _looked_up(target, name)
@@ -44,6 +48,20 @@ def class_of(cfg: object, key: str, kind: type) -> type:
     if not issubclass(found, kind) or found is kind or found.__module__ == parts.__name__:
         raise ValueError(f"{name}={shown(target)} {wanted}; this one does not, and was not called")
     return found
+
+
+def _given(target: Part | type, key: str, kind: type) -> type:
+    """The class of an object, or the class itself, under the same condition."""
+    found = target if isinstance(target, type) else type(target)
+    if not issubclass(found, kind) or found is kind or found.__module__ == parts.__name__:
+        wanted = f"a class that derives from {kind.__module__}.{kind.__name__}"
+        raise ValueError(f"{key}={plain(dotted(found), 80)} must be {wanted}, or an object of one; this one is not")
+    return found
+
+
+def dotted(found: type) -> str:
+    """What a configuration calls a class."""
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def _looked_up(target: str, name: str) -> Any:
@@ -94,6 +112,8 @@ def make_part(cfg: object, key: str, kind: type, **extra: Any) -> Any:
     found = class_of(cfg, key, kind)
     assert isinstance(cfg, Mapping)
     given = {name: value for name, value in cfg.items() if name != "_target_"}
+    if isinstance(cfg["_target_"], Part):
+        return _copied(cfg["_target_"], [*given, *extra], key, kind)
     check_arguments(found, given, key, tuple(extra))
     try:
         made = found(**given, **extra)
@@ -105,6 +125,22 @@ def make_part(cfg: object, key: str, kind: type, **extra: Any) -> Any:
         raise ValueError(line if line.startswith(key) else f"{key}: {line}") from error
     if kind in KINDS.values():
         declared(made, kind)
+    return made
+
+
+def _copied(part: Part, given: list[str], key: str, kind: type) -> Part:
+    """An object that was made already, anew for each run: what one run leaves in it, no other finds."""
+    name = plain(type(part).__name__, 60)
+    if given:
+        raise ValueError(f"{key}.{given[0]} would have no effect: {key} is an object; give it to {name} itself")
+    try:
+        made = deepcopy(part)
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:
+        told = f"{type(error).__name__}: {plain(words_of(error), 100)}"
+        raise ValueError(f"{key}: this {name} cannot be copied for the run ({told}); give the class instead") from error
+    declared(made, kind)
     return made
 
 

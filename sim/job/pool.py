@@ -14,9 +14,18 @@ from traces.processes.lifetime import end_with_parent
 class Workers(LokyBackend):  # type: ignore[misc]
     """joblib's own processes, told of their parent before they begin."""
 
+    _started: Any = None
+
     def configure(self, *args: Any, **options: Any) -> Any:
         """As of LokyBackend."""
-        return super().configure(*args, initializer=end_with_parent, initargs=(os.getpid(),), **options)
+        number = super().configure(*args, initializer=end_with_parent, initargs=(os.getpid(),), **options)
+        self._started = self._workers
+        return number
+
+    def end(self) -> None:
+        """End the processes, which otherwise wait for more work with what they have loaded."""
+        if self._started is not None:
+            self._started.shutdown(wait=True, kill_workers=True)
 
 
 def use_workers() -> None:

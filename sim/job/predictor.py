@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from expertflow.boundary import is_own_class
 from expertflow.keys import literal, plain, shown, unknown_key
 from expertflow.parts import Predictor
 from sim.job.fitted_start import fitted_arrays, transition_start
@@ -44,6 +45,19 @@ def make_predictor(given: Any, trace: Trace, num_layers: int, seed: int) -> Any:
     if not predictor.predicts or num_layers > 1:
         return predictor
     raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
+
+
+def predictor_name(policy: Mapping[str, Any], trace: Trace) -> tuple[str | None, bool]:
+    """What predicts in the policy of that configuration over `trace`, called as its file is (a class of a user's own by
+    its dotted name; None in a policy that has no parts), and whether it was chosen by what the trace holds."""
+    cfg = policy.get("predictor")
+    if "_target_" in policy or not isinstance(cfg, Mapping):
+        return None, False
+    if "_target_" not in cfg:
+        return _automatic(cfg, trace), True
+    found = class_of(cfg, "policy.predictor", Predictor)
+    module = found.__module__.rpartition(".")[2]
+    return module if is_own_class(found) else f"{found.__module__}.{found.__qualname__}", False
 
 
 def _automatic(cfg: Mapping[str, Any], trace: Trace) -> str:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
+from sim.job.predictor import predictor_name
+from sim.job.setup import Workload
 from sim.job.title import hardware_title
+from traces.tables import print_columns
 
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What became of what was asked for where it does not show in the figures.
+
+    chosen: which predictor was taken, behind the policy's name, if the trace decided it; notes: lines below the table.
+    """
+
+    chosen: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def asked_of(cfg: Mapping[str, Any], work: Workload) -> Asked:
+    """What is printed of a run beside its figures. cfg: of the run."""
+    name, is_chosen = predictor_name(cfg["policy"], work.trace)
+    notes = []
+    if cfg["batch_size"] > (most := work.batches.num_requests):
+        requests = f"{most} request{'' if most == 1 else 's'}"
+        notes.append(f"batch_size={cfg['batch_size']}: the run has {requests}, so that no more are decoded together")
+    chosen = f" (predictor: {name})" if is_chosen else ""
+    return Asked(chosen, tuple(notes))
 
 
 def _per_token(metrics: dict[str, Any], key: str) -> str:
@@ -39,56 +64,57 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has
     ]
 
 
-def print_report(console: Console, metrics: dict[str, Any], folder: str | None, title: str) -> None:
+def named_runs(metrics: dict[str, Any], title: str) -> list[tuple[str, dict[str, Any]]]:
+    """The run and those beside it, each with the name of its row. title: as in `print_report`."""
+    compare, is_named = metrics["compare"] or {}, title == metrics["policy"]
+    own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
+    return [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
+
+
+def print_report(
+    console: Console, metrics: dict[str, Any], folder: str | None, title: str, asked: Asked | None = None
+) -> None:
     """One table a person can read, from the metrics of a run and those beside it.
 
     title: of the policy (see `sim.job.title`); where it is the name alone, a run of that name beside is the same run.
     """
+    asked = asked or Asked()
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
-        f"[bold]{escape(title)}[/bold] on {hardware_title(metrics)}, {metrics['stack']} stack, {metrics['model']} with "
-        f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
+        f"[bold]{escape(title)}[/bold]{asked.chosen} on {hardware_title(metrics)}, {metrics['stack']} stack, "
+        f"{metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("policy", no_wrap=True)
     compare = metrics["compare"] or {}
     base = compare.get("on_demand", {}).get("stall_ns")
-    for column in _COLUMNS if compare else [one for one in _COLUMNS if one != _SHARE]:
-        table.add_column(column, justify="right")
-    is_named = title == metrics["policy"]
-    own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
-    rows = [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
-    for place, (name, one) in enumerate(rows):
-        table.add_row(*_row(name, one, base, bool(compare)), style=None if place else "bold")
+    columns = _COLUMNS if compare else [one for one in _COLUMNS if one != _SHARE]
+    rows = named_runs(metrics, title)
+    cells = [_row(name, one, base, bool(compare)) for name, one in rows]
+    styles = ["bold", *[""] * (len(rows) - 1)]
     bounds = metrics["bounds"]
     if bounds and bounds["floor_ns"] is not None:
         floor = bounds["floor_ns"] / max(metrics["num_tokens"], 1) / 1e6
-        table.add_row("floor", "", f"{floor:.3f}", style="dim")
-    _print_table(console, table)
-    _print_notes(console, metrics, folder)
+        cells.append(["floor", "", f"{floor:.3f}", *[""] * (len(columns) - 2)])
+        styles.append("dim")
+    print_columns(console, ["policy", *columns], cells, styles)
+    _print_notes(console, metrics, folder, asked.notes)
 
 
-def _print_table(console: Console, table: Table) -> None:
-    """Without the blanks that fill up a row's last cells."""
-    for segments in console.render_lines(table, console.options, pad=False):
-        line = Text.assemble(*((one.text, one.style or "") for one in segments))
-        line.rstrip()
-        console.print(line, highlight=False, no_wrap=True, overflow="ignore", crop=False)
-
-
-def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str) -> None:
+def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str, asked: Asked | None = None) -> None:
     """One line a run, for sweeps. title: as in `print_report`."""
+    asked = asked or Asked()
     mean = metrics["tpot_ms"]["mean"]
     place = f"{hardware_title(metrics)}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
-    console.print(f"{escape(title)} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{escape(title)}{asked.chosen} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
+    for note in asked.notes:
+        console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) -> None:
-    notes = []
+def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, more: Sequence[str]) -> None:
+    notes = list(more)
     if metrics["uses_future"]:
         notes.append("policy or start state read ahead in the trace: a reference, not something that can be deployed")
     if metrics["num_streamed_layers"]:

@@ -271,7 +271,7 @@ def _require_own(cfg: Mapping[str, Any]) -> None:
     if not is_own_class(class_of(cfg, "policy", Policy)):
         raise ValueError(
             f"policy._target_={cfg['_target_']} is no policy of this package; compose one of your own of parts: "
-            "policy.predictor._target_, policy.eviction._target_ and so on (docs/contract.md)"
+            "policy.predictor._target_, policy.eviction._target_ and so on"
         )
 
 

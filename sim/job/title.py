@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -15,6 +15,8 @@ from expertflow.keys import shown
 
 _OF_A_KEY = re.compile(r"[+~]*policy\.")
 _OF_A_PART = re.compile(r"[+~]*policy/(\w+)[^=]*=(.*)", re.DOTALL)
+Composed = Callable[[Sequence[str]], Mapping[str, Any]]
+"""The group `policy` of the configuration that overrides give."""
 
 
 def policy_title(policy: Mapping[str, Any]) -> str:
@@ -24,9 +26,15 @@ def policy_title(policy: Mapping[str, Any]) -> str:
     Equal to the name alone if and only if the policy is as the file of that name has it.
     """
     job = HydraConfig.get()
-    name, file, words = str(policy["name"]), str(job.runtime.choices["policy"]), list(job.overrides.task)
+    name, words = str(job.job.config_name), list(job.overrides.task)
+    return titled(policy, str(job.runtime.choices["policy"]), words, lambda other: _composed(other, name))
+
+
+def titled(policy: Mapping[str, Any], file: str, words: Sequence[str], composed: Composed) -> str:
+    """The same of any composition: its file of `conf/policy`, and the overrides that it was composed of."""
+    name = str(policy["name"])
     title = name if file == name else f"{name} of {file}.yaml"
-    changed = _changes(policy, words, str(job.job.config_name))
+    changed = _changes(policy, words, composed)
     return f"{title} with {', '.join(changed)}" if changed else title
 
 
@@ -39,14 +47,14 @@ def hardware_title(metrics: Mapping[str, Any]) -> str:
     return f"{name} (link {link['name']}{asked}, {link['gb_per_s']:.3g} GB/s)"
 
 
-def _changes(policy: Mapping[str, Any], words: Sequence[str], config_name: str) -> list[str]:
+def _changes(policy: Mapping[str, Any], words: Sequence[str], composed: Composed) -> list[str]:
     """`part=FILE` where another file of a part was chosen, `part=CLASS` where another class, else `part.key=value`."""
     others = [word for word in words if not _OF_A_KEY.match(word) and not _OF_A_PART.match(word)]
     parts = [word for word in words if _OF_A_PART.match(word)]
     if len(others) == len(words):
         return []
-    file = _composed(others, config_name)
-    chosen = _composed([*others, *parts], config_name) if parts else file
+    file = composed(others)
+    chosen = composed([*others, *parts]) if parts else file
     found = []
     for match in filter(None, map(_OF_A_PART.match, parts)):
         if file.get(match[1]) != chosen.get(match[1]):
@@ -64,8 +72,10 @@ def _composed(words: Sequence[str], config_name: str) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted key and value, as text, of each entry that `now` has otherwise; a key that is gone is null."""
-    for key in (*now, *(key for key in before if key not in now)):
+    """Dotted key and value, as text, of each entry that `now` has otherwise; a key that is gone is null, but for an
+    argument of a class in whose place there is another."""
+    gone = [key for key in before if key not in now] if before.get("_target_") == now.get("_target_") else []
+    for key in (*now, *gone):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _differences(old, new, f"{prefix}{key}.")

@@ -19,6 +19,7 @@ from sim.machine.host_bound import machine_for
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, simulate
+from traces.processes.progress import shown
 
 
 def run_policy(
@@ -31,8 +32,10 @@ def run_policy(
     kernels = KernelTimes(model, work.hardware, work.stack)
     machine = machine_for(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
+    journal = runtime.journal
     try:
-        simulate(runtime, machine)
+        with shown("", lambda: journal.num_tokens, work.batches.num_tokens):
+            simulate(runtime, machine)
     except OverflowError as error:
         raise _too_long(work) from error
     if runtime.counters.elapsed_ns > MOST:
@@ -55,7 +58,10 @@ def _too_long(work: Workload) -> ValueError:
 
 def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:
     """Name and metrics of the fastest schedule of the portfolio that knows the future."""
-    runs = [(name, run_policy(work, policy, Transfer())) for name, policy in portfolio(work.future).items()]
+    runs = []
+    for name, policy in portfolio(work.future).items():
+        with shown(f"looking for the best schedule, {len(runs) + 1}"):
+            runs.append((name, run_policy(work, policy, Transfer())))
     return min(runs, key=lambda run: run[1]["elapsed_ns"])
 
 
@@ -88,5 +94,6 @@ def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
         head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
         heads.append(head + costs.group_ns + costs.head_overhead_ns + costs.token_sync_ns)
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
-    totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
+    with shown("working out the floor"):
+        totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
     return floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers)

@@ -100,16 +100,20 @@ def check_form(file: str, content: Mapping[str, Any]) -> None:
     """ValueError that names file, key and value of the first that is of another kind than it must be."""
     for key, (check, wanted) in FORM.items():
         if key in content and not check(content[key]):
-            raise ValueError(f"{file}: {key} is {shown(content[key])}; it must be {wanted}, see conf/study")
+            raise ValueError(f"{file}: {key} is {shown(content[key])}; it must be {wanted}, as in the shipped studies")
     for part in NEEDED:
         entries = content.get(part, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{file}: {part} is {shown(entries)}; it must be a list of tables, see conf/study")
+            raise ValueError(
+                f"{file}: {part} is {shown(entries)}; it must be a list of tables, as in the shipped studies"
+            )
         for entry in entries:
             for key, value in entry.items():
                 check, wanted = _COMMON.get(key, (lambda _: True, ""))
                 if not check(value):
-                    raise ValueError(f"{file}: {part}: {key} is {shown(value)}; it must be {wanted}, see conf/study")
+                    raise ValueError(
+                        f"{file}: {part}: {key} is {shown(value)}; it must be {wanted}, as in the shipped studies"
+                    )
 
 
 def check_needed(file: str, content: Mapping[str, Any]) -> None:
@@ -118,4 +122,4 @@ def check_needed(file: str, content: Mapping[str, Any]) -> None:
         for entry in content.get(part, []):
             for key in needed:
                 if key not in entry:
-                    raise ValueError(f"{file}: {part} has an entry without {key}; give it, see conf/study")
+                    raise ValueError(f"{file}: {part} has an entry without {key}; give it, as in the shipped studies")

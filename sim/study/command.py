@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="example: python -m sim.study gap --out results/gap --set trace.path=mine.safetensors",
     )
-    parser.add_argument("study", help="a file of conf/study, without .yaml")
+    parser.add_argument("study", help="a study of the list below, or a file study/NAME.yaml of --config-dir")
     parser.add_argument("--out", type=Path, required=True, help="output folder; finished cells in it are kept")
     parser.add_argument(
         "--set",

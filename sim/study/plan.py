@@ -6,7 +6,6 @@ stands for a parameter of the study, given as `--set name=value`.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from expertflow.keys import near_to
 from sim.paths import config_files
 from sim.study.checks import check_form, check_needed
 from traces.jsontext import shown
@@ -75,15 +75,15 @@ def load_study(name: str) -> Study:
     """The study of that name; ValueError with the choices if there is none."""
     known = config_files("study")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"study {name!r} does not exist{hint}; choose one of: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"study {name!r} does not exist{near_to(name, known)}; choose one of: {', '.join(sorted(known))}"
+        )
     return read_study(known[name])
 
 
 def read_study(path: Path) -> Study:
     """The study in one file; ValueError names file and key of what is wrong in it."""
-    content = read_yaml(path, "see those in conf/study")
+    content = read_yaml(path, "write it as the shipped studies are (expertflow study --help)")
     known = {
         "name",
         "about",

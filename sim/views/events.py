@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -75,28 +76,13 @@ def _words(indices: npt.NDArray[np.int8], words: Sequence[str]) -> pa.Dictionary
     return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(list(words)))
 
 
-class EventTable(Observer):
-    """Writes `path` (Parquet), one row per access, a layer's rows in touch order, warm-up included.
+class Events(Observer):
+    """Keeps every access in memory, 34 bytes each: the rows of `EventTable`. num_experts: of a layer."""
 
-    forward, phase (decode, prefill), layer, expert, class (hit, late, miss); known_ns: when the routing
-    became known; tokens routed to the expert; stall_ns: how long the compute stream waited for it; landed_ns:
-    device end of the copy that was waited for, null for a hit. The stall column sums to the run's stall.
-
-    Until `close` the rows stand in a temporary file beside `path`; `abort` removes it. Memory holds
-    `rows_per_group` rows, 34 bytes each, and the rows of one layer.
-    """
-
-    def __init__(self, path: str | Path, num_experts: int, rows_per_group: int = 1 << 16) -> None:
-        if num_experts < 1 or rows_per_group < 1:
-            raise ValueError(
-                f"EventTable num_experts={num_experts}, rows_per_group={rows_per_group}: both must be 1 or more"
-            )
-        self.path = Path(path)
+    def __init__(self, num_experts: int) -> None:
+        if num_experts < 1:
+            raise ValueError(f"{type(self).__name__} num_experts={num_experts}: must be 1 or more")
         self.num_experts = num_experts
-        self.rows_per_group = rows_per_group
-        with writing(self.path):
-            self._unfinished = Unfinished(self.path)
-            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._unfinished.path, SCHEMA, compression="zstd")
         self._columns = _Columns()
         self._open: dict[int, int] = {}
         """Row of each key of the layer that is running: its stall and its landing are yet to come."""
@@ -143,6 +129,38 @@ class EventTable(Observer):
         self._settle()
 
     def _settle(self) -> None:
+        """Nothing more is to come for the rows of the layer that has run."""
+        self._open.clear()
+
+    def frame(self) -> pd.DataFrame:
+        """The rows kept: phase and class as categories, landed_ns as whole numbers, or missing for a hit."""
+        return _frame(self._columns.table())
+
+
+class EventTable(Events):
+    """Writes `path` (Parquet), one row per access, a layer's rows in touch order, warm-up included.
+
+    forward, phase (decode, prefill), layer, expert, class (hit, late, miss); known_ns: when the routing
+    became known; tokens routed to the expert; stall_ns: how long the compute stream waited for it; landed_ns:
+    device end of the copy that was waited for, null for a hit. The stall column sums to the run's stall.
+
+    Until `close` the rows stand in a temporary file beside `path`; `abort` removes it. Memory holds
+    `rows_per_group` rows, 34 bytes each, and the rows of one layer.
+    """
+
+    def __init__(self, path: str | Path, num_experts: int, rows_per_group: int = 1 << 16) -> None:
+        if num_experts < 1 or rows_per_group < 1:
+            raise ValueError(
+                f"EventTable num_experts={num_experts}, rows_per_group={rows_per_group}: both must be 1 or more"
+            )
+        super().__init__(num_experts)
+        self.path = Path(path)
+        self.rows_per_group = rows_per_group
+        with writing(self.path):
+            self._unfinished = Unfinished(self.path)
+            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._unfinished.path, SCHEMA, compression="zstd")
+
+    def _settle(self) -> None:
         """Nothing more is to come for the rows held: write them if they fill a group."""
         self._open.clear()
         if len(self._columns.forward) >= self.rows_per_group:
@@ -174,3 +192,12 @@ class EventTable(Observer):
                 self._writer.close()
             self._writer = None
             self._unfinished.abandon()
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    frame: pd.DataFrame = table.drop_columns(["landed_ns"]).to_pandas()
+    landed = table["landed_ns"]
+    missing = landed.is_null().to_numpy()
+    # Through floating point the last digits of long times would be lost.
+    values = landed.fill_null(NOT_COPIED).to_numpy()
+    return frame.assign(landed_ns=pd.Series(pd.arrays.IntegerArray(values.copy(), missing.copy())))

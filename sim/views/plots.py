@@ -54,6 +54,7 @@ REST = "#c9d3dc"
 LABELS = {
     "residency": "residency (share of all experts)",
     "tpot_ms": "time per output token (ms)",
+    "ms_per_token": "time per token, prompts included (ms)",
     "hit_rate": "hit rate",
     "stall_ms_per_token": "stall (ms per token)",
     "late_ms_per_token": "late stall (ms per token)",
@@ -106,23 +107,30 @@ def plot_stall_against_residency(
 
 
 @styled
-def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True, title: str = "", across: str = "hardware") -> Figure:
+def plot_tpot_bars(
+    table: pd.DataFrame,
+    show_stall: bool = True,
+    title: str = "",
+    across: str = "hardware",
+    value: str = "tpot_ms",
+) -> Figure:
     """One bar of TPOT per policy, in the table's order; a panel per hardware or residency (`across`) and stack (down).
 
-    table: columns policy, stack, tpot_ms, that of `across` and, with show_stall, late_ms_per_token and
+    table: columns policy, stack, `value`, that of `across` and, with show_stall, late_ms_per_token and
     miss_ms_per_token: the bar's share that was stall, which is comparable at batch size 1. One row a bar. Where there
-    is a column floor_ms_per_token, a panel's largest is drawn as a line: it compares with TPOT where no prompt was run.
+    is a column floor_ms_per_token, a panel's largest is drawn as a line. value: tpot_ms, with which stall and floor
+    compare where no prompt was run, or ms_per_token, with which they always do.
     """
     parts = {"miss": "miss_ms_per_token", "late": "late_ms_per_token"} if show_stall else {}
-    _check(table, ["tpot_ms", *parts.values()], [across, "stack", "policy"])
+    _check(table, [value, *parts.values()], [across, "stack", "policy"])
     policies = list(dict.fromkeys(table["policy"]))
     figure, panels = _panels(table, title, 0.9 + 0.3 * len(policies), across)
     has_floor = False
     for axes, rows in panels:
         places = [policies.index(policy) for policy in rows["policy"]]
-        bars = axes.barh(places, rows["tpot_ms"], color=REST, height=0.7)
+        bars = axes.barh(places, rows[value], color=REST, height=0.7)
         axes.bar_label(bars, fmt=_three_digits, padding=3)
-        left = rows["tpot_ms"] * 0.0
+        left = rows[value] * 0.0
         for kind, column in parts.items():
             axes.barh(places, rows[column], left=left, color=STALLS[kind], height=0.7)
             left = left + rows[column]
@@ -130,7 +138,7 @@ def plot_tpot_bars(table: pd.DataFrame, show_stall: bool = True, title: str = ""
         axes.set_ylim(len(policies) - 0.4, -0.6)
         axes.margins(x=0.16)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(LABELS["tpot_ms"])
+        axes.set_xlabel(LABELS[value])
         floors = rows["floor_ms_per_token"].dropna().tolist() if "floor_ms_per_token" in rows.columns else []
         if len(floors):
             axes.axvline(max(floors), color=FLOOR, linewidth=0.9, linestyle="--")

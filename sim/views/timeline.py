@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from expertflow.observer import Observer
@@ -22,6 +24,8 @@ from traces.messages import fault
 from traces.reading import read_json
 
 KINDS = ("attention", "experts", "head", "other")
+IN_LAYER = ("attention", "experts")
+"""Those of which a slice says the layer."""
 COMPUTE_TRACK, LINK_TRACK, STALL_TRACK = 1, 2, 3
 TRACKS = {COMPUTE_TRACK: "compute", LINK_TRACK: "link", STALL_TRACK: "stalls"}
 COUNTER = "horizon S"
@@ -100,6 +104,36 @@ class Timeline(Observer):
                 separator = ",\n"
             file.write(b"\n]}\n")
 
+    def frames(self) -> Frames:
+        """What `load_timeline` reads from the file that `write` writes, without the file."""
+        kernels, experts = _table(self._kernels, 5), self._kernel_experts()
+        kinds, _, _, starts, ends = kernels.T
+        compute = {
+            "start_ns": starts,
+            "end_ns": ends,
+            "kind": [KINDS[kind] for kind in kinds.tolist()],
+            "layer": [layer if KINDS[kind] in IN_LAYER else -1 for kind, layer in kernels[:, :2].tolist()],
+            "experts": experts,
+        }
+        keys, chunks, causes, starts, ends = _table(self._copies, 5).T
+        layer, expert = np.divmod(keys, self.num_experts)
+        link = {"start_ns": starts, "end_ns": ends, "layer": layer, "expert": expert, "chunk": chunks}
+        link["cause"] = ["demand" if cause == DEMAND else "prefetch" for cause in causes.tolist()]
+        keys, misses, starts, ends = _table(self._stalls, 4).T
+        layer, expert = np.divmod(keys, self.num_experts)
+        stalls = {"start_ns": starts, "end_ns": ends, "layer": layer, "expert": expert}
+        stalls["kind"] = ["miss" if is_miss else "late" for is_miss in misses.tolist()]
+        times, reaches = _table(self._reaches, 2).T
+        return Frames(_frame(compute), _frame(link), _frame(stalls), _frame({"at_ns": times, "reach": reaches}))
+
+    def _kernel_experts(self) -> list[tuple[int, ...]]:
+        """Of each kernel, the experts that it computed."""
+        found, first = [], 0
+        for _, _, num_keys, _, _ in _rows(self._kernels, 5):
+            found.append(tuple(key % self.num_experts for key in self._kernel_keys[first : first + num_keys]))
+            first += num_keys
+        return found
+
     def events(self) -> Iterator[str]:
         """The JSON of each event, metadata first."""
         yield _metadata("process_name", 0, "name", self.name)
@@ -146,6 +180,10 @@ def _experts_name(layer: int, experts: Sequence[int]) -> str:
 def _rows(values: array[int], width: int) -> Iterator[tuple[int, ...]]:
     columns = [iter(values)] * width
     return zip(*columns, strict=True)
+
+
+def _table(values: array[int], width: int) -> npt.NDArray[np.int64]:
+    return np.array(values, dtype=np.int64).reshape(-1, width)
 
 
 def _us(time_ns: int) -> str:
@@ -239,7 +277,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MOST_COUNT
 
 
-def _frame(columns: dict[str, list[Any]]) -> pd.DataFrame:
+def _frame(columns: Mapping[str, Any]) -> pd.DataFrame:
     """Numbers are int64 even without rows."""
     texts = ("kind", "cause", "experts")
     types = {name: object if name in texts else "int64" for name in columns}

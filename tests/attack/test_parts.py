@@ -165,7 +165,11 @@ COMMANDS = [
         r"DropsLast\.arrange leaves out key \d+ \(forward \d+, layer \d\); answer exactly",
     ),
     ("policy.eviction._target_", "EvictsPinned", r"EvictsPinned\.victim answered key \d+, which is pinned"),
-    ("policy.eviction._target_", "VictimExits", r"VictimExits\.victim raised SystemExit: 0 \(forward \d+, layer \d\)"),
+    (
+        "policy.eviction._target_",
+        "VictimExits",
+        r"VictimExits\.victim raised SystemExit: 0 at attack/hostile_hooks\.py:\d+ \(forward \d+, layer \d\)",
+    ),
     ("policy.order._target_", "StrictIsText", r"StrictIsText\.strict='no' must be True or False"),
 ]
 
@@ -218,7 +222,8 @@ def test_the_environment_shows_where_a_part_has_raised(tmp_path: Path, monkeypat
     monkeypatch.setenv("EXPERTFLOW_TRACEBACK", "1")
     loud = run_here(words, tmp_path / "run").err
     assert "Traceback" not in quiet
-    assert quiet.startswith("error: VictimDivides.victim raised ZeroDivisionError: division by zero (forward 0, layer ")
+    told = r"error: VictimDivides\.victim raised ZeroDivisionError: division by zero at \S+:\d+ \(forward 0, layer "
+    assert re.match(told, quiet)
     assert "hostile_hooks.py" in loud
     assert loud.endswith(quiet)
 

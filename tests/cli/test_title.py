@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def rows_of(text: str) -> list[str]:
 
 
 def head_of(text: str) -> str:
-    return text.splitlines()[0].split(" on a100")[0]
+    return re.sub(r" \(predictor: \w+\)$", "", text.splitlines()[0].split(" on a100")[0])
 
 
 @pytest.mark.slow

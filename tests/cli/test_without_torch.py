@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sim.console import COMMANDS
 from tests.support.commands import ROOT, small_trace
+from traces.cli import DELEGATED
 
 HIDDEN = (
     "import runpy, sys; sys.modules['torch'] = None; module = sys.argv[1]; del sys.argv[1]; "
@@ -43,6 +45,22 @@ def test_help_needs_no_torch(module: str, tmp_path: Path) -> None:
     found = without_torch(module, "--help", cwd=tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     assert f"python -m {module}" in found.stdout
+
+
+MODULES = sorted(dict.fromkeys(module for module, _ in COMMANDS.values()))
+SUB_COMMANDS = [
+    *(f"traces {name}" for name in ("validate", "import", *DELEGATED)),
+    "traces.twin train",
+    "traces.twin ship",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [*MODULES, *SUB_COMMANDS])
+def test_every_command_has_help_without_torch(words: str, tmp_path: Path) -> None:
+    found = without_torch(*words.split(), "--help", cwd=tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "usage: python -m" in found.stdout
 
 
 FIT = "fit-predictor"

@@ -75,7 +75,7 @@ def test_a_policy_that_raises_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     job = with_horizon("RaisingHorizon")
     path = job.log(tmp_path / "log.parquet")
     with pytest.raises(
-        PartError, match=r"^RaisingHorizon.distances raised KeyError: 'no such layer' \(forward \d, layer"
+        PartError, match=r"^RaisingHorizon.distances raised KeyError: 'no such layer' at \S+:\d+ \(forward \d, layer"
     ):
         job.check(path)
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from traces.container import TraceError, fault
 from traces.files import replace_file, safetensors_bytes
 from traces.fitting.packages import asked_for_by
+from traces.processes.progress import shown
 from traces.reader import open_trace
 
 FITS = {
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         )
     function = fit_of(kind)
     trace = open_trace(args.trace)
-    with asked_for_by(f"kind={kind}"):
+    with asked_for_by(f"kind={kind}"), shown(f"fitting {kind} to {trace.name}"):
         arrays, header = function(trace, lambda line: print(line, file=sys.stderr, flush=True), options)
     told = {
         "format": f"expertflow-{kind}",

@@ -25,6 +25,7 @@ from traces.flags import whole
 from traces.generate import generate
 from traces.limits import check_pairs
 from traces.parameters import Arrays, save_params
+from traces.processes.progress import shown
 from traces.reader import Trace, open_trace
 from traces.stats import activation, check_routing, layer_onehot, lru_distances, next_layer_recall, reuse, row_positions
 
@@ -298,7 +299,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit and write a parameter file. Errors are ValueErrors."""
     trace = open_trace(args.path)
-    params = fit_trace(trace, seed=args.seed, rounds=args.rounds, say=lambda line: print(line, flush=True))
+    with shown(f"fitting to {trace.name}"):
+        params = fit_trace(trace, seed=args.seed, rounds=args.rounds, say=lambda line: print(line, flush=True))
     save_params(
         args.output,
         params,
@@ -308,4 +310,5 @@ def run(args: argparse.Namespace) -> int:
         fitted_to=f"{trace.name}: {trace.num_tokens} tokens in {trace.num_requests} requests",
         command=f"python -m traces fit {trace.name}.safetensors {Path(args.output).name} --seed {args.seed}",
     )
+    print(f"wrote {args.output}: fitted to {trace.name}; python -m traces generate --params {args.output} takes it")
     return 0

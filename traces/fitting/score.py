@@ -32,6 +32,7 @@ from traces.fitting.packages import asked_for_by
 from traces.fitting.pointwise import Boosting, Logistic, Perceptron, Ridge
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.flags import whole
+from traces.processes.progress import shown
 from traces.reader import Trace, open_trace
 
 BASELINES: dict[str, Callable[[Training], Baseline]] = {
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         f"{judged.name}\n"
     )
     print("\n".join(markdown(accuracy, fits, costs, judged.top_k)))
+    print(f"\nwrote {args.out / 'accuracy.csv'} and {args.out / 'fits.csv'}")
     return 0
 
 
@@ -163,7 +165,7 @@ def fit_baselines(names: Sequence[str], training: Training) -> dict[str, Baselin
     baselines = {}
     for name in names:
         start = time.perf_counter()
-        with asked_for_by(name):
+        with asked_for_by(name), shown(f"fitting {name}"):
             baselines[name] = BASELINES[name](training)
         training.report(f"{name}: fitted in {time.perf_counter() - start:.1f} s")
     return baselines
@@ -172,12 +174,15 @@ def fit_baselines(names: Sequence[str], training: Training) -> dict[str, Baselin
 def score(baselines: dict[str, Baseline], trace: Trace, distances: int) -> Rows:
     """One row per baseline and distance, over all layers, in blocks."""
     sums = {name: [Accuracy(trace.top_k) for _ in range(distances)] for name in baselines}
-    for block in row_blocks(trace, range(trace.num_requests)):
-        for layer in range(trace.num_layers - 1):
-            for distance in range(1, min(distances, trace.num_layers - 1 - layer) + 1):
-                truth = block.truth(layer, distance)
-                for name, baseline in baselines.items():
-                    sums[name][distance - 1].add(baseline.scores(block, layer, distance), truth)
+    done = 0.0
+    with shown(f"scoring {', '.join(baselines)}", lambda: done, trace.num_tokens):
+        for block in row_blocks(trace, range(trace.num_requests)):
+            for layer in range(trace.num_layers - 1):
+                for distance in range(1, min(distances, trace.num_layers - 1 - layer) + 1):
+                    truth = block.truth(layer, distance)
+                    for name, baseline in baselines.items():
+                        sums[name][distance - 1].add(baseline.scores(block, layer, distance), truth)
+                done += block.num_rows / (trace.num_layers - 1)
     return [
         {"predictor": name, "distance": distance, **one.row()}
         for name, by_distance in sums.items()

@@ -176,7 +176,8 @@ def write_choices(choices: Choices, source: Source, output: str | Path) -> Impor
     num_experts, notes = _num_experts(choices, source, experts)
     if not source.model:
         notes.append(
-            f"model={UNNAMED}: the source names none; give model=<a name of conf/model> to simulate it by name"
+            f"model={UNNAMED}: the source names none; to simulate it by name give model=NAME, one that "
+            "`expertflow sim --help` lists"
         )
     requests, layers, more = assemble(choices, source, experts, weights)
     about = About(

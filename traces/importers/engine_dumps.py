@@ -82,7 +82,9 @@ def import_engine_dumps(
     num_layers counts all layers, dense ones too; with top_k it is needed for base64 only, and checked wherever given.
     """
     if not model:
-        raise TraceError("option model= is missing: dumps name no model; give model=<a name of conf/model>")
+        raise TraceError(
+            "option model= is missing: dumps name no model; give model=NAME, one that `expertflow sim --help` lists"
+        )
     dumps: list[_Dump] = []
     for path in tracked(files_of(source, *_SUFFIXES), progress, "reading dumps"):
         dumps.extend(_read(path, num_layers, top_k))

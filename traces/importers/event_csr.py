@@ -102,7 +102,7 @@ def import_event_csr(
     events = _load(path, arrays)
     model = model or metadata.get("model", "")
     if not model:
-        raise fault(path, "header", "names no model", "give model=<a name of conf/model>")
+        raise fault(path, "header", "names no model", "give model=NAME, one that `expertflow sim --help` lists")
     notes = []
     extra = sorted(set(arrays) - {*EVENT_ARRAYS, *ENTRY_ARRAYS, "offsets"})
     if extra:

@@ -16,7 +16,7 @@ MEANINGS: Mapping[str, str] = {
     "keep_all": "true: also requests that repeat themselves or did not finish",
     "layer": "column of the layer",
     "license": "of the recording, for the header",
-    "model": "what was recorded: a name of conf/model, or one of your own",
+    "model": "what was recorded: a model that `expertflow sim --help` lists, or one of your own",
     "num_experts": "routed experts a layer",
     "num_layers": "layers of the model, dense ones too",
     "phase": "moe-beyond-csv: prefill or decode, what all rows are; table: column of 0 or prefill, 1 or decode",

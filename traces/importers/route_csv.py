@@ -134,9 +134,12 @@ def _facts(
     found = [match for table in tables for text in table.comments if (match := _PREAMBLE.search(text))]
     if not model and found:
         model = re.split(r"[/\\]", found[0]["model"].strip())[-1].removesuffix(".gguf")
-        notes.append(f"model={model}, from the file; give model=<a name of conf/model> to simulate it by name")
+        notes.append(
+            f"model={model}, from the file; to simulate it by name give model=NAME, one that `expertflow sim --help` "
+            "lists"
+        )
     if not model:
-        raise fault(source, "source", "names no model", "give model=<a name of conf/model>")
+        raise fault(source, "source", "names no model", "give model=NAME, one that `expertflow sim --help` lists")
     num_experts = num_experts or max((int(match["num_experts"]) for match in found), default=0)
     where = max(
         (

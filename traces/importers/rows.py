@@ -19,7 +19,7 @@ from traces.container import TraceError, check_file, fault
 from traces.importers.common import CsvTable, check_choice
 from traces.importers.json_text import numbered_lines
 from traces.limits import Budget, check_bytes
-from traces.parquet import open_parquet, read_group
+from traces.parquet import open_parquet
 from traces.reading import text_lines
 
 FORMATS = ("csv", "text", "jsonl", "parquet", "binary")
@@ -61,7 +61,7 @@ class RowFile:
         if self.kind == "binary":
             return list(_record_type(self.path, self.fields).names or ())
         if self.kind == "parquet":
-            return [str(name) for name in open_parquet(self.path).schema_arrow.names]
+            return [str(name) for name in open_parquet(self.path).file.schema_arrow.names]
         if self.kind == "jsonl":
             value: Any = next((value for _, value in numbered_lines(self.path)), {})
             return list(value) if isinstance(value, dict) else []
@@ -170,13 +170,12 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    file = open_parquet(path)
-    names = [str(name) for name in file.schema_arrow.names]
+    opened = open_parquet(path)
+    names = [str(name) for name in opened.file.schema_arrow.names]
     for name in columns:
         _place(path, names, name)
     number = 0
-    for group in range(file.num_row_groups):
-        table = read_group(path, file, group)
+    for table in opened.read_groups():
         parts = [table.column(name).to_pylist() for name in columns]
         for values in zip(*parts, strict=True):
             number += 1

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 
+from traces.processes.progress import never_here
+
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.5
 
@@ -19,6 +21,7 @@ def end_with_parent(parent: int) -> None:
     On Linux the kernel sees to it at once, on other POSIX systems a thread that looks twice a second. Ctrl-C in a
     terminal reaches workers too: they leave it to their parent, which ends them.
     """
+    never_here()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from traces.messages import PREFIX, line, why
+from traces.processes.progress import erase
 
 LOST = 1
 """Exit code of a command whose printed lines could not all be written."""
@@ -32,6 +33,7 @@ class _Raw(io.FileIO):
     def write(self, content: Any) -> int:
         """As of FileIO; all of it is taken where the system takes nothing any more."""
         if not self._gone:
+            erase()
             try:
                 return super().write(content)
             except BrokenPipeError:

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.table import Column, Table
 
 from traces.container import fault
 from traces.files import replace_text
@@ -24,6 +23,7 @@ from traces.reader import Trace, open_trace
 from traces.recorder.lookahead import KINDS, Recall
 from traces.recorder.recording import Rows
 from traces.stats import activation, next_layer_recall, popularity_entropy, reuse
+from traces.tables import print_columns
 from traces.twin import checkpoint
 from traces.twin.model import Twin, draw
 from traces.twin.record import make_recording, paths_of
@@ -184,18 +184,13 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     """The one table that a person reads."""
     sides = [result["trained"], result["control"]]
     title = "{twin} after {steps} steps, {tokens} held-out tokens of {requests} requests".format_map(result)
-    table = Table(
-        Column(""),
-        *(Column(name, justify="right") for name in ("trained", "new routers")),
-        title=title,
-        title_justify="left",
-    )
+    rows: list[list[str]] = []
 
     def row(name: str, *path: str | int) -> None:
         values = list(sides)
         for key in path:
             values = [value[key] for value in values]
-        table.add_row(name, *("–" if value is None else f"{value:.3f}" for value in values))
+        rows.append([name, *("–" if value is None else f"{value:.3f}" for value in values)])
 
     row("loss (nats a token)", "loss")
     for which in ("min", "mean"):
@@ -208,7 +203,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     for kind in KINDS:
         for ahead in range(len(sides[0]["pregate_recall"][kind])):
             row(f"pre-gate recall@K, {kind}, d={ahead + 1}", "pregate_recall", kind, ahead)
-    console.print(table)
+    print_columns(console, ["", "trained", "new routers"], rows, title=title)
     console.print(f"chance: {result['chance']:.3f}; even: {_word(result['even'])}; learned: {_word(result['learned'])}")
 
 

@@ -204,7 +204,7 @@ def test_a_mapping_with_a_wrong_key_or_type_is_refused(changes: dict[str, Any], 
 def test_a_missing_link_is_named_and_not_assumed() -> None:
     values = raw("hardware", "a100")
     del values["link_gb_per_s"]
-    with pytest.raises(ValueError, match=r"hardware lacks link_gb_per_s; choose a file of conf/hardware"):
+    with pytest.raises(ValueError, match=r"hardware lacks link_gb_per_s; choose another file of the group hardware"):
         hardware_from_dict(values)
 
 

@@ -1,0 +1,72 @@
+"""A trace that is given in Python: its arrays, checked as the file that they would make is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertflow.keys import nearest, plain, shown
+from sim.paths import config_files
+from traces.format import About, checked_trace, file_sha256
+from traces.layout import ARRAYS
+from traces.trace import Trace
+from traces.yamltext import read_yaml
+
+NAME = "given"
+_FIELDS = ("name", "model", "num_experts", "source", "license")
+
+
+class GivenTrace(Trace):
+    """A trace that is in no file; its hash is that of the file that `traces.format.write_trace` would write."""
+
+    def sha256(self) -> str:
+        """SHA-256 in hex."""
+        if not self._sha256:
+            self._sha256 = file_sha256(self)
+        return self._sha256
+
+
+def given_trace(given: Mapping[str, Any]) -> Trace:
+    """The trace of these arrays, by their names in a file: experts [T,L,K] best first, and whatever else is there.
+
+    `model` names a file of conf/model and is needed; `request_start` is one request and `prompt_len` 0 where they are
+    not given; `num_experts` is the model's; `name`, `source`, `license` are texts. ValueError for what is no trace.
+    """
+    for key in given:
+        if key not in ARRAYS and key not in _FIELDS:
+            known = nearest(str(key), [*ARRAYS, *_FIELDS])
+            raise ValueError(f"trace: {plain(str(key), 60)} is no array of a trace; there are: {known}")
+    model = given.get("model")
+    if not isinstance(model, str):
+        raise ValueError(f"trace: model={shown(model)} must be the name of the model that was recorded")
+    arrays = {name: given[name] for name in ARRAYS if given.get(name) is not None}
+    # Copies: what the caller does to its own arrays afterwards changes no run.
+    arrays = {name: np.array(array) for name, array in arrays.items()}
+    num_tokens = arrays["experts"].shape[0] if arrays["experts"].ndim else 0
+    starts = arrays.setdefault("request_start", np.array([0, num_tokens]))
+    arrays.setdefault("prompt_len", np.zeros(max(starts.size - 1, 0), np.int32))
+    texts = {name: str(given.get(name, default)) for name, default in _TEXTS.items()}
+    about = About(model, _num_experts(given, model), texts["source"], texts["license"])
+    # Its stem is the name of the trace in results.
+    path = Path(f"{Path(texts['name']).name or NAME}.trace")
+    trace = checked_trace(path, arrays, about)
+    for array in (stored := trace.layout_arrays()).values():
+        array.flags.writeable = False
+    return GivenTrace(trace.paths, trace.header, stored)
+
+
+_TEXTS: Mapping[str, str] = {"name": NAME, "source": "arrays given in Python", "license": "none"}
+
+
+def _num_experts(given: Mapping[str, Any], model: str) -> int:
+    """Of a layer: as given, else the model's, of which a twin has the topology."""
+    told = given.get("num_experts")
+    if told is None:
+        file = config_files("model").get(model.removesuffix("-twin"))
+        told = None if file is None else read_yaml(file).get("num_experts")
+    if isinstance(told, bool) or not isinstance(told, int | np.integer) or told < 1:
+        raise ValueError(f"trace: num_experts={shown(told)} must be given for a model that no file of conf/model names")
+    return int(told)

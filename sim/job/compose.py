@@ -1,0 +1,60 @@
+"""Composing a configuration without Hydra's global state: who asks for it may be a Hydra application of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from threading import RLock
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from sim.paths import CONF, own_folder
+
+VERSION_BASE = "1.3"
+_COMPOSING = RLock()
+
+
+def compose(words: Sequence[str], config_name: str = "config") -> DictConfig:
+    """A file of `conf/` with these overrides, Hydra's own node `hydra` included; files of the user's own folder too.
+
+    HydraException or OmegaConfBaseException for what cannot be composed.
+    """
+    with _COMPOSING, _version_base():
+        told = [*words, *_search_path(config_name)]
+        found: DictConfig = _loader().load_configuration(config_name, told, RunMode.RUN, from_shell=False)
+        return found
+
+
+@lru_cache(maxsize=1)
+def _loader() -> Any:
+    return ConfigLoaderImpl(create_config_search_path(str(CONF)))
+
+
+@contextmanager
+def _version_base() -> Iterator[None]:
+    """Hydra composes as of one version for the whole process: here as of ours, afterwards as of the program's."""
+    base = version.VersionBase.instance()
+    before = base.version_base
+    version.setbase(VERSION_BASE)
+    try:
+        yield
+    finally:
+        base.version_base = before
+
+
+def _search_path(config_name: str) -> list[str]:
+    """The override that lets Hydra find the user's own files, as its flag --config-dir does."""
+    own = own_folder()
+    if own is None:
+        return []
+    # An override takes the place of what the file itself names.
+    named = OmegaConf.select(OmegaConf.load(CONF / f"{config_name}.yaml"), "hydra.searchpath") or []
+    places = [str(place).replace("\\", "\\\\").replace("'", "\\'") for place in [*named, f"file://{own}"]]
+    quoted = ",".join(f"'{place}'" for place in places)
+    return [f"hydra.searchpath=[{quoted}]"]

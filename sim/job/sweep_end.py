@@ -1,0 +1,19 @@
+"""What a sweep says when all its runs have ended. Hydra calls it, since `hydra.callbacks` in conf/ names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+class Told(Callback):  # type: ignore[misc]
+    """One line with the folder; printed by the process that started the runs, so that a stream that takes nothing
+    decides its exit code as that of a single run."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Where the runs are, and how to make one table of them."""
+        folder = Path(str(config.hydra.sweep.dir))
+        print(f"written to {folder}; python -m sim.collect {folder} makes one table of the runs")
