@@ -15,6 +15,7 @@ from expertflow.parts import Part
 from sim.collect import derived
 from sim.job.output import to_json
 from sim.job.report import named_runs, print_report
+from sim.job.title import hardware_title
 from sim.views.timeline import Frames
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Result:
     def __repr__(self) -> str:
         mean = self.metrics["tpot_ms"]["mean"]
         tpot = "–" if mean is None else f"{mean:.3f}"
-        return f"<Result {self.title} on {self.metrics['hardware']}: TPOT {tpot} ms>"
+        return f"<Result {self.title} on {hardware_title(self.metrics)}: TPOT {tpot} ms>"
 
     def _repr_html_(self) -> str:
         return self._report().export_html(inline_styles=True, code_format=_PRE)

@@ -1,7 +1,7 @@
 """Arguments of Python as the overrides that a command would be given, and as what no override can hold: objects.
 
-A key is what it is on the command line. A group (`hardware`, `policy`, `model`, `stack`, `trace`) takes the name of a
-file, or a mapping: its `name` is the file's, every other entry a key of it.
+A key is what it is on the command line. A group (`hardware`, `link`, `policy`, `model`, `stack`, `trace`) takes the
+name of a file, or a mapping: its `name` is the file's, every other entry a key of it.
 """
 
 from __future__ import annotations

@@ -98,6 +98,12 @@ def test_every_choice_that_the_docs_list_exists_and_none_is_left_out() -> None:
     hardware = next(row for row in rows if row[0] == "`+hardware=`")[2]
     named = set(re.findall(r"[a-z0-9_]+", hardware.split("(")[0].replace("`", "")))
     assert named | {"ideal_link"} == {path.stem for path in (ROOT / "conf" / "hardware").glob("*.yaml")}
+    models = {
+        name
+        for row in rows_of("running.md", "Models")[1:]
+        for name in re.split(r",\s*", re.sub(r" \(.*?\)", "", row[1]))
+    }
+    assert models | {"auto"} == {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
     named = {name for row in rows_of("policies.md", "What there is") for name in re.findall(r"`([a-z0-9_]+)`", row[0])}
     assert named == {path.stem for path in (ROOT / "conf" / "policy").glob("*.yaml")}
 
