@@ -147,7 +147,7 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
         own = _most(groups[True], told, "windowed blocks")
         differing = {"heads": (own[0], others[0]), "kv_heads": (own[1], others[1]), "head_dim": (windowed[0], plain[0])}
         fields |= {f"window_{key}": mine for key, (mine, other) in differing.items() if mine != other}
-        if windowed[1] != plain[1]:
+        if windowed[1] != (fields["v_dim"] or windowed[0]):
             fields["window_v_dim"] = windowed[1]
     return fields
 

@@ -176,7 +176,6 @@ def test_an_ordinary_part_beside_the_experts_is_a_shared_one(tmp_path: Path) -> 
         "window": 1024,
         "window_kv_heads": 4,
         "window_head_dim": 32,
-        "window_v_dim": 32,
     }
     assert (spec.num_kv_heads, spec.head_dim) == (1, 64)
 
