@@ -15,7 +15,7 @@ from expertflow.attention import CHUNKED, FULL, GQA, INDEXED, LINEAR, MLA, NONE,
 from sim.specs.gguf_format import REWRITE
 from sim.specs.gguf_keys import GgufKeys
 from sim.specs.gguf_tensors import Block
-from traces.messages import fault
+from traces.messages import cut, fault
 
 _WIDTH = 1_000_000
 _LLAMA4_CHUNK = 8192
@@ -44,6 +44,10 @@ _PERIODS = {
 }
 """Of architectures whose windows llama.cpp knows without a key for which blocks have one."""
 
+_KNOWN = {"attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "attn_q_a", "attn_q_b"}
+_KNOWN |= {"attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b"}
+"""Matrices of attention that the formulas of a spec have."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -63,6 +67,10 @@ def read_attention(keys: GgufKeys, blocks: Sequence[Block]) -> Attention:
     fields |= _mla(keys, blocks) if kind == MLA else _gqa(keys, blocks, letters, told)
     fields |= _linear(keys, blocks, letters, told)
     fields |= _indexer(keys, letters)
+    attending = [block for block, letter in zip(blocks, letters, strict=True) if letter not in (LINEAR, NONE)]
+    if further := sorted(set().union(*(_matrices(block) for block in attending)) - _KNOWN):
+        names = cut(", ".join(further), 80)
+        told.append(f"of {names} the weights are counted, whatever else these matrices do is not modelled")
     return Attention("".join(letters), fields, tuple(told))
 
 
@@ -97,6 +105,11 @@ def _kind(block: Block) -> str:
     if block.has("indexer.attn_k"):
         return INDEXED
     return FULL if block.part("attention").weights else NONE
+
+
+def _matrices(block: Block) -> set[str]:
+    """Those of its attention, by name."""
+    return {name for name, shape in block.shapes.items() if name.startswith("attn_") and len(shape) > 1}
 
 
 def _windowed(keys: GgufKeys, num_blocks: int) -> Sequence[bool] | None:

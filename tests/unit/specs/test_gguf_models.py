@@ -203,6 +203,16 @@ def test_a_window_that_llama_cpp_does_not_heed_is_left_out_and_said(tmp_path: Pa
     assert "the window of 131072 tokens is left out: llama.cpp has none for phimoe" in found.derived
 
 
+def test_matrices_that_no_formula_has_are_counted_and_said(tmp_path: Path) -> None:
+    """AFMoE: a gate on what attention gives."""
+    gate = [Info(f"blk.{layer}.attn_gate.weight", (H, H), "Q8_0") for layer in range(2)]
+    found = read(tmp_path, "afmoe", {".block_count": 2}, blocks(2, *gate))
+    assert found.spec.extra_attention_params == H * H
+    assert found.spec.mixer_params("f") == H * (2 * 256 + 2 * 64) + H * H
+    told = "of attn_gate the weights are counted, whatever else these matrices do is not modelled"
+    assert told in found.derived
+
+
 def test_linear_attention_with_its_state(tmp_path: Path) -> None:
     """Qwen3-Next: three of four blocks; queries have a gate as wide as they are."""
     spec = read_gguf(write(tmp_path / "m.gguf", *tiny_hybrid())).spec
