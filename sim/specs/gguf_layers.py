@@ -136,7 +136,10 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
     heads = keys.of_blocks(names.HEAD_COUNT, len(blocks), 0, _WIDTH)
     kv_heads = keys.of_blocks(names.HEAD_COUNT_KV, len(blocks), 0, _WIDTH, default=max(heads))
     hidden = keys.whole(Keys.LLM.EMBEDDING_LENGTH, 1, _WIDTH)
-    width = keys.whole(names.KEY_LENGTH, 1, _WIDTH, default=max(hidden // max(*heads, 1), 1))
+    default = hidden // max(*heads, 1)
+    if keys.arch == "bailingmoe":  # the one that lets positions say how wide heads are
+        default = keys.whole(Keys.Rope.DIMENSION_COUNT, 1, _WIDTH, default=max(default, 1))
+    width = keys.whole(names.KEY_LENGTH, 1, _WIDTH, default=max(default, 1))
     value = keys.whole(names.VALUE_LENGTH, 1, _WIDTH, default=width)
     plain = (width, value)
     windowed = (
@@ -177,6 +180,11 @@ def _most(found: Sequence[tuple[int, int]], told: list[str], what: str) -> tuple
     return counted[0][0]
 
 
+def _rows(block: Block, name: str) -> int:
+    """Rows of one of its matrices; 0 if it has none of that name."""
+    return (*block.shapes.get(name, ()), 0, 0)[1]
+
+
 def _check_keys(keys: GgufKeys, index: int, block: Block, kv_heads: int, width: int) -> None:
     """TraceError where the matrix of the keys has other rows than the heads say."""
     shape = block.shapes.get("attn_k")
@@ -191,7 +199,8 @@ def _mla(keys: GgufKeys, blocks: Sequence[Block]) -> dict[str, Any]:
 
     names = Keys.Attention
     rank = keys.whole(names.KV_LORA_RANK, 1, _WIDTH)
-    rope = keys.whole(Keys.Rope.DIMENSION_COUNT, 1, _WIDTH)
+    rows = max(_rows(block, "attn_kv_a_mqa") for block in blocks)
+    rope = keys.whole(Keys.Rope.DIMENSION_COUNT, 1, _WIDTH, default=rows - rank)
     expanded = keys.given(names.KEY_LENGTH_MLA)
     key_width = keys.whole(names.KEY_LENGTH_MLA if expanded else names.KEY_LENGTH, rope + 1, _WIDTH)
     for index, block in enumerate(blocks):

@@ -213,6 +213,20 @@ def test_matrices_that_no_formula_has_are_counted_and_said(tmp_path: Path) -> No
     assert told in found.derived
 
 
+def test_widths_for_which_a_file_may_have_no_key(tmp_path: Path) -> None:
+    tensors = [*gqa(0, H, 8, 2, 64), *experts(0, H, 512, E)]
+    keys: dict[str, Any] = {".block_count": 1, ".rope.dimension_count": 64}
+    assert read(tmp_path, "bailingmoe", keys, tensors).spec.head_dim == 64
+    tensors = [*mla(0, H, 8, 0, 64, 16, 32, 32, split_kv=False), *experts(0, H, 512, E)]
+    keys = {
+        ".block_count": 1,
+        ".attention.kv_lora_rank": 64,
+        ".attention.key_length": 48,
+        ".attention.value_length": 32,
+    }
+    assert read(tmp_path, "deepseek2", keys, tensors).spec.rope_dim == 16
+
+
 def test_linear_attention_with_its_state(tmp_path: Path) -> None:
     """Qwen3-Next: three of four blocks; queries have a gate as wide as they are."""
     spec = read_gguf(write(tmp_path / "m.gguf", *tiny_hybrid())).spec

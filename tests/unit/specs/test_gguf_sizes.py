@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader
 
+from sim.specs.gguf_format import read_header
 from sim.specs.gguf_header import read_gguf
 from tests.support import gguf_models
 
@@ -40,6 +42,16 @@ def test_a_model_takes_what_its_file_does(
     # Exactly the tensors' bytes, but for the fraction of a byte by which the mean of an expert is rounded up.
     excess = found.total_expert_bytes + found.non_expert_bytes - total
     assert 0 <= excess < found.num_layers * found.num_experts
+
+
+@pytest.mark.parametrize("model", [gguf_models.tiny, gguf_models.tiny_hybrid, gguf_models.gpt_oss_20b])
+def test_tensors_are_those_that_the_reader_of_the_package_sees(model: Callable[[], Any], tmp_path: Path) -> None:
+    path = gguf_models.write(tmp_path / "m.gguf", *model())
+    found = read_header(path)
+    with path.open("r+b") as file:
+        file.truncate(found.data_start + found.data_bytes)  # a hole on the disk in place of the weights
+    package = {t.name: (tuple(t.shape.tolist()), int(t.n_bytes), t.tensor_type.name) for t in GGUFReader(path).tensors}
+    assert {t.name: (t.shape, t.num_bytes, t.kind) for t in found.tensors} == package
 
 
 def test_the_experts_of_qwen3_30b_a3b_are_those_that_were_streamed(tmp_path: Path) -> None:
