@@ -272,7 +272,7 @@ def _mamba2(values: Values, hidden: int) -> tuple[int, int]:
 
 
 def _is_number(values: Values) -> bool:
-    return values.raw("mamba_head_dim", "mamba_d_head") != "auto"
+    return bool(values.raw("mamba_head_dim", "mamba_d_head") != "auto")
 
 
 def _mamba(values: Values, hidden: int) -> tuple[int, int]:
@@ -297,7 +297,7 @@ def _extra(values: Values, hidden: int, sizes: Mapping[str, int], pattern: str) 
         values.notes.derive("attention has an output gate of hidden_size x heads x head_dim weights")
     elif kind in _HEAD_GATED:
         extra += hidden * heads
-    if kind == "axk2":
+    if kind == "axk2" and "nope_dim" in sizes:
         # Queries and gate come from one matrix over two latents.
         query = heads * (sizes["nope_dim"] + sizes["rope_dim"])
         extra += sizes["q_rank"] * (2 * (query + out) - query)
