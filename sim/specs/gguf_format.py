@@ -25,15 +25,16 @@ REWRITE = "fetch or convert the file again"
 VERSIONS = (2, 3)
 MAX_KEYS = 65_536
 MAX_TENSORS = 262_144
-MAX_TEXTS = 1 << 24
+MAX_TEXTS = 1 << 22
 """Texts in all arrays of a file, which are stepped over one by one."""
 MAX_NAME = 127
 """Bytes of a tensor's name: twice what llama.cpp takes."""
 MAX_DIMS = 4
 LONGEST_KEY = 4096
 LONGEST_KEPT = 4096
-"""Characters of a text, and values of an array, that are kept; what is longer (chat templates, vocabularies) is
-counted."""
+"""Bytes of a text, and values of an array, that are kept; what is longer (chat templates, vocabularies) is counted."""
+MOST_KEPT = 1 << 20
+"""Values in all arrays that are kept."""
 MOST_WEIGHTS = 2**63 - 1
 _OLD_MAGIC = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt", b"algg": "ggla"}
 _NUMBERS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<B", None, None, "<Q", "<q", "<d")
@@ -92,7 +93,7 @@ class _Reader:
         self.at = 0
         self.where = "header"
         self.budget = Budget(path)
-        self.num_texts = 0
+        self.num_texts = self.num_kept = 0
 
     def header(self) -> Header:
         num_tensors, num_keys = self._counts()
@@ -205,6 +206,7 @@ class _Reader:
         if length > LONGEST_KEPT:
             self.skip(length)
             return None, length
+        self.budget.take(self.where, length)
         try:
             return self.take(length).decode("utf-8"), length
         except UnicodeDecodeError:
@@ -220,9 +222,10 @@ class _Reader:
         if code is None:
             self._scalar(kind)
         width = struct.calcsize(str(code))
-        if count > LONGEST_KEPT:
+        if count > min(LONGEST_KEPT, MOST_KEPT - self.num_kept):
             self.skip(count * width)
             return None, count
+        self.num_kept += count
         self.budget.take(self.where, 40 * count)
         return [self._scalar(kind) for _ in range(count)], count
 

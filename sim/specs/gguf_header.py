@@ -259,7 +259,8 @@ def _about_experts(experts: Sequence[Experts], spec: ModelSpec) -> str:
 
 def _amount(num_bytes: float) -> str:
     """Bytes to three digits."""
-    unit, size = next((one for one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if num_bytes >= one[1]), ("bytes", 1))
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, size = next((one for one in units if num_bytes >= one[1]), ("bytes", 1))
     return f"{num_bytes / size:.3g} {unit}"
 
 

@@ -15,7 +15,7 @@ from expertflow.attention import CHUNKED, FULL, GQA, INDEXED, LINEAR, MLA, NONE,
 from sim.specs.gguf_format import REWRITE
 from sim.specs.gguf_keys import GgufKeys
 from sim.specs.gguf_tensors import Block
-from traces.messages import fault
+from traces.messages import cut, fault
 
 _WIDTH = 1_000_000
 _LLAMA4_CHUNK = 8192
@@ -44,6 +44,10 @@ _PERIODS = {
 }
 """Of architectures whose windows llama.cpp knows without a key for which blocks have one."""
 
+_KNOWN = {"attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "attn_q_a", "attn_q_b"}
+_KNOWN |= {"attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b"}
+"""Matrices of attention that the formulas of a spec have."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -63,6 +67,10 @@ def read_attention(keys: GgufKeys, blocks: Sequence[Block]) -> Attention:
     fields |= _mla(keys, blocks) if kind == MLA else _gqa(keys, blocks, letters, told)
     fields |= _linear(keys, blocks, letters, told)
     fields |= _indexer(keys, letters)
+    attending = [block for block, letter in zip(blocks, letters, strict=True) if letter not in (LINEAR, NONE)]
+    if further := sorted(set().union(*(_matrices(block) for block in attending)) - _KNOWN):
+        names = cut(", ".join(further), 80)
+        told.append(f"of {names} the weights are counted, whatever else these matrices do is not modelled")
     return Attention("".join(letters), fields, tuple(told))
 
 
@@ -99,6 +107,11 @@ def _kind(block: Block) -> str:
     return FULL if block.part("attention").weights else NONE
 
 
+def _matrices(block: Block) -> set[str]:
+    """Those of its attention, by name."""
+    return {name for name, shape in block.shapes.items() if name.startswith("attn_") and len(shape) > 1}
+
+
 def _windowed(keys: GgufKeys, num_blocks: int) -> Sequence[bool] | None:
     """Whether each block has a window; None where the architecture has none."""
     from gguf.constants import Keys
@@ -123,7 +136,10 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
     heads = keys.of_blocks(names.HEAD_COUNT, len(blocks), 0, _WIDTH)
     kv_heads = keys.of_blocks(names.HEAD_COUNT_KV, len(blocks), 0, _WIDTH, default=max(heads))
     hidden = keys.whole(Keys.LLM.EMBEDDING_LENGTH, 1, _WIDTH)
-    width = keys.whole(names.KEY_LENGTH, 1, _WIDTH, default=max(hidden // max(*heads, 1), 1))
+    default = hidden // max(*heads, 1)
+    if keys.arch == "bailingmoe":  # the one that lets positions say how wide heads are
+        default = keys.whole(Keys.Rope.DIMENSION_COUNT, 1, _WIDTH, default=max(default, 1))
+    width = keys.whole(names.KEY_LENGTH, 1, _WIDTH, default=max(default, 1))
     value = keys.whole(names.VALUE_LENGTH, 1, _WIDTH, default=width)
     plain = (width, value)
     windowed = (
@@ -147,7 +163,7 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
         own = _most(groups[True], told, "windowed blocks")
         differing = {"heads": (own[0], others[0]), "kv_heads": (own[1], others[1]), "head_dim": (windowed[0], plain[0])}
         fields |= {f"window_{key}": mine for key, (mine, other) in differing.items() if mine != other}
-        if windowed[1] != plain[1]:
+        if windowed[1] != (fields["v_dim"] or windowed[0]):
             fields["window_v_dim"] = windowed[1]
     return fields
 
@@ -164,6 +180,11 @@ def _most(found: Sequence[tuple[int, int]], told: list[str], what: str) -> tuple
     return counted[0][0]
 
 
+def _rows(block: Block, name: str) -> int:
+    """Rows of one of its matrices; 0 if it has none of that name."""
+    return (*block.shapes.get(name, ()), 0, 0)[1]
+
+
 def _check_keys(keys: GgufKeys, index: int, block: Block, kv_heads: int, width: int) -> None:
     """TraceError where the matrix of the keys has other rows than the heads say."""
     shape = block.shapes.get("attn_k")
@@ -178,7 +199,8 @@ def _mla(keys: GgufKeys, blocks: Sequence[Block]) -> dict[str, Any]:
 
     names = Keys.Attention
     rank = keys.whole(names.KV_LORA_RANK, 1, _WIDTH)
-    rope = keys.whole(Keys.Rope.DIMENSION_COUNT, 1, _WIDTH)
+    rows = max(_rows(block, "attn_kv_a_mqa") for block in blocks)
+    rope = keys.whole(Keys.Rope.DIMENSION_COUNT, 1, _WIDTH, default=rows - rank)
     expanded = keys.given(names.KEY_LENGTH_MLA)
     key_width = keys.whole(names.KEY_LENGTH_MLA if expanded else names.KEY_LENGTH, rope + 1, _WIDTH)
     for index, block in enumerate(blocks):

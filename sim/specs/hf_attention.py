@@ -297,7 +297,7 @@ def _extra(values: Values, hidden: int, sizes: Mapping[str, int], pattern: str) 
         values.notes.derive("attention has an output gate of hidden_size x heads x head_dim weights")
     elif kind in _HEAD_GATED:
         extra += hidden * heads
-    if kind == "axk2":
+    if kind == "axk2" and "nope_dim" in sizes:
         # Queries and gate come from one matrix over two latents.
         query = heads * (sizes["nope_dim"] + sizes["rope_dim"])
         extra += sizes["q_rank"] * (2 * (query + out) - query)

@@ -166,8 +166,9 @@ def _compressed_tensors(table: Values) -> Bits | None:
         group = groups.inner(name) if groups is not None else None
         weights = None if group is None else group.inner("weights")
         if weights is not None:
-            targets = " ".join(str(one) for one in group.raw("targets") or ())[:1000] if group is not None else ""
-            found.append((_weights_bits(weights), targets))
+            targets = group.raw("targets") if group is not None else None
+            names = [one[:300] for one in targets[:1000] if type(one) is str] if isinstance(targets, list) else []
+            found.append((_weights_bits(weights), " ".join(names)))
     if not found:
         table.notes.assume("quantization_config has no weights that are quantised")
         return None

@@ -266,3 +266,69 @@ def study() -> str:
         "tables": [{"title": "Time", "value": "ms_per_token", "columns": ["share"]}],
     }
     return yaml.safe_dump(content, sort_keys=False)
+
+
+def model_config() -> dict[str, Any]:
+    """A config.json with latent attention, an indexer, a dense layer, shared experts and block-wise fp8."""
+    return {
+        "model_type": "deepseek_v32",
+        "first_k_dense_replace": 1,
+        "hidden_size": 64,
+        "index_head_dim": 8,
+        "index_n_heads": 2,
+        "index_topk": 16,
+        "intermediate_size": 96,
+        "kv_lora_rank": 16,
+        "moe_intermediate_size": 32,
+        "moe_layer_freq": 1,
+        "n_routed_experts": E,
+        "n_shared_experts": 1,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": K,
+        "num_hidden_layers": L + 1,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]},
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "v_head_dim": 8,
+        "vocab_size": 100,
+    }
+
+
+def hybrid_config() -> dict[str, Any]:
+    """One with its language part inside, linear and windowed layers, and groups of integers."""
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}
+    return {
+        "model_type": "qwen3_5_moe",
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+            "ignore": ["re:.*self_attn.*", "lm_head"],
+            "kv_cache_scheme": {"num_bits": 8},
+        },
+        "text_config": {
+            "model_type": "qwen3_5_moe_text",
+            "head_dim": 16,
+            "hidden_size": 64,
+            "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_value_head_dim": 8,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 32,
+            "num_attention_heads": 4,
+            "num_experts": E,
+            "num_experts_per_tok": K,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "shared_expert_intermediate_size": 32,
+            "sliding_window": 16,
+            "vocab_size": 100,
+        },
+        "vision_config": {"depth": 2},
+    }

@@ -52,7 +52,7 @@ def header(content: bytes) -> tuple[dict[str, Any], dict[str, tuple[list[int], i
 def gguf(content: bytes, found: Any) -> str:
     """Blocks, experts, choices, widths and bytes."""
     keys, tensors = header(content)
-    arch = keys["general.architecture"].decode()
+    arch = architecture(keys)
     spec = found.spec
     wanted = {"num_experts": "expert_count", "top_k": "expert_used_count", "hidden_size": "embedding_length"}
     for field, key in wanted.items():
@@ -79,7 +79,36 @@ def gguf(content: bytes, found: Any) -> str:
     # What the formulas of a model make of its widths may be more than the tensors have, never less.
     if spec.non_expert_bytes < rest or (spec.extra_bytes and spec.non_expert_bytes != rest):
         return f"{spec.non_expert_bytes} bytes beside the experts, by hand {rest}"
-    return _ends(spec, keys, tensors)
+    return _attention(spec, keys, tensors, last) or _ends(spec, keys, tensors)
+
+
+def _attention(spec: Any, keys: dict[str, Any], tensors: dict[str, tuple[list[int], int]], last: int) -> str:
+    """Blocks with a state, and the keys that a token leaves in those that attend."""
+    linear = {int(name.split(".")[1]) for name in tensors if re.match(r"blk\.\d+\.(ssm_|shortconv\.)", name)}
+    letters = [layer.attention for layer in spec.layers]
+    if len(letters) == last and [at for at, letter in enumerate(letters) if letter == "l"] != sorted(
+        number for number in linear if number < last
+    ):
+        return f"blocks with a state are {sorted(linear)} by hand, attention is {spec.attention_pattern}"
+    rows = {
+        dims[1]
+        for name, (dims, _) in tensors.items()
+        if (found := re.fullmatch(r"blk\.(\d+)\.attn_k\.weight", name, re.ASCII))
+        and int(found[1]) < last
+        and int(found[1]) not in linear
+    }
+    wanted = {spec.num_kv_heads * spec.head_dim}
+    if spec.window:
+        heads = spec.window_kv_heads or spec.num_kv_heads
+        wanted.add(heads * (spec.window_head_dim or spec.head_dim))
+    # An array may give each block its own number of heads, of which the spec has those of most.
+    alike = not isinstance(keys.get(f"{architecture(keys)}.attention.head_count_kv"), list)
+    return f"keys of {wanted}, by hand {rows}" if alike and not rows <= wanted else ""
+
+
+def architecture(keys: dict[str, Any]) -> str:
+    """What the names of a model's keys begin with."""
+    return str(keys["general.architecture"].decode())
 
 
 def _ends(spec: Any, keys: dict[str, Any], tensors: dict[str, tuple[list[int], int]]) -> str:

@@ -305,6 +305,15 @@ def _spec(group: str) -> Callable[[Path], Any]:
     return read
 
 
+def _read_model(path: Path) -> Any:
+    """As model.path=FILE reads it, up to the YAML that python -m sim.model prints."""
+    from sim.model import as_yaml
+    from sim.specs.model_file import read_model_file
+
+    found = read_model_file(path)
+    return found, as_yaml(found)
+
+
 def _own_folder(group: str) -> Callable[[Path], Any]:
     """As a command reads the file mine.yaml of a user's own folder: FOLDER/GROUP/mine.yaml."""
 
@@ -464,6 +473,8 @@ READERS: list[Reader] = [
     Reader("link-yaml", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _spec("link")),
     Reader("stack-yaml", _text("mine.yaml", _shipped_yaml("stack", "graph")), _spec("stack")),
     Reader("model-yaml", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _spec("model")),
+    Reader("model-config", _text("config.json", lambda: json.dumps(files.model_config())), _read_model),
+    Reader("model-config-hybrid", _text("config.json", lambda: json.dumps(files.hybrid_config())), _read_model),
     Reader("hardware-composed", _text("mine.yaml", _profile_yaml), _own_folder("hardware")),
     Reader("link-composed", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _own_folder("link")),
     Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _own_folder("stack")),

@@ -176,7 +176,6 @@ def test_an_ordinary_part_beside_the_experts_is_a_shared_one(tmp_path: Path) -> 
         "window": 1024,
         "window_kv_heads": 4,
         "window_head_dim": 32,
-        "window_v_dim": 32,
     }
     assert (spec.num_kv_heads, spec.head_dim) == (1, 64)
 
@@ -202,6 +201,30 @@ def test_a_window_that_llama_cpp_does_not_heed_is_left_out_and_said(tmp_path: Pa
     found = read(tmp_path, "phimoe", {".block_count": 1, ".attention.sliding_window": 131_072}, blocks(1))
     assert (found.spec.window, found.spec.attention_pattern) == (0, "f")
     assert "the window of 131072 tokens is left out: llama.cpp has none for phimoe" in found.derived
+
+
+def test_matrices_that_no_formula_has_are_counted_and_said(tmp_path: Path) -> None:
+    """AFMoE: a gate on what attention gives."""
+    gate = [Info(f"blk.{layer}.attn_gate.weight", (H, H), "Q8_0") for layer in range(2)]
+    found = read(tmp_path, "afmoe", {".block_count": 2}, blocks(2, *gate))
+    assert found.spec.extra_attention_params == H * H
+    assert found.spec.mixer_params("f") == H * (2 * 256 + 2 * 64) + H * H
+    told = "of attn_gate the weights are counted, whatever else these matrices do is not modelled"
+    assert told in found.derived
+
+
+def test_widths_for_which_a_file_may_have_no_key(tmp_path: Path) -> None:
+    tensors = [*gqa(0, H, 8, 2, 64), *experts(0, H, 512, E)]
+    keys: dict[str, Any] = {".block_count": 1, ".rope.dimension_count": 64}
+    assert read(tmp_path, "bailingmoe", keys, tensors).spec.head_dim == 64
+    tensors = [*mla(0, H, 8, 0, 64, 16, 32, 32, split_kv=False), *experts(0, H, 512, E)]
+    keys = {
+        ".block_count": 1,
+        ".attention.kv_lora_rank": 64,
+        ".attention.key_length": 48,
+        ".attention.value_length": 32,
+    }
+    assert read(tmp_path, "deepseek2", keys, tensors).spec.rope_dim == 16
 
 
 def test_linear_attention_with_its_state(tmp_path: Path) -> None:
