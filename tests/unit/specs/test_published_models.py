@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
 from expertflow.model import ModelSpec, model_from_dict
 from sim.paths import CONF
+from sim.specs.hf_config import read_hf_config
 from tests.unit.specs.test_model import PUBLISHED as OLDER
 
 
@@ -69,6 +72,11 @@ PUBLISHED: dict[str, Size] = {
     "gpt-oss-20b": Size(20.9, 3.6, "model card"),
     "gpt-oss-120b": Size(116.8, 5.1, "model card"),
 }
+RECENT: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "recent_configs.json").read_text(encoding="utf-8")
+)
+"""Keys of config.json files that tell of sizes, by the model whose file in conf/model was made of them. They are those
+of the place that `source` names there."""
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "auto")
 
 
@@ -109,10 +117,33 @@ def agrees(spec: ModelSpec, size: Size) -> bool:
     )
 
 
+@pytest.mark.parametrize("name", RECENT)
+def test_a_file_is_what_its_config_gives(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(RECENT[name]), encoding="utf-8")
+    found, _, _ = read_hf_config(path)
+    spec = load(name)
+    assert replace(found, name=spec.name, source=spec.source) == spec
+
+
+def test_experts_in_fp4_may_be_told_beside_the_quantiser_or_within(tmp_path: Path) -> None:
+    path, config = tmp_path / "config.json", RECENT["deepseek-v4-flash"]
+    assert config["expert_dtype"] == "fp4"
+    plain = {key: value for key, value in config.items() if key != "expert_dtype"}
+    within = {**plain, "quantization_config": {**plain["quantization_config"], "expert_dtype": "fp4"}}
+    bits = []
+    for one in (config, within, plain):
+        path.write_text(json.dumps(one), encoding="utf-8")
+        spec, _, _ = read_hf_config(path)
+        bits.append((spec.expert_bits, spec.weight_bits))
+    assert bits == [(4.25, 8.0), (4.25, 8.0), (8.0, 8.0)]
+
+
 def test_every_model_has_a_published_size() -> None:
     assert {*NAMES} == {*PUBLISHED, "qwen2-57b-a14b-int4"}
     assert len(NAMES) >= 44
     assert OLDER.keys() <= PUBLISHED.keys()
+    assert RECENT.keys() == PUBLISHED.keys() - OLDER.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
