@@ -6,7 +6,9 @@ sequences are tuples, arrays are copies; and what it answers is copied, so that 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from operator import countOf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,27 +33,67 @@ if TYPE_CHECKING:
     from expertflow.parts import Ints
 
 NOTHING: tuple[int, ...] = ()
-_FEW = 256
+_INT64 = np.dtype(np.int64)
+_NEW, _BUFFER = tuple.__new__, np.frombuffer
+"""Bound once: these are called for every layer that is predicted."""
+_FEW = 128
+"""Up to how many numbers Python's integers compare faster than numpy's calls."""
 
 
 def frozen(prediction: Prediction) -> Prediction:
     """The same prediction, with nothing in it that can be changed, or that leads to what was predicted elsewhere."""
     keys, scores, chances = prediction
     if chances is not None:
-        chances = chances.copy()
-        chances.setflags(write=False)
+        # Over bytes nobody can make an array writable. Each hearer has one of its own, whose shape it may set.
+        held = chances.base
+        if type(held) is not bytes or len(held) != chances.nbytes:
+            held = chances.tobytes()
+        chances = _BUFFER(held, _INT64)
     elif type(keys) is tuple and type(scores) is tuple:
         return prediction
-    return Prediction(tuple(keys), tuple(scores), chances)
+    return _NEW(Prediction, (tuple(keys), tuple(scores), chances))
 
 
-def _array(guard: Guard, hook: str, what: str, value: object, length: int) -> Ints:
-    """`value`, which must be whole numbers [length]; int64 is not copied."""
-    if not isinstance(value, np.ndarray) or value.shape != (length,) or value.dtype.kind not in "iu":
-        have = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else as_python(value)
-        raise guard.refused(hook, f"answered {have} for {what}", f"give an array of int64 [{length}]")
-    found: Ints = value.astype(np.int64, copy=False)
-    return found
+class _Odds:
+    """Chances [length] in 2^-16 that a part answers."""
+
+    def __init__(self, guard: Guard, hook: str, what: str, length: int) -> None:
+        self._guard, self._hook, self._what, self._shape = guard, hook, what, (length,)
+        ones = int.from_bytes((1).to_bytes(8, sys.byteorder) * length, sys.byteorder) if length <= _FEW else 0
+        self._up_to, self._outside = ones * (2 * SCORE_ONE - 1 - SCORE_ONE), ones * (2**64 - 2 * SCORE_ONE)
+
+    def _are_sound(self, held: bytes) -> bool:
+        """Whether these are numbers in 0 … 2^16, each of eight bytes.
+
+        Of a few all at once, as one long integer: none may have a bit from 2^17 on, and nor may it with 2^16 - 1 added,
+        which then carries into no other.
+        """
+        if len(held) > 8 * _FEW:
+            return int(np.frombuffer(held, np.uint64).max()) <= SCORE_ONE
+        together = int.from_bytes(held, sys.byteorder)
+        return not (together | together + self._up_to) & self._outside
+
+    def read(self, value: object) -> Ints:
+        """`value`, whole numbers of any width, as an array of int64 that nobody can change."""
+        if type(value) is np.ndarray and value.dtype is _INT64 and value.shape == self._shape:
+            held = value.tobytes()
+        else:
+            held = self._converted(value).tobytes()
+        if not self._are_sound(held):
+            found = np.frombuffer(held, _INT64)
+            rule = f"answered {self._what} from {found.min()} to {found.max()}"
+            raise self._guard.refused(self._hook, rule, f"chances are in 0 … {SCORE_ONE} (2^-16)")
+        return _BUFFER(held, _INT64)
+
+    def _converted(self, value: object) -> Ints:
+        # An array of a class of its own may say of itself what it likes; what it holds is read.
+        array = np.asarray(value) if isinstance(value, np.ndarray) else None
+        if array is None or array.shape != self._shape or array.dtype.kind not in "iu":
+            have = as_python(value) if array is None else f"{array.dtype} {list(array.shape)}"
+            remedy = f"give an array of int64 [{self._shape[0]}]"
+            raise self._guard.refused(self._hook, f"answered {have} for {self._what}", remedy)
+        found: Ints = array.astype(np.int64, copy=False)
+        return found
 
 
 def _listed(keys: Sequence[int]) -> str:
@@ -68,6 +110,8 @@ class CheckedPredictor:
         self._keys_of = [frozenset(range(key, key + view.num_experts)) for key in first]
         self._predict = guard.bind("predict")
         self._forecast = guard.asked("forecast")
+        self._chances = _Odds(guard, "predict", "chances", view.num_experts)
+        self._forecasts = _Odds(guard, "forecast", "chances", view.num_layers * view.num_experts)
 
     def predict(self, forward: KnownForward, layer: int, distance: int) -> Prediction | None:
         guard = self._guard
@@ -81,20 +125,42 @@ class CheckedPredictor:
             return None
         if type(found) is not Prediction and not (isinstance(found, tuple | list) and 2 <= len(found) <= 3):
             raise guard.refused("predict", f"answered {as_python(found)}", "give Prediction(keys, scores) or None")
-        most, target = self._num_experts, (layer + distance) % self._num_layers
-        keys = guard.keys("predict", "keys", found[0], most)
-        scores = guard.keys("predict", "scores", found[1], most)
-        self._check_keys(keys, target)
-        if len(scores) != len(keys):
+        target = (layer + distance) % self._num_layers
+        keys, scores = found[0], found[1]
+        kind = type(keys)
+        if kind is type(scores) and (kind is list or kind is tuple):
+            keys, scores = tuple(keys), tuple(scores)
+            # Whether all rules hold is found out at once, and only if not, which one does not.
+            both, num = keys + scores, len(keys)
+            if (
+                countOf(map(type, both), int) != len(both)
+                or len(scores) != num
+                # As many as are left of the layer's: each is one of these, and once.
+                or len(self._keys_of[target].intersection(keys)) != num
+                or sorted(scores, reverse=True) != [*scores]
+                or (num and not 0 <= scores[-1] <= scores[0] <= SCORE_ONE)
+            ):
+                keys, scores = self._each_checked(keys, scores, target)
+        else:
+            keys, scores = self._each_checked(keys, scores, target)
+        chances = found[2] if len(found) == 3 else None
+        return _NEW(Prediction, (keys, scores, None if chances is None else self._chances.read(chances)))
+
+    def _each_checked(self, keys: object, scores: object, target: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Keys and scores of a layer, whole numbers of any type, as Python's."""
+        guard, most = self._guard, self._num_experts
+        keys_found = guard.keys("predict", "keys", keys, most)
+        scores_found = guard.keys("predict", "scores", scores, most)
+        self._check_keys(keys_found, target)
+        if len(scores_found) != len(keys_found):
             raise guard.refused(
-                "predict", f"answered {len(scores)} scores for {len(keys)} keys", "give a score for each key"
+                "predict",
+                f"answered {len(scores_found)} scores for {len(keys_found)} keys",
+                "give a score for each key",
             )
-        if scores:
-            self._check_scores(scores)
-        chances = None
-        if len(found) == 3 and found[2] is not None:
-            chances = self._odds("predict", "chances", found[2], most)
-        return Prediction(keys, scores, chances)
+        if scores_found:
+            self._check_scores(scores_found)
+        return keys_found, scores_found
 
     def _check_keys(self, keys: tuple[int, ...], target: int) -> None:
         allowed = self._keys_of[target]
@@ -117,25 +183,11 @@ class CheckedPredictor:
             )
             raise self._guard.refused("predict", rule, f"scores fall from at most {SCORE_ONE} (2^-16) to at least 0")
 
-    def _odds(self, hook: str, what: str, value: object, length: int) -> Ints:
-        """A copy of chances [length] in 2^-16."""
-        chances = _array(self._guard, hook, what, value, length)
-        # Of a layer's few, numpy's calls take longer than the numbers.
-        if length <= _FEW:
-            values = chances.tolist()
-            least, most = min(values), max(values)
-        else:
-            least, most = int(chances.min()), int(chances.max())
-        if not 0 <= least <= most <= SCORE_ONE:
-            rule = f"answered {what} from {least} to {most}"
-            raise self._guard.refused(hook, rule, f"chances are in 0 … {SCORE_ONE} (2^-16)")
-        return chances.copy()
-
     def forecast(self) -> Ints | None:
         found = self._forecast()
         if found is None:
             return None
-        return self._odds("forecast", "chances", found, self._num_layers * self._num_experts)
+        return self._forecasts.read(found)
 
 
 class CheckedHorizon:
@@ -149,7 +201,10 @@ class CheckedHorizon:
 
     def distances(self) -> Sequence[int]:
         guard, limit = self._guard, self._limit
-        found = guard.keys("distances", "distances", self._distances(), max(limit, 0))
+        answer = self._distances()
+        if answer is self._last:  # a tuple of whole numbers, which is what it was
+            return self._last
+        found = guard.keys("distances", "distances", answer, max(limit, 0))
         if found == self._last:
             return found
         before = 0
@@ -175,12 +230,18 @@ class CheckedSelection:
     """Around a selection."""
 
     def __init__(self, part: Selection, guard: Guard) -> None:
-        self._guard, self._select = guard, guard.asked("select")
+        self._guard, self._select = guard, guard.bind("select")
 
     def select(self, prediction: Prediction, forward: KnownForward) -> Sequence[int]:
         guard = self._guard
         known = frozen(prediction)
-        keys = guard.keys("select", "keys", self._select(known, forward), 2 * len(known.keys) + 8)
+        try:
+            found = self._select(known, forward)
+        except INTERRUPTIONS:
+            raise
+        except BaseException as error:
+            raise guard.raised("select", error) from error
+        keys = guard.keys("select", "keys", found, 2 * len(known.keys) + 8)
         if keys == known.keys[: len(keys)]:
             return keys
         left = set(known.keys)
@@ -284,8 +345,11 @@ class CheckedOrder:
 
     def arrange(self, keys: Sequence[int]) -> Sequence[int]:
         given = tuple(keys)
-        found = self._guard.keys("arrange", "keys", self._arrange(given), 2 * len(given) + 8)
-        if len(found) != len(given) or set(found) != set(given):
+        answer = self._arrange(given)
+        if answer is given:
+            return given
+        found = self._guard.keys("arrange", "keys", answer, 2 * len(given) + 8)
+        if sorted(found) != sorted(given):
             raise self._guard.refused("arrange", self._how(given, found), "answer exactly the keys given, in any order")
         return found
 

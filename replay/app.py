@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -32,8 +32,9 @@ from sim.job.beside import answerable, baselines, describe, run_asked, run_basel
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
+from sim.job.model import recorded, remarks
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
-from sim.job.report import Asked, asked_of, print_line, print_report
+from sim.job.report import print_line, print_report
 from sim.job.run_cli import Ended
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.job.title import policy_title
@@ -85,9 +86,9 @@ def _replay(
             raise Ended(end(error)) from error
     write_text(folder / "metrics.json", to_json(metrics))
     wall_s = time.perf_counter() - started
-    where_from = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
-    write_text(folder / "provenance.json", to_json(where_from))
-    _print(console, metrics, folder, policy_title(plain["policy"]), asked_of(plain, work))
+    origin = provenance(overrides, work.trace_sha256, wall_s, "replay") | recorded(work.model, work.model_file)
+    write_text(folder / "provenance.json", to_json({**origin, "machine": metrics["machine"]}))
+    _print(console, metrics, folder, policy_title(plain["policy"]), plain, remarks(work.model, work.model_file))
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)
@@ -187,12 +188,14 @@ def _most(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str, told: Asked) -> None:
+def _print(
+    console: Console, metrics: dict[str, Any], folder: Path, title: str, cfg: dict[str, Any], more: Iterable[str]
+) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), title, told)
+        print_line(console, metrics, relative(folder), title, cfg)
         return
-    print_report(console, metrics, None, title, told)
-    for note in notes(metrics):
+    print_report(console, metrics, None, title, cfg)
+    for note in [*notes(metrics), *more]:
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)
 

@@ -14,7 +14,7 @@ from expertflow.clairvoyant import Clairvoyant
 from expertflow.keys import OTHER, REQUIRED, Key, Rule, arguments_of, declared
 from expertflow.model import ModelSpec
 from expertflow.parts import Effort
-from sim.job.keys import PolicyKeys, RunKeys, TraceKeys
+from sim.job.keys import ModelKeys, PolicyKeys, RunKeys, TraceKeys
 from sim.job.parts import KINDS, class_of
 from sim.job.setup import Transfer
 from sim.paths import CONF
@@ -73,11 +73,17 @@ is checked before the class is called; to find it, its module is imported. Argum
 hold nothing is called.
 
 These exclude each other: `residency` and `gpu_memory_gb`; `trace.path` and the other keys of `trace`; `fault_at`
-without `fault`; `throttle_gb_per_s` and a GPU; `count_redundant=true` and a policy without parts; `model=auto` and a
-key of `model`; `link=profile` and a key of `link`; any other `link` and `hardware.link_gb_per_s`,
-`hardware.pageable_gb_per_s`, `throttle_gb_per_s`, or a GPU. An expert is cut into 1024 chunks at most, and a run lasts
-2^63 ns at most.
+without `fault`; `throttle_gb_per_s` and a GPU; `count_redundant=true` and a policy without parts; `model.path` and
+`model=NAME`; `model=auto` without `model.path` and a key of `model`; `link=profile` and a key of `link`; any other
+`link` and `hardware.link_gb_per_s`, `hardware.pageable_gb_per_s`, `throttle_gb_per_s`, or a GPU. An expert is cut into
+1024 chunks at most, and a run lasts 2^63 ns at most.
 """
+
+
+_NOTES = {
+    "model": "Any key may be given for any model, whether its file has it or not: `model.KEY=VALUE`. With `model.path` "
+    "it takes the place of what the file says."
+}
 
 
 def page() -> str:
@@ -107,7 +113,9 @@ def tables() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
         ("policy.effort", Effort),
     )
     for group, cls in grouped:
-        yield group, "", {f"{group}.{name}": key for name, key in declared(cls).items()}, {}
+        beside = declared(ModelKeys) if cls is ModelSpec else {}
+        keys = {f"{group}.{name}": key for name, key in (*beside.items(), *declared(cls).items())}
+        yield group, _NOTES.get(group, ""), keys, {}
     own, _ = arguments_of(Clairvoyant)
     keys = {f"policy.{name}": key for name, key in own.items() if name != "future"}
     yield "policy=clairvoyant", "A policy without parts.", keys, {}

@@ -16,9 +16,10 @@ from sim.console import version_line
 from sim.execute import Kept, run_job, run_kept, slug
 from sim.job.configure import checked
 from sim.job.help import register
+from sim.job.model import remarks
 from sim.job.output import begin_folder
 from sim.job.overrides import let_words_add
-from sim.job.report import asked_of, print_line, print_report
+from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import make_workload
 from sim.job.title import policy_title
@@ -45,15 +46,15 @@ def run_configured(cfg: DictConfig) -> float | None:
     words = list(HydraConfig.get().overrides.task)
     console = console_for_tables()
     where = Kept(folder, __name__, lambda: begin_folder(folder, cfg), words, started)
-    told = asked_of(plain, work)
     metrics = run_kept(where, plain, work, lambda: run_job(plain, work, folder))
     if metrics is None:
         console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
         return None
+    title = policy_title(plain["policy"])
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), policy_title(plain["policy"]), told)
+        print_line(console, metrics, relative(folder), title, plain)
     else:
-        print_report(console, metrics, relative(folder), policy_title(plain["policy"]), told)
+        print_report(console, metrics, relative(folder), title, plain, remarks(work.model, work.model_file))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

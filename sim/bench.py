@@ -7,7 +7,8 @@ is run twice: where an earlier run has kept what its network says of the trace, 
 line says which core runs, compiled or in pure Python (docs/installation.md); the two have ratios of their own.
 
 The bars are for an idle machine of two cores; where one is missed the exit code is 1. `--check` asks another question:
-is any ratio worse by more than a fifth than that of `bench.json`, which `--update` writes?
+is any ratio worse by more than a fifth than that of `bench.json`, which `--update` writes? `--foreign` asks a third:
+what do the checks around parts of others' classes cost (`sim.bench_checks`)?
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import simpy
 
 from expertflow.core import described, is_compiled
 from expertflow.network import compiled_functions
+from sim.bench_checks import BAR, measure_checks
 from sim.job.configure import configure
 from sim.job.errors import one_line
 from sim.job.forwards import KEEP_SCORES
@@ -156,7 +158,10 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help=f"compare with {COMMITTED.name}")
     parser.add_argument("--update", action="store_true", help=f"write {COMMITTED.name}")
+    parser.add_argument("--foreign", action="store_true", help="only what the checks around parts of others cost")
     args = parser.parse_args(words)
+    if args.foreign and (args.trace is not None or args.check or args.update):
+        parser.error("--foreign runs over a trace of its own and compares with nothing that is committed")
     if args.trace is not None and (args.check or args.update):
         parser.error(f"{COMMITTED.name} is of the generated trace: leave {args.trace} out")
     trace = str(resolved(args.trace)) if args.trace else None
@@ -167,6 +172,9 @@ def main(words: list[str] | None = None) -> int:
         committed = read_ratios(COMMITTED) if args.check or args.update else {}
         with tempfile.TemporaryDirectory(prefix="expertflow-") as folder:
             os.environ["XDG_CACHE_HOME"] = folder
+            if args.foreign:
+                os.environ[KEEP_SCORES] = "0"
+                return int(any(share > BAR for share in measure_checks(args.hardware, args.repeat).values()))
             found = measure(trace, args.hardware, args.repeat)
             compare_length(trace, args.hardware)
         if args.update:

@@ -23,6 +23,7 @@ COMMANDS = {
     "replay": ("replay", "run one configuration on this machine"),
     "calibrate": ("replay.calibrate", "measure this machine, for simulations of it"),
     "validate": ("replay.validate", "hold simulations against this machine"),
+    "model": ("sim.model", "a model of your own: its config.json as a file of conf/model"),
     "keys": ("replay.keys", "list every key of a configuration: type, range, unit"),
     "lockstep": ("replay.lockstep", "feed a replay's log to a fresh policy"),
     "bench-decide": ("replay.bench_decide", "measure what a policy's decisions take"),

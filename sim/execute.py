@@ -18,6 +18,7 @@ from expertflow.policy import Policy
 from sim.job.beside import answerable, describe, run_asked, run_baselines
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
+from sim.job.model import recorded
 from sim.job.output import IGNORED, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.setup import Transfer, Workload, make_policy
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
@@ -86,7 +87,8 @@ def run_kept(
             metrics = run()
         write_text(folder / "metrics.json", to_json(metrics))
         wall_s = time.perf_counter() - kept.started
-        write_text(folder / "provenance.json", to_json(provenance(list(kept.words), work.trace_sha256, wall_s)))
+        origin = provenance(list(kept.words), work.trace_sha256, wall_s) | recorded(work.model, work.model_file)
+        write_text(folder / "provenance.json", to_json(origin))
         write_text(folder / "DONE", decided.to_json())
     return metrics
 

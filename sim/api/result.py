@@ -52,6 +52,10 @@ class Runnable(Protocol):
     def title(self) -> str:
         """What its policy is called."""
 
+    @property
+    def cfg(self) -> Mapping[str, Any]:
+        """Its configuration."""
+
     def record(self, metrics: Mapping[str, Any]) -> Recorded:
         """Events and timeline of it, run again. ValueError where it then differs from `metrics`."""
 
@@ -62,7 +66,7 @@ class Result:
     metrics: what `metrics.json` holds (docs/metrics.md). title: what its policy is called. out: the folder it was
     written to. parts: those of the policy that were given in Python, by name, as the run left them: copies of the
     objects that were given. Empty where another process ran them, or the result was there before. recorded: events and
-    timeline so far.
+    timeline so far. notes: what the report says of a model that was read from a file.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Result:
         out: Path | None = None,
         parts: Mapping[str, Part] | None = None,
         recorded: Recorded | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         # As they stand in the file, and nobody else's.
         self.metrics: dict[str, Any] = json.loads(to_json(dict(metrics)))
@@ -80,6 +85,7 @@ class Result:
         self.parts: dict[str, Part] = dict(parts or {})
         self._job = job
         self.recorded = recorded or Recorded()
+        self.notes = notes
 
     @property
     def table(self) -> pd.DataFrame:
@@ -151,7 +157,9 @@ class Result:
 
     def _report(self) -> Console:
         console = Console(file=io.StringIO(), width=WIDTH, record=True, force_terminal=False, force_jupyter=False)
-        print_report(console, self.metrics, None if self.out is None else str(self.out), self.title)
+        print_report(
+            console, self.metrics, None if self.out is None else str(self.out), self.title, self._job.cfg, self.notes
+        )
         return console
 
     def __getstate__(self) -> dict[str, Any]:

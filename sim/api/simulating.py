@@ -28,6 +28,7 @@ from sim.job.compose import compose
 from sim.job.configure import check_words, checked
 from sim.job.errors import one_line
 from sim.job.limit import limited
+from sim.job.model import remarks
 from sim.job.output import clear_results, write_text
 from sim.job.parts import dotted
 from sim.job.results import read_metrics
@@ -173,6 +174,7 @@ def run(job: Job, out: Path | None, may_end: bool = False) -> Result:
     started = time.perf_counter()
     check_folder(job, out)
     cfg, work = job.cfg, job.workload()
+    notes = tuple(remarks(work.model, work.model_file))
     made: list[tuple[Policy, Transfer]] = []
     recorders = _Recorders(cfg, work, cfg["events"], cfg["timeline"])
 
@@ -189,9 +191,9 @@ def run(job: Job, out: Path | None, may_end: bool = False) -> Result:
         kept = Kept(out, "sim.execute", partial(_begin, out, job), job.words, started, _has_objects(job))
         found = run_kept(kept, job.described(), work, metrics_of)
         if found is None:
-            return Result(read_metrics(out / "metrics.json"), job, out)
+            return Result(read_metrics(out / "metrics.json"), job, out, notes=notes)
     parts = {name: getattr(made[0][0], name) for name in job.given.parts}
-    return Result(found, job, out, parts, recorders.recorded())
+    return Result(found, job, out, parts, recorders.recorded(), notes)
 
 
 class _Recorders:

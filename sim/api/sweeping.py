@@ -117,6 +117,7 @@ class _Outcome:
     metrics: dict[str, Any]
     recorded: Recorded
     line: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def sweep(
@@ -206,7 +207,7 @@ def _attempt(job: Job, folder: Path | None, is_worker: bool) -> _Outcome:
             result = run(job, folder, may_end=is_worker)
     except ValueError as error:
         return _Outcome({}, Recorded(), str(error))
-    return _Outcome(result.metrics, result.recorded)
+    return _Outcome(result.metrics, result.recorded, notes=result.notes)
 
 
 def _gathered(
@@ -224,7 +225,8 @@ def _gathered(
             if outcome.line is not None:
                 failures[place.name] = outcome.line
                 continue
-            finished.append((place, Result(outcome.metrics, job, _folder(out, place), recorded=outcome.recorded)))
+            folder, recorded = _folder(out, place), outcome.recorded
+            finished.append((place, Result(outcome.metrics, job, folder, recorded=recorded, notes=outcome.notes)))
     except KeyboardInterrupt as error:
         raise SweepInterrupted(Sweep(finished, swept)) from error
     if failures:

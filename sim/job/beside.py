@@ -38,7 +38,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
         "schema": SCHEMA,
         "world": world,
         "policy": cfg["policy"]["name"],
-        "predictor": predictor_name(cfg["policy"], work.trace)[0],
+        "predictor": predictor_name(cfg["policy"], work.trace),
         "hardware": work.hardware.name,
         **({} if link is None else {"link_preset": link.metrics()}),
         "model": work.model.name,

@@ -14,6 +14,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sim.job.overrides import words_add
 from sim.paths import CONF, own_folder
 
 VERSION_BASE = "1.3"
@@ -25,7 +26,7 @@ def compose(words: Sequence[str], config_name: str = "config") -> DictConfig:
 
     HydraException or OmegaConfBaseException for what cannot be composed.
     """
-    with _COMPOSING, _version_base():
+    with _COMPOSING, _version_base(), words_add():
         told = [*words, *_search_path(config_name)]
         found: DictConfig = _loader().load_configuration(config_name, told, RunMode.RUN, from_shell=False)
         return found

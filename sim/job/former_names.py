@@ -19,6 +19,7 @@ class Former(NamedTuple):
 
 FORMER = (
     Former("", "", "twin", "count_redundant"),
+    Former("model", "", "window_every", "attention_pattern"),
     Former("policy.horizon", "expertflow.horizons.adaptive.AdaptiveHorizon", "worth", "decision_share"),
     Former("policy.selection", "expertflow.selections.stall_saved.StallSaved", "price", "copy_weight"),
     Former("policy.predictor", "expertflow.predictors.oracle.OraclePredictor", "outlook", "forecast"),

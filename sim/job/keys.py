@@ -82,6 +82,19 @@ class TraceKeys:
 
 
 @dataclass(frozen=True)
+class ModelKeys:
+    """The group `model`, beside the sizes."""
+
+    path: Annotated[
+        str | None,
+        Rule(
+            null="the model that is named, or that the trace names",
+            about="a Hugging Face config.json, its folder, or a GGUF file; other keys change what is read",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class PolicyKeys:
     """The group `policy`, beside its parts."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from expertflow.keys import declared, near_to
 from expertflow.model import ModelSpec
 from sim.job.former_names import present_key
-from sim.job.keys import GROUPS, PolicyKeys, RunKeys, TraceKeys
+from sim.job.keys import GROUPS, ModelKeys, PolicyKeys, RunKeys, TraceKeys
 from sim.job.parts import KINDS
 from sim.paths import config_files
 from sim.specs.hardware import Hardware, Stack
@@ -31,7 +31,7 @@ def known_at(place: str) -> Sequence[str]:
     if not place:
         return [*GROUPS, *declared(RunKeys), *_beside]
     if place in _TABLES:
-        return list(declared(_TABLES[place]))
+        return [*declared(_TABLES[place]), *(declared(ModelKeys) if place == "model" else ())]
     if place == "policy":
         return [*declared(PolicyKeys), *_PARTS]
     group, _, part = place.partition(".")

@@ -9,6 +9,7 @@ and of the title of a run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -21,12 +22,24 @@ from sim.job.keys import GROUPS
 from sim.job.known import is_known
 from sim.job.parts import KINDS, class_of
 
+_APPLY = "_apply_overrides_to_config"
 _hydras_own = ConfigLoaderImpl._apply_overrides_to_config
 
 
 def let_words_add() -> None:
-    """From here on Hydra applies words as this module says."""
-    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)
+    """From here on Hydra applies words as this module says, in the whole process: for commands."""
+    setattr(ConfigLoaderImpl, _APPLY, staticmethod(_apply))
+
+
+@contextmanager
+def words_add() -> Iterator[None]:
+    """Hydra applies words as this module says for so long: for who composes in another's program."""
+    before = ConfigLoaderImpl.__dict__[_APPLY]
+    let_words_add()
+    try:
+        yield
+    finally:
+        setattr(ConfigLoaderImpl, _APPLY, before)
 
 
 def _apply(overrides: Sequence[Override], cfg: DictConfig) -> None:

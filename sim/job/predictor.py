@@ -47,17 +47,23 @@ def make_predictor(given: Any, trace: Trace, num_layers: int, seed: int) -> Any:
     raise ValueError(f"{type(predictor).__name__} looks at later layers, the model has one; use policy/predictor=none")
 
 
-def predictor_name(policy: Mapping[str, Any], trace: Trace) -> tuple[str | None, bool]:
-    """What predicts in the policy of that configuration over `trace`, called as its file is (a class of a user's own by
-    its dotted name; None in a policy that has no parts), and whether it was chosen by what the trace holds."""
+def chooses_by_trace(policy: Mapping[str, Any]) -> bool:
+    """Whether the policy of that configuration leaves it to the trace which predictor it has."""
+    cfg = policy.get("predictor")
+    return "_target_" not in policy and isinstance(cfg, Mapping) and "_target_" not in cfg
+
+
+def predictor_name(policy: Mapping[str, Any], trace: Trace) -> str | None:
+    """What predicts in the policy of that configuration over `trace`, called as its file is: a class of a user's own by
+    its dotted name; None in a policy that has no parts."""
     cfg = policy.get("predictor")
     if "_target_" in policy or not isinstance(cfg, Mapping):
-        return None, False
-    if "_target_" not in cfg:
-        return _automatic(cfg, trace), True
+        return None
+    if chooses_by_trace(policy):
+        return _automatic(cfg, trace)
     found = class_of(cfg, "policy.predictor", Predictor)
     module = found.__module__.rpartition(".")[2]
-    return module if is_own_class(found) else f"{found.__module__}.{found.__qualname__}", False
+    return module if is_own_class(found) else f"{found.__module__}.{found.__qualname__}"
 
 
 def _automatic(cfg: Mapping[str, Any], trace: Trace) -> str:

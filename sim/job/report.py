@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from sim.job.predictor import predictor_name
-from sim.job.setup import Workload
+from sim.job.predictor import chooses_by_trace
 from sim.job.title import hardware_title
 from traces.tables import print_columns
 
@@ -19,26 +17,18 @@ _SHARE = "of on-demand"
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What became of what was asked for where it does not show in the figures.
-
-    chosen: which predictor was taken, behind the policy's name, if the trace decided it; notes: lines below the table.
-    """
-
-    chosen: str = ""
-    notes: tuple[str, ...] = ()
+def _chosen(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Behind the policy's name, which predictor was taken, if the trace decided it."""
+    return f" (predictor: {metrics['predictor']})" if chooses_by_trace(cfg["policy"]) else ""
 
 
-def asked_of(cfg: Mapping[str, Any], work: Workload) -> Asked:
-    """What is printed of a run beside its figures. cfg: of the run."""
-    name, is_chosen = predictor_name(cfg["policy"], work.trace)
-    notes = []
-    if cfg["batch_size"] > (most := work.batches.num_requests):
-        requests = f"{most} request{'' if most == 1 else 's'}"
-        notes.append(f"batch_size={cfg['batch_size']}: the run has {requests}, so that no more are decoded together")
-    chosen = f" (predictor: {name})" if is_chosen else ""
-    return Asked(chosen, tuple(notes))
+def _unfilled(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """A line where the batch cannot be filled."""
+    most = metrics["trace"]["num_requests"]
+    if cfg["batch_size"] <= most:
+        return []
+    requests = f"{most} request{'' if most == 1 else 's'}"
+    return [f"batch_size={cfg['batch_size']}: the run has {requests}, so that no more are decoded together"]
 
 
 def _per_token(metrics: dict[str, Any], key: str) -> str:
@@ -72,16 +62,21 @@ def named_runs(metrics: dict[str, Any], title: str) -> list[tuple[str, dict[str,
 
 
 def print_report(
-    console: Console, metrics: dict[str, Any], folder: str | None, title: str, asked: Asked | None = None
+    console: Console,
+    metrics: dict[str, Any],
+    folder: str | None,
+    title: str,
+    cfg: Mapping[str, Any],
+    more: Iterable[str] = (),
 ) -> None:
     """One table a person can read, from the metrics of a run and those beside it.
 
     title: of the policy (see `sim.job.title`); where it is the name alone, a run of that name beside is the same run.
+    cfg: the run's configuration. more: what is said below it besides.
     """
-    asked = asked or Asked()
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
-        f"[bold]{escape(title)}[/bold]{asked.chosen} on {hardware_title(metrics)}, {metrics['stack']} stack, "
+        f"[bold]{escape(title)}[/bold]{_chosen(cfg, metrics)} on {hardware_title(metrics)}, {metrics['stack']} stack, "
         f"{metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
         highlight=False,
@@ -99,21 +94,22 @@ def print_report(
         cells.append(["floor", "", f"{floor:.3f}", *[""] * (len(columns) - 2)])
         styles.append("dim")
     print_columns(console, ["policy", *columns], cells, styles)
-    _print_notes(console, metrics, folder, asked.notes)
+    _print_notes(console, metrics, folder, [*_unfilled(cfg, metrics), *more])
 
 
-def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str, asked: Asked | None = None) -> None:
+def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str, cfg: Mapping[str, Any]) -> None:
     """One line a run, for sweeps. title: as in `print_report`."""
-    asked = asked or Asked()
     mean = metrics["tpot_ms"]["mean"]
     place = f"{hardware_title(metrics)}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
-    console.print(f"{escape(title)}{asked.chosen} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
-    for note in asked.notes:
+    console.print(
+        f"{escape(title)}{_chosen(cfg, metrics)} on {place}: {times} → {folder}", highlight=False, soft_wrap=True
+    )
+    for note in _unfilled(cfg, metrics):
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, more: Sequence[str]) -> None:
+def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, more: Iterable[str]) -> None:
     notes = list(more)
     if metrics["uses_future"]:
         notes.append("policy or start state read ahead in the trace: a reference, not something that can be deployed")
@@ -136,7 +132,7 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, 
             f"{redundant} of {metrics['prefetch']['useful']} useful prefetches were redundant: the same "
             "policy without prefetch hit there too"
         )
-    for note in notes:
+    for note in [*notes, *more]:
         console.print(f"  {note}", style="dim", highlight=False)
     if folder is not None:
         console.print(f"written to {folder}", highlight=False, soft_wrap=True)

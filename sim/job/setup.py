@@ -17,21 +17,21 @@ import numpy as np
 from expertflow.boundary import CHECKING, is_own_class
 from expertflow.future import Future
 from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
-from expertflow.model import ModelSpec, model_from_dict
+from expertflow.model import ModelSpec
 from expertflow.parts import Effort
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
 from sim.job.keys import check_trace
+from sim.job.model import chosen_model, model_file_of
 from sim.job.parts import KINDS, class_of, make_part
 from sim.job.predictor import make_predictor
-from sim.paths import config_files
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
+from sim.specs.model_file import ReadModel
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace, open_trace
 from traces.shipped import shipped
-from traces.yamltext import read_yaml
 
 OPTIONAL = ("name", "transfer", "effort", "place")
 """Keys that a policy of parts may leave out."""
@@ -57,6 +57,8 @@ class Workload:
     channel_depth: int
     start: str
     warmup_forwards: int
+    model_file: ReadModel | None = None
+    """Where the model's sizes are from, if a file gave them."""
 
     @cached_property
     def future(self) -> Future:
@@ -102,7 +104,8 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
     stack = stack_from_dict(cfg["stack"])
     if trace is None:
         trace = make_trace(cfg["trace"])
-    model = make_model(cfg["model"], trace)
+    model_file = model_file_of(cfg["model"])
+    model = make_model(cfg["model"], trace, model_file)
     scaled = [name for name in hardware.kernel_ns if name.startswith(f"{model.name}/")]
     if scaled and model.name not in hardware.kernel_ns:
         raise ValueError(
@@ -124,6 +127,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         cfg["channel_depth"],
         cfg["start"],
         cfg["warmup_forwards"],
+        model_file,
     )
     _check_chunks(work)
     return work
@@ -177,24 +181,9 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
     return generated_trace(cfg["num_tokens"], cfg["num_requests"], cfg["seed"], cfg.get("params"))
 
 
-def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
-    """The named model, or the one that the trace names; its shape must be the trace's."""
-    if cfg.get("name") == "auto":
-        extra = sorted(set(cfg) - {"name"})
-        if extra:
-            raise ValueError(f"model.{extra[0]} means nothing with model=auto; name the model to change its sizes")
-        # A twin has its original's topology; sizes and speeds come from the original.
-        name = trace.model.removesuffix("-twin")
-        known = config_files("model")
-        del known["auto"]
-        if name not in known:
-            raise ValueError(
-                f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
-                f"say model=NAME with one of: {', '.join(sorted(known))}"
-            )
-        model = model_from_dict(read_yaml(known[name]))
-    else:
-        model = model_from_dict(cfg)
+def make_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | None = None) -> ModelSpec:
+    """The model that is asked for; its shape must be the trace's. model_file: what `model_file_of` has read."""
+    model = chosen_model(cfg, trace, model_file)
     for key in ("num_layers", "num_experts"):
         if getattr(model, key) != getattr(trace, key):
             raise ValueError(

@@ -40,8 +40,7 @@ def read_gguf(path: Path) -> ReadModel:
     experts = [block.experts for block in model.blocks if block.experts is not None]
     fields, told = _fields(file, keys, model, experts)
     attention = read_attention(keys, model.blocks)
-    fields |= attention.fields
-    fields["attention_pattern"] = _shortest(attention.pattern)
+    fields |= attention.fields | _layers(attention.pattern, list(map(_feed, model.blocks)))
     try:
         spec = _with_bits(ModelSpec(**fields), file, model, experts, attention.pattern)
     except ValueError as error:
@@ -78,19 +77,14 @@ def _fields(
     _check_shapes(file, model, hidden, number)
     matrices = _alike(file, "an expert has {} and {} matrices in different blocks", [own.matrices for own in experts])
     outer = _alike(file, "experts work in a width of {} and of {}", [own.outer for own in experts])
-    feeds = "".join(map(_feed, model.blocks))
-    moe = [block for block, feed in zip(model.blocks, feeds, strict=True) if feed == MOE]
-    dense = [block for block, feed in zip(model.blocks, feeds, strict=True) if feed == DENSE]
+    moe = [block for block in model.blocks if _feed(block) == MOE]
+    dense = [block for block in model.blocks if _feed(block) == DENSE]
     # Of some models (Gemma 4, Arctic) an ordinary feed-forward part works beside the experts: a shared one.
     shared = [(block.part("shared").weights + block.part("dense").weights) // (matrices * hidden) for block in moe]
     ordinary = [max(block.part("dense").weights // (matrices * hidden), 1) for block in dense]
     return {
         "name": _name(keys, file.path),
         "source": f"GGUF header of {file.path.name}",
-        "num_layers": len(moe),
-        "num_dense_layers": len(dense),
-        "num_bare_layers": feeds.count(BARE),
-        "feed_pattern": None if feeds == "".join(sorted(feeds, key=(DENSE + BARE + MOE).index)) else _shortest(feeds),
         "num_experts": number,
         "top_k": keys.whole(Keys.LLM.EXPERT_USED_COUNT, 1, number),
         "hidden_size": hidden,
@@ -103,6 +97,25 @@ def _fields(
         "vocab_size": _vocabulary(keys, model.contents.outside),
         "tied_embeddings": _is_tied(file, model),
     }, told
+
+
+def _layers(letters: str, feeds: Sequence[str]) -> dict[str, Any]:
+    """Patterns and numbers of the layers. A block that only mixes and one behind it that only feeds are one layer."""
+    layers: list[list[str]] = []
+    for letter, feed in zip(letters, feeds, strict=True):
+        if letter == NONE and feed != BARE and layers and layers[-1][1] == BARE:
+            layers[-1][1] = feed
+        else:
+            layers.append([letter, feed])
+    mixing, feeding = ("".join(column) for column in zip(*layers, strict=True))
+    ordered = "".join(sorted(feeding, key=(DENSE + BARE + MOE).index))
+    return {
+        "attention_pattern": _shortest(mixing),
+        "feed_pattern": None if feeding == ordered else _shortest(feeding),
+        "num_layers": feeding.count(MOE),
+        "num_dense_layers": feeding.count(DENSE),
+        "num_bare_layers": feeding.count(BARE),
+    }
 
 
 def _feed(block: Block) -> str:

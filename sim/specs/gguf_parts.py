@@ -50,22 +50,23 @@ def read_parts(path: Path) -> GgufFile:
             raise fault(path, "file", problem, "give the parts the names that they had, …-00001-of-00003.gguf")
         return GgufFile(path, header, {0: header}, [])
     names = [f"{named[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    there = [name for name in names if name == path.name or (path.parent / name).exists()]
-    if names[0] not in there:
+    there = [number for number, name in enumerate(names) if name == path.name or (path.parent / name).exists()]
+    if there[0] != 0:
         problem = f"is part {int(named[2])} of {count}, and {names[0]}, which has the keys, is not beside it"
         raise fault(path, "file", problem, "fetch the first part, too; its header is enough")
     parts: dict[int, Header] = {}
-    for name in there:
-        number = names.index(name)
-        parts[number] = part = read_header(path.parent / name)
-        if sum(len(one.tensors) for one in parts.values()) > MAX_TENSORS:
+    total = 0
+    for number in there:
+        parts[number] = part = read_header(path.parent / names[number])
+        total += len(part.tensors)
+        if total > MAX_TENSORS:
             raise fault(path, "file", f"has more than {MAX_TENSORS} tensors with its other parts", REWRITE)
         own = [part.keys.get(key) for key in (Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT)]
         if own != [number, count]:
             problem = f"says that it is part {shown(own[0])} (from 0) of {shown(own[1])}"
             raise fault(part.path, "file", problem, "give the parts the names that they had")
     _check_tensors_of(path, parts.values(), len(parts) == count)
-    return GgufFile(path, parts[0], parts, [name for name in names if name not in there])
+    return GgufFile(path, parts[0], parts, [name for number, name in enumerate(names) if number not in parts])
 
 
 def _check_tensors_of(path: Path, parts: Collection[Header], whole: bool) -> None:
@@ -129,12 +130,13 @@ def _filled(file: GgufFile, keys: GgufKeys, contents: Contents, wanted: range) -
 
     names = {index: _names(contents.blocks[index]) for index in wanted if index in contents.blocks}
     kinds = set(names.values())
+    partial = {kind for kind in kinds if any(kind < other for other in kinds)}
     cut = set(_cut_blocks(file))
-    whole = [
+    whole = {
         index
         for index, own in names.items()
-        if index not in cut and not any(own < other for other in kinds) and _is_whole(contents.blocks[index])
-    ]
+        if index not in cut and own not in partial and _is_whole(contents.blocks[index])
+    }
     if not any(contents.blocks[index].experts for index in whole):
         problem = "no block with experts is whole in the parts that are there"
         raise file.fault("file", problem, f"fetch {file.missing[0]}, too; its header is enough")

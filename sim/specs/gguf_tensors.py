@@ -36,7 +36,7 @@ _PARTS = (
 
 @dataclass
 class Size:
-    """Of several tensors. weights, matrix_bytes: of those with two dimensions and more; num_bytes: of all."""
+    """Of several tensors. weights, matrix_bytes: of those with two dimensions and more but norms; num_bytes: of all."""
 
     weights: int = 0
     matrix_bytes: int = 0
@@ -44,7 +44,7 @@ class Size:
 
     def add(self, tensor: Tensor) -> None:
         self.num_bytes += tensor.num_bytes
-        if sum(size > 1 for size in tensor.shape) > 1:
+        if sum(size > 1 for size in tensor.shape) > 1 and "_norm." not in tensor.name:
             self.weights += tensor.weights
             self.matrix_bytes += tensor.num_bytes
 

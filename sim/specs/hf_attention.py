@@ -272,7 +272,7 @@ def _mamba2(values: Values, hidden: int) -> tuple[int, int]:
 
 
 def _is_number(values: Values) -> bool:
-    return values.raw("mamba_head_dim", "mamba_d_head") != "auto"
+    return bool(values.raw("mamba_head_dim", "mamba_d_head") != "auto")
 
 
 def _mamba(values: Values, hidden: int) -> tuple[int, int]:

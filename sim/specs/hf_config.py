@@ -251,7 +251,9 @@ def _dense_width(values: Values) -> int:
 def _extra_params(values: Values, kind: str, hidden: int) -> int:
     """Weights that belong to no matrix of the formulas."""
     extra = 0
-    if kind in ("gemma4_text",) and values.count("hidden_size_per_layer_input", low=0, default=0):
+    if kind == "diffusion_gemma_text":
+        extra += 3 * hidden * values.count("intermediate_size")  # what a step knows of the one before
+    if kind == "gemma4_text" and values.count("hidden_size_per_layer_input", low=0, default=0):
         width = values.count("hidden_size_per_layer_input")
         layers = values.count("num_hidden_layers", high=4096)
         vocab = values.count("vocab_size_per_layer_input", default=values.count("vocab_size"))

@@ -23,7 +23,7 @@ from replay.keys import ReplayKeys
 from replay.settings import Settings
 from sim.job.configure import configure, settled
 from sim.job.errors import one_line
-from sim.job.keys import GROUPS, PolicyKeys, RunKeys, TraceKeys, check_run
+from sim.job.keys import GROUPS, ModelKeys, PolicyKeys, RunKeys, TraceKeys, check_run
 from sim.job.parts import KINDS, class_of
 from sim.job.setup import Transfer, make_policy, make_workload
 from sim.paths import CONF
@@ -157,6 +157,7 @@ def places() -> tuple[Place, ...]:
         (LINKED, "link", LinkPreset),
         (LRU, "stack", Stack),
         (MODEL, "model", ModelSpec),
+        (LRU, "model", ModelKeys),
         (LRU, "policy.transfer", Transfer),
         (LRU, "policy.effort", Effort),
     ):

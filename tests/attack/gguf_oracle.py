@@ -71,8 +71,8 @@ def gguf(content: bytes, found: Any) -> str:
             rest += size
     if spec.num_layers != len(experts):
         return f"{spec.num_layers} MoE layers, by hand {len(experts)}"
-    if spec.num_layers + spec.num_dense_layers + spec.num_bare_layers != last:
-        return f"{last} blocks by hand"
+    if not len(experts) <= spec.num_layers + spec.num_dense_layers + spec.num_bare_layers <= last:
+        return f"at most {last} layers by hand"
     each = -(-sum(experts.values()) // (len(experts) * spec.num_experts))
     if spec.expert_bytes != each:
         return f"an expert of {spec.expert_bytes} bytes, by hand {each}"

@@ -41,6 +41,7 @@ PLAIN = {
     "schema",
     "world",
     "policy",
+    "predictor",
     "hardware",
     "model",
     "stack",
@@ -61,7 +62,7 @@ PLAIN = {
     "num_streamed_layers",
     "tokens_per_s",
 }
-HEAD = {"schema", "world", "policy", "hardware", "model", "stack", "trace", "uses_future", "capacity"}
+HEAD = {"schema", "world", "policy", "predictor", "hardware", "model", "stack", "trace", "uses_future", "capacity"}
 BESIDE = {"bounds", "compare"}
 """Keys of the main run that the runs beside it do not repeat, with those of `HEAD`."""
 

@@ -215,6 +215,75 @@ def deepseek_v2_lite(split_kv: bool = False) -> tuple[str, dict[str, Any], list[
     return "deepseek2", keys, q4_k_m(tensors, 27, 64)
 
 
+def qwen3_next_80b() -> tuple[str, dict[str, Any], list[Info]]:
+    """Qwen3-Next-80B-A3B, not quantised: linear attention in three of four blocks."""
+    keys = {
+        ".block_count": 48,
+        ".embedding_length": 2048,
+        ".attention.head_count": 16,
+        ".attention.head_count_kv": 2,
+        ".attention.key_length": 256,
+        ".attention.value_length": 256,
+        ".full_attention_interval": 4,
+        ".ssm.conv_kernel": 4,
+        ".ssm.inner_size": 4096,
+        ".ssm.state_size": 128,
+        ".ssm.time_step_rank": 32,
+        ".ssm.group_count": 16,
+        ".expert_count": 512,
+        ".expert_used_count": 10,
+    }
+    tensors = ends(2048, 151_936)
+    for layer in range(48):
+        if layer % 4 == 3:
+            query, *rest = gqa(layer, 2048, 16, 2, 256)
+            tensors += [query._replace(shape=(2048, 2 * 16 * 256)), *rest]  # with their gate
+        else:
+            tensors += delta(layer, 2048, 128, 16, 32)
+        tensors += experts(layer, 2048, 512, 512) + dense(layer, 2048, 512, "_shexp")
+        tensors += norms(layer, 2048, "attn_norm", "post_attention_norm", "ffn_gate_inp_shexp")
+    return "qwen3next", keys, tensors
+
+
+NEMOTRON_BLOCKS = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+"""Of Nemotron-3-Nano-30B-A3B: M Mamba-2, * attention, E experts; each is a block of its own."""
+
+
+def nemotron_3_nano() -> tuple[str, dict[str, Any], list[Info]]:
+    """Nemotron-3-Nano-30B-A3B, not quantised."""
+    hidden = 2688
+    keys = {
+        ".block_count": len(NEMOTRON_BLOCKS),
+        ".embedding_length": hidden,
+        ".attention.head_count": 32,
+        ".attention.head_count_kv": [2 if kind == "*" else 0 for kind in NEMOTRON_BLOCKS],
+        ".attention.key_length": 128,
+        ".attention.value_length": 128,
+        ".ssm.conv_kernel": 4,
+        ".ssm.inner_size": 4096,
+        ".ssm.state_size": 128,
+        ".ssm.time_step_rank": 64,
+        ".ssm.group_count": 8,
+        ".expert_count": 128,
+        ".expert_used_count": 6,
+    }
+    tensors = ends(hidden, 131_072)
+    for layer, kind in enumerate(NEMOTRON_BLOCKS):
+        tensors += norms(layer, hidden, "attn_norm")
+        if kind == "*":
+            tensors += gqa(layer, hidden, 32, 2, 128)
+        elif kind == "M":
+            mixed = 4096 + 2 * 8 * 128
+            shapes = {"ssm_in": (hidden, 4096 + mixed + 64), "ssm_conv1d": (4, mixed), "ssm_out": (4096, hidden)}
+            tensors += [Info(f"blk.{layer}.{name}.weight", shape, "F16") for name, shape in shapes.items()]
+            tensors += [Info(f"blk.{layer}.ssm_norm.weight", (512, 8), "F32")]
+            tensors += [Info(f"blk.{layer}.{name}", (1, 64), "F32") for name in ("ssm_a", "ssm_d")]
+        else:
+            tensors += experts(layer, hidden, 1856, 128, gated=False)
+            tensors += dense(layer, hidden, 3712, "_shexp", gated=False)
+    return "nemotron_h_moe", keys, tensors
+
+
 # -- parts of a block ----------------------------------------------------------------------------------------
 
 

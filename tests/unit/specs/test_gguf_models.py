@@ -282,8 +282,8 @@ def test_blocks_of_a_state_attention_or_experts_alone(tmp_path: Path) -> None:
         "expert_matrices": 2,
         "expert_hidden": 128,
         "shared_intermediate": 768,
-        "attention_pattern": "lfn",
-        "num_bare_layers": 2,
+        "attention_pattern": "lf",
+        "num_bare_layers": 1,
         "linear_params": H * 1024 + 512 * H,
         "linear_state": 16 * 512 + 3 * (512 + 2 * 2 * 16),
     }

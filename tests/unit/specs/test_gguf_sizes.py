@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from sim.specs.gguf_header import read_gguf
+from sim.specs.model_file import read_model_file
 from tests.support import gguf_models
 
 GIB = 2**30
@@ -77,3 +79,72 @@ def test_dimensions_are_those_of_the_shipped_model(model: Callable[[], Any], con
     for key in vars(shipped).keys() - stored:
         assert getattr(found, key) == getattr(shipped, key), key
     assert found.num_params == shipped.num_params
+
+
+QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "intermediate_size": 5120,
+    "vocab_size": 151_936,
+    "tie_word_embeddings": False,
+}
+NEMOTRON = {
+    "model_type": "nemotron_h",
+    "hidden_size": 2688,
+    "num_hidden_layers": 52,
+    "hybrid_override_pattern": gguf_models.NEMOTRON_BLOCKS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "n_shared_experts": 1,
+    "intermediate_size": 1856,
+    "vocab_size": 131_072,
+    "tie_word_embeddings": False,
+    "mlp_hidden_act": "relu2",
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "mixed"),
+    [
+        (QWEN3_NEXT, gguf_models.qwen3_next_80b, 2 * 16 * 128 + 32 * 128),
+        (NEMOTRON, gguf_models.nemotron_3_nano, 64 * 64 + 2 * 8 * 128),
+    ],
+    ids=["qwen3-next", "nemotron-3-nano"],
+)
+def test_a_hybrid_model_is_the_same_from_its_config_and_from_its_tensors(
+    config: dict[str, Any], model: Callable[[], Any], mixed: int, tmp_path: Path
+) -> None:
+    """Two readers that share nothing but the spec: one has formulas, one counts tensors. mixed: width of the
+    convolution, of which llama.cpp keeps a column less than transformers."""
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    by_config = read_model_file(tmp_path / "config.json").spec
+    by_tensors = read_model_file(gguf_models.write(tmp_path / "m.gguf", *model())).spec
+    stored = {"name", "source", "weight_bits", "expert_bits", "embedding_bits", "extra_bytes", "linear_state"}
+    for key in vars(by_config).keys() - stored:
+        assert getattr(by_tensors, key) == getattr(by_config, key), key
+    assert by_tensors.num_params == by_config.num_params
+    assert by_config.linear_state - by_tensors.linear_state == mixed

@@ -1,0 +1,83 @@
+"""The model of a run: named, named by its trace, or read from a file of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from expertflow.keys import declared, shown
+from expertflow.model import ModelSpec, model_from_dict
+from sim.job.keys import ModelKeys
+from sim.paths import config_files
+from sim.specs.model_file import ReadModel, read_model_file
+from traces.reader import Trace
+from traces.yamltext import read_yaml
+
+AUTO = "auto"
+_PATH = "path"
+
+
+def model_file_of(cfg: Mapping[str, Any]) -> ReadModel | None:
+    """What the file tells that the group `model` of a configuration names; None where it names none."""
+    for name, key in declared(ModelKeys).items():
+        key.check(cfg.get(name), f"model.{name}")
+    path = cfg.get(_PATH)
+    if path is None:
+        return None
+    if "source" in cfg and "num_layers" in cfg:
+        raise ValueError(
+            f"model.path={shown(path)} and model={shown(cfg.get('name'))} are two models; leave one out "
+            "(model.KEY=VALUE changes a key of either)"
+        )
+    return read_model_file(Path(path))
+
+
+def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | None = None) -> ModelSpec:
+    """The model of the group `model` of a configuration. model_file: what `model_file_of` has read (None: read it).
+
+    ValueError, one line, for keys that exclude each other and for a trace whose model is not known.
+    """
+    model_file = model_file or model_file_of(cfg)
+    keys = {key: value for key, value in cfg.items() if key != _PATH}
+    if model_file is not None:
+        changes = {key: value for key, value in keys.items() if (key, value) != ("name", AUTO)}
+        return model_from_dict({**asdict(model_file.spec), **changes}) if changes else model_file.spec
+    if keys.get("name") != AUTO:
+        return model_from_dict(keys)
+    extra = sorted(set(keys) - {"name"})
+    if extra:
+        raise ValueError(
+            f"model.{extra[0]} means nothing with model=auto; name the model to change its sizes, or give model.path"
+        )
+    # A twin has its original's topology; sizes and speeds come from the original.
+    name = trace.model.removesuffix("-twin")
+    known = config_files("model")
+    del known[AUTO]
+    if name not in known:
+        raise ValueError(
+            f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
+            f"say model.path=FILE (a config.json), or model=NAME with one of: {', '.join(sorted(known))}"
+        )
+    return model_from_dict(read_yaml(known[name]))
+
+
+def remarks(model: ModelSpec, model_file: ReadModel | None) -> Iterator[str]:
+    """What a reader of the result must know of a model that was read from a file: a sentence each."""
+    if model_file is None:
+        return
+    read = asdict(model_file.spec)
+    for key, value in asdict(model).items():
+        if value != read[key]:
+            yield f"model: {key}={shown(value)}, in place of {shown(read[key])}"
+    yield from (f"model: derived: {text}" for text in model_file.derived)
+    yield from (f"model: assumed: {text}" for text in model_file.assumed)
+
+
+def recorded(model: ModelSpec, model_file: ReadModel | None) -> dict[str, Any]:
+    """The model as a result records it: every size, so that it can be run again without the file that gave them."""
+    found: dict[str, Any] = {"model": asdict(model)}
+    if model_file is not None:
+        found["model_file"] = {"derived": list(model_file.derived), "assumed": list(model_file.assumed)}
+    return found

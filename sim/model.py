@@ -1,0 +1,82 @@
+"""`python -m sim.model PATH`: a model's file as a file of conf/model, with what was derived and what was assumed.
+
+PATH: a Hugging Face config.json, the folder that holds it, or a GGUF file. Prints the YAML, or writes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from expertflow.keys import REQUIRED, declared, plain
+from expertflow.model import ModelSpec
+from sim.job.run_cli import run_cli
+from sim.specs.model_file import ReadModel, read_model_file
+from traces.files import replace_text
+from traces.flags import Parser
+from traces.messages import fault
+
+_WIDTH = 116
+
+
+def as_yaml(found: ReadModel) -> str:
+    """The text of a file of conf/model: every key that is not at its default, and the remarks as comments."""
+    lines = [f"# {line}" for line in _remarks(found)]
+    for name, key in declared(ModelSpec).items():
+        value = getattr(found.spec, name)
+        if key.default is REQUIRED or value != key.default:
+            lines.append(yaml.safe_dump({name: value}, width=1000, allow_unicode=True).rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def _remarks(found: ReadModel) -> Iterator[str]:
+    for title, texts in (("derived", found.derived), ("assumed", found.assumed)):
+        for text in texts:
+            yield plain(f"{title}: {text}", _WIDTH)
+
+
+def summary(spec: ModelSpec) -> str:
+    """What the model weighs, in a line."""
+    return (
+        f"{spec.num_layers} MoE layers of {spec.num_experts} experts, {spec.top_k} a token; an expert takes "
+        f"{spec.expert_bytes / 1e6:.2f} MB, all {spec.total_expert_bytes / 1e9:.1f} GB, the rest "
+        f"{spec.non_expert_bytes / 1e9:.2f} GB; {spec.num_params / 1e9:.2f} G weights"
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m sim.model", description=__doc__)
+    parser.add_argument("path", metavar="PATH", help="a config.json, its folder, or a GGUF file")
+    parser.add_argument("--out", metavar="FILE", help="write the YAML there; a file that is there already stays")
+    parser.add_argument("--overwrite", action="store_true", help="but overwrite it")
+    return parser
+
+
+def run(args: Namespace) -> int:
+    """Read, print or write."""
+    found = read_model_file(Path(args.path))
+    text = as_yaml(found)
+    if args.out is None:
+        sys.stdout.write(text)
+        print(summary(found.spec), file=sys.stderr)
+        return 0
+    path = Path(args.out)
+    if path.exists() and not args.overwrite:
+        raise fault(path, "file", "is there already", "choose another name, or add --overwrite")
+    replace_text(path, text)
+    print(f"{summary(found.spec)}; written to {path}")
+    return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line."""
+    args = _parser().parse_args(words)
+    return run_cli(lambda: run(args), "nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
