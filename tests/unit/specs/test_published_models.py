@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -13,6 +13,7 @@ import yaml
 from expertflow.model import ModelSpec, model_from_dict
 from sim.paths import CONF
 from sim.specs.hf_config import read_hf_config
+from tests.unit.specs.hf_configs import RECENT
 from tests.unit.specs.test_model import PUBLISHED as OLDER
 
 
@@ -72,11 +73,6 @@ PUBLISHED: dict[str, Size] = {
     "gpt-oss-20b": Size(20.9, 3.6, "model card"),
     "gpt-oss-120b": Size(116.8, 5.1, "model card"),
 }
-RECENT: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parent / "recent_configs.json").read_text(encoding="utf-8")
-)
-"""Keys of config.json files that tell of sizes, by the model whose file in conf/model was made of them. They are those
-of the place that `source` names there."""
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "auto")
 
 
@@ -115,15 +111,6 @@ def agrees(spec: ModelSpec, size: Size) -> bool:
     return any(
         round(count, digits(size.active)) == size.active or abs(count / size.active - 1) <= 0.03 for count in counts
     )
-
-
-@pytest.mark.parametrize("name", RECENT)
-def test_a_file_is_what_its_config_gives(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(RECENT[name]), encoding="utf-8")
-    found, _, _ = read_hf_config(path)
-    spec = load(name)
-    assert replace(found, name=spec.name, source=spec.source) == spec
 
 
 def test_experts_in_fp4_may_be_told_beside_the_quantiser_or_within(tmp_path: Path) -> None:
