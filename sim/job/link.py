@@ -19,6 +19,7 @@ from traces.yamltext import read_yaml
 _WORD = re.compile(r"[+~]*([\w./]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
 _SET = ("hardware.link_gb_per_s", "hardware.pageable_gb_per_s")
 """Keys that a link sets."""
+_ASSUMPTION = "assumption: "
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Chosen:
 
     @property
     def source(self) -> str:
-        """Origin of the rate, as a hardware profile says it."""
+        """Origin of the rate, as a hardware profile says it: an assumption is called so first."""
         link = self.link
         cut = "" if self.asked == link.name else f" (the card takes no more of {self.asked})"
         told = link.sources.get("share", "as given")
-        return f"link={link.name}{cut}: {link.share:g} of {link.peak_gb_per_s:g} GB/s; {told}"
+        assumed = _ASSUMPTION if told.startswith(_ASSUMPTION) else ""
+        figures = f"link={link.name}{cut}, {link.share:g} of {link.peak_gb_per_s:g} GB/s"
+        return f"{assumed}{figures}: {told.removeprefix(_ASSUMPTION)}"
 
     def metrics(self) -> dict[str, Any]:
         """What a result says of it."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from expertflow.keys import declared, shown
+from expertflow.keys import declared, nearest, shown
 from expertflow.model import ModelSpec, model_from_dict
 from sim.job.keys import ModelKeys
 from sim.paths import config_files
@@ -58,7 +58,7 @@ def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | N
     if name not in known:
         raise ValueError(
             f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
-            f"say model.path=FILE (a config.json), or model=NAME with one of: {', '.join(sorted(known))}"
+            f"say model.path=FILE (a config.json), or model=NAME with one of: {nearest(name, sorted(known), 120)}"
         )
     return model_from_dict(read_yaml(known[name]))
 

@@ -22,6 +22,8 @@ MXFP4 = 4.25
 """4 bits and an 8-bit scale for each 32 weights (OCP Microscaling 1.0)."""
 NVFP4 = 4.5
 """4 bits and an 8-bit scale for each 16 weights."""
+_FP4 = ("fp4", "mxfp4", "float4_e2m1fn")
+"""What `expert_dtype` calls the first of the two."""
 _SMALL = 0.01
 """Scales below so many bits a weight are left out."""
 _EXCLUDED = (
@@ -64,7 +66,9 @@ def with_bits(values: Values, top: Values, spec: Mapping[str, Any]) -> dict[str,
     if known is None:
         return found
     shares = _left_out(table, spec["num_layers"] + spec["num_dense_layers"])
-    experts = known.bits if known.experts is None else known.experts
+    # DeepSeek-V4 says it beside its quantization_config, others within.
+    own = MXFP4 if values.text("expert_dtype") in _FP4 else known.experts
+    experts = known.bits if own is None else own
     found["expert_bits"] = _mixed(experts, plain, shares["experts"])
     if not known.experts_only:
         found["weight_bits"] = _mean_bits(values, found, known.bits, plain, shares)
@@ -116,7 +120,7 @@ def _mxfp4(table: Values) -> Bits:
 
 def _fp8(table: Values) -> Bits:
     block = table.raw("weight_block_size")
-    experts = MXFP4 if table.text("expert_dtype") in ("fp4", "mxfp4", "float4_e2m1fn") else None
+    experts = MXFP4 if table.text("expert_dtype") in _FP4 else None
     bits = 8.0
     if block is not None:
         sizes = table.items("weight_block_size", kinds=(int,))

@@ -38,7 +38,9 @@ def hardware(*words: str) -> dict[str, Any]:
 def test_a_link_sets_the_rate_of_copies_and_says_where_it_is_from() -> None:
     found, before = hardware("+hardware=rtx4090", "link=pcie4x8"), hardware("+hardware=rtx4090")
     assert found["link_gb_per_s"] == 12.351  # 0.784 of 15.754
-    assert found["sources"]["link_gb_per_s"].startswith("link=pcie4x8: 0.784 of 15.754 GB/s; assumption: as 24.7 of")
+    assert found["sources"]["link_gb_per_s"].startswith("assumption: link=pcie4x8, 0.784 of 15.754 GB/s: as 24.7 of")
+    measured = hardware("+hardware=rtx4090", "link=pcie4x16")["sources"]["link_gb_per_s"]
+    assert measured.startswith("link=pcie4x16, 0.784 of 31.508 GB/s: GitHub efeslab/fiddler#7: 24.66 GB/s are measured")
     changed = {key for key in found if found[key] != before[key]}
     assert changed == {"link_gb_per_s", "sources"}
 
@@ -98,7 +100,7 @@ def test_what_the_card_takes_can_be_given_for_a_profile_of_ones_own(tmp_path: Pa
             hardware("+hardware=mine", "link=riser")
         found = hardware("+hardware=mine", "+hardware.link=pcie4x16", "link=riser")
         assert found["link_gb_per_s"] == 3.938
-        assert found["sources"]["link_gb_per_s"] == "link=riser: 0.5 of 7.877 GB/s; as given"
+        assert found["sources"]["link_gb_per_s"] == "link=riser, 0.5 of 7.877 GB/s: as given"
         with pytest.raises(ValueError, match=r"link=riser on pcie3x1: 'pcie3x1' is no file|does not count|link=riser"):
             hardware("+hardware=mine", "+hardware.link=pcie3x1", "link=riser", "link.share=0.6")
     finally:
@@ -161,7 +163,7 @@ def test_a_result_says_the_link_and_what_was_asked_and_one_without_says_nothing(
         "asked": "pcie4x16",
         "gb_per_s": 12.351,
     }
-    assert preset["source"].startswith("link=pcie4x8 (the card takes no more of pcie4x16): 0.784 of")
+    assert preset["source"].startswith("assumption: link=pcie4x8 (the card takes no more of pcie4x16), 0.784")
     assert "on rtx4060ti (link pcie4x8 of pcie4x16, 12.4 GB/s), eager stack" in found.out
     assert "on rtx4060ti, eager stack" in plain.out
 

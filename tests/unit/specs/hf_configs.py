@@ -1,10 +1,13 @@
 """Keys of published config.json files that tell of sizes, as on Hugging Face, by the name of the shipped model.
 
-Each is that of the repository named in `source` of conf/model/NAME.yaml, without the keys that no size depends on.
+Each is that of the repository or the class named in `source` of conf/model/NAME.yaml, without the keys that no size
+depends on.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 _QWEN3 = {
@@ -238,3 +241,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 94,
     },
 }
+RECENT: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "recent_configs.json").read_text(encoding="utf-8")
+)
+"""The same of those whose file in conf/model was made of them."""

@@ -127,7 +127,7 @@ def test_windowed_layers_keep_a_window_starting_with_the_first(context: int, tok
 def test_every_file_is_named_as_its_model() -> None:
     assert {path.stem for path in FILES} >= {*PUBLISHED, "qwen2-57b-a14b-int4"}
     assert all(load(path.stem).name == path.stem for path in FILES)
-    assert yaml.safe_load((FOLDER / "auto.yaml").read_text()) == {"name": "auto"}
+    assert yaml.safe_load((FOLDER / "auto.yaml").read_text()) == {"name": "auto", "path": None}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

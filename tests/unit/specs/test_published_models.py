@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +12,8 @@ import yaml
 
 from expertflow.model import ModelSpec, model_from_dict
 from sim.paths import CONF
+from sim.specs.hf_config import read_hf_config
+from tests.unit.specs.hf_configs import RECENT
 from tests.unit.specs.test_model import PUBLISHED as OLDER
 
 
@@ -109,10 +113,24 @@ def agrees(spec: ModelSpec, size: Size) -> bool:
     )
 
 
+def test_experts_in_fp4_may_be_told_beside_the_quantiser_or_within(tmp_path: Path) -> None:
+    path, config = tmp_path / "config.json", RECENT["deepseek-v4-flash"]
+    assert config["expert_dtype"] == "fp4"
+    plain = {key: value for key, value in config.items() if key != "expert_dtype"}
+    within = {**plain, "quantization_config": {**plain["quantization_config"], "expert_dtype": "fp4"}}
+    bits = []
+    for one in (config, within, plain):
+        path.write_text(json.dumps(one), encoding="utf-8")
+        spec, _, _ = read_hf_config(path)
+        bits.append((spec.expert_bits, spec.weight_bits))
+    assert bits == [(4.25, 8.0), (4.25, 8.0), (8.0, 8.0)]
+
+
 def test_every_model_has_a_published_size() -> None:
     assert {*NAMES} == {*PUBLISHED, "qwen2-57b-a14b-int4"}
     assert len(NAMES) >= 44
     assert OLDER.keys() <= PUBLISHED.keys()
+    assert RECENT.keys() == PUBLISHED.keys() - OLDER.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
