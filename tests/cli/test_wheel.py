@@ -241,7 +241,8 @@ from sim import simulate, sweep
 
 keys = {"hardware": "box", "trace": "tiny.safetensors", "config_dir": "mine", "compare": "none"}
 print(simulate(policy="mine", **keys).title)
-print(*sweep(policy=["lru", {"name": "lru", "eviction": {"_target_": "part.Mine"}}], jobs=2, **keys).table["num_tokens"])
+own = {"name": "lru", "eviction": {"_target_": "part.Mine"}}
+print(*sweep(policy=["lru", own], jobs=2, **keys).table["num_tokens"])
 print(simulate(hardware="a100", policy="adaptive", max_tokens=4, compare="none").metrics["trace"]["num_tokens"])
 """
     tiny_trace(there.work / "tiny.safetensors")
