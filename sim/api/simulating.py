@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expertflow.keys import plain, shown
 from expertflow.observer import Observer
-from expertflow.parts import Part
 from expertflow.policy import Policy
 from sim.api.result import Recorded, Result
 from sim.api.words import Asked, asked
@@ -155,7 +154,7 @@ def plan(keys: Mapping[str, Any]) -> Job:
         named = ", ".join(f"{name}={_class_name(part['_target_'])}" for name, part in given.parts.items())
         title = f"{title}{', ' if ' with ' in title else ' with '}{named}"
         cfg = {**cfg, "policy": {**policy, **{name: dict(part) for name, part in given.parts.items()}}}
-    if cfg["skip_done"] and any(not isinstance(part["_target_"], str) for part in given.parts.values()):
+    if cfg["skip_done"] and _has_objects(given):
         raise ValueError(
             "skip_done=true cannot tell whether a class or an object of Python is what it was; name the part by "
             "_target_='module.Class', or leave skip_done out"
@@ -197,7 +196,7 @@ def run(job: Job, out: Path | None, may_end: bool = False) -> Result:
             found = metrics_of()
     else:
         out.mkdir(parents=True, exist_ok=True)
-        kept = Kept(out, "sim.execute", partial(_begin, out, job), job.words, started, _has_objects(job))
+        kept = Kept(out, "sim.execute", partial(_begin, out, job), job.words, started, _has_objects(job.given))
         found = run_kept(kept, job.described(), work, metrics_of)
         if found is None:
             return Result(read_metrics(out / "metrics.json"), job, out)
@@ -228,8 +227,9 @@ def check_folder(job: Job, out: Path | None) -> None:
         raise ValueError("skip_done=true means nothing without a folder; give out=FOLDER, or leave it out")
 
 
-def _has_objects(job: Job) -> bool:
-    return any(isinstance(part["_target_"], Part) for part in job.given.parts.values())
+def _has_objects(given: Asked) -> bool:
+    """Whether a part is a class or an object: no hash can tell whether it is the same the next time."""
+    return any(not isinstance(part["_target_"], str) for part in given.parts.values())
 
 
 def _begin(folder: Path, job: Job) -> None:

@@ -43,6 +43,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_trace(tmp_path_factory.mktemp("sweep") / "t.safetensors", 16)
 
 
+@pytest.mark.slow
 def test_the_table_has_what_was_swept_and_what_collect_gives(trace: Path, tmp_path: Path) -> None:
     found = sweep(**SWEPT, trace=trace, jobs=1, out=tmp_path / "sweep", batch_size=[1, 2])
     assert len(found) == len(found.results) == 16
@@ -173,6 +174,7 @@ def test_progress_is_logged_and_nothing_printed(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_names_that_make_one_folder_are_two_folders(trace: Path, tmp_path: Path) -> None:
     policies = [{"name": "lru", "eviction": {"scope": scope}} for scope in ("global", "layer")]
     named = [{**policy, "transfer": {"memory": "pinned"}} for policy in policies]
