@@ -58,9 +58,8 @@ class Kept:
     """A folder that a run's result is kept in.
 
     job: the module that runs it. begin: called once the folder is the run's own, so that nothing in it counts. words:
-    the overrides, for the record.
-    started: of the job, by `time.perf_counter`. object_given: a part is an object, of which no hash can tell whether it
-    is the same the next time.
+    the overrides, for the record. started: of the job, by `time.perf_counter`. object_given: a part is a class or an
+    object of Python, so that nothing tells whether the next one is the same.
     """
 
     folder: Path

@@ -17,9 +17,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from expertflow.keys import plain
+from expertflow.keys import plain, shown
 from expertflow.observer import Observer
-from expertflow.parts import Part
 from expertflow.policy import Policy
 from sim.api.result import Recorded, Result
 from sim.api.words import Asked, asked
@@ -50,8 +49,8 @@ def simulate(
     hardware: Any = None,
     policy: Any = None,
     *,
-    out: str | Path | None = None,
-    config_dir: str | Path | None = None,
+    out: Any = None,
+    config_dir: Any = None,
     **keys: Any,
 ) -> Result:
     """Run one configuration, and those beside it as `compare` says, and return its result.
@@ -64,12 +63,23 @@ def simulate(
 
     ValueError with the command's one line for whatever is wrong, a part that breaks a rule or raises included.
     """
-    with as_library(config_dir):
-        return run(plan({"hardware": hardware, "policy": policy, **keys}), None if out is None else Path(out))
+    # Of any type to a type checker, which would else refuse keys that are given as **{"a.key": 4}.
+    folder = folder_of("out", out)
+    with as_library(folder_of("config_dir", config_dir)):
+        return run(plan({"hardware": hardware, "policy": policy, **keys}), folder)
+
+
+def folder_of(name: str, given: object) -> Path | None:
+    """An argument that names a folder, from the current one. ValueError where it is no path."""
+    if given is None:
+        return None
+    if not isinstance(given, str | Path) or not str(given):
+        raise ValueError(f"{name}={plain(shown(given), 60)} must be the path of a folder, or None")
+    return Path(given).absolute()
 
 
 @contextmanager
-def as_library(config_dir: str | Path | None) -> Iterator[None]:
+def as_library(config_dir: Path | None) -> Iterator[None]:
     """Around all that a call does: its turn, its folder of configuration, and errors as a ValueError of one line."""
     with _turn[0]:
         before = own_folder()
@@ -145,7 +155,7 @@ def plan(keys: Mapping[str, Any]) -> Job:
         named = ", ".join(f"{name}={_class_name(part['_target_'])}" for name, part in given.parts.items())
         title = f"{title}{', ' if ' with ' in title else ' with '}{named}"
         cfg = {**cfg, "policy": {**policy, **{name: dict(part) for name, part in given.parts.items()}}}
-    if cfg["skip_done"] and any(not isinstance(part["_target_"], str) for part in given.parts.values()):
+    if cfg["skip_done"] and _has_objects(given):
         raise ValueError(
             "skip_done=true cannot tell whether a class or an object of Python is what it was; name the part by "
             "_target_='module.Class', or leave skip_done out"
@@ -188,7 +198,7 @@ def run(job: Job, out: Path | None, may_end: bool = False) -> Result:
             found = metrics_of()
     else:
         out.mkdir(parents=True, exist_ok=True)
-        kept = Kept(out, "sim.execute", partial(_begin, out, job), job.words, started, _has_objects(job))
+        kept = Kept(out, "sim.execute", partial(_begin, out, job), job.words, started, _has_objects(job.given))
         found = run_kept(kept, job.described(), work, metrics_of)
         if found is None:
             return Result(read_metrics(out / "metrics.json"), job, out, notes=notes)
@@ -213,14 +223,15 @@ class _Recorders:
         )
 
 
-def check_folder(job: Job, out: str | Path | None) -> None:
+def check_folder(job: Job, out: Path | None) -> None:
     """ValueError where a job asks for what only a folder can give."""
     if job.cfg["skip_done"] and out is None:
         raise ValueError("skip_done=true means nothing without a folder; give out=FOLDER, or leave it out")
 
 
-def _has_objects(job: Job) -> bool:
-    return any(isinstance(part["_target_"], Part) for part in job.given.parts.values())
+def _has_objects(given: Asked) -> bool:
+    """Whether a part is a class or an object: no hash can tell whether it is the same the next time."""
+    return any(not isinstance(part["_target_"], str) for part in given.parts.values())
 
 
 def _begin(folder: Path, job: Job) -> None:

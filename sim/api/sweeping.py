@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 
 from expertflow.keys import plain
 from sim.api.result import Recorded, Result
-from sim.api.simulating import Job, as_library, check_folder, plan, run
+from sim.api.simulating import Job, as_library, check_folder, folder_of, plan, run
 from sim.api.words import label_of
 from sim.collect import row_of
 from sim.execute import slug
@@ -64,7 +64,11 @@ class Sweep(Sequence[Result]):
     def __len__(self) -> int:
         return len(self.results)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Result: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Result]: ...
+    def __getitem__(self, index: int | slice) -> Result | list[Result]:
         return self.results[index]
 
     def __iter__(self) -> Iterator[Result]:
@@ -93,6 +97,9 @@ class SweepError(ValueError):
         self.finished = finished
         self.failures = dict(failures)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.finished, self.failures)
+
 
 class SweepInterrupted(KeyboardInterrupt):
     """A sweep was interrupted. finished: the runs that were done by then."""
@@ -101,13 +108,18 @@ class SweepInterrupted(KeyboardInterrupt):
         super().__init__(f"{len(finished)} runs had finished; they are in .finished of this exception")
         self.finished = finished
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.finished,)
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run stands in its sweep: its name, and what each swept key shows."""
+    """A run of a sweep: its name, what each swept key shows, the run itself, and the folder that it is written to."""
 
     name: str
     labels: Mapping[str, Any]
+    job: Job
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -124,9 +136,9 @@ def sweep(
     hardware: Any = None,
     policy: Any = None,
     *,
-    jobs: int = -1,
-    out: str | Path | None = None,
-    config_dir: str | Path | None = None,
+    jobs: Any = -1,
+    out: Any = None,
+    config_dir: Any = None,
     **keys: Any,
 ) -> Sweep:
     """Run every combination of the arguments that are lists, and return the results.
@@ -141,25 +153,25 @@ def sweep(
     asked = {"hardware": hardware, "policy": policy, "compare": "none", **keys}
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0 or jobs < -1:
         raise ValueError(f"jobs={plain(repr(jobs), 60)} must be a number of processes, or -1 for one a core")
-    axes = {key: _values(key, value) for key, value in asked.items() if _is_axis(key, value)}
-    with as_library(config_dir):
-        planned = _planned(asked, axes)
-        check_folder(planned[0][1], out)
+    axes = {key: _values(key, value) for key, value in asked.items() if _is_axis(value)}
+    folder = folder_of("out", out)
+    with as_library(folder_of("config_dir", config_dir)):
+        planned = _planned(asked, axes, folder)
+        check_folder(planned[0].job, folder)
     if jobs == 1 or len(planned) == 1:
-        outcomes = (_attempt(job, _folder(out, place), False) for place, job in planned)
-        return _gathered(planned, outcomes, tuple(axes), out)
+        return _gathered(planned, (_attempt(one.job, one.folder, False) for one in planned), tuple(axes))
     backend = Workers()
     workers = Parallel(n_jobs=min(effective_n_jobs(jobs), len(planned)), backend=backend, return_as="generator")
-    outcomes = workers(delayed(_attempt)(job, _folder(out, place), True) for place, job in planned)
+    outcomes = workers(delayed(_attempt)(one.job, one.folder, True) for one in planned)
     try:
         with closing(outcomes):
-            return _gathered(planned, outcomes, tuple(axes), out)
+            return _gathered(planned, outcomes, tuple(axes))
     finally:
         # The next sweep must not find modules in them that have been edited since.
         backend.end()
 
 
-def _is_axis(key: str, value: Any) -> bool:
+def _is_axis(value: Any) -> bool:
     """Whether an argument is a list of what its key takes."""
     return isinstance(value, list | tuple | range | np.ndarray | pd.Series | pd.Index)
 
@@ -171,19 +183,22 @@ def _values(key: str, value: Any) -> list[Any]:
     return found
 
 
-def _planned(asked: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[tuple[Place, Job]]:
+def _planned(asked: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], out: Path | None) -> list[Place]:
     """Every run, composed and checked."""
     number = int(np.prod([len(values) for values in axes.values()], dtype=float))
     if number > MOST_RUNS:
         raise ValueError(f"a sweep of {number} runs is more than {MOST_RUNS}; sweep over less")
     labels = {key: _distinct([label_of(value) for value in values]) for key, values in axes.items()}
-    planned: list[tuple[Place, Job]] = []
+    planned: dict[str, Place] = {}
     for chosen in itertools.product(*(range(len(values)) for values in axes.values())):
         shown = {key: labels[key][index] for key, index in zip(axes, chosen, strict=True)}
         name = slug(",".join(f"{key}={label}" for key, label in shown.items()))
+        if name in planned:
+            # What is no part of a folder's name was all the difference.
+            name = f"{name}-{len(planned) + 1}"
         job = plan({**asked, **{key: axes[key][index] for key, index in zip(axes, chosen, strict=True)}})
-        planned.append((Place(name, shown), job))
-    return planned
+        planned[name] = Place(name, shown, job, None if out is None else out / name)
+    return list(planned.values())
 
 
 def _distinct(labels: Sequence[Any]) -> list[Any]:
@@ -196,10 +211,6 @@ def _distinct(labels: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _folder(out: str | Path | None, place: Place) -> Path | None:
-    return None if out is None else Path(out).absolute() / place.name
-
-
 def _attempt(job: Job, folder: Path | None, is_worker: bool) -> _Outcome:
     """Run one job; a user's error as its line."""
     try:
@@ -210,23 +221,18 @@ def _attempt(job: Job, folder: Path | None, is_worker: bool) -> _Outcome:
     return _Outcome(result.metrics, result.recorded, notes=result.notes)
 
 
-def _gathered(
-    planned: Sequence[tuple[Place, Job]],
-    outcomes: Iterator[_Outcome],
-    swept: Sequence[str],
-    out: str | Path | None,
-) -> Sweep:
+def _gathered(planned: Sequence[Place], outcomes: Iterator[_Outcome], swept: Sequence[str]) -> Sweep:
     """The results, as they come."""
     finished: list[tuple[Place, Result]] = []
     failures: dict[str, str] = {}
     try:
-        for number, ((place, job), outcome) in enumerate(zip(planned, outcomes, strict=True), start=1):
-            LOG.info("%d/%d %s: %s", number, len(planned), place.name, outcome.line or "done")
+        for number, (one, outcome) in enumerate(zip(planned, outcomes, strict=True), start=1):
+            LOG.info("%d/%d %s: %s", number, len(planned), one.name, outcome.line or "done")
             if outcome.line is not None:
-                failures[place.name] = outcome.line
+                failures[one.name] = outcome.line
                 continue
-            folder, recorded = _folder(out, place), outcome.recorded
-            finished.append((place, Result(outcome.metrics, job, folder, recorded=recorded, notes=outcome.notes)))
+            result = Result(outcome.metrics, one.job, one.folder, recorded=outcome.recorded, notes=outcome.notes)
+            finished.append((one, result))
     except KeyboardInterrupt as error:
         raise SweepInterrupted(Sweep(finished, swept)) from error
     if failures:

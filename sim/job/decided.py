@@ -134,7 +134,8 @@ def code_that_ran(roots: set[str]) -> dict[str, str]:
             continue
         seen.add(name)
         waiting.append(name.rpartition(".")[0])
-        file = sys.modules[name].__file__
+        # A notebook's __main__ has none.
+        file = getattr(sys.modules[name], "__file__", None)
         if file is None:
             continue
         # A module that runs compiled is what its source was, and leads to the same.

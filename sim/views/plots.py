@@ -54,7 +54,7 @@ REST = "#c9d3dc"
 LABELS = {
     "residency": "residency (share of all experts)",
     "tpot_ms": "time per output token (ms)",
-    "ms_per_token": "time per token, prompts included (ms)",
+    "ms_per_token": "ms per token, with prompts",
     "hit_rate": "hit rate",
     "stall_ms_per_token": "stall (ms per token)",
     "late_ms_per_token": "late stall (ms per token)",

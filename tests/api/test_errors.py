@@ -79,6 +79,8 @@ ALONE: list[tuple[Mapping[str, Any], str]] = [
     ({"policy": "lru", "trace": {"experts": [], "model": "gpt-oss-20b"}}, r"given.trace: experts"),
     ({"policy": "lru", "trace": {"experts": [], "modl": "mine"}}, r"trace: modl is no array of a trace"),
     ({"policy": "lru", "config_dir": "nosuch"}, r"nosuch: no such folder"),
+    ({"policy": "lru", "config_dir": 3}, r"config_dir=3 must be the path of a folder, or None"),
+    ({"policy": "lru", "out": ""}, r"out='' must be the path of a folder, or None"),
 ]
 
 

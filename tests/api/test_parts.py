@@ -168,6 +168,24 @@ def test_parts_of_a_program_itself_run_and_are_checked_here_and_in_workers(
 
 
 @pytest.mark.slow
+def test_a_class_of_a_program_without_a_file_runs_into_a_folder(keys: dict[str, Any], tmp_path: Path) -> None:
+    # As of a notebook: its __main__ is no file.
+    program = NOTEBOOK[: NOTEBOOK.index("alone = ")].replace("TRACE", repr(str(keys["trace"])))
+    program += 'print(simulate(policy={"name": "lru", "eviction": Mine}, out="run", **keys).title)\n'
+    done = subprocess.run(
+        [sys.executable, "-"],
+        cwd=tmp_path,
+        env=_environment(),
+        input=program,
+        capture_output=True,
+        text=True,
+        timeout=99,
+    )
+    assert (done.stdout, done.stderr) == ("lru with eviction=Mine\n", "")
+    assert (tmp_path / "run" / "DONE").is_file()
+
+
+@pytest.mark.slow
 def test_a_named_part_of_the_current_folder_is_found_by_workers(
     keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_timeline_shows_two_tokens_or_what_is_asked_for(keys: dict[str, Any]) 
         result.plot("pie")
 
 
+@pytest.mark.slow
 def test_a_sweep_over_residency_is_lines_and_another_bars(keys: dict[str, Any], tmp_path: Path) -> None:
     found = sweep(policy=["lru", "on_demand"], residency=[0.25, 0.5], batch_size=[1, 2], jobs=1, **keys)
     names = texts(found.plot("hit_rate"))

@@ -43,6 +43,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_trace(tmp_path_factory.mktemp("sweep") / "t.safetensors", 16)
 
 
+@pytest.mark.slow
 def test_the_table_has_what_was_swept_and_what_collect_gives(trace: Path, tmp_path: Path) -> None:
     found = sweep(**SWEPT, trace=trace, jobs=1, out=tmp_path / "sweep", batch_size=[1, 2])
     assert len(found) == len(found.results) == 16
@@ -99,6 +100,8 @@ def test_a_failing_run_stops_no_other_and_what_finished_is_at_hand(trace: Path) 
     assert isinstance(found.value, ValueError)
     assert [one.metrics["policy"] for one in found.value.finished] == ["lru", "on_demand"]
     assert list(found.value.failures) == ["policy=lru-with-eviction=Fails"]
+    sent = pickle.loads(pickle.dumps(found.value))
+    assert (str(sent), len(sent.finished), sent.failures) == (str(found.value), 2, found.value.failures)
 
 
 def test_an_interruption_hands_over_what_finished(trace: Path) -> None:
@@ -169,6 +172,20 @@ def test_progress_is_logged_and_nothing_printed(
         sweep(hardware="a100", policy=["lru", "on_demand"], trace=trace, jobs=1)
     assert [record.getMessage() for record in caplog.records] == ["1/2 policy=lru: done", "2/2 policy=on_demand: done"]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_names_that_make_one_folder_are_two_folders(trace: Path, tmp_path: Path) -> None:
+    policies = [{"name": "lru", "eviction": {"scope": scope}} for scope in ("global", "layer")]
+    named = [{**policy, "transfer": {"memory": "pinned"}} for policy in policies]
+    found = sweep(hardware="a100", policy=[*policies, *named], trace=trace, jobs=1, out=tmp_path)
+    assert len({path.parent for path in tmp_path.rglob("DONE")}) == 4
+    copies = [tmp_path / "a b.safetensors", tmp_path / "a-b.safetensors"]
+    for copy in copies:
+        copy.write_bytes(trace.read_bytes())
+    found = sweep(hardware="a100", policy="lru", trace=copies, jobs=1, out=tmp_path / "traces")
+    assert [one.metrics["trace"]["name"] for one in found] == ["a b", "a-b"]
+    assert sorted(path.parent.name for path in (tmp_path / "traces").rglob("DONE")) == sorted(found.table["run"])
 
 
 def test_a_column_of_text_and_numbers_is_as_given(trace: Path, tmp_path: Path) -> None:

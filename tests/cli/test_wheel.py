@@ -235,6 +235,22 @@ def test_a_calibration_is_written_into_ones_own_folder(there: Installed, mine: P
     assert "--config-dir FOLDER" in refused.stderr
 
 
+def test_python_simulates_without_a_checkout(there: Installed, mine: Path) -> None:
+    code = """
+from sim import simulate, sweep
+
+keys = {"hardware": "box", "trace": "tiny.safetensors", "config_dir": "mine", "compare": "none"}
+print(simulate(policy="mine", **keys).title)
+own = {"name": "lru", "eviction": {"_target_": "part.Mine"}}
+print(*sweep(policy=["lru", own], jobs=2, **keys).table["num_tokens"])
+print(simulate(hardware="a100", policy="adaptive", max_tokens=4, compare="none").metrics["trace"]["num_tokens"])
+"""
+    tiny_trace(there.work / "tiny.safetensors")
+    before = there.files()
+    assert there.run("python", "-c", code).splitlines() == ["mine", "12 12", "4"]
+    assert there.files() == before
+
+
 def test_files_of_another_distribution_are_told_of(there: Installed) -> None:
     stranger = there.site / "traces" / "timeseries.py"
     stranger.touch()

@@ -39,10 +39,11 @@ FORBIDDEN: dict[str, list[str]] = {
 
 
 ROOMS: dict[str, list[str]] = {
-    "sim/specs": ["sim.job", "sim.machine", "sim.views", "sim.study"],
-    "sim/job": ["sim.machine", "sim.views", "sim.study"],
-    "sim/views": ["sim.job", "sim.machine", "sim.study"],
-    "sim/machine": ["sim.views", "sim.study"],
+    "sim/specs": ["sim.job", "sim.machine", "sim.views", "sim.study", "sim.api"],
+    "sim/job": ["sim.machine", "sim.views", "sim.study", "sim.api"],
+    "sim/views": ["sim.job", "sim.machine", "sim.study", "sim.api"],
+    "sim/machine": ["sim.views", "sim.study", "sim.api"],
+    "sim/api": ["sim.app", "sim.study"],
     "replay/machine": [
         "sim.job.configure",
         "replay.calibration",
