@@ -8,19 +8,32 @@ from collections.abc import Callable
 from pkgutil import get_data
 from typing import Any
 
+import llvmlite  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import numba  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import numpy as np
 import numpy.typing as npt
 from numba.core import cgutils  # type: ignore[import-untyped, import-not-found, unused-ignore]
+from numba.core.registry import cpu_target  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from numba.extending import intrinsic  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 _OWN = ("arrays", "compiling", "deciding", "forest", "learning", "products", "scoring")
 _CONSTANTS = ("forest", "network", "units", "view")
 
 
+def _codegen() -> Any:
+    """What makes code for this processor."""
+    return cpu_target.target_context.codegen()
+
+
 def _sources_hash() -> str:
-    """Of all that goes into a compiled function: this package, and the files whose numbers it takes for constants."""
-    told = hashlib.sha256()
+    """Of all that goes into a compiled function: this package, the files whose numbers it takes for constants, what
+    compiles, and for which processor.
+
+    Processes keep what they compile without a lock. Numba replaces each of its files in one step, but the index before
+    the code that it names: whatever is found under one name must be good for whoever looks there, and so one name is
+    written by none but such as make the same of it.
+    """
+    told = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, _codegen().magic_tuple())).encode())
     for package, names in ((__package__, _OWN), ("expertflow", _CONSTANTS)):
         for name in names:
             told.update(get_data(package, f"{name}.py") or b"")

@@ -16,7 +16,7 @@ from tests.attack.outcome import Warned, bounded, watchdog
 from tests.attack.round import Round
 from tests.attack.work import Bench, attempt, retry
 
-TARGETS = {"traces": 1_000_000, "each": 100_000, "slow": 2_000, "configurations": 5_000, "parts": 600, "kills": 200}
+TARGETS = {"traces": 1_000_000, "each": 100_000, "slow": 100_000, "configurations": 5_000, "parts": 600, "kills": 200}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from tests.attack.kinds import FileKind
 from tests.attack.readers import READERS, Reader
 
 SLOW = ("hardware-composed", "link-composed", "stack-composed", "model-composed")
-"""Readers that take long for each file, since Hydra composes a whole configuration with it."""
+"""Readers that take longer for each file: a whole configuration is composed with it (`tests.attack.composing`)."""
 
 
 class ReaderKind(FileKind):
@@ -23,7 +23,7 @@ class ReaderKind(FileKind):
         rechecks = import_oracles.RECHECKS | model_oracle.RECHECKS | gguf_oracle.RECHECKS
         self.recheck = rechecks.get(reader.name)
         if reader.name in SLOW:
-            self.target, self.batch = "slow", 20
+            self.target = "slow"
 
     def names(self, path: Path) -> tuple[str, ...]:
         """Files that belong together may be called by another of them or their folder, a configuration by its key."""

@@ -314,34 +314,27 @@ def _read_model(path: Path) -> Any:
     return found, as_yaml(found)
 
 
-def _own_folder(group: str) -> Callable[[Path], Any]:
+def _composed(group: str) -> Callable[[Path], Any]:
     """As a command reads the file mine.yaml of a user's own folder: FOLDER/GROUP/mine.yaml."""
 
     def read(path: Path) -> Any:
-        from sim.job.configure import configure
         from sim.job.errors import one_line
         from sim.job.setup import make_workload
-        from sim.paths import use_own_folder
         from sim.study.plan import load_study
+        from tests.attack.composing import composed, own_folder
 
-        with tempfile.TemporaryDirectory(prefix="expertflow-") as folder:
-            (Path(folder) / group).mkdir()
-            (Path(folder) / group / "mine.yaml").symlink_to(path.absolute())
-            try:
-                use_own_folder(folder)
-                if group == "study":
+        try:
+            if group == "study":
+                with own_folder(group, path):
                     return load_study("mine")
-                machine = "+hardware=mine" if group == "hardware" else "+hardware=a100"
-                chosen = [] if group == "hardware" else [f"{group}=mine"]
-                cfg = configure([machine, "+policy=lru", *chosen, "trace.num_tokens=4", "trace.num_requests=1"])
-                return make_workload(cfg)
-            except Exception as error:
-                told = one_line(error)  # as the command says it
-                if told is None:
-                    raise
-                raise ValueError(told) from error
-            finally:
-                use_own_folder(None)
+            return make_workload(composed(group, path))
+        except AssertionError:
+            raise
+        except Exception as error:
+            told = one_line(error)  # as the command says it
+            if told is None:
+                raise
+            raise ValueError(told) from error
 
     return read
 
@@ -475,14 +468,14 @@ READERS: list[Reader] = [
     Reader("model-yaml", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _spec("model")),
     Reader("model-config", _text("config.json", lambda: json.dumps(files.model_config())), _read_model),
     Reader("model-config-hybrid", _text("config.json", lambda: json.dumps(files.hybrid_config())), _read_model),
-    Reader("hardware-composed", _text("mine.yaml", _profile_yaml), _own_folder("hardware")),
-    Reader("link-composed", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _own_folder("link")),
-    Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _own_folder("stack")),
-    Reader("model-composed", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _own_folder("model")),
+    Reader("hardware-composed", _text("mine.yaml", _profile_yaml), _composed("hardware")),
+    Reader("link-composed", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _composed("link")),
+    Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _composed("stack")),
+    Reader("model-composed", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _composed("model")),
     Reader("gguf", _make_gguf(gguf_models.tiny), _read_gguf),
     Reader("gguf-hybrid", _make_gguf(gguf_models.tiny_hybrid), _read_gguf),
     Reader("gguf-parts", _make_gguf_parts, _read_gguf),
-    Reader("study-yaml", _text("mine.yaml", files.study), _own_folder("study")),
+    Reader("study-yaml", _text("mine.yaml", files.study), _composed("study")),
     Reader("twin-settings", _make_twin("twin.json"), _read_twin),
     Reader("twin-state", _make_twin("checkpoint-00000002/state.json"), _read_twin),
     Reader("twin-weights", _make_twin("checkpoint-00000002/model.safetensors"), _read_twin),

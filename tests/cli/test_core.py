@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from expertflow import core
+from expertflow.network import compiled_functions
 from sim.bench import TRACE
 from sim.job.decided import code_that_ran
 from tests.cli.wheels import ROOT, build_wheel, copy_checkout
@@ -266,7 +267,8 @@ for path in sys.argv[1:]:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with the compiled core of a wheel that was built of it, and parts of a user's own."""
     copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
-    copy_checkout(copy)
+    compiled_functions()  # so that numba, where it is installed, has kept what all jobs need
+    copy_checkout(copy, with_kernels=True)
     wheel = build_wheel(copy, out, compiled="1")
     assert not (copy / "expertflow" / "_core").exists()
     with zipfile.ZipFile(wheel) as packed:

@@ -24,13 +24,20 @@ CARRIED = (
 )
 
 
-def copy_checkout(copy: Path) -> None:
-    """Copy what a build reads: it leaves folders behind. What was compiled here does not come along."""
+def copy_checkout(copy: Path, with_kernels: bool = False) -> None:
+    """Copy what a build reads: it leaves folders behind. What was compiled here does not come along, but for what numba
+    has kept, where a test is of something else and each copy would compile it anew for half a minute."""
     for name in CARRIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "_core"))
         else:
             shutil.copy(ROOT / name, copy / name)
+    if with_kernels:
+        # Good for these sources alone, by their hash, and for their dates, which a copy keeps.
+        for path in (ROOT / "expertflow" / "compiled" / "__pycache__").glob("*.nb[ci]"):
+            place = copy / path.relative_to(ROOT)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy2(path, place)
 
 
 def pip(*words: str, compiled: str = "0") -> None:

@@ -1,0 +1,97 @@
+"""A file of a user's own folder, read as a run reads it, without composing anew all that the file does not change.
+
+What Hydra makes of a file of a group is its content under the name of the group, and of the rest of a configuration
+the same every time: the rest is composed once. Whatever else a file may ask of Hydra (`defaults`, a package, what it
+cannot read or take in) is composed in full, and so is one file in fifty, where both ways must come to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from sim.job.configure import checked, configure
+from sim.paths import CONF, config_files, use_own_folder
+
+_ONE_IN = 50
+_SMALL = ("trace.num_tokens=4", "trace.num_requests=1")
+
+
+def _words(group: str, name: str) -> list[str]:
+    machine = f"+hardware={name if group == 'hardware' else 'a100'}"
+    return [machine, "+policy=lru", *([] if group == "hardware" else [f"{group}={name}"]), *_SMALL]
+
+
+@cache
+def _rest(group: str) -> DictConfig:
+    """What a run composes beside the file of `group`: with a file of the package in its place."""
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return compose("config", overrides=_words(group, min(config_files(group))))
+
+
+def _at_once(group: str, path: Path) -> DictConfig | None:
+    """What Hydra would compose with the file; None where that takes Hydra itself to say."""
+    try:
+        if b"@package" in path.read_bytes():
+            return None
+        # As Hydra's source of files reads it.
+        with path.open(encoding="utf-8") as file:
+            loaded = OmegaConf.load(file)
+        if not isinstance(loaded, DictConfig) or "defaults" in loaded:
+            return None
+        cfg = _rest(group)
+        with open_dict(cfg):
+            cfg[group] = loaded
+    except Exception:
+        return None
+    return cfg
+
+
+def _in_full(group: str) -> dict[str, Any]:
+    return configure(_words(group, "mine"))
+
+
+def _told(configuration: Callable[[], dict[str, Any]]) -> str:
+    try:
+        return repr(configuration())
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+def _composed(group: str, path: Path) -> dict[str, Any]:
+    cfg = _at_once(group, path)
+    if cfg is None:
+        return _in_full(group)
+    if crc32(path.read_bytes()) % _ONE_IN == 0:
+        at_once, in_full = _told(lambda: checked(cfg)), _told(lambda: _in_full(group))
+        if at_once != in_full:
+            raise AssertionError(f"{group}: {at_once} without Hydra, {in_full} with it")
+    return checked(cfg)
+
+
+@contextmanager
+def own_folder(group: str, path: Path) -> Iterator[None]:
+    """`path` as GROUP/mine.yaml of a user's own folder, which stays beside it and is looked into anew each time."""
+    folder = path.parent / "own"
+    (folder / group).mkdir(parents=True, exist_ok=True)
+    link = folder / group / "mine.yaml"
+    if not link.is_symlink():
+        link.symlink_to(path.absolute())
+    try:
+        use_own_folder(folder)
+        yield
+    finally:
+        use_own_folder(None)
+
+
+def composed(group: str, path: Path) -> dict[str, Any]:
+    """The checked configuration with `path` as a user's own file, as a command composes it."""
+    with own_folder(group, path):
+        return _composed(group, path)
