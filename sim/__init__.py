@@ -1,6 +1,13 @@
 """The simulated machine, and jobs: what `python -m sim` composes, runs and writes."""
 
+import os
+import sys
+
+# The package beside this one, not what bears its name in the current folder: from then on it finds them all.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import expertflow  # noqa: F401 - first: it chooses whether modules of this package run compiled
+
+del sys.path[0]
 
 try:
     from traces.installed import start
