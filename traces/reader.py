@@ -75,9 +75,9 @@ def _named(text: str) -> Path:
         return path
     found = recording(text)
     if found is None:
-        problem = f"is no file here and no recording that is shipped{near_to(text, RECORDINGS)}"
+        problem = f"does not exist, and is no recording that is shipped{near_to(text, RECORDINGS)}"
         names = ", ".join(name for name in RECORDINGS if name.endswith("-twin"))
-        raise fault(text, "trace", problem, f"give a file, or one of: {names}")
+        raise fault(text, "file", problem, f"give a file, or one of: {names}")
     return found
 
 

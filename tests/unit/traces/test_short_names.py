@@ -37,7 +37,7 @@ def test_a_file_of_that_name_goes_first(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_near_miss_is_answered_in_one_line_and_a_path_is_no_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["stats", "gpt-oss-20b-twn"]) == 2
     told = capsys.readouterr().err
-    assert "is no file here and no recording that is shipped (did you mean gpt-oss-20b-twin?)" in told
+    assert "file: does not exist, and is no recording that is shipped (did you mean gpt-oss-20b-twin?)" in told
     assert (told.count("\n"), len(told) <= 301) == (1, True)
     assert cli.main(["stats", "./gpt-oss-20b-twin"]) == 2
     assert "does not exist" in capsys.readouterr().err
