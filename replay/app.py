@@ -78,7 +78,7 @@ def _replay(
         try:
             with decided, limited(plain["timeout_s"]):
                 job = Job(plain, settings, work, folder, overrides)
-                found, told = asked_of(plain, work)
+                found, said = asked_of(plain, work)
                 metrics = job.run(device) | found
         except (PartialRunError, DeviceLostError) as error:
             _write_partial(job, folder, error)
@@ -87,7 +87,7 @@ def _replay(
     wall_s = time.perf_counter() - started
     where_from = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
     write_text(folder / "provenance.json", to_json(where_from))
-    _print(console, metrics, folder, policy_title(plain["policy"]), told)
+    _print(console, metrics, folder, policy_title(plain["policy"]), said)
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)

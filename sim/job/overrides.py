@@ -26,7 +26,7 @@ _hydras_own = ConfigLoaderImpl._apply_overrides_to_config
 
 def let_words_add() -> None:
     """From here on Hydra applies words as this module says."""
-    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply)
+    setattr(ConfigLoaderImpl, "_apply_overrides_to_config", staticmethod(_apply))  # noqa: B010 - a method of a class
 
 
 def _apply(overrides: Sequence[Override], cfg: DictConfig) -> None:

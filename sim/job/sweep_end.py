@@ -9,7 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 
-class Told(Callback):  # type: ignore[misc]
+class Told(Callback):
     """One line with the folder; printed by the process that started the runs, so that a stream that takes nothing
     decides its exit code as that of a single run."""
 

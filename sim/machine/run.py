@@ -58,7 +58,7 @@ def _too_long(work: Workload) -> ValueError:
 
 def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:
     """Name and metrics of the fastest schedule of the portfolio that knows the future."""
-    runs = []
+    runs: list[tuple[str, dict[str, Any]]] = []
     for name, policy in portfolio(work.future).items():
         with shown(f"looking for the best schedule, {len(runs) + 1}"):
             runs.append((name, run_policy(work, policy, Transfer())))

@@ -62,9 +62,9 @@ class Session:
         lines = [f"wrote {options.out}: {size}"]
         if self._recall is not None:
             lines.append(_recall_table(self._recall, located.top_k))
-        batches = settings_line(open_trace(options.out, validate=False), options.out)
-        if batches is not None:
-            lines.append(f"note: {batches}")
+        settings = settings_line(open_trace(options.out, validate=False), options.out)
+        if settings is not None:
+            lines.append(f"note: {settings}")
         return "\n".join(lines)
 
     def _recording(self, on_forward: Callable[[Rows], None]) -> Recording:
