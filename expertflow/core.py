@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +39,7 @@ LIBRARY = "expertflow._core.shared__mypyc"
 SWITCH = "EXPERTFLOW_COMPILED"
 """Environment variable, read by builds and by runs. 0: pure Python. 1: compiled, or an error that says why not. Unset:
 compiled where that can be had."""
+PACKAGES = ("expertflow", "replay", "sim", "traces")
 SOURCES = "sources.json"
 """SHA-256 of each source that was compiled, by path below the folder that holds the packages."""
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +77,8 @@ def described() -> str:
 def start() -> None:
     """Choose, before any module of the core is imported; `expertflow/__init__.py` does. A choice that cannot be had
     ends the process with one line and exit code 2."""
+    if not any(isinstance(one, _Beside) for one in sys.meta_path):
+        sys.meta_path.insert(0, _Beside())
     if is_compiled():
         return
     wanted = os.environ.get(SWITCH, "")
@@ -113,6 +116,16 @@ def _changed() -> str | None:
 def _refuse(line: str) -> NoReturn:
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
+
+
+class _Beside(MetaPathFinder):
+    """Finds the packages of this distribution beside this one, whatever bears their names in the current folder or
+    elsewhere on the path."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, [str(ROOT)]) if name in PACKAGES else None
 
 
 class _Finder(MetaPathFinder):

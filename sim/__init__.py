@@ -3,9 +3,15 @@
 `simulate` and `sweep` do the same from Python (docs/api.md); they are loaded when they are first asked for.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
+# The package beside this one, not what bears its name in the current folder: from then on it finds them all.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import expertflow  # noqa: F401 - first: it chooses whether modules of this package run compiled
+
+del sys.path[0]
 
 try:
     from traces.installed import start

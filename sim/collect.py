@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
+from expertflow.keys import near_to, nearest
+from sim.job.given import columns
 from sim.job.output import write_text
 from sim.job.results import REMEDY, check_columns, read_metrics
 from traces.files import replace_file
@@ -69,6 +72,7 @@ def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder of a sweep")
     rows: list[tuple[Path, dict[str, Any]]] = []
+    runs: list[int] = []
     for done in sorted(folder.rglob("DONE")):
         path = done.parent / "metrics.json"
         run = str(done.parent.relative_to(folder))
@@ -79,25 +83,52 @@ def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
                 made += _beside(metrics, run)
         except ValueError as error:
             raise fault(path, "metrics", str(error), REMEDY) from None
+        runs.append(len(made))
         rows += [(path, row) for row in made]
     if not rows:
         raise ValueError(f"{folder}: no finished run below it (none has a DONE file); run a sweep first")
+    rows = _with_given_keys(rows, runs)
     check_columns(rows)
     return pd.DataFrame([row for _, row in rows])
 
 
+def _with_given_keys(rows: list[tuple[Path, dict[str, Any]]], runs: list[int]) -> list[tuple[Path, dict[str, Any]]]:
+    """The rows with what their command lines gave, behind the name of the run. runs: how many rows each run has: its
+    own, and those of the runs beside it, whose policy is another."""
+    firsts = [sum(runs[:number]) for number in range(len(runs))]
+    taken = {name for _, row in rows for name in row}
+    given = columns([rows[first][0].parent for first in firsts], taken)
+    found = []
+    for first, number, keys in zip(firsts, runs, given, strict=True):
+        for place, (path, row) in enumerate(rows[first : first + number]):
+            own = {key: None if place and key.startswith(("policy.", "policy/")) else one for key, one in keys.items()}
+            found.append((path, {"run": row["run"], **own, **row}))
+    return found
+
+
 def markdown(table: pd.DataFrame, value: str) -> str:
-    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency)."""
+    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency) and what else
+    the runs were given that differs."""
     if value not in table.columns:
-        raise ValueError(f"--markdown={value} is no column; there are: {', '.join(table.columns)}")
+        raise ValueError(
+            f"--markdown={value} is no column{near_to(value, table.columns)}; "
+            f"there are: {nearest(value, list(table.columns))}"
+        )
+    if not is_numeric_dtype(table[value]):
+        raise ValueError(f"--markdown={value} is no column of figures; take one such as tpot_ms")
+    swept = [name for name in _given(table) if name != "link" and table[name].nunique(dropna=False) > 1]
+    table = table.assign(**{name: table[name].map(lambda one: "–" if pd.isna(one) else str(one)) for name in swept})
     table = table.assign(hardware=[_place(row) for _, row in table.iterrows()])
-    keys = ["hardware", "stack", "residency"]
+    keys = ["hardware", "stack", "residency", *swept]
     repeated = table[table.duplicated([*keys, "policy"])]
     if len(repeated):
         raise ValueError(f"two runs of {repeated['policy'].iloc[0]} at one place; --markdown takes one of each")
     wide = table.pivot(index="policy", columns=keys, values=value).reindex(table["policy"].unique())
     places = [tuple(column) for column in wide.columns.to_list()]
-    titles = [f"{hardware} {stack} {residency:.0%}" for hardware, stack, residency in places]
+    titles = [
+        " ".join([hardware, stack, f"{residency:.0%}", *map("{}={}".format, swept, more)])
+        for hardware, stack, residency, *more in places
+    ]
     lines = ["| policy | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for policy, row in wide.iterrows():
         lines.append(f"| {policy} | " + " | ".join("–" if pd.isna(x) else f"{x:.3f}" for x in row) + " |")
@@ -110,6 +141,12 @@ def _place(row: pd.Series[Any]) -> str:
     if not isinstance(link, str):
         return str(row["hardware"])
     return f"{row['hardware']} {link}" + ("" if asked == link else f" of {asked}")
+
+
+def _given(table: pd.DataFrame) -> list[str]:
+    """The columns of what command lines gave: those between the name of the run and the version of its metrics."""
+    names = list(table.columns)
+    return names[names.index("run") + 1 : names.index("schema")] if "schema" in names else []
 
 
 def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:

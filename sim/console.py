@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from expertflow.core import described
+from expertflow.core import ROOT, described
 from expertflow.keys import near_to
 from traces.processes.ending import begin
 
@@ -50,11 +50,19 @@ def main(words: Sequence[str] | None = None) -> int:
         # This process is the command.
         begin()
     if not sys.flags.safe_path:
-        # As `python -m` has it: a user's own parts are imported from the current folder.
-        sys.path[0] = os.getcwd()
+        _import_own_parts_from_here()
     sys.argv[1:] = rest
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
     return 0
+
+
+def _import_own_parts_from_here() -> None:
+    """A user's own parts are imported from the current folder, as `python -m` has it, but behind the folder of this
+    package: a `sim.py` or `traces/` of theirs stands in nobody's way, in worker processes neither."""
+    del sys.path[0]
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    sys.path.insert(sys.path.index(str(ROOT)) + 1, os.getcwd())
 
 
 def usage() -> str:

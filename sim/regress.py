@@ -26,6 +26,7 @@ from traces.flags import Parser
 from traces.jsontext import shown
 from traces.messages import PREFIX, fault
 from traces.reading import read_json
+from traces.shipped import RECORDINGS
 
 Pins = dict[str, Any]
 
@@ -60,7 +61,8 @@ def run_once(overrides: list[str], folder: Path) -> dict[str, Any]:
 
 def _resolve(word: str, folder: Path) -> str:
     key, _, value = word.partition("=")
-    return f"{key}={resolved(folder / value)}" if key == "trace.path" else word
+    is_file = key == "trace.path" and (value not in RECORDINGS or (folder / value).exists())
+    return f"{key}={resolved(folder / value)}" if is_file else word
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from traces.flags import Parser
 from traces.messages import PREFIX, TraceError, cut, plain, told
 from traces.processes.ending import keeping, stopped
 from traces.reader import Trace, open_trace
+from traces.recorded_batches import settings_line
 
 KINDS = {
     "gpt-oss-json": "gpt_oss_json",
@@ -193,7 +194,8 @@ def run_import(args: argparse.Namespace) -> int:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         report = importer(sources if len(sources) > 1 else sources[0], output, progress, **options)
     print(f"wrote {report.path}: {report.num_requests} requests, {report.num_tokens} tokens")
-    for note in report.notes:
+    batches = settings_line(open_trace(report.path, validate=False), str(report.path))
+    for note in [*report.notes, *([batches] if batches else [])]:
         print(f"note: {note}")
     return 0
 

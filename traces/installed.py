@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from traces.processes.ending import begin
@@ -53,7 +53,7 @@ def warn_if_mixed() -> None:
 def shadowed() -> str | None:
     """Which of the packages Python takes from elsewhere, if any."""
     for name in PACKAGES:
-        spec = PathFinder.find_spec(name)
+        spec = find_spec(name)
         places = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
         there = next(iter(places), None)
         if there is not None and Path(there).resolve() != ROOT / name:

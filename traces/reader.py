@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from expertflow.keys import near_to
 from traces.container import TraceError, fault, map_file
 from traces.layout import ARRAYS, PER_TOKEN, check_layout
+from traces.shipped import RECORDINGS, recording
 from traces.trace import ChainedArray, RowArray, Trace, blocks
 from traces.validate import validate_trace
 
@@ -58,11 +61,24 @@ def _expand(path: Paths) -> list[Path]:
         return paths
     text = str(path)
     if not glob.has_magic(text) or Path(text).exists():
-        return [Path(text)]
+        return [_named(text)]
     found = sorted(glob.glob(text, recursive=True))
     if not found:
         raise fault(text, "glob", "matches no file", "check the pattern, quoted so that the shell leaves it")
     return [Path(item) for item in found]
+
+
+def _named(text: str) -> Path:
+    """The file of that path, else the shipped recording of that short name."""
+    path = Path(text)
+    if "/" in text or os.sep in text or path.suffix == ".safetensors" or path.exists():
+        return path
+    found = recording(text)
+    if found is None:
+        problem = f"does not exist, and is no recording that is shipped{near_to(text, RECORDINGS)}"
+        names = ", ".join(name for name in RECORDINGS if name.endswith("-twin"))
+        raise fault(text, "file", problem, f"give a file, or one of: {names}")
+    return found
 
 
 def _chain(paths: Sequence[Path], parts: Sequence[Trace]) -> Trace:

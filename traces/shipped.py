@@ -25,6 +25,19 @@ REPOSITORY_ONLY = (
 )
 """What only studies and training need: not in the wheel, which would be three times as large."""
 
+_EVALUATED = ("gpt-oss-20b-twin", "deepseek-v2-lite-twin", "qwen1.5-moe-a2.7b-twin")
+RECORDINGS = {
+    **{name: f"{name}-eval.safetensors" for name in _EVALUATED},
+    **{f"{name}-eval": f"{name}-eval.safetensors" for name in _EVALUATED},
+    "gpt-oss-20b-twin-train": "gpt-oss-20b-twin-train.safetensors",
+}
+"""Short names of the shipped recordings, and their files; a twin's own name is its recording to evaluate on."""
+
+
+def recording(name: str) -> Path | None:
+    """The shipped recording of that short name; None if there is none. ValueError as of `shipped`."""
+    return shipped(RECORDINGS[name]) if name in RECORDINGS else None
+
 
 def shipped(name: str) -> Path | None:
     """The shipped file of that name, unpacked if it is packed; None if there is none.

@@ -115,4 +115,5 @@ def _no_such_choice(group: str, name: str, text: str) -> str:
     hint = near_to(name, options)
     if (group, name) == ("hardware", "local"):
         hint = " in a simulation: local is the machine that a replay runs on (python -m replay)"
-    return f"{group}={name[:60]} does not exist{hint}; choose one of: {nearest(name, options)}"
+    told = f"{group}={name[:60]} does not exist{hint}; choose one of: {nearest(name, options)}"
+    return f"{told}; a file of yours: trace.path=FILE" if group == "trace" else told

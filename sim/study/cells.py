@@ -105,12 +105,17 @@ def run_jobs(
     failures: dict[str, str] = {}
     left_out: dict[str, str] = {}
     for number, (job, line) in enumerate(zip(waiting, outcomes, strict=True), start=1):
-        print(f"{number}/{len(waiting)} {job.cell}: {line or 'done'}", flush=True)
+        # A cause that many cells share is said once, with the first of them, and counted at the end.
+        if line is None or line not in (*failures.values(), *left_out.values()):
+            print(f"{number}/{len(waiting)} {job.cell}: {line or 'done'}", flush=True)
         if line is not None:
             (left_out if job.cell.variant in optional else failures)[str(job.cell)] = line
     if failures:
         cell, line = next(iter(failures.items()))
-        raise ValueError(f"{len(failures)} of {len(jobs)} cells failed, the others are kept; the first: {cell}: {line}")
+        alike = ", all for one cause" if len(failures) > 1 and len(set(failures.values())) == 1 else ""
+        raise ValueError(
+            f"{len(failures)} of {len(jobs)} cells failed{alike}, the others are kept; the first: {cell}: {line}"
+        )
     there = [job for job in jobs if str(job.cell) not in left_out]
     remedy = "delete the file and run the study again: that makes this cell anew"
     return {job.cell: read_table(job.path(folder), remedy) for job in there}, left_out

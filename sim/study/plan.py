@@ -18,6 +18,7 @@ from expertflow.keys import near_to
 from sim.paths import config_files
 from sim.study.checks import check_form, check_needed
 from traces.jsontext import shown
+from traces.shipped import RECORDINGS
 from traces.yamltext import read_yaml
 
 KINDS = ("runs", "estimates")
@@ -166,6 +167,7 @@ def cells(
     num_cells = len(variants) * math.prod(map(len, axes.values()))
     if num_cells > MAX_CELLS:
         raise ValueError(f"study {study.name} comes to {num_cells} cells; at most {MAX_CELLS} are run: use --only")
+    _require_parameters(study, axes, variants, values)
     found = []
     for chosen in product(*axes.values()):
         place = tuple(zip(axes, chosen, strict=True))
@@ -175,6 +177,23 @@ def cells(
             filled = [_filled(word, study, values) for word in words]
             found.append(Cell(place, variant, (*filled, *added)))
     return found
+
+
+def _require_parameters(
+    study: Study, axes: Mapping[str, Sequence[str]], variants: Sequence[str], values: Mapping[str, str]
+) -> None:
+    """ValueError that names every parameter that the cells need and that was not given."""
+    words = [*study.base, *(word for name in variants for word in study.variants[name])]
+    words += [word for axis, names in axes.items() for value in names for word in study.axes[axis][value]]
+    needed = dict.fromkeys(name for word in words for name in re.findall(r"\{(\w+)\}", word))
+    missing = [name for name in needed if name in study.parameters and name not in values]
+    if not missing:
+        return
+    told = " ".join(f"{name}=VALUE" for name in missing)
+    about = "; ".join(study.parameters[name] for name in missing)
+    shipped = ", ".join(name for name in RECORDINGS if name.endswith("-twin"))
+    hint = f"; shipped are {shipped}" if "recording" in about else ""
+    raise ValueError(f"study {study.name} needs --set {told}: {about}{hint}")
 
 
 def _wanted(axis: str, names: list[str], only: dict[str, Sequence[str]]) -> list[str]:
@@ -191,7 +210,5 @@ def _filled(word: str, study: Study, values: Mapping[str, str]) -> str:
     for name in re.findall(r"\{(\w+)\}", word):
         if name not in study.parameters:
             raise ValueError(f"{study.name}.yaml: {word} names {{{name}}}, which is not among its parameters")
-        if name not in values:
-            raise ValueError(f"study {study.name} needs --set {name}=VALUE: {study.parameters[name]}")
         word = word.replace(f"{{{name}}}", values[name])
     return word

@@ -12,6 +12,8 @@ import tomllib
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from fnmatch import fnmatch
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,12 @@ def test_a_package_taken_from_elsewhere_is_named(tmp_path: Path, monkeypatch: py
     assert shadowed() is None
     (tmp_path / "replay").mkdir()
     (tmp_path / "replay" / "__init__.py").touch()
+    # On the path alone it stands in nobody's way.
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert shadowed() is None
+    spec = PathFinder.find_spec("replay", [str(tmp_path)])
+    assert spec is not None
+    monkeypatch.setitem(sys.modules, "replay", module_from_spec(spec))
     line = shadowed()
     assert line is not None
     assert f"package replay from {tmp_path / 'replay'}" in line
@@ -109,7 +116,7 @@ def test_a_shadowed_traces_is_explained_when_nothing_works(tmp_path: Path) -> No
     (tmp_path / "traces" / "__init__.py").touch()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     # Without site: the finder of an editable installation would find what the other package lacks.
-    command = [sys.executable, "-S", "-c", "import sim"]
+    command = [sys.executable, "-S", "-c", "import traces; import sim"]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert found.returncode == 1
     assert found.stderr.splitlines()[-1].startswith("ImportError: Python takes the package traces from another")
@@ -204,7 +211,8 @@ def test_a_command_is_run_as_python_m_does(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(tmp_path)
     assert main() == 0
     assert ran == [(("sim.study",), {"run_name": "__main__", "alter_sys": True}, ["gap", "--out", "out"])]
-    assert sys.path[0] == str(tmp_path)
+    # The current folder is looked in, but behind the folder of the packages themselves.
+    assert sys.path.index(str(tmp_path)) == sys.path.index(str(ROOT)) + 1
 
 
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

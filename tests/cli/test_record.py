@@ -52,7 +52,7 @@ def prompts(tmp_path: Path) -> Path:
 def call(capsys: pytest.CaptureFixture[str], folder: Path, prompts: Path, *words: str) -> tuple[int, str, str]:
     out = prompts.with_name("out.safetensors")
     capsys.readouterr()
-    return run(capsys, "record", f"model={folder}", f"prompts={prompts}", f"out={out}", *words)
+    return run(capsys, "record", f"model={folder}", f"prompts={prompts}", f"out={out}", "overwrite=true", *words)
 
 
 def test_a_recording_from_prompts_to_trace(folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +89,8 @@ def test_a_recording_from_prompts_to_trace(folder: Path, prompts: Path, capsys: 
     lines = out.splitlines()
     assert lines[0].endswith("out.safetensors: 3 requests, 23 tokens × 3 layers")
     assert lines[1].split() == ["recall@4", "d=1", "d=2"]
-    for line in lines[2:]:
+    assert lines[4].startswith("note: recorded with up to 2 requests in a forward; the nearest run: trace.path=")
+    for line in lines[2:4]:
         kind = line.split()[0]
         assert ("(kept)" in line) == (kind == header["pregate"])
         shown = [float(text) / 100 for text in re.findall(r"([0-9.]+)%", line)]
@@ -313,3 +314,17 @@ def test_the_help_of_the_command_lists_its_options(capsys: pytest.CaptureFixture
     assert code == 0
     assert "max_new_tokens=128 batch_size=1 sampling=greedy" in out
     assert all(f"{key}=" in out for key in command.REQUIRED)
+
+
+def test_a_recording_that_is_there_is_kept_unless_it_is_to_be_replaced(
+    folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prompts.with_name("out.safetensors")
+    out.write_bytes(b"mine")
+    words = ("record", f"model={folder}", f"prompts={prompts}", f"out={out}", "max_new_tokens=2")
+    check_error(run(capsys, *words), "out.safetensors", "is there already; name another, or give overwrite=true")
+    assert out.read_bytes() == b"mine"
+    code, said, _ = call(capsys, folder, prompts, "max_new_tokens=2", "batch_size=2")
+    assert code == 0
+    assert open_trace(out).num_requests == 3
+    assert f"trace.path={out} batch_size=2" in said

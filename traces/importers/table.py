@@ -6,7 +6,8 @@ whitespace text, JSON lines, Parquet, fixed-width binary (`format=binary fields=
 Columns of a file without a header line are called 1, 2, …. How rows become tokens:
 
 - `request=` tells requests apart. Without it, a layer whose token number does not rise begins the next request.
-- `token=` is the token's number in its request, `positions=true` if it counts from the context's beginning.
+- `token=` is the token's number in its request, `positions=true` if it counts from the context's beginning. `step=`
+  beside it, where you name it, is the number of the forward: requests that share one ran together (`forward_id`).
 - Without `token=`, `step=` is the number of the forward; a layer's rows of one step are its tokens. Without both, a
   layer number that falls begins the next forward. A forward of several tokens is a prompt, one of a single token
   decodes, and a prompt after a decoded token begins a request. Where a row holds a single expert, give `top_k=`.
@@ -299,7 +300,17 @@ class _Numbered:
             prefill = row.phase == "prefill"
         elif self._options.prompt_len:
             prefill = row.token < self._options.prompt_len
-        self._choices.add(request, row.token, row.layer, row.experts, place=place, weights=row.weights, prefill=prefill)
+        forward = row.step if row.step >= 0 else None
+        self._choices.add(
+            request,
+            row.token,
+            row.layer,
+            row.experts,
+            place=place,
+            weights=row.weights,
+            prefill=prefill,
+            forward=forward,
+        )
 
 
 class _Unnumbered:

@@ -93,7 +93,7 @@ def record(options: RecordOptions, progress: Progress | None = None) -> str:
     texts = list(itertools.islice(read_prompts(Path(options.prompts)), options.max_prompts or None))
     if not texts:
         raise fault(options.prompts, "file", "holds no prompt", "write one a line")
-    _check_output(Path(options.out))
+    _check_output(Path(options.out), options.overwrite)
     network, tokenize = load_model(options.model, options.dtype, options.device, options.chat)
 
     from traces.recorder.generate import Prompt, Sampling
@@ -117,9 +117,12 @@ def record(options: RecordOptions, progress: Progress | None = None) -> str:
     return session.record(asked, progress)
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, overwrite: bool) -> None:
     """The faults that TraceWriter would find, before minutes are spent on loading a model."""
     if not path.parent.is_dir():
         raise fault(path, "file", f"the folder {path.parent} does not exist", "create it first")
     if path.is_dir():
         raise fault(path, "file", "is a folder", "name a file in it")
+    if path.exists() and not overwrite:
+        remedy = "name another, or give overwrite=true: it is replaced when the new one is whole"
+        raise fault(path, "file", "is there already", remedy)

@@ -33,6 +33,7 @@ class RecordOptions:
     dtype: str = "auto"
     device: str = "auto"
     license: str = "unknown"
+    overwrite: bool = False
 
     def temperature(self) -> float:
         """Of the sampling, 0 = greedy. TraceError where it is neither greedy nor a temperature."""

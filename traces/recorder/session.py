@@ -11,6 +11,8 @@ import torch
 from rich.progress import Progress
 
 from traces.container import TraceError
+from traces.reader import open_trace
+from traces.recorded_batches import settings_line
 from traces.recorder.generate import PROJECTION_SEED, Answer, Projection, Prompt, Sampling, record_batches
 from traces.recorder.load import first_line
 from traces.recorder.locate import Located
@@ -60,6 +62,9 @@ class Session:
         lines = [f"wrote {options.out}: {size}"]
         if self._recall is not None:
             lines.append(_recall_table(self._recall, located.top_k))
+        settings = settings_line(open_trace(options.out, validate=False), options.out)
+        if settings is not None:
+            lines.append(f"note: {settings}")
         return "\n".join(lines)
 
     def _recording(self, on_forward: Callable[[Rows], None]) -> Recording:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -323,11 +322,3 @@ def test_every_importer_is_reached_by_its_name() -> None:
     kinds = {kind for _, kind, _ in FORMATS.values() if kind}
     assert all(callable(importer_of(kind)) for kind in kinds)
     assert [a for a, b in pairwise(sorted(kinds)) if a == b] == []
-
-
-def test_the_writer_of_the_docs_writes_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs" / "traces.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/traces.md", "exec"), {"chosen": TOKENS, "num_prompt_tokens": 4})
-    np.testing.assert_array_equal(open_trace(tmp_path / "mine.safetensors").experts[:], TOKENS)
