@@ -15,6 +15,8 @@ from sim.job.former_names import present_key, renamed
 from sim.job.known import LISTED, no_key
 from traces.messages import line, shortened, told, why
 
+_DEEPEST_CAUSE = 1000
+
 
 def one_line(error: BaseException, remedy: str = "") -> str | None:
     """The message for a user, or None if the error is a mistake of ours and deserves its traceback.
@@ -22,7 +24,8 @@ def one_line(error: BaseException, remedy: str = "") -> str | None:
     remedy: what helps, beside the usual, where the file system refuses what a command writes.
     """
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return shortened(_hydra(error))
+        outgrown = _outgrown(error)
+        return shortened(_hydra(error)) if outgrown is None else told(outgrown)
     if isinstance(error, yaml.YAMLError):
         return shortened(f"{_place(error)}: no YAML ({_first_line(str(error))}); mend the file")
     if isinstance(error, ValueError):
@@ -36,6 +39,18 @@ def one_line(error: BaseException, remedy: str = "") -> str | None:
             "finished runs are kept: the same command with skip_done=true goes on (a study goes on by itself)"
         )
     return told(error)
+
+
+def _outgrown(error: BaseException) -> BaseException | None:
+    """The want of memory or depth that Hydra's error wraps, whose own text is then empty: aliases of YAML that stand for
+    aliases unfold to more than any file holds."""
+    seen = 0
+    cause: BaseException | None = error
+    while cause is not None and seen < _DEEPEST_CAUSE:
+        if isinstance(cause, MemoryError | RecursionError):
+            return cause
+        cause, seen = cause.__cause__ or cause.__context__, seen + 1
+    return None
 
 
 def _is_lost_worker(error: BaseException) -> bool:
