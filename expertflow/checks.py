@@ -45,9 +45,8 @@ def frozen(prediction: Prediction) -> Prediction:
     keys, scores, chances = prediction
     if chances is not None:
         # Over bytes nobody can make an array writable. Each hearer has one of its own, whose shape it may set.
-        held = chances.base
-        if type(held) is not bytes or len(held) != chances.nbytes:
-            held = chances.tobytes()
+        base: object = chances.base
+        held = base if isinstance(base, bytes) and len(base) == chances.nbytes else chances.tobytes()
         chances = _BUFFER(held, _INT64)
     elif type(keys) is tuple and type(scores) is tuple:
         return prediction
@@ -201,7 +200,7 @@ class CheckedHorizon:
 
     def distances(self) -> Sequence[int]:
         guard, limit = self._guard, self._limit
-        answer = self._distances()
+        answer: object = self._distances()
         if answer is self._last:  # a tuple of whole numbers, which is what it was
             return self._last
         found = guard.keys("distances", "distances", answer, max(limit, 0))
@@ -345,7 +344,7 @@ class CheckedOrder:
 
     def arrange(self, keys: Sequence[int]) -> Sequence[int]:
         given = tuple(keys)
-        answer = self._arrange(given)
+        answer: object = self._arrange(given)
         if answer is given:
             return given
         found = self._guard.keys("arrange", "keys", answer, 2 * len(given) + 8)

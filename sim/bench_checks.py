@@ -38,8 +38,16 @@ class _Asked(Policy):
     """A policy whose parts are asked one question after the other, and which are told of nothing beforehand."""
 
     def __init__(self, policy: Policy) -> None:
-        parts: list[Any] = policy.parts
-        super().__init__(*parts[:5], policy.future, policy.effort, parts[5])
+        super().__init__(
+            policy.predictor,
+            policy.horizon,
+            policy.selection,
+            policy.eviction,
+            policy.order,
+            policy.future,
+            policy.effort,
+            policy.place,
+        )
         self._at_once = False
 
     def announced(self) -> Announced | None:

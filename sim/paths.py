@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ def use_own_folder(folder: str | Path | None) -> None:
     path = _own_place(folder)
     if path == CONF:
         return
-    shipped = {file.relative_to(conf) for conf in (CONF, ROOT / "replay" / "conf") for file in conf.rglob("*.yaml")}
-    for name in sorted(shipped):
-        if (path / name).exists():
+    # By their names alone, without an object for each: a study asks before each of its runs.
+    places = (CONF, ROOT / "replay" / "conf")
+    for name in sorted({name for conf in places for name in glob("**/*.yaml", root_dir=conf, recursive=True)}):
+        if os.path.exists(os.path.join(path, name)):
             raise ValueError(f"{Path(folder) / name}: a file of that name comes with the package; give yours another")
     check_files(path)
     _own.append(path)

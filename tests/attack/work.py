@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -158,6 +159,9 @@ def serve(connection: Connection, board: MutableSequence[int], folder: str, log:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # What a reader needs for a moment lies where the worker has its files: in memory, where there is such a folder.
+    tempfile.tempdir = f"{folder}/scratch"
+    os.mkdir(tempfile.tempdir)
     bench = Bench(Path(folder), board, modules)
     while (batch := connection.recv()) is not None:
         if isinstance(batch, Failure):

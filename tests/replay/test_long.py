@@ -28,7 +28,7 @@ def test_the_default_trace_reads_nothing_wrong() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_is_equal_to_its_log_twice(name: str, tmp_path: Path) -> None:
     """The log of a real machine, with times that nobody chose; the second run starts where the first has been."""
-    case = Case.of(*SMALL, f"+policy={name}", "trace.num_tokens=32", "residency=0.25")
+    case = Case.of(*SMALL, f"+policy={name}", "trace.num_tokens=16", "residency=0.25")
     with case.rig() as rig:
         for number in range(2):
             path = tmp_path / f"{number}.parquet"
@@ -38,5 +38,5 @@ def test_every_policy_is_equal_to_its_log_twice(name: str, tmp_path: Path) -> No
             with LogReader(path) as reader:
                 result = check_log(reader, case.full, case.policy()[0])
             assert (result.difference, result.partial) == (None, None)
-            assert result.num_forwards == metrics["num_forwards"] == 32
-            assert result.num_decisions > 32 * 24 * 3
+            assert result.num_forwards == metrics["num_forwards"] == 16
+            assert result.num_decisions > 16 * 24 * 3
