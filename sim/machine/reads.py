@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from expertflow.attention import HEAVY, entries_at_most, entries_read, entries_read_together, index_keys
+from expertflow.attention import FULL, HEAVY, entries_at_most, entries_read, entries_read_together, index_keys
 from expertflow.model import ModelSpec
 
 
@@ -27,8 +27,10 @@ def decode_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> tuple[i
     """Entries and index keys that the rows of a decode forward need, each a request of its own."""
     if len(kv_lens) == 1:
         return entries_read(model, kind, kv_lens[0]), index_keys(model, kind, kv_lens[0])
+    if kind == FULL:
+        return sum(kv_lens), 0
     entries = sum(entries_read(model, kind, kv_len) for kv_len in kv_lens)
-    return entries, sum(index_keys(model, kind, kv_len) for kv_len in kv_lens)
+    return entries, sum(index_keys(model, kind, kv_len) for kv_len in kv_lens) if model.has_indexer(kind) else 0
 
 
 def most_read(model: ModelSpec, kind: str, num_requests: int, kv_tokens: int) -> tuple[int, int]:
@@ -48,7 +50,7 @@ def prefill_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> Reads:
     compressed KV of earlier chunks anew; that of its own rows is in the projections."""
     first, last = kv_lens[0], kv_lens[-1]
     entries = entries_read_together(model, kind, first, last)
-    pairs = sum(entries_read(model, kind, kv_len) for kv_len in kv_lens)
-    index_pairs = sum(index_keys(model, kind, kv_len) for kv_len in kv_lens)
+    pairs = sum(kv_lens) if kind == FULL else sum(entries_read(model, kind, kv_len) for kv_len in kv_lens)
+    index_pairs = sum(index_keys(model, kind, kv_len) for kv_len in kv_lens) if model.has_indexer(kind) else 0
     expanded = max(0, entries - len(kv_lens))
     return Reads(entries, pairs, expanded, index_keys(model, kind, last), index_pairs, 1, True)

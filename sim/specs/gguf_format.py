@@ -236,15 +236,18 @@ class _Reader:
         self.num_texts += count
         if self.num_texts > MAX_TEXTS:
             raise self.fault(f"brings the texts of the header to {self.num_texts}, at most {MAX_TEXTS} are allowed")
+        length_at = struct.Struct("<Q").unpack_from
         while count:
             block = self.file.read(_BLOCK)
-            at = 0
-            while count and at + 8 <= len(block):
-                at += 8 + int.from_bytes(block[at : at + 8], "little")
-                count -= 1
-            if not at:
+            at, last = 0, len(block) - 8
+            left = count
+            while left and at <= last:
+                at += 8 + length_at(block, at)[0]
+                left -= 1
+            if left == count:
                 raise self._truncated(8)
             self.skip(at)
+            count = left
 
     def _alignment(self, keys: Mapping[str, Value]) -> int:
         from gguf.constants import GGUF_DEFAULT_ALIGNMENT, Keys

@@ -164,6 +164,9 @@ def _keys(values: Values, top: Values) -> dict[str, Any]:
     mtp = values.raw("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     if type(mtp) is int and mtp > 0:
         values.notes.assume(f"the {mtp} layers of multi-token prediction are not loaded (extra_bytes would count them)")
+    shared, sources = values.raw("num_kv_shared_layers"), values.raw("kv_source_layers")
+    if (type(shared) is int and shared > 0) or (type(sources) is list and sources != list(range(len(sources)))):
+        values.notes.assume("layers that read another layer's KV cache are counted with one of their own")
     if top is not values and any(name.startswith(("vision", "audio")) for name in top.table):
         values.notes.assume("the parts for pictures and sound are not loaded (extra_bytes would count them)")
     if len(found["attention_pattern"]) > LONGEST_TEXT:

@@ -1,7 +1,7 @@
 """Keys of published config.json files that tell of sizes, as on Hugging Face, by the name of the shipped model.
 
 Each is that of the repository or the class named in `source` of conf/model/NAME.yaml, without the keys that no size
-depends on.
+depends on. Where that file says that it is from memory, so is this.
 """
 
 from __future__ import annotations

@@ -224,6 +224,8 @@ def test_attention_that_is_not_converted_counts_by_its_weights(tmp_path: Path) -
         ({"model_type": "laguna"}, "the first 1 of 4 layers are dense"),
         ({"num_nextn_predict_layers": 1}, "multi-token prediction are not loaded"),
         ({**LINEAR, "full_attention_interval": 2}, "32 bits a value"),
+        ({"num_kv_shared_layers": 2}, "counted with one of their own"),
+        ({"kv_source_layers": [0, 0, 2, 2]}, "counted with one of their own"),
     ],
 )
 def test_what_the_file_does_not_say_is_told(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
