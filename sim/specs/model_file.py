@@ -10,7 +10,6 @@ from pathlib import Path
 
 from expertflow.model import ModelSpec
 from traces.container import check_file
-from traces.messages import fault
 from traces.reading import unreadable
 
 GGUF = b"GGUF"
@@ -32,14 +31,9 @@ def read_model_file(path: Path) -> ReadModel:
     file = path / "config.json" if path.is_dir() else path
     check_file(file)
     if _first_bytes(file) == GGUF:
-        try:
-            from sim.specs.gguf_header import read_gguf
-        except ImportError:
-            raise fault(
-                file, "file", "is a GGUF file, which this version does not read", "give a config.json"
-            ) from None
-        found: ReadModel = read_gguf(file)
-        return found
+        from sim.specs.gguf_header import read_gguf
+
+        return read_gguf(file)
     from sim.specs.hf_config import read_hf_config
 
     return ReadModel(*read_hf_config(file))

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.attack import arrays, raw, tables, tensors, traces, trees, yamls
+from tests.attack import arrays, gguf, raw, tables, tensors, traces, trees, yamls
 
 Change = Callable[[Random, Any], None]
 Writer = Callable[[Random, Any], bytes]
@@ -159,6 +159,7 @@ PARQUET = Format(
     copy=list,
 )
 YAML = Format(bytes, (_change_tree,), yamls.write, (yamls.strange,), copy=yamls.parse)
+GGUF = Format(gguf.parse, gguf.OPS, gguf.write, (gguf.lie,), copy=gguf.Doc.copy)
 
 
 def _members(content: bytes) -> dict[str, bytes]:
@@ -202,6 +203,7 @@ BY_SUFFIX: dict[str, Format] = {
     ".npz": NPZ,
     ".parquet": PARQUET,
     ".yaml": YAML,
+    ".gguf": GGUF,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.attack import formats, import_oracles, model_oracle
+from tests.attack import formats, gguf_oracle, import_oracles, model_oracle
 from tests.attack.kinds import FileKind
 from tests.attack.readers import READERS, Reader
 
@@ -20,7 +20,8 @@ class ReaderKind(FileKind):
         self.reader = reader
         self.others: tuple[str, ...] = ()
         super().__init__(reader.name, formats.JSON, self._make, reader.read)
-        self.recheck = (import_oracles.RECHECKS | model_oracle.RECHECKS).get(reader.name)
+        rechecks = import_oracles.RECHECKS | model_oracle.RECHECKS | gguf_oracle.RECHECKS
+        self.recheck = rechecks.get(reader.name)
         if reader.name in SLOW:
             self.target, self.batch = "slow", 20
 

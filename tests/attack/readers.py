@@ -20,7 +20,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from tests.attack import files
-from tests.support import import_sources
+from tests.support import gguf_models, import_sources
 
 
 class Reader(NamedTuple):
@@ -340,6 +340,24 @@ def _own_folder(group: str) -> Callable[[Path], Any]:
     return read
 
 
+def _make_gguf(model: Callable[[], Any]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        return gguf_models.write(folder / "m.gguf", *model())
+
+    return make
+
+
+def _make_gguf_parts(folder: Path) -> Path:
+    """Two parts of one model; the first is attacked."""
+    return gguf_models.in_parts(folder, "m", gguf_models.tiny(), 20)[0]
+
+
+def _read_gguf(path: Path) -> Any:
+    from sim.specs.gguf_header import read_gguf
+
+    return read_gguf(path)
+
+
 # -- twins ---------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +471,9 @@ READERS: list[Reader] = [
     Reader("hardware-composed", _text("mine.yaml", _profile_yaml), _own_folder("hardware")),
     Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _own_folder("stack")),
     Reader("model-composed", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _own_folder("model")),
+    Reader("gguf", _make_gguf(gguf_models.tiny), _read_gguf),
+    Reader("gguf-hybrid", _make_gguf(gguf_models.tiny_hybrid), _read_gguf),
+    Reader("gguf-parts", _make_gguf_parts, _read_gguf),
     Reader("study-yaml", _text("mine.yaml", files.study), _own_folder("study")),
     Reader("twin-settings", _make_twin("twin.json"), _read_twin),
     Reader("twin-state", _make_twin("checkpoint-00000002/state.json"), _read_twin),
