@@ -14,8 +14,8 @@ from traces.reading import read_text
 
 MAX_YAML = 1 << 20
 """Bytes of a file."""
-MAX_VALUES = 1 << 20
-"""Values that a file may come to once its aliases are followed."""
+MAX_VALUES = 1 << 16
+"""Values that a file may come to once its aliases are followed: Hydra takes some 20 us for each."""
 _MOST_DEPTH = 100
 _NO_VALUES = ("set", "omap", "pairs", "binary")
 """Kinds that YAML has and a configuration has not: Hydra fails on some without a word."""

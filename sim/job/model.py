@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from expertflow.keys import declared, nearest, shown
+from expertflow.keys import declared, nearest, shown, unknown_key
 from expertflow.model import ModelSpec, model_from_dict
 from sim.job.keys import ModelKeys
 from sim.paths import config_files
@@ -48,19 +48,22 @@ def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | N
         return model_from_dict(keys)
     extra = sorted(set(keys) - {"name"})
     if extra:
+        known = [*declared(ModelKeys), *declared(ModelSpec)]
+        if extra[0] not in known:
+            raise unknown_key("model", extra[0], known)
         raise ValueError(
             f"model.{extra[0]} means nothing with model=auto; name the model to change its sizes, or give model.path"
         )
     # A twin has its original's topology; sizes and speeds come from the original.
     name = trace.model.removesuffix("-twin")
-    known = config_files("model")
-    del known[AUTO]
-    if name not in known:
+    files = config_files("model")
+    del files[AUTO]
+    if name not in files:
         raise ValueError(
             f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
-            f"say model.path=FILE (a config.json), or model=NAME with one of: {nearest(name, sorted(known), 120)}"
+            f"say model.path=FILE (a config.json), or model=NAME with one of: {nearest(name, sorted(files), 120)}"
         )
-    return model_from_dict(read_yaml(known[name]))
+    return model_from_dict(read_yaml(files[name]))
 
 
 def remarks(model: ModelSpec, model_file: ReadModel | None) -> Iterator[str]:

@@ -96,6 +96,7 @@ def test_the_result_records_every_size_and_the_run_says_what_was_assumed(
         (("model.path={}", "model.expert_bit=4"), ("did you mean model.expert_bits?",)),
         (("model.path={}", "model.top_k=33"), ("model.top_k=33 is outside [1, 32]",)),
         (("model.expert_bits=4",), ("model.expert_bits means nothing with model=auto", "give model.path")),
+        (("++model.foo=4",), ("model.foo is no key",)),
         (("model.window_every=2",), ("model.window_every is called model.attention_pattern now",)),
     ],
 )
