@@ -42,8 +42,8 @@ def one_line(error: BaseException, remedy: str = "") -> str | None:
 
 
 def _outgrown(error: BaseException) -> BaseException | None:
-    """The want of memory or depth that Hydra's error wraps, whose own text is then empty: aliases of YAML that stand for
-    aliases unfold to more than any file holds."""
+    """The want of memory or depth that the error of Hydra wraps, whose own text is then empty: aliases of YAML that
+    stand for aliases unfold to more than any file holds."""
     seen = 0
     cause: BaseException | None = error
     while cause is not None and seen < _DEEPEST_CAUSE:
