@@ -107,8 +107,8 @@ def _with_given_keys(rows: list[tuple[Path, dict[str, Any]]], runs: list[int]) -
 
 
 def markdown(table: pd.DataFrame, value: str) -> str:
-    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency) and what else
-    the runs were given that differs."""
+    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency) and what
+    else the runs were given that differs."""
     if value not in table.columns:
         raise ValueError(
             f"--markdown={value} is no column{near_to(value, table.columns)}; "
