@@ -21,11 +21,13 @@ _PLAIN = {"true": True, "false": False, "null": None}
 
 
 def given_keys(folder: Path) -> dict[str, Any]:
-    """Keys and values of a run's overrides, as `provenance.json` has them; none where that is missing. TraceError names
-    the file where it holds something else."""
+    """Keys and values of a run's overrides, as `provenance.json` has them; none where that is missing."""
     path = folder / "provenance.json"
-    if not path.exists():
-        return {}
+    return given_in(path) if path.exists() or path.is_symlink() else {}
+
+
+def given_in(path: Path) -> dict[str, Any]:
+    """The same of the file itself. TraceError names it where it holds something else."""
     words = read_table(path, _REMEDY).get("overrides", [])
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise fault(path, "overrides", "is no list of texts", _REMEDY)

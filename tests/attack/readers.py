@@ -170,6 +170,17 @@ def _make_metrics(folder: Path) -> Path:
     return _text("metrics.json", _metrics)(folder)
 
 
+def _provenance() -> str:
+    words = ["+hardware=a100", "chunk_mib=4", "policy/eviction=lru", "policy.transfer.serial=true", "trace.path=[a,b]"]
+    return json.dumps({"overrides": words, "wall_s": 1.5})
+
+
+def _read_provenance(path: Path) -> Any:
+    from sim.job.given import columns, given_in
+
+    return given_in(path), columns([path.parent], ())
+
+
 def _read_metrics(path: Path) -> Any:
     from sim.collect import collect, write_table
 
@@ -455,6 +466,7 @@ READERS: list[Reader] = [
     Reader("fitted-network", _arrays("n.safetensors", files.network), _fitted("hybrid")),
     Reader("fitted-forest", _arrays("f.safetensors", files.forest), _fitted("forest")),
     Reader("metrics", _make_metrics, _read_metrics),
+    Reader("provenance", _text("provenance.json", _provenance), _read_provenance),
     Reader("bench-ratios", _text("bench.json", files.ratios), _read_ratios),
     Reader("golden-runs", _text("runs.json", files.pins), _read_pins),
     Reader("done", _text("DONE", files.done), _read_done),

@@ -36,7 +36,6 @@ OPENING = {
 """The functions by which files of unknown origin are opened (`traces/reading.py`)."""
 OTHERWISE = {
     "replay/calibrate.py": "the profile of an earlier calibration of the same name, read as hardware-yaml is",
-    "sim/job/known.py": "the names of the keys in files of conf/, read as hardware-composed is",
     "sim/study/cells.py": "results that the study itself has written, read as metrics are",
     "traces/fitting/baselines.py": "frequencies of a fit, read as fitted-transition is",
 }

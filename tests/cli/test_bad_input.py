@@ -85,7 +85,7 @@ KEYS = [
     Bad(f"{LRU} policy.evicton=lru", ("policy.evicton is no key (did you mean policy.eviction?)",)),
     Bad(f"{LRU} policy/evicton=lru", ("policy/evicton is no group (did you mean policy/eviction?)",)),
     Bad(f"{LRU} policy.eviction.scop=layer", ("policy.eviction.scop is no key (did you mean policy.eviction.scope?)",)),
-    Bad(f"{LRU} model.num_layers=4", ("model.num_layers is not among the keys", "+model.num_layers=VALUE")),
+    Bad(f"{LRU} model.num_layers=4", ("model.num_layers means nothing with model=auto", "name the model")),
     Bad(f"{LRU} foo=1", ("foo is no key", "`expertflow keys` lists them")),
     Bad(f"{LRU} +foo=1", ("foo is no key", "batch_size", "hardware", "more")),
     Bad(f"{LRU} +model.foo=1", ("model.foo", "model=auto", "name the model")),

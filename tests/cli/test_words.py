@@ -137,7 +137,7 @@ def test_a_part_of_ones_own_runs_in_any_policy_and_is_shown_with_its_change_alon
     words = [*ADAPTIVE, f"policy.eviction._target_={parts}.Plain", f"trace.path={trace}", "compare=none"]
     found = run_here(words, tmp_path / "run")
     assert found.code == 0, found.err
-    assert found.out.startswith(f"adaptive with eviction={parts}.Plain on a100")
+    assert found.out.startswith(f"adaptive with eviction={parts}.Plain (predictor: hybrid) on a100")
 
 
 def test_an_exception_in_a_part_names_file_and_line(parts: str, tmp_path: Path) -> None:
