@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from rich.console import Console
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from sim.console import version_line
+from sim.job.assumed import at_locality, ends_beside
+from sim.job.assumed import head as assumed_head
 from sim.job.beside import answerable, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
@@ -65,11 +67,13 @@ def run_configured(cfg: DictConfig) -> float | None:
             console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
             return None
         begin_folder(folder, cfg)
+        alone = HydraConfig.get().mode != RunMode.MULTIRUN
         with Decided(mark, __name__, plain) as decided, limited(plain["timeout_s"]):
-            metrics = run_job(plain, work, folder)
+            metrics = run_job(plain, work, folder, workers=alone)
         write_text(folder / "metrics.json", to_json(metrics))
         wall_s = time.perf_counter() - started
-        write_text(folder / "provenance.json", to_json(provenance(overrides, work.trace_sha256, wall_s)))
+        came_from = provenance(overrides, work.trace_sha256, wall_s) | assumed_head(work.trace)
+        write_text(folder / "provenance.json", to_json(came_from))
         write_text(folder / "DONE", decided.to_json())
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
@@ -79,16 +83,28 @@ def run_configured(cfg: DictConfig) -> float | None:
     return None if mean is None else float(mean)
 
 
-def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[str, Any]:
-    """The metrics of one configuration, with the runs beside it; timeline and events go to `folder`."""
+def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None, workers: bool = False) -> dict[str, Any]:
+    """The metrics of one configuration, with the runs beside it; timeline and events go to `folder`.
+
+    workers: what a range needs besides may run in processes of its own.
+    """
     policy, transfer = make_policy(cfg["policy"], work, cfg["seed"])
     run = partial(run_policy, work)
-    with Recorders(cfg, work, folder) as recorders:
-        asked_for = run_asked(cfg, work, policy, transfer, run, recorders.observers)
-    metrics = describe(work, policy, cfg["policy"]["name"]) | asked_for
-    with answerable(policy):
-        metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
+    with ends_beside(cfg, work.trace, run_end, workers) as put_range:
+        with Recorders(cfg, work, folder) as recorders:
+            asked_for = run_asked(cfg, work, policy, transfer, run, recorders.observers)
+        metrics = describe(work, policy, cfg["policy"]["name"]) | asked_for
+        with answerable(policy):
+            metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
+            put_range(metrics)
     return metrics
+
+
+def run_end(cfg: Mapping[str, Any], locality: str) -> dict[str, Any]:
+    """The metrics of the policy alone at another locality of assumed routing."""
+    plain = at_locality(cfg, locality)
+    work = make_workload(plain)
+    return run_policy(work, *make_policy(plain["policy"], work, plain["seed"]))
 
 
 def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

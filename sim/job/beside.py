@@ -18,6 +18,7 @@ from expertflow.orders.resident_first import ResidentFirst
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.selections.top_k import TopK
+from sim.job import assumed
 from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy
 
@@ -45,6 +46,7 @@ def describe(work: Workload, policy: Policy, name: str, world: str = "sim") -> d
         },
         "uses_future": policy.uses_future or work.start == "popular",
         "capacity": {"num_slots": work.num_slots, "residency": work.residency},
+        **assumed.head(work.trace),
     }
 
 

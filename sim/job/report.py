@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sim.job.assumed import range_line
+
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
@@ -43,10 +45,11 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None, 
     title: of the policy (see `sim.job.title`); where it is the name alone, a run of that name beside is the same run.
     """
     capacity, trace = metrics["capacity"], metrics["trace"]
+    routing = f"; {metrics['assumed']['routing']}" if "assumed" in metrics else ""
     console.print(
         f"[bold]{escape(title)}[/bold] on {metrics['hardware']}, {metrics['stack']} stack, {metrics['model']} with "
         f"{capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
-        f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
+        f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests{routing}",
         highlight=False,
         soft_wrap=True,
     )
@@ -66,6 +69,8 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None, 
         floor = bounds["floor_ns"] / max(metrics["num_tokens"], 1) / 1e6
         table.add_row("floor", "", f"{floor:.3f}", style="dim")
     _print_table(console, table)
+    if "assumed" in metrics:
+        console.print(range_line(metrics), highlight=False, soft_wrap=True)
     _print_notes(console, metrics, folder)
 
 
@@ -82,7 +87,8 @@ def print_line(console: Console, metrics: dict[str, Any], folder: str, title: st
     mean = metrics["tpot_ms"]["mean"]
     place = f"{metrics['hardware']}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
-    console.print(f"{escape(title)} on {place}: {times} → {folder}", highlight=False, soft_wrap=True)
+    routing = f" ({metrics['assumed']['routing']})" if "assumed" in metrics else ""
+    console.print(f"{escape(title)} on {place}{routing}: {times} → {folder}", highlight=False, soft_wrap=True)
 
 
 def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) -> None:

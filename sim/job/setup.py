@@ -38,6 +38,7 @@ OPTIONAL = ("name", "transfer", "effort", "place")
 WORKSPACE_GB = 1.5
 CHECK_PARTS = "EXPERTFLOW_CHECK_PARTS"
 """Environment variable: `all` = what the parts of this package answer is checked as well, as others' always is."""
+OTHER_TOPOLOGY = "choose the model that was recorded (model=auto), or name no trace: routing is then assumed"
 MOST_CHUNKS = 1024
 """Of one expert: each is an event of its own in a run."""
 
@@ -101,7 +102,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
     hardware = hardware_from_dict(cfg["hardware"])
     stack = stack_from_dict(cfg["stack"])
     if trace is None:
-        trace = make_trace(cfg["trace"])
+        trace = trace_of(cfg)
     model = make_model(cfg["model"], trace)
     scaled = [name for name in hardware.kernel_ns if name.startswith(f"{model.name}/")]
     if scaled and model.name not in hardware.kernel_ns:
@@ -163,11 +164,23 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
     )
 
 
+def trace_of(cfg: Mapping[str, Any]) -> Trace:
+    """The trace of a run: the one it names, or, where that is of another topology than its model, an assumed one."""
+    from sim.job.assumed import assumed_trace
+
+    check_trace(cfg["trace"])
+    return assumed_trace(cfg["trace"], named_model(cfg["model"]), cfg["batch_size"]) or make_trace(cfg["trace"])
+
+
 def make_trace(cfg: Mapping[str, Any]) -> Trace:
     """The trace at `path`, one generated where a key of the generator is set, or the shipped recording."""
     check_trace(cfg)
     if cfg.get("path") is not None:
         return open_trace(cfg["path"])
+    if cfg.get("locality") is not None:
+        from sim.job.assumed import needs_model
+
+        raise needs_model(cfg["locality"])
     from sim.job.default_trace import GENERATED, SHIPPED_TRACE, generated_trace
 
     told = {key: value for key, value in cfg.items() if key != "path" and value is not None}
@@ -177,9 +190,15 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
     return generated_trace(cfg["num_tokens"], cfg["num_requests"], cfg["seed"], cfg.get("params"))
 
 
+def named_model(cfg: Mapping[str, Any]) -> ModelSpec | None:
+    """The model that is named, None with model=auto."""
+    return None if cfg.get("name") == "auto" else model_from_dict(cfg)
+
+
 def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
     """The named model, or the one that the trace names; its shape must be the trace's."""
-    if cfg.get("name") == "auto":
+    model = named_model(cfg)
+    if model is None:
         extra = sorted(set(cfg) - {"name"})
         if extra:
             raise ValueError(f"model.{extra[0]} means nothing with model=auto; name the model to change its sizes")
@@ -193,18 +212,15 @@ def make_model(cfg: Mapping[str, Any], trace: Trace) -> ModelSpec:
                 f"say model=NAME with one of: {', '.join(sorted(known))}"
             )
         model = model_from_dict(read_yaml(known[name]))
-    else:
-        model = model_from_dict(cfg)
     for key in ("num_layers", "num_experts"):
         if getattr(model, key) != getattr(trace, key):
             raise ValueError(
                 f"model={model.name} has {key}={getattr(model, key)}, the trace {trace.name} "
-                f"{key}={getattr(trace, key)}; choose the model that was recorded (model=auto)"
+                f"{key}={getattr(trace, key)}; {OTHER_TOPOLOGY}"
             )
     if trace.top_k > model.top_k:
         raise ValueError(
-            f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; "
-            "choose the model that was recorded (model=auto)"
+            f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; {OTHER_TOPOLOGY}"
         )
     return model
 

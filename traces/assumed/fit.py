@@ -68,9 +68,7 @@ def _pooled(tables: Sequence[Floats]) -> Floats:
 
 def fit_families(traces: Sequence[Trace]) -> dict[str, Family]:
     """The family of each setting. ValueError on recordings that are too few or too short."""
-    seen = [
-        measure(np.asarray(trace.experts), np.asarray(trace.request_start), trace.num_experts) for trace in traces
-    ]
+    seen = [measure(np.asarray(trace.experts), np.asarray(trace.request_start), trace.num_experts) for trace in traces]
     topology = Topology(_LAYERS, traces[0].num_experts, traces[0].top_k)
     return {name: _fit(target, topology) for name, target in targets(seen).items()}
 

@@ -14,9 +14,9 @@ from traces.kept import KeptArrays, code_hash
 from traces.shipped import cache_folder
 
 NUM_REQUESTS = 8
-ACCESSES = 200_000
+ACCESSES = 150_000
 """Of experts, by all tokens in all layers, so that a run takes as long whatever the topology."""
-SHORTEST, LONGEST = 16, 128
+SHORTEST, LONGEST, STEP = 16, 128, 8
 """Tokens of a request."""
 PROMPT = 4
 """One token of so many is of the prompt."""
@@ -46,12 +46,12 @@ class Assumed(NamedTuple):
 
 
 def usual_size(topology: Topology, num_tokens: int | None = None, num_requests: int | None = None) -> Size:
-    """The size where a part of it is not said: requests of a power of two of tokens, so many as `ACCESSES` allows."""
+    """The size where a part of it is not said: requests of a multiple of `STEP` tokens, as many as `ACCESSES` allows."""
     requests = NUM_REQUESTS if num_requests is None else num_requests
     if num_tokens is not None:
         return Size(num_tokens, min(requests, num_tokens) if num_requests is None else requests)
     fit = ACCESSES // (NUM_REQUESTS * topology.num_layers * topology.top_k)
-    length = min(LONGEST, max(SHORTEST, 1 << max(fit.bit_length() - 1, 0)))
+    length = min(LONGEST, max(SHORTEST, fit // STEP * STEP))
     return Size(length * requests, requests)
 
 
