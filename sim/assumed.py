@@ -224,11 +224,11 @@ def page(rows: Sequence[Row], command: str, num_tokens: int) -> str:
         f"Low to high brackets the recording in **{inside} of {len(rows)}** places"
         + (f"; the farthest outside is {_place(worst)}." if worst else "."),
         "",
-        f"Each recording, its first {num_tokens} tokens at most, is held against routing assumed for its topology, with its",
-        "request lengths and prompts, on an A100 with the eager stack. The families of a row were fitted to recordings of",
-        "other models alone, and to none that is named eval. `adaptive` takes what each trace has for its predictor: a",
-        "recorded pre-gate or a fitted network where the recording has one, the transitions of the run itself where the",
-        "routing is assumed. Hits and stall left of on-demand in percent; rows outside are marked.",
+        f"Each recording, its first {num_tokens} tokens at most, is held against routing assumed for its topology,",
+        "with its request lengths and prompts, on an A100 with the eager stack. The families of a row were fitted to",
+        "recordings of other models alone, and to none that is named eval. `adaptive` takes what each trace has for",
+        "its predictor: a recorded pre-gate or a fitted network where the recording has one, the transitions of the",
+        "run itself where the routing is assumed. Hits, and the share of on-demand's stall that is left, in percent.",
         "",
     ]
     for name in dict.fromkeys(row.recording for row in rows):
@@ -260,8 +260,8 @@ def _carried_lines() -> list[str]:
         "## What carries over",
         "",
         "The shipped families, fitted at 4 of 32 experts, made for other topologies and measured: correlations of an",
-        "expert's scores (1 and 32 tokens apart, across requests, with the best expert of the layer before) stay what they",
-        "are; overlap and the share of the most chosen tenth of experts follow from them and the topology.",
+        "expert's scores (1 and 32 tokens apart, across requests, with the best expert of the layer before), and what",
+        "follows from them and the topology: overlap beyond chance, the share of the most chosen tenth of experts.",
         "",
         "| " + " | ".join(names) + " |",
         "|" + "---|" * len(names),

@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from expertflow.keys import shown
+from expertflow.keys import plain, shown
 from expertflow.model import ModelSpec
 from sim.job.default_trace import SHIPPED_TOPOLOGY, GeneratedTrace
 from sim.job.errors import one_line
 from sim.job.reads import SHIPPED, note
 from traces.assumed.command import check_size
 from traces.assumed.families import FAMILIES, SETTINGS, USUAL
-from traces.assumed.made import Assumed, arrays_of, header_of, usual_size
+from traces.assumed.made import Assumed, Size, arrays_of, header_of, memory_of, usual_size
 from traces.assumed.routing import Topology
+from traces.limits import MAX_BYTES, max_bytes
 from traces.reader import Trace
 
 ENDS = tuple(name for name in SETTINGS if name != USUAL)
@@ -53,12 +54,23 @@ def assumed_trace(cfg: Mapping[str, Any], model: ModelSpec | None, batch_size: i
         return None
     size = usual_size(topology, cfg.get("num_tokens"), cfg.get("num_requests"))
     check_size(size)
+    _check_memory(model, topology, size)
     if batch_size > size.num_requests:
         raise ValueError(
             f"batch_size={batch_size} is more than the {size.num_requests} requests of the assumed routing; "
             f"say trace.num_requests={batch_size}, or name a recording: trace.path=FILE"
         )
     return AssumedTrace(Assumed(topology, locality or USUAL, size, cfg.get("seed") or 0), locality is None)
+
+
+def _check_memory(model: ModelSpec, topology: Topology, size: Size) -> None:
+    """ValueError where making the routing would take more memory than what is read from a file may."""
+    needed, most = memory_of(topology, size), max_bytes()
+    if needed > most:
+        raise ValueError(
+            f"model={plain(model.name, 60)}: routing assumed for {topology} would take {needed} bytes of memory, at "
+            f"most {most} are allowed; name a recording: trace.path=FILE, or allow more with {MAX_BYTES}=<bytes>"
+        )
 
 
 def needs_model(locality: str) -> ValueError:

@@ -17,13 +17,14 @@ import numpy as np
 
 from traces.assumed.families import FAMILIES, FORMAT, SETTINGS, USUAL
 from traces.assumed.fit import QUANTILES, fit_families
-from traces.assumed.made import SOURCE, Assumed, Size, arrays_of, usual_size
+from traces.assumed.made import SOURCE, Assumed, Size, arrays_of, memory_of, usual_size
 from traces.assumed.measure import LAGS, beyond_chance, measure, share_of_top_tenth
 from traces.assumed.routing import Topology
 from traces.files import replace_text
 from traces.flags import Parser, whole
 from traces.format import About, write_trace
 from traces.layout import MAX_EXPERTS
+from traces.limits import check_bytes
 from traces.messages import PREFIX, TraceError, fault, told
 from traces.processes.ending import keeping, stopped
 from traces.reader import Trace, open_trace
@@ -80,6 +81,7 @@ def _generate(args: argparse.Namespace) -> int:
     topology = Topology(args.layers, args.experts, args.top_k)
     size = usual_size(topology, args.tokens, args.requests)
     check_size(size, "--tokens ", "--requests ")
+    check_bytes(args.output, "arrays", memory_of(topology, size))
     asked = Assumed(topology, args.locality, size, args.seed)
     about = About(args.model, args.experts, f"{SOURCE} ({asked.name})", "CC0-1.0")
     write_trace(args.output, arrays_of(asked), about)
@@ -111,6 +113,8 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> int:
+    if not args.out.absolute().parent.is_dir():
+        raise fault(args.out, "file", f"the folder {args.out.absolute().parent} does not exist", "create it first")
     traces = [_to_fit(path) for path in args.traces]
     first = traces[0]
     for other in traces[1:]:

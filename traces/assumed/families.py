@@ -51,8 +51,8 @@ def load_families(path: Path = FAMILIES) -> dict[str, Family]:
 
 def _family(path: Path, name: str, given: Any) -> Family:
     names = [item.name for item in fields(Family)]
-    values = [given.get(key) for key in names] if isinstance(given, dict) else [None]
-    numbers = [value for value in values if type(value) in (int, float) and 0 <= value <= 1]
+    values = [given.get(key) for key in names] if isinstance(given, dict) else []
+    numbers = [float(value) for value in values if isinstance(value, int | float) and 0 <= value <= 1]
     if len(numbers) < len(names) or abs(sum(numbers[:-1]) - 1) > 1e-6 or numbers[-1] == 1:
         raise fault(path, f"settings.{name}", f"must give {', '.join(names)}, shares that add up to 1", _REMEDY)
     return Family(*numbers)

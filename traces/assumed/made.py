@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.assumed.families import USUAL, families_sha256, shipped_families
-from traces.assumed.routing import Topology, make_routing
+from traces.assumed.routing import AT_ONCE, Topology, make_routing
 from traces.kept import KeptArrays, code_hash
 from traces.shipped import cache_folder
 
@@ -46,13 +46,19 @@ class Assumed(NamedTuple):
 
 
 def usual_size(topology: Topology, num_tokens: int | None = None, num_requests: int | None = None) -> Size:
-    """The size where a part of it is not said: requests of a multiple of `STEP` tokens, as many as `ACCESSES` allows."""
+    """The size where a part is not said: requests of a multiple of `STEP` tokens, as many as `ACCESSES` allows."""
     requests = NUM_REQUESTS if num_requests is None else num_requests
     if num_tokens is not None:
         return Size(num_tokens, min(requests, num_tokens) if num_requests is None else requests)
     fit = ACCESSES // (NUM_REQUESTS * topology.num_layers * topology.top_k)
     length = min(LONGEST, max(SHORTEST, fit // STEP * STEP))
     return Size(length * requests, requests)
+
+
+def memory_of(topology: Topology, size: Size) -> int:
+    """At most so many bytes of memory making it takes: scores of a block, the states of a request, what is chosen."""
+    scores = topology.num_layers * topology.num_experts
+    return 8 * (4 * max(scores, AT_ONCE) + 8 * scores) + 2 * size.num_tokens * topology.num_layers * topology.top_k
 
 
 def request_lengths(size: Size) -> list[int]:
@@ -107,4 +113,4 @@ def _kept_experts(asked: Assumed, lengths: Sequence[int]) -> npt.NDArray[np.inte
     return made
 
 
-__all__ = ["NUM_REQUESTS", "SOURCE", "USUAL", "Assumed", "Size", "arrays_of", "header_of", "usual_size"]
+__all__ = ["NUM_REQUESTS", "SOURCE", "USUAL", "Assumed", "Size", "arrays_of", "header_of", "memory_of", "usual_size"]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from traces.assumed.families import FAST, SLOW, Family
 
-_AT_ONCE = 1 << 20
+AT_ONCE = 1 << 20
 """Scores that are made side by side."""
 
 Floats = npt.NDArray[np.float64]
@@ -51,7 +51,7 @@ def make_routing(family: Family, topology: Topology, lengths: Sequence[int], see
     first = 0
     for number, length in enumerate(lengths):
         request = _Request(family, (num_layers, num_experts), _stream(seed, number + 1))
-        block = max(1, _AT_ONCE // (num_layers * num_experts))
+        block = max(1, AT_ONCE // (num_layers * num_experts))
         for start in range(0, length, block):
             scores = request.scores(min(block, length - start))
             _down_the_layers(scores, orders, family.depth)
@@ -77,7 +77,7 @@ class _Request:
     def scores(self, num_tokens: int) -> Floats:
         """v of the next tokens, [tokens, L, E]."""
         family, rng = self._family, self._rng
-        found = np.sqrt(family.fresh) * rng.standard_normal((num_tokens, *self._shape))
+        found: Floats = np.sqrt(family.fresh) * rng.standard_normal((num_tokens, *self._shape))
         found += self._fixed
         for row in found:
             row += np.sqrt(family.slow) * self._slow + np.sqrt(family.fast) * self._fast
