@@ -31,9 +31,7 @@ def test_a_run_without_a_trace_of_its_model_says_what_it_assumed_and_how_much_ha
     found = run_here([*SMALL, "+policy=lru", "compare=none"], folder)
     assert found.code == 0, found.err
     assert "trace assumed:usual 32x8 top 2: 32 tokens, 8 requests; assumed routing, usual locality" in found.out
-    line = re.search(
-        r"^TPOT (\S+) ms, (\S+)–(\S+) by how local the routing is; record your own.*docs/traces.md$", found.out, re.M
-    )
+    line = re.search(r"^TPOT (\S+) ms, (\S+)–(\S+) by how local the routing is; record your own", found.out, re.M)
     assert line is not None, found.out
     usual, least, most = map(float, line.groups())
     assert least < usual < most
@@ -59,6 +57,7 @@ def test_a_run_without_a_trace_of_its_model_says_what_it_assumed_and_how_much_ha
     assert len(collect(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_one_after_the_other_gives_what_side_by_side_does(tmp_path: Path) -> None:
     words = [*SMALL, "+policy=lru", "compare=none", "trace.num_tokens=8"]
     assert run_here(words, tmp_path / "run").code == 0
@@ -66,6 +65,7 @@ def test_one_after_the_other_gives_what_side_by_side_does(tmp_path: Path) -> Non
     assert side_by_side == json.loads(json.dumps(job(*words)))
 
 
+@pytest.mark.slow
 def test_policies_that_learn_run_and_what_needs_a_recording_is_refused_in_one_line(tmp_path: Path) -> None:
     metrics = job(*SMALL, "+policy=adaptive", "compare=none", "trace.locality=high")
     assert metrics["prefetch"]["issued"] > 0
@@ -90,6 +90,7 @@ def test_what_is_assumed_and_what_is_as_it_was(words: tuple[str, ...], name: str
     assert trace_of(configure(["+hardware=a100", "+policy=lru", *words])).name == name
 
 
+@pytest.mark.slow
 def test_batches_up_to_the_number_of_requests_run() -> None:
     words = ("+hardware=a100", "+policy=lru", "model=mixtral-8x7b", "compare=none", "trace.locality=usual")
     assert job(*words, "batch_size=8", "trace.num_tokens=32")["num_tokens"] == 32
@@ -122,7 +123,9 @@ def test_the_range_is_said_in_words(times: tuple[float | None, ...], line: str) 
 # -- held against recordings ---------------------------------------------------------------------------------
 
 
-def test_the_page_says_where_the_range_fails() -> None:
+@pytest.mark.slow
+def test_the_page_says_where_the_range_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assumed, "TOPOLOGIES", assumed.TOPOLOGIES[:2])
     rows = [
         Row("a-eval", "b-train", 0.5, "LRU hits", 50.0, (40.0, 45.0, 60.0)),
         Row("a-eval", "b-train", 0.5, "adaptive hits", 70.0, (40.0, 45.0, 66.5)),
@@ -141,7 +144,7 @@ def test_a_recording_is_held_against_families_of_other_models(tmp_path: Path, mo
     trace = next(one for one in found if one.name == "qwen1.5-moe-a2.7b-twin-eval")
     [train] = [one for one in found if assumed.is_to_fit(one)]
     assert train.name == "gpt-oss-20b-twin-train"
-    rows = list(assumed.compare(trace, assumed.shipped_families(), train.name, 16))
+    rows = list(assumed.compare(trace, assumed.shipped_families(), train.name, 80))
     assert [row.quantity for row in rows] == list(assumed.QUANTITIES)
     low, _, high = rows[0].assumed
     assert low < high
