@@ -35,11 +35,15 @@ from traces.processes.ending import begin, keeping, stopped
 from traces.reader import Trace, open_trace
 
 RESIDENCIES = (0.25, 0.5, 0.75)
+HISTORY = "history"
+"""`adaptive` that predicts from the run's own history alone, as it does where routing is assumed."""
 QUANTITIES = {
     "LRU hits": ("lru", "hits"),
     "LRU stall left": ("lru", "stall"),
     "adaptive hits": ("adaptive", "hits"),
     "adaptive stall left": ("adaptive", "stall"),
+    "history hits": (HISTORY, "hits"),
+    "history stall left": (HISTORY, "stall"),
 }
 """What is compared: of a policy, hits as a share of accesses, or its stall as a share of on-demand's; in percent."""
 TOPOLOGIES = (Topology(3, 8, 2), Topology(3, 32, 4), Topology(3, 128, 8), Topology(3, 256, 8))
@@ -135,6 +139,11 @@ def _measured(trace: Trace, model: str, residency: float, num_tokens: int) -> di
     run = partial(run_policy, work)
     found = {other: run(*parts) for other, parts in baselines().items()}
     found["adaptive"] = run(*make_policy(cfg["policy"], work, cfg["seed"]))
+    found[HISTORY] = found["adaptive"]
+    if not isinstance(trace, GeneratedTrace):
+        learned = ("policy/predictor=transition", "policy.predictor.fitted_start=null", "policy.predictor.keep=0")
+        alone = configure([*words, *learned])
+        found[HISTORY] = run(*make_policy(alone["policy"], work, cfg["seed"]))
     return {quantity: _figure(found, *what) for quantity, what in QUANTITIES.items()}
 
 
@@ -228,7 +237,8 @@ def page(rows: Sequence[Row], command: str, num_tokens: int) -> str:
         "with its request lengths and prompts, on an A100 with the eager stack. The families of a row were fitted to",
         "recordings of other models alone, and to none that is named eval. `adaptive` takes what each trace has for",
         "its predictor: a recorded pre-gate or a fitted network where the recording has one, the transitions of the",
-        "run itself where the routing is assumed. Hits, and the share of on-demand's stall that is left, in percent.",
+        "run itself where the routing is assumed. *History* predicts from those on recordings, too: what is left is the",
+        "routing. Hits, and the share of on-demand's stall that is left, in percent.",
         "",
     ]
     for name in dict.fromkeys(row.recording for row in rows):
