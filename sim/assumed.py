@@ -10,18 +10,20 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from joblib import Parallel, delayed
 
 from sim.job.beside import baselines
 from sim.job.configure import configure
 from sim.job.default_trace import GeneratedTrace
 from sim.job.output import write_text
+from sim.job.pool import use_workers
 from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from sim.paths import ROOT
@@ -89,14 +91,17 @@ def is_to_fit(trace: Trace) -> bool:
     return trace.paths[0].stem.endswith("train")
 
 
-def compare(trace: Trace, families: Mapping[str, Family], fitted_to: str, num_tokens: int) -> Iterator[Row]:
-    """The rows of one recording, of which the first tokens are run."""
+def compare(path: Path, families: Mapping[str, Family], fitted_to: str, num_tokens: int) -> list[Row]:
+    """The rows of the recording at `path`, of which the first tokens are run."""
+    trace = open_trace(path)
     runs = [trace, *(_assumed_like(trace, families[name], num_tokens) for name in SETTINGS)]
+    rows = []
     for residency in RESIDENCIES:
         found = [_measured(one, trace.model, residency, num_tokens) for one in runs]
         for quantity in QUANTITIES:
             recorded, *assumed = (one[quantity] for one in found)
-            yield Row(trace.name, fitted_to, residency, quantity, recorded, tuple(assumed))
+            rows.append(Row(trace.name, fitted_to, residency, quantity, recorded, tuple(assumed)))
+    return rows
 
 
 def _assumed_like(trace: Trace, family: Family, num_tokens: int) -> Trace:
@@ -185,10 +190,10 @@ def carried() -> list[dict[str, float | str]]:
 # -- the command ---------------------------------------------------------------------------------------------
 
 
-def check(folders: Sequence[Path], num_tokens: int) -> list[Row]:
+def check(folders: Sequence[Path], num_tokens: int, num_jobs: int = 1) -> list[Row]:
     """Every row: each recording against families of recordings of other models. TraceError where there is none."""
     found = recordings(folders)
-    rows: list[Row] = []
+    jobs, rows = [], []
     families: dict[str, dict[str, Family]] = {}
     for trace in found:
         others = [one for one in found if is_to_fit(one) and one.model != trace.model]
@@ -197,10 +202,11 @@ def check(folders: Sequence[Path], num_tokens: int) -> list[Row]:
         fitted_to = ", ".join(one.name for one in others)
         if fitted_to not in families:
             families[fitted_to] = fit_families(others)
-        rows += compare(trace, families[fitted_to], fitted_to, num_tokens)
-        print(
-            f"{trace.name}: {sum(row.bracketed for row in rows if row.recording == trace.name)} bracketed", flush=True
-        )
+        jobs.append(delayed(compare)(trace.paths[0], families[fitted_to], fitted_to, num_tokens))
+    use_workers()
+    for own in Parallel(n_jobs=num_jobs, return_as="generator")(jobs):
+        print(f"{own[0].recording}: {sum(row.bracketed for row in own)} of {len(own)} bracketed", flush=True)
+        rows += own
     return rows
 
 
@@ -237,8 +243,8 @@ def page(rows: Sequence[Row], command: str, num_tokens: int) -> str:
         "with its request lengths and prompts, on an A100 with the eager stack. The families of a row were fitted to",
         "recordings of other models alone, and to none that is named eval. `adaptive` takes what each trace has for",
         "its predictor: a recorded pre-gate or a fitted network where the recording has one, the transitions of the",
-        "run itself where the routing is assumed. *History* predicts from those on recordings, too: what is left is the",
-        "routing. Hits, and the share of on-demand's stall that is left, in percent.",
+        "run itself where the routing is assumed. *History* predicts from those on recordings, too: what differs then",
+        "is the routing. Hits, and the share of on-demand's stall that is left, in percent.",
         "",
     ]
     for name in dict.fromkeys(row.recording for row in rows):
@@ -286,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with keeping("nothing was written; give the same command again"):
             args = _parser().parse_args(argv)
-            rows = check(args.folders, args.tokens)
+            rows = check(args.folders, args.tokens, args.jobs)
             words = " ".join(["$FOLDER"] * len(args.folders))
             command = f"python -m sim.assumed {words} --tokens {args.tokens} --out results/assumed"
             write_text(args.out / "table.csv", table_csv(rows))
@@ -309,6 +315,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("folders", nargs="*", type=Path, help="folders with recordings, beside the shipped ones")
     parser.add_argument("--tokens", type=whole(8), default=512, help="of each recording that are run (default: 512)")
+    parser.add_argument("--jobs", type=whole(1, 4096), default=1, help="processes that work at once (default: 1)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write README.md and table.csv to")
     return parser
 

@@ -6,7 +6,8 @@ The run itself takes the usual locality; the same policy at low and at high loca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ PAGE = "docs/traces.md"
 
 RunEnd = Callable[[Mapping[str, Any], str], dict[str, Any]]
 """The metrics of a configuration's policy at a locality; must be a function of a module, for other processes."""
+
+
+Outcomes = Generator[dict[str, Any] | str, None, None]
+"""Of the ends, in order: figures, or the line of a user's error."""
 
 
 class AssumedTrace(GeneratedTrace):
@@ -105,22 +110,29 @@ def ends_beside(
     if not trace.one_of_a_range:
         yield lambda metrics: None
         return
-    found = _started(cfg, run) if workers else (_attempt(cfg, end, run) for end in ENDS)
+    found: Outcomes = _started(cfg, run) if workers else (_attempt(cfg, end, run) for end in ENDS)
 
     def put(metrics: dict[str, Any]) -> None:
         metrics["assumed"]["range"] = {end: _sound(end, outcome) for end, outcome in zip(ENDS, found, strict=True)}
 
-    yield put
+    try:
+        yield put
+    except BaseException:
+        with warnings.catch_warnings():
+            # joblib's advice on runs that are given up, as these are where the run itself has failed.
+            warnings.simplefilter("ignore")
+            found.close()
+        raise
 
 
-def _started(cfg: Mapping[str, Any], run: RunEnd) -> Iterator[dict[str, Any] | str]:
+def _started(cfg: Mapping[str, Any], run: RunEnd) -> Outcomes:
     """The runs under way, each in a process of its own."""
     from joblib import Parallel, delayed
 
     from sim.job.pool import use_workers
 
     use_workers()
-    under_way: Iterator[dict[str, Any] | str] = Parallel(n_jobs=len(ENDS), return_as="generator")(
+    under_way: Outcomes = Parallel(n_jobs=len(ENDS), return_as="generator")(
         delayed(_attempt)(cfg, end, run) for end in ENDS
     )
     return under_way

@@ -144,7 +144,7 @@ def test_a_recording_is_held_against_families_of_other_models(tmp_path: Path, mo
     trace = next(one for one in found if one.name == "qwen1.5-moe-a2.7b-twin-eval")
     [train] = [one for one in found if assumed.is_to_fit(one)]
     assert train.name == "gpt-oss-20b-twin-train"
-    rows = list(assumed.compare(trace, assumed.shipped_families(), train.name, 80))
+    rows = assumed.compare(trace.paths[0], assumed.shipped_families(), train.name, 80)
     assert [row.quantity for row in rows] == list(assumed.QUANTITIES)
     low, _, high = rows[0].assumed
     assert low < high
