@@ -17,9 +17,8 @@ from expertflow.model import ModelSpec
 from sim.job.default_trace import SHIPPED_TOPOLOGY, GeneratedTrace
 from sim.job.errors import one_line
 from sim.job.reads import SHIPPED, note
-from traces.assumed.command import check_size
 from traces.assumed.families import FAMILIES, SETTINGS, USUAL
-from traces.assumed.made import Assumed, Size, arrays_of, header_of, memory_of, usual_size
+from traces.assumed.made import Assumed, Size, arrays_of, check_size, header_of, memory_of, usual_size
 from traces.assumed.routing import Topology
 from traces.limits import MAX_BYTES, max_bytes
 from traces.reader import Trace

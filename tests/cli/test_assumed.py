@@ -15,7 +15,7 @@ from sim.collect import collect
 from sim.job.assumed import range_line
 from sim.job.configure import configure
 from sim.job.setup import make_workload, trace_of
-from tests.support.commands import job, run_here
+from tests.support.commands import job, run_here, run_there
 
 SMALL = ("+hardware=rtx3090", "model=mixtral-8x7b", "trace.num_tokens=32", "residency=0.5")
 
@@ -98,6 +98,16 @@ def test_batches_up_to_the_number_of_requests_run() -> None:
         make_workload(configure([*words, "batch_size=9"]))
     cfg = configure([*words, "batch_size=9", "trace.num_requests=9", "trace.num_tokens=36"])
     assert make_workload(cfg).batches.num_requests == 9
+
+
+@pytest.mark.slow
+def test_a_run_that_is_given_up_with_its_range_under_way_is_one_line(tmp_path: Path) -> None:
+    words = ["+hardware=rtx3090", "+policy=lru", "model=qwen3-235b-a22b", "gpu_memory_gb=23", "compare=none"]
+    found = run_there([*words, "timeout_s=2"], tmp_path / "run", cwd=tmp_path)
+    assert found.code == 2
+    assert found.err.startswith("error: timeout_s=2: ")
+    assert found.err.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def run_of(mean: float | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from traces.assumed.families import FAMILIES, FORMAT, SETTINGS, USUAL
 from traces.assumed.fit import QUANTILES, fit_families
-from traces.assumed.made import SOURCE, Assumed, Size, arrays_of, memory_of, usual_size
+from traces.assumed.made import SOURCE, Assumed, arrays_of, check_size, memory_of, usual_size
 from traces.assumed.measure import LAGS, beyond_chance, measure, share_of_top_tenth
 from traces.assumed.routing import Topology
 from traces.files import replace_text
@@ -87,14 +87,6 @@ def _generate(args: argparse.Namespace) -> int:
     write_trace(args.output, arrays_of(asked), about)
     print(f"{args.output}: {asked.name}, {asked.size.num_tokens} tokens in {asked.size.num_requests} requests")
     return 0
-
-
-def check_size(size: Size, tokens: str = "trace.num_tokens=", requests: str = "trace.num_requests=") -> None:
-    """ValueError where a request would have no token."""
-    if size.num_requests > size.num_tokens:
-        raise ValueError(
-            f"{requests}{size.num_requests} is more than {tokens}{size.num_tokens}; a request has at least one token"
-        )
 
 
 def _measure(args: argparse.Namespace) -> int:

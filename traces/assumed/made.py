@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from traces.assumed.families import USUAL, families_sha256, shipped_families
+from traces.assumed.families import families_sha256, shipped_families
 from traces.assumed.routing import AT_ONCE, Topology, make_routing
 from traces.kept import KeptArrays, code_hash
 from traces.shipped import cache_folder
@@ -53,6 +53,14 @@ def usual_size(topology: Topology, num_tokens: int | None = None, num_requests: 
     fit = ACCESSES // (NUM_REQUESTS * topology.num_layers * topology.top_k)
     length = min(LONGEST, max(SHORTEST, fit // STEP * STEP))
     return Size(length * requests, requests)
+
+
+def check_size(size: Size, tokens: str = "trace.num_tokens=", requests: str = "trace.num_requests=") -> None:
+    """ValueError where a request would have no token."""
+    if size.num_requests > size.num_tokens:
+        raise ValueError(
+            f"{requests}{size.num_requests} is more than {tokens}{size.num_tokens}; a request has at least one token"
+        )
 
 
 def memory_of(topology: Topology, size: Size) -> int:
@@ -111,6 +119,3 @@ def _kept_experts(asked: Assumed, lengths: Sequence[int]) -> npt.NDArray[np.inte
     made = make_routing(shipped_families()[asked.locality], topology, lengths, asked.seed)
     kept.keep(name, shape, kind, [made])
     return made
-
-
-__all__ = ["NUM_REQUESTS", "SOURCE", "USUAL", "Assumed", "Size", "arrays_of", "header_of", "memory_of", "usual_size"]
