@@ -224,27 +224,34 @@ def table_csv(rows: Sequence[Row]) -> str:
 
 def page(rows: Sequence[Row], command: str, num_tokens: int) -> str:
     """The report."""
-    inside = sum(row.bracketed for row in rows)
-    outside = [row for row in rows if not row.bracketed]
-    worst = max(outside, key=lambda row: row.off, default=None)
     lines = [
         "# Assumed routing against recordings",
         "",
-        "Made by",
+        "Made by (`$FOLDER`: recordings that are not shipped)",
         "",
         "```sh",
         command,
         "```",
         "",
-        f"Low to high brackets the recording in **{inside} of {len(rows)}** places"
-        + (f"; the farthest outside is {_place(worst)}." if worst else "."),
+        f"Low to high brackets the recording in **{sum(row.bracketed for row in rows)} of {len(rows)}** places:",
+        "",
+        "| families fitted to | places | bracketed | farthest outside |",
+        "|---|---|---|---|",
+    ]
+    for fitted_to in dict.fromkeys(row.fitted_to for row in rows):
+        some = [row for row in rows if row.fitted_to == fitted_to]
+        worst = max(some, key=lambda row: row.off)
+        inside = sum(row.bracketed for row in some)
+        lines.append(f"| {fitted_to} | {len(some)} | {inside} | {_place(worst) if worst.off else '–'} |")
+    lines += [
         "",
         f"Each recording, its first {num_tokens} tokens at most, is held against routing assumed for its topology,",
         "with its request lengths and prompts, on an A100 with the eager stack. The families of a row were fitted to",
-        "recordings of other models alone, and to none that is named eval. `adaptive` takes what each trace has for",
-        "its predictor: a recorded pre-gate or a fitted network where the recording has one, the transitions of the",
-        "run itself where the routing is assumed. *History* predicts from those on recordings, too: what differs then",
-        "is the routing. Hits, and the share of on-demand's stall that is left, in percent.",
+        "recordings of other models alone, and to none that is named eval: what is named eval is judged, and nothing",
+        "else done with it. `adaptive` takes what each trace has for its predictor: a recorded pre-gate or a fitted",
+        "network where the recording has one, the transitions of the run itself where the routing is assumed. *History*",
+        "predicts from those on recordings, too: what differs then is the routing. Hits, and the share of on-demand's",
+        "stall that is left, in percent.",
         "",
     ]
     for name in dict.fromkeys(row.recording for row in rows):

@@ -142,7 +142,8 @@ def test_the_page_says_where_the_range_fails(monkeypatch: pytest.MonkeyPatch) ->
     ]
     assert [row.bracketed for row in rows] == [True, False]
     text = page(rows, "python -m sim.assumed", 64)
-    assert "**1 of 2** places; the farthest outside is adaptive hits of a-eval at 50%, by 3.5 points." in text
+    assert "brackets the recording in **1 of 2** places" in text
+    assert "| b-train | 2 | 1 | adaptive hits of a-eval at 50%, by 3.5 points |" in text
     assert "| 50% | adaptive hits | 70.0 | 40.0 | 45.0 | 66.5 | outside by 3.5 |" in text
     assert table_csv(rows).splitlines()[2] == 'a-eval,"b-train",0.5,adaptive hits,70.000,40.000,45.000,66.500,false'
 
