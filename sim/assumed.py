@@ -249,9 +249,9 @@ def page(rows: Sequence[Row], command: str, num_tokens: int) -> str:
         "with its request lengths and prompts, on an A100 with the eager stack. The families of a row were fitted to",
         "recordings of other models alone, and to none that is named eval: what is named eval is judged, and nothing",
         "else done with it. `adaptive` takes what each trace has for its predictor: a recorded pre-gate or a fitted",
-        "network where the recording has one, the transitions of the run itself where the routing is assumed. *History*",
-        "predicts from those on recordings, too: what differs then is the routing. Hits, and the share of on-demand's",
-        "stall that is left, in percent.",
+        "network where the recording has one, the transitions of the run itself where the routing is assumed.",
+        "*History* predicts from those on recordings, too: what differs then is the routing. Hits, and the share of",
+        "on-demand's stall that is left, in percent.",
         "",
     ]
     for name in dict.fromkeys(row.recording for row in rows):
