@@ -46,7 +46,9 @@ def run_configured(cfg: DictConfig) -> float | None:
     words = list(HydraConfig.get().overrides.task)
     console = console_for_tables()
     where = Kept(folder, __name__, lambda: begin_folder(folder, cfg), words, started)
-    metrics = run_kept(where, plain, work, lambda: run_job(plain, work, folder))
+    # The runs of a sweep have the cores among them.
+    alone = HydraConfig.get().mode != RunMode.MULTIRUN
+    metrics = run_kept(where, plain, work, lambda: run_job(plain, work, folder, workers=alone))
     if metrics is None:
         console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Any
 
 from expertflow.observer import Observer
 from expertflow.policy import Policy
+from sim.job import assumed
+from sim.job.assumed import at_locality, ends_beside
 from sim.job.beside import answerable, describe, run_asked, run_baselines
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
 from sim.job.model import recorded
 from sim.job.output import IGNORED, of_one_job, provenance, results_of, to_json, write_text
-from sim.job.setup import Transfer, Workload, make_policy
+from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 
 
@@ -38,19 +40,30 @@ def run_job(
     folder: Path | None,
     made: tuple[Policy, Transfer] | None = None,
     observers: Sequence[Observer] = (),
+    workers: bool = False,
 ) -> dict[str, Any]:
     """The metrics of one configuration, with the runs beside it; timeline and events go to `folder`.
 
     made: the policy of `cfg`, where it has been made already. observers: are told of its run as well.
+    workers: what a range needs besides may run in processes of its own (see `sim.job.assumed`).
     """
     policy, transfer = made or make_policy(cfg["policy"], work, cfg["seed"])
     run = partial(run_policy, work)
-    with Recorders(cfg, work, folder) as recorders:
-        asked_for = run_asked(cfg, work, policy, transfer, run, [*recorders.observers, *observers])
-    metrics = describe(work, policy, cfg) | asked_for
-    with answerable(policy):
-        metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
+    with ends_beside(cfg, work.trace, run_end, workers) as put_range:
+        with Recorders(cfg, work, folder) as recorders:
+            asked_for = run_asked(cfg, work, policy, transfer, run, [*recorders.observers, *observers])
+        metrics = describe(work, policy, cfg) | asked_for
+        with answerable(policy):
+            metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
+            put_range(metrics)
     return metrics
+
+
+def run_end(cfg: Mapping[str, Any], locality: str) -> dict[str, Any]:
+    """The metrics of the policy alone at another locality of assumed routing."""
+    at_end = at_locality(cfg, locality)
+    work = make_workload(at_end)
+    return run_policy(work, *make_policy(at_end["policy"], work, at_end["seed"]))
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,7 @@ def run_kept(
         write_text(folder / "metrics.json", to_json(metrics))
         wall_s = time.perf_counter() - kept.started
         origin = provenance(list(kept.words), work.trace_sha256, wall_s) | recorded(work.model, work.model_file)
+        origin |= assumed.head(work.trace)
         write_text(folder / "provenance.json", to_json(origin))
         write_text(folder / "DONE", decided.to_json())
     return metrics

@@ -18,6 +18,7 @@ from expertflow.orders.resident_first import ResidentFirst
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.selections.top_k import TopK
+from sim.job import assumed
 from sim.job.link import chosen_link
 from sim.job.predictor import predictor_name
 from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
@@ -51,6 +52,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
         },
         "uses_future": policy.uses_future or work.start == "popular",
         "capacity": {"num_slots": work.num_slots, "residency": work.residency},
+        **assumed.head(work.trace),
     }
 
 

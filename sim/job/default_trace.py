@@ -13,6 +13,8 @@ from traces.reader import Trace
 
 SHIPPED_TRACE = "gpt-oss-20b-twin-eval.safetensors"
 """What is run where no trace is named."""
+SHIPPED_TOPOLOGY = (24, 32, 4)
+"""Its layers, experts of a layer, and top-k."""
 GENERATED = {"num_tokens": 1024, "num_requests": 8, "seed": 0}
 """What a generated trace is like in what is not said."""
 

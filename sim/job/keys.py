@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from expertflow.keys import Key, Rule, declared, shown, unknown_key
 
 COMPARE = ("full", "floor", "none")
+LOCALITIES = ("low", "usual", "high")
 STARTS = ("cold", "popular", "resident")
 GROUPS = ("hardware", "link", "policy", "model", "stack", "trace")
 """Keys that hold a file of conf/, or one of the user's own, changed key by key."""
@@ -79,6 +80,14 @@ class TraceKeys:
     num_requests: Annotated[int | None, Rule(1, MOST_TOKENS, null="8", about="at most num_tokens")] = None
     seed: Annotated[int | None, Rule(0, 2**63 - 1, null="0", about="of what is generated")] = None
     params: Annotated[str | None, Rule(null="the shipped ones", about="a file of python -m traces fit")] = None
+    locality: Annotated[
+        str | None,
+        Rule(
+            choices=LOCALITIES,
+            null="usual, and the range from low to high",
+            about="of assumed routing: a model, and no trace of its topology",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,11 @@ def check_trace(trace: Mapping[str, Any]) -> None:
         raise ValueError(
             f"trace.{told[0]}={shown(trace[told[0]])} is of a trace that is generated, and trace.path={shown(path)} is "
             f"read; leave one out{' (max_tokens cuts a trace)' if told[0] == 'num_tokens' else ''}"
+        )
+    if "params" in told and "locality" in told:
+        raise ValueError(
+            f"trace.locality={shown(trace['locality'])} is of assumed routing, trace.params={shown(trace['params'])} "
+            "of routing with fitted parameters; leave one out"
         )
 
 

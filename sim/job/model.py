@@ -34,19 +34,28 @@ def model_file_of(cfg: Mapping[str, Any]) -> ReadModel | None:
     return read_model_file(Path(path))
 
 
-def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | None = None) -> ModelSpec:
-    """The model of the group `model` of a configuration. model_file: what `model_file_of` has read (None: read it).
+def told_model(cfg: Mapping[str, Any], model_file: ReadModel | None = None) -> ModelSpec | None:
+    """The model that the group `model` of a configuration names or reads; None where that is left to the trace.
 
-    ValueError, one line, for keys that exclude each other and for a trace whose model is not known.
+    model_file: what `model_file_of` has read (None: read it). ValueError for keys that exclude each other.
     """
     model_file = model_file or model_file_of(cfg)
     keys = {key: value for key, value in cfg.items() if key != _PATH}
     if model_file is not None:
         changes = {key: value for key, value in keys.items() if (key, value) != ("name", AUTO)}
         return model_from_dict({**asdict(model_file.spec), **changes}) if changes else model_file.spec
-    if keys.get("name") != AUTO:
-        return model_from_dict(keys)
-    extra = sorted(set(keys) - {"name"})
+    return None if keys.get("name") == AUTO else model_from_dict(keys)
+
+
+def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | None = None) -> ModelSpec:
+    """The model of the group `model` of a configuration. model_file: what `model_file_of` has read (None: read it).
+
+    ValueError, one line, for keys that exclude each other and for a trace whose model is not known.
+    """
+    told = told_model(cfg, model_file)
+    if told is not None:
+        return told
+    extra = sorted(set(cfg) - {"name", _PATH})
     if extra:
         known = [*declared(ModelKeys), *declared(ModelSpec)]
         if extra[0] not in known:

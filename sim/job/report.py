@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from sim.job.assumed import range_line
 from sim.job.predictor import chooses_by_trace
 from sim.job.title import hardware_title
 from traces.tables import print_columns
@@ -75,10 +76,11 @@ def print_report(
     cfg: the run's configuration. more: what is said below it besides.
     """
     capacity, trace = metrics["capacity"], metrics["trace"]
+    routing = f"; {metrics['assumed']['routing']}" if "assumed" in metrics else ""
     console.print(
         f"[bold]{escape(title)}[/bold]{_chosen(cfg, metrics)} on {hardware_title(metrics)}, {metrics['stack']} stack, "
         f"{metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
-        f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests",
+        f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests{routing}",
         highlight=False,
         soft_wrap=True,
     )
@@ -94,6 +96,8 @@ def print_report(
         cells.append(["floor", "", f"{floor:.3f}", *[""] * (len(columns) - 2)])
         styles.append("dim")
     print_columns(console, ["policy", *columns], cells, styles)
+    if "assumed" in metrics:
+        console.print(range_line(metrics), highlight=False, soft_wrap=True)
     _print_notes(console, metrics, folder, [*_unfilled(cfg, metrics), *more])
 
 
@@ -102,9 +106,9 @@ def print_line(console: Console, metrics: dict[str, Any], folder: str, title: st
     mean = metrics["tpot_ms"]["mean"]
     place = f"{hardware_title(metrics)}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
-    console.print(
-        f"{escape(title)}{_chosen(cfg, metrics)} on {place}: {times} → {folder}", highlight=False, soft_wrap=True
-    )
+    name = f"{escape(title)}{_chosen(cfg, metrics)}"
+    routing = f" ({metrics['assumed']['routing']})" if "assumed" in metrics else ""
+    console.print(f"{name} on {place}{routing}: {times} → {folder}", highlight=False, soft_wrap=True)
     for note in _unfilled(cfg, metrics):
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 

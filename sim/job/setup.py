@@ -23,7 +23,7 @@ from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
 from sim.job.keys import check_trace
-from sim.job.model import chosen_model, model_file_of
+from sim.job.model import chosen_model, model_file_of, told_model
 from sim.job.parts import KINDS, class_of, make_part
 from sim.job.predictor import make_predictor
 from sim.specs.chunks import chunk_sizes
@@ -38,6 +38,7 @@ OPTIONAL = ("name", "transfer", "effort", "place")
 WORKSPACE_GB = 1.5
 CHECK_PARTS = "EXPERTFLOW_CHECK_PARTS"
 """Environment variable: `all` = what the parts of this package answer is checked as well, as others' always is."""
+OTHER_TOPOLOGY = "choose the model that was recorded (model=auto), or name no trace: routing is then assumed"
 MOST_CHUNKS = 1024
 """Of one expert: each is an event of its own in a run."""
 
@@ -102,9 +103,9 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         raise ValueError("start=resident needs room for every expert: set residency=1.0, or choose start=popular")
     hardware = hardware_from_dict(cfg["hardware"])
     stack = stack_from_dict(cfg["stack"])
-    if trace is None:
-        trace = make_trace(cfg["trace"])
     model_file = model_file_of(cfg["model"])
+    if trace is None:
+        trace = trace_of(cfg, model_file)
     model = make_model(cfg["model"], trace, model_file)
     scaled = [name for name in hardware.kernel_ns if name.startswith(f"{model.name}/")]
     if scaled and model.name not in hardware.kernel_ns:
@@ -167,11 +168,27 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
     )
 
 
+def trace_of(cfg: Mapping[str, Any], model_file: ReadModel | None = None) -> Trace:
+    """The trace of a run: the one it names, or, where that is of another topology than its model, an assumed one.
+
+    model_file: as of `make_model`.
+    """
+    from sim.job.assumed import assumed_trace
+
+    check_trace(cfg["trace"])
+    model = told_model(cfg["model"], model_file)
+    return assumed_trace(cfg["trace"], model, cfg["batch_size"]) or make_trace(cfg["trace"])
+
+
 def make_trace(cfg: Mapping[str, Any]) -> Trace:
     """The trace at `path`, one generated where a key of the generator is set, or the shipped recording."""
     check_trace(cfg)
     if cfg.get("path") is not None:
         return open_trace(cfg["path"])
+    if cfg.get("locality") is not None:
+        from sim.job.assumed import needs_model
+
+        raise needs_model(cfg["locality"])
     from sim.job.default_trace import GENERATED, SHIPPED_TRACE, generated_trace
 
     told = {key: value for key, value in cfg.items() if key != "path" and value is not None}
@@ -188,12 +205,11 @@ def make_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | Non
         if getattr(model, key) != getattr(trace, key):
             raise ValueError(
                 f"model={model.name} has {key}={getattr(model, key)}, the trace {trace.name} "
-                f"{key}={getattr(trace, key)}; choose the model that was recorded (model=auto)"
+                f"{key}={getattr(trace, key)}; {OTHER_TOPOLOGY}"
             )
     if trace.top_k > model.top_k:
         raise ValueError(
-            f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; "
-            "choose the model that was recorded (model=auto)"
+            f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; {OTHER_TOPOLOGY}"
         )
     return model
 

@@ -23,7 +23,7 @@ from sim.job.limit import limited
 from sim.job.output import IGNORED, to_json, write_text
 from sim.job.pool import use_workers
 from sim.job.run_cli import no_exit
-from sim.job.setup import Workload, make_model, make_policy, make_trace, make_workload
+from sim.job.setup import Workload, make_model, make_policy, make_workload, trace_of
 from sim.machine.link import Link
 from sim.machine.run import run_policy
 from sim.paths import own_folder, use_own_folder
@@ -68,7 +68,7 @@ def plan_jobs(cells: Sequence[Cell], kind: str = "runs") -> list[Job]:
     for cell in cells:
         try:
             cfg = configure([*cell.overrides, *ALONE])
-            trace = _open_trace(to_json(cfg["trace"]))
+            trace = _trace_of(cfg)
             plain = {key: value for key, value in cfg.items() if key not in IGNORED}
             mark = asked(plain, trace.sha256(), make_model(cfg["model"], trace), kind)
         except Exception as error:
@@ -82,9 +82,13 @@ def _named(cell: Cell, error: Exception) -> Exception:
     return error if line is None else ValueError(f"{cell}: {line}")
 
 
+def _trace_of(cfg: dict[str, Any]) -> Trace:
+    return _open_trace(to_json({key: cfg[key] for key in ("trace", "model", "batch_size")}))
+
+
 @lru_cache(maxsize=4)
 def _open_trace(cfg: str) -> Trace:
-    return make_trace(json.loads(cfg))
+    return trace_of(json.loads(cfg))
 
 
 def run_jobs(
@@ -130,7 +134,7 @@ def _attempt(job: Job, folder: Path) -> str | None:
         try:
             use_own_folder(job.config_dir)
             with no_exit(), Decided(job.mark, __name__, job.cfg) as decided, limited(job.cfg["timeout_s"]):
-                work = make_workload(job.cfg, _open_trace(to_json(job.cfg["trace"])))
+                work = make_workload(job.cfg, _trace_of(job.cfg))
                 result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
         except Exception as error:
             line = one_line(error)

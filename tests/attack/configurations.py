@@ -26,7 +26,7 @@ from sim.job.errors import one_line
 from sim.job.keys import GROUPS, ModelKeys, PolicyKeys, RunKeys, TraceKeys, check_run
 from sim.job.parts import KINDS, class_of
 from sim.job.setup import Transfer, make_policy, make_workload
-from sim.paths import CONF
+from sim.paths import CONF, DATA
 from sim.specs.hardware import Hardware, Stack
 from sim.specs.links import LinkPreset
 from traces.reader import open_trace
@@ -314,7 +314,8 @@ def bad_pairs() -> Iterator[Bad]:
     """Keys that exclude each other, and values that only another key makes wrong."""
     yield Bad(LRU, (("residency", 0.25), ("gpu_memory_gb", 20)), ("residency=0.25", "gpu_memory_gb=20"))
     yield Bad(LRU, (("residency", 0.5), ("gpu_memory_gb", 20)), ("residency=0.5", "gpu_memory_gb=20"))
-    for name, value in (("num_tokens", 5), ("num_requests", 1), ("seed", 0), ("params", "p")):
+    generated = (("num_tokens", 5), ("num_requests", 1), ("seed", 0), ("params", "p"), ("locality", "low"))
+    for name, value in generated:
         for path in ("a.safetensors", ["a.safetensors"]):
             yield Bad(LRU, (("trace.path", path), (f"trace.{name}", value)), (f"trace.{name}", "trace.path"))
     for path in ([], [1], [""], ["a", None], [["a"]]):
@@ -342,8 +343,11 @@ def bad_pairs() -> Iterator[Bad]:
         yield Bad(LRU, (("hardware.kernel_ns", tables),), ("hardware.kernel_ns",))
     for sources in (5, ["x"], {"foo": "x"}, {"tflops": 5}, {"tflops": ""}):
         yield Bad(LRU, (("hardware.sources", sources),), ("hardware.sources",))
+    # With the trace named: without one, routing of that topology is assumed.
     for name in ("num_layers", "num_experts"):
-        yield Bad(MODEL, ((f"model.{name}", 7),), (f"{name}=7", "trace"))
+        yield Bad(MODEL, ((f"model.{name}", 7), ("trace.path", str(DATA / TRACE))), (f"{name}=7", "trace"))
+    for key, value in (("trace.path", "a.safetensors"), ("trace.params", "p")):
+        yield Bad(MODEL, (("trace.locality", "low"), (key, value)), ("trace.locality", key))
     yield Bad(MODEL, (("model.top_k", 33),), ("model.top_k=33", "num_experts"))
     yield Bad(MODEL, (("model.num_kv_heads", 7),), ("model.num_kv_heads=7", "num_heads"))
     yield Bad(MODEL, (("model.kv_rank", 7),), ("model.kv_rank=7", "gqa"))
@@ -427,6 +431,10 @@ WORDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("+hardware@model=a100", "+policy=lru"), ("hardware is not chosen",)),
     (("+hardware=a100", "+hardware@foo=a100", "+policy=lru"), ("foo", "no key")),
     (("+hardware=a100", "+policy=lru", "policy/eviction@policy.order=lru"), ("policy",)),
+    ((*LRU, "trace.locality=low"), ("trace.locality='low'", "model=NAME")),
+    ((*MODEL, "trace.locality=low", "batch_size=9"), ("batch_size=9", "trace.num_requests=9")),
+    ((*MODEL, "model.num_layers=7", "trace.num_tokens=3", "trace.num_requests=4"), ("trace.num_requests=4",)),
+    ((*MODEL, "model.num_layers=10000", "model.num_experts=65535"), ("10000x65535", "trace.path=FILE")),
     (("+hardware=../a100", "+policy=lru"), ("hardware",)),
     (("+hardware=/etc/passwd", "+policy=lru"), ("hardware",)),
 )
