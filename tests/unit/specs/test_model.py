@@ -127,7 +127,7 @@ def test_windowed_layers_keep_a_window_starting_with_the_first(context: int, tok
 def test_every_file_is_named_as_its_model() -> None:
     assert {path.stem for path in FILES} == {*PUBLISHED, "qwen2-57b-a14b-int4"}
     assert all(load(path.stem).name == path.stem for path in FILES)
-    assert yaml.safe_load((FOLDER / "auto.yaml").read_text()) == {"name": "auto"}
+    assert yaml.safe_load((FOLDER / "auto.yaml").read_text()) == {"name": "auto", "path": None}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -227,7 +227,7 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
 
 def test_missing_keys_are_all_named() -> None:
     with pytest.raises(ValueError, match=r"model lacks expert_intermediate, hidden_size, .* conf/model or add"):
-        model_from_dict({"name": "auto"})
+        model_from_dict({"name": "auto", "path": None})
 
 
 def test_a_model_cannot_be_changed() -> None:
