@@ -227,7 +227,7 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
 
 def test_missing_keys_are_all_named() -> None:
     with pytest.raises(ValueError, match=r"model lacks expert_intermediate, hidden_size, .* conf/model or add"):
-        model_from_dict({"name": "auto", "path": None})
+        model_from_dict({"name": "auto"})
 
 
 def test_a_model_cannot_be_changed() -> None:
