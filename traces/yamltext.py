@@ -101,7 +101,7 @@ def _check_size(path: Path, root: yaml.Node, remedy: str) -> None:
 def _check_keys(path: Path, node: yaml.MappingNode, remedy: str) -> None:
     seen: set[str] = set()
     for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
+        if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":null"):
             raise fault(path, _line(key), "has a key that is no text", remedy)
         if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
             raise fault(path, _line(key), f"gives {key.value[:40]!r} twice", remedy)

@@ -68,5 +68,5 @@ def _num_experts(given: Mapping[str, Any], model: str) -> int:
         file = config_files("model").get(model.removesuffix("-twin"))
         told = None if file is None else read_yaml(file).get("num_experts")
     if isinstance(told, bool) or not isinstance(told, int | np.integer) or told < 1:
-        raise ValueError(f"trace: num_experts={shown(told)} must be given for a model that no file of conf/model names")
+        raise ValueError(f"trace: num_experts={shown(told)} must be given for a model of which no sizes are known")
     return int(told)

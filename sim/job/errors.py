@@ -120,6 +120,10 @@ def _of_a_value(error: BaseException, message: str) -> str:
         return no_key(unknown[1])
     if "Key '" in text or "not in struct" in str(error.__cause__ or ""):
         return f"{words}; {LISTED}"
+    # Of what it cannot take in from a file Hydra says nothing, the error that it wraps does.
+    wrapped = _first_line(str(error.__cause__ or "")) if not message else ""
+    if wrapped:
+        return f"a file of configuration cannot be read ({wrapped}); correct it"
     return f"{key}: {words}" if key and key not in words else message
 
 

@@ -124,5 +124,5 @@ def _of_file(name: str, key: str) -> LinkPreset:
     files = config_files("link")
     files.pop(PROFILE, None)
     if name not in files:
-        raise ValueError(f"{key}: {shown(name)} is no file of conf/link; choose one of: {nearest(name, sorted(files))}")
+        raise ValueError(f"{key}: {shown(name)} is no link; choose one of: {nearest(name, sorted(files))}")
     return link_from_dict(read_yaml(files[name]))

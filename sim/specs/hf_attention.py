@@ -228,7 +228,7 @@ def _linear(values: Values, hidden: int) -> dict[str, int]:
         params, state = 5 * hidden * heads * dim, heads * dim * dim
     else:
         problem = "has linear attention, and no keys that are known to tell its sizes"
-        raise fault(values.path, "file", problem, "give linear_params and linear_state in a YAML of conf/model")
+        raise fault(values.path, "file", problem, "give linear_params and linear_state in a model YAML of your own")
     values.notes.derive(f"a linear layer has {params} weights and a state of {state} values for each request")
     values.notes.assume("states of linear layers are kept in 32 bits a value (state_bits)")
     return {"linear_params": params, "linear_state": state}

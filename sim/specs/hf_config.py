@@ -122,7 +122,7 @@ def check_kind(values: Values, top: Values) -> None:
     kind = values.text("model_type")
     if values.flag("is_encoder_decoder") or kind in _ENCODER_DECODER:
         problem = "is of an encoder and a decoder, of which a spec has one"
-        raise fault(values.path, "file", problem, "give the sizes of its decoder in a file of conf/model")
+        raise fault(values.path, "file", problem, "give the sizes of its decoder in a model YAML of your own")
     if kind in _REFUSED:
         raise fault(values.path, "file", f"is of the kind {kind}: {_REFUSED[kind]}", "choose another model")
     experts = _experts(values)

@@ -13,7 +13,7 @@ from traces.messages import TraceError, fault
 MOST_WIDTH = 1_000_000
 MOST_LAYERS = 4096
 """As many letters as a pattern may have."""
-REMEDY = "mend the file, or give the model's sizes in a file of conf/model"
+REMEDY = "mend the file, or give the model's sizes in a model YAML of your own"
 
 
 class Values:

@@ -132,7 +132,7 @@ def _table(key: str, points: object) -> Points:
 def _tokens_point(key: str, point: object) -> tuple[int, float]:
     match point:
         case [int(num_tokens), int() | float() as ns] if not isinstance(num_tokens, bool) and not isinstance(ns, bool):
-            return num_tokens, float(ns)
+            return num_tokens, _real(key, ns)
     raise ValueError(f"{key}: {point!r} must be a point [tokens, ns] with whole tokens")
 
 
@@ -147,5 +147,12 @@ def _group_point(key: str, point: object) -> tuple[int, float, float]:
         case [int(num_experts), int() | float() as tokens, int() | float() as ns] if not any(
             isinstance(value, bool) for value in (num_experts, tokens, ns)
         ):
-            return num_experts, float(tokens), float(ns)
+            return num_experts, _real(key, tokens), _real(key, ns)
     raise ValueError(f"{key}: {point!r} must be a point [experts, tokens per expert, ns] with whole experts")
+
+
+def _real(key: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{key} holds a number of more than 300 digits; measure again") from None

@@ -282,7 +282,7 @@ def test_and_in_runs_beside_theirs(job: Job) -> None:
 # -- who may end the process -----------------------------------------------------------------------------------------
 
 
-def exits(*values: Any) -> Any:
+def exits(*values: Any, **more: Any) -> Any:
     raise SystemExit(0)
 
 

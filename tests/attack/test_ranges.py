@@ -414,7 +414,7 @@ def test_aliases_that_unfold_without_end_are_refused_before_hydra_follows_them(t
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text(billion_laughs())
-    says = r"mine\.yaml: line \d+: comes to more than 1048576 values by its aliases"
+    says = r"mine\.yaml: line \d+: comes to more than 65536 values by its aliases"
     with pytest.raises(TraceError, match=says):
         use_own_folder(tmp_path)
     assert own_folder() is None

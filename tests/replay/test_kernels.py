@@ -27,7 +27,7 @@ from replay.machine.scale import scaled_model
 from sim.job.configure import configure
 from sim.machine.kernels import KernelTimes
 from sim.specs.hardware import hardware_from_dict, stack_from_dict
-from tests.replay.test_scale import NAMES, model_of
+from tests.replay.test_scale import REPLAYED, model_of
 
 MAX_TOKENS, MAX_CONTEXT = 48, 700
 ROUNDED = 0.06
@@ -109,7 +109,7 @@ def forward(phase: str, kv_lens: Sequence[int]) -> Forward:
 
 
 @pytest.fixture(
-    params=[(name, 16, torch.float32) for name in NAMES] + [(name, 8, torch.bfloat16) for name in NAMES],
+    params=[(name, 16, torch.float32) for name in REPLAYED] + [(name, 8, torch.bfloat16) for name in REPLAYED],
     ids=lambda given: f"{given[0]}-{given[1]}-{str(given[2])[6:]}",
 )
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bench:

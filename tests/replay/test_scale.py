@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
 from expertflow.model import ModelSpec, model_from_dict
-from replay.machine.scale import scaled_model
+from replay.machine.scale import check_replayable, scaled_model
 from sim.paths import CONF
 
 NAMES = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "auto")
@@ -16,8 +18,28 @@ def model_of(name: str) -> ModelSpec:
     return model_from_dict(yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
+def is_replayed(name: str) -> bool:
+    """Whether a replay has kernels for the model."""
+    try:
+        check_replayable(model_of(name))
+    except ValueError:
+        return False
+    return True
+
+
+REPLAYED = [name for name in NAMES if is_replayed(name)]
+
+
 def test_there_are_models() -> None:
-    assert {"gpt-oss-20b", "deepseek-v3", "qwen2-57b-a14b-int4"} <= set(NAMES)
+    assert {"gpt-oss-20b", "deepseek-v3", "qwen2-57b-a14b-int4", "glm-4.5-air", "kimi-k2"} <= set(REPLAYED)
+    assert {"qwen3-next-80b-a3b", "deepseek-v3.2", "llama-4-scout"} <= set(NAMES) - set(REPLAYED)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(REPLAYED)))
+def test_a_model_without_kernels_is_refused_by_the_key_that_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.\w+=.* of {re.escape(name)} is only simulated") as told:
+        check_replayable(model_of(name))
+    assert len(str(told.value)) <= 300
 
 
 @pytest.mark.parametrize("scale", [2, 8, 16])
