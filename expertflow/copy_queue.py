@@ -90,6 +90,8 @@ class CopyQueue:
         self.num_loads = 0
         self.num_launched = 0
         self.streamed_event = -1
+        self._behind: set[int] = set()
+        """Wanted prefetches that no decision replaces: of experts that the host computes this time."""
         self.landed_ns = [0] * len(slots.state)
 
     # -- what the runtime tells ------------------------------------------------------------------------------
@@ -275,6 +277,10 @@ class CopyQueue:
         state = self.state
         new = [key for key in keys if not state[key]]
         old = self.wanted
+        if self._behind:
+            behind = [key for key in reversed(old) if key in self._behind]
+            self._behind = set(behind)
+            new = behind + [key for key in new if key not in self._behind]
         if not old:
             self.counters.prefetch_requested += len(new)
         elif new != old[::-1]:
@@ -302,6 +308,22 @@ class CopyQueue:
         for key in missing:
             self.demand.append(Load(key, DEMAND))
         self.has_work = bool(self.demand or self.wanted) or self.started is not None
+
+    def leave_to_host(self, keys: Sequence[int], later: Sequence[int]) -> None:
+        """The host computes `keys`, of the layer whose routing was just read: drop their prefetches, but for `later`."""
+        counters, before = self.counters, set(self.wanted)
+        queued = before.intersection(keys)
+        if queued:
+            self.wanted = [key for key in self.wanted if key not in queued]
+        num_kept = len(queued.intersection(later))
+        counters.dropped_became_host += len(queued) - num_kept
+        counters.prefetch_requested += len(later) - num_kept
+
+    def follow(self, later: Sequence[int]) -> None:
+        """Copy these, of which `leave_to_host` has heard, behind the demand and before what is wanted, for later use."""
+        self._behind.update(later)
+        self.wanted.extend(reversed(later))
+        self.has_work = True
 
     def demand_after(self, key: int, after: int) -> None:
         """Queue the load of `key`, to start no sooner than the end of mark `after`, behind the demand that is there."""

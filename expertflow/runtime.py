@@ -12,10 +12,11 @@ from expertflow.copy_queue import CopyQueue, SlotHooks
 from expertflow.counters import Counters
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
+from expertflow.hosting import Hosting
 from expertflow.identities import check_identities
 from expertflow.journal import Journal
-from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
-from expertflow.observer import Observer, Watch, sees_events
+from expertflow.machine import GATE, HOST, LOAD, TOKEN, Machine, Record, Wait
+from expertflow.observer import HOST_STALL, LATE, MISS, Observer, Watch, sees_events
 from expertflow.parts import DEMAND
 from expertflow.policy import Policy
 from expertflow.slots import Slots
@@ -47,6 +48,10 @@ class RunConfig:
     warmup_forwards: int = 0
     initial: tuple[int, ...] = ()
     """Keys resident at the start, best first, as far as they fit."""
+    num_pinned: int = 0
+    """How many of `initial`, from the first on, never leave, as far as they fit."""
+    all_initial: bool = False
+    """Whether a run must not begin without all of `initial` that does not stay on the host."""
 
 
 class Runtime:
@@ -85,11 +90,51 @@ class Runtime:
         self._layer_end_listeners = policy.listeners("layer_end")
         self._releases = policy.overrides(policy.eviction, "release")
         self._trims_at_layer_end = bool(self._releases or config.num_staging)
-        self._num_late = self._num_misses = 0
+        self._num_late = self._num_misses = self._num_host = 0
         self._first_gate = (0, 0)
         self._pending_serial: list[int] = []
-        for key in reversed(self.slots.fill(config.initial)):
-            answers.admitted(key, DEMAND)
+        self._hosting = Hosting(machine, policy, self.queue, self.counters, self.watch) if policy.places else None
+        self._stays = frozenset(policy.stays_on_host)
+        self._fixed: frozenset[int] = frozenset()
+        """Keys that never leave their slots. No part hears of them, but by `view.pinned`."""
+        self._keys: list[int] = []
+        """What the layer that runs demands of the GPU."""
+        self._heard: list[int] = []
+        """The same without what never leaves."""
+        self._fill()
+
+    def _fill(self) -> None:
+        """Put what is there from the start into the slots."""
+        config, stays = self.config, self._stays
+        initial = [key for key in config.initial if key not in stays] if stays else config.initial
+        pinned = set(config.initial[: config.num_pinned])
+        placed = self.slots.fill(initial)
+        if config.all_initial and len(placed) < len(initial):
+            raise ValueError(
+                f"start=resident needs room for {len(initial)} experts, all that do not stay on the host, and there are "
+                f"{config.num_slots} slots; raise residency, or choose start=popular"
+            )
+        self._fixed = frozenset(key for key in placed if key in pinned)
+        for key in reversed(placed):
+            if key not in self._fixed:
+                self.answers.admitted(key, DEMAND)
+        if self._fixed:
+            self.progress.pinned = self._fixed
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """ValueError where what never leaves has left no slot for an expert that would have to be copied."""
+        slots, stays, fixed = self.slots, self._stays, self._fixed
+        for pool, free in enumerate(slots.free):
+            first = pool * slots.span
+            own = range(first, min(first + slots.span, len(slots.state)))
+            if free or any(slots.state[key] and key not in fixed for key in own):
+                continue
+            if any(not slots.state[key] and key not in stays for key in own):
+                raise ValueError(
+                    f"start pins experts into all {self.config.num_slots} slots, and none is left to copy another into; "
+                    "give policy.transfer.staging_slots=1 or more, or a place whose other experts stay on the host"
+                )
 
     def _view(self, state: bytearray) -> View:
         config, slots = self.config, self.slots
@@ -110,6 +155,7 @@ class Runtime:
         books, layers = self.books, range(self.config.num_layers)
         arrange = self.answers.arrange if policy.overrides(policy.order, "arrange") else None
         serial, last_layer = self.config.serial, self.config.num_layers - 1
+        hosting = self._hosting
         for forward in self.forwards:
             # 0. Begin: the policy hears what is known before any routing.
             progress.forward = forward.index
@@ -132,9 +178,16 @@ class Runtime:
                 ready, missing, late = self._classify(forward, layer)
                 if missing or late or queue.wanted:
                     queue.arrive(layer, () if serial else missing, late)
+                    if hosting is not None and hosting.later:
+                        queue.follow(hosting.later)
+                    queue.pump()
+                elif hosting is not None and hosting.later:
+                    queue.follow(hosting.later)
                     queue.pump()
                 elif queue.has_work:
                     queue.pump()
+                if hosting is not None:
+                    hosting.begin()
                 # 4. Launch what is there.
                 if missing or late:
                     waiting = self._launch_ready(forward, layer, ready, missing, late)
@@ -142,15 +195,18 @@ class Runtime:
                         self._load_in_turn(missing)
                 else:
                     waiting = []
-                    self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
+                    if ready or self.config.has_shared:
+                        self._launch(forward, layer, arrange(ready) if arrange is not None and ready else ready, True)
                 # 5. Decide, while the device works: on the next attention too, if nothing holds that up. Where there is
                 # nothing to decide the host spends no time on it, and what was wanted before stays wanted.
-                launched = not waiting
+                launched = not waiting and (hosting is None or not hosting.num_left)
                 if launched:
                     mark = self._launch_next(layer)
                 if policy.prefetches:
                     wants = policy.decide(layer)
                     if wants is not None:
+                        if self._stays:
+                            wants = [key for key in wants if key not in self._stays]
                         machine.decided(wants, policy.decision_effort)
                         if wants or queue.wanted:
                             queue.want(wants)
@@ -167,11 +223,19 @@ class Runtime:
                     if queue.has_work:
                         queue.pump()
                     waiting = self._launch_landed(forward, layer, waiting, missing, self._strict)
+                # 7. Wait for the host's results, which the next attention adds to the GPU's.
+                while hosting is not None and not hosting.is_done():
+                    self._retire((yield (HOST, hosting.task, queue.has_work)))
+                    if queue.has_work:
+                        queue.pump()
                 if not launched:
                     mark = self._launch_next(layer)
-                progress.pinned = NOTHING
+                    if hosting is not None and hosting.keys:
+                        self.books.blame(mark, hosting.ended_ns, hosting.last_key, HOST_STALL)
+                        progress.late_ns += progress.now_ns - hosting.ended_ns
+                progress.pinned = self._fixed or NOTHING
                 for heard in self._layer_end_listeners:
-                    heard(layer, forward.demands[layer])
+                    heard(layer, self._heard)
                 if self._trims_at_layer_end:
                     self._end_layer(forward, layer)
             # End: head and sampling run, the tokens are read back; prefetches of the next forward may copy meanwhile.
@@ -206,12 +270,22 @@ class Runtime:
         if stall_ns and policy.hears_feedback:
             # Only now, with the next routing read, would a GPU know that a layer has stalled.
             before = (layer - 1) % self.config.num_layers
-            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses))
+            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses, self._num_host))
         if policy.follows:
             policy.routed(layer)
+        on_host: Sequence[int] = NOTHING
+        if self._hosting is not None:
+            on_host = self._hosting.ask(forward, layer)
+            if on_host:
+                keys = [key for key in keys if key not in on_host]
+        self._keys = self._heard = keys
         # A few are searched faster than a set is made. Parts see it: nobody can change it.
         self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
-        self._touched(keys)
+        if self._fixed:
+            self.progress.pinned = self._fixed.union(keys)
+            self._heard = [key for key in keys if key not in self._fixed]
+        if self._heard:
+            self._touched(self._heard)
         ready: list[int] = []
         late: list[int] = []
         missing: list[int] = []
@@ -223,18 +297,19 @@ class Runtime:
                 late.append(key)
             else:
                 missing.append(key)
-        counters.num_accesses += len(keys)
+        counters.num_accesses += len(keys) + len(on_host)
         counters.num_hits += len(ready)
         self.queue.begin_layer(keys)
         if missing or late:
             if forward.issue_order[layer] is not keys:
-                missing = [key for key in forward.issue_order[layer] if not state[key]]
+                missing = [key for key in forward.issue_order[layer] if not state[key] and key not in on_host]
             counters.num_late += len(late)
             counters.num_misses += len(missing)
             self._num_late = len(late)
             self._num_misses = len(missing)
-        if policy.places:
-            policy.place_experts(layer, ready, late, missing)
+        elif on_host:
+            self._num_late = self._num_misses = 0
+        self._num_host = len(on_host)
         if self.watch is not None:
             self.watch.demanded(forward, layer, known_ns, ready, late, missing)
         return ready, missing, late
@@ -263,7 +338,7 @@ class Runtime:
         arrange = self.answers.arrange
         first: Sequence[int]
         if self._strict:
-            arranged = list(arrange(forward.demands[layer]))
+            arranged = list(arrange(self._keys))
             stop = next(i for i, key in enumerate(arranged) if key not in ready)
             first, waiting = arranged[:stop], arranged[stop:]
         else:
@@ -299,7 +374,7 @@ class Runtime:
         # The last to land is what held the group up.
         landed_ns = self.queue.landed_ns
         key = landed[0] if len(landed) == 1 else max(landed, key=landed_ns.__getitem__)
-        self.books.blame(mark, landed_ns[key], key, key in missing)
+        self.books.blame(mark, landed_ns[key], key, MISS if key in missing else LATE)
         self.progress.late_ns += self.progress.now_ns - landed_ns[key]
         if self._pending_serial:
             self._load_next(mark)
@@ -332,14 +407,14 @@ class Runtime:
         return rest
 
     def _end_layer(self, forward: Forward, layer: int) -> None:
-        keys = forward.demands[layer]
         slots, answers = self.slots, self.answers
-        if self._releases:
-            for key in answers.release(layer, keys):
+        if self._releases and self._heard:
+            for key in answers.release(layer, self._heard):
                 self.queue.evict(key)
         if slots.num_staging:
-            while len(slots.free[keys[0] // slots.span]) < slots.num_staging:
-                victim = answers.victim(keys[0], DEMAND)
+            first = forward.demands[layer][0]
+            while len(slots.free[first // slots.span]) < slots.num_staging:
+                victim = answers.victim(first, DEMAND)
                 if victim is None:
                     break
                 self.queue.evict(victim)
@@ -379,7 +454,7 @@ class Runtime:
         """Assert the identities that hold over every whole run; PartError where parts run that are not of the package,
         which may have changed what is."""
         try:
-            check_identities(self.counters, self.queue)
+            check_identities(self.counters, self.queue, 0 if self._hosting is None else self._hosting.num_results)
         except AssertionError as error:
             if not self.policy.guarded:
                 raise

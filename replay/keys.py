@@ -105,7 +105,7 @@ def tables() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
     for group, cls in grouped:
         yield group, "", {f"{group}.{name}": key for name, key in declared(cls).items()}, {}
     own, _ = arguments_of(Clairvoyant)
-    keys = {f"policy.{name}": key for name, key in own.items() if name != "future"}
+    keys = {f"policy.{name}": key for name, key in own.items() if name not in ("future", "place")}
     yield "policy=clairvoyant", "A policy without parts.", keys, {}
     yield from _parts()
 

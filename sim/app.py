@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from expertflow.observer import Observer
+from expertflow.parts import Place
 from expertflow.policy import Policy
 from sim.console import version_line
-from sim.job.beside import answerable, describe, run_asked, run_baselines
+from sim.job.beside import WITH_PLACE, answerable, baselines_with_place, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.help import register
+from sim.job.keys import PINS
 from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
+from sim.job.place import make_place
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
@@ -87,15 +91,22 @@ def run_job(cfg: dict[str, Any], work: Workload, folder: Path | None) -> dict[st
         asked_for = run_asked(cfg, work, policy, transfer, run, recorders.observers)
     metrics = describe(work, policy, cfg["policy"]["name"]) | asked_for
     with answerable(policy):
-        metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
+        place = partial(make_place, cfg["policy"]["place"], work.trace) if policy.places else None
+        metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"], place, transfer)
     return metrics
 
 
-def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Metrics of the runs beside this one, and the bounds, over the same workload: all, the floor alone, or none."""
+def compare_runs(
+    work: Workload, how: str, place: Callable[[], Place] | None, transfer: Transfer
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Metrics of the runs beside this one, and the bounds, over the same workload: all, the floor alone, or none.
+
+    place: makes that of the run, if it may answer anything but the GPU; then the same runs are made with it as well.
+    transfer: the run's.
+    """
     if how == "none":
         return None, None
-    floor = run_floor(work)
+    floor = run_floor(work, with_host=place is not None)
     whole_run = work.warmup_forwards == 0
     bounds = {
         # The floor is of the whole run: with a warm-up left out there is nothing to hold it against.
@@ -107,9 +118,21 @@ def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[
     }
     if how == "floor":
         return None, bounds
-    compare = run_baselines(partial(run_policy, work))
-    name, compare["clairvoyant"] = best_clairvoyant(work)
-    return compare, bounds | {"clairvoyant_ns": compare["clairvoyant"]["elapsed_ns"], "clairvoyant": name}
+    # Nothing pinned: a run on the GPU alone may have no other room for what is not.
+    free = replace(work, pins=False) if work.start in PINS else work
+    compare = run_baselines(partial(run_policy, free))
+    name, compare["clairvoyant"] = best_clairvoyant(free)
+    bounds |= {"clairvoyant_ns": compare["clairvoyant"]["elapsed_ns"], "clairvoyant": name}
+    if place is not None:
+        beside = baselines_with_place(place, transfer)
+        compare |= {one: run_policy(work, *policy) for one, policy in beside.items()}
+        staging = Transfer(staging_slots=transfer.staging_slots)
+        name, compare[f"clairvoyant{WITH_PLACE}"] = best_clairvoyant(work, place, staging)
+        bounds |= {
+            "clairvoyant_placed_ns": compare[f"clairvoyant{WITH_PLACE}"]["elapsed_ns"],
+            "clairvoyant_placed": name,
+        }
+    return compare, bounds
 
 
 class Recorders:

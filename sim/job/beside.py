@@ -15,12 +15,15 @@ from expertflow.horizons.fixed import FixedHorizon
 from expertflow.metrics import SCHEMA
 from expertflow.observer import Observer
 from expertflow.orders.resident_first import ResidentFirst
+from expertflow.parts import Place
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.selections.top_k import TopK
 from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy
 
+WITH_PLACE = "_placed"
+"""Behind the name of a run beside one whose policy may place experts on the host: it places them alike."""
 Run = Callable[[Policy, Transfer, Sequence[Observer]], dict[str, Any]]
 """Runs a policy over the job's workload, told to the observers; its metrics."""
 
@@ -43,7 +46,7 @@ def describe(work: Workload, policy: Policy, name: str, world: str = "sim") -> d
             "num_tokens": work.batches.num_tokens,
             "num_requests": work.batches.num_requests,
         },
-        "uses_future": policy.uses_future or work.start == "popular",
+        "uses_future": policy.uses_future or work.start_reads_ahead,
         "capacity": {"num_slots": work.num_slots, "residency": work.residency},
     }
 
@@ -56,8 +59,17 @@ def baselines() -> dict[str, tuple[Policy, Transfer]]:
     }
 
 
-def _without_prefetch(eviction: LRU) -> Policy:
-    return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst())
+def _without_prefetch(eviction: LRU, place: Place | None = None) -> Policy:
+    return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst(), place=place)
+
+
+def baselines_with_place(place: Callable[[], Place], transfer: Transfer) -> dict[str, tuple[Policy, Transfer]]:
+    """The same two with the place of the run that they are beside, and its staging slots."""
+    staging = Transfer(staging_slots=transfer.staging_slots)
+    return {
+        f"on_demand{WITH_PLACE}": (_without_prefetch(KeepNothing(), place()), staging),
+        f"lru{WITH_PLACE}": (_without_prefetch(LRU(), place()), staging),
+    }
 
 
 def run_asked(

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 from expertflow.keys import Key, Rule, declared, shown, unknown_key
 
 COMPARE = ("full", "floor", "none")
-STARTS = ("cold", "popular", "resident")
+STARTS = ("cold", "popular", "resident", "pinned", "pinned_layers")
+PINS = ("pinned", "pinned_layers")
+"""Starts whose experts never leave."""
 GROUPS = ("hardware", "policy", "model", "stack", "trace")
 """Keys that hold a file of conf/, or one of the user's own, changed key by key."""
 DEFAULT_RESIDENCY = 0.5

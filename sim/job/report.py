@@ -9,13 +9,25 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sim.job.beside import WITH_PLACE
+
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
+_HOST = ("host", "on host")
+"""Columns that are there only where a policy places experts on the host: stall, and their share."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
 
 
 def _per_token(metrics: dict[str, Any], key: str) -> str:
     return f"{metrics[key] / max(metrics['num_tokens'], 1) / 1e6:.3f}"
+
+
+def _host_cells(metrics: dict[str, Any]) -> list[str]:
+    """Of the columns `_HOST`."""
+    if "num_host" not in metrics:
+        return ["–"] * len(_HOST)
+    share = metrics["num_host"] / max(metrics["num_accesses"], 1)
+    return [_per_token(metrics, "host_stall_ns"), f"{100 * share:.2f} %"]
 
 
 def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has_share: bool) -> list[str]:
@@ -54,13 +66,15 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None, 
     table.add_column("policy", no_wrap=True)
     compare = metrics["compare"] or {}
     base = compare.get("on_demand", {}).get("stall_ns")
-    for column in _COLUMNS if compare else [one for one in _COLUMNS if one != _SHARE]:
+    has_host = "num_host" in metrics
+    for column in (*(one for one in _COLUMNS if compare or one != _SHARE), *(_HOST if has_host else ())):
         table.add_column(column, justify="right")
     is_named = title == metrics["policy"]
     own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
     rows = [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
     for place, (name, one) in enumerate(rows):
-        table.add_row(*_row(name, one, base, bool(compare)), style=None if place else "bold")
+        cells = _row(name, one, base, bool(compare)) + (_host_cells(one) if has_host else [])
+        table.add_row(*cells, style=None if place else "bold")
     bounds = metrics["bounds"]
     if bounds and bounds["floor_ns"] is not None:
         floor = bounds["floor_ns"] / max(metrics["num_tokens"], 1) / 1e6
@@ -97,7 +111,12 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None) 
     if metrics["link"]["utilisation"] > 0.95:
         notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
     share = f"; {_SHARE}: the share of its stall that is left" if metrics["compare"] else ""
-    notes.append(f"stall, late and miss are per token{share}")
+    kinds = "late, miss and host" if "num_host" in metrics else "late and miss"
+    notes.append(f"stall, {kinds} are per token{share}")
+    if f"lru{WITH_PLACE}" in (metrics["compare"] or {}):
+        notes.append(f"…{WITH_PLACE}: with this run's place; the other runs beside compute on the GPU alone")
+    if "num_host" in metrics:
+        notes.append(f"the host's processor was busy for {100 * metrics['host']['utilisation']:.1f} % of the time")
     if "clairvoyant" in (metrics["compare"] or {}):
         notes.append("clairvoyant: the best of five schedules that know the future")
     if metrics["bounds"] and metrics["bounds"]["floor_ns"] is not None:

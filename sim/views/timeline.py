@@ -22,10 +22,12 @@ from traces.messages import fault
 from traces.reading import read_json
 
 KINDS = ("attention", "experts", "head", "other")
-COMPUTE_TRACK, LINK_TRACK, STALL_TRACK = 1, 2, 3
-TRACKS = {COMPUTE_TRACK: "compute", LINK_TRACK: "link", STALL_TRACK: "stalls"}
+COMPUTE_TRACK, LINK_TRACK, STALL_TRACK, HOST_TRACK = 1, 2, 3, 4
+TRACKS = {COMPUTE_TRACK: "compute", LINK_TRACK: "link", STALL_TRACK: "stalls", HOST_TRACK: "host"}
+STALLS = ("late", "miss", "host")
+"""By kind, as of `Observer.stalled`."""
 COUNTER = "horizon S"
-COLOURS = {"demand": "bad", "prefetch": "good", "late": "terrible", "miss": "terrible"}
+COLOURS = {"demand": "bad", "prefetch": "good", "late": "terrible", "miss": "terrible", "host": "terrible"}
 """Names of Chrome's own palette, by category; Perfetto colours by slice name."""
 NUM_NAMED = 4
 """Experts that a slice names; all of them stand in its arguments."""
@@ -36,7 +38,8 @@ class Frames(NamedTuple):
 
     compute: start_ns, end_ns, kind (attention, experts, head, other), layer (-1: none), experts (a tuple).
     link: start_ns, end_ns, layer, expert, chunk, cause (demand, prefetch).
-    stalls: start_ns, end_ns, layer, expert, kind (late, miss).
+    stalls: start_ns, end_ns, layer, expert, kind (late, miss, host).
+    host: start_ns, end_ns, layer, expert: computed on the host, if any were.
     horizon: at_ns, reach (the farthest layer looked at, in layers ahead; holds until the next row).
     """
 
@@ -44,6 +47,7 @@ class Frames(NamedTuple):
     link: pd.DataFrame
     stalls: pd.DataFrame
     horizon: pd.DataFrame
+    host: pd.DataFrame
 
 
 class Timeline(Observer):
@@ -61,6 +65,7 @@ class Timeline(Observer):
         self._kernel_keys = array("i")
         self._copies = array("q")
         self._stalls = array("q")
+        self._products = array("q")
         self._reaches = array("q")
 
     def computed(self, kind: str, layer: int, keys: Sequence[int], start_ns: int, end_ns: int) -> None:
@@ -72,9 +77,13 @@ class Timeline(Observer):
         self._count()
         self._copies.extend((key, chunk, cause, start_ns, end_ns))
 
-    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+    def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
         self._count()
-        self._stalls.extend((key, is_miss, start_ns, end_ns))
+        self._products.extend((key, start_ns, end_ns))
+
+    def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
+        self._count()
+        self._stalls.extend((key, kind, start_ns, end_ns))
 
     def horizon(self, now_ns: int, distances: Sequence[int]) -> None:
         reach = max(distances, default=0)
@@ -104,6 +113,8 @@ class Timeline(Observer):
         """The JSON of each event, metadata first."""
         yield _metadata("process_name", 0, "name", self.name)
         for track, name in TRACKS.items():
+            if track == HOST_TRACK and not self._products:
+                continue
             yield _metadata("thread_name", track, "name", name)
             yield _metadata("thread_sort_index", track, "sort_index", track)
         yield from self._kernel_events()
@@ -112,9 +123,13 @@ class Timeline(Observer):
             category = "demand" if cause == DEMAND else "prefetch"
             args = f'{{"layer":{layer},"expert":{expert},"chunk":{chunk}}}'
             yield _slice(LINK_TRACK, f"L{layer}/E{expert}", category, start, end, args)
-        for key, is_miss, start, end in _rows(self._stalls, 4):
+        for key, start, end in _rows(self._products, 3):
             layer, expert = divmod(key, self.num_experts)
-            category = "miss" if is_miss else "late"
+            args = f'{{"layer":{layer},"expert":{expert}}}'
+            yield _slice(HOST_TRACK, f"L{layer}/E{expert}", "experts", start, end, args)
+        for key, kind, start, end in _rows(self._stalls, 4):
+            layer, expert = divmod(key, self.num_experts)
+            category = STALLS[kind]
             args = f'{{"layer":{layer},"expert":{expert}}}'
             yield _slice(STALL_TRACK, f"{category} L{layer}/E{expert}", category, start, end, args)
         for now_ns, reach in _rows(self._reaches, 2):
@@ -191,13 +206,15 @@ def load_timeline(path: str | Path) -> Frames:
                 "reach": [event["args"]["layers"] for event in counts],
             }
         ),
+        host=_copy_frame(by_track[HOST_TRACK], ("layer", "expert"), "kind").drop(columns="kind"),
     )
 
 
 _NEEDS = {
     COMPUTE_TRACK: (KINDS, ()),
     LINK_TRACK: (("demand", "prefetch"), ("layer", "expert", "chunk")),
-    STALL_TRACK: (("late", "miss"), ("layer", "expert")),
+    STALL_TRACK: (STALLS, ("layer", "expert")),
+    HOST_TRACK: (("experts",), ("layer", "expert")),
 }
 """Of the slices of a track: their categories, and the numbers among their arguments."""
 _MOST_US = 1e15

@@ -1,0 +1,83 @@
+"""The experts of a layer that the host computes: asks the place, gives them to the machine and takes the results back.
+
+Of the runs of a policy whose place may answer anything but the GPU; a run of any other has none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from expertflow.copy_queue import CopyQueue
+from expertflow.counters import Counters
+from expertflow.forward import Forward
+from expertflow.machine import HostMachine, Machine
+from expertflow.observer import Watch
+from expertflow.parts import Placing
+from expertflow.policy import Policy
+from expertflow.view import ABSENT, RESIDENT
+
+
+class Hosting:
+    """keys: of the layer that runs, those that the host computes. later: those of them that are copied as well, for
+    later use. task: the machine's number of their task, once begun. ended_ns, last_key: when the results of the last
+    task were in GPU memory, and the expert that was computed last. num_results: of the whole run.
+    """
+
+    def __init__(
+        self, machine: Machine, policy: Policy, queue: CopyQueue, counters: Counters, watch: Watch | None
+    ) -> None:
+        self.machine = cast(HostMachine, machine)
+        self.policy = policy
+        self.queue = queue
+        self.counters = counters
+        self.watch = watch
+        self.keys: Sequence[int] = ()
+        self.later: Sequence[int] = ()
+        self.task = 0
+        self.num_left = 0
+        """Results that are still to come."""
+        self.ended_ns = 0
+        self.last_key = -1
+        self.num_results = 0
+        self._tokens: dict[int, int] = {}
+
+    def ask(self, forward: Forward, layer: int) -> Sequence[int]:
+        """Which of the experts that `layer` demands, and that are not on the GPU, the host computes."""
+        self.keys = self.later = ()
+        state = self.queue.state
+        missing = [key for key in forward.issue_order[layer] if state[key] == ABSENT]
+        counts = forward.counts
+        tokens = [1] * len(missing) if counts is None else [counts[layer][key] for key in missing]
+        resident = [key for key in forward.demands[layer] if state[key] == RESIDENT]
+        in_flight = [key for key in forward.demands[layer] if state[key] not in (ABSENT, RESIDENT)]
+        placing = Placing(layer, resident, in_flight, missing, tokens, self.machine.estimate(tokens))
+        keys = self.policy.place_experts(placing)
+        if not keys:
+            return ()
+        self.keys = keys
+        self._tokens = dict(zip(missing, tokens, strict=True))
+        self.counters.num_host += len(keys)
+        queued = [key for key in keys if key in self.queue.wanted] if self.queue.wanted else []
+        self.later = self.policy.fetched_later(keys, queued)
+        self.queue.leave_to_host(keys, self.later)
+        return keys
+
+    def begin(self) -> None:
+        """Give the machine what the place has answered."""
+        if self.keys:
+            self.task = self.machine.on_host(self.keys, [self._tokens[key] for key in self.keys])
+            self.num_left = len(self.keys)
+
+    def is_done(self) -> bool:
+        """Whether all results of the layer are there, by the last record."""
+        if not self.num_left:
+            return True
+        for _, key, start_ns, end_ns in self.machine.host_ended():
+            self.num_left -= 1
+            self.num_results += 1
+            self.counters.host_busy_ns += end_ns - start_ns
+            self.last_key, self.ended_ns = key, end_ns
+            if self.watch is not None:
+                self.watch.computed_on_host(key, start_ns, end_ns)
+        return not self.num_left
