@@ -65,6 +65,8 @@ class SharedMemory:
         queues = (copies, products)
         lefts = ([stint.left_ns for stint in copies], [stint.left_ns for stint in products])
         heads, now = [0, 0], self.now_ns
+        # Of each queue, how many are under way or over, as far as this walk has come.
+        begun = [sum(stint.begun for stint in stints) for stints in queues]
         while True:
             waiting = [side for side in (0, 1) if heads[side] < len(queues[side])]
             running = [side for side in waiting if queues[side][heads[side]].earliest_ns <= now]
@@ -82,8 +84,9 @@ class SharedMemory:
             for side, end in zip(running, ends, strict=True):
                 place = heads[side]
                 stint = queues[side][place]
-                if not stint.begun:
+                if place == begun[side]:
                     stint.start_ns, stint.begun = now, happens
+                    begun[side] += 1
                 if end <= stop:
                     stint.end_ns, lefts[side][place] = end, -1
                     heads[side] += 1
