@@ -18,6 +18,15 @@ from expertflow.policy import Policy
 from expertflow.view import ABSENT, RESIDENT
 
 
+def check_machine(machine: object, policy: Policy) -> None:
+    """ValueError where `policy` may place experts on the host of a machine that computes none there."""
+    if policy.places and not hasattr(machine, "on_host"):
+        raise ValueError(
+            f"policy.place={type(policy.place).__name__:.60} may place experts on the host, and this machine computes them "
+            "on the GPU alone; leave policy.place out, or simulate it with python -m sim"
+        )
+
+
 class Hosting:
     """keys: of the layer that runs, those that the host computes. later: those of them that are copied as well, for
     later use. task: the machine's number of their task, once begun. ended_ns, last_key: when the results of the last
@@ -27,6 +36,7 @@ class Hosting:
     def __init__(
         self, machine: Machine, policy: Policy, queue: CopyQueue, counters: Counters, watch: Watch | None
     ) -> None:
+        check_machine(machine, policy)
         self.machine = cast(HostMachine, machine)
         self.policy = policy
         self.queue = queue

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from expertflow.hosting import check_machine
 from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
@@ -23,6 +24,7 @@ from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import DeviceLostError, end
+from replay.machine.real import RealMachine
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
@@ -34,7 +36,7 @@ from sim.job.limit import limited
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import Ended
-from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config, start_note
 from sim.job.title import policy_title
 
 WRONG = 1
@@ -85,7 +87,7 @@ def _replay(
     wall_s = time.perf_counter() - started
     found = {**provenance(overrides, work.trace_sha256, wall_s, "replay"), "machine": metrics["machine"]}
     write_text(folder / "provenance.json", to_json(found))
-    _print(console, metrics, folder, policy_title(plain["policy"]))
+    _print(console, metrics, folder, policy_title(plain["policy"]), start_note(plain))
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)
@@ -124,6 +126,7 @@ class Job:
         self.full, self.work = work, scaled_workload(work, settings.scale)
         self.overrides = list(overrides)
         self.policy, self.transfer = make_policy(cfg["policy"], work, cfg["seed"])
+        check_machine(RealMachine, self.policy)
         self.integrity: Integrity | None = None
         self.head = describe(self.work, self.policy, cfg["policy"]["name"], settings.machine)
 
@@ -185,11 +188,11 @@ def _most(needs: Sequence[Needs]) -> Needs:
     )
 
 
-def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str) -> None:
+def _print(console: Console, metrics: dict[str, Any], folder: Path, title: str, note: str | None) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder), title)
         return
-    print_report(console, metrics, None, title)
+    print_report(console, metrics, None, title, note)
     for note in notes(metrics):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"written to {relative(folder)}", highlight=False, soft_wrap=True)

@@ -31,7 +31,7 @@ from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, result
 from sim.job.place import make_place
 from sim.job.report import print_line, print_report
 from sim.job.run_cli import as_job, is_sweep, run_hydra
-from sim.job.setup import Transfer, Workload, make_policy, make_workload
+from sim.job.setup import Transfer, Workload, make_policy, make_workload, start_note
 from sim.job.title import policy_title
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 from sim.paths import CONF
@@ -78,7 +78,7 @@ def run_configured(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder), policy_title(plain["policy"]))
     else:
-        print_report(console, metrics, relative(folder), policy_title(plain["policy"]))
+        print_report(console, metrics, relative(folder), policy_title(plain["policy"]), start_note(plain))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

@@ -49,10 +49,13 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has
     ]
 
 
-def print_report(console: Console, metrics: dict[str, Any], folder: str | None, title: str) -> None:
+def print_report(
+    console: Console, metrics: dict[str, Any], folder: str | None, title: str, note: str | None = None
+) -> None:
     """One table a person can read, from the metrics of a run and those beside it.
 
     title: of the policy (see `sim.job.title`); where it is the name alone, a run of that name beside is the same run.
+    note: what is said of this run alone.
     """
     capacity, trace = metrics["capacity"], metrics["trace"]
     console.print(
@@ -80,6 +83,8 @@ def print_report(console: Console, metrics: dict[str, Any], folder: str | None, 
         floor = bounds["floor_ns"] / max(metrics["num_tokens"], 1) / 1e6
         table.add_row("floor", "", f"{floor:.3f}", style="dim")
     _print_table(console, table)
+    if note is not None:
+        console.print(f"  {note}", highlight=False, soft_wrap=True)
     _print_notes(console, metrics, folder)
 
 

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import numpy as np
 
 from expertflow.boundary import CHECKING, is_own_class
+from expertflow.evictions.keep_nothing import KeepNothing
 from expertflow.future import Future
 from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
 from expertflow.model import ModelSpec, model_from_dict
-from expertflow.parts import Effort
+from expertflow.parts import Effort, Eviction
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
@@ -180,6 +181,19 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
         initial=initial,
         num_pinned=len(initial) if work.start in PINS and work.pins else 0,
         all_initial=work.start in ("resident", "pinned_layers"),
+    )
+
+
+def start_note(cfg: Mapping[str, Any]) -> str | None:
+    """What a user must know of the start that a configuration asks for, if anything."""
+    eviction = cfg["policy"].get("eviction")
+    if cfg["start"] not in ("popular", "resident") or eviction is None:
+        return None
+    if not issubclass(class_of(eviction, "policy.eviction", Eviction), KeepNothing):
+        return None
+    return (
+        f"start={cfg['start']}: {cfg['policy']['name']} gives up every expert when its layer has run, what it began with "
+        "as well; start=pinned keeps it (with policy.transfer.staging_slots for the others)"
     )
 
 

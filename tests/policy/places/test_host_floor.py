@@ -16,7 +16,7 @@ from expertflow.places.balanced import Balanced
 from expertflow.places.capped import Capped
 from expertflow.places.cheaper import Cheaper
 from expertflow.places.host_layers import HostLayers
-from sim.job.setup import Transfer, Workload
+from sim.job.setup import Workload
 from sim.machine.run import run_floor, run_policy
 from tests.policy.test_bounds import drawn_events
 from tests.support import reference
@@ -130,9 +130,3 @@ def test_no_place_beats_the_floor_on_any_machine(group: int) -> None:
                 assert metrics["num_accesses"] == sum(metrics[key] for key in counts)
                 on_host += metrics["num_host"]
     assert on_host > 0
-
-
-def test_staging_is_not_needed_for_a_floor_with_a_host() -> None:
-    work = with_host(3)
-    assert run_floor(work, 2, with_host=True).floor_ns <= run_floor(work, with_host=True).floor_ns
-    assert Transfer().staging_slots == 0
