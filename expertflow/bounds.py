@@ -10,9 +10,9 @@ launches, that of the cheapest grouping. One expert kernel is likewise the short
 
 With experts on the host the same schedule, with a load in place of each expert that the host computed, is one that
 loads, and so has at least as many: loads and experts on the host together are no fewer than MIN's loads. Host and link
-each take theirs one after the other, so that the prefix takes at least the least over k of max(k loads and a kernel, the
-rest on the host); that copies and the host slow each other only adds to it. The serial time of an event is then the
-least over all splits of its experts (`split_ns`), and no more than its GPU's part of it is certain.
+each take theirs one after the other, so that a prefix takes at least the least over k of max(k loads and a kernel, the
+rest on the host); that copies and the host slow each other only adds to it. The serial time of an event is then that of
+the quickest split of its experts between the two (`HostFloor.split_ns`).
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def floor(
     num_layers: int,
     host: HostFloor | None = None,
 ) -> Floor:
-    """totals: `min_loads`. host: None = nothing is computed there. serial_ns [events]: attention, routed experts, shared expert and unavoidable overhead
+    """totals: `min_loads`. serial_ns [events]: attention, routed experts, shared expert and unavoidable overhead
     of each event, however its experts are grouped. head_ns [forwards]: head with its overhead. kernel_ns: the shortest
-    launch of a routed expert."""
+    launch of a routed expert. host: None = no expert is computed there."""
     after = 0
     best, binding = 0, -1
     for event in range(len(totals) - 1, -1, -1):

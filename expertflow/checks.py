@@ -311,12 +311,12 @@ class CheckedPlace:
         self._stays: frozenset[int] = frozenset()
 
     def on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
-        given = Placing(placing.layer, *map(tuple, placing[1:5]), placing.costs._replace(
-            gpu_ns=tuple(placing.costs.gpu_ns), host_ns=tuple(placing.costs.host_ns)
-        ))
-        keys = self._subset("on_host", self._on_host(given, forward), given.missing, "is not missing")
+        costs = placing.costs._replace(gpu_ns=tuple(placing.costs.gpu_ns), host_ns=tuple(placing.costs.host_ns))
+        missing, tokens = tuple(placing.missing), tuple(placing.tokens)
+        given = Placing(placing.layer, tuple(placing.resident), tuple(placing.in_flight), missing, tokens, costs)
+        keys = self._subset("on_host", self._on_host(given, forward), missing, "is not missing")
         if self._stays:
-            left_out = next((key for key in given.missing if key in self._stays and key not in keys), None)
+            left_out = next((key for key in missing if key in self._stays and key not in keys), None)
             if left_out is not None:
                 rule = f"leaves key {left_out} to the GPU, which stays on the host by stays_on_host"
                 raise self._guard.refused("on_host", rule, "place it on the host, or do not let it stay there")

@@ -310,7 +310,7 @@ class CopyQueue:
         self.has_work = bool(self.demand or self.wanted) or self.started is not None
 
     def leave_to_host(self, keys: Sequence[int], later: Sequence[int]) -> None:
-        """The host computes `keys`, of the layer whose routing was just read: drop their prefetches, but for `later`."""
+        """The host computes `keys` of the layer whose routing was just read: drop their prefetches but for `later`."""
         counters, before = self.counters, set(self.wanted)
         queued = before.intersection(keys)
         if queued:
@@ -320,7 +320,7 @@ class CopyQueue:
         counters.prefetch_requested += len(later) - num_kept
 
     def follow(self, later: Sequence[int]) -> None:
-        """Copy these, of which `leave_to_host` has heard, behind the demand and before what is wanted, for later use."""
+        """Copy these, of which `leave_to_host` has heard, behind the demand and before what is wanted."""
         self._behind.update(later)
         self.wanted.extend(reversed(later))
         self.has_work = True

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+from expertflow.boundary import PartError
 from expertflow.copy_queue import CopyQueue
 from expertflow.counters import Counters
 from expertflow.forward import Forward
+from expertflow.keys import plain
 from expertflow.machine import HostMachine, Machine
 from expertflow.observer import Watch
 from expertflow.parts import Placing
@@ -19,11 +21,11 @@ from expertflow.view import ABSENT, RESIDENT
 
 
 def check_machine(machine: object, policy: Policy) -> None:
-    """ValueError where `policy` may place experts on the host of a machine that computes none there."""
+    """PartError where `policy` may place experts on the host of a machine that computes none there."""
     if policy.places and not hasattr(machine, "on_host"):
-        raise ValueError(
-            f"policy.place={type(policy.place).__name__:.60} may place experts on the host, and this machine computes them "
-            "on the GPU alone; leave policy.place out, or simulate it with python -m sim"
+        raise PartError(
+            f"{plain(type(policy.place).__name__, 60)}.on_host may place experts on the host, where this machine "
+            "computes none; leave policy.place out, or simulate it with python -m sim"
         )
 
 

@@ -7,7 +7,10 @@ from expertflow.counters import Counters
 
 
 def check_identities(counters: Counters, queue: CopyQueue, num_on_host: int = 0) -> None:
-    """num_on_host: results that came from the host. AssertionError if the books of a finished run do not balance: a mistake of ours, never the user's."""
+    """AssertionError if the books of a finished run do not balance: a mistake of ours, never the user's.
+
+    num_on_host: results that came from the host.
+    """
     c = counters
     issued = c.prefetch_useful + c.prefetch_late + c.prefetch_evicted_unused + queue.num_fresh
     dropped = c.dropped_replaced + c.dropped_passed + c.dropped_refused + c.dropped_became_demand
@@ -15,7 +18,10 @@ def check_identities(counters: Counters, queue: CopyQueue, num_on_host: int = 0)
     loaded = queue.num_loads * sum(queue.chunk_bytes)
     loaded -= sum(sum(queue.chunk_bytes[load.issued :]) for load in queue.loading.values())
     checks = {
-        "experts launched + computed on the host = experts demanded": (queue.num_launched + num_on_host, c.num_accesses),
+        "experts launched + computed on the host = experts demanded": (
+            queue.num_launched + num_on_host,
+            c.num_accesses,
+        ),
         "accesses = hits + late + misses + host": (
             c.num_accesses,
             c.num_hits + c.num_late + c.num_misses + c.num_host,

@@ -20,7 +20,8 @@ LOAD = 2  # last chunk of the named load
 HOST = 3  # results of the named host task, in GPU memory
 
 Wait = tuple[int, int, bool]
-"""(kind, mark, load id or host task, drain): resume at what is named; with `drain` at the next chunk's end if sooner."""
+"""(kind, mark or load id or host task, drain): resume at what is named; with `drain` at the next chunk's end if that
+comes sooner."""
 
 Chunk = tuple[int, int, int, int]
 """(load id, chunk index, start_ns, end_ns) on the copy stream."""
@@ -33,8 +34,8 @@ Record = tuple[int, Sequence[Chunk], Sequence[Mark]]
 
 
 HostResult = tuple[int, int, int, int]
-"""(host task, key, start_ns, end_ns) of one expert that the host has computed. The results of a task come back together:
-its last expert ends when they are in GPU memory."""
+"""(host task, key, start_ns, end_ns) of one expert that the host has computed. The results of a task come back
+together: its last expert ends when they are in GPU memory."""
 
 
 class Costs(NamedTuple):

@@ -109,10 +109,11 @@ class Runtime:
         initial = [key for key in config.initial if key not in stays] if stays else config.initial
         pinned = set(config.initial[: config.num_pinned])
         placed = self.slots.fill(initial)
-        if config.all_initial and len(placed) < len(initial):
+        # Of a run on the GPU alone the configuration knows that there is room.
+        if config.all_initial and self._hosting is not None and len(placed) < len(initial):
             raise ValueError(
-                f"start=resident needs room for {len(initial)} experts, all that do not stay on the host, and there are "
-                f"{config.num_slots} slots; raise residency, or choose start=popular"
+                f"start=resident needs room for {len(initial)} experts, all that do not stay on the host; of "
+                f"{config.num_slots} slots {len(placed)} can be filled: raise residency, or choose start=popular"
             )
         self._fixed = frozenset(key for key in placed if key in pinned)
         for key in reversed(placed):
@@ -132,8 +133,8 @@ class Runtime:
                 continue
             if any(not slots.state[key] and key not in stays for key in own):
                 raise ValueError(
-                    f"start pins experts into all {self.config.num_slots} slots, and none is left to copy another into; "
-                    "give policy.transfer.staging_slots=1 or more, or a place whose other experts stay on the host"
+                    f"start pins experts into all {self.config.num_slots} slots, and none is left to copy another "
+                    "into; give policy.transfer.staging_slots=1 or more, or a place that keeps the others on the host"
                 )
 
     def _view(self, state: bytearray) -> View:

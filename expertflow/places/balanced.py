@@ -1,4 +1,7 @@
-"""The misses of a layer split so that copies and host end together (HybriMoE, arXiv 2504.05897; FreeToken, 2608.16157)."""
+"""The misses of a layer split so that copies and host end together.
+
+HybriMoE (arXiv 2504.05897) and FreeToken (arXiv 2608.16157).
+"""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class HostExperts(Place):
             wrong = next((key for key in self.experts if not 0 <= key < num_keys), None)
             if wrong is not None:
                 raise ValueError(
-                    f"policy.place.experts: {wrong} is no key; the model has 0 to {num_keys - 1}, layer * num_experts + "
-                    "expert"
+                    f"policy.place.experts: {wrong} is no key; the model has 0 to {num_keys - 1}, "
+                    "layer * num_experts + expert"
                 )
             self._keys = frozenset(self.experts)
             return

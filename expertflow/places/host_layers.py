@@ -28,8 +28,8 @@ class HostLayers(Place):
     def start(self, view: View, future: Future | None) -> None:
         if self.layers > view.num_layers:
             raise ValueError(
-                f"policy.place.layers={self.layers} is more than the model's MoE layers, {view.num_layers}; give at most "
-                "these"
+                f"policy.place.layers={self.layers} is more than the model's MoE layers, {view.num_layers}; "
+                "give at most these"
             )
         first = 0 if self.side == "first" else view.num_layers - self.layers
         self._own = range(first, first + self.layers)

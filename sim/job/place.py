@@ -40,8 +40,8 @@ def uses_in(path: str, trace: Trace) -> list[int]:
     shape = (trace.num_layers, trace.num_experts)
     if (other.num_layers, other.num_experts) != shape:
         raise ValueError(
-            f"policy.place.used_on={shown(path)} has {other.num_layers} layers of {other.num_experts} experts, the trace "
-            f"{trace.name} has {shape[0]} of {shape[1]}; give a trace of the same model"
+            f"policy.place.used_on={shown(path)} has {other.num_layers} layers of {other.num_experts} experts, "
+            f"the trace {trace.name} has {shape[0]} of {shape[1]}; give a trace of the same model"
         )
     num_layers, num_experts = shape
     counts = np.zeros(num_layers * num_experts, np.int64)

@@ -142,8 +142,8 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
     _check_chunks(work)
     if work.start == "pinned_layers" and num_slots < model.num_experts:
         raise ValueError(
-            f"start=pinned_layers: there are {num_slots} slots, less than one layer's {model.num_experts} experts; raise "
-            "residency or gpu_memory_gb, or choose start=pinned"
+            f"start=pinned_layers: there are {num_slots} slots, less than one layer's {model.num_experts} experts; "
+            "raise residency or gpu_memory_gb, or choose start=pinned"
         )
     return work
 
@@ -192,8 +192,8 @@ def start_note(cfg: Mapping[str, Any]) -> str | None:
     if not issubclass(class_of(eviction, "policy.eviction", Eviction), KeepNothing):
         return None
     return (
-        f"start={cfg['start']}: {cfg['policy']['name']} gives up every expert when its layer has run, what it began with "
-        "as well; start=pinned keeps it (with policy.transfer.staging_slots for the others)"
+        f"start={cfg['start']}: {cfg['policy']['name']} gives up every expert when its layer has run, what it began "
+        "with as well; start=pinned keeps it (with policy.transfer.staging_slots for the others)"
     )
 
 

@@ -2,8 +2,8 @@
 
 Activations go over, the host takes the experts one by one, the results come back together; activations and results do
 not wait for copies. Copies and products read the same memory (`sim.machine.shared_memory`): at each of either that is
-enqueued, what has not ended by then is timed anew. Nothing else changes between two waits of the runtime, so that a wake
-stays one timeout.
+enqueued, what has not ended by then is timed anew. Nothing else changes between two waits of the runtime, so that a
+wake stays one timeout.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class HostTimes(Protocol):
 
 
 class CpuTimes:
-    """Implements `HostTimes` by two peaks, as a roofline: the weights of an expert are read once, every token multiplies
-    and adds each of them. ValueError where `hardware` says nothing of its host.
+    """Implements `HostTimes` by two peaks, as a roofline: the weights of an expert are read once, every token
+    multiplies and adds each of them. ValueError where `hardware` says nothing of its host.
     """
 
     def __init__(self, model: ModelSpec, hardware: Hardware) -> None:
@@ -90,8 +90,8 @@ class _Part(NamedTuple):
 
 
 class HostComputeMachine(HostBoundMachine):
-    """A `HostBoundMachine` that implements `expertflow.machine.HostMachine`. Sending activations keeps the host busy for
-    as long as issuing a copy does."""
+    """A `HostBoundMachine` that implements `expertflow.machine.HostMachine`. Sending activations keeps the host busy
+    for as long as issuing a copy does."""
 
     def __init__(
         self, kernels: KernelTimes, link: Link, costs: HostCosts, chunk_bytes: Sequence[int], host: HostTimes

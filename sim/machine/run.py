@@ -65,7 +65,7 @@ def _too_long(work: Workload) -> ValueError:
 def best_clairvoyant(
     work: Workload, place: Callable[[], Place] = Gpu, transfer: Transfer | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Name and metrics of the fastest schedule of the portfolio that knows the future. place: makes the place of each."""
+    """Name and metrics of the fastest schedule of the portfolio that knows the future. place: makes that of each."""
     schedules = portfolio(work.future, place)
     runs = [(name, run_policy(work, policy, transfer or Transfer())) for name, policy in schedules.items()]
     return min(runs, key=lambda run: run[1]["elapsed_ns"])

@@ -1,9 +1,9 @@
 """Two queues that read the host's memory, copies to the GPU and experts that the host computes, and slow each other.
 
-While both are busy each runs at the factor min(1, capacity / (rate of the copy + rate of the products)) of its own rate:
-what takes 1 ns of work alone then takes `stretch` = 1 / factor. Measured on a machine of eight channels: copies alone
-26.1 GB/s, products alone 110, both at once 119.5 (GitHub FreeToken#444). Whole nanoseconds: work that is left is rounded
-up whenever it is looked at, and so is an end. Knows nothing of experts, kernels or a runtime.
+While both are busy each runs at the factor min(1, capacity / (rate of the copy + rate of the products)) of its own
+rate: what takes 1 ns of work alone then takes `stretch` = 1 / factor. Measured on a machine of eight channels: copies
+alone 26.1 GB/s, products alone 110, both at once 119.5 (GitHub FreeToken#444). Whole nanoseconds: work that is left is
+rounded up whenever it is looked at, and so is an end. Knows nothing of experts, kernels or a runtime.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ class Hardware:
         float | None, Rule(1e-6, 1e6, unit="TFLOP/s", null="unknown", about="that experts on the host reach")
     ] = None
     host_round_trip_ns: Annotated[
-        int | None, Rule(0, 1_000_000_000, unit="ns", null="unknown", about="of activations to the host and results back")
+        int | None,
+        Rule(0, 1_000_000_000, unit="ns", null="unknown", about="of activations to the host and results back"),
     ] = None
     kernel_ns: Annotated[
         Mapping[str, KernelTable], Rule(extra="a mapping of models to tables", about="measured kernel times")

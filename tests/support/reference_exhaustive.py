@@ -8,9 +8,9 @@ attention of `attention[i]`, then one kernel of `kernel[i]` for each of its expe
 which needs its expert resident (with `group` one kernel may compute several of them); the attention of
 event i+1 follows the last kernel of event i. The link loads one expert at a time in `load`, is never
 interrupted, and may load any expert at any time. A load holds one of `slots` slots from its start, and may
-take it from any resident but those whose kernel is running. The cache starts cold. With `host` an expert of event i may
-also be computed without being resident, once the attention of event i is over, one at a time in `host`; the attention of
-event i+1 follows these as well.
+take it from any resident but those whose kernel is running. The cache starts cold. With `host` an expert of
+event i may also be computed without being resident, once the attention of event i is over, one at a time in
+`host`; the attention of event i+1 follows these as well.
 """
 
 import heapq

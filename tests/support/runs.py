@@ -360,8 +360,8 @@ def build(
     watched: bool = True,
     **config: Any,
 ) -> Job:
-    """A job over `forwards`; `config` goes to RunConfig. An expert is 40 bytes in one chunk unless said. host: of a machine
-    that computes experts on it."""
+    """A job over `forwards`; `config` goes to RunConfig. An expert is 40 bytes in one chunk unless said. host: of a
+    machine that computes experts on it."""
     kernels = kernels or Kernels()
     num_layers = len(forwards[0].demands)
     config.setdefault("top_k", len(forwards[0].demands[0]))

@@ -1,6 +1,6 @@
 """Experts on the host, worked out by hand to the nanosecond: their waits, and the memory that they share with copies.
 
-Unless a test says otherwise: attention 100 ns, one expert 10, head 50, one expert's copy 40, all its own on the host 30,
+Unless a test says otherwise: attention 100 ns, one expert 10, head 50, one expert's copy 40, one expert on the host 30,
 activations 5 there and results 5 back; all else is free. Keys of layer 0 are 0 … 9, of layer 1 10 … 19; 3, 4, 5 and 13
 are resident at the start.
 """
@@ -288,7 +288,14 @@ def test_an_expert_on_the_host_is_neither_touched_nor_admitted() -> None:
     eviction = Hears()
     job = go(Given([6], [16]), [[6, 3], [6]], [[3], [3]], eviction=eviction, initial=())
     told = [("touched", 3), ("admitted", 3, 0), ("layer_end", 3), ("layer_end",)]
-    assert eviction.heard == [*told, ("touched", 3), ("layer_end", 3), ("touched", 13), ("admitted", 13, 0), ("layer_end", 13)]
+    assert eviction.heard == [
+        *told,
+        ("touched", 3),
+        ("layer_end", 3),
+        ("touched", 13),
+        ("admitted", 13, 0),
+        ("layer_end", 13),
+    ]
     assert (job.counters.num_host, job.counters.num_misses, job.counters.num_hits) == (2, 2, 1)
 
 

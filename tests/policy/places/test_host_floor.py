@@ -18,18 +18,13 @@ from expertflow.places.cheaper import Cheaper
 from expertflow.places.host_layers import HostLayers
 from sim.job.setup import Workload
 from sim.machine.run import run_floor, run_policy
+from tests.attack.hostile_table import HOST
 from tests.policy.test_bounds import drawn_events
 from tests.support import reference
 from tests.support.runs import ConstantLink, Host, Kernels, build, compose, events_of, eviction_named
 from tests.support.workloads import drawn_workload, policy_for
 
 SMALL = 60
-HOST = {
-    "host_memory_gb_per_s": 40.0,
-    "host_memory_efficiency": 0.8,
-    "host_tflops": 0.5,
-    "host_round_trip_ns": 7_001,
-}
 
 
 def places() -> list[Place]:
@@ -37,7 +32,9 @@ def places() -> list[Place]:
     return [Cheaper(), Balanced(), Capped(1), Capped(1, behind=False), HostLayers(1)]
 
 
-def bound(forwards: list[Forward], attention: int, kernel: int, load: int, host: int, num_slots: int, experts: int) -> int:
+def bound(
+    forwards: list[Forward], attention: int, kernel: int, load: int, host: int, num_slots: int, experts: int
+) -> int:
     """The floor of an instance in the units of the exhaustive search."""
     num_layers = len(forwards[0].demands)
     told = HostFloor(host, 0)

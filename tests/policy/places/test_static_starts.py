@@ -69,7 +69,9 @@ def test_the_floor_holds_for_a_pinned_start() -> None:
 
 def test_without_a_slot_for_the_others_a_pinned_start_is_refused() -> None:
     work = static()
-    message = r"start pins experts into all 12 slots, and none is left .*\.staging_slots=1 or more, or a place"
+    message = (
+        r"start pins experts into all 12 slots, and none is left .*\.staging_slots=1 or more, or a place that keeps"
+    )
     with pytest.raises(ValueError, match=message):
         run_policy(work, *policy_for(work, "lru"))
     assert run_policy(static(24), *policy_for(work, "lru"))["num_misses"] == 0
@@ -90,7 +92,9 @@ class Tries(Eviction):
 
     def victim(self, key: int, cause: int) -> int | None:
         view = self.view
-        return next((one for one, state in enumerate(view.residency) if state == RESIDENT and one not in view.pinned), None)
+        return next(
+            (one for one, state in enumerate(view.residency) if state == RESIDENT and one not in view.pinned), None
+        )
 
 
 def test_no_part_hears_of_what_never_leaves_but_by_what_is_pinned() -> None:
@@ -145,7 +149,9 @@ def test_what_is_pinned_stays_under_every_eviction_and_place(eviction: str, scop
             forwards, num_experts=5, num_slots=8, policy=policy, initial=(1, 7, 2), num_pinned=3, host=Host(slower=1.5)
         )
         kept = [key for key in (1, 7, 2) if key not in policy.stays_on_host]
-        assert [key for key in range(10) if key in (1, 7, 2) and job.runtime.slots.state[key] == RESIDENT] == sorted(kept)
+        assert [key for key in range(10) if key in (1, 7, 2) and job.runtime.slots.state[key] == RESIDENT] == sorted(
+            kept
+        )
 
 
 def test_a_clairvoyant_schedule_keeps_what_is_pinned() -> None:
@@ -157,7 +163,12 @@ def test_a_clairvoyant_schedule_keeps_what_is_pinned() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "start", "told"),
-    [("on_demand", "popular", True), ("on_demand", "cold", False), ("on_demand", "pinned", False), ("lru", "popular", False)],
+    [
+        ("on_demand", "popular", True),
+        ("on_demand", "cold", False),
+        ("on_demand", "pinned", False),
+        ("lru", "popular", False),
+    ],
 )
 def test_a_policy_that_drops_what_it_began_with_says_so(policy: str, start: str, told: bool) -> None:
     note = start_note({"policy": policy_conf(policy), "start": start})
