@@ -108,7 +108,7 @@ def compare_runs(
         return None, None
     floor = run_floor(work, with_host=place is not None)
     whole_run = work.warmup_forwards == 0
-    bounds = {
+    bounds: dict[str, Any] = {
         # The floor is of the whole run: with a warm-up left out there is nothing to hold it against.
         "floor_ns": floor.floor_ns if whole_run else None,
         "serial_ns": floor.serial_ns if whole_run else None,
