@@ -92,6 +92,8 @@ class CopyQueue:
         self.streamed_event = -1
         self._behind: set[int] = set()
         """Wanted prefetches that no decision replaces: of experts that the host computes this time."""
+        self._later: Sequence[int] = ()
+        """Those of the layer whose routing was just read."""
         self.landed_ns = [0] * len(slots.state)
 
     # -- what the runtime tells ------------------------------------------------------------------------------
@@ -295,12 +297,18 @@ class CopyQueue:
         """The routing of `layer` is known: drop its prefetches that are not demanded, queue the demand."""
         if self.wanted:
             num_experts, counters = self.slots.num_experts, self.counters
+            later = self._later
+            if later:
+                self.wanted = [key for key in self.wanted if key not in later]
             keep = [key for key in self.wanted if key // num_experts != layer]
             if len(keep) != len(self.wanted):
                 promoted = len(set(missing).intersection(self.wanted))
                 counters.dropped_became_demand += promoted
                 counters.dropped_passed += len(self.wanted) - len(keep) - promoted
                 self.wanted = keep
+            if later:
+                self.wanted.extend(reversed(later))
+                self._later = ()
         started = self.started
         if started is not None and started.key in late:
             self.demand.append(started)
@@ -310,20 +318,18 @@ class CopyQueue:
         self.has_work = bool(self.demand or self.wanted) or self.started is not None
 
     def leave_to_host(self, keys: Sequence[int], later: Sequence[int]) -> None:
-        """The host computes `keys` of the layer whose routing was just read: drop their prefetches but for `later`."""
+        """The host computes `keys` of the layer whose routing was just read: drop their prefetches.
+
+        later: those of them that are copied all the same, behind the demand (`arrive`) and before what else is wanted.
+        """
         counters, before = self.counters, set(self.wanted)
         queued = before.intersection(keys)
-        if queued:
-            self.wanted = [key for key in self.wanted if key not in queued]
         num_kept = len(queued.intersection(later))
         counters.dropped_became_host += len(queued) - num_kept
         counters.prefetch_requested += len(later) - num_kept
-
-    def follow(self, later: Sequence[int]) -> None:
-        """Copy these, of which `leave_to_host` has heard, behind the demand and before what is wanted."""
+        self.wanted = [key for key in self.wanted if key not in queued] + list(reversed(later))
+        self._later = later
         self._behind.update(later)
-        self.wanted.extend(reversed(later))
-        self.has_work = True
 
     def demand_after(self, key: int, after: int) -> None:
         """Queue the load of `key`, to start no sooner than the end of mark `after`, behind the demand that is there."""

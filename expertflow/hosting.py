@@ -30,9 +30,9 @@ def check_machine(machine: object, policy: Policy) -> None:
 
 
 class Hosting:
-    """keys: of the layer that runs, those that the host computes. later: those of them that are copied as well, for
-    later use. task: the machine's number of their task, once begun. ended_ns, last_key: when the results of the last
-    task were in GPU memory, and the expert that was computed last. num_results: of the whole run.
+    """keys: of the layer that runs, those that the host computes. task: the machine's number of their task.
+    ended_ns, last_key: when the results of the last task were in GPU memory, and the expert that was computed last.
+    num_results: of the whole run.
     """
 
     def __init__(
@@ -45,18 +45,17 @@ class Hosting:
         self.counters = counters
         self.watch = watch
         self.keys: Sequence[int] = ()
-        self.later: Sequence[int] = ()
         self.task = 0
         self.num_left = 0
         """Results that are still to come."""
         self.ended_ns = 0
         self.last_key = -1
         self.num_results = 0
-        self._tokens: dict[int, int] = {}
 
     def ask(self, forward: Forward, layer: int) -> Sequence[int]:
-        """Which of the experts that `layer` demands, and that are not on the GPU, the host computes."""
-        self.keys = self.later = ()
+        """Which of the experts that `layer` demands, and that are not on the GPU, the host computes. It begins with them
+        at once, before copies are issued and kernels launched."""
+        self.keys = ()
         state = self.queue.state
         missing = [key for key in forward.issue_order[layer] if state[key] == ABSENT]
         counts = forward.counts
@@ -68,18 +67,13 @@ class Hosting:
         if not keys:
             return ()
         self.keys = keys
-        self._tokens = dict(zip(missing, tokens, strict=True))
         self.counters.num_host += len(keys)
         queued = [key for key in keys if key in self.queue.wanted] if self.queue.wanted else []
-        self.later = self.policy.fetched_later(keys, queued)
-        self.queue.leave_to_host(keys, self.later)
+        self.queue.leave_to_host(keys, self.policy.fetched_later(keys, queued))
+        tokens_of = dict(zip(missing, tokens, strict=True))
+        self.task = self.machine.on_host(keys, [tokens_of[key] for key in keys])
+        self.num_left = len(keys)
         return keys
-
-    def begin(self) -> None:
-        """Give the machine what the place has answered."""
-        if self.keys:
-            self.task = self.machine.on_host(self.keys, [self._tokens[key] for key in self.keys])
-            self.num_left = len(self.keys)
 
     def is_done(self) -> bool:
         """Whether all results of the layer are there, by the last record."""

@@ -5,7 +5,7 @@ One forward pass over the layers as in the numbered steps of `Runtime.run`. Time
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 from expertflow.copy_queue import CopyQueue, SlotHooks
@@ -97,11 +97,13 @@ class Runtime:
         self._stays = frozenset(policy.stays_on_host)
         self._fixed: frozenset[int] = frozenset()
         """Keys that never leave their slots. No part hears of them, but by `view.pinned`."""
-        self._keys: list[int] = []
+        self._keys: Sequence[int] = NOTHING
         """What the layer that runs demands of the GPU."""
-        self._heard: list[int] = []
+        self._heard: Sequence[int] = NOTHING
         """The same without what never leaves."""
         self._fill()
+        self._tells_all = self._hosting is None and not self._fixed
+        """Whether parts hear of all that a layer demands: then the two above are not kept."""
 
     def _fill(self) -> None:
         """Put what is there from the start into the slots."""
@@ -156,7 +158,8 @@ class Runtime:
         books, layers = self.books, range(self.config.num_layers)
         arrange = self.answers.arrange if policy.overrides(policy.order, "arrange") else None
         serial, last_layer = self.config.serial, self.config.num_layers - 1
-        hosting = self._hosting
+        hosting, stays = self._hosting, self._stays
+        between: Collection[int] = self._fixed or NOTHING
         for forward in self.forwards:
             # 0. Begin: the policy hears what is known before any routing.
             progress.forward = forward.index
@@ -179,16 +182,9 @@ class Runtime:
                 ready, missing, late = self._classify(forward, layer)
                 if missing or late or queue.wanted:
                     queue.arrive(layer, () if serial else missing, late)
-                    if hosting is not None and hosting.later:
-                        queue.follow(hosting.later)
-                    queue.pump()
-                elif hosting is not None and hosting.later:
-                    queue.follow(hosting.later)
                     queue.pump()
                 elif queue.has_work:
                     queue.pump()
-                if hosting is not None:
-                    hosting.begin()
                 # 4. Launch what is there.
                 if missing or late:
                     waiting = self._launch_ready(forward, layer, ready, missing, late)
@@ -196,18 +192,22 @@ class Runtime:
                         self._load_in_turn(missing)
                 else:
                     waiting = []
-                    if ready or self.config.has_shared:
-                        self._launch(forward, layer, arrange(ready) if arrange is not None and ready else ready, True)
+                    if ready:
+                        self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
+                    elif self.config.has_shared:
+                        self._launch(forward, layer, NOTHING, True)
                 # 5. Decide, while the device works: on the next attention too, if nothing holds that up. Where there is
                 # nothing to decide the host spends no time on it, and what was wanted before stays wanted.
-                launched = not waiting and (hosting is None or not hosting.num_left)
+                launched = not waiting
+                if hosting is not None and hosting.num_left:
+                    launched = False
                 if launched:
                     mark = self._launch_next(layer)
                 if policy.prefetches:
                     wants = policy.decide(layer)
                     if wants is not None:
-                        if self._stays:
-                            wants = [key for key in wants if key not in self._stays]
+                        if stays:
+                            wants = [key for key in wants if key not in stays]
                         machine.decided(wants, policy.decision_effort)
                         if wants or queue.wanted:
                             queue.want(wants)
@@ -224,19 +224,19 @@ class Runtime:
                     if queue.has_work:
                         queue.pump()
                     waiting = self._launch_landed(forward, layer, waiting, missing, self._strict)
-                # 7. Wait for the host's results, which the next attention adds to the GPU's.
-                while hosting is not None and not hosting.is_done():
-                    self._retire((yield (HOST, hosting.task, queue.has_work)))
-                    if queue.has_work:
-                        queue.pump()
                 if not launched:
+                    # 7. Wait for the host's results, which the next attention adds to the GPU's.
+                    while hosting is not None and not hosting.is_done():
+                        self._retire((yield (HOST, hosting.task, queue.has_work)))
+                        if queue.has_work:
+                            queue.pump()
                     mark = self._launch_next(layer)
                     if hosting is not None and hosting.keys:
                         self.books.blame(mark, hosting.ended_ns, hosting.last_key, HOST_STALL)
                         progress.late_ns += progress.now_ns - hosting.ended_ns
-                progress.pinned = self._fixed or NOTHING
+                progress.pinned = between
                 for heard in self._layer_end_listeners:
-                    heard(layer, self._heard)
+                    heard(layer, forward.demands[layer] if self._tells_all else self._heard)
                 if self._trims_at_layer_end:
                     self._end_layer(forward, layer)
             # End: head and sampling run, the tokens are read back; prefetches of the next forward may copy meanwhile.
@@ -274,19 +274,12 @@ class Runtime:
             policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses, self._num_host))
         if policy.follows:
             policy.routed(layer)
-        on_host: Sequence[int] = NOTHING
-        if self._hosting is not None:
-            on_host = self._hosting.ask(forward, layer)
-            if on_host:
-                keys = [key for key in keys if key not in on_host]
-        self._keys = self._heard = keys
-        # A few are searched faster than a set is made. Parts see it: nobody can change it.
-        self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
-        if self._fixed:
-            self.progress.pinned = self._fixed.union(keys)
-            self._heard = [key for key in keys if key not in self._fixed]
-        if self._heard:
-            self._touched(self._heard)
+        if self._tells_all:
+            # A few are searched faster than a set is made. Parts see it: nobody can change it.
+            self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
+            self._touched(keys)
+        else:
+            keys = self._set_aside(forward, layer)
         ready: list[int] = []
         late: list[int] = []
         missing: list[int] = []
@@ -298,22 +291,39 @@ class Runtime:
                 late.append(key)
             else:
                 missing.append(key)
-        counters.num_accesses += len(keys) + len(on_host)
+        counters.num_accesses += len(keys)
         counters.num_hits += len(ready)
         self.queue.begin_layer(keys)
         if missing or late:
             if forward.issue_order[layer] is not keys:
-                missing = [key for key in forward.issue_order[layer] if not state[key] and key not in on_host]
+                missing = [key for key in forward.issue_order[layer] if not state[key]]
+                if not self._tells_all:
+                    missing = [key for key in missing if key in keys]
             counters.num_late += len(late)
             counters.num_misses += len(missing)
             self._num_late = len(late)
             self._num_misses = len(missing)
-        elif on_host:
-            self._num_late = self._num_misses = 0
-        self._num_host = len(on_host)
         if self.watch is not None:
             self.watch.demanded(forward, layer, known_ns, ready, late, missing)
         return ready, missing, late
+
+    def _set_aside(self, forward: Forward, layer: int) -> list[int]:
+        """What `layer` demands of the GPU, by its place; parts hear of it but for what never leaves."""
+        keys = forward.demands[layer]
+        if self._hosting is not None:
+            on_host = self._hosting.ask(forward, layer)
+            self._num_late = self._num_misses = 0
+            self._num_host = len(on_host)
+            if on_host:
+                keys = [key for key in keys if key not in on_host]
+                self.counters.num_accesses += len(on_host)
+        self._keys = self._heard = keys
+        self.progress.pinned = self._fixed.union(keys)
+        if self._fixed:
+            self._heard = [key for key in keys if key not in self._fixed]
+        if self._heard:
+            self._touched(self._heard)
+        return keys
 
     def _time_layers(self, layer: int) -> None:
         """Time of the layers between the first routing and the last of a forward, without stall."""
@@ -339,7 +349,7 @@ class Runtime:
         arrange = self.answers.arrange
         first: Sequence[int]
         if self._strict:
-            arranged = list(arrange(self._keys))
+            arranged = list(arrange(forward.demands[layer] if self._tells_all else self._keys))
             stop = next(i for i, key in enumerate(arranged) if key not in ready)
             first, waiting = arranged[:stop], arranged[stop:]
         else:
@@ -409,8 +419,9 @@ class Runtime:
 
     def _end_layer(self, forward: Forward, layer: int) -> None:
         slots, answers = self.slots, self.answers
-        if self._releases and self._heard:
-            for key in answers.release(layer, self._heard):
+        heard = forward.demands[layer] if self._tells_all else self._heard
+        if self._releases and heard:
+            for key in answers.release(layer, heard):
                 self.queue.evict(key)
         if slots.num_staging:
             first = forward.demands[layer][0]
