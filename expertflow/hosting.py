@@ -29,6 +29,18 @@ def check_machine(machine: object, policy: Policy) -> None:
         )
 
 
+class Aside:
+    """What the eviction does not hear of: `fixed`, which never leaves its slots, and what is computed on the host.
+
+    keys: what the layer that runs demands of the GPU. heard: the same without `fixed`.
+    """
+
+    def __init__(self, fixed: frozenset[int]) -> None:
+        self.fixed = fixed
+        self.keys: list[int] = []
+        self.heard: list[int] = []
+
+
 class Hosting:
     """keys: of the layer that runs, those that the host computes. task: the machine's number of their task.
     ended_ns, last_key: when the results of the last task were in GPU memory, and the expert that was computed last.
@@ -53,8 +65,8 @@ class Hosting:
         self.num_results = 0
 
     def ask(self, forward: Forward, layer: int) -> Sequence[int]:
-        """Which of the experts that `layer` demands, and that are not on the GPU, the host computes. It begins with them
-        at once, before copies are issued and kernels launched."""
+        """Which of the experts that `layer` demands, and that are not on the GPU, the host computes. It begins
+        with them at once, before copies are issued and kernels launched."""
         self.keys = ()
         state = self.queue.state
         missing = [key for key in forward.issue_order[layer] if state[key] == ABSENT]

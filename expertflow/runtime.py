@@ -12,7 +12,7 @@ from expertflow.copy_queue import CopyQueue, SlotHooks
 from expertflow.counters import Counters
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
-from expertflow.hosting import Hosting
+from expertflow.hosting import Aside, Hosting
 from expertflow.identities import check_identities
 from expertflow.journal import Journal
 from expertflow.machine import GATE, HOST, LOAD, TOKEN, Machine, Record, Wait
@@ -90,24 +90,17 @@ class Runtime:
         self._layer_end_listeners = policy.listeners("layer_end")
         self._releases = policy.overrides(policy.eviction, "release")
         self._trims_at_layer_end = bool(self._releases or config.num_staging)
-        self._num_late = self._num_misses = self._num_host = 0
+        self._num_late = self._num_misses = 0
         self._first_gate = (0, 0)
         self._pending_serial: list[int] = []
         self._hosting = Hosting(machine, policy, self.queue, self.counters, self.watch) if policy.places else None
-        self._stays = frozenset(policy.stays_on_host)
-        self._fixed: frozenset[int] = frozenset()
-        """Keys that never leave their slots. No part hears of them, but by `view.pinned`."""
-        self._keys: Sequence[int] = NOTHING
-        """What the layer that runs demands of the GPU."""
-        self._heard: Sequence[int] = NOTHING
-        """The same without what never leaves."""
-        self._fill()
-        self._tells_all = self._hosting is None and not self._fixed
-        """Whether parts hear of all that a layer demands: then the two above are not kept."""
+        fixed = self._fill()
+        self._aside = Aside(fixed) if fixed or policy.places else None
+        """What parts do not hear of; None: there is nothing of the kind."""
 
-    def _fill(self) -> None:
-        """Put what is there from the start into the slots."""
-        config, stays = self.config, self._stays
+    def _fill(self) -> frozenset[int]:
+        """Put what is there from the start into the slots; those that never leave them."""
+        config, stays = self.config, self.policy.stays_on_host
         initial = [key for key in config.initial if key not in stays] if stays else config.initial
         pinned = set(config.initial[: config.num_pinned])
         placed = self.slots.fill(initial)
@@ -117,17 +110,18 @@ class Runtime:
                 f"start=resident needs room for {len(initial)} experts, all that do not stay on the host; of "
                 f"{config.num_slots} slots {len(placed)} can be filled: raise residency, or choose start=popular"
             )
-        self._fixed = frozenset(key for key in placed if key in pinned)
+        fixed = frozenset(key for key in placed if key in pinned)
         for key in reversed(placed):
-            if key not in self._fixed:
+            if key not in fixed:
                 self.answers.admitted(key, DEMAND)
-        if self._fixed:
-            self.progress.pinned = self._fixed
-            self._check_room()
+        if fixed:
+            self.progress.pinned = fixed
+            self._check_room(fixed)
+        return fixed
 
-    def _check_room(self) -> None:
+    def _check_room(self, fixed: frozenset[int]) -> None:
         """ValueError where what never leaves has left no slot for an expert that would have to be copied."""
-        slots, stays, fixed = self.slots, self._stays, self._fixed
+        slots, stays = self.slots, self.policy.stays_on_host
         for pool, free in enumerate(slots.free):
             first = pool * slots.span
             own = range(first, min(first + slots.span, len(slots.state)))
@@ -158,8 +152,8 @@ class Runtime:
         books, layers = self.books, range(self.config.num_layers)
         arrange = self.answers.arrange if policy.overrides(policy.order, "arrange") else None
         serial, last_layer = self.config.serial, self.config.num_layers - 1
-        hosting, stays = self._hosting, self._stays
-        between: Collection[int] = self._fixed or NOTHING
+        hosting, aside, stays = self._hosting, self._aside, policy.stays_on_host
+        between: Collection[int] = NOTHING if aside is None else aside.fixed
         for forward in self.forwards:
             # 0. Begin: the policy hears what is known before any routing.
             progress.forward = forward.index
@@ -236,7 +230,7 @@ class Runtime:
                         progress.late_ns += progress.now_ns - hosting.ended_ns
                 progress.pinned = between
                 for heard in self._layer_end_listeners:
-                    heard(layer, forward.demands[layer] if self._tells_all else self._heard)
+                    heard(layer, forward.demands[layer] if aside is None else aside.heard)
                 if self._trims_at_layer_end:
                     self._end_layer(forward, layer)
             # End: head and sampling run, the tokens are read back; prefetches of the next forward may copy meanwhile.
@@ -271,15 +265,17 @@ class Runtime:
         if stall_ns and policy.hears_feedback:
             # Only now, with the next routing read, would a GPU know that a layer has stalled.
             before = (layer - 1) % self.config.num_layers
-            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses, self._num_host))
+            num_host = 0 if self._hosting is None else len(self._hosting.keys)
+            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses, num_host))
         if policy.follows:
             policy.routed(layer)
-        if self._tells_all:
+        aside = self._aside
+        if aside is None:
             # A few are searched faster than a set is made. Parts see it: nobody can change it.
             self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
             self._touched(keys)
         else:
-            keys = self._set_aside(forward, layer)
+            keys = self._set_aside(aside, forward, layer)
         ready: list[int] = []
         late: list[int] = []
         missing: list[int] = []
@@ -297,7 +293,7 @@ class Runtime:
         if missing or late:
             if forward.issue_order[layer] is not keys:
                 missing = [key for key in forward.issue_order[layer] if not state[key]]
-                if not self._tells_all:
+                if aside is not None:
                     missing = [key for key in missing if key in keys]
             counters.num_late += len(late)
             counters.num_misses += len(missing)
@@ -307,22 +303,20 @@ class Runtime:
             self.watch.demanded(forward, layer, known_ns, ready, late, missing)
         return ready, missing, late
 
-    def _set_aside(self, forward: Forward, layer: int) -> list[int]:
+    def _set_aside(self, aside: Aside, forward: Forward, layer: int) -> list[int]:
         """What `layer` demands of the GPU, by its place; parts hear of it but for what never leaves."""
         keys = forward.demands[layer]
         if self._hosting is not None:
             on_host = self._hosting.ask(forward, layer)
             self._num_late = self._num_misses = 0
-            self._num_host = len(on_host)
             if on_host:
                 keys = [key for key in keys if key not in on_host]
                 self.counters.num_accesses += len(on_host)
-        self._keys = self._heard = keys
-        self.progress.pinned = self._fixed.union(keys)
-        if self._fixed:
-            self._heard = [key for key in keys if key not in self._fixed]
-        if self._heard:
-            self._touched(self._heard)
+        self.progress.pinned = aside.fixed.union(keys)
+        aside.keys = keys
+        aside.heard = [key for key in keys if key not in aside.fixed] if aside.fixed else keys
+        if aside.heard:
+            self._touched(aside.heard)
         return keys
 
     def _time_layers(self, layer: int) -> None:
@@ -349,7 +343,7 @@ class Runtime:
         arrange = self.answers.arrange
         first: Sequence[int]
         if self._strict:
-            arranged = list(arrange(forward.demands[layer] if self._tells_all else self._keys))
+            arranged = list(arrange(forward.demands[layer] if self._aside is None else self._aside.keys))
             stop = next(i for i, key in enumerate(arranged) if key not in ready)
             first, waiting = arranged[:stop], arranged[stop:]
         else:
@@ -419,7 +413,7 @@ class Runtime:
 
     def _end_layer(self, forward: Forward, layer: int) -> None:
         slots, answers = self.slots, self.answers
-        heard = forward.demands[layer] if self._tells_all else self._heard
+        heard = forward.demands[layer] if self._aside is None else self._aside.heard
         if self._releases and heard:
             for key in answers.release(layer, heard):
                 self.queue.evict(key)
