@@ -39,7 +39,7 @@ class Frames(NamedTuple):
     compute: start_ns, end_ns, kind (attention, experts, head, other), layer (-1: none), experts (a tuple).
     link: start_ns, end_ns, layer, expert, chunk, cause (demand, prefetch).
     stalls: start_ns, end_ns, layer, expert, kind (late, miss, host).
-    host: start_ns, end_ns, layer, expert: computed on the host, if any were.
+    host: start_ns, end_ns, layer, expert, kind (experts): computed on the host, if any were.
     horizon: at_ns, reach (the farthest layer looked at, in layers ahead; holds until the next row).
     """
 
@@ -206,7 +206,7 @@ def load_timeline(path: str | Path) -> Frames:
                 "reach": [event["args"]["layers"] for event in counts],
             }
         ),
-        host=_copy_frame(by_track[HOST_TRACK], ("layer", "expert"), "kind").drop(columns="kind"),
+        host=_copy_frame(by_track[HOST_TRACK], ("layer", "expert"), "kind"),
     )
 
 

@@ -13,6 +13,7 @@ from sim.machine.host_compute import HostComputeMachine
 from sim.machine.simulated import simulate
 from sim.study.phases import PhaseRecorder
 from sim.views.events import EventTable
+from sim.views.plots import plot_timeline, plot_tpot_bars
 from sim.views.timeline import Timeline, load_timeline
 from tests.support.runs import Host, Job, build, compose, decode
 
@@ -75,3 +76,19 @@ def test_a_timeline_without_a_host_has_no_track_for_it(tmp_path: Path) -> None:
     timeline.write(tmp_path / "timeline.json")
     assert '"name":"host"' not in (tmp_path / "timeline.json").read_text()
     assert len(load_timeline(tmp_path / "timeline.json").host) == 0
+
+
+def test_pictures_show_what_the_host_computed_and_the_waits_for_it(tmp_path: Path) -> None:
+    job, timeline = job_of(Capped(1)), Timeline("host", 5)
+    run_watched(job, timeline)
+    timeline.write(tmp_path / "timeline.json")
+    figure = plot_timeline(load_timeline(tmp_path / "timeline.json"), 0.0, 0.0005)
+    assert [label.get_text() for label in figure.axes[-1].get_yticklabels()] == ["compute", "link", "host", "stalls"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[-3:] == ["miss stall", "late stall", "host stall"]
+    rows = {"policy": ["lru", "cheaper"], "stack": "graph", "hardware": "a100", "tpot_ms": [3.0, 2.0]}
+    stalls = {"late_ms_per_token": [0.0, 0.0], "miss_ms_per_token": [1.0, 0.2], "host_ms_per_token": [None, 0.5]}
+    bars = plot_tpot_bars(pd.DataFrame(rows | stalls))
+    assert "host stall" in [text.get_text() for text in bars.legends[0].get_texts()]
+    without = plot_tpot_bars(pd.DataFrame(rows | stalls).drop(columns="host_ms_per_token"))
+    assert "host stall" not in [text.get_text() for text in without.legends[0].get_texts()]
