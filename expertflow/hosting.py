@@ -5,7 +5,7 @@ Of the runs of a policy whose place may answer anything but the GPU; a run of an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from expertflow.boundary import PartError
@@ -17,7 +17,7 @@ from expertflow.machine import HostMachine, Machine
 from expertflow.observer import Watch
 from expertflow.parts import Placing
 from expertflow.policy import Policy
-from expertflow.view import ABSENT, RESIDENT
+from expertflow.view import ABSENT, RESIDENT, Progress
 
 
 def check_machine(machine: object, policy: Policy) -> None:
@@ -27,18 +27,6 @@ def check_machine(machine: object, policy: Policy) -> None:
             f"{plain(type(policy.place).__name__, 60)}.on_host may place experts on the host, where this machine "
             "computes none; leave policy.place out, or simulate it with python -m sim"
         )
-
-
-class Aside:
-    """What the eviction does not hear of: `fixed`, which never leaves its slots, and what is computed on the host.
-
-    keys: what the layer that runs demands of the GPU. heard: the same without `fixed`.
-    """
-
-    def __init__(self, fixed: frozenset[int]) -> None:
-        self.fixed = fixed
-        self.keys: list[int] = []
-        self.heard: list[int] = []
 
 
 class Hosting:
@@ -99,3 +87,37 @@ class Hosting:
             if self.watch is not None:
                 self.watch.computed_on_host(key, start_ns, end_ns)
         return not self.num_left
+
+
+class Aside:
+    """What the eviction does not hear of: `fixed`, which never leaves its slots, and what is computed on the host.
+
+    keys: what the layer that runs demands of the GPU. heard: the same without `fixed`.
+    """
+
+    def __init__(
+        self,
+        fixed: frozenset[int],
+        hosting: Hosting | None,
+        progress: Progress,
+        touched: Callable[[Sequence[int]], None],
+    ) -> None:
+        self.fixed = fixed
+        self.keys: list[int] = []
+        self.heard: list[int] = []
+        self._hosting = hosting
+        self._progress = progress
+        self._touched = touched
+
+    def demanded(self, forward: Forward, layer: int) -> list[int]:
+        """What `layer` demands of the GPU, when the place was asked; pins it, and tells the eviction of it."""
+        keys = forward.demands[layer]
+        on_host: Sequence[int] = () if self._hosting is None else self._hosting.ask(forward, layer)
+        if on_host:
+            keys = [key for key in keys if key not in on_host]
+        self.keys = keys
+        self.heard = [key for key in keys if key not in self.fixed] if self.fixed else keys
+        self._progress.pinned = self.fixed.union(keys)
+        if self.heard:
+            self._touched(self.heard)
+        return keys

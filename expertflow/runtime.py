@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from expertflow.copy_queue import CopyQueue, SlotHooks
 from expertflow.counters import Counters
+from expertflow.filling import fill
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
 from expertflow.hosting import Aside, Hosting
@@ -95,43 +96,22 @@ class Runtime:
         self._pending_serial: list[int] = []
         self._hosting = Hosting(machine, policy, self.queue, self.counters, self.watch) if policy.places else None
         fixed = self._fill()
-        self._aside = Aside(fixed) if fixed or policy.places else None
+        self._aside = Aside(fixed, self._hosting, self.progress, answers.touched) if fixed or policy.places else None
         """What parts do not hear of; None: there is nothing of the kind."""
 
     def _fill(self) -> frozenset[int]:
         """Put what is there from the start into the slots; those that never leave them."""
-        config, stays = self.config, self.policy.stays_on_host
-        initial = [key for key in config.initial if key not in stays] if stays else config.initial
-        pinned = set(config.initial[: config.num_pinned])
-        placed = self.slots.fill(initial)
-        # Of a run on the GPU alone the configuration knows that there is room.
-        if config.all_initial and self._hosting is not None and len(placed) < len(initial):
-            raise ValueError(
-                f"start=resident needs room for {len(initial)} experts, all that do not stay on the host; of "
-                f"{config.num_slots} slots {len(placed)} can be filled: raise residency, or choose start=popular"
-            )
-        fixed = frozenset(key for key in placed if key in pinned)
+        config = self.config
+        # That all experts of a run on the GPU alone have room the configuration has seen to.
+        needs_all = config.all_initial and (self._hosting is not None or config.num_pinned > 0)
+        stays = self.policy.stays_on_host
+        placed, fixed = fill(self.slots, config.initial, stays, config.num_pinned, needs_all)
         for key in reversed(placed):
             if key not in fixed:
                 self.answers.admitted(key, DEMAND)
         if fixed:
             self.progress.pinned = fixed
-            self._check_room(fixed)
         return fixed
-
-    def _check_room(self, fixed: frozenset[int]) -> None:
-        """ValueError where what never leaves has left no slot for an expert that would have to be copied."""
-        slots, stays = self.slots, self.policy.stays_on_host
-        for pool, free in enumerate(slots.free):
-            first = pool * slots.span
-            own = range(first, min(first + slots.span, len(slots.state)))
-            if free or any(slots.state[key] and key not in fixed for key in own):
-                continue
-            if any(not slots.state[key] and key not in stays for key in own):
-                raise ValueError(
-                    f"start pins experts into all {self.config.num_slots} slots, and none is left to copy another "
-                    "into; give policy.transfer.staging_slots=1 or more, or a place that keeps the others on the host"
-                )
 
     def _view(self, state: bytearray) -> View:
         config, slots = self.config, self.slots
@@ -275,7 +255,9 @@ class Runtime:
             self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
             self._touched(keys)
         else:
-            keys = self._set_aside(aside, forward, layer)
+            self._num_late = self._num_misses = 0
+            keys = aside.demanded(forward, layer)
+            counters.num_accesses += len(forward.demands[layer]) - len(keys)
         ready: list[int] = []
         late: list[int] = []
         missing: list[int] = []
@@ -302,22 +284,6 @@ class Runtime:
         if self.watch is not None:
             self.watch.demanded(forward, layer, known_ns, ready, late, missing)
         return ready, missing, late
-
-    def _set_aside(self, aside: Aside, forward: Forward, layer: int) -> list[int]:
-        """What `layer` demands of the GPU, by its place; parts hear of it but for what never leaves."""
-        keys = forward.demands[layer]
-        if self._hosting is not None:
-            on_host = self._hosting.ask(forward, layer)
-            self._num_late = self._num_misses = 0
-            if on_host:
-                keys = [key for key in keys if key not in on_host]
-                self.counters.num_accesses += len(on_host)
-        self.progress.pinned = aside.fixed.union(keys)
-        aside.keys = keys
-        aside.heard = [key for key in keys if key not in aside.fixed] if aside.fixed else keys
-        if aside.heard:
-            self._touched(aside.heard)
-        return keys
 
     def _time_layers(self, layer: int) -> None:
         """Time of the layers between the first routing and the last of a forward, without stall."""

@@ -182,7 +182,7 @@ def test_n_cpu_moe_keeps_the_other_layers_resident() -> None:
     assert metrics["num_host"] * 4 == pytest.approx(metrics["num_accesses"], rel=0.1)
     assert (metrics["num_misses"], metrics["bytes"]["demand"]) == (0, 0)
     with pytest.raises(
-        ValueError, match=r"start=resident needs room for 576 experts, all that do not stay on the host"
+        ValueError, match=r"the start needs room for 576 experts that do not stay on the host, and 568 find"
     ):
         metrics_of("+policy/place=host_layers", "policy.place.layers=6", "start=resident", "residency=0.74")
 

@@ -118,6 +118,9 @@ def test_whole_layers_are_pinned_from_the_last_on_and_the_rest_is_an_ordinary_ca
     assert sum(state[key] == RESIDENT for key in range(12)) == 3
     config = run_config(work, Transfer(), (1,))
     assert (config.num_pinned, config.all_initial) == (12, True)
+    # Split by layer the last layers have no more slots than the others.
+    with pytest.raises(ValueError, match=r"the start needs room for 12 experts, and 7 find a slot; raise residency"):
+        run_policy(work, *policy_for(work, "lru_per_layer"))
 
 
 @pytest.mark.parametrize("start", ["pinned", "pinned_layers"])
