@@ -254,7 +254,7 @@ def drop_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dropped_launch_breaks_an_identity(made: World, monkeypatch: pytest.MonkeyPatch) -> None:
     drop_launches(monkeypatch)
-    with pytest.raises(AssertionError, match="experts launched = experts demanded"):
+    with pytest.raises(AssertionError, match="experts launched . computed on the host = experts demanded"):
         run_policy(made.full, policy_of(None), Transfer())
 
 
