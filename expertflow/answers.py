@@ -59,7 +59,8 @@ class Answers:
         self._bind_eviction(parts.eviction, guards.eviction, view, by_layer)
         order = parts.order if guards.order is None else CheckedOrder(parts.order, guards.order)
         self.arrange = order.arrange
-        self.on_host = CheckedPlace(parts.place, guards.place or Guard(parts.place, view)).on_host
+        place = parts.place if guards.place is None else CheckedPlace(parts.place, guards.place, view)
+        self.on_host, self.for_later, self.stays_on_host = place.on_host, place.for_later, place.stays_on_host
 
     def _bind_prediction(self, parts: Parts, guards: Guards, view: View) -> None:
         predictor: Predictor | CheckedPredictor = parts.predictor

@@ -7,6 +7,12 @@ or not. The last of them ends no sooner than their number times the fastest load
 and all later events follow one after the other on the compute stream. Nothing else in event i need follow, so
 its attention is left out. Serial time is the least of any schedule: where it depends on how experts are grouped into
 launches, that of the cheapest grouping. One expert kernel is likewise the shortest launch that holds an expert.
+
+With experts on the host the same schedule, with a load in place of each expert that the host computed, is one that
+loads, and so has at least as many: loads and experts on the host together are no fewer than MIN's loads. Host and link
+each take theirs one after the other, so that a prefix takes at least the least over k of max(k loads and a kernel, the
+rest on the host); that copies and the host slow each other only adds to it. The serial time of an event is then that of
+the quickest split of its experts between the two (`HostFloor.split_ns`).
 """
 
 from __future__ import annotations
@@ -28,6 +34,42 @@ class Floor:
     serial_ns: int
     num_loads: int
     binding_event: int
+
+
+@dataclass(frozen=True)
+class HostFloor:
+    """fastest_ns: no expert takes less on the host. round_trip_ns: nor do activations and results."""
+
+    fastest_ns: int
+    round_trip_ns: int
+
+    def prefix_ns(self, num_loads: int, load_ns: int, kernel_ns: int) -> int:
+        """The least time in which `num_loads` >= 1 experts are loaded, or computed on the host, however they are split.
+
+        The loads' end rises with k, the host's falls: the least of the larger lies where they cross.
+        """
+
+        def of(num_loaded: int) -> int:
+            on_host = num_loads - num_loaded
+            loaded_ns = num_loaded * load_ns + kernel_ns if num_loaded else 0
+            return max(loaded_ns, on_host * self.fastest_ns + self.round_trip_ns if on_host else 0)
+
+        low, high = 0, num_loads
+        while low < high:
+            middle = (low + high) // 2
+            on_host = num_loads - middle
+            if middle * load_ns + kernel_ns < on_host * self.fastest_ns + self.round_trip_ns:
+                low = middle + 1
+            else:
+                high = middle
+        return min(of(low), of(max(low - 1, 0)))
+
+    def split_ns(self, kernels_ns: Sequence[int]) -> int:
+        """Least time of a layer's experts, `kernels_ns` [n] being no more than what 0, 1, 2 … of them take on the GPU,
+        rising, the others meanwhile on the host."""
+        num = len(kernels_ns) - 1
+        host_ns = [on_host * self.fastest_ns + self.round_trip_ns if on_host else 0 for on_host in range(num + 1)]
+        return min(max(gpu_ns, host_ns[num - on_gpu]) for on_gpu, gpu_ns in enumerate(kernels_ns))
 
 
 def min_loads(forwards: Iterable[Forward], future: Future, num_slots: int, initial: Sequence[int] = ()) -> list[int]:
@@ -64,17 +106,21 @@ def floor(
     fastest_load_ns: int,
     kernel_ns: int,
     num_layers: int,
+    host: HostFloor | None = None,
 ) -> Floor:
     """totals: `min_loads`. serial_ns [events]: attention, routed experts, shared expert and unavoidable overhead
     of each event, however its experts are grouped. head_ns [forwards]: head with its overhead. kernel_ns: the shortest
-    launch of a routed expert."""
+    launch of a routed expert. host: None = no expert is computed there."""
     after = 0
     best, binding = 0, -1
     for event in range(len(totals) - 1, -1, -1):
         if event % num_layers == num_layers - 1:
             after += head_ns[event // num_layers]
         if totals[event]:
-            bound = totals[event] * fastest_load_ns + kernel_ns + after
+            if host is None:
+                bound = totals[event] * fastest_load_ns + kernel_ns + after
+            else:
+                bound = host.prefix_ns(totals[event], fastest_load_ns, kernel_ns) + after
             if bound > best:
                 best, binding = bound, event
         after += serial_ns[event]

@@ -7,9 +7,9 @@ sequences are tuples, arrays are copies; and what it answers is copied, so that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import countOf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -364,19 +364,47 @@ class CheckedOrder:
 
 
 class CheckedPlace:
-    """Around a place. Whosever class it is: no machine computes on the host yet."""
+    """Around a place."""
 
-    def __init__(self, part: Place, guard: Guard) -> None:
-        self._guard = guard
-        self._on_host: Callable[..., Any] = guard.asked("on_host")
+    def __init__(self, part: Place, guard: Guard, view: View) -> None:
+        self._guard, self._num_keys = guard, len(view.residency)
+        self._on_host, self._for_later, self._stays_on_host = map(
+            guard.asked, ("on_host", "for_later", "stays_on_host")
+        )
+        self._stays: frozenset[int] = frozenset()
 
     def on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
-        given = Placing(placing.layer, tuple(placing.resident), tuple(placing.in_flight), tuple(placing.missing))
-        keys = self._guard.keys("on_host", "keys", self._on_host(given, forward), len(given.missing))
-        if keys:
-            raise self._guard.refused(
-                "on_host",
-                f"places {len(keys)} experts of layer {placing.layer} on the host, where nothing computes them yet",
-                "answer none, or choose place=gpu",
-            )
-        return NOTHING
+        costs = placing.costs._replace(gpu_ns=tuple(placing.costs.gpu_ns), host_ns=tuple(placing.costs.host_ns))
+        missing, tokens = tuple(placing.missing), tuple(placing.tokens)
+        given = Placing(placing.layer, tuple(placing.resident), tuple(placing.in_flight), missing, tokens, costs)
+        keys = self._subset("on_host", self._on_host(given, forward), missing, "is not missing")
+        if self._stays:
+            left_out = next((key for key in missing if key in self._stays and key not in keys), None)
+            if left_out is not None:
+                rule = f"leaves key {left_out} to the GPU, which stays on the host by stays_on_host"
+                raise self._guard.refused("on_host", rule, "place it on the host, or do not let it stay there")
+        return keys
+
+    def for_later(self, keys: Sequence[int], queued: Sequence[int]) -> Sequence[int]:
+        given = tuple(keys)
+        return self._subset("for_later", self._for_later(given, tuple(queued)), given, "was not placed on the host")
+
+    def stays_on_host(self) -> Sequence[int]:
+        guard, found = self._guard, self._stays_on_host()
+        keys = guard.drawn("stays_on_host", "keys", found, self._num_keys)
+        wrong = next((key for key in keys if not 0 <= key < self._num_keys), None)
+        if wrong is not None:
+            raise guard.refused("stays_on_host", f"answered {as_python(wrong)}, which is no key", "answer keys")
+        self._stays = frozenset(keys)
+        return keys
+
+    def _subset(self, hook: str, found: object, given: tuple[int, ...], not_there: str) -> tuple[int, ...]:
+        """`found`, whose keys must be among `given`, each once."""
+        keys = self._guard.keys(hook, "keys", found, 2 * len(given) + 8)
+        left = set(given)
+        for key in keys:
+            if key not in left:
+                rule = f"answered key {as_python(key)}{' twice' if key in given else f', which {not_there}'}"
+                raise self._guard.refused(hook, rule, "answer a subset of the keys given, each once")
+            left.remove(key)
+        return keys

@@ -7,7 +7,7 @@ look ahead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from expertflow.evictions.belady import Belady
@@ -15,7 +15,8 @@ from expertflow.future import NEVER, Future
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.keys import Rule
 from expertflow.orders.resident_first import ResidentFirst
-from expertflow.parts import Horizon
+from expertflow.parts import Horizon, Place
+from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.predictors.oracle import OraclePredictor
@@ -53,9 +54,10 @@ class Clairvoyant(Policy):
         ] = None,
         max_wanted: Annotated[int, Rule(1, 65_535, unit="experts", about="wanted at once")] = 8,
         max_events: Annotated[int, Rule(1, 1_000_000, unit="layers", about="searched for the next use")] = 256,
+        place: Place | None = None,
     ) -> None:
         self._watched = WatchedBelady()
-        super().__init__(OraclePredictor(), Unused(), TopK(), self._watched, ResidentFirst(), future)
+        super().__init__(OraclePredictor(), Unused(), TopK(), self._watched, ResidentFirst(), future, place=place)
         if lookahead is not None and lookahead < 1:
             raise ValueError(f"Clairvoyant lookahead={lookahead} must be at least 1, or null for all")
         self.window = lookahead if lookahead is not None else max_events
@@ -91,12 +93,13 @@ class Clairvoyant(Policy):
         return list(wants)
 
 
-def portfolio(future: Future) -> dict[str, Policy]:
-    """The named schedules of which `clairvoyant` is the best: no prefetch, and lookahead 1, 2, 4 and all."""
+def portfolio(future: Future, place: Callable[[], Place] = Gpu) -> dict[str, Policy]:
+    """The named schedules of which `clairvoyant` is the best: no prefetch, and lookahead 1, 2, 4 and all. place: makes
+    the place of each."""
     schedules: dict[str, Policy] = {
-        "belady": Policy(NoPredictor(), FixedHorizon(1), TopK(), Belady(), ResidentFirst(), future)
+        "belady": Policy(NoPredictor(), FixedHorizon(1), TopK(), Belady(), ResidentFirst(), future, place=place())
     }
     for lookahead in (1, 2, 4, None):
         name = f"clairvoyant_{'all' if lookahead is None else lookahead}"
-        schedules[name] = Clairvoyant(future, lookahead)
+        schedules[name] = Clairvoyant(future, lookahead, place=place())
     return schedules

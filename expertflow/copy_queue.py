@@ -90,6 +90,10 @@ class CopyQueue:
         self.num_loads = 0
         self.num_launched = 0
         self.streamed_event = -1
+        self._behind: set[int] = set()
+        """Wanted prefetches that no decision replaces: of experts that the host computes this time."""
+        self._later: Sequence[int] = ()
+        """Those of the layer whose routing was just read."""
         self.landed_ns = [0] * len(slots.state)
 
     # -- what the runtime tells ------------------------------------------------------------------------------
@@ -275,6 +279,10 @@ class CopyQueue:
         state = self.state
         new = [key for key in keys if not state[key]]
         old = self.wanted
+        if self._behind:
+            behind = [key for key in reversed(old) if key in self._behind]
+            self._behind = set(behind)
+            new = behind + [key for key in new if key not in self._behind]
         if not old:
             self.counters.prefetch_requested += len(new)
         elif new != old[::-1]:
@@ -289,12 +297,18 @@ class CopyQueue:
         """The routing of `layer` is known: drop its prefetches that are not demanded, queue the demand."""
         if self.wanted:
             num_experts, counters = self.slots.num_experts, self.counters
+            later = self._later
+            if later:
+                self.wanted = [key for key in self.wanted if key not in later]
             keep = [key for key in self.wanted if key // num_experts != layer]
             if len(keep) != len(self.wanted):
                 promoted = len(set(missing).intersection(self.wanted))
                 counters.dropped_became_demand += promoted
                 counters.dropped_passed += len(self.wanted) - len(keep) - promoted
                 self.wanted = keep
+            if later:
+                self.wanted.extend(reversed(later))
+                self._later = ()
         started = self.started
         if started is not None and started.key in late:
             self.demand.append(started)
@@ -302,6 +316,20 @@ class CopyQueue:
         for key in missing:
             self.demand.append(Load(key, DEMAND))
         self.has_work = bool(self.demand or self.wanted) or self.started is not None
+
+    def leave_to_host(self, keys: Sequence[int], later: Sequence[int]) -> None:
+        """The host computes `keys` of the layer whose routing was just read: drop their prefetches.
+
+        later: those of them that are copied all the same, behind the demand (`arrive`) and before what else is wanted.
+        """
+        counters, before = self.counters, set(self.wanted)
+        queued = before.intersection(keys)
+        num_kept = len(queued.intersection(later))
+        counters.dropped_became_host += len(queued) - num_kept
+        counters.prefetch_requested += len(later) - num_kept
+        self.wanted = [key for key in self.wanted if key not in queued] + list(reversed(later))
+        self._later = later
+        self._behind.update(later)
 
     def demand_after(self, key: int, after: int) -> None:
         """Queue the load of `key`, to start no sooner than the end of mark `after`, behind the demand that is there."""

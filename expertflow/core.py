@@ -23,6 +23,7 @@ MODULES = (
     "expertflow.copy_queue",
     "expertflow.counters",
     "expertflow.forward",
+    "expertflow.hosting",
     "expertflow.journal",
     "expertflow.machine",
     "expertflow.observer",

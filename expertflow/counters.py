@@ -12,14 +12,17 @@ class Counters:
     compute_ns: int = 0
     late_stall_ns: int = 0
     miss_stall_ns: int = 0
+    host_stall_ns: int = 0
     overhead_ns: int = 0
     elapsed_ns: int = 0
     link_busy_ns: int = 0
+    host_busy_ns: int = 0
     num_forwards: int = 0
     num_accesses: int = 0
     num_hits: int = 0
     num_late: int = 0
     num_misses: int = 0
+    num_host: int = 0
     num_evictions: int = 0
     num_streamed_layers: int = 0
     prefetch_requested: int = 0
@@ -31,13 +34,14 @@ class Counters:
     dropped_passed: int = 0
     dropped_refused: int = 0
     dropped_became_demand: int = 0
+    dropped_became_host: int = 0
     demand_bytes: int = 0
     prefetch_bytes: int = 0
 
     @property
     def stall_ns(self) -> int:
-        """Late and miss stall together."""
-        return self.late_stall_ns + self.miss_stall_ns
+        """Late, miss and host stall together."""
+        return self.late_stall_ns + self.miss_stall_ns + self.host_stall_ns
 
     def copy(self) -> Counters:
         """A snapshot."""

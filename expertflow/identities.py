@@ -6,16 +6,27 @@ from expertflow.copy_queue import CopyQueue
 from expertflow.counters import Counters
 
 
-def check_identities(counters: Counters, queue: CopyQueue) -> None:
-    """AssertionError if the books of a finished run do not balance: a mistake of ours, never the user's."""
+def check_identities(counters: Counters, queue: CopyQueue, num_on_host: int = 0) -> None:
+    """AssertionError if the books of a finished run do not balance: a mistake of ours, never the user's.
+
+    num_on_host: results that came from the host.
+    """
     c = counters
     issued = c.prefetch_useful + c.prefetch_late + c.prefetch_evicted_unused + queue.num_fresh
     dropped = c.dropped_replaced + c.dropped_passed + c.dropped_refused + c.dropped_became_demand
+    dropped += c.dropped_became_host
     loaded = queue.num_loads * sum(queue.chunk_bytes)
     loaded -= sum(sum(queue.chunk_bytes[load.issued :]) for load in queue.loading.values())
     checks = {
-        "experts launched = experts demanded": (queue.num_launched, c.num_accesses),
-        "accesses = hits + late + misses": (c.num_accesses, c.num_hits + c.num_late + c.num_misses),
+        "experts launched + computed on the host = experts demanded": (
+            queue.num_launched + num_on_host,
+            c.num_accesses,
+        ),
+        "accesses = hits + late + misses + host": (
+            c.num_accesses,
+            c.num_hits + c.num_late + c.num_misses + c.num_host,
+        ),
+        "placed on the host = computed there": (c.num_host, num_on_host),
         "elapsed = compute + stall + overhead": (c.elapsed_ns, c.compute_ns + c.stall_ns + c.overhead_ns),
         "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),
         "bytes = chunks x size": (c.demand_bytes + c.prefetch_bytes, loaded),
@@ -29,3 +40,5 @@ def check_identities(counters: Counters, queue: CopyQueue) -> None:
             raise AssertionError(f"identity broken: {name}: {left} != {right}")
     if c.link_busy_ns > c.elapsed_ns:
         raise AssertionError(f"link busy {c.link_busy_ns} ns in a run of {c.elapsed_ns} ns")
+    if c.host_busy_ns > c.elapsed_ns:
+        raise AssertionError(f"host busy {c.host_busy_ns} ns in a run of {c.elapsed_ns} ns")

@@ -9,7 +9,7 @@ same decisions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from expertflow.forward import Forward
 
@@ -17,9 +17,11 @@ from expertflow.forward import Forward
 GATE = 0  # end of the attention + router kernel, then the routing read back by the host
 TOKEN = 1  # end of the head, then the sampled tokens read back by the host
 LOAD = 2  # last chunk of the named load
+HOST = 3  # results of the named host task, in GPU memory
 
 Wait = tuple[int, int, bool]
-"""(kind, mark or load id, drain): resume at what is named; with `drain` at the next chunk's end if sooner."""
+"""(kind, mark or load id or host task, drain): resume at what is named; with `drain` at the next chunk's end if that
+comes sooner."""
 
 Chunk = tuple[int, int, int, int]
 """(load id, chunk index, start_ns, end_ns) on the copy stream."""
@@ -29,6 +31,28 @@ Mark = tuple[int, int, int]
 
 Record = tuple[int, Sequence[Chunk], Sequence[Mark]]
 """(now_ns, chunks ended by now, marks ended by now), both in stream order, each reported once."""
+
+
+HostResult = tuple[int, int, int, int]
+"""(host task, key, start_ns, end_ns) of one expert that the host has computed. The results of a task come back
+together: its last expert ends when they are in GPU memory."""
+
+
+class Costs(NamedTuple):
+    """What experts that are missing would cost, each by itself and on resources that nobody else uses, in ns.
+
+    copy_ns: of one expert, over the link. link_wait_ns: until the link has done what it was given. gpu_ns, host_ns: of
+    each expert's products, on the GPU and on the host. round_trip_ns: of the activations to the host and of the results
+    back, once a layer. stretch: how much longer copies and products on the host take while both read the host's memory,
+    1 or more.
+    """
+
+    copy_ns: int
+    link_wait_ns: int
+    gpu_ns: Sequence[int]
+    host_ns: Sequence[int]
+    round_trip_ns: int
+    stretch: float
 
 
 class Machine(Protocol):
@@ -55,3 +79,17 @@ class Machine(Protocol):
         effort: host time of the decision, in multiples of one that looks rows up in a table (`parts.Effort`). Not
         called where the policy had nothing to decide.
         """
+
+
+class HostMachine(Machine, Protocol):
+    """A machine that computes experts on its host, too, where they lie. One at a time, first in, first out."""
+
+    def estimate(self, tokens: Sequence[int]) -> Costs:
+        """What experts over so many tokens each would cost, by what has been enqueued so far."""
+
+    def on_host(self, keys: Sequence[int], tokens: Sequence[int]) -> int:
+        """Enqueue experts of the layer whose routing was read, over so many tokens each; returns the host task, a
+        positive int."""
+
+    def host_ended(self) -> Sequence[HostResult]:
+        """A part of the last record: the experts that the host had computed by then, in order, each reported once."""

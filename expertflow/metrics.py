@@ -35,7 +35,8 @@ def collect_metrics(runtime: Runtime) -> dict[str, Any]:
 
     prefetch: requested = entered the queue; useful = landed before its demand; late = demanded in flight;
     wasted = issued and never demanded by the end of the run (slots still holding it count); dropped = left the
-    queue without being issued. link.utilisation = busy / elapsed.
+    queue without being issued. link.utilisation = busy / elapsed. num_host, host_stall_ns, host and
+    prefetch.dropped_by_reason.became_host are there only where the policy's place may answer anything but the GPU.
     """
     journal, queue = runtime.journal, runtime.queue
     c = runtime.counters if journal.before is None else runtime.counters.minus(journal.before)
@@ -45,7 +46,7 @@ def collect_metrics(runtime: Runtime) -> dict[str, Any]:
         "refused": c.dropped_refused,
         "became_demand": c.dropped_became_demand,
     }
-    return {
+    metrics: dict[str, Any] = {
         "num_tokens": journal.num_tokens,
         "num_forwards": c.num_forwards,
         "elapsed_ns": c.elapsed_ns,
@@ -77,3 +78,10 @@ def collect_metrics(runtime: Runtime) -> dict[str, Any]:
         "tokens_per_s": journal.num_tokens * 1e9 / c.elapsed_ns if c.elapsed_ns else 0.0,
         "horizon": _horizon(runtime.policy.reach_counts),
     }
+    if runtime.policy.places:
+        dropped["became_host"] = c.dropped_became_host
+        metrics["prefetch"]["dropped"] += c.dropped_became_host
+        busy = c.host_busy_ns
+        metrics |= {"num_host": c.num_host, "host_stall_ns": c.host_stall_ns}
+        metrics["host"] = {"busy_ns": busy, "utilisation": busy / c.elapsed_ns if c.elapsed_ns else 0.0}
+    return metrics

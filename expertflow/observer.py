@@ -9,6 +9,11 @@ from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
 from expertflow.machine import Chunk, Mark
 
+# What a stall waited for.
+LATE = 0  # an expert on its way when the routing became known
+MISS = 1  # one that nobody had asked for
+HOST_STALL = 2  # the host's results
+
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Observer:
@@ -17,8 +22,9 @@ class Observer:
     def computed(self, kind: str, layer: int, keys: Sequence[int], start_ns: int, end_ns: int) -> None:
         """A group of kernels ran: `kind` is attention, experts or head."""
 
-    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
-        """The compute stream waited for the copy of `key`; late if not `is_miss`."""
+    def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
+        """The compute stream waited for `key`: for its copy (LATE, MISS), or for the host's results, of which that of
+        `key` was the last (HOST_STALL)."""
 
     def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
         """One chunk was copied for `cause` (DEMAND or PREFETCH)."""
@@ -32,7 +38,11 @@ class Observer:
         late: Sequence[int],
         missing: Sequence[int],
     ) -> None:
-        """The routing of a layer became known and was classified."""
+        """The routing of a layer became known and was classified. What the forward demands beside these is computed on
+        the host."""
+
+    def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
+        """The host has computed an expert (`expertflow.machine.HostResult`)."""
 
     def horizon(self, now_ns: int, distances: Sequence[int]) -> None:
         """The distances that the policy looks ahead, when they change."""
@@ -43,7 +53,7 @@ class Observer:
 
 def sees_events(observer: Observer) -> bool:
     """Whether `observer` looks at anything within a forward: only then must the runtime tell."""
-    hooks = ("computed", "stalled", "copied", "demanded", "horizon")
+    hooks = ("computed", "computed_on_host", "stalled", "copied", "demanded", "horizon")
     return any(getattr(type(observer), hook) is not getattr(Observer, hook) for hook in hooks)
 
 
@@ -72,10 +82,15 @@ class Watch:
             for observer in self.observers:
                 observer.copied(load.key, chunk, load.cause, start_ns, end_ns)
 
-    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+    def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
+        """The host has computed `key`."""
+        for observer in self.observers:
+            observer.computed_on_host(key, start_ns, end_ns)
+
+    def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
         """The compute stream waited for `key`."""
         for observer in self.observers:
-            observer.stalled(start_ns, end_ns, key, is_miss)
+            observer.stalled(start_ns, end_ns, key, kind)
 
     def demanded(
         self,

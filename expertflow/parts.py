@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from expertflow.forward import Forward, KnownForward
 from expertflow.keys import Rule, check_fields, near_to
+from expertflow.machine import Costs
 from expertflow.view import Feedback, View
 
 if TYPE_CHECKING:
@@ -63,12 +64,15 @@ class Worths(NamedTuple):
 
 class Placing(NamedTuple):
     """A layer that was classified, for `Place`: keys that are resident, in flight and missing, in touch order (missing:
-    in the order of issue). Fields may be added at the end: what a copy and the host would cost are to come."""
+    in the order of issue). tokens: those routed to each of `missing`; costs: what these would cost, in the same order.
+    Fields may be added at the end."""
 
     layer: int
     resident: Sequence[int]
     in_flight: Sequence[int]
     missing: Sequence[int]
+    tokens: Sequence[int]
+    costs: Costs
 
 
 class KeptRows(Protocol):
@@ -300,10 +304,21 @@ class Order(Part):
 
 
 class Place(Part):
-    """Where is each demanded expert computed? By default on the GPU, and only that answer exists yet."""
+    """Where is each demanded expert computed? By default all on the GPU."""
 
     def on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
-        """Those of `placing.missing` that the host computes, where they lie; the others are copied and run on the GPU,
-        as what is resident or in flight does in any case. Asked once a layer, after it was classified, unless the class
-        leaves this method alone. No machine computes on the host yet: anything but none is refused."""
+        """Those of `placing.missing` that the host computes where they lie, in the order in which it does; the others
+        are copied and run on the GPU, as what is resident or in flight does in any case. Asked once a layer, after it
+        was classified, unless the class leaves this method alone. What is placed on the host is neither touched nor
+        admitted."""
+        return ()
+
+    def for_later(self, keys: Sequence[int], queued: Sequence[int]) -> Sequence[int]:
+        """Those of `keys`, just placed on the host, that are copied as well, behind the demand, for later use, best
+        first. queued: those of them whose prefetch waits in the queue; unless it is answered it is dropped."""
+        return ()
+
+    def stays_on_host(self) -> Iterable[int]:
+        """Keys that are never copied: neither wanted nor there at the start. Asked once, when all parts have started;
+        `on_host` must place them on the host whenever they are demanded."""
         return ()

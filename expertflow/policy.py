@@ -107,6 +107,7 @@ class Policy:
         self._efforts = [self.effort.of(layers) for layers in range(view.num_layers + 1)]
         self._window_event = [-1] * view.num_layers
         self._window_keys: list[Sequence[int]] = [()] * view.num_layers
+        self._fetches_later = self.overrides(self.place, "for_later")
         self._hears_predicted = self.overrides(self.eviction, "predicted")
         self._hears_overfetch = self.overrides(self.horizon, "overfetched")
         self._hears_forecast = self.overrides(self.eviction, "foreseen") and self.overrides(self.predictor, "forecast")
@@ -123,6 +124,8 @@ class Policy:
         self._start_parts(view, shown or view)
         parts = Parts(self.predictor, self.horizon, self.selection, self.eviction, self.order, self.place)
         self.answers = answers = Answers(parts, self._guards, view, self._declared[3]["scope"] == "layer")
+        self.stays_on_host = frozenset(answers.stays_on_host()) if self.places else frozenset()
+        """Keys that are never copied."""
         # Bound once: `decide` runs at every layer.
         self._refreshes, self._predict = self.predictor.refreshes, answers.predict
         self._select, self._distances = answers.select, answers.distances
@@ -222,11 +225,16 @@ class Policy:
         for heard in self._feedback_listeners:
             heard(feedback)
 
-    def place_experts(
-        self, layer: int, resident: Sequence[int], in_flight: Sequence[int], missing: Sequence[int]
-    ) -> Sequence[int]:
-        """Those of `missing` that the host computes: none yet. Only needed if `places`."""
-        return self.answers.on_host(Placing(layer, resident, in_flight, missing), self.known)
+    def place_experts(self, placing: Placing) -> Sequence[int]:
+        """Those of `placing.missing` that the host computes. Only needed if `places`."""
+        return self.answers.on_host(placing, self.known)
+
+    def fetched_later(self, keys: Sequence[int], queued: Sequence[int]) -> Sequence[int]:
+        """Those of `keys`, just placed on the host, that are copied as well (`Place.for_later`)."""
+        if not self._fetches_later:
+            return ()
+        stays = self.stays_on_host
+        return [key for key in self.answers.for_later(keys, queued) if key not in stays]
 
     def mean_effort(self) -> float:
         """Of the decisions so far."""

@@ -5,17 +5,19 @@ One forward pass over the layers as in the numbered steps of `Runtime.run`. Time
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 from expertflow.copy_queue import CopyQueue, SlotHooks
 from expertflow.counters import Counters
+from expertflow.filling import fill
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
+from expertflow.hosting import Aside, Hosting
 from expertflow.identities import check_identities
 from expertflow.journal import Journal
-from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
-from expertflow.observer import Observer, Watch, sees_events
+from expertflow.machine import GATE, HOST, LOAD, TOKEN, Machine, Record, Wait
+from expertflow.observer import HOST_STALL, LATE, MISS, Observer, Watch, sees_events
 from expertflow.parts import DEMAND
 from expertflow.policy import Policy
 from expertflow.slots import Slots
@@ -47,6 +49,10 @@ class RunConfig:
     warmup_forwards: int = 0
     initial: tuple[int, ...] = ()
     """Keys resident at the start, best first, as far as they fit."""
+    num_pinned: int = 0
+    """How many of `initial`, from the first on, never leave, as far as they fit."""
+    all_initial: bool = False
+    """Whether a run must not begin without all of `initial` that does not stay on the host."""
 
 
 class Runtime:
@@ -88,8 +94,24 @@ class Runtime:
         self._num_late = self._num_misses = 0
         self._first_gate = (0, 0)
         self._pending_serial: list[int] = []
-        for key in reversed(self.slots.fill(config.initial)):
-            answers.admitted(key, DEMAND)
+        self._hosting = Hosting(machine, policy, self.queue, self.counters, self.watch) if policy.places else None
+        fixed = self._fill()
+        self._aside = Aside(fixed, self._hosting, self.progress, answers.touched) if fixed or policy.places else None
+        """What parts do not hear of; None: there is nothing of the kind."""
+
+    def _fill(self) -> frozenset[int]:
+        """Put what is there from the start into the slots; those that never leave them."""
+        config = self.config
+        # That all experts of a run on the GPU alone have room the configuration has seen to.
+        needs_all = config.all_initial and (self._hosting is not None or config.num_pinned > 0)
+        stays = self.policy.stays_on_host
+        placed, fixed = fill(self.slots, config.initial, stays, config.num_pinned, needs_all)
+        for key in reversed(placed):
+            if key not in fixed:
+                self.answers.admitted(key, DEMAND)
+        if fixed:
+            self.progress.pinned = fixed
+        return fixed
 
     def _view(self, state: bytearray) -> View:
         config, slots = self.config, self.slots
@@ -110,6 +132,8 @@ class Runtime:
         books, layers = self.books, range(self.config.num_layers)
         arrange = self.answers.arrange if policy.overrides(policy.order, "arrange") else None
         serial, last_layer = self.config.serial, self.config.num_layers - 1
+        hosting, aside, stays = self._hosting, self._aside, policy.stays_on_host
+        between: Collection[int] = NOTHING if aside is None else aside.fixed
         for forward in self.forwards:
             # 0. Begin: the policy hears what is known before any routing.
             progress.forward = forward.index
@@ -142,15 +166,22 @@ class Runtime:
                         self._load_in_turn(missing)
                 else:
                     waiting = []
-                    self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
+                    if ready:
+                        self._launch(forward, layer, arrange(ready) if arrange is not None else ready, True)
+                    elif self.config.has_shared:
+                        self._launch(forward, layer, NOTHING, True)
                 # 5. Decide, while the device works: on the next attention too, if nothing holds that up. Where there is
                 # nothing to decide the host spends no time on it, and what was wanted before stays wanted.
                 launched = not waiting
+                if hosting is not None and hosting.num_left:
+                    launched = False
                 if launched:
                     mark = self._launch_next(layer)
                 if policy.prefetches:
                     wants = policy.decide(layer)
                     if wants is not None:
+                        if stays:
+                            wants = [key for key in wants if key not in stays]
                         machine.decided(wants, policy.decision_effort)
                         if wants or queue.wanted:
                             queue.want(wants)
@@ -168,10 +199,18 @@ class Runtime:
                         queue.pump()
                     waiting = self._launch_landed(forward, layer, waiting, missing, self._strict)
                 if not launched:
+                    # 7. Wait for the host's results, which the next attention adds to the GPU's.
+                    while hosting is not None and not hosting.is_done():
+                        self._retire((yield (HOST, hosting.task, queue.has_work)))
+                        if queue.has_work:
+                            queue.pump()
                     mark = self._launch_next(layer)
-                progress.pinned = NOTHING
+                    if hosting is not None and hosting.keys:
+                        self.books.blame(mark, hosting.ended_ns, hosting.last_key, HOST_STALL)
+                        progress.late_ns += progress.now_ns - hosting.ended_ns
+                progress.pinned = between
                 for heard in self._layer_end_listeners:
-                    heard(layer, forward.demands[layer])
+                    heard(layer, forward.demands[layer] if aside is None else aside.heard)
                 if self._trims_at_layer_end:
                     self._end_layer(forward, layer)
             # End: head and sampling run, the tokens are read back; prefetches of the next forward may copy meanwhile.
@@ -206,12 +245,19 @@ class Runtime:
         if stall_ns and policy.hears_feedback:
             # Only now, with the next routing read, would a GPU know that a layer has stalled.
             before = (layer - 1) % self.config.num_layers
-            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses))
+            num_host = 0 if self._hosting is None else len(self._hosting.keys)
+            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses, num_host))
         if policy.follows:
             policy.routed(layer)
-        # A few are searched faster than a set is made. Parts see it: nobody can change it.
-        self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
-        self._touched(keys)
+        aside = self._aside
+        if aside is None:
+            # A few are searched faster than a set is made. Parts see it: nobody can change it.
+            self.progress.pinned = tuple(keys) if len(keys) <= 8 else frozenset(keys)
+            self._touched(keys)
+        else:
+            self._num_late = self._num_misses = 0
+            keys = aside.demanded(forward, layer)
+            counters.num_accesses += len(forward.demands[layer]) - len(keys)
         ready: list[int] = []
         late: list[int] = []
         missing: list[int] = []
@@ -229,12 +275,12 @@ class Runtime:
         if missing or late:
             if forward.issue_order[layer] is not keys:
                 missing = [key for key in forward.issue_order[layer] if not state[key]]
+                if aside is not None:
+                    missing = [key for key in missing if key in keys]
             counters.num_late += len(late)
             counters.num_misses += len(missing)
             self._num_late = len(late)
             self._num_misses = len(missing)
-        if policy.places:
-            policy.place_experts(layer, ready, late, missing)
         if self.watch is not None:
             self.watch.demanded(forward, layer, known_ns, ready, late, missing)
         return ready, missing, late
@@ -263,7 +309,7 @@ class Runtime:
         arrange = self.answers.arrange
         first: Sequence[int]
         if self._strict:
-            arranged = list(arrange(forward.demands[layer]))
+            arranged = list(arrange(forward.demands[layer] if self._aside is None else self._aside.keys))
             stop = next(i for i, key in enumerate(arranged) if key not in ready)
             first, waiting = arranged[:stop], arranged[stop:]
         else:
@@ -299,7 +345,7 @@ class Runtime:
         # The last to land is what held the group up.
         landed_ns = self.queue.landed_ns
         key = landed[0] if len(landed) == 1 else max(landed, key=landed_ns.__getitem__)
-        self.books.blame(mark, landed_ns[key], key, key in missing)
+        self.books.blame(mark, landed_ns[key], key, MISS if key in missing else LATE)
         self.progress.late_ns += self.progress.now_ns - landed_ns[key]
         if self._pending_serial:
             self._load_next(mark)
@@ -332,14 +378,15 @@ class Runtime:
         return rest
 
     def _end_layer(self, forward: Forward, layer: int) -> None:
-        keys = forward.demands[layer]
         slots, answers = self.slots, self.answers
-        if self._releases:
-            for key in answers.release(layer, keys):
+        heard = forward.demands[layer] if self._aside is None else self._aside.heard
+        if self._releases and heard:
+            for key in answers.release(layer, heard):
                 self.queue.evict(key)
         if slots.num_staging:
-            while len(slots.free[keys[0] // slots.span]) < slots.num_staging:
-                victim = answers.victim(keys[0], DEMAND)
+            first = forward.demands[layer][0]
+            while len(slots.free[first // slots.span]) < slots.num_staging:
+                victim = answers.victim(first, DEMAND)
                 if victim is None:
                     break
                 self.queue.evict(victim)
@@ -379,7 +426,7 @@ class Runtime:
         """Assert the identities that hold over every whole run; PartError where parts run that are not of the package,
         which may have changed what is."""
         try:
-            check_identities(self.counters, self.queue)
+            check_identities(self.counters, self.queue, 0 if self._hosting is None else self._hosting.num_results)
         except AssertionError as error:
             if not self.policy.guarded:
                 raise

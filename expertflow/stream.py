@@ -1,7 +1,8 @@
 """The books of the compute stream: its every nanosecond is compute, stall or overhead, each booked once.
 
-A kernel running is compute. A gap before a kernel that waited for a copy is stall from the moment the routing is known
-up to the device end of that copy, and overhead for the rest; any other gap is overhead.
+A kernel running is compute. A gap before a kernel that waited for a copy, or for the host's results, is stall from the
+moment the routing is known up to the device end of that copy or of these results, and overhead for the rest; any other
+gap is overhead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from expertflow.counters import Counters
 from expertflow.machine import Mark
-from expertflow.observer import Watch
+from expertflow.observer import LATE, MISS, Watch
 
 
 class StreamBooks:
@@ -23,7 +24,7 @@ class StreamBooks:
         self.last_mark = 0
         self._known_ns = 0
         self._layer_stall_ns = 0
-        self._blame: dict[int, tuple[int, int, bool]] = {}
+        self._blame: dict[int, tuple[int, int, int]] = {}
 
     def begin_layer(self, known_ns: int) -> int:
         """The routing of a layer is known from `known_ns` on; returns the stall in ns booked since the layer before."""
@@ -31,9 +32,9 @@ class StreamBooks:
         stall_ns, self._layer_stall_ns = self._layer_stall_ns, 0
         return stall_ns
 
-    def blame(self, mark: int, landed_ns: int, key: int, is_miss: bool) -> None:
-        """The launch `mark` waited for the copy of `key`, which ended at `landed_ns`."""
-        self._blame[mark] = (landed_ns, key, is_miss)
+    def blame(self, mark: int, landed_ns: int, key: int, kind: int) -> None:
+        """The launch `mark` waited for `key`, which was there at `landed_ns`; kind: as of `Observer.stalled`."""
+        self._blame[mark] = (landed_ns, key, kind)
 
     def book(self, marks: Sequence[Mark]) -> None:
         """Launches have ended, in stream order; there is at least one."""
@@ -42,21 +43,23 @@ class StreamBooks:
         for mark, start_ns, end_ns in marks:
             gap = start_ns - cursor
             if blame and mark in blame:
-                landed_ns, key, is_miss = blame.pop(mark)
-                # Up to the moment the routing is known the stream waits for the host, not for a copy.
+                landed_ns, key, kind = blame.pop(mark)
+                # Up to the moment the routing is known the stream waits for the router, not for an expert.
                 stall = landed_ns - (cursor if cursor > self._known_ns else self._known_ns)
                 if stall < 0:
                     stall = 0
                 elif stall > gap:
                     stall = gap
                 self._layer_stall_ns += stall
-                if is_miss:
+                if kind == MISS:
                     counters.miss_stall_ns += stall
-                else:
+                elif kind == LATE:
                     counters.late_stall_ns += stall
+                else:
+                    counters.host_stall_ns += stall
                 gap -= stall
                 if stall and self.watch is not None:
-                    self.watch.stalled(landed_ns - stall, landed_ns, key, is_miss)
+                    self.watch.stalled(landed_ns - stall, landed_ns, key, kind)
             overhead += gap
             compute += end_ns - start_ns
             cursor = end_ns

@@ -160,10 +160,11 @@ class View:
 
 
 class Feedback(NamedTuple):
-    """What is known of a layer that stalled, once the next routing is read: how long, and for how many experts that
-    were in flight (late) or not even that (misses)."""
+    """What is known of a layer that stalled, once the next routing is read: how long, for how many experts that were in
+    flight (late) or not even that (misses), and beside how many that the host computed."""
 
     layer: int
     stall_ns: int
     num_late: int
     num_misses: int
+    num_host: int = 0

@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from expertflow.hosting import check_machine
 from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
@@ -23,6 +24,7 @@ from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import DeviceLostError, end
+from replay.machine.real import RealMachine
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
@@ -32,9 +34,9 @@ from sim.job.beside import answerable, baselines, describe, run_asked, run_basel
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
-from sim.job.model import recorded, remarks
+from sim.job.model import recorded
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
-from sim.job.report import print_line, print_report
+from sim.job.report import print_line, print_report, remarks_of
 from sim.job.run_cli import Ended
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.job.title import policy_title
@@ -88,7 +90,7 @@ def _replay(
     wall_s = time.perf_counter() - started
     origin = provenance(overrides, work.trace_sha256, wall_s, "replay") | recorded(work.model, work.model_file)
     write_text(folder / "provenance.json", to_json({**origin, "machine": metrics["machine"]}))
-    _print(console, metrics, folder, policy_title(plain["policy"]), plain, remarks(work.model, work.model_file))
+    _print(console, metrics, folder, policy_title(plain["policy"]), plain, remarks_of(plain, work))
     integrity = job.integrity
     if integrity is not None and not integrity.sound:
         raise Ended(WRONG)
@@ -127,6 +129,7 @@ class Job:
         self.full, self.work = work, scaled_workload(work, settings.scale)
         self.overrides = list(overrides)
         self.policy, self.transfer = make_policy(cfg["policy"], work, cfg["seed"])
+        check_machine(RealMachine, self.policy)
         self.integrity: Integrity | None = None
         self.head = describe(self.work, self.policy, cfg, settings.machine)
 

@@ -117,7 +117,7 @@ def tables() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
         keys = {f"{group}.{name}": key for name, key in (*beside.items(), *declared(cls).items())}
         yield group, _NOTES.get(group, ""), keys, {}
     own, _ = arguments_of(Clairvoyant)
-    keys = {f"policy.{name}": key for name, key in own.items() if name != "future"}
+    keys = {f"policy.{name}": key for name, key in own.items() if name not in ("future", "place")}
     yield "policy=clairvoyant", "A policy without parts.", keys, {}
     yield from _parts()
 

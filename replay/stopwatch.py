@@ -23,8 +23,8 @@ _CONTRACTS: dict[str, type[Part]] = {
     "order": Order,
     "place": Place,
 }
-_POLICY_HOOKS = ("begin_forward", "routed", "decide", "feedback", "place_experts", "end_forward")
-_UNTIMED = ("start", "announced", "fuse", "thresholds", "worths")
+_POLICY_HOOKS = ("begin_forward", "routed", "decide", "feedback", "place_experts", "fetched_later", "end_forward")
+_UNTIMED = ("start", "announced", "fuse", "thresholds", "worths", "stays_on_host")
 """Methods that are called once before the run, or never, and so belong to no layer."""
 _PER_FORWARD = ("begin_forward", "end_forward")
 _CALLS = 20_000

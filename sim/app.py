@@ -16,10 +16,9 @@ from sim.console import version_line
 from sim.execute import Kept, run_job, run_kept, slug
 from sim.job.configure import checked
 from sim.job.help import register
-from sim.job.model import remarks
 from sim.job.output import begin_folder
 from sim.job.overrides import let_words_add
-from sim.job.report import print_line, print_report
+from sim.job.report import print_line, print_report, remarks_of
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import make_workload
 from sim.job.title import policy_title
@@ -56,7 +55,7 @@ def run_configured(cfg: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         print_line(console, metrics, relative(folder), title, plain)
     else:
-        print_report(console, metrics, relative(folder), title, plain, remarks(work.model, work.model_file))
+        print_report(console, metrics, relative(folder), title, plain, remarks_of(plain, work))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 

@@ -46,6 +46,8 @@ def derived(metrics: dict[str, Any]) -> dict[str, Any]:
         "hit_rate": metrics["num_hits"] / accesses,
         "link_utilisation": metrics["link"]["utilisation"],
     }
+    if "host_stall_ns" in metrics:
+        row["host_ms_per_token"] = metrics["host_stall_ns"] / tokens / 1e6
     bounds = metrics.get("bounds")
     if bounds and bounds["floor_ns"] is not None:
         row["floor_ms_per_token"] = bounds["floor_ns"] / tokens / 1e6
@@ -61,7 +63,7 @@ def _beside(metrics: dict[str, Any], run: str) -> list[dict[str, Any]]:
     """The runs of `compare=full` as rows of their own: same machine, same workload, another policy."""
     rows = []
     for name, other in (metrics["compare"] or {}).items():
-        whole = {**metrics, **other, "policy": name, "bounds": None, "uses_future": name == "clairvoyant"}
+        whole = {**metrics, **other, "policy": name, "bounds": None, "uses_future": name.startswith("clairvoyant")}
         rows.append({"run": f"{run} ({name})", **flatten(whole), **derived(whole)})
     return rows
 

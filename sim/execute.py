@@ -8,20 +8,23 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from expertflow.observer import Observer
+from expertflow.parts import Place
 from expertflow.policy import Policy
 from sim.job import assumed
 from sim.job.assumed import at_locality, ends_beside
-from sim.job.beside import answerable, describe, run_asked, run_baselines
+from sim.job.beside import WITH_PLACE, answerable, baselines_with_place, describe, run_asked, run_baselines
 from sim.job.decided import Decided, asked, stands
+from sim.job.keys import PINS
 from sim.job.limit import limited
 from sim.job.model import recorded
 from sim.job.output import IGNORED, of_one_job, provenance, results_of, to_json, write_text
+from sim.job.place import make_place
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
 
@@ -54,7 +57,8 @@ def run_job(
             asked_for = run_asked(cfg, work, policy, transfer, run, [*recorders.observers, *observers])
         metrics = describe(work, policy, cfg) | asked_for
         with answerable(policy):
-            metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"])
+            place = partial(make_place, cfg["policy"]["place"], work.trace) if policy.places else None
+            metrics["compare"], metrics["bounds"] = compare_runs(work, cfg["compare"], place, transfer)
             put_range(metrics)
     return metrics
 
@@ -106,13 +110,19 @@ def run_kept(
     return metrics
 
 
-def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Metrics of the runs beside this one, and the bounds, over the same workload: all, the floor alone, or none."""
+def compare_runs(
+    work: Workload, how: str, place: Callable[[], Place] | None, transfer: Transfer
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Metrics of the runs beside this one, and the bounds, over the same workload: all, the floor alone, or none.
+
+    place: makes that of the run, if it may answer anything but the GPU; then the same runs are made with it as well.
+    transfer: the run's.
+    """
     if how == "none":
         return None, None
-    floor = run_floor(work)
+    floor = run_floor(work, with_host=place is not None)
     whole_run = work.warmup_forwards == 0
-    bounds = {
+    bounds: dict[str, Any] = {
         # The floor is of the whole run: with a warm-up left out there is nothing to hold it against.
         "floor_ns": floor.floor_ns if whole_run else None,
         "serial_ns": floor.serial_ns if whole_run else None,
@@ -122,9 +132,21 @@ def compare_runs(work: Workload, how: str) -> tuple[dict[str, Any] | None, dict[
     }
     if how == "floor":
         return None, bounds
-    compare = run_baselines(partial(run_policy, work))
-    name, compare["clairvoyant"] = best_clairvoyant(work)
-    return compare, bounds | {"clairvoyant_ns": compare["clairvoyant"]["elapsed_ns"], "clairvoyant": name}
+    # Nothing pinned: a run on the GPU alone may have no other room for what is not.
+    free = replace(work, pins=False) if work.start in PINS else work
+    compare = run_baselines(partial(run_policy, free))
+    name, compare["clairvoyant"] = best_clairvoyant(free)
+    bounds |= {"clairvoyant_ns": compare["clairvoyant"]["elapsed_ns"], "clairvoyant": name}
+    if place is not None:
+        beside = baselines_with_place(place, transfer)
+        compare |= {one: run_policy(work, *policy) for one, policy in beside.items()}
+        staging = Transfer(staging_slots=transfer.staging_slots)
+        name, compare[f"clairvoyant{WITH_PLACE}"] = best_clairvoyant(work, place, staging)
+        bounds |= {
+            "clairvoyant_placed_ns": compare[f"clairvoyant{WITH_PLACE}"]["elapsed_ns"],
+            "clairvoyant_placed": name,
+        }
+    return compare, bounds
 
 
 class Recorders:

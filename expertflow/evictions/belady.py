@@ -37,13 +37,21 @@ class Belady(RankedEviction):
         super().start(view, future)
         self.future = future
         self.next_use = future.first_uses()
+        self._num_seen = 0
+
+    def _look_ahead(self) -> None:
+        """Learn when what was demanded up to now is demanded next: of a layer on the host nothing is touched."""
+        for event in range(self._num_seen, self.view.event + 1):
+            for key, after in zip(self.future.demand(event), self.future.next_uses(event), strict=True):
+                self.next_use[key] = after
+        self._num_seen = self.view.event + 1
 
     def touched(self, keys: Sequence[int]) -> None:
-        for key, event in zip(keys, self.future.next_uses(self.view.event), strict=True):
-            self.next_use[key] = event
+        self._look_ahead()
         super().touched(keys)
 
     def victim(self, key: int, cause: int) -> int | None:
+        self._look_ahead()
         found = super().victim(key, cause)
         if found is not None and cause == PREFETCH and self.do_no_harm and self.next_use[found] <= self.next_use[key]:
             return None

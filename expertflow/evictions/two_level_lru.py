@@ -92,7 +92,7 @@ class TwoLevelLRU(Eviction):
                 break
 
     def layer_end(self, layer: int, keys: Sequence[int]) -> None:
-        pool = keys[0] // self.span
+        pool = layer * self.view.num_experts // self.span
         high, low, last_use, residency = self.high[pool], self.low[pool], self.last_use, self.residency
         forward = self.view.forward
         since = forward - self.frequent_forwards

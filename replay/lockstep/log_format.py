@@ -196,6 +196,8 @@ def _same_names(given: Mapping[str, Any], names: Sequence[str], place: str) -> N
 def _run_config(given: Any) -> RunConfig:
     if not isinstance(given, dict):
         raise ValueError("its header's run is no dict")
+    # A log of before there were pins says nothing of them.
+    given = {"num_pinned": 0, "all_initial": False} | given
     _same_names(given, [one.name for one in fields(RunConfig)], "run")
     least = {
         "num_layers": 1,
@@ -205,6 +207,7 @@ def _run_config(given: Any) -> RunConfig:
         "channel_depth": 1,
         "num_staging": 0,
         "warmup_forwards": 0,
+        "num_pinned": 0,
     }
     for name, low in least.items():
         if type(given[name]) is not int or not low <= given[name] <= MAX_KEYS:
@@ -214,7 +217,7 @@ def _run_config(given: Any) -> RunConfig:
         raise ValueError(
             f"its run has {num_keys} experts and {given['num_slots']} slots; at most {MAX_KEYS}, and a slot each"
         )
-    for name in ("has_shared", "serial"):
+    for name in ("has_shared", "serial", "all_initial"):
         if not isinstance(given[name], bool):
             raise ValueError(f"its run.{name}={given[name]!r:.40} is neither true nor false")
     for name, low, high in (("chunk_bytes", 1, 1 << 50), ("initial", 0, num_keys - 1)):

@@ -27,9 +27,9 @@ from sim.job.compose import compose
 from sim.job.configure import check_words, checked
 from sim.job.errors import one_line
 from sim.job.limit import limited
-from sim.job.model import remarks
 from sim.job.output import clear_results, write_text
 from sim.job.parts import dotted
+from sim.job.report import remarks_of
 from sim.job.results import read_metrics
 from sim.job.run_cli import no_exit
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
@@ -184,7 +184,7 @@ def run(job: Job, out: Path | None, may_end: bool = False) -> Result:
     started = time.perf_counter()
     check_folder(job, out)
     cfg, work = job.cfg, job.workload()
-    notes = tuple(remarks(work.model, work.model_file))
+    notes = tuple(remarks_of(cfg, work))
     made: list[tuple[Policy, Transfer]] = []
     recorders = _Recorders(cfg, work, cfg["events"], cfg["timeline"])
 

@@ -15,6 +15,7 @@ from expertflow.horizons.fixed import FixedHorizon
 from expertflow.metrics import SCHEMA
 from expertflow.observer import Observer
 from expertflow.orders.resident_first import ResidentFirst
+from expertflow.parts import Place
 from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.selections.top_k import TopK
@@ -25,6 +26,8 @@ from sim.job.redundancy import HitRecord, RedundancyCounter, without_prefetch
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy
 from traces.processes.progress import shown
 
+WITH_PLACE = "_placed"
+"""Behind the name of a run beside one whose policy may place experts on the host: it places them alike."""
 Run = Callable[[Policy, Transfer, Sequence[Observer]], dict[str, Any]]
 """Runs a policy over the job's workload, told to the observers; its metrics."""
 
@@ -50,7 +53,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
             "num_tokens": work.batches.num_tokens,
             "num_requests": work.batches.num_requests,
         },
-        "uses_future": policy.uses_future or work.start == "popular",
+        "uses_future": policy.uses_future or work.start_reads_ahead,
         "capacity": {"num_slots": work.num_slots, "residency": work.residency},
         **assumed.head(work.trace),
     }
@@ -64,8 +67,17 @@ def baselines() -> dict[str, tuple[Policy, Transfer]]:
     }
 
 
-def _without_prefetch(eviction: LRU) -> Policy:
-    return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst())
+def _without_prefetch(eviction: LRU, place: Place | None = None) -> Policy:
+    return Policy(NoPredictor(), FixedHorizon(1), TopK(), eviction, ResidentFirst(), place=place)
+
+
+def baselines_with_place(place: Callable[[], Place], transfer: Transfer) -> dict[str, tuple[Policy, Transfer]]:
+    """The same two with the place of the run that they are beside, and its staging slots."""
+    staging = Transfer(staging_slots=transfer.staging_slots)
+    return {
+        f"on_demand{WITH_PLACE}": (_without_prefetch(KeepNothing(), place()), staging),
+        f"lru{WITH_PLACE}": (_without_prefetch(LRU(), place()), staging),
+    }
 
 
 def run_asked(

@@ -87,7 +87,9 @@ def _require_groups(cfg: DictConfig, own_hardware: Sequence[str]) -> None:
     """`hardware` and `policy` have no default: say what there is to choose from."""
     for group in ("hardware", "policy"):
         choices = [*(own_hardware if group == "hardware" else ()), *sorted(config_files(group))]
-        if OmegaConf.is_missing(cfg, group) or group not in cfg:
+        # A file of conf/host fills in keys of the hardware that another file is of.
+        is_hosts_alone = group == "hardware" and isinstance(cfg.get(group), DictConfig) and "name" not in cfg[group]
+        if OmegaConf.is_missing(cfg, group) or group not in cfg or is_hosts_alone:
             raise ValueError(f"{group} is not chosen; say +{group}=NAME with one of: {nearest('', choices)}")
         if not isinstance(cfg[group], DictConfig):
             raise ValueError(

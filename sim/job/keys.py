@@ -12,7 +12,9 @@ from expertflow.keys import Key, Rule, declared, shown, unknown_key
 
 COMPARE = ("full", "floor", "none")
 LOCALITIES = ("low", "usual", "high")
-STARTS = ("cold", "popular", "resident")
+STARTS = ("cold", "popular", "resident", "pinned", "pinned_layers")
+PINS = ("pinned", "pinned_layers")
+"""Starts whose experts never leave."""
 GROUPS = ("hardware", "link", "policy", "model", "stack", "trace")
 """Keys that hold a file of conf/, or one of the user's own, changed key by key."""
 DEFAULT_RESIDENCY = 0.5

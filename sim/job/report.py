@@ -9,12 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from sim.job.assumed import range_line
+from sim.job.beside import WITH_PLACE
+from sim.job.model import remarks
 from sim.job.predictor import chooses_by_trace
+from sim.job.setup import Workload, start_note
 from sim.job.title import hardware_title
 from traces.tables import print_columns
 
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
+_HOST = ("host", "on host")
+"""Columns that are there only where a policy places experts on the host: stall, and their share."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
 
 
@@ -34,6 +39,14 @@ def _unfilled(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
 
 def _per_token(metrics: dict[str, Any], key: str) -> str:
     return f"{metrics[key] / max(metrics['num_tokens'], 1) / 1e6:.3f}"
+
+
+def _host_cells(metrics: dict[str, Any]) -> list[str]:
+    """Of the columns `_HOST`."""
+    if "num_host" not in metrics:
+        return ["–"] * len(_HOST)
+    share = metrics["num_host"] / max(metrics["num_accesses"], 1)
+    return [_per_token(metrics, "host_stall_ns"), f"{100 * share:.2f} %"]
 
 
 def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has_share: bool) -> list[str]:
@@ -86,9 +99,10 @@ def print_report(
     )
     compare = metrics["compare"] or {}
     base = compare.get("on_demand", {}).get("stall_ns")
-    columns = _COLUMNS if compare else [one for one in _COLUMNS if one != _SHARE]
+    has_host = "num_host" in metrics
+    columns = [one for one in _COLUMNS if compare or one != _SHARE] + list(_HOST if has_host else ())
     rows = named_runs(metrics, title)
-    cells = [_row(name, one, base, bool(compare)) for name, one in rows]
+    cells = [_row(name, one, base, bool(compare)) + (_host_cells(one) if has_host else []) for name, one in rows]
     styles = ["bold", *[""] * (len(rows) - 1)]
     bounds = metrics["bounds"]
     if bounds and bounds["floor_ns"] is not None:
@@ -99,6 +113,12 @@ def print_report(
     if "assumed" in metrics:
         console.print(range_line(metrics), highlight=False, soft_wrap=True)
     _print_notes(console, metrics, folder, [*_unfilled(cfg, metrics), *more])
+
+
+def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
+    """What is said below a run's table of its start, and of a model that was read from a file."""
+    note = start_note(cfg)
+    return [*([] if note is None else [note]), *remarks(work.model, work.model_file)]
 
 
 def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str, cfg: Mapping[str, Any]) -> None:
@@ -114,7 +134,7 @@ def print_line(console: Console, metrics: dict[str, Any], folder: str, title: st
 
 
 def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, more: Iterable[str]) -> None:
-    notes = list(more)
+    notes = []
     if metrics["uses_future"]:
         notes.append("policy or start state read ahead in the trace: a reference, not something that can be deployed")
     if metrics["num_streamed_layers"]:
@@ -125,7 +145,12 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, 
     if metrics["link"]["utilisation"] > 0.95:
         notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
     share = f"; {_SHARE}: the share of its stall that is left" if metrics["compare"] else ""
-    notes.append(f"stall, late and miss are per token{share}")
+    kinds = "late, miss and host" if "num_host" in metrics else "late and miss"
+    notes.append(f"stall, {kinds} are per token{share}")
+    if f"lru{WITH_PLACE}" in (metrics["compare"] or {}):
+        notes.append(f"…{WITH_PLACE}: with this run's place; the other runs beside compute on the GPU alone")
+    if "num_host" in metrics:
+        notes.append(f"the host's processor was busy for {100 * metrics['host']['utilisation']:.1f} % of the time")
     if "clairvoyant" in (metrics["compare"] or {}):
         notes.append("clairvoyant: the best of five schedules that know the future")
     if metrics["bounds"] and metrics["bounds"]["floor_ns"] is not None:

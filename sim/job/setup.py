@@ -15,16 +15,18 @@ from typing import Annotated, Any
 import numpy as np
 
 from expertflow.boundary import CHECKING, is_own_class
+from expertflow.evictions.keep_nothing import KeepNothing
 from expertflow.future import Future
 from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
 from expertflow.model import ModelSpec
-from expertflow.parts import Effort
+from expertflow.parts import Effort, Eviction
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
-from sim.job.keys import check_trace
+from sim.job.keys import PINS, check_trace
 from sim.job.model import chosen_model, model_file_of, told_model
 from sim.job.parts import KINDS, class_of, make_part
+from sim.job.place import make_place
 from sim.job.predictor import make_predictor
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
@@ -60,11 +62,18 @@ class Workload:
     warmup_forwards: int
     model_file: ReadModel | None = None
     """Where the model's sizes are from, if a file gave them."""
+    pins: bool = True
+    """False: what `start` pins may leave after all, as for runs beside one that is given room for nothing else."""
 
     @cached_property
     def future(self) -> Future:
         """The demand of the whole trace; made only for references."""
         return Future(self.batches, self.model.num_layers * self.model.num_experts)
+
+    @property
+    def start_reads_ahead(self) -> bool:
+        """Whether what the cache holds at first was chosen from the whole trace."""
+        return self.start in ("popular", "pinned")
 
     @property
     def residency(self) -> float:
@@ -78,6 +87,9 @@ class Workload:
             return ()
         if self.start == "resident":
             return tuple(range(num_keys))
+        if self.start == "pinned_layers":
+            num_layers = self.num_slots // self.model.num_experts
+            return tuple(range(num_keys - num_layers * self.model.num_experts, num_keys))
         counts = np.bincount(self.future.keys, minlength=num_keys)
         return tuple(int(key) for key in np.argsort(-counts, kind="stable"))
 
@@ -99,7 +111,9 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
 
     trace: already open, in place of the one that the configuration names.
     """
-    if cfg["start"] == "resident" and (cfg["gpu_memory_gb"] is not None or cfg["residency"] != 1):
+    # With a place on the host only what does not stay there needs room: the runtime knows.
+    is_whole = cfg["gpu_memory_gb"] is None and cfg["residency"] == 1
+    if cfg["start"] == "resident" and not is_whole and "place" not in cfg["policy"]:
         raise ValueError("start=resident needs room for every expert: set residency=1.0, or choose start=popular")
     hardware = hardware_from_dict(cfg["hardware"])
     stack = stack_from_dict(cfg["stack"])
@@ -131,6 +145,11 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         model_file,
     )
     _check_chunks(work)
+    if work.start == "pinned_layers" and num_slots < model.num_experts:
+        raise ValueError(
+            f"start=pinned_layers: there are {num_slots} slots, less than one layer's {model.num_experts} experts; "
+            "raise residency or gpu_memory_gb, or choose start=pinned"
+        )
     return work
 
 
@@ -152,7 +171,7 @@ def load_chunks(work: Workload) -> tuple[int, ...]:
 
 def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...]) -> RunConfig:
     """What the runtime needs to know of `work`, on either machine."""
-    model = work.model
+    model, initial = work.model, work.initial()
     return RunConfig(
         num_layers=model.num_layers,
         num_experts=model.num_experts,
@@ -164,7 +183,22 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
         num_staging=transfer.staging_slots,
         serial=transfer.serial,
         warmup_forwards=work.warmup_forwards,
-        initial=work.initial(),
+        initial=initial,
+        num_pinned=len(initial) if work.start in PINS and work.pins else 0,
+        all_initial=work.start in ("resident", "pinned_layers"),
+    )
+
+
+def start_note(cfg: Mapping[str, Any]) -> str | None:
+    """What a user must know of the start that a configuration asks for, if anything."""
+    eviction = cfg["policy"].get("eviction")
+    if cfg["start"] not in ("popular", "resident") or eviction is None:
+        return None
+    if not issubclass(class_of(eviction, "policy.eviction", Eviction), KeepNothing):
+        return None
+    return (
+        f"start={cfg['start']}: {cfg['policy']['name']} gives up every expert when its layer has run, what it began "
+        "with as well; start=pinned keeps it (with policy.transfer.staging_slots for the others)"
     )
 
 
@@ -248,9 +282,10 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     transfer = from_mapping(Transfer, _mapping(cfg.get("transfer", {}), "policy.transfer"), "policy.transfer")
     if "_target_" in cfg:
         # A policy that is not composed of parts; only references that know the future are built that way.
-        own = {key: value for key, value in cfg.items() if key not in ("name", "transfer")}
+        own = {key: value for key, value in cfg.items() if key not in ("name", "transfer", "place")}
         _require_own(own)
-        return make_part(own, "policy", Policy, future=work.future), transfer
+        placed = {"place": make_place(cfg["place"], work.trace)} if "place" in cfg else {}
+        return make_part(own, "policy", Policy, future=work.future, **placed), transfer
     known = [*KINDS, *OPTIONAL]
     for key in cfg:
         if key not in known:
@@ -262,7 +297,7 @@ def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Poli
     parts = [
         make_part(cfg[name], f"policy.{name}", KINDS[name]) for name in ("horizon", "selection", "eviction", "order")
     ]
-    place = make_part(cfg["place"], "policy.place", KINDS["place"]) if "place" in cfg else Gpu()
+    place = make_place(cfg["place"], work.trace) if "place" in cfg else Gpu()
     needs_future = any(part.uses_future for part in (predictor, *parts, place))
     horizon, selection, eviction, order = parts
     future = work.future if needs_future else None

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
-from expertflow.bounds import Floor, floor, min_loads
+from expertflow.bounds import Floor, HostFloor, floor, min_loads
 from expertflow.clairvoyant import portfolio
 from expertflow.keys import MOST
 from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
+from expertflow.parts import Place
+from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from sim.job.forwards import forwards_for
 from sim.job.setup import Transfer, Workload, load_chunks, run_config
 from sim.machine.groups import CheapestGroups
 from sim.machine.host_bound import machine_for
+from sim.machine.host_compute import CpuTimes, HostComputeMachine
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
-from sim.machine.simulated import HostCosts, simulate
+from sim.machine.simulated import HostCosts, SimMachine, simulate
 from traces.processes.progress import shown
 
 
@@ -30,7 +34,12 @@ def run_policy(
     chunk_bytes = load_chunks(work)
     link = Link(work.hardware, memory=transfer.memory)
     kernels = KernelTimes(model, work.hardware, work.stack)
-    machine = machine_for(kernels, link, HostCosts.of(work.hardware, work.stack), chunk_bytes)
+    costs = HostCosts.of(work.hardware, work.stack)
+    machine: SimMachine
+    if policy.places:
+        machine = HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(model, work.hardware))
+    else:
+        machine = machine_for(kernels, link, costs, chunk_bytes)
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
     journal = runtime.journal
     try:
@@ -56,17 +65,20 @@ def _too_long(work: Workload) -> ValueError:
     )
 
 
-def best_clairvoyant(work: Workload) -> tuple[str, dict[str, Any]]:
-    """Name and metrics of the fastest schedule of the portfolio that knows the future."""
+def best_clairvoyant(
+    work: Workload, place: Callable[[], Place] = Gpu, transfer: Transfer | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Name and metrics of the fastest schedule of the portfolio that knows the future. place: makes that of each."""
     runs: list[tuple[str, dict[str, Any]]] = []
-    for name, policy in portfolio(work.future).items():
+    for name, policy in portfolio(work.future, place).items():
         with shown(f"looking for the best schedule, {len(runs) + 1}"):
-            runs.append((name, run_policy(work, policy, Transfer())))
+            runs.append((name, run_policy(work, policy, transfer or Transfer())))
     return min(runs, key=lambda run: run[1]["elapsed_ns"])
 
 
-def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
-    """The floor for schedules with the slots of `work` (and staging buffers), over the whole run.
+def run_floor(work: Workload, staging_slots: int = 0, with_host: bool = False) -> Floor:
+    """The floor for schedules with the slots of `work` (and staging buffers), over the whole run. with_host: of those
+    that may compute experts on the host.
 
     Where experts launched at once have times of their own, a layer's take the cheapest partition into groups: a
     schedule launches every expert of a layer once, so that its launches are one of the partitions tried. The shared
@@ -77,6 +89,7 @@ def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
     kernels = KernelTimes(model, work.hardware, work.stack)
     costs = HostCosts.of(work.hardware, work.stack)
     cheapest = None if kernels.groups is None else CheapestGroups(kernels.groups, model.num_experts, costs.group_ns)
+    host = _host_floor(work) if with_host else None
     serial: list[int] = []
     heads: list[int] = []
     for forward in work.batches:
@@ -84,7 +97,10 @@ def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
         shared = kernels.shared_ns(forward.num_tokens)
         for layer, keys in enumerate(forward.demands):
             tokens = [1] * len(keys) if forward.counts is None else [forward.counts[layer][key] for key in keys]
-            experts = kernels.experts_ns(tokens) + costs.group_ns if cheapest is None else cheapest.ns(tokens)
+            if host is not None:
+                experts = host.split_ns(_least_kernels(kernels, costs.group_ns, tokens))
+            else:
+                experts = kernels.experts_ns(tokens) + costs.group_ns if cheapest is None else cheapest.ns(tokens)
             serial.append(attention[layer] + shared + experts + costs.layer_serial_ns)
             if layer == 0:
                 # After the tokens are read back the first launch of a forward has nothing to hide behind.
@@ -96,4 +112,18 @@ def run_floor(work: Workload, staging_slots: int = 0) -> Floor:
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
     with shown("working out the floor"):
         totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
-    return floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers)
+    return floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers, host)
+
+
+def _host_floor(work: Workload) -> HostFloor:
+    times = CpuTimes(work.model, work.hardware)
+    return HostFloor(times.expert_ns(1), 2 * times.there_ns(1))
+
+
+def _least_kernels(kernels: KernelTimes, launch_ns: int, tokens: Sequence[int]) -> list[int]:
+    """What 0, 1, 2 … of a layer's experts take on the GPU at least, whichever these are; rising."""
+    if kernels.groups is not None:
+        # Of how many are launched together, and over how many tokens, nothing is known but that one is launched.
+        return [0] + [kernels.shortest_expert_ns + launch_ns] * len(tokens)
+    times = accumulate(sorted(kernels.expert_ns(num) for num in tokens))
+    return [0, *(time + launch_ns for time in times)]

@@ -77,6 +77,10 @@ class Hardware:
     on an idle stream. issue_copy_ns: one asynchronous copy call. gate_sync_ns: end of the router kernel until
     the host has the routing. token_sync_ns: the same for the sampled tokens. decide_ns: a decision of
     effort 1, as one that looks rows up in a table (`expertflow.parts.Effort`).
+    host_memory_gb_per_s: what copies and experts on the host draw from the host's memory together, at most.
+    host_memory_efficiency: the share of it that these experts reach by themselves. host_tflops: what they reach where
+    their products, not their weights, take the time. host_round_trip_ns: activations to the host and results back, once
+    a layer, beside their bytes. None of the four: nothing is known of the host, and no expert can be placed there.
     kernel_ns: measured kernel times by name of the model; they replace the roofline for those models alone.
     """
 
@@ -107,6 +111,19 @@ class Hardware:
     link_slowdown: Annotated[
         float, Rule(1, 1000, about="factor on a copy while kernels read memory", remedy="1: compute slows no copy")
     ] = 1.0
+    host_memory_gb_per_s: Annotated[
+        float | None, Rule(1e-3, 1e6, unit="GB/s", null="unknown", about="of the host's memory, read by all together")
+    ] = None
+    host_memory_efficiency: Annotated[
+        float | None, Rule(1e-3, 1, null="unknown", about="share of it that experts on the host reach by themselves")
+    ] = None
+    host_tflops: Annotated[
+        float | None, Rule(1e-6, 1e6, unit="TFLOP/s", null="unknown", about="that experts on the host reach")
+    ] = None
+    host_round_trip_ns: Annotated[
+        int | None,
+        Rule(0, 1_000_000_000, unit="ns", null="unknown", about="of activations to the host and results back"),
+    ] = None
     kernel_ns: Annotated[
         Mapping[str, KernelTable], Rule(extra="a mapping of models to tables", about="measured kernel times")
     ] = field(default_factory=dict, hash=False)
@@ -197,7 +214,9 @@ class Stack:
 
 HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))
 """The figures of a stack that `sim.machine.host_bound` charges, 0 unless measured."""
-_OPTIONAL = {"link", "kernel_ns", "kv_grid", *HOST_COSTS}
+HOST_COMPUTE = tuple(item.name for item in fields(Hardware) if item.name.startswith("host_"))
+"""The figures of a machine that computing experts on its host takes."""
+_OPTIONAL = {"link", "kernel_ns", "kv_grid", *HOST_COSTS, *HOST_COMPUTE}
 
 
 def unsourced(spec: Hardware | Stack) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from expertflow.forward import DECODE, PREFILL, Forward
-from expertflow.observer import Observer
+from expertflow.observer import LATE, Observer
 from expertflow.policy import Policy
 
 KEYS = (
@@ -36,9 +36,9 @@ class PhaseRecorder(Observer):
         self._num_expected = 0
         self._num_forwards = 0
 
-    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+    def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
         self._this["stall_ns"] += end_ns - start_ns
-        if not is_miss:
+        if kind == LATE:
             self._this["late_stall_ns"] += end_ns - start_ns
 
     def demanded(
@@ -51,7 +51,7 @@ class PhaseRecorder(Observer):
         missing: Sequence[int],
     ) -> None:
         this = self._this
-        this["num_accesses"] += len(hits) + len(late) + len(missing)
+        this["num_accesses"] += len(forward.demands[layer])
         this["num_hits"] += len(hits)
         this["num_late"] += len(late)
         this["num_misses"] += len(missing)

@@ -22,8 +22,8 @@ from traces.files import writing
 from traces.processes.whole import Unfinished
 
 PHASES = (DECODE, PREFILL)
-CLASSES = ("hit", "late", "miss")
-HIT, LATE, MISS = range(3)
+CLASSES = ("hit", "late", "miss", "host")
+HIT, LATE, MISS, HOST = range(4)
 NOT_COPIED = -1
 
 _WORD = pa.dictionary(pa.int8(), pa.string())
@@ -107,13 +107,13 @@ class Events(Observer):
             columns.phase.append(phase)
             columns.layer.append(layer)
             columns.expert.append(key - first_key)
-            columns.outcome.append(outcomes[key])
+            columns.outcome.append(outcomes.get(key, HOST))
             columns.known_ns.append(now_ns)
             columns.tokens.append(1 if counts is None else counts[key])
             columns.stall_ns.append(0)
             columns.landed_ns.append(NOT_COPIED)
 
-    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+    def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
         row = self._open.get(key)
         if row is None:
             raise AssertionError(f"a stall on expert key {key}, which the running layer does not demand")
@@ -121,9 +121,12 @@ class Events(Observer):
 
     def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
         row = self._open.get(key)
-        if row is not None and self._columns.outcome[row] != HIT:
+        if row is not None and self._columns.outcome[row] in (LATE, MISS):
             # The last chunk to be reported is the one that completes the expert.
             self._columns.landed_ns[row] = end_ns
+
+    def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
+        self._columns.landed_ns[self._open[key]] = end_ns
 
     def end_forward(self, forward: Forward, now_ns: int) -> None:
         self._settle()
@@ -140,9 +143,10 @@ class Events(Observer):
 class EventTable(Events):
     """Writes `path` (Parquet), one row per access, a layer's rows in touch order, warm-up included.
 
-    forward, phase (decode, prefill), layer, expert, class (hit, late, miss); known_ns: when the routing
-    became known; tokens routed to the expert; stall_ns: how long the compute stream waited for it; landed_ns:
-    device end of the copy that was waited for, null for a hit. The stall column sums to the run's stall.
+    forward, phase (decode, prefill), layer, expert, class (hit, late, miss, host: computed on the host); known_ns: when
+    the routing became known; tokens routed to the expert; stall_ns: how long the compute stream waited for it;
+    landed_ns: device end of the copy that was waited for, of an expert on the host the end of its computation, null for
+    a hit. The stall column sums to the run's stall.
 
     Until `close` the rows stand in a temporary file beside `path`; `abort` removes it. Memory holds
     `rows_per_group` rows, 34 bytes each, and the rows of one layer.

@@ -26,10 +26,12 @@ from traces.reading import read_json
 KINDS = ("attention", "experts", "head", "other")
 IN_LAYER = ("attention", "experts")
 """Those of which a slice says the layer."""
-COMPUTE_TRACK, LINK_TRACK, STALL_TRACK = 1, 2, 3
-TRACKS = {COMPUTE_TRACK: "compute", LINK_TRACK: "link", STALL_TRACK: "stalls"}
+COMPUTE_TRACK, LINK_TRACK, STALL_TRACK, HOST_TRACK = 1, 2, 3, 4
+TRACKS = {COMPUTE_TRACK: "compute", LINK_TRACK: "link", STALL_TRACK: "stalls", HOST_TRACK: "host"}
+STALLS = ("late", "miss", "host")
+"""By kind, as of `Observer.stalled`."""
 COUNTER = "horizon S"
-COLOURS = {"demand": "bad", "prefetch": "good", "late": "terrible", "miss": "terrible"}
+COLOURS = {"demand": "bad", "prefetch": "good", "late": "terrible", "miss": "terrible", "host": "terrible"}
 """Names of Chrome's own palette, by category; Perfetto colours by slice name."""
 NUM_NAMED = 4
 """Experts that a slice names; all of them stand in its arguments."""
@@ -40,7 +42,8 @@ class Frames(NamedTuple):
 
     compute: start_ns, end_ns, kind (attention, experts, head, other), layer (-1: none), experts (a tuple).
     link: start_ns, end_ns, layer, expert, chunk, cause (demand, prefetch).
-    stalls: start_ns, end_ns, layer, expert, kind (late, miss).
+    stalls: start_ns, end_ns, layer, expert, kind (late, miss, host).
+    host: start_ns, end_ns, layer, expert, kind (experts): computed on the host, if any were.
     horizon: at_ns, reach (the farthest layer looked at, in layers ahead; holds until the next row).
     """
 
@@ -48,6 +51,7 @@ class Frames(NamedTuple):
     link: pd.DataFrame
     stalls: pd.DataFrame
     horizon: pd.DataFrame
+    host: pd.DataFrame
 
 
 class Timeline(Observer):
@@ -65,6 +69,7 @@ class Timeline(Observer):
         self._kernel_keys = array("i")
         self._copies = array("q")
         self._stalls = array("q")
+        self._products = array("q")
         self._reaches = array("q")
 
     def computed(self, kind: str, layer: int, keys: Sequence[int], start_ns: int, end_ns: int) -> None:
@@ -76,9 +81,13 @@ class Timeline(Observer):
         self._count()
         self._copies.extend((key, chunk, cause, start_ns, end_ns))
 
-    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
+    def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
         self._count()
-        self._stalls.extend((key, is_miss, start_ns, end_ns))
+        self._products.extend((key, start_ns, end_ns))
+
+    def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
+        self._count()
+        self._stalls.extend((key, kind, start_ns, end_ns))
 
     def horizon(self, now_ns: int, distances: Sequence[int]) -> None:
         reach = max(distances, default=0)
@@ -119,12 +128,17 @@ class Timeline(Observer):
         layer, expert = np.divmod(keys, self.num_experts)
         link = {"start_ns": starts, "end_ns": ends, "layer": layer, "expert": expert, "chunk": chunks}
         link["cause"] = ["demand" if cause == DEMAND else "prefetch" for cause in causes.tolist()]
-        keys, misses, starts, ends = _table(self._stalls, 4).T
+        keys, kinds_of_stall, starts, ends = _table(self._stalls, 4).T
         layer, expert = np.divmod(keys, self.num_experts)
         stalls = {"start_ns": starts, "end_ns": ends, "layer": layer, "expert": expert}
-        stalls["kind"] = ["miss" if is_miss else "late" for is_miss in misses.tolist()]
+        stalls["kind"] = [STALLS[kind] for kind in kinds_of_stall.tolist()]
+        keys, starts, ends = _table(self._products, 3).T
+        layer, expert = np.divmod(keys, self.num_experts)
+        host = {"start_ns": starts, "end_ns": ends, "layer": layer, "expert": expert}
+        host["kind"] = ["experts"] * len(keys)
         times, reaches = _table(self._reaches, 2).T
-        return Frames(_frame(compute), _frame(link), _frame(stalls), _frame({"at_ns": times, "reach": reaches}))
+        horizon = {"at_ns": times, "reach": reaches}
+        return Frames(_frame(compute), _frame(link), _frame(stalls), _frame(horizon), _frame(host))
 
     def _kernel_experts(self) -> list[tuple[int, ...]]:
         """Of each kernel, the experts that it computed."""
@@ -138,6 +152,8 @@ class Timeline(Observer):
         """The JSON of each event, metadata first."""
         yield _metadata("process_name", 0, "name", self.name)
         for track, name in TRACKS.items():
+            if track == HOST_TRACK and not self._products:
+                continue
             yield _metadata("thread_name", track, "name", name)
             yield _metadata("thread_sort_index", track, "sort_index", track)
         yield from self._kernel_events()
@@ -146,9 +162,13 @@ class Timeline(Observer):
             category = "demand" if cause == DEMAND else "prefetch"
             args = f'{{"layer":{layer},"expert":{expert},"chunk":{chunk}}}'
             yield _slice(LINK_TRACK, f"L{layer}/E{expert}", category, start, end, args)
-        for key, is_miss, start, end in _rows(self._stalls, 4):
+        for key, start, end in _rows(self._products, 3):
             layer, expert = divmod(key, self.num_experts)
-            category = "miss" if is_miss else "late"
+            args = f'{{"layer":{layer},"expert":{expert}}}'
+            yield _slice(HOST_TRACK, f"L{layer}/E{expert}", "experts", start, end, args)
+        for key, kind, start, end in _rows(self._stalls, 4):
+            layer, expert = divmod(key, self.num_experts)
+            category = STALLS[kind]
             args = f'{{"layer":{layer},"expert":{expert}}}'
             yield _slice(STALL_TRACK, f"{category} L{layer}/E{expert}", category, start, end, args)
         for now_ns, reach in _rows(self._reaches, 2):
@@ -229,13 +249,15 @@ def load_timeline(path: str | Path) -> Frames:
                 "reach": [event["args"]["layers"] for event in counts],
             }
         ),
+        host=_copy_frame(by_track[HOST_TRACK], ("layer", "expert"), "kind"),
     )
 
 
 _NEEDS = {
     COMPUTE_TRACK: (KINDS, ()),
     LINK_TRACK: (("demand", "prefetch"), ("layer", "expert", "chunk")),
-    STALL_TRACK: (("late", "miss"), ("layer", "expert")),
+    STALL_TRACK: (STALLS, ("layer", "expert")),
+    HOST_TRACK: (("experts",), ("layer", "expert")),
 }
 """Of the slices of a track: their categories, and the numbers among their arguments."""
 _MOST_US = 1e15

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,13 @@ NUM_TOKENS = 12
 WORDS = ("residency=0.5", "seed=0", "+policy=fixed_1", "policy/predictor=transition", "policy.predictor.keep=0")
 HONEST = ("policy.predictor.fitted_start=null", "policy/selection=top_k", "policy/eviction=lru")
 """The policy that stands in the log is that of `policy_of(None)`."""
+HOST: dict[str, Any] = {
+    "host_memory_gb_per_s": 40.0,
+    "host_memory_efficiency": 0.8,
+    "host_tflops": 0.5,
+    "host_round_trip_ns": 7_000,
+}
+"""What the simulated host can do; only a place asks."""
 SILENT = "silent"
 
 
@@ -86,6 +93,7 @@ def world(folder: Path) -> Iterator[World]:
     }
     path = tiny_trace(folder / "tiny.safetensors", NUM_TOKENS, prompt=3, **arrays)
     case = Case.of(*TINY, *WORDS, *HONEST, f"trace.path={path}")
+    full = replace(case.full, hardware=replace(case.full.hardware, **HOST))
     tiny = [word for word in TINY if "model." in word]
     log = Job.of("+hardware=a100", *tiny, *WORDS, *HONEST, f"trace.path={path}").log(folder / "log.parquet")
     # A replay looks for garbage before it starts: not among all that tests have loaded.
@@ -94,7 +102,7 @@ def world(folder: Path) -> Iterator[World]:
     try:
         with on_cpu(throttle_gb_per_s=1.0) as device:
             needs = needs_of(case.work, policy_of(None), Transfer(staging_slots=1))
-            yield World(case.full, case.work, Rig(device, case.work.model, needs, 1.0), log)
+            yield World(full, case.work, Rig(device, case.work.model, needs, 1.0), log)
     finally:
         gc.unfreeze()
 

@@ -6,7 +6,7 @@ Named by `_target_` as a user would name them: `tests.attack.parts.DropsLast`. W
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from expertflow.evictions.lru import LRU
 from expertflow.evictions.outlook import Outlook
 from expertflow.orders.index import IndexOrder
-from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
+from expertflow.parts import Eviction, Horizon, Order, Part, Place, Placing, Predictor, Selection
 from expertflow.places.gpu import Gpu
 from expertflow.predictors.transition import TransitionPredictor
 from expertflow.selections.stall_saved import StallSaved
@@ -121,6 +121,16 @@ def distances(name: str, told: str, value: Any) -> Kind:
 def selecting(name: str, told: str, select: Callable[..., Any], **others: Any) -> Kind:
     """A kind of selection."""
     return Kind(name, OwnSelection, told, {"select": select}, **others)
+
+
+def placing(name: str, told: str, on_host: Callable[..., Any], **members: Any) -> Kind:
+    """A kind of place."""
+    return Kind(name, Gpu, told, {"on_host": on_host, **members})
+
+
+def all_missing(self: Any, told: Placing, forward: Any) -> Sequence[int]:
+    """All that is missing on the host: an honest answer."""
+    return told.missing
 
 
 def declaring(name: str, base: type[Any], told: str, **members: Any) -> Kind:
@@ -400,9 +410,20 @@ SELECTIONS = [
     ),
 ]
 PLACES = [
-    Kind("AllOnHost", Gpu, "computes on the host", {"on_host": lambda self, told, forward: told.missing or [1]}),
-    Kind("HostIsNone", Gpu, "None", {"on_host": answers(None)}),
-    Kind("HostClears", Gpu, "empties what is missing", {"on_host": lambda self, told, forward: told.missing.clear()}),
+    placing("PlacesOther", "a key of another layer", lambda self, told, forward: [(*told.missing, 0)[0] ^ 8]),
+    placing("PlacesResident", "what is resident", lambda self, told, forward: [*told.resident, *told.in_flight]),
+    placing("PlacesTwice", "a key twice", lambda self, told, forward: [*told.missing, *told.missing]),
+    placing("PlacesFloats", "keys as floats", lambda self, told, forward: [float(key) for key in told.missing]),
+    placing("HostIsNone", "None", answers(None)),
+    placing("HostClears", "empties what is missing", lambda self, told, forward: told.missing.clear()),
+    placing("HostIsFree", "makes the host cheaper", lambda self, told, forward: told.costs.host_ns.append(0)),
+    placing("HostRaises", "raises ZeroDivisionError", raises(ZeroDivisionError("no host"))),
+    placing("LaterOther", "copies what it has not placed", all_missing, for_later=answers([-1])),
+    placing("LaterTwice", "copies twice", all_missing, for_later=lambda self, keys, queued: [*keys, *keys]),
+    placing("LaterSorts", "sorts what it has placed", all_missing, for_later=lambda self, keys, queued: keys.sort()),
+    placing("StaysNoKey", "keeps a key that is none", all_missing, stays_on_host=answers([1000])),
+    placing("StaysForever", "keeps keys without end", all_missing, stays_on_host=lambda self: itertools.count()),
+    placing("StaysButCopies", "copies what stays", answers(()), stays_on_host=answers(range(32))),
 ]
 PEEKS = [
     predicting(

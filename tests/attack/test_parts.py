@@ -80,7 +80,9 @@ def test_it_is_caught_in_a_simulation(kind: Kind, made: World) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=named)
 def test_it_is_caught_in_a_replay_that_verifies(kind: Kind, made: World) -> None:
     found = replayed(kind, made)
-    assert (found.how, found.check) == (kind.ends, simulated(kind, made).check)
+    expected = simulated(kind, made).check
+    # A replay has no host to place experts on, and does not ask.
+    assert (found.how, found.check) == (kind.ends, "on_host" if expected == "for_later" else expected)
     if kind.ends == REFUSED:
         assert_one_line(found.message, kind.name)
 
@@ -257,7 +259,7 @@ def drop_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dropped_launch_breaks_an_identity(made: World, monkeypatch: pytest.MonkeyPatch) -> None:
     drop_launches(monkeypatch)
-    with pytest.raises(AssertionError, match="experts launched = experts demanded"):
+    with pytest.raises(AssertionError, match=r"experts launched . computed on the host = experts demanded"):
         run_policy(made.full, policy_of(None), Transfer())
 
 

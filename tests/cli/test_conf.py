@@ -17,6 +17,7 @@ from sim.job.configure import configure
 from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from sim.paths import CONF
+from sim.specs.hardware import HOST_COMPUTE, hardware_from_dict, unsourced
 from tests.support.commands import GPT_OSS, job, routing, small_trace
 
 
@@ -77,7 +78,8 @@ def test_a_file_says_its_own_name(group: str, name: str) -> None:
 def test_every_folder_of_conf_is_tested_here() -> None:
     folders = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir() and list(path.glob("*.yaml"))}
     parts = {f"policy/{part}" for part, _ in PARTS}
-    assert folders - {"experiment", "study"} == {"hardware", "link", "model", "policy", "stack", "trace"} | parts
+    known = {"hardware", "host", "link", "model", "policy", "stack", "trace"}
+    assert folders - {"experiment", "study"} == known | parts
     assert len(NAMED) >= 40
     assert len(PARTS) >= 20
 
@@ -118,7 +120,29 @@ def test_every_part_can_be_swapped_into_adaptive(part: str, name: str, tmp_path:
     # The place is a default that no policy names: it is added, not replaced.
     word = f"{'+' if part == 'place' else ''}policy/{part}={name}"
     assert configure([*told, word])["policy"][part] == composed(f"policy/{part}", name)
-    assert job(*told, word)["num_tokens"] == 8
+    needed = ["+host=desktop"] if part == "place" else []
+    needed += ["policy.place.experts=[1,33]"] if name == "host_experts" else []
+    assert job(*told, word, *needed)["num_tokens"] == 8
+
+
+@pytest.mark.parametrize("name", choices("host"))
+def test_every_host_fills_in_the_hardware_it_is_given_with(name: str, trace: Path) -> None:
+    own = values("host", name)
+    told = ("+hardware=a100", f"+host={name}", "+policy=lru", "+policy/place=balanced")
+    hardware = hardware_from_dict(configure([*told])["hardware"])
+    assert {key: getattr(hardware, key) for key in own if key != "sources"} == {
+        key: value for key, value in own.items() if key != "sources"
+    }
+    assert set(HOST_COMPUTE) == set(own) - {"sources"} == set(own["sources"])
+    assert unsourced(hardware) == []
+    metrics = job(*told, f"trace.path={trace}", "compare=none")
+    assert metrics["num_host"] > 0
+    assert (metrics["hardware"], metrics["host_stall_ns"] >= 0) == ("a100", True)
+
+
+def test_a_host_alone_is_no_machine() -> None:
+    with pytest.raises(ValueError, match=r"hardware is not chosen; say \+hardware=NAME"):
+        configure(["+host=desktop", "+policy=lru"])
 
 
 @pytest.mark.mostly_slow(keep=3)

@@ -197,6 +197,8 @@ JOBS = {
         "compare=floor",
     ],
     "serial": ["+hardware=a6000", "+policy=hf_offload", "compare=none"],
+    "places": ["+hardware=a6000", "+host=desktop", "+policy=fixed_1", "+policy/place=balanced", "compare=floor"],
+    "pinned": ["+hardware=a100", "+policy=lru", "start=pinned", "policy.transfer.staging_slots=4", "compare=none"],
     "bench": ["+hardware=a100", "+policy=lru", "compare=none", "chunk_mib=64", *TRACE],
     "mine": ["+hardware=a100", "+policy=lru", "policy.eviction._target_=mine.Mine", "compare=none"],
 }
@@ -218,8 +220,8 @@ class Watching(Observer):
     def __init__(self):
         self.seen = []
 
-    def stalled(self, start_ns, end_ns, key, is_miss):
-        self.seen.append((start_ns, end_ns, key, is_miss))
+    def stalled(self, start_ns, end_ns, key, kind):
+        self.seen.append((start_ns, end_ns, key, kind))
 
     def horizon(self, now_ns, distances):
         self.seen.append((now_ns, distances))

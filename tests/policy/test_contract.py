@@ -25,7 +25,7 @@ from sim.job.configure import configure
 from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from sim.machine.simulated import SimMachine
-from tests.support.runs import Scripted, TakeAll, compose, decode, forward_of, run
+from tests.support.runs import Host, Scripted, TakeAll, compose, decode, forward_of, run
 from tests.support.workloads import progress_of, view_of
 
 # -- what parts see --------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_at_once_is_declared_by_the_very_class() -> None:
 
 
 class AllOnHost(Place):
-    """What no machine can do yet."""
+    """Nothing is copied."""
 
     def on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
         return placing.missing
@@ -249,7 +249,7 @@ class Asking(Place):
         self.asked: list[tuple[int, tuple[tuple[int, ...], ...], int]] = []
 
     def on_host(self, placing: Placing, forward: KnownForward) -> Sequence[int]:
-        kinds = tuple(tuple(keys) for keys in placing[1:])
+        kinds = tuple(tuple(keys) for keys in placing[1:4])
         self.asked.append((placing.layer, kinds, len(forward.demands)))
         return ()
 
@@ -259,7 +259,7 @@ ROUTING = decode([[[0, 1], [2, 3]], [[1, 0], [3, 1]]], 4)
 
 def test_a_place_is_asked_once_a_layer_after_it_was_classified() -> None:
     place = Asking()
-    job = run(ROUTING, num_experts=4, num_slots=8, policy=compose(place=place), initial=(1,))
+    job = run(ROUTING, num_experts=4, num_slots=8, policy=compose(place=place), initial=(1,), host=Host())
     assert place.asked == [
         (0, ((1,), (), (0,)), 1),
         (1, ((), (), (6, 7)), 2),
@@ -267,11 +267,6 @@ def test_a_place_is_asked_once_a_layer_after_it_was_classified() -> None:
         (1, ((7,), (), (5,)), 2),
     ]
     assert job.counters.num_misses == 4
-
-
-def test_a_place_on_the_host_is_refused_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"AllOnHost.on_host places 2 experts of layer 0 on the host, where"):
-        run(ROUTING, num_experts=4, num_slots=8, policy=compose(place=AllOnHost()))
 
 
 def test_the_gpu_is_the_default_and_is_not_asked() -> None:
@@ -290,11 +285,18 @@ def test_a_policy_need_not_name_its_place(words: list[str]) -> None:
 
 def test_a_place_of_ones_own_is_named_by_its_class() -> None:
     word = f"+policy.place={{_target_: {__name__}.AllOnHost}}"
-    cfg = configure(["+hardware=a100", "+policy=lru", "compare=none", "max_tokens=4", word])
+    cfg = configure(["+hardware=a100", "+host=desktop", "+policy=lru", "compare=none", "max_tokens=4", word])
     work = make_workload(cfg)
     policy, transfer = make_policy(cfg["policy"], work, 0)
-    with pytest.raises(ValueError, match=r"AllOnHost.on_host places \d+ experts of layer 0 on the host"):
-        run_policy(work, policy, transfer)
+    metrics = run_policy(work, policy, transfer)
+    assert metrics["num_host"] == metrics["num_accesses"] > 0
+
+
+def test_a_place_on_the_host_needs_to_know_the_host() -> None:
+    cfg = configure(["+hardware=a100", "+policy=lru", "compare=none", "max_tokens=4", "+policy/place=cheaper"])
+    work = make_workload(cfg)
+    with pytest.raises(ValueError, match=r"hardware=a100 lacks host_memory_gb_per_s, .* \+host=desktop, workstation"):
+        run_policy(work, *make_policy(cfg["policy"], work, 0))
 
 
 # -- answers and machines -------------------------------------------------------------------------------------------

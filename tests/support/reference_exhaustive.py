@@ -8,7 +8,9 @@ attention of `attention[i]`, then one kernel of `kernel[i]` for each of its expe
 which needs its expert resident (with `group` one kernel may compute several of them); the attention of
 event i+1 follows the last kernel of event i. The link loads one expert at a time in `load`, is never
 interrupted, and may load any expert at any time. A load holds one of `slots` slots from its start, and may
-take it from any resident but those whose kernel is running. The cache starts cold.
+take it from any resident but those whose kernel is running. The cache starts cold. With `host` an expert of
+event i may also be computed without being resident, once the attention of event i is over, one at a time in
+`host`; the attention of event i+1 follows these as well.
 """
 
 import heapq
@@ -68,6 +70,7 @@ class State(NamedTuple):
     computing: Work | None
     loading: Work | None
     resident: frozenset[Expert]
+    hosting: Work | None = None
 
 
 class Problem(NamedTuple):
@@ -79,6 +82,7 @@ class Problem(NamedTuple):
     load: int
     slots: int
     group: tuple[int, ...] = ()
+    host: int = 0  # 0: nothing is computed there
 
     def waiting(self, event: int) -> frozenset[Expert]:
         """Kernels of an event before any has started; none past the last event."""
@@ -102,10 +106,11 @@ def _problem(
     load: int,
     slots: int,
     group: Sequence[int],
+    host: int,
 ) -> Problem:
     """The instance with its values checked."""
     demand = tuple(frozenset((layer, expert) for expert in experts) for layer, experts in events)
-    problem = Problem(demand, tuple(attention), tuple(kernel), load, slots, tuple(group))
+    problem = Problem(demand, tuple(attention), tuple(kernel), load, slots, tuple(group), host)
     if not len(demand) == len(problem.attention) == len(problem.kernel):
         raise ValueError(f"one attention and one kernel time per event, got {problem}")
     if not demand or not all(demand) or min(*problem.attention, *problem.kernel, load, slots) < 1:
@@ -141,9 +146,26 @@ def _link_choices(problem: Problem, state: State) -> Iterator[State]:
             yield state._replace(loading=work, resident=state.resident - {victim})
 
 
+def _both_choices(problem: Problem, state: State) -> Iterator[State]:
+    """The state after each choice of the compute stream and of the link."""
+    for computing in _compute_choices(problem, state):
+        yield from _link_choices(problem, computing)
+
+
+def _host_choices(problem: Problem, state: State) -> Iterator[State]:
+    """The state after each expert that the host may start now, and after starting none."""
+    yield state
+    is_attending = state.computing is not None and not state.computing.experts
+    if not problem.host or state.hosting is not None or not state.attended or is_attending:
+        return
+    for expert in state.waiting:
+        work = Work(frozenset([expert]), problem.host)
+        yield state._replace(waiting=state.waiting - {expert}, hosting=work)
+
+
 def _advance(problem: Problem, state: State, elapsed: int) -> State:
     """The state `elapsed` later, where nothing under way ends sooner than that."""
-    event, attended, waiting, computing, loading, resident = state
+    event, attended, waiting, computing, loading, resident, hosting = state
     if loading is not None:
         loading = loading._replace(remaining=loading.remaining - elapsed)
         if loading.remaining == 0:
@@ -152,10 +174,14 @@ def _advance(problem: Problem, state: State, elapsed: int) -> State:
     if computing is not None:
         computing = computing._replace(remaining=computing.remaining - elapsed)
         if computing.remaining == 0:
-            if computing.experts and not waiting:
-                event, attended, waiting = event + 1, False, problem.waiting(event + 1)
             computing = None
-    return State(event, attended, waiting, computing, loading, resident)
+    if hosting is not None:
+        hosting = hosting._replace(remaining=hosting.remaining - elapsed)
+        if hosting.remaining == 0:
+            hosting = None
+    if attended and not waiting and computing is None and hosting is None:
+        event, attended, waiting = event + 1, False, problem.waiting(event + 1)
+    return State(event, attended, waiting, computing, loading, resident, hosting)
 
 
 def brute_force_optimum(
@@ -167,6 +193,7 @@ def brute_force_optimum(
     *,
     every_tick: bool = False,
     group: Sequence[int] = (),
+    host: int = 0,
 ) -> int:
     """The least time in which any schedule can finish the events: Dijkstra over all states.
 
@@ -176,8 +203,9 @@ def brute_force_optimum(
     out: neither helps.
     group: time of one kernel over 1, 2, 3 … experts, in place of `kernel`; then any of an event's experts that are
     resident may run at once. A load takes no slot whose expert runs.
+    host: time of one expert on the host; 0: none is computed there.
     """
-    problem = _problem(events, attention, kernel, load, slots, group)
+    problem = _problem(events, attention, kernel, load, slots, group, host)
     first = State(0, False, problem.waiting(0), None, None, frozenset())
     reached = {first: 0}
     tie = count()
@@ -188,9 +216,10 @@ def brute_force_optimum(
             return now
         if now > reached[state]:
             continue
-        for computing in _compute_choices(problem, state):
-            for started in _link_choices(problem, computing):
-                under_way = [work.remaining for work in (started.computing, started.loading) if work]
+        for begun in _host_choices(problem, state):
+            for started in _both_choices(problem, begun):
+                busy = (started.computing, started.loading, started.hosting)
+                under_way = [work.remaining for work in busy if work]
                 if not under_way:
                     continue  # waiting for nothing changes nothing
                 elapsed = 1 if every_tick else min(under_way)

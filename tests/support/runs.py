@@ -25,6 +25,8 @@ from expertflow.policy import Policy
 from expertflow.predictors.none import NoPredictor
 from expertflow.runtime import RunConfig, Runtime
 from expertflow.view import View
+from sim.machine.host_compute import HostComputeMachine
+from sim.machine.shared_memory import ONE
 from sim.machine.simulated import HostCosts, SimMachine, simulate
 from tests.support.reference import Event, last_occurrences
 
@@ -127,6 +129,30 @@ class ConstantLink:
     def chunk_ns(self, num_bytes: int, busy: bool) -> int:
         """Device time of one chunk."""
         return round(num_bytes * self.ns_per_byte * (self.slowdown if busy else 1.0))
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host that takes `expert` ns for each token of an expert, and `way` for activations there and results back.
+
+    slower: how many times as long copies and products take beside each other.
+    """
+
+    expert: int = 30
+    way: int = 5
+    slower: float = 1.0
+
+    def expert_ns(self, num_tokens: int) -> int:
+        """Linear in the tokens routed to the expert."""
+        return self.expert * num_tokens
+
+    def there_ns(self, num_rows: int) -> int:
+        """Independent of the tokens."""
+        return self.way
+
+    def stretch(self, num_bytes: int, copy_ns: int, host_ns: int) -> int:
+        """The same whatever is copied and computed."""
+        return round(self.slower * ONE)
 
 
 IDEAL_LINK = ConstantLink(ns_per_byte=0)
@@ -248,12 +274,12 @@ class Demand(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """A wait of the compute stream for a copy."""
+    """A wait of the compute stream. kind: as of `Observer.stalled`; 0 = late, 1 = miss, 2 = host."""
 
     start_ns: int
     end_ns: int
     key: int
-    is_miss: bool
+    kind: int
 
 
 @dataclass
@@ -264,13 +290,18 @@ class Timeline(Observer):
     kernels: list[Kernel] = field(default_factory=list)
     demands: list[Demand] = field(default_factory=list)
     stalls: list[Stall] = field(default_factory=list)
+    products: list[tuple[int, int, int]] = field(default_factory=list)
+    """(key, start_ns, end_ns) of each expert that the host computed."""
     ends_ns: list[int] = field(default_factory=list)
 
     def computed(self, kind: str, layer: int, keys: Sequence[int], start_ns: int, end_ns: int) -> None:
         self.kernels.append(Kernel(kind, layer, tuple(keys), start_ns, end_ns))
 
-    def stalled(self, start_ns: int, end_ns: int, key: int, is_miss: bool) -> None:
-        self.stalls.append(Stall(start_ns, end_ns, key, is_miss))
+    def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
+        self.stalls.append(Stall(start_ns, end_ns, key, kind))
+
+    def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
+        self.products.append((key, start_ns, end_ns))
 
     def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
         self.copies.append(Copy(key, chunk, start_ns, end_ns))
@@ -325,10 +356,12 @@ def build(
     costs: HostCosts | None = None,
     chunk_bytes: tuple[int, ...] = (40,),
     machine_type: type[SimMachine] = SimMachine,
+    host: Host | None = None,
     watched: bool = True,
     **config: Any,
 ) -> Job:
-    """A job over `forwards`; `config` goes to RunConfig. An expert is 40 bytes in one chunk unless said."""
+    """A job over `forwards`; `config` goes to RunConfig. An expert is 40 bytes in one chunk unless said. host: of a
+    machine that computes experts on it."""
     kernels = kernels or Kernels()
     num_layers = len(forwards[0].demands)
     config.setdefault("top_k", len(forwards[0].demands[0]))
@@ -336,7 +369,8 @@ def build(
     run_config = RunConfig(
         num_layers=num_layers, num_experts=num_experts, num_slots=num_slots, chunk_bytes=chunk_bytes, **config
     )
-    machine = machine_type(cast(Any, kernels), cast(Any, link or ConstantLink()), costs or HostCosts(), chunk_bytes)
+    given: tuple[Any, ...] = (kernels, link or ConstantLink(), costs or HostCosts(), chunk_bytes)
+    machine = machine_type(*given) if host is None else HostComputeMachine(*given, host)
     timeline = Timeline()
     runtime = Runtime(run_config, machine, policy or compose(), forwards, [timeline] if watched else [])
     return Job(runtime, machine, timeline)

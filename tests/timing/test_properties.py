@@ -397,25 +397,29 @@ def test_a_record_out_of_stream_order_is_refused() -> None:
         ("num_hits", "accesses = hits"),
         ("num_late", "accesses = hits"),
         ("num_misses", "accesses = hits"),
+        ("num_host", "accesses = hits"),
         ("compute_ns", "elapsed = compute"),
         ("late_stall_ns", "elapsed = compute"),
         ("miss_stall_ns", "elapsed = compute"),
+        ("host_stall_ns", "elapsed = compute"),
         ("overhead_ns", "elapsed = compute"),
         ("prefetch_useful", "prefetches issued"),
         ("prefetch_late", "prefetches issued"),
         ("prefetch_evicted_unused", "prefetches issued"),
         ("dropped_passed", "requested = issued"),
+        ("dropped_became_host", "requested = issued"),
         ("demand_bytes", "bytes = chunks x size"),
         ("prefetch_bytes", "bytes = chunks x size"),
         ("link_busy_ns", "link busy"),
-        ("num_launched", "experts launched = experts demanded"),
+        ("host_busy_ns", "host busy"),
+        ("num_launched", "experts launched . computed on the host = experts demanded"),
     ],
 )
 def test_a_counter_off_by_one_breaks_its_identity(name: str, identity: str) -> None:
     job = overwriting_job(SimMachine).run()
     counters = job.counters
     account: Any = job.runtime.queue if name == "num_launched" else counters
-    off = counters.elapsed_ns + 1 if name == "link_busy_ns" else getattr(account, name) + 1
+    off = counters.elapsed_ns + 1 if name in ("link_busy_ns", "host_busy_ns") else getattr(account, name) + 1
     setattr(account, name, off)
     with pytest.raises(PartError, match=identity) as refused:  # the parts of this job are foreign
         job.runtime.check_identities()

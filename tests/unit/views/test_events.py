@@ -45,7 +45,7 @@ def test_columns_and_types_are_as_declared(tmp_path: Path) -> None:
     path, _ = written(tmp_path, by_hand(), 4, 3)
     assert pq.read_schema(path).equals(SCHEMA)
     frame = pd.read_parquet(path)
-    assert list(frame["class"].cat.categories) == ["hit", "late", "miss"]
+    assert list(frame["class"].cat.categories) == ["hit", "late", "miss", "host"]
     assert list(frame["phase"].cat.categories) == ["decode", "prefill"]
 
 
