@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from sim.app import cli, run_job
 from sim.job.configure import configure
 from sim.job.setup import make_workload
+from sim.paths import use_own_folder
 from traces.format import About, write_trace
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,7 @@ def run_here(words: Sequence[str], folder: Path) -> Outcome:
     finally:
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
+        use_own_folder(None)
     return Outcome(code, out.getvalue(), err.getvalue(), folder)
 
 
