@@ -64,10 +64,12 @@ class RecordedRows:
         trace = self._trace
         if trace.lookahead is not None:
             scores = self._rows(trace.lookahead, rows)[:, layers].astype(np.float32)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            chance: npt.NDArray[np.float32] = np.minimum(
-                trace.top_k * weights / weights.sum(axis=-1, keepdims=True), np.float32(1.0)
-            )
+            # Scores of layers behind the last one are padding, which may hold anything and is never asked for.
+            with np.errstate(invalid="ignore"):
+                weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+                chance: npt.NDArray[np.float32] = np.minimum(
+                    trace.top_k * weights / weights.sum(axis=-1, keepdims=True), np.float32(1.0)
+                )
             return chance
         if trace.lookahead_ids is None or trace.lookahead_scores is None:
             return None

@@ -116,20 +116,40 @@ def print_report(
 
 
 def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
-    """What is said below a run's table of its start, and of a model that was read from a file."""
+    """What is said below a run's table of its memory and its start, and of a model that was read from a file."""
     note = start_note(cfg)
-    return [*([] if note is None else [note]), *remarks(work.model, work.model_file)]
+    return [*memory_note(work), *([] if note is None else [note]), *remarks(work.model, work.model_file)]
 
 
-def print_line(console: Console, metrics: dict[str, Any], folder: str, title: str, cfg: Mapping[str, Any]) -> None:
-    """One line a run, for sweeps. title: as in `print_report`."""
+def memory_note(work: Workload) -> list[str]:
+    """That the slots that were asked for are more than the card holds, beside all other weights: no error, since what
+    more memory would bring is a question of its own. Empty where they fit."""
+    taken = (work.num_slots * work.model.expert_bytes + work.model.non_expert_bytes) / 1e9
+    most = work.hardware.memory_gb
+    if taken <= most:
+        return []
+    return [
+        f"these slots and all other weights take {taken:.0f} GB, {work.hardware.name} has {most:g}: "
+        f"say gpu_memory_gb={most:g} for what fits"
+    ]
+
+
+def print_line(
+    console: Console,
+    metrics: dict[str, Any],
+    folder: str,
+    title: str,
+    cfg: Mapping[str, Any],
+    more: Iterable[str] = (),
+) -> None:
+    """One line a run, for sweeps. title, cfg, more: as in `print_report`."""
     mean = metrics["tpot_ms"]["mean"]
     place = f"{hardware_title(metrics)}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
     name = f"{escape(title)}{_chosen(cfg, metrics)}"
     routing = f" ({metrics['assumed']['routing']})" if "assumed" in metrics else ""
     console.print(f"{name} on {place}{routing}: {times} → {folder}", highlight=False, soft_wrap=True)
-    for note in _unfilled(cfg, metrics):
+    for note in [*_unfilled(cfg, metrics), *more]:
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 

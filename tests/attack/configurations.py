@@ -395,7 +395,7 @@ WORDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("+hardware=a100", "+policy=lru", "model=[auto,gpt-oss-20b]"), ("model=[auto", "one file")),
     (("+hardware=a100", "+policy=lru", "stack=null"), ("stack=null", "one file")),
     (("+hardware=nosuch", "+policy=lru"), ("hardware=nosuch", "a100")),
-    (("+hardware=a101", "+policy=lru"), ("hardware=a101", "did you mean a100?")),
+    (("+hardware=gh201", "+policy=lru"), ("hardware=gh201", "did you mean gh200?")),
     (("+hardware=a100", "+policy=nosuch"), ("policy=nosuch", "adaptive")),
     (("+hardware=a100", "+policy=lru", "model=nosuch"), ("model=nosuch", "choose one of: ")),
     (("+hardware=a100", "+policy=lru", "policy/eviction=nosuch"), ("policy/eviction=nosuch", "lru")),

@@ -229,6 +229,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"expert": [[1, 5, 6]]}, r"\[1, 5, 6\] must be a point"),
     ({"expert": [1, 5]}, r"tiny\.expert: 1 must be a point"),
     ({"expert": 5}, r"tiny\.expert=5 must be a list of points \[tokens, ns\]"),
+    ({"expert": [[1, 10**400]]}, r"kernel_ns\.tiny\.expert holds a number of more than 300 digits"),
     ({"kv": -0.1}, r"tiny\.kv=-0\.1 is outside \[0, 1e\+12\] ns; give ns per token of KV"),
     ({"kv": NAN}, r"tiny\.kv=nan is outside"),
     ({"kv": INF}, r"tiny\.kv=inf is outside"),

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from tests.attack import files
 from tests.support.traces import HEADER, save, sound_arrays
+from traces.batching import BatchConfig, Batches
 from traces.cli import main
 from traces.parameters import load_params
 from traces.reader import TraceError, open_trace
@@ -81,3 +82,27 @@ def test_a_trace_is_described_in_one_line_whatever_it_is_called(
     line = capsys.readouterr().out.removesuffix("\n")
     assert line.isprintable()
     assert len(line) < 400
+
+
+def test_a_key_that_is_no_text_is_refused_before_hydra_fails_on_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\n~: 3\n", encoding="utf-8")
+    with pytest.raises(TraceError, match=r"mine\.yaml: line 2: has a key that is no text"):
+        read_yaml(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_look_ahead_of_layers_behind_the_last_one_may_hold_anything(tmp_path: Path) -> None:
+    arrays = sound_arrays()
+    rows, layers = arrays["experts"].shape[:2]
+    lookahead = np.zeros((rows, layers, 2, 8), np.float16)
+    # A NaN that signals: any arithmetic on it is told, until it has gone through one.
+    signals = np.uint16(0x7C01).view(np.float16)
+    lookahead[:, layers - 1] = signals
+    lookahead[:, layers - 2, 1] = signals
+    arrays["lookahead"] = lookahead
+    trace = open_trace(save(tmp_path / "a.safetensors", arrays, HEADER | {"lookahead_distance": "2"}))
+    forward = next(iter(Batches(trace, BatchConfig())))
+    found = forward.recorded.lookahead(forward.rows, 0)
+    assert found is not None
+    assert np.isfinite(found[:, 0]).all()
