@@ -3,10 +3,11 @@ compiled core comes along where it can be compiled (`build_backend.py`)."""
 
 from __future__ import annotations
 
-import lzma
+import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
@@ -18,12 +19,20 @@ sys.path.insert(0, str(ROOT))
 import build_backend  # noqa: E402 - see the line before
 
 PACK_FROM = 200_000  # bytes
-# Small symbols in whole bytes and pairs of them: 3 % smaller than by default.
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 1, "pb": 1}]
 CORE = ROOT / "build" / "core"
 """Where it is compiled to for a wheel: in a checkout it would stay, and be found."""
 BUILDS = {"bdist_wheel", "build", "build_py", "install"}
 """Commands that make what is installed."""
+
+
+def packing() -> ModuleType:
+    """`traces.packing`, without its package, which needs what a build does not have."""
+    spec = importlib.util.spec_from_file_location("packing", ROOT / "traces" / "packing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 class BuildPy(build_py):
@@ -44,8 +53,7 @@ class BuildPy(build_py):
             shutil.copyfile(path, target)
         for path in sorted((built / "traces" / "data").glob("*.safetensors")):
             if path.stat().st_size >= PACK_FROM:
-                packed = lzma.compress(path.read_bytes(), format=lzma.FORMAT_XZ, filters=FILTERS)
-                path.with_name(path.name + ".xz").write_bytes(packed)
+                path.with_name(path.name + ".packed").write_bytes(packing().pack(path.read_bytes()))
                 path.unlink()
         if self.distribution.has_ext_modules():
             shutil.copytree(CORE, built / "expertflow" / "_core")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import lzma
 import os
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 from traces.messages import TraceError
+from traces.packing import unpack
 
 FOLDER = Path(__file__).resolve().parent / "data"
-PACKED = ".xz"
+PACKED = ".packed"
 REPOSITORY_ONLY = (
     "deepseek-v2-lite-twin-eval.safetensors",
     "deepseek-v2-lite-twin.forest.safetensors",
@@ -87,5 +87,5 @@ def _written(folder: Path, name: str, content: bytes) -> Path:
         # Here: NumPy takes a while, and who asks for the folder alone needs none.
         from traces.files import replace_file
 
-        replace_file(path, lzma.decompress(content), sync=False)
+        replace_file(path, unpack(content), sync=False)
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import lzma
+import json
 import os
 import runpy
 import subprocess
@@ -16,14 +16,17 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.numpy import save
 
 from expertflow.core import described
 from sim import console
 from sim.console import COMMANDS, main
 from traces import installed, shipped
 from traces.installed import shadowed, strangers, warn_if_mixed
+from traces.packing import pack, unpack
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,13 +128,34 @@ def test_a_shadowed_traces_is_explained_when_nothing_works(tmp_path: Path) -> No
 # -- shipped data --------------------------------------------------------------------------------------------
 
 
+SCORES = np.random.default_rng(0).integers(0, 6, (40, 3, 2, 8), np.uint8)
+LARGE = save({"lookahead_scores": np.sort(SCORES)[..., ::-1].copy(), "other": np.arange(5)})
+LARGER = save({"other": np.arange(9.0)})
+
+
+@pytest.mark.parametrize("content", [LARGE, LARGER, save({}), save({"lookahead_scores": SCORES[:0]})])
+def test_what_is_packed_comes_back_byte_for_byte(content: bytes) -> None:
+    assert unpack(pack(content)) == content
+
+
+def test_scores_that_fall_are_packed_smaller_than_by_xz_alone() -> None:
+    content = (shipped.FOLDER / "gpt-oss-20b-twin-eval.safetensors").read_bytes()
+    start = int.from_bytes(content[:8], "little") + 8
+    about = json.loads(content[8:start])["lookahead_scores"]
+    scores = content[start + about["data_offsets"][0] :][:80_000]
+    header = json.dumps({"lookahead_scores": {"dtype": "U8", "shape": [10_000, 8], "data_offsets": [0, 80_000]}})
+    grouped = pack(len(header).to_bytes(8, "little") + header.encode() + scores)
+    other = header.replace("lookahead_scores", "candidate_scores")
+    assert len(grouped) < 0.9 * len(pack(len(other).to_bytes(8, "little") + other.encode() + scores))
+
+
 @pytest.fixture
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder as a wheel has it: one file packed, none of the repository's own."""
     data = tmp_path / "data"
     data.mkdir()
     (data / "small.safetensors").write_bytes(b"small")
-    (data / "large.safetensors.xz").write_bytes(lzma.compress(b"large"))
+    (data / "large.safetensors.packed").write_bytes(pack(LARGE))
     monkeypatch.setattr(shipped, "FOLDER", data)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shipped._unpacked.cache_clear()
@@ -143,7 +167,7 @@ def test_packed_files_are_unpacked_into_the_cache_once(packed: Path, tmp_path: P
     path = shipped.shipped("large.safetensors")
     assert path is not None
     assert path.is_relative_to(tmp_path / "cache" / "expertflow")
-    assert (path.name, path.read_bytes()) == ("large.safetensors", b"large")
+    assert (path.name, path.read_bytes()) == ("large.safetensors", LARGE)
     written = path.stat().st_mtime_ns
     shipped._unpacked.cache_clear()
     assert shipped.shipped("large.safetensors") == path
@@ -153,19 +177,19 @@ def test_packed_files_are_unpacked_into_the_cache_once(packed: Path, tmp_path: P
 
 def test_another_version_of_a_packed_file_is_another_file(packed: Path) -> None:
     before = shipped.shipped("large.safetensors")
-    (packed / "large.safetensors.xz").write_bytes(lzma.compress(b"larger"))
+    (packed / "large.safetensors.packed").write_bytes(pack(LARGER))
     shipped._unpacked.cache_clear()
     after = shipped.shipped("large.safetensors")
     assert before is not None
     assert after is not None
-    assert (before.read_bytes(), after.read_bytes()) == (b"large", b"larger")
+    assert (before.read_bytes(), after.read_bytes()) == (LARGE, LARGER)
 
 
 def test_without_a_cache_that_can_be_written_a_temporary_folder_serves(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, no folder")
     path = shipped.shipped("large.safetensors")
     assert path is not None
-    assert path.read_bytes() == b"large"
+    assert path.read_bytes() == LARGE
     assert not path.is_relative_to(tmp_path)
 
 
