@@ -67,7 +67,7 @@ def simulate(trace: str) -> dict[str, Any]:
 def test_a_reader_is_told_what_the_numbers_are(trace: str, tmp_path: Path) -> None:
     found = replay_here([*ADAPTIVE, trace, "verify=true", "host_memory_gb=0.0003"], tmp_path / "run")
     for part in (
-        "adaptive on local",
+        "adaptive (predictor: transition) on local",
         "measured on",
         "(cpu)",
         "float32",

@@ -22,6 +22,7 @@ from expertflow.future import Future
 from expertflow.horizons.adaptive import AdaptiveHorizon
 from expertflow.horizons.fixed import FixedHorizon
 from expertflow.machine import Record
+from expertflow.observer import HOST_STALL, LATE, MISS
 from expertflow.orders.index import IndexOrder
 from expertflow.parts import Horizon, Prediction, Predictor
 from expertflow.policy import Policy
@@ -200,8 +201,9 @@ def test_what_the_observer_sees_adds_up_to_the_counters(case: Case) -> None:
     counters, timeline = job.counters, job.timeline
     assert counters.compute_ns == sum(kernel.end_ns - kernel.start_ns for kernel in timeline.kernels)
     assert counters.link_busy_ns == sum(copy.end_ns - copy.start_ns for copy in timeline.copies)
-    for is_miss, total_ns in ((False, counters.late_stall_ns), (True, counters.miss_stall_ns)):
-        assert total_ns == sum(s.end_ns - s.start_ns for s in timeline.stalls if s.is_miss is is_miss)
+    kinds = {LATE: counters.late_stall_ns, MISS: counters.miss_stall_ns, HOST_STALL: counters.host_stall_ns}
+    for kind, total_ns in kinds.items():
+        assert total_ns == sum(s.end_ns - s.start_ns for s in timeline.stalls if s.kind == kind)
     assert counters.num_late == sum(len(demand.late) for demand in timeline.demands)
     assert counters.elapsed_ns == timeline.ends_ns[-1]
     assert len(timeline.copies) + num_chunks_begun(job) == timeline_chunks(job)
