@@ -97,7 +97,7 @@ class Projections:
         """Operations per (query, key) pair, all heads: scores and weighted values.
 
         MLA decodes on the compressed KV with the expansion folded into the projections (DeepSeek-V2, arXiv
-        2405.04434, section 2.1) and prefills on expanded keys and values.
+        2405.04434, section 2.1); prefill: on expanded keys and values, as many rows of a prompt run.
         """
         if self.kind == GQA:
             return 2 * self.heads * (self.head_dim + self.v_dim)

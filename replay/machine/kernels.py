@@ -249,13 +249,14 @@ class Kernels:
         return work
 
     def _context_flops(self, pairs: int, earlier: int, prefill: bool) -> int:
-        """Operations over the cache, for so many (query, key) pairs. MLA prefills on expanded keys and values, and
-        expands those of `earlier` tokens anew; it decodes on the compressed ones (see `sim.machine.kernels`)."""
-        model = self.model
+        """Operations over the cache, for so many (query, key) pairs. MLA decodes on compressed keys and values;
+        a prefill may as well expand those of `earlier` tokens anew, and takes what is cheaper (see
+        `sim.machine.kernels`)."""
+        model, compressed = self.model, pairs * self._group * self._column_flops
         if prefill and not self._is_gqa:
             flops = 2 * model.num_heads * (model.nope_dim + model.rope_dim + model.v_dim)
-            return pairs * flops + earlier * 2 * model.kv_up_params
-        return pairs * self._group * self._column_flops
+            return min(compressed, pairs * flops + earlier * 2 * model.kv_up_params)
+        return compressed
 
     def _attend(self, index: int, layer: int, num_tokens: int, rows: int, columns: int) -> None:
         weights, cache = self._attention_weights[index], self._kv[layer]

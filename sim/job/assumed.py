@@ -27,6 +27,10 @@ ENDS = tuple(name for name in SETTINGS if name != USUAL)
 FIGURES = ("num_tokens", "elapsed_ns", "stall_ns", "num_accesses", "num_hits", "tpot_ms", "tokens_per_s")
 """What is kept of the runs at the ends of the range."""
 PAGE = "docs/traces.md"
+_LARGE_SHARE = 0.1
+"""Of the misses, from which on it is said that they are first touches."""
+_SEEN = 0.01
+"""Of the run's time, which misses must have cost for that to matter."""
 
 RunEnd = Callable[[Mapping[str, Any], str], dict[str, Any]]
 """The metrics of a configuration's policy at a locality; must be a function of a module, for other processes."""
@@ -176,6 +180,23 @@ def range_line(metrics: Mapping[str, Any]) -> str:
         return f"{what} {least} ms at low, usual and high locality of the routing; it is not recorded: {PAGE}"
     span = f"{_figure(times[0])} ms, {least}–{most} by how local the routing is"
     return f"{what} {span}; record your own for one figure: {PAGE}"
+
+
+def first_touches(metrics: Mapping[str, Any]) -> list[str]:
+    """A line where much of what the run waited for is that its cache began empty, which a longer run would not see.
+
+    Of the loads that were measured all but as many as experts were evicted filled a slot that nothing had held yet.
+    """
+    misses, loads = metrics["num_misses"], metrics["num_misses"] + metrics["prefetch"]["issued"]
+    filled = min(loads - metrics["num_evictions"], metrics["capacity"]["num_slots"])
+    first = min(filled - metrics["prefetch"]["issued"], misses)
+    waited = metrics["miss_stall_ns"] >= _SEEN * metrics["elapsed_ns"]
+    if "assumed" not in metrics or not misses or first < _LARGE_SHARE * misses or not waited:
+        return []
+    return [
+        f"at least {100 * first / misses:.0f} % of the misses are first touches, of a trace that is short: "
+        "warmup_forwards=N or start=popular leaves them out"
+    ]
 
 
 def _figure(value: float) -> str:

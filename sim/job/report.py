@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from sim.job.assumed import range_line
+from sim.job.assumed import first_touches, range_line
 from sim.job.beside import WITH_PLACE
 from sim.job.model import remarks
 from sim.job.predictor import chooses_by_trace
@@ -112,7 +112,7 @@ def print_report(
     print_columns(console, ["policy", *columns], cells, styles)
     if "assumed" in metrics:
         console.print(range_line(metrics), highlight=False, soft_wrap=True)
-    _print_notes(console, metrics, folder, [*_unfilled(cfg, metrics), *more])
+    _print_notes(console, metrics, folder, [*_unfilled(cfg, metrics), *first_touches(metrics), *more])
 
 
 def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
@@ -149,7 +149,7 @@ def print_line(
     name = f"{escape(title)}{_chosen(cfg, metrics)}"
     routing = f" ({metrics['assumed']['routing']})" if "assumed" in metrics else ""
     console.print(f"{name} on {place}{routing}: {times} → {folder}", highlight=False, soft_wrap=True)
-    for note in [*_unfilled(cfg, metrics), *more]:
+    for note in [*_unfilled(cfg, metrics), *first_touches(metrics), *more]:
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 

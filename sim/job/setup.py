@@ -24,6 +24,7 @@ from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
 from sim.job.keys import PINS, check_trace
+from sim.job.measured import check_table
 from sim.job.model import chosen_model, model_file_of, told_model
 from sim.job.parts import KINDS, class_of, make_part
 from sim.job.place import make_place
@@ -127,6 +128,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
             f"hardware={hardware.name} was measured with {scaled[0]}, widths divided, and says nothing of "
             f"{model.name} itself; hold it against its machine: python -m replay.validate"
         )
+    check_table(model, hardware)
     batch = BatchConfig(cfg["batch_size"], cfg["prefill_chunk"], cfg["max_tokens"])
     batches = Batches(trace, batch)
     num_slots = _num_slots(cfg, model, trace, batch.batch_size, hardware.memory_gb)

@@ -81,8 +81,7 @@ class _Roofline:
         params, num_bytes = mixer.params + more[0], mixer.num_bytes + more[1]
         num_bytes += reads.entries * mixer.entry_bytes + reads.index_keys * mixer.index_key_bytes
         num_bytes += reads.requests * mixer.state_bytes
-        flops = 2 * params * num_tokens + reads.pairs * mixer.pair_flops[reads.prefill]
-        flops += reads.expanded * mixer.expansion_flops + reads.index_pairs * mixer.index_flops
+        flops = 2 * params * num_tokens + mixer.context_flops(reads) + reads.index_pairs * mixer.index_flops
         return self._rates.ns(num_bytes, flops + num_tokens * mixer.state_flops)
 
 
@@ -106,6 +105,15 @@ class _Mixer:
         is_linear = kind == LINEAR
         self.state_bytes = 2 * model.state_bytes if is_linear else 0
         self.state_flops = 4 * model.linear_state if is_linear else 0
+
+    def context_flops(self, reads: Reads) -> int:
+        """Operations over the cache. A prefill takes the cheaper of two forms: on the cache as it is, as decode does,
+        or on keys and values expanded from it, which pays where many rows share the expansion. Engines choose so by
+        the number of rows, and the sparse kernels of an indexer run on the compressed KV alone."""
+        flops = reads.pairs * self.pair_flops[False]
+        if not reads.prefill or not self.expansion_flops:
+            return flops
+        return min(flops, reads.expanded_pairs * self.pair_flops[True] + reads.expanded * self.expansion_flops)
 
 
 def ns_at(points: Points, num_tokens: int) -> float:
@@ -158,13 +166,15 @@ class _Measured:
         self.shortest_expert_ns = shortest if self.groups is None else self.groups.shortest_ns
         self.slowdowns = (table.attention_slowdown, table.experts_slowdown, table.head_slowdown)
         self._table = table
-        self._pair_ns, self._expansion_ns, self._index_ns = {}, {}, {}
+        self._pair_ns, self._latent_ns, self._expansion_ns, self._index_ns = {}, {}, {}, {}
         for kind in model.num_of:
             found = model.projections(kind)
             if found is None:
                 continue
             pair_ns = found.pair_flops(True) / rates.flops_per_ns if table.prefill_kv is None else table.prefill_kv
             self._pair_ns[kind] = pair_ns
+            # Measured on many rows, which are expanded; a pair of the compressed form has so many more operations.
+            self._latent_ns[kind] = pair_ns * found.pair_flops(False) / found.pair_flops(True)
             # The points see no context and pairs do not count it: its expansion stays the roofline's.
             self._expansion_ns[kind] = 2 * found.kv_up_params / rates.flops_per_ns
             # An index key takes as long as its share of a KV token's bytes.
@@ -188,8 +198,9 @@ class _Measured:
             return 0.0
         context_ns = (reads.entries - num_tokens) * self._table.kv + reads.index_keys * self._index_ns[kind]
         if reads.prefill:
-            context_ns += (reads.pairs - num_tokens) * self._pair_ns[kind]
-            context_ns += reads.expanded * self._expansion_ns[kind]
+            expanded_ns = (reads.expanded_pairs - num_tokens) * self._pair_ns[kind]
+            expanded_ns += reads.expanded * self._expansion_ns[kind]
+            context_ns += min((reads.pairs - num_tokens) * self._latent_ns[kind], expanded_ns)
         return context_ns
 
 
@@ -244,7 +255,9 @@ class KernelTimes:
         """Attention, norms and router of MoE layer `layer` in a decode forward of `num_tokens` requests.
 
         kv_tokens: summed KV length of the requests. A layer that reads less than all takes the most that so many
-        requests can read of it together, which is exact if they are equally long; `attention_list_ns` is exact always.
+        requests can read of it together. If they are equally long that is exact for full, windowed and indexed layers;
+        for chunked ones, which start anew, and those whose entries stand for several tokens it stays an upper bound.
+        `attention_list_ns` is exact always.
         """
         entries, index = zip(*(most_read(self.model, kind, num_tokens, kv_tokens) for kind in self._kinds), strict=True)
         return self._decode_at(num_tokens, entries, index)[layer]
@@ -281,7 +294,10 @@ class KernelTimes:
         """Every row reads its own request's keys: as many entries as there are (query, key) pairs."""
         return self._spread(
             num_tokens,
-            [Reads(need, need, 0, keys, keys, num_tokens, False) for need, keys in zip(entries, index, strict=True)],
+            [
+                Reads(need, need, 0, need, keys, keys, num_tokens, False)
+                for need, keys in zip(entries, index, strict=True)
+            ],
         )
 
     def _spread(self, num_tokens: int, reads: Sequence[Reads]) -> list[int]:

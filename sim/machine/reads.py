@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from expertflow.attention import FULL, HEAVY, entries_at_most, entries_read, entries_read_together, index_keys
+from expertflow.attention import (
+    FULL,
+    HEAVY,
+    INDEXED,
+    SHARED_INDEX,
+    entries_at_most,
+    entries_read,
+    entries_read_together,
+    index_keys,
+)
 from expertflow.model import ModelSpec
 
 
 class Reads(NamedTuple):
-    """Of one layer. entries: cached tokens, or what stands for several. pairs: (query, key). expanded: tokens of
-    earlier chunks whose compressed KV a prefill expands anew (MLA). index_keys, index_pairs: the same of an indexer.
-    requests: whose state a linear layer reads."""
+    """Of one layer. entries: cached tokens, or what stands for several. pairs: (query, key). index_keys, index_pairs:
+    the same of an indexer. requests: whose state a linear layer reads.
+
+    Of a prefill on expanded keys and values (MLA), expanded: tokens of earlier chunks whose compressed KV it expands
+    anew; expanded_pairs: the pairs that it computes, masked ones among them."""
 
     entries: int
     pairs: int
     expanded: int
+    expanded_pairs: int
     index_keys: int
     index_pairs: int
     requests: int
@@ -46,11 +58,16 @@ def most_read(model: ModelSpec, kind: str, num_requests: int, kv_tokens: int) ->
 
 
 def prefill_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> Reads:
-    """All rows read one request's keys, once; the pairs are a causal triangle, later a trapezoid. MLA expands the
-    compressed KV of earlier chunks anew; that of its own rows is in the projections."""
+    """All rows read one request's keys, once; the pairs are a causal triangle, later a trapezoid.
+
+    MLA on expanded keys and values expands the compressed KV of earlier chunks anew; that of its own rows is in the
+    projections. What an indexer chose is there a mask on the whole context (DeepSeek-V3.2 on short prompts; SGLang,
+    pull request 11892): all of it is expanded, and every causal pair computed."""
     first, last = kv_lens[0], kv_lens[-1]
     entries = entries_read_together(model, kind, first, last)
     pairs = sum(kv_lens) if kind == FULL else sum(entries_read(model, kind, kv_len) for kv_len in kv_lens)
     index_pairs = sum(index_keys(model, kind, kv_len) for kv_len in kv_lens) if model.has_indexer(kind) else 0
-    expanded = max(0, entries - len(kv_lens))
-    return Reads(entries, pairs, expanded, index_keys(model, kind, last), index_pairs, 1, True)
+    expanded, expanded_pairs = max(0, entries - len(kv_lens)), pairs
+    if kind in (INDEXED, SHARED_INDEX):
+        expanded, expanded_pairs = last - len(kv_lens), (first + last) * len(kv_lens) // 2
+    return Reads(entries, pairs, expanded, expanded_pairs, index_keys(model, kind, last), index_pairs, 1, True)

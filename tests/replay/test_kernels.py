@@ -243,7 +243,10 @@ def test_mla_prefill_is_counted_on_expanded_keys() -> None:
     pair = 2 * model.num_heads * (model.nope_dim + model.rope_dim + model.v_dim)
     up = 2 * model.kv_rank * model.num_heads * (model.nope_dim + model.v_dim)
     assert kernels._context_flops(36, 0, True) == 36 * pair
-    assert kernels._context_flops(36, 10, True) == 36 * pair + 10 * up
+    assert kernels._context_flops(3600, 10, True) == 3600 * pair + 10 * up
+    # Few rows behind a long context: on the compressed keys, as decode.
+    compressed = 2 * model.num_heads * (2 * model.kv_rank + model.rope_dim)
+    assert kernels._context_flops(1000, 999, True) == kernels._context_flops(1000, 999, False) == 1000 * compressed
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -175,10 +175,11 @@ def test_one_row_costs_the_same_in_prefill_and_in_decode() -> None:
 
 
 def test_latent_attention_prefills_on_expanded_keys_and_expands_its_context_anew() -> None:
-    # Pairs 9 + 10, 2 * 2 heads * (2 + 1 + 5) = 32 operations each; 8 earlier tokens through 42 weights.
-    starved = replace(SLOW, tflops=0.0001)
-    operations = 2 * 234 * 2 + 19 * 32 + 2 * 42 * 8
-    assert times(TINY_MLA, starved).attention_list_ns(2, (9, 10), True) == [operations * 10] * 3
+    # Rows 9 to 28: 370 pairs, 2 * 2 heads * (2 + 1 + 5) = 32 operations each; 8 earlier tokens through 20 * 2 * 7
+    # = 280 weights. On the compressed cache a pair takes 2 * 2 * (40 + 1) = 164.
+    starved, wide = replace(SLOW, tflops=0.0001), replace(TINY_MLA, kv_rank=20)
+    operations = 2 * (wide.attention_params + 32) * 20 + 370 * 32 + 2 * 280 * 8
+    assert times(wide, starved).attention_list_ns(20, range(9, 29), True) == [operations * 10] * 3
 
 
 def test_rows_and_lengths_must_agree() -> None:

@@ -128,10 +128,19 @@ def test_a_windowed_prefill_takes_the_keys_and_pairs_that_its_rows_see() -> None
 
 @pytest.mark.parametrize("prefill_kv", [None, 5.0])
 def test_latent_attention_expands_its_context_anew(prefill_kv: float | None) -> None:
-    kernels = KernelTimes(TINY_MLA, machine(kv=10, prefill_kv=prefill_kv), BARE)
-    # Two rows after 8 tokens; 19 - 2 pairs of 32 operations or 5 ns; 8 tokens through 42 weights.
+    kernels = KernelTimes(replace(TINY_MLA, kv_rank=20), machine(kv=10, prefill_kv=prefill_kv), BARE)
+    # 40 rows after 8 tokens; 1140 - 40 pairs of 32 operations or 5 ns; 8 tokens through 280 weights.
     pair_ns = 16 if prefill_kv is None else 5
-    assert kernels.attention_list_ns(2, (9, 10), True) == [3100 + 80 + 17 * pair_ns + 42 * 8] * 3
+    attention_ns = 3300 + 36 * 100
+    assert kernels.attention_list_ns(40, range(9, 49), True) == [attention_ns + 80 + 1100 * pair_ns + 280 * 8] * 3
+
+
+@pytest.mark.parametrize("prefill_kv", [None, 4.0])
+def test_few_rows_of_latent_attention_stay_on_the_compressed_cache(prefill_kv: float | None) -> None:
+    kernels = KernelTimes(TINY_MLA, machine(kv=10, prefill_kv=prefill_kv), BARE)
+    # Two rows after 8 tokens; 19 - 2 pairs of 28 operations, or of 28 / 32 of what an expanded pair takes.
+    pair_ns = 14 if prefill_kv is None else 3.5
+    assert kernels.attention_list_ns(2, (9, 10), True) == [round(3100 + 80 + 17 * pair_ns)] * 3
 
 
 def test_one_row_of_one_token_costs_the_same_in_prefill_and_in_decode() -> None:
