@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -23,11 +24,15 @@ from traces.messages import fault
 _WIDTH = 116
 
 
-def as_yaml(found: ReadModel) -> str:
-    """The text of a file of conf/model: every key that is not at its default, and the remarks as comments."""
+def as_yaml(found: ReadModel, named: str | None = None) -> str:
+    """The text of a file of conf/model: every key that is not at its default, and the remarks as comments.
+
+    named: the model's name, where that is not to be the one that was read.
+    """
     lines = [f"# {line}" for line in _remarks(found)]
+    spec = found.spec if named is None else replace(found.spec, name=named)
     for name, key in declared(ModelSpec).items():
-        value = getattr(found.spec, name)
+        value = getattr(spec, name)
         if key.default is REQUIRED or value != key.default:
             lines.append(yaml.safe_dump({name: value}, width=1000, allow_unicode=True).rstrip("\n"))
     return "\n".join(lines) + "\n"
@@ -51,7 +56,11 @@ def summary(spec: ModelSpec) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="python -m sim.model", description=__doc__)
     parser.add_argument("path", metavar="PATH", help="a config.json, its folder, or a GGUF file")
-    parser.add_argument("--out", metavar="FILE", help="write the YAML there; a file that is there already stays")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the YAML there, as the model FILE without suffix; a file that is there already stays",
+    )
     parser.add_argument("--overwrite", action="store_true", help="but overwrite it")
     return parser
 
@@ -59,14 +68,16 @@ def _parser() -> Parser:
 def run(args: Namespace) -> int:
     """Read, print or write."""
     found = read_model_file(Path(args.path))
-    text = as_yaml(found)
     if args.out is None:
-        sys.stdout.write(text)
+        sys.stdout.write(as_yaml(found))
         print(summary(found.spec), file=sys.stderr)
         return 0
     path = Path(args.out)
     if path.exists() and not args.overwrite:
         raise fault(path, "file", "is there already", "choose another name, or add --overwrite")
+    # model=NAME finds the file by its name, and so results call the model.
+    text = as_yaml(found, path.stem or None)
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, text)
     print(f"{summary(found.spec)}; written to {path}")
     return 0

@@ -17,9 +17,10 @@ from expertflow.model import ModelSpec
 from sim.paths import resolved
 from sim.specs.hf_attention import read_attention
 from sim.specs.hf_bits import with_bits
+from sim.specs.hf_kinds import KNOWN
 from sim.specs.hf_layers import patterns, read_layers
 from sim.specs.hf_values import REMEDY, Values
-from traces.jsontext import parse_json
+from traces.jsontext import parse_json, shown
 from traces.messages import TraceError, fault
 from traces.reading import read_text
 
@@ -92,6 +93,7 @@ def read_hf_config(path: Path) -> tuple[ModelSpec, tuple[str, ...], tuple[str, .
     try:
         keys = _keys(values, top)
         keys |= {"name": model_name(path), "source": f"config.json, sha256 {hashlib.sha256(text.encode()).hexdigest()}"}
+        _note_doubts(values, top)
         spec = ModelSpec(**with_bits(values, top, keys))
     except TraceError:
         raise
@@ -132,6 +134,20 @@ def check_kind(values: Values, top: Values) -> None:
         raise fault(values.path, "file", f"is of no Mixture of Experts ({told}; {names} …)", "give one that is")
     if not values.has(*_VOCABULARY):
         raise fault(values.path, "file", f"is of no language model ({_VOCABULARY[0]} is not there)", "give one that is")
+
+
+def _note_doubts(values: Values, top: Values) -> None:
+    """Note a kind of model that is not known, and keys of one meaning that differ."""
+    kind = values.text("model_type") or top.text("model_type")
+    if not KNOWN.intersection((kind, top.text("model_type"))):
+        told = f"model_type {kind[:60]!r} is not known here" if kind else "there is no model_type"
+        values.notes.assume(f"{told}: its keys are read as those of others")
+    for names in (_EXPERTS, _TOP_K):
+        first = values.name_of(*names)
+        for other in names:
+            value = values.table.get(other)
+            if first is not None and type(value) is int and value not in (0, values.table[first]):
+                values.notes.assume(f"{first}={shown(values.table[first])} is taken, and {other}={value} left aside")
 
 
 def _experts(values: Values) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,15 @@ def test_a_file_that_is_there_stays(config: Path, tmp_path: Path, capsys: pytest
     assert "is there already; choose another name, or add --overwrite" in capsys.readouterr().err
     assert path.read_text(encoding="utf-8") == "mine"
     assert main([str(config), "--out", str(path), "--overwrite"]) == 0
-    assert model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))) == read_model_file(config).spec
+    assert model_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))) == replace(
+        read_model_file(config).spec, name="mine"
+    )
+
+
+def test_the_yaml_is_called_after_its_file_and_its_folder_is_made(config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine" / "model" / "my-moe.yaml"
+    assert main([str(config), "--out", str(path)]) == 0
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["name"] == "my-moe"
 
 
 def test_what_is_no_model_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

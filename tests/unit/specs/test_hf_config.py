@@ -226,11 +226,22 @@ def test_attention_that_is_not_converted_counts_by_its_weights(tmp_path: Path) -
         ({**LINEAR, "full_attention_interval": 2}, "32 bits a value"),
         ({"num_kv_shared_layers": 2}, "counted with one of their own"),
         ({"kv_source_layers": [0, 0, 2, 2]}, "counted with one of their own"),
+        ({"model_type": "nova_moe"}, "model_type 'nova_moe' is not known here: its keys are read as those of others"),
+        ({"model_type": None}, "there is no model_type: its keys are read as those of others"),
+        ({"num_experts": 16}, "num_experts=16 is taken, and num_local_experts=8 left aside"),
+        ({"moe_topk": 4}, "num_experts_per_tok=2 is taken, and moe_topk=4 left aside"),
     ],
 )
 def test_what_the_file_does_not_say_is_told(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     assert said not in " ".join(small(tmp_path).assumed)
     assert said in " ".join(small(tmp_path, **changes).assumed)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_published_file_is_of_a_known_kind(name: str, tmp_path: Path) -> None:
+    assumed = " ".join(read(tmp_path, PUBLISHED[name]).assumed)
+    assert "model_type" not in assumed
+    assert "left aside" not in assumed
 
 
 @pytest.mark.parametrize("inner", ["text_config", "llm_config", "language_config"])
