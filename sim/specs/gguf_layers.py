@@ -15,6 +15,7 @@ from expertflow.attention import CHUNKED, FULL, GQA, INDEXED, LINEAR, MLA, NONE,
 from sim.specs.gguf_format import REWRITE
 from sim.specs.gguf_keys import GgufKeys
 from sim.specs.gguf_tensors import Block
+from sim.specs.index_keys import fp8_key_bits
 from traces.messages import cut, fault
 
 _WIDTH = 1_000_000
@@ -66,7 +67,7 @@ def read_attention(keys: GgufKeys, blocks: Sequence[Block]) -> Attention:
     fields["attention"] = kind
     fields |= _mla(keys, blocks) if kind == MLA else _gqa(keys, blocks, letters, told)
     fields |= _linear(keys, blocks, letters, told)
-    fields |= _indexer(keys, letters)
+    fields |= _indexer(keys, letters, told)
     attending = [block for block, letter in zip(blocks, letters, strict=True) if letter not in (LINEAR, NONE)]
     if further := sorted(set().union(*(_matrices(block) for block in attending)) - _KNOWN):
         names = cut(", ".join(further), 80)
@@ -250,15 +251,18 @@ def _state(keys: GgufKeys, num_blocks: int) -> int:
     return state * inner + max(conv - 1, 0) * (inner + 2 * groups * state)
 
 
-def _indexer(keys: GgufKeys, letters: Sequence[str]) -> dict[str, Any]:
+def _indexer(keys: GgufKeys, letters: Sequence[str], told: list[str]) -> dict[str, Any]:
     """What chooses the tokens that latent attention reads (DeepSeek-V3.2)."""
     from gguf.constants import Keys
 
     names = Keys.Attention.Indexer
     if INDEXED not in letters:
         return {}
+    dim = keys.whole(names.KEY_LENGTH, 1, _WIDTH)
+    told.append(f"index keys are kept in fp8 with a scale for each 128 values: {fp8_key_bits(dim):g} bits (index_bits)")
     return {
         "index_top_k": keys.whole(names.TOP_K, 1, 10_000_000),
         "index_heads": keys.whole(names.HEAD_COUNT, 1, _WIDTH),
-        "index_dim": keys.whole(names.KEY_LENGTH, 1, _WIDTH),
+        "index_dim": dim,
+        "index_bits": fp8_key_bits(dim),
     }

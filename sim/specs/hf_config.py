@@ -17,7 +17,7 @@ from expertflow.model import ModelSpec
 from sim.paths import resolved
 from sim.specs.hf_attention import read_attention
 from sim.specs.hf_bits import with_bits
-from sim.specs.hf_layers import patterns, read_layers
+from sim.specs.hf_layers import layers_of_file, patterns, read_layers
 from sim.specs.hf_values import REMEDY, Values
 from traces.jsontext import parse_json
 from traces.messages import TraceError, fault
@@ -92,7 +92,7 @@ def read_hf_config(path: Path) -> tuple[ModelSpec, tuple[str, ...], tuple[str, .
     try:
         keys = _keys(values, top)
         keys |= {"name": model_name(path), "source": f"config.json, sha256 {hashlib.sha256(text.encode()).hexdigest()}"}
-        spec = ModelSpec(**with_bits(values, top, keys))
+        spec = ModelSpec(**with_bits(values, top, keys, layers_of_file(values)))
     except TraceError:
         raise
     except ValueError as error:
