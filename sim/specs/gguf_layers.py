@@ -158,8 +158,12 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
     others = _most(groups.get(False) or groups.get(True) or [(max(heads), max(kv_heads))], told, "blocks")
     if False not in groups and True in groups:
         plain = windowed
-    fields = {"num_heads": others[0], "num_kv_heads": others[1], "head_dim": plain[0]}
+    fields: dict[str, Any] = {"num_heads": others[0], "num_kv_heads": others[1], "head_dim": plain[0]}
     fields["v_dim"] = plain[1] if plain[1] != plain[0] else 0
+    tied = [block.has("attn_k") and not block.has("attn_v") for block in _unwindowed(blocks, letters)]
+    if tied and all(tied):
+        fields["tied_kv"] = True
+        told.append("one matrix gives keys and values of blocks without a window: they have no attn_v")
     if True in groups:
         own = _most(groups[True], told, "windowed blocks")
         differing = {"heads": (own[0], others[0]), "kv_heads": (own[1], others[1]), "head_dim": (windowed[0], plain[0])}
@@ -167,6 +171,11 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
         if windowed[1] != (fields["v_dim"] or windowed[0]):
             fields["window_v_dim"] = windowed[1]
     return fields
+
+
+def _unwindowed(blocks: Sequence[Block], letters: Sequence[str]) -> list[Block]:
+    pairs = zip(letters, blocks, strict=True)
+    return [block for letter, block in pairs if letter not in (WINDOWED, LINEAR, NONE)]
 
 
 def _most(found: Sequence[tuple[int, int]], told: list[str], what: str) -> tuple[int, int]:

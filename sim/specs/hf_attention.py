@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from expertflow.attention import CHUNKED, GQA, HEAVY, INDEXED, LINEAR, MLA, SHARED_INDEX, SPARSE, WINDOWED
+from expertflow.attention import CHUNKED, GQA, HEAVY, INDEXED, LINEAR, MLA, NONE, SHARED_INDEX, SPARSE, WINDOWED
 from sim.specs.hf_values import MOST_WIDTH, Values
 from sim.specs.index_keys import fp8_key_bits
 from traces.messages import fault
@@ -25,6 +25,7 @@ _OUTPUT_GATED = (
 """Models whose attention has a gate for each value of its output."""
 _HEAD_GATED = ("laguna", "step3p5", "step3p7", "dots3_note_text", "bailing_hybrid")
 """Models whose attention has a gate for each head."""
+_TIED_KINDS = ("gemma4_text", "diffusion_gemma_text")
 _OVERRIDES = {
     "num_attention_heads": "heads",
     "num_key_value_heads": "kv_heads",
@@ -50,6 +51,9 @@ def read_attention(values: Values, pattern: str) -> dict[str, Any]:
     found = _spec_keys(other)
     if WINDOWED in pattern:
         found |= {f"window_{key}": window[key] for key in window if window[key] != other.get(key)}
+    if _ties(values) and set(pattern) - {WINDOWED, LINEAR, NONE}:
+        found["tied_kv"] = True
+        values.notes.derive("one matrix gives keys and values of layers without a window")
     if set(pattern) & {WINDOWED, SPARSE, HEAVY}:
         found["window"] = _window(values)
     if CHUNKED in pattern:
@@ -113,13 +117,18 @@ def _by_kind(values: Values, sizes: dict[str, int], pattern: str) -> tuple[dict[
     # Gemma: the file's own widths are those of windowed layers.
     if values.has("global_head_dim"):
         other["head_dim"] = values.count("global_head_dim")
-    shares = values.flag("attention_k_eq_v", default=values.text("model_type") == "diffusion_gemma_text")
-    if shares and values.has("num_global_key_value_heads"):
+    if _ties(values) and values.has("num_global_key_value_heads"):
         other["kv_heads"] = values.count("num_global_key_value_heads")
     for kinds, found in ((WINDOWED, window), ("", other)):
         layers = [at for at, kind in enumerate(pattern) if (kind == WINDOWED) == bool(kinds) and kind != LINEAR]
         found |= {key: size for key, size in _exceptions(values, layers).items() if key in sizes}
     return other, window
+
+
+def _ties(values: Values) -> bool:
+    """Whether layers without a window have no matrix of values (Gemma 4)."""
+    kind = values.text("model_type")
+    return kind.endswith(_TIED_KINDS) and values.flag("attention_k_eq_v", default=kind == "diffusion_gemma_text")
 
 
 def _exceptions(values: Values, layers: list[int]) -> dict[str, int]:

@@ -222,8 +222,8 @@ def _windows(values: Values, num_layers: int) -> str:
         values.notes.assume(
             f"every layer number {period} is full, the others windowed, as transformers takes them to be"
         )
-        letters = "".join(WINDOWED if (at + 1) % period else FULL for at in range(num_layers))
-        return letters if kind == "gpt_oss" else letters[:-1] + FULL
+        found = "".join(WINDOWED if (at + 1) % period else FULL for at in range(num_layers))
+        return found if kind == "gpt_oss" else found[:-1] + FULL
     values.notes.assume("every layer has the window: the file names no pattern")
     return WINDOWED * num_layers
 

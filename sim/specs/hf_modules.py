@@ -60,12 +60,15 @@ def named(name: str) -> list[Named]:
     """What a name, a pattern of names or a regular expression speaks of: nothing, or an entry for each alternative."""
     found = []
     for one in _alternatives(name):
-        layer, expert = _LAYER.search(one), _EXPERT_NUMBER.search(one)
         parts, linear = _parts(re.sub(r"\d{2,}", "0", one))
         if parts:
-            numbers = (None if match is None else int(match[1]) for match in (layer, expert))
-            found.append(Named(parts, *numbers, linear))
+            found.append(Named(parts, _number(_LAYER, one), _number(_EXPERT_NUMBER, one), linear))
     return found
+
+
+def _number(rule: re.Pattern[str], text: str) -> int | None:
+    match = rule.search(text)
+    return None if match is None else int(match[1])
 
 
 def is_readable(name: str) -> bool:

@@ -322,3 +322,19 @@ def test_windows_where_the_file_has_no_layer_types(kind: str, num_layers: int, e
     found = read(tmp_path, QWEN3, model_type=kind, num_hidden_layers=num_layers, sliding_window=128)
     assert "".join(layer.attention for layer in found.spec.layers) == expected
     assert any("as transformers takes them to be" in text for text in found.assumed)
+
+
+def test_full_layers_of_gemma_4_have_no_matrix_of_values() -> None:
+    spec = shipped("gemma-4-26b-a4b")
+    assert spec.tied_kv
+    # Queries and output of 16 heads, keys of 2, each 512 wide; windowed layers have values, too.
+    assert spec.mixer_params("f") == 2816 * 512 * (16 + 16 + 2)
+    assert spec.mixer_params("w") == 2816 * 256 * (16 + 16 + 8 + 8)
+    # What is cached are both: keys have a norm with weights and positions, values neither.
+    assert spec.entry_bytes("f") == 2 * 2 * 512 * 2
+
+
+def test_keys_and_values_are_tied_where_the_kind_has_it(tmp_path: Path) -> None:
+    gemma = {**QWEN3, "layer_types": ["sliding_attention", "full_attention"] * 24, "sliding_window": 128}
+    for kind, flag, tied in (("gemma4_text", True, True), ("gemma4_text", None, False), ("qwen3_moe", True, False)):
+        assert read(tmp_path, gemma, model_type=kind, attention_k_eq_v=flag).spec.tied_kv == tied
