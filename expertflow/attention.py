@@ -52,8 +52,8 @@ class Projections:
 
     gqa: queries of `heads`, keys of `kv_heads`, each `head_dim` wide; values `v_dim` wide. mla: the low-rank pairs of
     DeepSeek-V2 (arXiv 2405.04434, section 2.1). q_rank, o_rank: 0 = a full matrix; the output of DeepSeek-V4 is cut
-    into `o_groups` groups of heads of rank `o_rank` each. shared_kv: a cached key serves as the value, too. tied_kv: one
-    matrix gives keys and values, which differ by norm and position and are cached each (Gemma 4, attention_k_eq_v).
+    into `o_groups` groups of heads of rank `o_rank` each. shared_kv: a cached key serves as the value, too. tied_kv:
+    one matrix gives keys and values, which differ by norm and position and are cached each (Gemma 4, attention_k_eq_v).
     """
 
     kind: str
