@@ -52,7 +52,8 @@ class Projections:
 
     gqa: queries of `heads`, keys of `kv_heads`, each `head_dim` wide; values `v_dim` wide. mla: the low-rank pairs of
     DeepSeek-V2 (arXiv 2405.04434, section 2.1). q_rank, o_rank: 0 = a full matrix; the output of DeepSeek-V4 is cut
-    into `o_groups` groups of heads of rank `o_rank` each. shared_kv: a cached key serves as the value, too.
+    into `o_groups` groups of heads of rank `o_rank` each. shared_kv: a cached key serves as the value, too. tied_kv:
+    one matrix gives keys and values, which differ by norm and position and are cached each (Gemma 4, attention_k_eq_v).
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Projections:
     o_rank: int
     o_groups: int
     shared_kv: bool
+    tied_kv: bool
 
     @property
     def params(self) -> int:
@@ -79,7 +81,8 @@ class Projections:
         output = self.o_rank * (out_dim + self.o_groups * hidden) if self.o_rank else out_dim * hidden
         if self.kind == MLA:
             return query + hidden * (self.kv_rank + self.rope_dim) + self.kv_up_params + output
-        return query + hidden * self.cached_values + output
+        keys = self.kv_heads * self.head_dim if self.tied_kv else self.cached_values
+        return query + hidden * keys + output
 
     @property
     def kv_up_params(self) -> int:

@@ -32,7 +32,7 @@ from expertflow.layers import FEEDS, MOE, Layer, check_layers, layers_of, with_p
 _MLA_FIELDS = ("kv_rank", "nope_dim", "v_dim")
 _GQA_FIELDS = ("num_kv_heads", "head_dim")
 _NOT_GQA = ("kv_rank", "rope_dim", "nope_dim", "window_kv_rank", "window_nope_dim")
-_NOT_MLA = (*_GQA_FIELDS, "window_kv_heads", "window_head_dim", "o_rank", "o_groups", "shared_kv")
+_NOT_MLA = (*_GQA_FIELDS, "window_kv_heads", "window_head_dim", "o_rank", "o_groups", "shared_kv", "tied_kv")
 _MOST_WIDTH = 1_000_000
 """Of any matrix of a model: no expert weighs more than 24 TB, so that the times of its copies fit into 64 bits."""
 
@@ -108,6 +108,7 @@ class ModelSpec:
     o_rank: Annotated[int, _width("gqa: rank of the output of each group of heads, 0 = full", 0)] = 0
     o_groups: Annotated[int, _width("gqa: groups of heads with an output of rank o_rank", 0)] = 0
     shared_kv: Annotated[bool, Rule(about="gqa: keys serve as values, cached once")] = False
+    tied_kv: Annotated[bool, Rule(about="gqa: one matrix gives keys and values, but in layers w")] = False
     extra_attention_params: Annotated[int, _weights("of a layer's attention beyond the formulas, such as gates")] = 0
     index_top_k: Annotated[int, Rule(0, 10_000_000, unit="tokens", about="that layers i, s and x choose")] = 0
     index_heads: Annotated[int, _width("query heads of the indexer", 0)] = 0
@@ -198,6 +199,7 @@ class ModelSpec:
             self.o_rank,
             self.o_groups,
             self.shared_kv,
+            self.tied_kv,
         )
 
     @cached_property
@@ -210,6 +212,7 @@ class ModelSpec:
             v_dim=self.window_v_dim or self.v_dim or self.window_head_dim or self.head_dim,
             kv_rank=self.window_kv_rank or self.kv_rank,
             nope_dim=self.window_nope_dim or self.nope_dim,
+            tied_kv=False,
         )
 
     def projections(self, kind: str) -> Projections | None:

@@ -41,6 +41,7 @@ _UNKNOWN = (
     "window_nope_dim",
     "window_v_dim",
     "shared_kv",
+    "tied_kv",
     "expert_hidden",
 )
 """Keys that no kernel of a replay knows."""

@@ -15,6 +15,7 @@ from expertflow.attention import CHUNKED, FULL, GQA, INDEXED, LINEAR, MLA, NONE,
 from sim.specs.gguf_format import REWRITE
 from sim.specs.gguf_keys import GgufKeys
 from sim.specs.gguf_tensors import Block
+from sim.specs.index_keys import fp8_key_bits
 from traces.messages import cut, fault
 
 _WIDTH = 1_000_000
@@ -66,7 +67,7 @@ def read_attention(keys: GgufKeys, blocks: Sequence[Block]) -> Attention:
     fields["attention"] = kind
     fields |= _mla(keys, blocks) if kind == MLA else _gqa(keys, blocks, letters, told)
     fields |= _linear(keys, blocks, letters, told)
-    fields |= _indexer(keys, letters)
+    fields |= _indexer(keys, letters, told)
     attending = [block for block, letter in zip(blocks, letters, strict=True) if letter not in (LINEAR, NONE)]
     if further := sorted(set().union(*(_matrices(block) for block in attending)) - _KNOWN):
         names = cut(", ".join(further), 80)
@@ -157,8 +158,12 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
     others = _most(groups.get(False) or groups.get(True) or [(max(heads), max(kv_heads))], told, "blocks")
     if False not in groups and True in groups:
         plain = windowed
-    fields = {"num_heads": others[0], "num_kv_heads": others[1], "head_dim": plain[0]}
+    fields: dict[str, Any] = {"num_heads": others[0], "num_kv_heads": others[1], "head_dim": plain[0]}
     fields["v_dim"] = plain[1] if plain[1] != plain[0] else 0
+    tied = [block.has("attn_k") and not block.has("attn_v") for block in _unwindowed(blocks, letters)]
+    if tied and all(tied):
+        fields["tied_kv"] = True
+        told.append("one matrix gives keys and values of blocks without a window: they have no attn_v")
     if True in groups:
         own = _most(groups[True], told, "windowed blocks")
         differing = {"heads": (own[0], others[0]), "kv_heads": (own[1], others[1]), "head_dim": (windowed[0], plain[0])}
@@ -166,6 +171,11 @@ def _gqa(keys: GgufKeys, blocks: Sequence[Block], letters: Sequence[str], told: 
         if windowed[1] != (fields["v_dim"] or windowed[0]):
             fields["window_v_dim"] = windowed[1]
     return fields
+
+
+def _unwindowed(blocks: Sequence[Block], letters: Sequence[str]) -> list[Block]:
+    pairs = zip(letters, blocks, strict=True)
+    return [block for letter, block in pairs if letter not in (WINDOWED, LINEAR, NONE)]
 
 
 def _most(found: Sequence[tuple[int, int]], told: list[str], what: str) -> tuple[int, int]:
@@ -250,15 +260,18 @@ def _state(keys: GgufKeys, num_blocks: int) -> int:
     return state * inner + max(conv - 1, 0) * (inner + 2 * groups * state)
 
 
-def _indexer(keys: GgufKeys, letters: Sequence[str]) -> dict[str, Any]:
+def _indexer(keys: GgufKeys, letters: Sequence[str], told: list[str]) -> dict[str, Any]:
     """What chooses the tokens that latent attention reads (DeepSeek-V3.2)."""
     from gguf.constants import Keys
 
     names = Keys.Attention.Indexer
     if INDEXED not in letters:
         return {}
+    dim = keys.whole(names.KEY_LENGTH, 1, _WIDTH)
+    told.append(f"index keys are kept in fp8 with a scale for each 128 values: {fp8_key_bits(dim):g} bits (index_bits)")
     return {
         "index_top_k": keys.whole(names.TOP_K, 1, 10_000_000),
         "index_heads": keys.whole(names.HEAD_COUNT, 1, _WIDTH),
-        "index_dim": keys.whole(names.KEY_LENGTH, 1, _WIDTH),
+        "index_dim": dim,
+        "index_bits": fp8_key_bits(dim),
     }

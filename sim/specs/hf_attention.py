@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from expertflow.attention import CHUNKED, GQA, HEAVY, INDEXED, LINEAR, MLA, SHARED_INDEX, SPARSE, WINDOWED
+from expertflow.attention import CHUNKED, GQA, HEAVY, INDEXED, LINEAR, MLA, NONE, SHARED_INDEX, SPARSE, WINDOWED
 from sim.specs.hf_values import MOST_WIDTH, Values
+from sim.specs.index_keys import fp8_key_bits
 from traces.messages import fault
 
 _OUTPUT_GATED = (
@@ -24,6 +25,7 @@ _OUTPUT_GATED = (
 """Models whose attention has a gate for each value of its output."""
 _HEAD_GATED = ("laguna", "step3p5", "step3p7", "dots3_note_text", "bailing_hybrid")
 """Models whose attention has a gate for each head."""
+_TIED_KINDS = ("gemma4_text", "diffusion_gemma_text")
 _OVERRIDES = {
     "num_attention_heads": "heads",
     "num_key_value_heads": "kv_heads",
@@ -49,6 +51,9 @@ def read_attention(values: Values, pattern: str) -> dict[str, Any]:
     found = _spec_keys(other)
     if WINDOWED in pattern:
         found |= {f"window_{key}": window[key] for key in window if window[key] != other.get(key)}
+    if _ties(values) and set(pattern) - {WINDOWED, LINEAR, NONE}:
+        found["tied_kv"] = True
+        values.notes.derive("one matrix gives keys and values of layers without a window")
     if set(pattern) & {WINDOWED, SPARSE, HEAVY}:
         found["window"] = _window(values)
     if CHUNKED in pattern:
@@ -112,13 +117,18 @@ def _by_kind(values: Values, sizes: dict[str, int], pattern: str) -> tuple[dict[
     # Gemma: the file's own widths are those of windowed layers.
     if values.has("global_head_dim"):
         other["head_dim"] = values.count("global_head_dim")
-    shares = values.flag("attention_k_eq_v", default=values.text("model_type") == "diffusion_gemma_text")
-    if shares and values.has("num_global_key_value_heads"):
+    if _ties(values) and values.has("num_global_key_value_heads"):
         other["kv_heads"] = values.count("num_global_key_value_heads")
     for kinds, found in ((WINDOWED, window), ("", other)):
         layers = [at for at, kind in enumerate(pattern) if (kind == WINDOWED) == bool(kinds) and kind != LINEAR]
         found |= {key: size for key, size in _exceptions(values, layers).items() if key in sizes}
     return other, window
+
+
+def _ties(values: Values) -> bool:
+    """Whether layers without a window have no matrix of values (Gemma 4)."""
+    kind = values.text("model_type")
+    return kind.endswith(_TIED_KINDS) and values.flag("attention_k_eq_v", default=kind == "diffusion_gemma_text")
 
 
 def _exceptions(values: Values, layers: list[int]) -> dict[str, int]:
@@ -162,7 +172,7 @@ def _window(values: Values) -> int:
     return values.count("sliding_window_size", high=10_000_000)
 
 
-def _indexer(values: Values) -> dict[str, int]:
+def _indexer(values: Values) -> dict[str, int | float]:
     """DeepSeek-V3.2 and those after it: heads and width of the indexer, and how many tokens it chooses."""
     legacy = values.inner("sparse_attention_config")
     if values.has("indexer_budget"):
@@ -179,11 +189,15 @@ def _indexer(values: Values) -> dict[str, int]:
         blocks, size = values.count("index_topk_blocks"), values.count("index_block_size")
         heads, dim = values.count("index_n_heads"), values.count("index_head_dim")
     else:
-        found = {
+        dim = values.count("index_head_dim")
+        bits = fp8_key_bits(dim)
+        found: dict[str, int | float] = {
             "index_top_k": values.count("index_topk", high=10_000_000),
             "index_heads": values.count("index_n_heads"),
-            "index_dim": values.count("index_head_dim"),
+            "index_dim": dim,
+            "index_bits": bits,
         }
+        values.notes.assume(f"index keys are kept in fp8 with a scale for each 128 values: {bits:g} bits (index_bits)")
         pool = values.count("index_kpool", default=1)
         return found | ({"index_block": pool} if pool > 1 else {})
     values.notes.derive(f"index_top_k = {blocks} blocks of {size} tokens")
@@ -208,7 +222,10 @@ def _compressed(values: Values, pattern: str) -> dict[str, Any]:
 
 
 def _linear(values: Values, hidden: int) -> dict[str, int]:
-    """Weights of a layer whose state does not grow, and the values of that state, by the kind its keys tell of."""
+    """Weights of a layer whose state does not grow, and the values of that state, by the kind its keys tell of.
+
+    A convolution over k tokens keeps the k - 1 before the next one, as in llama.cpp (n_embd_r) and vLLM.
+    """
     legacy = values.inner("linear_attn_config")
     if values.has("linear_num_value_heads"):
         params, state = _gated_delta(values, hidden)
@@ -220,7 +237,7 @@ def _linear(values: Values, hidden: int) -> dict[str, int]:
         params, state = _mamba(values, hidden)
     elif values.has("conv_L_cache"):
         size = values.count("conv_L_cache", high=1024)
-        params, state = hidden * (4 * hidden + size), hidden * size
+        params, state = hidden * (4 * hidden + size), hidden * (size - 1)
     elif values.text("model_type").startswith("minimax"):
         heads = values.count("num_attention_heads")
         dim = values.count("head_dim", default=max(1, hidden // heads))
@@ -240,7 +257,7 @@ def _gated_delta(values: Values, hidden: int) -> tuple[int, int]:
     heads, width = values.count("linear_num_value_heads"), values.count("linear_value_head_dim")
     mixed, kernel = 2 * key_dim + heads * width, values.count("linear_conv_kernel_dim", high=1024)
     params = hidden * (mixed + 2 * heads * width + 2 * heads) + mixed * kernel
-    return params, heads * width * values.count("linear_key_head_dim") + mixed * kernel
+    return params, heads * width * values.count("linear_key_head_dim") + mixed * (kernel - 1)
 
 
 def _kimi_delta(values: Values, legacy: Values | None, hidden: int) -> tuple[int, int]:
@@ -255,7 +272,7 @@ def _kimi_delta(values: Values, legacy: Values | None, hidden: int) -> tuple[int
     wide = heads * dim
     is_full = values.text("model_type") == "bailing_hybrid"
     gates = 2 * hidden * wide if is_full else 2 * dim * (hidden + wide)
-    return hidden * (4 * wide + heads) + gates + 3 * wide * kernel, wide * dim + 3 * wide * kernel
+    return hidden * (4 * wide + heads) + gates + 3 * wide * kernel, wide * dim + 3 * wide * (kernel - 1)
 
 
 def _mamba2(values: Values, hidden: int) -> tuple[int, int]:
@@ -268,7 +285,7 @@ def _mamba2(values: Values, hidden: int) -> tuple[int, int]:
     inner = heads * dim
     mixed = inner + 2 * groups * size
     params = hidden * (inner + mixed + heads) + mixed * kernel + inner * hidden
-    return params, inner * size + mixed * kernel
+    return params, inner * size + mixed * (kernel - 1)
 
 
 def _is_number(values: Values) -> bool:
@@ -281,7 +298,7 @@ def _mamba(values: Values, hidden: int) -> tuple[int, int]:
     size, kernel = values.count("mamba_d_state"), values.count("mamba_d_conv", high=1024)
     rank = -(-hidden // 16) if values.raw("mamba_dt_rank") in (None, "auto") else values.count("mamba_dt_rank")
     params = 3 * hidden * inner + inner * (rank + 2 * size) + rank * inner + inner * (size + kernel)
-    return params, inner * (size + kernel)
+    return params, inner * (size + kernel - 1)
 
 
 # -- what the formulas leave out -------------------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from expertflow.model import ModelSpec
+from sim.specs.hf_modules import ATTENTION, EXPERTS, FEED, PARTS, SHARED, LeftOut, is_readable, named
 from sim.specs.hf_values import Values
 
 _DTYPES = {
@@ -35,51 +35,96 @@ _EXCLUDED = (
     "exclude",
 )
 _MOST_NAMES = 1_000_000
-_EXPERT = re.compile(r"(?<!shared_)(?<!shared)experts?(?!_gate)", re.IGNORECASE)
-_PARTS: Mapping[str, re.Pattern[str]] = {
-    "attention": re.compile(r"attn|attention", re.IGNORECASE),
-    "shared": re.compile(r"shared", re.IGNORECASE),
-    "dense": re.compile(r"(gate|up|down)_proj|\bw[123]\b|mlp$|mlp\.\*$", re.IGNORECASE),
-}
-_ROUTER = re.compile(r"router|(^|[.\\])gate$|gate\$?$", re.IGNORECASE)
-_LAYER = re.compile(r"layers?[.\\]+(\d{1,4})(?!\d)")
+_KV = {"FP8": 8.0, "INT8": 8.0, "NVFP4": NVFP4}
+"""kv_cache_quant_algo."""
 
 
 class Bits(NamedTuple):
-    """Of weights that are converted. experts_only: no others are."""
+    """Of weights that are converted, by part; None: the part is not. ends: of embeddings, head and router."""
 
-    bits: float
-    experts_only: bool = False
-    experts: float | None = None
-    """Of experts, where they have a form of their own."""
+    experts: float | None
+    attention: float | None = None
+    shared: float | None = None
+    dense: float | None = None
+    ends: float | None = None
 
 
-def with_bits(values: Values, top: Values, spec: Mapping[str, Any]) -> dict[str, Any]:
+def _every(bits: float, experts: float | None = None) -> Bits:
+    return Bits(bits if experts is None else experts, bits, bits, bits)
+
+
+def with_bits(values: Values, top: Values, spec: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """`spec`, keys of `ModelSpec`, with the bits that the file tells. top: the file's own table, which has them where
-    the language part does not."""
+    the language part does not. num_layers: as the file counts them."""
     plain = _dtype_bits(values, top)
-    table = values.inner("quantization_config") or top.inner("quantization_config", "compression_config")
     found = {**spec, "embedding_bits": plain, "weight_bits": plain, "expert_bits": plain}
+    if plain > 16:
+        found["kv_bits"] = plain
+        values.notes.derive(f"cached keys and values take {plain:g} bits, as the weights")
+    table = _table(values, top)
     if table is None:
         return found
+    kv_bits = _kv_bits(table)
+    if kv_bits is not None:
+        found["kv_bits"] = kv_bits
     known = _converted(table)
     if known is None:
         return found
-    shares = _left_out(table, spec["num_layers"] + spec["num_dense_layers"])
     # DeepSeek-V4 says it beside its quantization_config, others within.
-    own = MXFP4 if values.text("expert_dtype") in _FP4 else known.experts
-    experts = known.bits if own is None else own
-    found["expert_bits"] = _mixed(experts, plain, shares["experts"])
-    if not known.experts_only:
-        found["weight_bits"] = _mean_bits(values, found, known.bits, plain, shares)
-    scheme = table.inner("kv_cache_scheme")
-    if scheme is not None and scheme.has("num_bits"):
-        found["kv_bits"] = float(scheme.count("num_bits", high=64))
+    if values.text("expert_dtype") in _FP4:
+        known = known._replace(experts=MXFP4)
+    if known.ends is not None:
+        found["embedding_bits"] = known.ends
+    weights = LeftOut(ModelSpec(**spec), num_layers, _names(table)).weights()
+    found["expert_bits"] = _mean(known, plain, weights, (EXPERTS,))
+    others = (ATTENTION, SHARED, FEED)
+    found["weight_bits"] = _mean(known, plain, weights, others)
+    total, left = (sum(weights[part][at] for part in others) for at in (0, 1))
+    if 0 < left < total:
+        share = 100 * left / total
+        values.notes.derive(f"{share:.0f} % of attention, shared and dense weights are not converted: a mean")
+    elif len({getattr(known, part) for part in others if weights[part][0]}) > 1:
+        values.notes.derive("attention, shared and dense weights have different bits: a mean over them")
     values.notes.derive(
         f"experts take {found['expert_bits']:g} bits a weight and the other matrices of layers "
-        f"{found['weight_bits']:g}, by quantization_config"
+        f"{found['weight_bits']:g}, by {table.place.rstrip('.')}"
     )
     return found
+
+
+def _mean(bits: Bits, plain: float, weights: Mapping[str, tuple[float, float]], parts: tuple[str, ...]) -> float:
+    """Bits of a weight of these parts, as the mean over their weights."""
+    total = summed = 0.0
+    for part in parts:
+        of_part = getattr(bits, part)
+        size, left = weights[part]
+        total += size
+        summed += size * plain if of_part is None else (size - left) * of_part + left * plain
+    return summed / total if total else plain
+
+
+def _table(values: Values, top: Values) -> Values | None:
+    """The table of the quantiser: MLX names it `quantization`."""
+    for names in (("quantization_config", "compression_config"), ("quantization",)):
+        for one in (values, top):
+            found = one.inner(*names)
+            if found is not None:
+                return found
+    return None
+
+
+def _kv_bits(table: Values) -> float | None:
+    """Bits of a cached value, where the quantiser says them."""
+    scheme = table.inner("kv_cache_scheme")
+    if scheme is not None and scheme.has("num_bits"):
+        return float(scheme.count("num_bits", high=64))
+    for one in (table, table.inner("quantization")):
+        algorithm = "" if one is None else one.text("kv_cache_quant_algo").upper()
+        if algorithm in _KV:
+            return _KV[algorithm]
+        if algorithm:
+            table.notes.assume(f"kv_cache_quant_algo={algorithm[:40]!r} is not known: say model.kv_bits")
+    return None
 
 
 def _dtype_bits(values: Values, top: Values) -> float:
@@ -104,7 +149,7 @@ def _converted(table: Values) -> Bits | None:
         method = "bitsandbytes"
     rule = _METHODS.get(method.replace("_", "-"))
     if rule is None and table.has("bits", "w_bit", "wbits"):
-        rule = _grouped
+        rule = _mlx if not method and table.has("bits") else _grouped
     if rule is None:
         table.notes.assume(
             f"quantization_config.quant_method={method[:40]!r} is not known: weights are taken as not quantised; say "
@@ -115,7 +160,7 @@ def _converted(table: Values) -> Bits | None:
 
 
 def _mxfp4(table: Values) -> Bits:
-    return Bits(MXFP4, experts_only=True)
+    return Bits(MXFP4)
 
 
 def _fp8(table: Values) -> Bits:
@@ -127,7 +172,7 @@ def _fp8(table: Values) -> Bits:
         if not sizes or not all(1 <= one <= 1_000_000 for one in sizes):
             raise table.wrong("weight_block_size", "a list of two sizes")
         bits += _scale(table, 32, sizes[0] * sizes[-1])
-    return Bits(bits, experts=experts)
+    return _every(bits, experts)
 
 
 def _scale(table: Values, scale_bits: float, weights: int) -> float:
@@ -148,9 +193,9 @@ def _grouped(table: Values) -> Bits:
     if size == 0:
         raise table.wrong(table.name_of("group_size", "q_group_size") or "group_size", "-1 or above 0")
     if size < 0:
-        return Bits(float(bits))
+        return _every(float(bits))
     zero = bits if table.flag("zero_point", default=True) else 0
-    return Bits(bits + (16 + zero) / size)
+    return _every(bits + (16 + zero) / size)
 
 
 def _bitsandbytes(table: Values) -> Bits:
@@ -158,28 +203,59 @@ def _bitsandbytes(table: Values) -> Bits:
     arXiv 2305.14314); or 8 bits with a scale a row."""
     if table.flag("load_in_4bit", "_load_in_4bit"):
         double = table.flag("bnb_4bit_use_double_quant")
-        return Bits(4 + (8 / 64 + 32 / (64 * 256) if double else 32 / 64))
-    return Bits(8.0)
+        return _every(4 + (8 / 64 + 32 / (64 * 256) if double else 32 / 64))
+    return _every(8.0)
+
+
+def _mlx(table: Values) -> Bits:
+    """MLX: a scale and a bias of 16 bits for each group, or as mxfp4 and nvfp4; embeddings, head and router alike."""
+    bits, size = table.count("bits", high=16), table.count("group_size", default=64)
+    mode = table.text("mode", default="affine")
+    found = bits + (32 if mode == "affine" else 8) / size
+    table.notes.assume(
+        f"weights take {found:g} bits, scales included, embeddings and head too: bits and group_size without a "
+        "quant_method are taken as MLX's"
+    )
+    return _every(found)._replace(ends=found)
 
 
 def _compressed_tensors(table: Values) -> Bits | None:
-    """The weights of the groups; where they differ, of the first, which is noted."""
+    """The weights of the groups, each of the parts that its targets name; a class of modules, such as Linear, names
+    those that no other group does."""
     groups = table.inner("config_groups")
-    found: list[tuple[float, str]] = []
+    of_all: list[float] = []
+    of_part: dict[str, list[float]] = {}
     for name in groups.table if groups is not None else ():
         group = groups.inner(name) if groups is not None else None
         weights = None if group is None else group.inner("weights")
-        if weights is not None:
-            targets = group.raw("targets") if group is not None else None
-            names = [one[:300] for one in targets[:1000] if type(one) is str] if isinstance(targets, list) else []
-            found.append((_weights_bits(weights), " ".join(names)))
-    if not found:
+        if group is None or weights is None:
+            continue
+        bits = _weights_bits(weights)
+        parts = _targeted(group)
+        if parts is None:
+            of_all.append(bits)
+        for part in parts or ():
+            of_part.setdefault(part, []).append(bits)
+    if not of_all and not of_part:
         table.notes.assume("quantization_config has no weights that are quantised")
         return None
-    experts = next((bits for bits, targets in found if _EXPERT.search(targets)), None)
-    if len({bits for bits, _ in found}) > 1 and experts is None:
-        table.notes.assume("quantization_config has several groups: the bits of the first are taken")
-    return Bits(found[0][0], experts=experts)
+    if len({*of_all, *(bits for found in of_part.values() for bits in found)}) > 1:
+        table.notes.assume(
+            "groups of quantization_config differ in bits: each part of a layer takes those of the first that names it"
+        )
+    rest = of_all[0] if of_all else None
+    return Bits(**{part: of_part[part][0] if part in of_part else rest for part in PARTS})
+
+
+def _targeted(group: Values) -> set[str] | None:
+    """The parts that a group's targets name; None: all, as by the name of a class."""
+    targets = group.raw("targets")
+    if not isinstance(targets, list) or not targets:
+        return None
+    names = [one[:300] for one in targets[:_MOST_NAMES] if type(one) is str]
+    if any(one[:1].isupper() and "." not in one for one in names):
+        return None
+    return {part for name in names if is_readable(name) for one in named(name) for part in one.parts}
 
 
 def _weights_bits(weights: Values) -> float:
@@ -201,7 +277,7 @@ def _modelopt(table: Values) -> Bits | None:
         algorithm = inner.text("quant_algo").upper()
     known = {"NVFP4": NVFP4, "FP8": 8.0, "FP8_PB_WO": 8.0, "MXFP4": MXFP4, "MXFP8": 8.25, "W4A16_AWQ": 4 + 16 / 128}
     if algorithm in known:
-        return Bits(known[algorithm])
+        return _every(known[algorithm])
     if table.inner("config_groups") is not None:
         return _compressed_tensors(table)
     table.notes.assume(f"quant_algo={algorithm[:40]!r} is not known: weights are taken as not quantised")
@@ -209,7 +285,7 @@ def _modelopt(table: Values) -> Bits | None:
 
 
 def _eight(table: Values) -> Bits:
-    return Bits(8.0)
+    return _every(8.0)
 
 
 _METHODS: Mapping[str, Callable[[Values], Bits | None]] = {
@@ -226,7 +302,7 @@ _METHODS: Mapping[str, Callable[[Values], Bits | None]] = {
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "modelopt-fp4": _modelopt,
-    "nvfp4": lambda table: Bits(NVFP4),
+    "nvfp4": lambda table: _every(NVFP4),
     "eetq": _eight,
 }
 
@@ -234,70 +310,51 @@ _METHODS: Mapping[str, Callable[[Values], Bits | None]] = {
 # -- what is not converted -------------------------------------------------------------------------------------
 
 
-def _left_out(table: Values, num_layers: int) -> dict[str, float]:
-    """Share of each part's layers that stays as it is, by the names of modules that are not converted."""
-    seen: dict[str, set[int]] = {part: set() for part in ("experts", *_PARTS)}
-    whole: set[str] = set()
-    for name in _names(table):
-        parts = _parts_of(name)
-        numbers = _LAYER.findall(name)
-        for part in parts:
-            if numbers:
-                seen[part].update(int(one) for one in numbers)
-            else:
-                whole.add(part)
-    shares = {part: min(1.0, len(found) / num_layers) for part, found in seen.items()}
-    return shares | dict.fromkeys(whole, 1.0)
+def _names(table: Values) -> list[str]:
+    """Names of modules that stay as they are, of all keys that have some. What is not read of them is noted."""
+    found: list[str] = []
+    for one in (table, table.inner("quantization")):
+        if one is not None:
+            for key in _EXCLUDED:
+                found += _listed(one, key)
+    found += _by_table(table)
+    names = [name[:300] for name in found]
+    if not all(is_readable(name) for name in names):
+        table.notes.assume("names of modules with a look-ahead are not read: check model.weight_bits and expert_bits")
+    return [name for name in names if is_readable(name)]
 
 
-def _names(table: Values) -> Sequence[str]:
-    for key in _EXCLUDED:
-        if table.has(key):
-            names = table.raw(key)
-            if not isinstance(names, list) or len(names) > _MOST_NAMES or not all(type(one) is str for one in names):
-                raise table.wrong(key, "a list of names")
-            return [name[:300] for name in names]
-    return ()
-
-
-def _parts_of(name: str) -> list[str]:
-    """The parts of a layer that a name of modules, or a pattern of names, speaks of."""
-    if _EXPERT.search(name):
-        return ["experts"]
-    if _PARTS["shared"].search(name):
-        return ["shared"]
-    if _PARTS["attention"].search(name):
-        return ["attention"]
-    if _ROUTER.search(name):
+def _listed(table: Values, key: str) -> list[str]:
+    names = table.table.get(key)
+    if names is None:
         return []
-    if _PARTS["dense"].search(name):
-        return ["dense"]
-    if re.search(r"layers?[.\\]+\d{1,4}[.*$\\]*$", name):
-        return ["experts", *_PARTS]
-    return []
+    if not isinstance(names, list) or len(names) > _MOST_NAMES or not all(type(one) is str for one in names):
+        raise table.wrong(key, "a list of names")
+    return names
 
 
-def _mean_bits(
-    values: Values, spec: Mapping[str, Any], bits: float, plain: float, shares: Mapping[str, float]
-) -> float:
-    """Bits of the other matrices of layers, as the mean over their weights where some are not converted."""
-    if not any(shares[part] for part in _PARTS):
-        return bits
-    model = ModelSpec(**spec)
-    attention = sum(count * model.mixer_params(kind) for kind, count in model.num_of.items())
-    weights = {
-        "attention": attention,
-        "shared": model.num_layers * model.shared_params,
-        "dense": model.num_dense_layers * model.dense_params,
-    }
-    total = sum(weights.values())
-    if not total:
-        return bits
-    left = sum(weights[part] * shares[part] for part in weights) / total
-    if 0 < left < 1:
-        values.notes.derive(f"{100 * left:.0f} % of attention, shared and dense weights are not converted: a mean")
-    return _mixed(bits, plain, left)
+def _by_table(table: Values) -> list[str]:
+    """The same of tables: `dynamic` of GPTQModel, `extra_config` of AutoRound, and MLX's entries for modules."""
+    dynamic, extra = table.inner("dynamic"), table.inner("extra_config")
+    found, others = [], False
+    for name in () if dynamic is None else dynamic.table:
+        if name.startswith("-:"):
+            found.append(name[2:])
+        else:
+            others = True
+    bits = table.raw("bits")
+    for name, setting in (*(() if extra is None else extra.table.items()), *_of_mlx(table)):
+        own = setting.get("bits") if isinstance(setting, dict) else 16 if setting is False else None
+        if type(own) is int and own >= 16:
+            found.append(name)
+        else:
+            others = others or (own is not None and own != bits)
+    if others:
+        table.notes.assume("the quantiser gives some modules other bits, which are not read: check model.weight_bits")
+    return found
 
 
-def _mixed(bits: float, plain: float, share: float) -> float:
-    return bits * (1 - share) + plain * share
+def _of_mlx(table: Values) -> list[tuple[str, object]]:
+    if table.has("quant_method"):
+        return []
+    return [(name, one) for name, one in table.table.items() if "." in name and (one is False or isinstance(one, dict))]

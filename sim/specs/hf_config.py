@@ -18,7 +18,7 @@ from sim.paths import resolved
 from sim.specs.hf_attention import read_attention
 from sim.specs.hf_bits import with_bits
 from sim.specs.hf_kinds import KNOWN
-from sim.specs.hf_layers import patterns, read_layers
+from sim.specs.hf_layers import layers_of_file, patterns, read_layers
 from sim.specs.hf_values import REMEDY, Values
 from traces.jsontext import parse_json, shown
 from traces.messages import TraceError, fault
@@ -94,7 +94,7 @@ def read_hf_config(path: Path) -> tuple[ModelSpec, tuple[str, ...], tuple[str, .
         keys = _keys(values, top)
         keys |= {"name": model_name(path), "source": f"config.json, sha256 {hashlib.sha256(text.encode()).hexdigest()}"}
         _note_doubts(values, top)
-        spec = ModelSpec(**with_bits(values, top, keys))
+        spec = ModelSpec(**with_bits(values, top, keys, layers_of_file(values)))
     except TraceError:
         raise
     except ValueError as error:

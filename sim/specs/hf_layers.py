@@ -56,6 +56,9 @@ _DENSE_FIRST = {
 }
 """Dense layers that transformers puts first where the file says nothing of them."""
 
+_EVERY_NTH_FULL = {"gpt_oss": 2, "gemma4_text": 6}
+"""Windows that transformers takes where the file has no layer_types; the last layer of Gemma 4 is always full."""
+
 
 class Layers(NamedTuple):
     """Letters of `expertflow.layers`, one for each layer of the model."""
@@ -68,12 +71,21 @@ def read_layers(values: Values) -> Layers:
     """The layers of the language part; TraceError where keys contradict each other, or tell of unknown kinds."""
     if values.has("layers_block_type", "hybrid_override_pattern") and not values.has("expert_layer_period"):
         return _blocks(values)
-    num_layers = values.count("num_hidden_layers", "num_layers", "n_layers", "n_layer", high=MOST_LAYERS)
+    num_layers = layers_of_file(values)
     attention, feed = _attention(values, num_layers), _feed(values, num_layers)
     if values.text("model_type") == "longcat_flash" or values.has("zero_expert_num"):
         values.notes.derive("each layer has two attention blocks and two dense ones, the second beside the experts")
         return Layers("".join(kind * 2 for kind in attention), (DENSE + MOE) * num_layers)
     return Layers(attention, feed)
+
+
+def layers_of_file(values: Values) -> int:
+    """How many layers the names of the file's modules count, blocks of Nemotron-H each as one."""
+    if not values.has("expert_layer_period"):
+        blocks = values.raw("layers_block_type", "hybrid_override_pattern")
+        if isinstance(blocks, (list, str)) and blocks:
+            return len(blocks)
+    return values.count("num_hidden_layers", "num_layers", "n_layers", "n_layer", high=MOST_LAYERS)
 
 
 def shortest(pattern: str) -> str:
@@ -204,6 +216,14 @@ def _windows(values: Values, num_layers: int) -> str:
     if values.has("max_window_layers"):
         first = values.count("max_window_layers", low=0, high=MOST_LAYERS)
         return FULL * min(first, num_layers) + WINDOWED * max(0, num_layers - first)
+    kind = values.text("model_type")
+    if kind in _EVERY_NTH_FULL:
+        period = _EVERY_NTH_FULL[kind]
+        values.notes.assume(
+            f"every layer number {period} is full, the others windowed, as transformers takes them to be"
+        )
+        found = "".join(WINDOWED if (at + 1) % period else FULL for at in range(num_layers))
+        return found if kind == "gpt_oss" else found[:-1] + FULL
     values.notes.assume("every layer has the window: the file names no pattern")
     return WINDOWED * num_layers
 

@@ -363,6 +363,7 @@ def test_an_indexer_and_a_block_that_predicts_further_tokens(tmp_path: Path) -> 
         "index_top_k": 2048,
         "index_heads": 4,
         "index_dim": 48,
+        "index_bits": 8 + 32 / 48,
     }
     assert found.spec.num_layers == 2
     assert "1 of 3 blocks, which predict further tokens (MTP), are left out" in found.derived
