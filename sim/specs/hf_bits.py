@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from expertflow.model import ModelSpec
 from sim.specs.hf_modules import ATTENTION, EXPERTS, FEED, PARTS, SHARED, LeftOut, is_readable, named
-from sim.specs.hf_values import Values
+from sim.specs.hf_values import REMEDY, Values
+from traces.messages import fault
 
 _DTYPES = {
     "float32": 32.0,
@@ -35,6 +36,8 @@ _EXCLUDED = (
     "exclude",
 )
 _MOST_NAMES = 1_000_000
+_MOST_PATTERNS = 1000
+"""With alternatives, of which each may have hundreds."""
 _KV = {"FP8": 8.0, "INT8": 8.0, "NVFP4": NVFP4}
 """kv_cache_quant_algo."""
 
@@ -321,6 +324,9 @@ def _names(table: Values) -> list[str]:
     names = [name[:300] for name in found]
     if not all(is_readable(name) for name in names):
         table.notes.assume("names of modules with a look-ahead are not read: check model.weight_bits and expert_bits")
+    patterns = [name for name in names if "(" in name or "[" in name]
+    if len(patterns) > _MOST_PATTERNS:
+        raise fault(table.path, table.place.rstrip("."), f"has more than {_MOST_PATTERNS} patterns of names", REMEDY)
     return [name for name in names if is_readable(name)]
 
 

@@ -139,18 +139,20 @@ class LeftOut:
         """num_layers: of the file, which counts some layers otherwise than `model` (two blocks of LongCat as one)."""
         self._model = model
         self._marked: dict[str, dict[int, float]] = {part: {} for part in PARTS}
-        experts: dict[int, set[int]] = {}
-        for name in names:
-            for one in named(name):
-                for at in self._layers(one, num_layers):
-                    if EXPERTS in one.parts and one.expert is not None:
-                        if one.expert < model.num_experts:
-                            experts.setdefault(at, set()).add(one.expert)
-                    else:
-                        for part in one.parts:
-                            self._marked[part][at] = 1.0
-        for at, numbers in experts.items():
-            self._marked[EXPERTS].setdefault(at, len(numbers) / model.num_experts)
+        experts: dict[int | None, set[int]] = {}
+        # Each once: a list has up to a million names.
+        for one in {found for name in names for found in named(name)}:
+            if EXPERTS in one.parts and one.expert is not None:
+                if one.expert < model.num_experts:
+                    experts.setdefault(one.layer, set()).add(one.expert)
+                continue
+            for at in self._layers(one, num_layers):
+                for part in one.parts:
+                    self._marked[part][at] = 1.0
+        for layer, numbers in experts.items():
+            share = len(numbers) / model.num_experts
+            for at in self._layers(Named((EXPERTS,), layer), num_layers):
+                self._marked[EXPERTS][at] = max(share, self._marked[EXPERTS].get(at, 0.0))
 
     def _layers(self, one: Named, num_layers: int) -> Iterable[int]:
         count = len(self._model.layers)

@@ -338,3 +338,9 @@ def test_keys_and_values_are_tied_where_the_kind_has_it(tmp_path: Path) -> None:
     gemma = {**QWEN3, "layer_types": ["sliding_attention", "full_attention"] * 24, "sliding_window": 128}
     for kind, flag, tied in (("gemma4_text", True, True), ("gemma4_text", None, False), ("qwen3_moe", True, False)):
         assert read(tmp_path, gemma, model_type=kind, attention_k_eq_v=flag).spec.tied_kv == tied
+
+
+def test_more_patterns_than_can_be_read_are_refused(tmp_path: Path) -> None:
+    names = [f"re:.*layers.({at}|1)(a|b)" for at in range(1001)]
+    with pytest.raises(ValueError, match="quantization_config: has more than 1000 patterns of names"):
+        bits(tmp_path, QWEN3, **FP8, ignore=names)
