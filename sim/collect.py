@@ -109,16 +109,21 @@ def _with_given_keys(rows: list[tuple[Path, dict[str, Any]]], runs: list[int]) -
 
 
 def markdown(table: pd.DataFrame, value: str) -> str:
-    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency) and what
-    else the runs were given that differs."""
+    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency), the model
+    where it differs, and what else the runs were given that differs."""
     if value not in table.columns:
         raise ValueError(
             f"--markdown={value} is no column{near_to(value, table.columns)}; "
             f"there are: {nearest(value, list(table.columns))}"
         )
+    if table[value].isna().all():
+        why = " (max_tokens ends inside the prompt?)" if value == "tpot_ms" else ""
+        raise ValueError(f"--markdown={value}: {value} is empty in every run{why}; take another column")
     if not is_numeric_dtype(table[value]):
         raise ValueError(f"--markdown={value} is no column of figures; take one such as tpot_ms")
-    swept = [name for name in _given(table) if name != "link" and table[name].nunique(dropna=False) > 1]
+    # The model by its own name, which also a trace or a file may have given.
+    told = [*(["model"] if "model" in table.columns else []), *_given(table)]
+    swept = [name for name in dict.fromkeys(told) if name != "link" and table[name].nunique(dropna=False) > 1]
     table = table.assign(**{name: table[name].map(lambda one: "–" if pd.isna(one) else str(one)) for name in swept})
     table = table.assign(hardware=[_place(row) for _, row in table.iterrows()])
     keys = ["hardware", "stack", "residency", *swept]

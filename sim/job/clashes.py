@@ -1,14 +1,19 @@
-"""Words of a command line of which one would be ignored, refused before anything is composed."""
+"""Words of a command line as they are meant; and those of which one would be ignored, or which say something else than
+they seem to, refused before anything is composed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from sim.job.keys import GROUPS
 
 _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
 _SHOWN = 60
+_SWEEP = ("-m", "--multirun")
 
 
 def _given(words: Iterable[str]) -> list[tuple[str, str]]:
@@ -34,3 +39,40 @@ def check_trace_words(words: Sequence[str]) -> None:
     name, path = given.get("trace"), given.get("trace.path")
     if name is not None and name != "default" and path is not None:
         raise ValueError(f"trace={name[:_SHOWN]} and trace.path={path[:_SHOWN]} are two traces; leave one out")
+
+
+def prepared(words: Sequence[str]) -> list[str]:
+    """The words as Hydra takes them: -m before all keys, and the home folder in place of a ~ that no shell expands
+    behind a key."""
+    flags = [word for word in words if word in _SWEEP]
+    return [*flags[:1], *(_at_home(word) for word in words if word not in _SWEEP)]
+
+
+def _at_home(word: str) -> str:
+    key, sign, value = word.partition("=")
+    if not sign or not value.startswith("~/"):
+        return word
+    try:
+        path = str(Path(value).expanduser())
+    except RuntimeError:
+        return word
+    return f"{key}={QuotedString(path, Quote.single).with_quotes()}"
+
+
+def check_folders(words: Sequence[str], sweep: bool) -> None:
+    """ValueError for the output folder of a sweep given to a single run, or the other way round."""
+    wrong, right = ("run", "sweep") if sweep else ("sweep", "run")
+    for key, value in _given(words):
+        if key == f"hydra.{wrong}.dir" and "hydra.mode" not in dict(_given(words)):
+            flag = "with -m" if sweep else "without -m"
+            raise ValueError(f"{key}={value[:_SHOWN]} means nothing {flag}; say hydra.{right}.dir={value[:_SHOWN]}")
+
+
+def check_model_words(words: Sequence[str]) -> None:
+    """ValueError for a file where the name of a model belongs."""
+    for key, value in _given(words):
+        bare = value.strip("'\"")
+        if key == "model" and bare.endswith((".gguf", ".json")):
+            raise ValueError(
+                f"model={value[:_SHOWN]} is a file, and model= takes a name; say model.path={value[:_SHOWN]}"
+            )

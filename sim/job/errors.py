@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -80,7 +82,7 @@ def _hydra(error: BaseException) -> str:
     """Hydra says what and, on further lines, which choices there are: join them, and add the remedy it leaves out."""
     text = str(error)
     message = _first_line(text)
-    found = re.search(r"Could not find '([\w./-]+)/([\w.@-]+)'", text)
+    found = re.search(r"Could not find '([\w./-]+)/([^'/]+)'", text)
     if found:
         return _no_such_choice(found[1], found[2], text)
     plus = re.search(r"Could not override '(hardware|policy)'", text)
@@ -88,7 +90,8 @@ def _hydra(error: BaseException) -> str:
         return f"{plus[1]} has no default to override; say +{plus[1]}=NAME, with the plus sign"
     if isinstance(error, OverrideParseException):
         word = shown(error.override)
-        return f"cannot read the override {word}; give key=value, +group=NAME or key=[a,b] (in quotes)"
+        remedy = _quoted(error.override) or "give key=value, +group=NAME or key=[a,b] (in quotes)"
+        return f"cannot read the override {word}; {remedy}"
     if text.startswith("Ambiguous value for argument"):
         word = message.partition("'")[2].rstrip("'")
         return f"{word} is a comma list: add -m to sweep over it, or give one value, or a list in brackets (in quotes)"
@@ -102,6 +105,19 @@ def _hydra(error: BaseException) -> str:
         key = text.split("'")[1]
         return f"{key} exists already; leave out the plus sign: {key}=VALUE"
     return _of_a_value(error, message)
+
+
+def _quoted(word: str | None) -> str:
+    """What to write where the value needs quotes, for which Hydra looks itself; empty where these do not help."""
+    key, sign, value = (word or "").partition("=")
+    if not sign or not value or len(value) > 90 or value[0] in "'\"[{":
+        return ""
+    meant = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    try:
+        OverridesParser.create().parse_override(meant)
+    except HydraException:
+        return ""
+    return f'quote the value: "{meant}"'
 
 
 def _of_a_value(error: BaseException, message: str) -> str:
@@ -131,8 +147,15 @@ def _no_such_choice(group: str, name: str, text: str) -> str:
     """hardware=nosuch: what there is, the nearest first."""
     listed = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
     options: Sequence[str] = [line.strip() for line in listed[1].splitlines()] if listed else []
-    hint = near_to(name, options)
+    begun = [one for one in options if one.startswith(name.casefold())]
+    if begun:
+        # Of links the widest is meant: cards are made for it.
+        begun = sorted(begun, key=lambda one: one != f"{name.casefold()}x16")
+        hint = f" (did you mean {begun[0]}?)"
+    else:
+        hint = near_to(name, options)
     if (group, name) == ("hardware", "local"):
         hint = " in a simulation: local is the machine that a replay runs on (python -m replay)"
-    told = f"{group}={name[:60]} does not exist{hint}; choose one of: {nearest(name, options)}"
+    listed_first = ", ".join(begun) if begun else nearest(name, options)
+    told = f"{group}={name[:60]} does not exist{hint}; choose one of: {listed_first}"
     return f"{told}; a file of yours: trace.path=FILE" if group == "trace" else told

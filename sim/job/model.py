@@ -31,7 +31,22 @@ def model_file_of(cfg: Mapping[str, Any]) -> ReadModel | None:
             f"model.path={shown(path)} and model={shown(cfg.get('name'))} are two models; leave one out "
             "(model.KEY=VALUE changes a key of either)"
         )
+    _check_path(str(path))
     return read_model_file(Path(path))
+
+
+def _check_path(path: str) -> None:
+    """ValueError for what is read another way than from a file that describes a model."""
+    if "://" in path:
+        raise ValueError(f"model.path={shown(path)} is an address; download its config.json and give that file")
+    file = Path(path)
+    if file.suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"model.path={shown(path)} takes no YAML; put the file into FOLDER/model/ and say "
+            f"--config-dir=FOLDER model={file.stem[:60]}"
+        )
+    if not file.exists() and path != AUTO and path in config_files("model"):
+        raise ValueError(f"model.path={shown(path)}: there is no such file, but a model of that name; say model={path}")
 
 
 def told_model(cfg: Mapping[str, Any], model_file: ReadModel | None = None) -> ModelSpec | None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from expertflow.boundary import words_of
 from expertflow.keys import plain
-from sim.job.clashes import check_twice
+from sim.job.clashes import check_folders, check_twice, prepared
 from sim.job.configure import check_words
 from sim.job.errors import one_line
 from sim.paths import check_named, use_own_folder
@@ -101,11 +101,13 @@ def run_hydra(main: Callable[[], int | None], interrupted: Kept) -> int:
     """`run_cli` for a command whose words are Hydra's."""
 
     def checked() -> int | None:
-        words = sys.argv[1:]
+        words = prepared(sys.argv[1:])
+        sys.argv = [*sys.argv[:1], *words]
         named = _check_flags(words)
         overrides = [word for word in words if not word.startswith("-")]
         check_words(overrides)
         check_twice(overrides)
+        check_folders(overrides, is_sweep(words))
         for word in words:
             if found := _NO_FOLDER.fullmatch(word):
                 raise ValueError(f"{found[1]} is empty, which is the current folder; give {found[1]}=FOLDER")

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sim.job.clashes import prepared
+from sim.specs.model_file import read_model_file
 from tests.support.commands import run_here
+from traces.messages import TraceError
 
 WORDS = ("+hardware=a100", "+policy=lru")
 
@@ -25,8 +28,57 @@ def refused(words: list[str], folder: Path) -> str:
         (["policy.eviction.used=0.5", "++policy.eviction.used=0.2"], "policy.eviction.used is given twice"),
         (["trace.path=a", "trace.path='b c'"], "trace.path=a and trace.path='b c': trace.path is given twice"),
         (["hydra.run.dir=elsewhere"], "hydra.run.dir is given twice"),
+        (["hydra.sweep.dir=s"], "hydra.sweep.dir=s means nothing without -m; say hydra.run.dir=s"),
+        (["residency=0.2,0.5", "-m"], "means nothing with -m; say hydra.sweep.dir="),
         (["trace=gpt-oss-20b-twin", "trace.path=mine"], "trace=gpt-oss-20b-twin and trace.path=mine are two traces"),
     ],
 )
 def test_words_of_which_one_would_be_ignored_are_refused(words: list[str], said: str, tmp_path: Path) -> None:
     assert said in refused(words, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.path=a=b.gguf"], """quote the value: "model.path='a=b.gguf'\""""),
+        (["trace.path=größe.st"], """quote the value: "trace.path='größe.st'\""""),
+        (["model=m.gguf"], "say model.path=m.gguf"),
+        (["model=mine/config.json"], "say model.path=mine/config.json"),
+        (["model.path='https://a.b/c'"], "is an address; download its config.json and give that file"),
+        (["model.path=mine/x.yaml"], "--config-dir=FOLDER model=x"),
+        (["model.path=qwen3-30b-a3b"], "say model=qwen3-30b-a3b"),
+        (["link=pcie4"], "link=pcie4 does not exist (did you mean pcie4x16?); choose one of: pcie4x16, pcie4x1,"),
+    ],
+)
+def test_what_is_said_shows_what_to_write(words: list[str], said: str, tmp_path: Path) -> None:
+    assert said in refused(words, tmp_path / "run")
+
+
+def test_what_quotes_are_said_to_mend_they_mend(tmp_path: Path) -> None:
+    assert "a=b.gguf: file: does not exist" in refused(["model.path='a=b.gguf'"], tmp_path / "run")
+
+
+def test_a_card_is_found_by_the_name_on_its_box(tmp_path: Path) -> None:
+    found = run_here(["+hardware='RTX 3090'", "+policy=lru"], tmp_path / "run")
+    assert found.code == 2
+    assert "hardware=RTX 3090 does not exist (did you mean rtx3090?)" in found.err
+
+
+def test_the_home_folder_and_the_flag_of_a_sweep_are_meant_where_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/a b")
+    assert prepared(["x=1", "-m", "trace.path=~/t", "~policy.place"]) == [
+        "-m",
+        "x=1",
+        "trace.path='/home/a b/t'",
+        "~policy.place",
+    ]
+
+
+def test_of_a_folder_the_only_gguf_file_is_read(tmp_path: Path) -> None:
+    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mmproj-m.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(TraceError, match=r"m-00001-of-00002\.gguf"):
+        read_model_file(tmp_path)
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TraceError, match=r"holds 2 GGUF files, and no config\.json; give one of the files"):
+        read_model_file(tmp_path)

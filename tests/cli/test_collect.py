@@ -83,3 +83,17 @@ def test_a_record_that_no_run_writes_is_one_line(content: str, tmp_path: Path) -
     (tmp_path / "provenance.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"provenance\.json.*remove the folder or run it again"):
         given_keys(tmp_path)
+
+
+def test_markdown_of_a_column_without_a_figure_says_why() -> None:
+    table = pd.DataFrame([{"run": "a", "schema": 1, "policy": "lru", "tpot_ms": None}])
+    with pytest.raises(ValueError, match=r"tpot_ms is empty in every run \(max_tokens ends inside the prompt\?\)"):
+        collect.markdown(table, "tpot_ms")
+
+
+def test_markdown_names_the_model_where_it_differs() -> None:
+    row = {"schema": 1, "policy": "lru", "hardware": "a100", "stack": "eager", "residency": 0.5, "tpot_ms": 1.0}
+    rows = [{"run": one, **row, "model": one} for one in ("big", "small")]
+    heads = collect.markdown(pd.DataFrame(rows), "tpot_ms").splitlines()[0]
+    assert heads == "| policy | a100 eager 50% model=big | a100 eager 50% model=small |"
+    assert "model=" not in collect.markdown(pd.DataFrame(rows[:1]), "tpot_ms")
