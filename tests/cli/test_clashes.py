@@ -90,3 +90,18 @@ def test_a_recording_that_is_not_installed_is_not_offered(tmp_path: Path, monkey
     monkeypatch.setattr("traces.shipped.FOLDER", tmp_path)
     assert offered() == "gpt-oss-20b-twin"
     assert "give a file, or one of: gpt-oss-20b-twin\n" in refused(["trace.path=absent"], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_card_of_ones_own_begins_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine" / "hardware" / "box.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("name: box\nmemory_gb: 10.0\n", encoding="utf-8")
+    words = [f"--config-dir={tmp_path / 'mine'}", "+hardware=box", "+policy=lru", "max_tokens=4", "compare=none"]
+    lacking = run_here(words, tmp_path / "run")
+    assert (lacking.code, lacking.err.count("\n")) == (2, 1)
+    assert "`defaults: [NAME, _self_]` takes what it leaves out from the file NAME" in lacking.err
+    path.write_text("defaults: [rtx3060, _self_]\nname: box\nmemory_gb: 10.0\n", encoding="utf-8")
+    found = run_here(words, tmp_path / "run")
+    assert found.code == 0, found.err
+    assert found.metrics()["hardware"] == "box"
