@@ -324,7 +324,11 @@ def from_mapping(cls: type[Spec], values: Mapping[str, object], group: str) -> S
             raise unknown_key(group, name, list(known))
     missing = sorted(name for name, key in known.items() if key.default is REQUIRED and name not in values)
     if missing:
-        raise ValueError(f"{group} lacks {', '.join(missing)}; choose another file of the group {group}, or add them")
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(
+            f"{group} lacks {', '.join(missing[:4])}{more}; choose another file of the group {group}, or add them (in "
+            "a file of yours `defaults: [NAME, _self_]` takes what it leaves out from the file NAME)"
+        )
     for name, value in values.items():
         known[name].check(value, f"{group}.{name}")
     return cls(**values)

@@ -18,7 +18,7 @@ import numpy as np
 from expertflow.keys import near_to
 from traces.container import TraceError, fault, map_file
 from traces.layout import ARRAYS, PER_TOKEN, check_layout
-from traces.shipped import RECORDINGS, recording
+from traces.shipped import RECORDINGS, offered, recording
 from traces.trace import ChainedArray, RowArray, Trace, blocks
 from traces.validate import validate_trace
 
@@ -77,7 +77,7 @@ def _named(text: str) -> Path:
     found = recording(text)
     if found is None:
         problem = f"does not exist, and is no recording that is shipped{near_to(text, RECORDINGS)}"
-        names = ", ".join(name for name in RECORDINGS if name.endswith("-twin"))
+        names = offered()
         raise fault(text, "file", problem, f"give a file, or one of: {names}")
     return found
 

@@ -39,6 +39,17 @@ def recording(name: str) -> Path | None:
     return shipped(RECORDINGS[name]) if name in RECORDINGS else None
 
 
+def is_here(name: str) -> bool:
+    """Whether the recording of that short name came with what is installed; else it is in a checkout only."""
+    file = RECORDINGS[name]
+    return (FOLDER / file).is_file() or (FOLDER / (file + PACKED)).is_file()
+
+
+def offered() -> str:
+    """The short names of the recordings to evaluate on that are here, for a message."""
+    return ", ".join(name for name in RECORDINGS if name.endswith("-twin") and is_here(name))
+
+
 def shipped(name: str) -> Path | None:
     """The shipped file of that name, unpacked if it is packed; None if there is none.
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from traces.shipped import RECORDINGS, is_here
+
 WIDTH = 100
+_CHECKOUT = " (in a checkout only)"
 _NO_CHOICE = ("study",)
 """A folder of files that no run takes: `python -m sim.study NAME` does."""
 
@@ -26,11 +29,17 @@ def groups_text() -> str:
             place = path.relative_to(folder).parent
             if place.parts and place.parts[0] not in _NO_CHOICE:
                 found[place.as_posix()].add(path.stem)
+    if "trace" in found:
+        found["trace"] = {f"{name}{_CHECKOUT if _is_elsewhere(name) else ''}" for name in found["trace"]}
     lines = [f"{group}: {', '.join(sorted(names))}" for group, names in sorted(found.items())]
     return "\n".join(
         textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
         for line in lines
     )
+
+
+def _is_elsewhere(name: str) -> bool:
+    return name in RECORDINGS and not is_here(name)
 
 
 def register() -> None:

@@ -106,11 +106,11 @@ def run_hydra(main: Callable[[], int | None], interrupted: Kept) -> int:
         named = _check_flags(words)
         overrides = [word for word in words if not word.startswith("-")]
         check_words(overrides)
-        check_twice(overrides)
-        check_folders(overrides, is_sweep(words))
         for word in words:
             if found := _NO_FOLDER.fullmatch(word):
                 raise ValueError(f"{found[1]} is empty, which is the current folder; give {found[1]}=FOLDER")
+        check_twice(overrides)
+        check_folders(overrides, is_sweep(words))
         if named is not None:
             check_named(named)
         try:

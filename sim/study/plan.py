@@ -18,7 +18,7 @@ from expertflow.keys import near_to
 from sim.paths import config_files
 from sim.study.checks import check_form, check_needed
 from traces.jsontext import shown
-from traces.shipped import RECORDINGS
+from traces.shipped import offered
 from traces.yamltext import read_yaml
 
 KINDS = ("runs", "estimates")
@@ -191,7 +191,7 @@ def _require_parameters(
         return
     told = " ".join(f"{name}=VALUE" for name in missing)
     about = "; ".join(study.parameters[name] for name in missing)
-    shipped = ", ".join(name for name in RECORDINGS if name.endswith("-twin"))
+    shipped = offered()
     hint = f"; shipped are {shipped}" if "recording" in about else ""
     raise ValueError(f"study {study.name} needs --set {told}: {about}{hint}")
 

@@ -10,6 +10,7 @@ from sim.job.clashes import prepared
 from sim.specs.model_file import read_model_file
 from tests.support.commands import run_here
 from traces.messages import TraceError
+from traces.shipped import offered
 
 WORDS = ("+hardware=a100", "+policy=lru")
 
@@ -29,7 +30,7 @@ def refused(words: list[str], folder: Path) -> str:
         (["trace.path=a", "trace.path='b c'"], "trace.path=a and trace.path='b c': trace.path is given twice"),
         (["hydra.run.dir=elsewhere"], "hydra.run.dir is given twice"),
         (["hydra.sweep.dir=s"], "hydra.sweep.dir=s means nothing without -m; say hydra.run.dir=s"),
-        (["residency=0.2,0.5", "-m"], "means nothing with -m; say hydra.sweep.dir="),
+        (["residency=0.2,0.5", "-m", "hydra.run.dir=r"], "means nothing with -m; say hydra.sweep.dir=r"),
         (["trace=gpt-oss-20b-twin", "trace.path=mine"], "trace=gpt-oss-20b-twin and trace.path=mine are two traces"),
     ],
 )
@@ -82,3 +83,25 @@ def test_of_a_folder_the_only_gguf_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     with pytest.raises(TraceError, match=r"holds 2 GGUF files, and no config\.json; give one of the files"):
         read_model_file(tmp_path)
+
+
+def test_a_recording_that_is_not_installed_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gpt-oss-20b-twin-eval.safetensors.xz").touch()
+    monkeypatch.setattr("traces.shipped.FOLDER", tmp_path)
+    assert offered() == "gpt-oss-20b-twin"
+    assert "give a file, or one of: gpt-oss-20b-twin\n" in refused(["trace.path=absent"], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_card_of_ones_own_begins_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "mine" / "hardware" / "box.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("name: box\nmemory_gb: 10.0\n", encoding="utf-8")
+    words = [f"--config-dir={tmp_path / 'mine'}", "+hardware=box", "+policy=lru", "max_tokens=4", "compare=none"]
+    lacking = run_here(words, tmp_path / "run")
+    assert (lacking.code, lacking.err.count("\n")) == (2, 1)
+    assert "`defaults: [NAME, _self_]` takes what it leaves out from the file NAME" in lacking.err
+    path.write_text("defaults: [rtx3060, _self_]\nname: box\nmemory_gb: 10.0\n", encoding="utf-8")
+    found = run_here(words, tmp_path / "run")
+    assert found.code == 0, found.err
+    assert found.metrics()["hardware"] == "box"

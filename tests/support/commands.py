@@ -81,10 +81,10 @@ def composed_once() -> AbstractContextManager[object]:
 
 
 def run_here(words: Sequence[str], folder: Path) -> Outcome:
-    """`python -m sim WORDS hydra.run.dir=FOLDER` in this process."""
+    """`python -m sim WORDS hydra.run.dir=FOLDER` in this process; of a sweep the words name the folder."""
     assert not any("hydra.mode" in word for word in words)
     out, err = io.StringIO(), io.StringIO()
-    argv = ["sim", *words, f"hydra.run.dir={folder}"]
+    argv = ["sim", *words, *folder_words(words, folder)]
     GlobalHydra.instance().clear()
     try:
         with (
@@ -109,9 +109,14 @@ def command(*words: str, module: str = "sim") -> list[str]:
     return [sys.executable, "-m", module, *words]
 
 
+def folder_words(words: Sequence[str], folder: Path) -> list[str]:
+    """The word that names the folder of a single run."""
+    return [] if "-m" in words else [f"hydra.run.dir={folder}"]
+
+
 def run_there(words: Sequence[str], folder: Path, cwd: Path, module: str = "sim") -> Outcome:
     """The same in a process of its own, started in `cwd`."""
-    told = [*words, f"hydra.run.dir={folder}"] if module == "sim" else list(words)
+    told = [*words, *folder_words(words, folder)] if module == "sim" else list(words)
     found = subprocess.run(command(*told, module=module), cwd=cwd, capture_output=True, text=True, timeout=120)
     return Outcome(found.returncode, found.stdout, found.stderr, folder)
 

@@ -28,7 +28,7 @@ from replay.run import Integrity, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
 from sim.job.configure import configure
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
-from tests.support.commands import TINY_MODEL_WORDS, Outcome, composed_once
+from tests.support.commands import TINY_MODEL_WORDS, Outcome, composed_once, folder_words
 
 TINY = ("+hardware=local", *TINY_MODEL_WORDS, "machine=cpu", "scale=8", "stack=found", "compare=none")
 """A model of 4 layers and 8 experts, of 24 KiB each at this scale; it needs a `tiny_trace`."""
@@ -44,7 +44,7 @@ def uncollected() -> AbstractContextManager[object]:
 def replay_here(words: Sequence[str], folder: Path) -> Outcome:
     """`python -m replay WORDS hydra.run.dir=FOLDER` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    argv = ["replay", *words, f"hydra.run.dir={folder}"]
+    argv = ["replay", *words, *folder_words(words, folder)]
     GlobalHydra.instance().clear()
     try:
         with (
