@@ -164,12 +164,20 @@ def places() -> tuple[Place, ...]:
         found += [Place(base, f"{group}.{name}", key) for name, key in declared(cls).items()]
     for part, name, cfg in part_files():
         keys, _ = arguments_of(class_of(cfg, part, KINDS[part]))
-        base = (*ADAPTIVE, f"{'+' if part == 'place' else ''}policy/{part}={name}")
-        found += [Place(base, f"policy.{part}.{key.name}", key) for key in keys.values()]
+        found += [Place(_with_part(part, name, key.name), f"policy.{part}.{key.name}", key) for key in keys.values()]
     own, _ = arguments_of(Clairvoyant)
     found += [Place(CLAIRVOYANT, f"policy.{name}", key) for name, key in own.items() if name != "future"]
     found += [Place(REPLAY, name, key, "replay") for name, key in declared(ReplayKeys).items()]
     return tuple(found)
+
+
+def _with_part(part: str, name: str, key: str) -> tuple[str, ...]:
+    """A sound configuration with that part, in which `key` of it may be given."""
+    if part != "place":
+        return (*ADAPTIVE, f"policy/{part}={name}")
+    # A place needs a host to compute on, which no profile of a GPU says; one needs to be told its experts.
+    told = ("policy.place.experts=[0]",) if name == "host_experts" and key != "experts" else ()
+    return (*ADAPTIVE, "+host=desktop", f"+policy/place={name}", *told)
 
 
 def part_files() -> Iterator[tuple[str, str, dict[str, Any]]]:

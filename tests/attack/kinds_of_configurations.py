@@ -82,7 +82,7 @@ class AnyConfigurations(SeedKind):
 
         self.places: dict[Any, list[Any]] = {}
         for place in configurations.places():
-            if place.world == "sim" and not place.dotted.endswith(("fitted", "fitted_start")):
+            if place.world == "sim" and not place.dotted.endswith(("fitted", "fitted_start", "place.experts")):
                 self.places.setdefault(place.base, []).append(place)
         # Each base once: what is compiled for it is not counted as the time of an input.
         for base in self.places:
