@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from sim.specs.model_file import read_model_file
 from tests.support.traces import check_error, run
 from tests.unit.recorder.models import build
 from traces.format import open_trace
@@ -60,6 +61,9 @@ def test_a_recording_from_prompts_to_trace(folder: Path, prompts: Path, capsys: 
     assert code == 0
     trace = open_trace(prompts.with_name("out.safetensors"))
     assert (trace.model, trace.num_layers, trace.num_experts, trace.top_k) == ("tiny-model", 3, 10, 4)
+    sizes = read_model_file(prompts.with_name("out.config.json")).spec
+    assert (sizes.num_layers, sizes.num_experts, sizes.top_k, sizes.num_dense_layers) == (3, 10, 4, 1)
+    assert f"model.path={prompts.with_name('out.config.json')}" in " ".join(out.split())
     assert trace.prompt_len.tolist() == [6, 1, 4]
     assert np.diff(trace.request_start).tolist() == [10, 5, 8]
     assert trace.context_len is not None
@@ -97,7 +101,8 @@ def test_a_recording_from_prompts_to_trace(folder: Path, prompts: Path, capsys: 
         assert shown == pytest.approx(recalls[kind], abs=6e-4)
     check_recall(trace, recalls[header["pregate"]])
     check_embedding(trace)
-    assert sorted(item.name for item in prompts.parent.iterdir()) == ["out.safetensors", "prompts.jsonl"]
+    names = ["out.config.json", "out.safetensors", "prompts.jsonl"]
+    assert sorted(item.name for item in prompts.parent.iterdir()) == names
 
 
 def check_recall(trace: Any, recalls: list[float]) -> None:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from traces.container import TraceError, fault
 from traces.processes.ending import keeping
 from traces.recorder.load import load_model
-from traces.recorder.options import RecordOptions
+from traces.recorder.options import CONFIG_SUFFIX, RecordOptions
 from traces.recorder.prompts import check_tokens, read_prompts
 from traces.stream import TraceWriter, folder_of
 
@@ -123,6 +123,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
         raise fault(path, "file", f"the folder {path.parent} does not exist", "create it first")
     if path.is_dir():
         raise fault(path, "file", "is a folder", "name a file in it")
-    if path.exists() and not overwrite:
-        remedy = "name another, or give overwrite=true: it is replaced when the new one is whole"
-        raise fault(path, "file", "is there already", remedy)
+    for one in (path, path.with_suffix(CONFIG_SUFFIX)):
+        if one.exists() and not overwrite:
+            remedy = "name another, or give overwrite=true: it is replaced when the new one is whole"
+            raise fault(one, "file", "is there already", remedy)
