@@ -63,7 +63,7 @@ CHOICES = [
     Bad("+hardware=a100 +policy=lruu", ("policy=lruu", "did you mean lru?", "adaptive")),
     Bad("hardware=a100 +policy=lru", ("hardware", "+hardware=NAME")),
     Bad("+hardware=a100 policy=lru", ("policy", "+policy=NAME")),
-    Bad(f"{LRU} model=gpt-oss", ("model=gpt-oss", "did you mean gpt-oss-20b?", "gpt-oss-120b")),
+    Bad(f"{LRU} model=gpt-oss", ("model=gpt-oss", "did you mean gpt-oss-120b?", "gpt-oss-20b")),
     Bad(f"{LRU} stack=fast", ("stack=fast", "eager, found, graph")),
     Bad(f"{LRU} trace=mine", ("trace=mine", "default")),
     Bad(f"{LRU} policy/predictor=best", ("policy/predictor=best", "transition")),
