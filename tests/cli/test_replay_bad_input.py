@@ -17,7 +17,7 @@ BAD = [
     Bad("+hardware=local", ("policy is not chosen", "+policy=NAME", "adaptive")),
     Bad("+hardware=locall +policy=lru", ("hardware=locall", "did you mean local?", "a100")),
     Bad("hardware=local +policy=lru", ("hardware", "+hardware=NAME")),
-    Bad(f"{LRU} +hardware.memory_gb=3", ("hardware lacks", "link_gb_per_s")),
+    Bad(f"{LRU} +hardware.memory_gb=3", ("hardware lacks", "compute_efficiency", "defaults: [NAME, _self_]")),
     Bad(f"{LRU} machine=gpu", ("machine='gpu'", "auto, cuda, cpu")),
     Bad(f"{LRU} machine=null", ("machine=null", "auto, cuda, cpu")),
     Bad(f"{LRU} verify=maybe", ("verify='maybe'", "true or false")),
