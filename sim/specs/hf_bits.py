@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from expertflow.model import ModelSpec
 from sim.specs.hf_modules import ATTENTION, EXPERTS, FEED, PARTS, SHARED, LeftOut, is_readable, named
 from sim.specs.hf_values import REMEDY, Values
-from traces.messages import fault
+from traces.messages import fault, plain
 
 _DTYPES = {
     "float32": 32.0,
@@ -113,6 +113,11 @@ def _table(values: Values, top: Values) -> Values | None:
             found = one.inner(*names)
             if found is not None:
                 return found
+            if isinstance(one.raw(*names), str):
+                values.notes.assume(
+                    f"{names[0]} is a word, {plain(str(one.raw(*names))[:40])!r}, without bits: weights are taken as not "
+                    "quantised; say model.expert_bits and model.weight_bits"
+                )
     return None
 
 

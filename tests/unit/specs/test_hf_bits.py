@@ -344,3 +344,9 @@ def test_more_patterns_than_can_be_read_are_refused(tmp_path: Path) -> None:
     names = [f"re:.*layers.({at}|1)(a|b)" for at in range(1001)]
     with pytest.raises(ValueError, match="quantization_config: has more than 1000 patterns of names"):
         bits(tmp_path, QWEN3, **FP8, ignore=names)
+
+
+def test_a_quantiser_that_is_a_word_alone_is_not_taken_for_nothing_silently(tmp_path: Path) -> None:
+    found = read(tmp_path, QWEN3, quantization_config="awq")
+    assert found.spec.expert_bits == 16
+    assert any("quantization_config is a word, 'awq'" in one for one in found.assumed)
