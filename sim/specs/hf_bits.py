@@ -113,10 +113,11 @@ def _table(values: Values, top: Values) -> Values | None:
             found = one.inner(*names)
             if found is not None:
                 return found
-            if isinstance(one.raw(*names), str):
+            word = one.raw(*names)
+            if isinstance(word, str):
                 values.notes.assume(
-                    f"{names[0]} is a word, {plain(str(one.raw(*names))[:40])!r}, without bits: weights are taken as not "
-                    "quantised; say model.expert_bits and model.weight_bits"
+                    f"{names[0]} is a word, {plain(word[:40])!r}, without bits: weights are taken as not quantised; "
+                    "say model.expert_bits and model.weight_bits"
                 )
     return None
 
