@@ -59,7 +59,7 @@ def test_a_run_without_a_trace_of_its_model_says_what_it_assumed_and_how_much_ha
 
 @pytest.mark.slow
 def test_one_after_the_other_gives_what_side_by_side_does(tmp_path: Path) -> None:
-    words = [*SMALL, "+policy=lru", "compare=none", "trace.num_tokens=8"]
+    words = [*SMALL, "+policy=lru", "compare=none"]
     assert run_here(words, tmp_path / "run").code == 0
     side_by_side = metrics_of(tmp_path / "run")
     assert side_by_side == json.loads(json.dumps(job(*words)))
