@@ -194,7 +194,7 @@ def first_touches(metrics: Mapping[str, Any]) -> list[str]:
     if "assumed" not in metrics or not misses or first < _LARGE_SHARE * misses or not waited:
         return []
     return [
-        f"at least {100 * first / misses:.0f} % of the misses are first touches, of a trace that is short: "
+        f"at least {100 * first / misses:.0f} % of the misses are first touches of a short trace; "
         "warmup_forwards=N or start=popular leaves them out"
     ]
 

@@ -86,7 +86,7 @@ def test_of_a_folder_the_only_gguf_file_is_read(tmp_path: Path) -> None:
 
 
 def test_a_recording_that_is_not_installed_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "gpt-oss-20b-twin-eval.safetensors.xz").touch()
+    (tmp_path / "gpt-oss-20b-twin-eval.safetensors.packed").touch()
     monkeypatch.setattr("traces.shipped.FOLDER", tmp_path)
     assert offered() == "gpt-oss-20b-twin"
     assert "give a file, or one of: gpt-oss-20b-twin\n" in refused(["trace.path=absent"], tmp_path / "run")
