@@ -236,7 +236,8 @@ def _folded(name: str) -> str:
 def unknown_key(group: str, key: object, known: Sequence[str]) -> ValueError:
     """The error for a key that is none of `known`; group: before the dot, empty for a top-level key."""
     prefix = f"{group}." if group else ""
-    text = str(key) if len(str(key)) <= _LONGEST_SHOWN else f"{str(key)[: _LONGEST_SHOWN - 1]}…"
+    # A key of blanks alone would be a message of none.
+    text = plain(str(key), _LONGEST_SHOWN) or repr(str(key))[:_LONGEST_SHOWN]
     hint = near_to(text, known, prefix)
     return ValueError(f"{prefix}{text} is no key{hint}; known: {nearest(text, sorted(known))}")
 

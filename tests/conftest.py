@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from traces.processes import ending
+
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if WORKER:
     # A worker for each core: libraries that start a thread for each core would fight over them. Before they are loaded.
@@ -62,3 +64,9 @@ def pytest_pycollect_makeitem() -> Generator[None, Any, Any]:
             if index not in kept:
                 item.add_marker(pytest.mark.slow)
     return made
+
+
+@pytest.fixture(autouse=True)
+def _commands_say_how_they_end() -> None:
+    """A process that is a command says once how it was stopped; one in which a test began a command runs others too."""
+    ending._told.clear()

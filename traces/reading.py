@@ -185,7 +185,7 @@ def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
     says. TraceError for a damaged archive, a name that comes twice, and what is no array.
     """
     check_file(path)
-    with _unzipping(path):
+    with unzipping(path):
         with path.open("rb") as file:
             if file.read(2) != b"PK":
                 raise zipfile.BadZipFile  # an archive may stand behind anything, but not here
@@ -202,7 +202,7 @@ def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
             if name in seen:
                 raise fault(path, where, "comes twice", "keep one")
             seen.add(name)
-            with _unzipping(path), archive.open(member) as file:
+            with unzipping(path), archive.open(member) as file:
                 array = npy_array(path, where, cast(BinaryIO, file), member.file_size)
                 if file.read(1):
                     raise fault(path, where, "has bytes after its last value", REWRITE)
@@ -210,8 +210,10 @@ def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 @contextmanager
-def _unzipping(path: Path) -> Iterator[None]:
-    """What the archive's own reader raises, in our words."""
+def unzipping(
+    path: Path, what: str = ".npz archive", remedy: str = "write it again with numpy.savez"
+) -> Iterator[None]:
+    """What the archive's own reader raises, in our words: TraceError that `path` is no usable `what`."""
     try:
         yield
         return
@@ -225,4 +227,4 @@ def _unzipping(path: Path) -> Iterator[None]:
         reason = "damaged, or of another kind"
     except (zlib.error, lzma.LZMAError):
         reason = "its packed data is damaged"
-    raise fault(path, "file", f"is no usable .npz archive ({reason})", "write it again with numpy.savez")
+    raise fault(path, "file", f"is no usable {what} ({reason})", remedy)

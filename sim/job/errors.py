@@ -104,6 +104,9 @@ def _hydra(error: BaseException) -> str:
     if "An item is already at" in text:
         key = text.split("'")[1]
         return f"{key} exists already; leave out the plus sign: {key}=VALUE"
+    laid = re.match(r"In '([^']+)': \w+ raised while composing config:\n([^\n]+)", text)
+    if laid and "Cannot merge" in laid[2]:
+        return f"{laid[1]}: a key holds a list or table where another file has the other ({laid[2]}); make them alike"
     return _of_a_value(error, message)
 
 

@@ -15,6 +15,7 @@ from tests.attack.kinds import registry
 from tests.attack.outcome import Warned, bounded, watchdog
 from tests.attack.round import Round
 from tests.attack.work import Bench, attempt, retry
+from traces.files import replace_text
 
 TARGETS = {"traces": 1_000_000, "each": 100_000, "slow": 100_000, "configurations": 5_000, "parts": 600, "kills": 200}
 
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(f"--{key}", type=int, default=value, help=f"how many at most (default {value:,})")
     made.add_argument("--out", type=Path, action="append", default=[], help="also write the table: .md or .json")
     made.add_argument("--keep", type=Path, default=Path("attack-failures"), help="folder for inputs that failed")
+    made.add_argument("--state", type=Path, metavar="FILE", help="go on with the round in FILE, and keep it there")
     made.add_argument("--replay", type=Path, metavar="FILE", help="try an input that was kept once more")
     made.add_argument("--list", action="store_true", help="print the kinds")
     return made
@@ -72,10 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = report.Kept(args.keep)
     targets = {key: getattr(args, key) for key in TARGETS}
     attack = Round(chosen, targets, args.seed, kept)
-    attack.run(args.minutes * 60, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))
+    command = shlex.join(["python", "-m", "tests.attack", *given])
+    if args.state and args.state.is_file():
+        try:
+            report.go_on_from(args.state, attack.tallies, args.seed)
+        except ValueError as error:
+            parser().error(f"--state {error}")
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        if args.state:
+            replace_text(args.state, report.as_json(attack.tallies, command, args.seed))
+
+    attack.run(args.minutes * 60, args.jobs, tell)
+    tell(attack.progress())
     failed = sum(tally.failures.total() for tally in attack.tallies.values())
     print(report.text_table(attack.tallies))
-    command = shlex.join(["python", "-m", "tests.attack", *given])
     for path in args.out:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_json = path.suffix == ".json"

@@ -7,6 +7,7 @@ cannot read or take in) is composed in full, and so is one file in fifty, where 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,28 +19,38 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sim.job.configure import checked, configure
-from sim.paths import CONF, config_files, use_own_folder
+from sim.paths import CONF, use_own_folder
 
 _ONE_IN = 50
 _SMALL = ("trace.num_tokens=4", "trace.num_requests=1")
 
 
+_HOST_HEAD = b"# @package hardware\n"
+"""First line of a file of conf/host: its keys are of the hardware that another file is of."""
+
+
 def _words(group: str, name: str) -> list[str]:
     machine = f"+hardware={name if group == 'hardware' else 'a100'}"
-    return [machine, "+policy=lru", *([] if group == "hardware" else [f"{group}={name}"]), *_SMALL]
+    chosen = {"hardware": [], "host": [f"+host={name}"]}.get(group, [f"{group}={name}"])
+    return [machine, "+policy=lru", *chosen, *_SMALL]
 
 
 @cache
 def _rest(group: str) -> DictConfig:
     """What a run composes beside the file of `group`: with a file of the package in its place."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        return compose("config", overrides=_words(group, min(config_files(group))))
+        if group == "host":
+            return compose("config", overrides=[word for word in _words(group, "") if not word.startswith("+host")])
+        return compose("config", overrides=_words(group, min(path.stem for path in (CONF / group).glob("*.yaml"))))
 
 
 def _at_once(group: str, path: Path) -> DictConfig | None:
     """What Hydra would compose with the file; None where that takes Hydra itself to say."""
     try:
-        if b"@package" in path.read_bytes():
+        content = path.read_bytes()
+        if group == "host" and not content.startswith(_HOST_HEAD):
+            return None
+        if b"@package" in content.removeprefix(_HOST_HEAD if group == "host" else b""):
             return None
         # As Hydra's source of files reads it.
         with path.open(encoding="utf-8") as file:
@@ -47,6 +58,11 @@ def _at_once(group: str, path: Path) -> DictConfig | None:
         if not isinstance(loaded, DictConfig) or "defaults" in loaded:
             return None
         cfg = _rest(group)
+        if group == "host":
+            cfg = copy.deepcopy(cfg)
+            with open_dict(cfg):
+                cfg.hardware.merge_with(loaded)
+            return cfg
         with open_dict(cfg):
             cfg[group] = loaded
     except Exception:
@@ -77,8 +93,16 @@ def _composed(group: str, path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def own_folder(group: str, path: Path) -> Iterator[None]:
-    """`path` as GROUP/mine.yaml of a user's own folder, which stays beside it and is looked into anew each time."""
+def own_folder(group: str, path: Path) -> Iterator[Path]:
+    """The file that a run then reads: `path` as GROUP/mine.yaml of a user's own folder.
+
+    The folder stays beside it, and is looked into anew each time.
+    """
+    if group == "host":
+        # The comment that says so is lost where a mutant is written anew, and all without it are refused.
+        headed = path.with_name("headed.yaml")
+        headed.write_bytes(_HOST_HEAD + path.read_bytes().removeprefix(_HOST_HEAD))
+        path = headed
     folder = path.parent / "own"
     (folder / group).mkdir(parents=True, exist_ok=True)
     link = folder / group / "mine.yaml"
@@ -86,12 +110,12 @@ def own_folder(group: str, path: Path) -> Iterator[None]:
         link.symlink_to(path.absolute())
     try:
         use_own_folder(folder)
-        yield
+        yield path
     finally:
         use_own_folder(None)
 
 
 def composed(group: str, path: Path) -> dict[str, Any]:
     """The checked configuration with `path` as a user's own file, as a command composes it."""
-    with own_folder(group, path):
-        return _composed(group, path)
+    with own_folder(group, path) as found:
+        return _composed(group, found)

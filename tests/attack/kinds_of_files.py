@@ -9,7 +9,7 @@ from tests.attack import formats, gguf_oracle, import_oracles, model_oracle
 from tests.attack.kinds import FileKind
 from tests.attack.readers import READERS, Reader
 
-SLOW = ("hardware-composed", "link-composed", "stack-composed", "model-composed")
+SLOW = ("hardware-composed", "link-composed", "host-composed", "stack-composed", "model-composed")
 """Readers that take longer for each file: a whole configuration is composed with it (`tests.attack.composing`)."""
 
 
@@ -28,7 +28,9 @@ class ReaderKind(FileKind):
     def names(self, path: Path) -> tuple[str, ...]:
         """Files that belong together may be called by another of them or their folder, a configuration by its key."""
         group, _, kind = self.name.rpartition("-")
-        return (path.name, *self.others, *([group] if kind in ("composed", "yaml") else []))
+        # A file of the group host sets keys of the hardware.
+        keys = [group, "hardware"] if group == "host" else [group]
+        return (path.name, *self.others, *(keys if kind in ("composed", "yaml") else []))
 
     def _make(self, folder: Path) -> Sequence[Path]:
         path = self.reader.make(folder)

@@ -482,6 +482,7 @@ READERS: list[Reader] = [
     Reader("model-config-hybrid", _text("config.json", lambda: json.dumps(files.hybrid_config())), _read_model),
     Reader("hardware-composed", _text("mine.yaml", _profile_yaml), _composed("hardware")),
     Reader("link-composed", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _composed("link")),
+    Reader("host-composed", _text("mine.yaml", _shipped_yaml("host", "desktop")), _composed("host")),
     Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _composed("stack")),
     Reader("model-composed", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _composed("model")),
     Reader("gguf", _make_gguf(gguf_models.tiny), _read_gguf),

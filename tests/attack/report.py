@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -61,10 +62,27 @@ def as_json(tallies: Mapping[str, Tally], command: str, seed: int) -> str:
     """For programs."""
     kinds = {}
     for name, tally in tallies.items():
-        kinds[name] = {key: value for key, value in asdict(tally).items() if key not in ("handed_out", "under_way")}
+        kinds[name] = {key: value for key, value in asdict(tally).items() if key != "under_way"}
         kinds[name] |= {"seconds": round(tally.seconds, 1), "cpu_seconds": round(tally.cpu_seconds, 1)}
         kinds[name]["failures"] = dict(tally.failures)
     return json.dumps({"command": command, "seed": seed, "kinds": kinds}, indent=1) + "\n"
+
+
+def go_on_from(path: Path, tallies: Mapping[str, Tally], seed: int) -> None:
+    """Take up the counts of a round that was written to `path`: no input is tried twice, none is counted twice.
+
+    ValueError where it was a round of another seed.
+    """
+    told = json.loads(path.read_text(encoding="utf-8"))
+    if told["seed"] != seed:
+        raise ValueError(f"{path} is of a round with --seed {told['seed']}")
+    for name, counts in told["kinds"].items():
+        if name in tallies:
+            failures = Counter(counts.pop("failures"))
+            counts.pop("target")
+            for key, value in counts.items():
+                setattr(tallies[name], key, value)
+            tallies[name].failures = failures
 
 
 class Kept:

@@ -96,6 +96,21 @@ def test_the_command_prints_a_table_and_tries_a_kept_input_again(
     assert "was traceback, now" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_round_goes_on_where_it_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state, out = tmp_path / "state.json", tmp_path / "table.json"
+    kept = ["--keep", str(tmp_path / "kept"), "--jobs", "1", "--state", str(state)]
+    for target in (200, 300, 300):
+        assert main([*kept, "--only", "prompts-txt", "--each", str(target)]) == 0
+        assert json.loads(state.read_text())["kinds"]["prompts-txt"]["tried"] == target
+    assert main([*kept, "--only", "prompts-txt", "--each", "300", "--out", str(out)]) == 0
+    told = json.loads(out.read_text())["kinds"]["prompts-txt"]
+    assert (told["tried"], told["handed_out"], told["refused"] + told["accepted"]) == (300, 300, 300)
+    with pytest.raises(SystemExit):
+        main([*kept, "--only", "prompts-txt", "--seed", "1"])
+    assert "is of a round with --seed 0" in capsys.readouterr().err
+
+
 def test_a_wrong_word_is_told() -> None:
     for words in (["--only", "nosuch"], ["--out", "table.txt"]):
         with pytest.raises(SystemExit) as ended:

@@ -2,8 +2,7 @@
 
 `.pt`: what `--expert-distribution-recorder-mode per_token` dumps, one record a forward: `topk_ids_of_layer`
 [layers, tokens, top_k], `positions`, `forward_mode` (1 = extend, 2 = decode, 3 = mixed), `extend_seq_lens`, `rank`, and
-`last_physical_to_logical_map` [layers, physical experts]. Loaded with `weights_only`: nothing in it is executed. How it
-is read:
+`last_physical_to_logical_map` [layers, physical experts]. Read as data: nothing in it is executed. How it is read:
 
 - Experts are physical; the map makes them logical. A layer that holds no id from 0 is dense, and left out.
 - A token at position 0 begins a request. A token at any other position goes on the request that stands there; where
@@ -18,8 +17,6 @@ is read:
 
 from __future__ import annotations
 
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +25,14 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from traces.container import TraceError, check_file, fault
+from traces.container import fault
 from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
 from traces.importers.json_text import integer, integers, numbered_lines
-from traces.limits import check_expansion
+from traces.torch_file import Unread, read_torch
 
 _EXTEND, _DECODE, _MIXED = 1, 2, 3
+_MOST_LISTED = 1 << 24
 _NO_DUMP = "give what SGLang's recorder dumped in the mode per_token"
 
 Ints = npt.NDArray[np.int64]
@@ -97,8 +95,8 @@ class _Dumps:
 
     def read(self, path: Path) -> None:
         """One file, with requests of its own."""
-        content = _load(path)
-        records = content.get("records")
+        content = read_torch(path, _NO_DUMP)
+        records = content.get("records") if isinstance(content, dict) else None
         if not isinstance(records, list):
             raise fault(path, "file", "has no list records", _NO_DUMP)
         try:
@@ -164,42 +162,34 @@ class _Dumps:
         return request
 
 
-def _load(path: Path) -> Mapping[str, Any]:
-    """The content of a file that torch.save wrote: tensors and plain values, nothing else."""
-    try:
-        import torch
-    except ImportError:
-        raise TraceError(f"{path}: reading .pt needs torch; pip install 'expertflow[record]'") from None
-    check_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(item.file_size for item in archive.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
-        raise fault(path, "file", "is no file of torch.save", _NO_DUMP) from None
-    check_expansion(path, "file", size, path.stat().st_size)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's own words about a damaged file
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises nearly anything on a damaged file, and shows it at length
-        raise fault(path, "file", "holds more than tensors and plain values, or is damaged", _NO_DUMP) from None
-    if not isinstance(content, dict):
-        raise fault(path, "file", "is no table", _NO_DUMP)
-    return content
-
-
 def _array(value: Any, num_axes: int) -> Ints | None:
-    """A tensor, array or nested list as whole numbers of so many axes; None where there is none. ValueError else."""
+    """An array or nested list as whole numbers of so many axes; None where there is none. ValueError else."""
     if value is None:
         return None
-    try:
-        found = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError("holds a tensor that cannot be read") from None
+    if isinstance(value, Unread):
+        raise ValueError("holds a tensor that cannot be read")
+    found = value if isinstance(value, np.ndarray) else _of_lists(value, num_axes)
     if found.dtype.kind not in "iu" or found.ndim != num_axes:
         raise ValueError(f"holds {found.dtype} of the shape {list(found.shape)}")
     if found.size and (int(found.max()) >= 1 << 31 or int(found.min()) < -(1 << 31)):
         raise ValueError("holds numbers of more than 31 bits")
     return found.astype(np.int64)
+
+
+def _of_lists(value: Any, num_axes: int) -> Ints:
+    """The numbers of nested lists, which may be parts of each other: counted before they are written out."""
+    level, shape = [value], list[int]()
+    for _ in range(num_axes):
+        sizes = {len(part) if isinstance(part, list) else -1 for part in level}
+        if len(sizes) != 1 or -1 in sizes:
+            raise ValueError(f"holds no array of {num_axes} axes")
+        shape += sizes
+        if len(level) * shape[-1] > _MOST_LISTED:
+            raise ValueError(f"holds lists of more than {_MOST_LISTED} numbers")
+        level = [item for part in level for item in part]
+    if not all(type(item) is int and abs(item) <= 1 << 31 for item in level):
+        raise ValueError("holds lists of other than whole numbers of 32 bits")
+    return np.array(level, np.int64).reshape(shape)
 
 
 def _positions(value: Any, num_tokens: int) -> list[int]:
