@@ -77,6 +77,9 @@ def read_torch(path: Path, remedy: str) -> Any:
     size = check_file(path)
     check_bytes(path, "file", size)
     with unzipping(path, "file of torch.save", remedy):
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise zipfile.BadZipFile  # an archive may stand behind anything, but not here
         archive = zipfile.ZipFile(path)
     with archive:
         members = {member.filename: member for member in archive.infolist()}

@@ -98,7 +98,7 @@ def own_folder(group: str, path: Path) -> Iterator[Path]:
 
     The folder stays beside it, and is looked into anew each time.
     """
-    if group == "host":
+    if group == "host" and path.is_file():
         # The comment that says so is lost where a mutant is written anew, and all without it are refused.
         headed = path.with_name("headed.yaml")
         headed.write_bytes(_HOST_HEAD + path.read_bytes().removeprefix(_HOST_HEAD))

@@ -156,7 +156,7 @@ def test_a_packed_member_is_refused(tmp_path: Path) -> None:
         read_torch(path, REMEDY)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"\x80\x02N."])
+@pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"\x80\x02N.", b"\x00PK"])
 def test_what_is_no_archive_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(TraceError, match=r"a\.pt: file"):
