@@ -8,6 +8,7 @@ from expertflow.boundary import is_guarded, is_own
 from expertflow.evictions.lru import LRU
 from sim import bench, bench_checks
 from sim.bench_checks import BAR, RUNS, Cost, as_foreign, check_cost
+from sim.job.parts import KINDS
 
 
 def test_a_part_made_foreign_is_checked_and_does_the_same() -> None:
@@ -22,9 +23,10 @@ def test_a_part_made_foreign_is_checked_and_does_the_same() -> None:
 
 def test_both_runs_are_timed_and_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_checks, "TRACE", ("trace.num_tokens=8", "trace.num_requests=1", "trace.seed=0"))
-    ours_s, foreign_s, share = check_cost(RUNS["lru"], "a100", 1)
-    assert ours_s > 0
-    assert share == pytest.approx(foreign_s / ours_s - 1)
+    cost = check_cost(RUNS["lru"], "a100", 1)
+    assert cost.ours_s > 0
+    assert cost.share == pytest.approx(cost.foreign_s / cost.ours_s - 1)
+    assert cost.dearest in KINDS
     run = bench_checks.run_policy
 
     def tampered(work: object, policy: object, transfer: object) -> dict[str, object]:
@@ -44,13 +46,14 @@ def test_the_exit_code_is_the_bars(
 
     def cost(words: tuple[str, ...], hardware: str, repeat: int) -> Cost:
         asked.append((words, hardware, repeat))
-        return Cost(0.1, 0.1 * (1 + share), share if words == RUNS["adaptive"] else 0.0)
+        return Cost(0.1, 0.1 * (1 + share), share if words == RUNS["adaptive"] else 0.0, "predictor", 0.2)
 
     monkeypatch.setattr(bench_checks, "check_cost", cost)
     assert bench.main(["--foreign", "--repeat", "7"]) == int(share > BAR)
     assert asked == [(words, "a100", 7) for words in RUNS.values()]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == list(RUNS)
+    assert max(map(len, lines)) <= 80
     assert [line for line in lines if "missed" in line] == [line for line in lines if "31%" in line]
 
 
