@@ -53,6 +53,10 @@ class Settings:
             raise ValueError(f"fault={fault} would pass unseen; add verify=true")
         _check_link(cfg, machine)
         _check_stack(cfg)
+        if cfg["draft_ms"]:
+            raise ValueError(
+                f"draft_ms={cfg['draft_ms']} is time of a draft model, which a replay does not run; leave it out"
+            )
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
         return cls(
             machine,

@@ -204,8 +204,10 @@ class Batches:
                 del open_requests[number]
             yield forward
 
-    def _spanned(self, index: int, parts: Sequence[tuple[_Request, Span]], started: tuple[int, ...]) -> Forward:
-        """A forward of whatever rows."""
+    def _spanned(
+        self, index: int, parts: Sequence[tuple[_Request, Span]], started: tuple[int, ...], verifies: bool = False
+    ) -> Forward:
+        """A forward of whatever rows. verifies: it has spans though each request should have one row alone."""
         rows: list[int] = []
         kv_lens: list[int] = []
         taken: list[list[list[int]]] = []
@@ -238,7 +240,7 @@ class Batches:
             tuple(dict.fromkeys(request.index for request, _ in parts if request.next == request.stop)),
             any(span.num_out for span in spans),
             self._recorded,
-            () if plain else spans,
+            () if plain and not verifies else spans,
         )
 
     def _verify(
@@ -249,8 +251,8 @@ class Batches:
         for request in active:
             num_rows, num_out = request.verify(speculation)
             parts.append((request, Span(request.index, num_rows, False, num_out, num_rows)))
-        forward = self._spanned(index, parts, started)
-        if forward.spans:
+        forward = self._spanned(index, parts, started, verifies=True)
+        if len(forward.rows) > len(active):
             forward.draft_ns = speculation.draft_ns
         return forward
 

@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from sim.job.keys import GROUPS
 
 _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
+_PAIR = re.compile(r"speculate=([^\[\],]+,[^\[\],]+)")
 _SHOWN = 60
 _SWEEP = ("-m", "--multirun")
 
@@ -53,11 +54,27 @@ def check_stack_words(words: Sequence[str]) -> None:
             )
 
 
+def check_batch_words(words: Sequence[str]) -> None:
+    """ValueError for a size of prefill chunks beside forwards that are taken as they were recorded."""
+    given = dict(_given(words))
+    if given.get("batch_size") == "as_recorded" and "prefill_chunk" in given:
+        raise ValueError(
+            f"prefill_chunk={given['prefill_chunk'][:_SHOWN]} means nothing with batch_size=as_recorded, whose prompts "
+            "are cut as they were; leave one out"
+        )
+
+
 def prepared(words: Sequence[str]) -> list[str]:
     """The words as Hydra takes them: -m before all keys, and the home folder in place of a ~ that no shell expands
-    behind a key."""
+    behind a key; the pair of speculate in brackets."""
     flags = [word for word in words if word in _SWEEP]
-    return [*flags[:1], *(_at_home(word) for word in words if word not in _SWEEP)]
+    return [*flags[:1], *(_as_pair(_at_home(word)) for word in words if word not in _SWEEP)]
+
+
+def _as_pair(word: str) -> str:
+    """The two numbers of speculate as the list that they are: to Hydra a bare comma is a sweep."""
+    match = _PAIR.fullmatch(word)
+    return word if match is None else f"speculate=[{match[1]}]"
 
 
 def _at_home(word: str) -> str:

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from sim.job.assumed import first_touches, range_line
+from sim.job.batches import batch_notes
 from sim.job.beside import WITH_PLACE
+from sim.job.keys import AS_RECORDED
 from sim.job.model import remarks
 from sim.job.predictor import chooses_by_trace
 from sim.job.setup import Workload, start_note
@@ -31,7 +33,7 @@ def _chosen(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
 def _unfilled(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     """A line where the batch cannot be filled."""
     most = metrics["trace"]["num_requests"]
-    if cfg["batch_size"] <= most:
+    if cfg["batch_size"] == AS_RECORDED or cfg["batch_size"] <= most:
         return []
     requests = f"{most} request{'' if most == 1 else 's'}"
     return [f"batch_size={cfg['batch_size']}: the run has {requests}, so that no more are decoded together"]
@@ -132,7 +134,12 @@ def print_report(
 def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
     """What is said below a run's table of its memory and its start, and of a model that was read from a file."""
     note = start_note(cfg)
-    return [*memory_note(work), *([] if note is None else [note]), *remarks(work.model, work.model_file)]
+    return [*notes_of(work), *([] if note is None else [note]), *remarks(work.model, work.model_file)]
+
+
+def notes_of(work: Workload) -> list[str]:
+    """Those of them that a line of a sweep has, too."""
+    return [*memory_note(work), *batch_notes(work.trace, work.batches.config)]
 
 
 def memory_note(work: Workload) -> list[str]:
