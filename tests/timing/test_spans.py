@@ -116,7 +116,7 @@ def test_a_run_that_makes_other_forwards_says_so(tmp_path: Path) -> None:
     )
     assert "batch_size=as_recorded replays these" in said
     for more in ("batch_size=2", "batch_size=as_recorded"):
-        outcome = run_here([*words, more], tmp_path / more)
+        outcome = run_here([*words, more], tmp_path / more.partition("=")[2])
         assert outcome.metrics()["num_forwards"] == 3
         assert "other forwards" not in outcome.out
 
