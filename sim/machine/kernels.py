@@ -292,7 +292,9 @@ class KernelTimes:
 
     def _span_reads(self, index: int, kv_lens: Sequence[int], spans: Sequence[Span]) -> list[Reads]:
         """What a layer of one kind reads: of all decoded rows together, then of each prompt."""
-        kind, decoded, prompts, first = self._kinds[index], [], [], 0
+        kind, first = self._kinds[index], 0
+        decoded: list[Reads] = []
+        prompts: list[Reads] = []
         for span in spans:
             lens = kv_lens[first : first + span.num_rows]
             (prompts if span.prompt else decoded).append(span_reads(self.model, kind, lens, span.prompt))

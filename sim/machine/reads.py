@@ -69,11 +69,11 @@ def span_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int], prompt: bool
 
 def together(reads: Sequence[Reads]) -> Reads:
     """What several requests read in decode."""
-    return Reads(
-        *(sum(column) for column in zip(*(one[:7] for one in reads), strict=True)),
-        False,
-        sum(one.rows for one in reads),
+    entries, pairs, expanded, expanded_pairs, keys, index_pairs, requests = map(
+        sum, zip(*(one[:7] for one in reads), strict=True)
     )
+    rows = sum(one.rows for one in reads)
+    return Reads(entries, pairs, expanded, expanded_pairs, keys, index_pairs, requests, False, rows)
 
 
 def prefill_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> Reads:
