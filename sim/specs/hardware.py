@@ -192,17 +192,6 @@ class Stack:
     name: Annotated[str, Rule(about="of the stack")]
     layer_overhead_ns: Annotated[int, _ns("on the compute stream, before each MoE layer")]
     head_overhead_ns: Annotated[int, _ns("on the compute stream, before the head")]
-    resident_tpot_ms: Annotated[
-        float | None,
-        Rule(
-            0,
-            1_000_000,
-            above=True,
-            unit="ms",
-            null="the two overheads say it",
-            about="between tokens with all experts in GPU memory, batch 1: both overheads are solved from it",
-        ),
-    ] = None
     kv_grid: Annotated[
         int,
         Rule(
@@ -218,6 +207,17 @@ class Stack:
     forward_ns: Annotated[int, _ns("of the host, before each forward")] = 0
     group_ns: Annotated[int, _ns("on the stream, before the kernels of each launch")] = 0
     copy_start_ns: Annotated[int, _ns("from issuing a copy until an idle link begins with it")] = 0
+    resident_tpot_ms: Annotated[
+        float | None,
+        Rule(
+            0,
+            1_000_000,
+            above=True,
+            unit="ms",
+            null="the two overheads say it",
+            about="between tokens with all experts in GPU memory, batch 1: both overheads are solved from it",
+        ),
+    ] = None
     sources: Annotated[Mapping[str, str], Rule(extra="a mapping of keys to texts", about="origin of each figure")] = (
         field(default_factory=dict, compare=False)
     )
