@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 
 DECODE = "decode"
 PREFILL = "prefill"
+
+
+class Span(NamedTuple):
+    """Consecutive rows of one request in a forward that holds more than a row of each request, or than one prompt.
+
+    prompt: rows of its prompt; else decoded ones, of which several are a verify step of speculative decoding: the last
+    token and drafted ones. num_out: tokens of the request that come out, which is known when the forward has ended.
+    num_logits: rows that reach the head.
+    """
+
+    request: int
+    num_rows: int
+    prompt: bool
+    num_out: int
+    num_logits: int
 
 
 class Recorded(Protocol):
@@ -36,6 +51,10 @@ class Recorded(Protocol):
 class Forward:
     """One pass of the model over a batch of token rows.
 
+    phase: DECODE where any row is a decoded one, else PREFILL. spans: the rows by request, in order, of a forward that
+    mixes phases or has several rows of a request in decode, or several prompts; () where phase and requests say it
+    all: one row of each request (DECODE), or all rows of one prompt (PREFILL). draft_ns: what a draft model has taken
+    before it.
     demands[l]: expert keys (`layer * num_experts + expert`), each once, in touch order: row order, then
     column order, at the last occurrence. issue_order[l]: the same keys, best summed gate weight first.
     counts[l][key]: tokens routed to the expert; None stands for one token each (batch 1 decode).
@@ -54,11 +73,32 @@ class Forward:
     requests_ended: tuple[int, ...] = ()
     emits_token: bool = True
     recorded: Recorded | None = None
+    spans: tuple[Span, ...] = ()
+    draft_ns: int = 0
 
     @property
     def num_tokens(self) -> int:
         """Token rows in this forward."""
         return len(self.rows)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether rows of a prompt are among them."""
+        return self.phase == PREFILL or any([span.prompt for span in self.spans])
+
+    @property
+    def num_logits(self) -> int:
+        """Rows that reach the head: one of each request that a token comes out of, all of a verify step."""
+        if self.spans:
+            return sum([span.num_logits for span in self.spans])
+        return len(self.requests) if self.emits_token else 0
+
+    @property
+    def num_out(self) -> int:
+        """Tokens that come out."""
+        if self.spans:
+            return sum([span.num_out for span in self.spans])
+        return len(self.requests) if self.emits_token else 0
 
 
 class KnownForward(Protocol):

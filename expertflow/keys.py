@@ -50,9 +50,9 @@ class Rule:
     """The range of a key beside its type, and what a reader must know of it.
 
     above, below: whether the lower, the upper end itself is outside. infinite: infinity is allowed, too. choices: the
-    only texts; letters: the only characters of a text. null: what null stands for; empty: null is refused. extra: what
-    the key takes beside a number or a text, checked elsewhere. remedy: what to do about a value outside, where the
-    range does not say it.
+    only texts; letters: the only characters of a text; word: the only text that may stand for a number. null: what null
+    stands for; empty: null is refused. extra: what the key takes beside a number or a text, checked elsewhere. remedy:
+    what to do about a value outside, where the range does not say it.
     """
 
     low: float = -MOST
@@ -63,6 +63,7 @@ class Rule:
     unit: str = ""
     choices: tuple[str, ...] = ()
     letters: str = ""
+    word: str = ""
     null: str = ""
     extra: str = ""
     about: str = ""
@@ -113,6 +114,7 @@ class Key:
             words += "" if _ELEMENT[self.kind] == TEXT else f", each in {rule.range}"
         else:
             words = rule.extra or "a value that its part takes"
+        words += f", or {rule.word}" if rule.word else ""
         words += f", or {rule.extra}" if rule.extra and self.kind != OTHER else ""
         return f"{words}, or null" if self.nullable else words
 
@@ -127,7 +129,7 @@ class Key:
         hint = f"; {rule.remedy}" if rule.remedy else ""
         if self.kind in (WHOLE, NUMBER) and _is_of(self.kind, value):
             raise ValueError(f"{told} is outside {rule.range}{hint}")
-        near = near_to(value, rule.choices) if isinstance(value, str) else ""
+        near = near_to(value, (*rule.choices, *filter(None, [rule.word]))) if isinstance(value, str) else ""
         raise ValueError(f"{told} must be {self.allowed}{near}{hint}")
 
     def fits(self, value: object) -> bool:
@@ -135,6 +137,8 @@ class Key:
         rule = self.rule
         if value is None:
             return self.nullable
+        if rule.word and value == rule.word and isinstance(value, str):
+            return True
         if self.kind == OTHER or (rule.extra and isinstance(value, list | tuple)):
             return True
         if self.kind == SWITCH:
@@ -281,7 +285,9 @@ def _key(name: str, hint: Any, default: Any) -> Key:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     nullable = type(None) in members
     kinds = [kind for kind in (_kind(member) for member in members) if kind]
-    if rule is not None and rule.extra:
+    if rule is not None and rule.word:
+        kinds = [kind for kind in kinds if kind != TEXT]
+    elif rule is not None and rule.extra:
         kinds = [kind for kind in kinds if kind not in _ELEMENT]
     elif len(kinds) < len(members) - nullable or (len(kinds) > 1 and set(kinds) != {WHOLE, NUMBER}):
         # A union with something else is checked here only if its rule tells what that is.

@@ -36,7 +36,8 @@ def collect_metrics(runtime: Runtime) -> dict[str, Any]:
     prefetch: requested = entered the queue; useful = landed before its demand; late = demanded in flight;
     wasted = issued and never demanded by the end of the run (slots still holding it count); dropped = left the
     queue without being issued. link.utilisation = busy / elapsed. num_host, host_stall_ns, host and
-    prefetch.dropped_by_reason.became_host are there only where the policy's place may answer anything but the GPU.
+    prefetch.dropped_by_reason.became_host are there only where the policy's place may answer anything but the GPU;
+    speculation only where drafted tokens were verified.
     """
     journal, queue = runtime.journal, runtime.queue
     c = runtime.counters if journal.before is None else runtime.counters.minus(journal.before)
@@ -78,6 +79,15 @@ def collect_metrics(runtime: Runtime) -> dict[str, Any]:
         "tokens_per_s": journal.num_tokens * 1e9 / c.elapsed_ns if c.elapsed_ns else 0.0,
         "horizon": _horizon(runtime.policy.reach_counts),
     }
+    if journal.num_drafted:
+        num_steps, num_accepted = journal.num_verified, journal.num_accepted
+        metrics["speculation"] = {
+            "num_steps": num_steps,
+            "num_drafted": journal.num_drafted,
+            "num_accepted": num_accepted,
+            "accepted_per_step": num_accepted / num_steps,
+            "tokens_per_step": (num_steps + num_accepted) / num_steps,
+        }
     if runtime.policy.places:
         dropped["became_host"] = c.dropped_became_host
         metrics["prefetch"]["dropped"] += c.dropped_became_host

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
-from expertflow.forward import Forward
+from expertflow.forward import PREFILL, Forward
 from expertflow.launches import Mislaunched
 from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
@@ -80,12 +80,19 @@ def needs_of(work: Workload, policy: Policy, transfer: Transfer) -> Needs:
     max_tokens = max_context = 1
     for forward in work.batches:
         max_tokens = max(max_tokens, len(forward.rows))
-        context = forward.kv_lens[-1] if forward.phase == "prefill" else sum(forward.kv_lens)
+        context = _context(forward)
         max_context = max(max_context, context)
     # Shapes that are captured are rounded up.
     grid = work.stack.kv_grid or DEFAULT_KV_GRID
     max_context = -(-max_context // grid) * grid
     return Needs(work.num_slots + transfer.staging_slots * pools, max_tokens, max_context)
+
+
+def _context(forward: Forward) -> int:
+    """KV tokens that a forward reads of all its requests together."""
+    if forward.spans:
+        return sum(forward.kv_lens[end - 1] for end in accumulate(span.num_rows for span in forward.spans))
+    return forward.kv_lens[-1] if forward.phase == PREFILL else sum(forward.kv_lens)
 
 
 def replay_policy(

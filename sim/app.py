@@ -18,7 +18,7 @@ from sim.job.configure import checked
 from sim.job.help import register
 from sim.job.output import begin_folder
 from sim.job.overrides import let_words_add
-from sim.job.report import memory_note, print_line, print_report, remarks_of
+from sim.job.report import notes_of, print_line, print_report, remarks_of
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.setup import make_workload
 from sim.job.title import policy_title
@@ -53,7 +53,7 @@ def run_configured(cfg: DictConfig) -> float | None:
         return None
     title = policy_title(plain["policy"])
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), title, plain, memory_note(work))
+        print_line(console, metrics, relative(folder), title, plain, notes_of(work))
     else:
         print_report(console, metrics, relative(folder), title, plain, remarks_of(plain, work))
     mean = metrics["tpot_ms"]["mean"]

@@ -2,20 +2,25 @@
 
 Closed loop: what a forward contains never depends on time. A request is admitted, in trace order, as soon as
 fewer than `batch_size` are active; its prompt, where recorded, is prefilled at once, alone, in chunks; each
-decode forward then takes one token of every active request.
+decode forward then takes one token of every active request, or verifies several (`traces.speculation`).
+
+Or as recorded: each of the trace's forwards (`forward_id`) with the rows that it had, in the order of their numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.forward import DECODE, PREFILL, Forward
+from expertflow.forward import DECODE, PREFILL, Forward, Span
+from traces.messages import TraceError
 from traces.reader import Trace
+from traces.speculation import Speculation, num_accepted
 
 BLOCK_ROWS = 512
 _WHOLE_ROWS = 64
@@ -24,11 +29,16 @@ _WHOLE_ROWS = 64
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How rows become forwards; `max_tokens` cuts the trace after so many rows (None = all)."""
+    """How rows become forwards; `max_tokens` cuts the trace after so many rows (None = all).
+
+    as_recorded: by the trace's `forward_id`, in place of the two before it. speculation: of decoded tokens.
+    """
 
     batch_size: int = 1
     prefill_chunk: int = 512
     max_tokens: int | None = None
+    as_recorded: bool = False
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "prefill_chunk"):
@@ -36,6 +46,13 @@ class BatchConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or null for the whole trace")
+        if self.as_recorded and self.speculation is not None:
+            raise ValueError("recorded forwards are replayed as they were; leave speculation out")
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether every decode forward has one row."""
+        return self.batch_size == 1 and not self.as_recorded and self.speculation is None
 
 
 class RecordedRows:
@@ -94,6 +111,8 @@ class _Request:
         self.trace, self.index, self.start, self.next, self.stop = trace, index, start, start, stop
         self.num_prompt = min(int(trace.prompt_len[index]), stop - start)
         self.context = int(trace.context_len[index]) if trace.context_len is not None else 0
+        self.accepts: npt.NDArray[np.bool_] | None = None
+        """Of each row, whether it is accepted where it is drafted; drawn on first use."""
         self.block = (start, start)
         self.keys: list[list[list[int]]] = []
 
@@ -118,6 +137,19 @@ class _Request:
         return row
 
     @property
+    def prompt_left(self) -> int:
+        """Rows of the prompt that are not taken yet."""
+        return self.start + self.num_prompt - self.next
+
+    def verify(self, speculation: Speculation) -> tuple[int, int]:
+        """Rows of the next forward, the first of them certain and the others drafted, and how many come out."""
+        if self.accepts is None:
+            self.accepts = speculation.accepts(self.index, self.stop - self.start)
+        num_rows = min(speculation.num_drafted + 1, self.stop - self.next)
+        first = self.next - self.start
+        return num_rows, 1 + num_accepted(self.accepts[first + 1 : first + num_rows])
+
+    @property
     def kv_len(self) -> int:
         """KV length after the rows taken so far."""
         return self.context + self.next - self.start
@@ -133,8 +165,98 @@ class Batches:
         self.num_requests = int(np.searchsorted(trace.request_start[:-1], self.num_tokens, side="left"))
         self._offsets = (np.arange(trace.num_layers, dtype=np.int32) * trace.num_experts)[:, None]
         self._recorded = RecordedRows(trace)
+        if config.as_recorded and trace.forward_id is None:
+            raise TraceError(
+                f"batch_size=as_recorded: the trace {trace.name} does not say which forward a token ran in (it has no "
+                "forward_id); give the number of requests that are decoded together"
+            )
 
     def __iter__(self) -> Iterator[Forward]:
+        return self._as_recorded() if self.config.as_recorded else self._in_trace_order()
+
+    def _as_recorded(self) -> Iterator[Forward]:
+        """Requests of a forward in the order of the trace, a request's rows as they follow one another."""
+        starts = np.asarray(self.trace.request_start, np.int64)
+        forward_id = np.asarray(self.trace.forward_id[: self.num_tokens], np.int64)  # type: ignore[index]
+        order = np.argsort(forward_id, kind="stable")
+        begins = np.flatnonzero(np.diff(forward_id[order], prepend=-1))
+        request_of = np.searchsorted(starts, order, side="right") - 1
+        open_requests: dict[int, _Request] = {}
+        for index, (begin, end) in enumerate(pairwise([*begins.tolist(), self.num_tokens])):
+            parts, started = [], []
+            numbers, counts = np.unique(request_of[begin:end], return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                if number not in open_requests:
+                    stop = min(int(starts[number + 1]), self.num_tokens)
+                    open_requests[number] = _Request(self.trace, number, int(starts[number]), stop)
+                    started.append(number)
+                request = open_requests[number]
+                in_prompt = min(count, max(request.prompt_left, 0))
+                if in_prompt:
+                    done = int(in_prompt == request.prompt_left)
+                    parts.append((request, Span(number, in_prompt, True, done, done)))
+                if count > in_prompt:
+                    # Rows that a trace holds were kept: all of a verify step's were accepted.
+                    decoded = count - in_prompt
+                    parts.append((request, Span(number, decoded, False, decoded, decoded)))
+            forward = self._spanned(index, parts, tuple(started))
+            for number in forward.requests_ended:
+                del open_requests[number]
+            yield forward
+
+    def _spanned(
+        self, index: int, parts: Sequence[tuple[_Request, Span]], started: tuple[int, ...], verifies: bool = False
+    ) -> Forward:
+        """A forward of whatever rows. verifies: it has spans though each request should have one row alone."""
+        rows: list[int] = []
+        kv_lens: list[int] = []
+        taken: list[list[list[int]]] = []
+        for request, span in parts:
+            rows += range(request.next, request.next + span.num_rows)
+            for _ in range(span.num_rows):
+                taken.append(request.take(self._offsets))
+                kv_lens.append(request.kv_len)
+            if not span.prompt:
+                # On behind the last one that came out.
+                request.next += span.num_out - span.num_rows
+        spans = tuple(span for _, span in parts)
+        plain = len(spans) == 1 if spans[0].prompt else all(span.num_rows == 1 and not span.prompt for span in spans)
+        decode = not all(span.prompt for span in spans)
+        if len(taken) == 1 and decode:
+            demands, counts, order = taken[0], None, taken[0]
+        else:
+            demands, counts = self._union(taken)
+            order = self._by_weight(demands, taken, rows)
+        return Forward(
+            index,
+            DECODE if decode else PREFILL,
+            rows,
+            tuple(dict.fromkeys(span.request for span in spans)),
+            tuple(kv_lens),
+            demands,
+            order,
+            counts,
+            started,
+            tuple(dict.fromkeys(request.index for request, _ in parts if request.next == request.stop)),
+            any(span.num_out for span in spans),
+            self._recorded,
+            () if plain and not verifies else spans,
+        )
+
+    def _verify(
+        self, index: int, active: list[_Request], started: tuple[int, ...], speculation: Speculation
+    ) -> Forward:
+        """One verify step of every active request."""
+        parts = []
+        for request in active:
+            num_rows, num_out = request.verify(speculation)
+            parts.append((request, Span(request.index, num_rows, False, num_out, num_rows)))
+        forward = self._spanned(index, parts, started, verifies=True)
+        if len(forward.rows) > len(active):
+            forward.draft_ns = speculation.draft_ns
+        return forward
+
+    def _in_trace_order(self) -> Iterator[Forward]:
         index = 0
         active: list[_Request] = []
         fresh: list[_Request] = []
@@ -157,7 +279,11 @@ class Batches:
                 if request.next == request.stop:
                     active.remove(request)
             if active:
-                yield self._decode(index, active, tuple(request.index for request in fresh))
+                begun, speculation = tuple(request.index for request in fresh), self.config.speculation
+                if speculation is None:
+                    yield self._decode(index, active, begun)
+                else:
+                    yield self._verify(index, active, begun, speculation)
                 index += 1
                 fresh = []
                 active = [request for request in active if request.next < request.stop]

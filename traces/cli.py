@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from traces.flags import Parser
+from traces.importers.known_models import topology_note
 from traces.messages import PREFIX, TraceError, cut, plain, told
 from traces.processes.ending import keeping, stopped
 from traces.reader import Trace, open_trace
@@ -194,8 +195,9 @@ def run_import(args: argparse.Namespace) -> int:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         report = importer(sources if len(sources) > 1 else sources[0], output, progress, **options)
     print(f"wrote {report.path}: {report.num_requests} requests, {report.num_tokens} tokens")
-    batches = settings_line(open_trace(report.path, validate=False), str(report.path))
-    for note in [*report.notes, *([batches] if batches else [])]:
+    trace = open_trace(report.path, validate=False)
+    more = (topology_note(trace), settings_line(trace, str(report.path)))
+    for note in [*report.notes, *filter(None, more)]:
         print(f"note: {note}")
     return 0
 

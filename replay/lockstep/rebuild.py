@@ -31,7 +31,7 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     """
     logged = with_present_names(reader.header.config)
     # Keys that came later, as they were before.
-    plain: dict[str, Any] = {"timeout_s": None, "link": {"name": PROFILE}} | {
+    plain: dict[str, Any] = {"timeout_s": None, "link": {"name": PROFILE}, "speculate": None, "draft_ms": 0} | {
         key: value for key, value in logged.items() if key in KEYS
     }
     if plain.get("gpu_memory_gb") is not None:

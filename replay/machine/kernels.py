@@ -212,6 +212,8 @@ class Kernels:
 
         kv_grid: see `sim.machine.kernels.kv_on_grid`.
         """
+        if forward.spans:
+            return self._span_shape(layer, forward, kv_grid)
         num_tokens = len(forward.rows)
         window = self.model.window if self.model.is_windowed(layer) else None
         lens = forward.kv_lens if window is None else [min(kv_len, window) for kv_len in forward.kv_lens]
@@ -225,6 +227,30 @@ class Kernels:
         rows = self._cached_rows(cached)
         columns = max(1, round(self._context_flops(pairs, cached - num_tokens, prefill) / (self._column_flops * rows)))
         return Shape(num_tokens, rows, columns)
+
+    def _span_shape(self, layer: int, forward: Forward, kv_grid: int) -> Shape:
+        """The same of a forward of several spans: cached rows and operations of all, each as a prompt or as decode; a
+        request's cache is read once by its span."""
+        window = self.model.window if self.model.is_windowed(layer) else None
+        decoded = decoded_pairs = decoded_rows = cached = flops = first = 0
+        for span in forward.spans:
+            lens = forward.kv_lens[first : first + span.num_rows]
+            first += span.num_rows
+            read = lens[-1] if window is None else lens[-1] - max(0, lens[0] - window)
+            pairs = sum(lens) if window is None else sum([min(kv_len, window) for kv_len in lens])
+            if span.prompt:
+                cached += read
+                flops += self._context_flops(pairs, read - span.num_rows, True)
+            else:
+                decoded, decoded_pairs = decoded + read, decoded_pairs + pairs
+                decoded_rows += span.num_rows
+        if decoded_rows:
+            most = sys.maxsize if window is None else window * decoded_rows
+            on_grid = kv_on_grid(decoded, kv_grid, most)
+            cached += on_grid
+            flops += self._context_flops(decoded_pairs + on_grid - decoded, 0, False)
+        rows = self._cached_rows(cached)
+        return Shape(len(forward.rows), rows, max(1, round(flops / (self._column_flops * rows))))
 
     def attention(self, layer: int, shape: Shape) -> Work:
         """Attention and router of MoE layer `layer`; leading dense layers run before layer 0."""

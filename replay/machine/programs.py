@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from expertflow.forward import PREFILL, Forward
+from expertflow.forward import Forward
 from replay.machine.device import Device, Program
 from replay.machine.kernels import Kernels, Shape
 from replay.machine.launch_row import Row
@@ -97,15 +97,16 @@ class Programs:
         than their launches.
         """
         most: dict[bool, tuple[int, int]] = {}
-        others: dict[tuple[str, int], Forward] = {}
+        others: dict[tuple[bool, int], Forward] = {}
         for forward in forwards:
-            decode = forward.phase != PREFILL
-            kind = forward.phase, len(forward.rows)
+            # A prompt's chunk beside decoded rows makes a shape of its own as well.
+            decode = not forward.has_prompt
+            kind = decode, len(forward.rows)
             if decode and self._device.captures:
                 self.attention(forward, prepare=True)
             elif kind not in others or sum(forward.kv_lens) > sum(others[kind].kv_lens):
                 others[kind] = forward
-            self.head(len(forward.requests) if forward.emits_token else 0)
+            self.head(forward.num_logits)
             num_experts, count = most.get(decode, (1, 1))
             num_experts = max(num_experts, *map(len, forward.demands))
             if forward.counts is not None:

@@ -102,7 +102,7 @@ class RealMachine:
         self._num_tokens = len(forward.rows)
         self._shared_rows = self.kernels.shared_rows(self._num_tokens)
         self._attention = self.programs.attention(forward)
-        self._head = self.programs.head(len(forward.requests) if forward.emits_token else 0)
+        self._head = self.programs.head(forward.num_logits)
 
     def _launch(self, program: Program) -> int:
         mark = self._num_marks = self._num_marks + 1

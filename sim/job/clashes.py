@@ -12,6 +12,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from sim.job.keys import GROUPS
 
 _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
+_PAIR = re.compile(r"speculate=([^\[\],]+,[^\[\],]+)")
 _SHOWN = 60
 _SWEEP = ("-m", "--multirun")
 
@@ -41,11 +42,39 @@ def check_trace_words(words: Sequence[str]) -> None:
         raise ValueError(f"trace={name[:_SHOWN]} and trace.path={path[:_SHOWN]} are two traces; leave one out")
 
 
+def check_stack_words(words: Sequence[str]) -> None:
+    """ValueError for an overhead that is given beside what it is solved from."""
+    given = dict(_given(words))
+    tpot = given.get("stack.resident_tpot_ms", "null")
+    for key in ("stack.layer_overhead_ns", "stack.head_overhead_ns"):
+        if tpot != "null" and key in given:
+            raise ValueError(
+                f"stack.resident_tpot_ms={tpot[:_SHOWN]} and {key}={given[key][:_SHOWN]} both say the stack's "
+                "overhead; leave one out"
+            )
+
+
+def check_batch_words(words: Sequence[str]) -> None:
+    """ValueError for a size of prefill chunks beside forwards that are taken as they were recorded."""
+    given = dict(_given(words))
+    if given.get("batch_size") == "as_recorded" and "prefill_chunk" in given:
+        raise ValueError(
+            f"prefill_chunk={given['prefill_chunk'][:_SHOWN]} means nothing with batch_size=as_recorded, whose prompts "
+            "are cut as they were; leave one out"
+        )
+
+
 def prepared(words: Sequence[str]) -> list[str]:
     """The words as Hydra takes them: -m before all keys, and the home folder in place of a ~ that no shell expands
-    behind a key."""
+    behind a key; the pair of speculate in brackets."""
     flags = [word for word in words if word in _SWEEP]
-    return [*flags[:1], *(_at_home(word) for word in words if word not in _SWEEP)]
+    return [*flags[:1], *(_as_pair(_at_home(word)) for word in words if word not in _SWEEP)]
+
+
+def _as_pair(word: str) -> str:
+    """The two numbers of speculate as the list that they are: to Hydra a bare comma is a sweep."""
+    match = _PAIR.fullmatch(word)
+    return word if match is None else f"speculate=[{match[1]}]"
 
 
 def _at_home(word: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expertflow.keys import Key, declared, near_to, nearest, shown
-from sim.job.clashes import check_model_words, check_trace_words
+from sim.job.batches import batch_config
+from sim.job.clashes import check_batch_words, check_model_words, check_stack_words, check_trace_words
 from sim.job.compose import compose
 from sim.job.former_names import refuse_former
 from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
@@ -62,6 +63,8 @@ def check_words(words: Sequence[str]) -> None:
     check_link_words(words)
     check_trace_words(words)
     check_model_words(words)
+    check_stack_words(words)
+    check_batch_words(words)
 
 
 def checked(
@@ -75,6 +78,7 @@ def checked(
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     refuse_former(plain)
     check_run(plain, own_keys or {})
+    batch_config(plain)
     return settled(plain)
 
 

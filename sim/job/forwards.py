@@ -44,12 +44,14 @@ def _prepared_all(takes: Announced, batches: Batches, trace_sha256: str) -> bool
     Not for few forwards, which are scored sooner than a file is written, and not where `KEEP_SCORES` is 0.
     """
     num_forwards = batches.num_tokens
-    few = batches.config.batch_size > 1 or num_forwards < LEAST_KEPT
+    few = not batches.config.one_by_one or num_forwards < LEAST_KEPT
     if few or not takes.code or os.environ.get(KEEP_SCORES) == "0":
         return False
     try:
         folder = cache_folder() / "scores"
     except RuntimeError:
         return False
-    code = code_hash("traces.batching", "traces.reader", "traces.trace", "traces.layout", *takes.code)
+    code = code_hash(
+        "traces.batching", "traces.speculation", "traces.reader", "traces.trace", "traces.layout", *takes.code
+    )
     return takes.prepare_all(batches, num_forwards, KeptArrays(folder), f"{trace_sha256} {batches.config} {code}")

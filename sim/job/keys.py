@@ -18,6 +18,8 @@ PINS = ("pinned", "pinned_layers")
 GROUPS = ("hardware", "link", "policy", "model", "stack", "trace")
 """Keys that hold a file of conf/, or one of the user's own, changed key by key."""
 DEFAULT_RESIDENCY = 0.5
+AS_RECORDED = "as_recorded"
+"""In place of a batch size."""
 MOST_TOKENS = 1_000_000
 """Of a trace that is generated in memory."""
 LONGEST_RUN_S = 1e7
@@ -42,8 +44,28 @@ class RunKeys:
             about="for all weights, KV and workspace; not more than the GPU has",
         ),
     ]
-    batch_size: Annotated[int, Rule(1, 65_536, unit="requests", about="decoded together")]
+    batch_size: Annotated[
+        int | str,
+        Rule(
+            1,
+            65_536,
+            unit="requests",
+            word=AS_RECORDED,
+            about=f"decoded together; {AS_RECORDED}: the forwards that the trace recorded (forward_id)",
+        ),
+    ]
     prefill_chunk: Annotated[int, Rule(1, 1_000_000, unit="tokens", about="of a prompt in one forward")]
+    speculate: Annotated[
+        list[float] | None,
+        Rule(
+            null="no speculation",
+            extra="drafted tokens in [1, 64] and the acceptance of each in [0, 1], as 4,0.8",
+            about="decode forwards verify drafted tokens",
+        ),
+    ]
+    draft_ms: Annotated[
+        float, Rule(0, 1e5, unit="ms", about="of the draft model before each forward that verifies; with speculate")
+    ]
     max_tokens: Annotated[int | None, Rule(1, _COUNT, unit="tokens", null="all", about="of the trace that are run")]
     chunk_mib: Annotated[
         float,
@@ -52,7 +74,7 @@ class RunKeys:
     channel_depth: Annotated[int, Rule(1, 1024, unit="chunks", about="issued ahead")]
     start: Annotated[str, Rule(choices=STARTS, about="what the cache holds at first")]
     warmup_forwards: Annotated[int, Rule(0, _COUNT, unit="forwards", about="not measured; fewer than there are")]
-    seed: Annotated[int, Rule(0, 2**63 - 1, about="of parts that draw at random")]
+    seed: Annotated[int, Rule(0, 2**63 - 1, about="of parts that draw at random, and of what speculation accepts")]
     compare: Annotated[str, Rule(choices=COMPARE, about="what is run beside")]
     count_redundant: Annotated[bool, Rule(about="count prefetches that were not needed, by a run without prefetch")]
     timeline: Annotated[bool, Rule(about="write timeline.json")]

@@ -23,7 +23,8 @@ from expertflow.parts import Effort, Eviction
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
-from sim.job.keys import PINS, check_trace
+from sim.job.batches import batch_config, requests_kept
+from sim.job.keys import AS_RECORDED, PINS, check_trace
 from sim.job.measured import check_table
 from sim.job.model import chosen_model, model_file_of, told_model
 from sim.job.parts import KINDS, class_of, make_part
@@ -32,7 +33,7 @@ from sim.job.predictor import make_predictor
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.specs.model_file import ReadModel
-from traces.batching import BatchConfig, Batches
+from traces.batching import Batches
 from traces.reader import Trace, open_trace
 from traces.shipped import shipped
 
@@ -129,9 +130,9 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
             f"{model.name} itself; hold it against its machine: python -m replay.validate"
         )
     check_table(model, hardware)
-    batch = BatchConfig(cfg["batch_size"], cfg["prefill_chunk"], cfg["max_tokens"])
+    batch = batch_config(cfg)
     batches = Batches(trace, batch)
-    num_slots = _num_slots(cfg, model, trace, batch.batch_size, hardware.memory_gb)
+    num_slots = _num_slots(cfg, model, trace, requests_kept(trace, batch), hardware.memory_gb)
     work = Workload(
         trace,
         trace.sha256(),
@@ -213,7 +214,8 @@ def trace_of(cfg: Mapping[str, Any], model_file: ReadModel | None = None) -> Tra
 
     check_trace(cfg["trace"])
     model = told_model(cfg["model"], model_file)
-    return assumed_trace(cfg["trace"], model, cfg["batch_size"]) or make_trace(cfg["trace"])
+    batch_size = 1 if cfg["batch_size"] == AS_RECORDED else cfg["batch_size"]
+    return assumed_trace(cfg["trace"], model, batch_size) or make_trace(cfg["trace"])
 
 
 def make_trace(cfg: Mapping[str, Any]) -> Trace:

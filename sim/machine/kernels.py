@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from expertflow.attention import LINEAR, NONE, entries_at_most
+from expertflow.forward import Span
 from expertflow.layers import DENSE, MOE
 from expertflow.model import ModelSpec
 from sim.machine.groups import GroupTimes
-from sim.machine.reads import Reads, decode_reads, most_read, prefill_reads
+from sim.machine.reads import Reads, decode_reads, most_read, prefill_reads, span_reads, together
 from sim.specs.hardware import Hardware, Stack, kv_on_grid
 from sim.specs.kernel_table import KernelTable, Points
 
@@ -64,24 +65,26 @@ class _Roofline:
         self._router = (model.router_params, model.router_params * model.embedding_bits / 8)
         self._mixers = {kind: _Mixer(model, kind) for kind in model.num_of}
 
-    def attention_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+    def attention_ns(self, kind: str, num_tokens: int, reads: Sequence[Reads]) -> int:
         """Attention and router of one MoE layer."""
         return self._layer_ns(kind, self._router, num_tokens, reads)
 
-    def dense_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+    def dense_ns(self, kind: str, num_tokens: int, reads: Sequence[Reads]) -> int:
         """One dense layer."""
         return self.bare_ns(kind, num_tokens, reads) + self._dense[num_tokens]
 
-    def bare_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+    def bare_ns(self, kind: str, num_tokens: int, reads: Sequence[Reads]) -> int:
         """Attention alone."""
         return self._layer_ns(kind, (0, 0.0), num_tokens, reads)
 
-    def _layer_ns(self, kind: str, more: tuple[int, float], num_tokens: int, reads: Reads) -> int:
+    def _layer_ns(self, kind: str, more: tuple[int, float], num_tokens: int, reads: Sequence[Reads]) -> int:
         mixer = self._mixers[kind]
         params, num_bytes = mixer.params + more[0], mixer.num_bytes + more[1]
-        num_bytes += reads.entries * mixer.entry_bytes + reads.index_keys * mixer.index_key_bytes
-        num_bytes += reads.requests * mixer.state_bytes
-        flops = 2 * params * num_tokens + mixer.context_flops(reads) + reads.index_pairs * mixer.index_flops
+        flops = 2 * params * num_tokens
+        for one in reads:
+            num_bytes += one.entries * mixer.entry_bytes + one.index_keys * mixer.index_key_bytes
+            num_bytes += one.requests * mixer.state_bytes
+            flops += mixer.context_flops(one) + one.index_pairs * mixer.index_flops
         return self._rates.ns(num_bytes, flops + num_tokens * mixer.state_flops)
 
 
@@ -180,27 +183,31 @@ class _Measured:
             # An index key takes as long as its share of a KV token's bytes.
             self._index_ns[kind] = table.kv * model.index_key_bytes / model.entry_bytes(kind)
 
-    def attention_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+    def attention_ns(self, kind: str, num_tokens: int, reads: Sequence[Reads]) -> int:
         """Attention and router of one MoE layer."""
-        return round(ns_at(self._table.attention, num_tokens) + self._context_ns(kind, num_tokens, reads))
+        return round(ns_at(self._table.attention, num_tokens) + sum([self._context_ns(kind, one) for one in reads]))
 
-    def dense_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+    def dense_ns(self, kind: str, num_tokens: int, reads: Sequence[Reads]) -> int:
         """One dense layer."""
-        return round(ns_at(self._table.dense, num_tokens) + self._context_ns(kind, num_tokens, reads))
+        return round(ns_at(self._table.dense, num_tokens) + sum([self._context_ns(kind, one) for one in reads]))
 
-    def bare_ns(self, kind: str, num_tokens: int, reads: Reads) -> int:
+    def bare_ns(self, kind: str, num_tokens: int, reads: Sequence[Reads]) -> int:
         """Attention alone: with the router's time, which was not measured apart."""
         return self.attention_ns(kind, num_tokens, reads)
 
-    def _context_ns(self, kind: str, num_tokens: int, reads: Reads) -> float:
-        """What the points lack: they hold one KV token, and one pair, for each row."""
+    def _context_ns(self, kind: str, reads: Reads) -> float:
+        """What the points lack: they hold one KV token, and one pair, for each row. In decode a cached entry's time
+        holds its first pair; a verify step has more."""
         if kind in (LINEAR, NONE):
             return 0.0
-        context_ns = (reads.entries - num_tokens) * self._table.kv + reads.index_keys * self._index_ns[kind]
+        rows = reads.rows
+        context_ns = (reads.entries - rows) * self._table.kv + reads.index_keys * self._index_ns[kind]
         if reads.prefill:
-            expanded_ns = (reads.expanded_pairs - num_tokens) * self._pair_ns[kind]
+            expanded_ns = (reads.expanded_pairs - rows) * self._pair_ns[kind]
             expanded_ns += reads.expanded * self._expansion_ns[kind]
-            context_ns += min((reads.pairs - num_tokens) * self._latent_ns[kind], expanded_ns)
+            context_ns += min((reads.pairs - rows) * self._latent_ns[kind], expanded_ns)
+        elif reads.pairs > reads.entries:
+            context_ns += (reads.pairs - reads.entries) * self._latent_ns[kind]
         return context_ns
 
 
@@ -272,9 +279,36 @@ class KernelTimes:
         if len(kv_lens) != num_tokens:
             raise AssertionError(f"{len(kv_lens)} KV lengths for {num_tokens} rows")
         if prefill:
-            return self._spread(num_tokens, [prefill_reads(self.model, kind, kv_lens) for kind in self._kinds])
+            return self._spread(num_tokens, [(prefill_reads(self.model, kind, kv_lens),) for kind in self._kinds])
         reads = [decode_reads(self.model, kind, kv_lens) for kind in self._kinds]
         return self._decode_at(num_tokens, *zip(*reads, strict=True))
+
+    def attention_spans_ns(self, kv_lens: Sequence[int], spans: Sequence[Span]) -> list[int]:
+        """The same of a forward whose rows are `spans` [L]: weights are read once for all rows, a request's cached keys
+        once for its span, and bytes and operations of all spans are added up, as those of a batch are."""
+        return self._spread(
+            len(kv_lens), [self._span_reads(index, kv_lens, spans) for index in range(len(self._kinds))]
+        )
+
+    def _span_reads(self, index: int, kv_lens: Sequence[int], spans: Sequence[Span]) -> list[Reads]:
+        """What a layer of one kind reads: of all decoded rows together, then of each prompt."""
+        kind, first = self._kinds[index], 0
+        decoded: list[Reads] = []
+        prompts: list[Reads] = []
+        for span in spans:
+            lens = kv_lens[first : first + span.num_rows]
+            (prompts if span.prompt else decoded).append(span_reads(self.model, kind, lens, span.prompt))
+            first += span.num_rows
+        if not decoded:
+            return prompts
+        all_decoded, grid = together(decoded), self._kv_grid
+        if grid:
+            entries = kv_on_grid(all_decoded.entries, grid, self._bounds[index] * all_decoded.rows)
+            keys = kv_on_grid(all_decoded.index_keys, grid)
+            more = (entries - all_decoded.entries, keys - all_decoded.index_keys)
+            pairs, index_pairs = all_decoded.pairs + more[0], all_decoded.index_pairs + more[1]
+            all_decoded = all_decoded._replace(entries=entries, pairs=pairs, index_keys=keys, index_pairs=index_pairs)
+        return [all_decoded, *prompts]
 
     def resident_layer_ns(self, layer: int, kv_tokens: int) -> int:
         """A whole MoE layer for one decoded token, all experts resident, the stack's overhead included."""
@@ -295,13 +329,13 @@ class KernelTimes:
         return self._spread(
             num_tokens,
             [
-                Reads(need, need, 0, need, keys, keys, num_tokens, False)
+                (Reads(need, need, 0, need, keys, keys, num_tokens, False, num_tokens),)
                 for need, keys in zip(entries, index, strict=True)
             ],
         )
 
-    def _spread(self, num_tokens: int, reads: Sequence[Reads]) -> list[int]:
-        """Times of all layers, given what a layer of each kind reads."""
+    def _spread(self, num_tokens: int, reads: Sequence[Sequence[Reads]]) -> list[int]:
+        """Times of all layers, given what a layer of each kind reads, of some rows after the other."""
         times, by_kind = self._times, dict(zip(self._kinds, reads, strict=True))
         moe_ns = {kind: times.attention_ns(kind, num_tokens, by_kind[kind]) for kind in set(self._moe_kinds)}
         found = [moe_ns[kind] for kind in self._moe_kinds]

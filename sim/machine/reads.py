@@ -19,8 +19,8 @@ from expertflow.model import ModelSpec
 
 
 class Reads(NamedTuple):
-    """Of one layer. entries: cached tokens, or what stands for several. pairs: (query, key). index_keys, index_pairs:
-    the same of an indexer. requests: whose state a linear layer reads.
+    """Of one layer, by some rows. entries: cached tokens, or what stands for several. pairs: (query, key). index_keys,
+    index_pairs: the same of an indexer. requests: whose state a linear layer reads.
 
     Of a prefill on expanded keys and values (MLA), expanded: tokens of earlier chunks whose compressed KV it expands
     anew; expanded_pairs: the pairs that it computes, masked ones among them."""
@@ -33,6 +33,7 @@ class Reads(NamedTuple):
     index_pairs: int
     requests: int
     prefill: bool
+    rows: int
 
 
 def decode_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> tuple[int, int]:
@@ -57,6 +58,24 @@ def most_read(model: ModelSpec, kind: str, num_requests: int, kv_tokens: int) ->
     return entries, index_keys(model, kind, kv_tokens)
 
 
+def span_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int], prompt: bool) -> Reads:
+    """What consecutive rows of one request read: of its prompt as in `prefill_reads`; of decoded ones, a verify step,
+    the keys once and the same pairs, by the kernels of decode, which run on the cache as it is."""
+    if prompt or len(kv_lens) > 1:
+        return prefill_reads(model, kind, kv_lens)._replace(prefill=prompt)
+    entries, keys = decode_reads(model, kind, kv_lens)
+    return Reads(entries, entries, 0, entries, keys, keys, 1, False, 1)
+
+
+def together(reads: Sequence[Reads]) -> Reads:
+    """What several requests read in decode."""
+    entries, pairs, expanded, expanded_pairs, keys, index_pairs, requests = map(
+        sum, zip(*(one[:7] for one in reads), strict=True)
+    )
+    rows = sum(one.rows for one in reads)
+    return Reads(entries, pairs, expanded, expanded_pairs, keys, index_pairs, requests, False, rows)
+
+
 def prefill_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> Reads:
     """All rows read one request's keys, once; the pairs are a causal triangle, later a trapezoid.
 
@@ -70,4 +89,6 @@ def prefill_reads(model: ModelSpec, kind: str, kv_lens: Sequence[int]) -> Reads:
     expanded, expanded_pairs = max(0, entries - len(kv_lens)), pairs
     if kind in (INDEXED, SHARED_INDEX):
         expanded, expanded_pairs = last - len(kv_lens), (first + last) * len(kv_lens) // 2
-    return Reads(entries, pairs, expanded, expanded_pairs, index_keys(model, kind, last), index_pairs, 1, True)
+    return Reads(
+        entries, pairs, expanded, expanded_pairs, index_keys(model, kind, last), index_pairs, 1, True, len(kv_lens)
+    )

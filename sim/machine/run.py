@@ -8,6 +8,7 @@ from typing import Any
 
 from expertflow.bounds import Floor, HostFloor, floor, min_loads
 from expertflow.clairvoyant import portfolio
+from expertflow.forward import PREFILL
 from expertflow.keys import MOST
 from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
@@ -23,6 +24,7 @@ from sim.machine.host_compute import CpuTimes, HostComputeMachine
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, SimMachine, simulate
+from sim.machine.solved import solved_stack
 from traces.processes.progress import shown
 
 
@@ -33,8 +35,9 @@ def run_policy(
     model = work.model
     chunk_bytes = load_chunks(work)
     link = Link(work.hardware, memory=transfer.memory)
-    kernels = KernelTimes(model, work.hardware, work.stack)
-    costs = HostCosts.of(work.hardware, work.stack)
+    stack, told = solved_stack(work)
+    kernels = KernelTimes(model, work.hardware, stack)
+    costs = HostCosts.of(work.hardware, stack)
     machine: SimMachine
     if policy.places:
         machine = HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(model, work.hardware))
@@ -55,7 +58,7 @@ def run_policy(
             f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
             f"{runtime.counters.num_forwards} forwards"
         )
-    return collect_metrics(runtime)
+    return collect_metrics(runtime) | told
 
 
 def _too_long(work: Workload) -> ValueError:
@@ -86,14 +89,18 @@ def run_floor(work: Workload, staging_slots: int = 0, with_host: bool = False) -
     link adds to a kernel only lengthens it, and is left out.
     """
     model = work.model
-    kernels = KernelTimes(model, work.hardware, work.stack)
-    costs = HostCosts.of(work.hardware, work.stack)
+    stack, _ = solved_stack(work)
+    kernels = KernelTimes(model, work.hardware, stack)
+    costs = HostCosts.of(work.hardware, stack)
     cheapest = None if kernels.groups is None else CheapestGroups(kernels.groups, model.num_experts, costs.group_ns)
     host = _host_floor(work) if with_host else None
     serial: list[int] = []
     heads: list[int] = []
     for forward in work.batches:
-        attention = kernels.attention_list_ns(forward.num_tokens, forward.kv_lens, forward.phase == "prefill")
+        if forward.spans:
+            attention = kernels.attention_spans_ns(forward.kv_lens, forward.spans)
+        else:
+            attention = kernels.attention_list_ns(forward.num_tokens, forward.kv_lens, forward.phase == PREFILL)
         shared = kernels.shared_ns(forward.num_tokens)
         for layer, keys in enumerate(forward.demands):
             tokens = [1] * len(keys) if forward.counts is None else [forward.counts[layer][key] for key in keys]
@@ -104,10 +111,10 @@ def run_floor(work: Workload, staging_slots: int = 0, with_host: bool = False) -
             serial.append(attention[layer] + shared + experts + costs.layer_serial_ns)
             if layer == 0:
                 # After the tokens are read back the first launch of a forward has nothing to hide behind.
-                serial[-1] += costs.launch_ns + costs.launch_latency_ns + costs.forward_ns
+                serial[-1] += costs.launch_ns + costs.launch_latency_ns + costs.forward_ns + forward.draft_ns
                 # The first forward follows no tokens.
                 serial[-1] += costs.observe_ns if heads else 0
-        head = kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
+        head = kernels.head_ns(forward.num_logits) if forward.num_logits else 0
         heads.append(head + costs.group_ns + costs.head_overhead_ns + costs.token_sync_ns)
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
     with shown("working out the floor"):

@@ -46,7 +46,12 @@ class HostCosts:
 
     @classmethod
     def of(cls, hardware: Hardware, stack: Stack) -> HostCosts:
-        """The costs of one host under one software stack."""
+        """The costs of one host under one software stack. ValueError for one whose overheads are still to be solved."""
+        if stack.resident_tpot_ms is not None:
+            raise ValueError(
+                f"stack.resident_tpot_ms={stack.resident_tpot_ms:g} is solved in a simulation alone; give here what it "
+                "solved: stack.layer_overhead_ns and stack.head_overhead_ns"
+            )
         return cls(
             launch_ns=hardware.launch_host_ns,
             launch_latency_ns=hardware.launch_latency_ns,
@@ -114,9 +119,16 @@ class SimMachine:
 
     def begin_forward(self, forward: Forward) -> None:
         self._num_tokens = len(forward.rows)
-        self._attention_ns = self.kernels.attention_list_ns(self._num_tokens, forward.kv_lens, forward.phase == PREFILL)
+        if forward.spans:
+            self._attention_ns = self.kernels.attention_spans_ns(forward.kv_lens, forward.spans)
+            # What drafts runs between the tokens read back and the first launch; copies go on meanwhile.
+            self.now_ns += forward.draft_ns
+        else:
+            prefill = forward.phase == PREFILL
+            self._attention_ns = self.kernels.attention_list_ns(self._num_tokens, forward.kv_lens, prefill)
         # Only rows that need logits reach the head: one per request, none before a prompt's last chunk.
-        self._head_ns = self.kernels.head_ns(len(forward.requests)) if forward.emits_token else 0
+        num_logits = forward.num_logits
+        self._head_ns = self.kernels.head_ns(num_logits) if num_logits else 0
 
     def _enqueue(self, duration_ns: int, gap_ns: int) -> int:
         """`gap_ns` is the stack's own time: it begins when the stream is free and the launch has arrived."""

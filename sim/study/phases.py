@@ -64,7 +64,7 @@ class PhaseRecorder(Observer):
             return
         this["num_forwards"] = 1
         this["num_rows"] = forward.num_tokens
-        this["num_tokens"] = len(forward.requests) if forward.emits_token else 0
+        this["num_tokens"] = forward.num_out
         total = self.sums[forward.phase]
         for key, value in this.items():
             total[key] += value

@@ -227,3 +227,9 @@ def test_a_machine_without_progress_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="no progress"):
         drive(runtime, machine)
     assert machine.num_waits == MAX_IDLE_WAKES + 1
+
+
+@pytest.mark.mostly_slow(keep=2)
+@pytest.mark.parametrize("name", COMPOSED)
+def test_every_policy_is_equal_in_verify_steps(tmp_path: Path, name: str) -> None:
+    equal_twice(tmp_path / "log.parquet", *BASE, f"+policy={name}", "speculate=[3,0.7]", "batch_size=2")
