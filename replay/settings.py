@@ -52,6 +52,7 @@ class Settings:
         if fault not in (None, "lost") and not cfg["verify"]:
             raise ValueError(f"fault={fault} would pass unseen; add verify=true")
         _check_link(cfg, machine)
+        _check_stack(cfg)
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
         return cls(
             machine,
@@ -82,6 +83,16 @@ def _check_link(cfg: Mapping[str, Any], machine: str) -> None:
     if cfg["throttle_gb_per_s"] is not None:
         raise ValueError(
             f"link={name} and throttle_gb_per_s={cfg['throttle_gb_per_s']} both say how fast copies are; leave one out"
+        )
+
+
+def _check_stack(cfg: Mapping[str, Any]) -> None:
+    """ValueError for a stack whose overheads only the times of simulated kernels tell."""
+    tpot = cfg["stack"].get("resident_tpot_ms")
+    if tpot is not None:
+        raise ValueError(
+            f"stack.resident_tpot_ms={tpot} is solved with simulated kernels; give here what `python -m sim` says that "
+            "it solved: stack.layer_overhead_ns and stack.head_overhead_ns"
         )
 
 

@@ -41,6 +41,18 @@ def check_trace_words(words: Sequence[str]) -> None:
         raise ValueError(f"trace={name[:_SHOWN]} and trace.path={path[:_SHOWN]} are two traces; leave one out")
 
 
+def check_stack_words(words: Sequence[str]) -> None:
+    """ValueError for an overhead that is given beside what it is solved from."""
+    given = dict(_given(words))
+    tpot = given.get("stack.resident_tpot_ms", "null")
+    for key in ("stack.layer_overhead_ns", "stack.head_overhead_ns"):
+        if tpot != "null" and key in given:
+            raise ValueError(
+                f"stack.resident_tpot_ms={tpot[:_SHOWN]} and {key}={given[key][:_SHOWN]} both say the stack's "
+                "overhead; leave one out"
+            )
+
+
 def prepared(words: Sequence[str]) -> list[str]:
     """The words as Hydra takes them: -m before all keys, and the home folder in place of a ~ that no shell expands
     behind a key."""

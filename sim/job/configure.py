@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expertflow.keys import Key, declared, near_to, nearest, shown
-from sim.job.clashes import check_model_words, check_trace_words
+from sim.job.clashes import check_model_words, check_stack_words, check_trace_words
 from sim.job.compose import compose
 from sim.job.former_names import refuse_former
 from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
@@ -62,6 +62,7 @@ def check_words(words: Sequence[str]) -> None:
     check_link_words(words)
     check_trace_words(words)
     check_model_words(words)
+    check_stack_words(words)
 
 
 def checked(

@@ -13,7 +13,7 @@ from sim.job.beside import WITH_PLACE
 from sim.job.model import remarks
 from sim.job.predictor import chooses_by_trace
 from sim.job.setup import Workload, start_note
-from sim.job.title import hardware_title
+from sim.job.title import hardware_title, stack_title
 from traces.tables import print_columns
 
 _SHARE = "of on-demand"
@@ -35,6 +35,19 @@ def _unfilled(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
         return []
     requests = f"{most} request{'' if most == 1 else 's'}"
     return [f"batch_size={cfg['batch_size']}: the run has {requests}, so that no more are decoded together"]
+
+
+def solved(metrics: Mapping[str, Any]) -> list[str]:
+    """A line where the stack's overheads were solved: what they are, and of what."""
+    found = metrics.get("stack_solved")
+    if found is None:
+        return []
+    return [
+        f"stack.resident_tpot_ms={found['resident_tpot_ms']:g} solved: stack.layer_overhead_ns="
+        f"{found['layer_overhead_ns']} stack.head_overhead_ns={found['head_overhead_ns']}; kernels and host take "
+        f"{found['kernels_and_host_ms']:.3f} ms of it (mean of {found['num_tokens']} decoded tokens, one request at a "
+        "time)"
+    ]
 
 
 def _per_token(metrics: dict[str, Any], key: str) -> str:
@@ -91,8 +104,8 @@ def print_report(
     capacity, trace = metrics["capacity"], metrics["trace"]
     routing = f"; {metrics['assumed']['routing']}" if "assumed" in metrics else ""
     console.print(
-        f"[bold]{escape(title)}[/bold]{_chosen(cfg, metrics)} on {hardware_title(metrics)}, {metrics['stack']} stack, "
-        f"{metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
+        f"[bold]{escape(title)}[/bold]{_chosen(cfg, metrics)} on {hardware_title(metrics)}, {stack_title(metrics)} "
+        f"stack, {metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests{routing}",
         highlight=False,
         soft_wrap=True,
@@ -112,7 +125,7 @@ def print_report(
     print_columns(console, ["policy", *columns], cells, styles)
     if "assumed" in metrics:
         console.print(range_line(metrics), highlight=False, soft_wrap=True)
-    _print_notes(console, metrics, folder, [*_unfilled(cfg, metrics), *first_touches(metrics), *more])
+    _print_notes(console, metrics, folder, [*solved(metrics), *_unfilled(cfg, metrics), *first_touches(metrics), *more])
 
 
 def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
@@ -144,12 +157,12 @@ def print_line(
 ) -> None:
     """One line a run, for sweeps. title, cfg, more: as in `print_report`."""
     mean = metrics["tpot_ms"]["mean"]
-    place = f"{hardware_title(metrics)}/{metrics['stack']} at {100 * metrics['capacity']['residency']:.1f} %"
+    place = f"{hardware_title(metrics)}/{stack_title(metrics)} at {100 * metrics['capacity']['residency']:.1f} %"
     times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
     name = f"{escape(title)}{_chosen(cfg, metrics)}"
     routing = f" ({metrics['assumed']['routing']})" if "assumed" in metrics else ""
     console.print(f"{name} on {place}{routing}: {times} → {folder}", highlight=False, soft_wrap=True)
-    for note in [*_unfilled(cfg, metrics), *first_touches(metrics), *more]:
+    for note in [*solved(metrics), *_unfilled(cfg, metrics), *first_touches(metrics), *more]:
         console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
 
 

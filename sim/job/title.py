@@ -47,6 +47,12 @@ def hardware_title(metrics: Mapping[str, Any]) -> str:
     return f"{name} (link {link['name']}{asked}, {link['gb_per_s']:.3g} GB/s)"
 
 
+def stack_title(metrics: Mapping[str, Any]) -> str:
+    """The name of the stack, with the time that its overheads were solved from, if they were."""
+    name, solved = str(metrics["stack"]), metrics.get("stack_solved")
+    return name if solved is None else f"{name} (resident {solved['resident_tpot_ms']:g} ms)"
+
+
 def _changes(policy: Mapping[str, Any], words: Sequence[str], composed: Composed) -> list[str]:
     """`part=FILE` where another file of a part was chosen, `part=CLASS` where another class, else `part.key=value`."""
     others = [word for word in words if not _OF_A_KEY.match(word) and not _OF_A_PART.match(word)]

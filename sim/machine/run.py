@@ -23,6 +23,7 @@ from sim.machine.host_compute import CpuTimes, HostComputeMachine
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, SimMachine, simulate
+from sim.machine.solved import solved_stack
 from traces.processes.progress import shown
 
 
@@ -33,8 +34,9 @@ def run_policy(
     model = work.model
     chunk_bytes = load_chunks(work)
     link = Link(work.hardware, memory=transfer.memory)
-    kernels = KernelTimes(model, work.hardware, work.stack)
-    costs = HostCosts.of(work.hardware, work.stack)
+    stack, told = solved_stack(work)
+    kernels = KernelTimes(model, work.hardware, stack)
+    costs = HostCosts.of(work.hardware, stack)
     machine: SimMachine
     if policy.places:
         machine = HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(model, work.hardware))
@@ -55,7 +57,7 @@ def run_policy(
             f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
             f"{runtime.counters.num_forwards} forwards"
         )
-    return collect_metrics(runtime)
+    return collect_metrics(runtime) | told
 
 
 def _too_long(work: Workload) -> ValueError:
@@ -86,8 +88,9 @@ def run_floor(work: Workload, staging_slots: int = 0, with_host: bool = False) -
     link adds to a kernel only lengthens it, and is left out.
     """
     model = work.model
-    kernels = KernelTimes(model, work.hardware, work.stack)
-    costs = HostCosts.of(work.hardware, work.stack)
+    stack, _ = solved_stack(work)
+    kernels = KernelTimes(model, work.hardware, stack)
+    costs = HostCosts.of(work.hardware, stack)
     cheapest = None if kernels.groups is None else CheapestGroups(kernels.groups, model.num_experts, costs.group_ns)
     host = _host_floor(work) if with_host else None
     serial: list[int] = []

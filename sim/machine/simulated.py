@@ -46,7 +46,12 @@ class HostCosts:
 
     @classmethod
     def of(cls, hardware: Hardware, stack: Stack) -> HostCosts:
-        """The costs of one host under one software stack."""
+        """The costs of one host under one software stack. ValueError for one whose overheads are still to be solved."""
+        if stack.resident_tpot_ms is not None:
+            raise ValueError(
+                f"stack.resident_tpot_ms={stack.resident_tpot_ms:g} is solved in a simulation alone; give here what it "
+                "solved: stack.layer_overhead_ns and stack.head_overhead_ns"
+            )
         return cls(
             launch_ns=hardware.launch_host_ns,
             launch_latency_ns=hardware.launch_latency_ns,

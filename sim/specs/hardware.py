@@ -23,12 +23,14 @@ PAGEABLE = "pageable"
 LEAST_GB_PER_S = 1e-4
 """No link is slower: a copy of one small expert would last for minutes."""
 _MOST_GB_PER_S = 1e6
+MOST_NS = 1_000_000_000
+"""Of one cost of the host or the stack."""
 _LINK_REMEDY = "give GB/s in one direction, as measured with pinned memory"
 _CURVE = "a list of [bytes, GB/s]"
 
 
 def _ns(about: str) -> Rule:
-    return Rule(0, 1_000_000_000, unit="ns", about=about, remedy="give whole nanoseconds, at most a second")
+    return Rule(0, MOST_NS, unit="ns", about=about, remedy="give whole nanoseconds, at most a second")
 
 
 def _rate(unit: str, about: str, low: float = 1e-6) -> Rule:
@@ -182,6 +184,8 @@ class Stack:
 
     layer_overhead_ns: per MoE layer, before its attention (Python, small kernels, gaps between kernels).
     head_overhead_ns: per forward, before the head (sampling, bookkeeping between tokens).
+    resident_tpot_ms: time between tokens with all experts in GPU memory; both overheads are then solved from it, in
+    place of those that stand here (`sim.machine.solved`).
     kv_grid: the KV tokens that a layer reads in a decode forward are rounded up to a multiple of it, since kernels
     are captured for certain lengths (`kv_on_grid`); 0 = they are read as they are.
     The rest is the host's own time, 0 unless measured (`sim.machine.host_bound`).
@@ -194,6 +198,17 @@ class Stack:
     name: Annotated[str, Rule(about="of the stack")]
     layer_overhead_ns: Annotated[int, _ns("on the compute stream, before each MoE layer")]
     head_overhead_ns: Annotated[int, _ns("on the compute stream, before the head")]
+    resident_tpot_ms: Annotated[
+        float | None,
+        Rule(
+            0,
+            1_000_000,
+            above=True,
+            unit="ms",
+            null="the two overheads say it",
+            about="between tokens with all experts in GPU memory, batch 1: both overheads are solved from it",
+        ),
+    ] = None
     kv_grid: Annotated[
         int,
         Rule(
@@ -222,7 +237,10 @@ HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and 
 """The figures of a stack that `sim.machine.host_bound` charges, 0 unless measured."""
 HOST_COMPUTE = ("host_memory_gb_per_s", "host_memory_efficiency", "host_tflops", "host_round_trip_ns")
 """The figures of a machine that computing experts on its host takes."""
-_OPTIONAL = {"link", "kernel_ns", "kv_grid", "host_unpack_gweights_per_s", *HOST_COSTS, *HOST_COMPUTE}
+_OPTIONAL = {
+    *("link", "kernel_ns", "kv_grid", "resident_tpot_ms", "host_unpack_gweights_per_s"),
+    *(*HOST_COSTS, *HOST_COMPUTE),
+}
 
 
 def unsourced(spec: Hardware | Stack) -> list[str]:

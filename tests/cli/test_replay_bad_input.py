@@ -50,6 +50,7 @@ BAD = [
     Bad(f"{LRU} host_memory_gb=all", ("host_memory_gb='all'", "(0, 1e+06] GB")),
     Bad(f"{LRU} host_memory_gb=0.00002", ("hold no two experts", "host_memory_gb=0.0000492 or more")),
     Bad(f"{LRU} host_memory_gb=1000000", ("host_memory_gb=1000000", "more than the host has left", "would fit")),
+    Bad(f"{LRU} stack.resident_tpot_ms=12", ("stack.resident_tpot_ms=12", "simulated kernels", "layer_overhead_ns")),
     Bad(f"{LRU} compare=floor", ("compare=floor", "simulator", "full or none")),
     Bad(f"{LRU} compare=some", ("compare='some'", "full, floor, none")),
     Bad(f"{LRU} foo=1", ("foo", "is no key")),
