@@ -45,8 +45,8 @@ class CpuTimes:
 
     Quantised weights are unpacked besides, once for all tokens, by the cores that read them: where
     `host_unpack_gweights_per_s` says how fast that is, it adds to the time of reading. GitHub FreeToken#444 has both
-    sides of it on two machines: memory is read at 146.1 and 142.7 GB/s, fp4 experts are computed at 110.3 and 108.4, and
-    1 / 110.3 - 1 / 146.1 = 1 / 450 as 1 / 108.4 - 1 / 142.7 = 1 / 451. Many cores hide it, few do not.
+    sides of it on two machines: memory is read at 146.1 and 142.7 GB/s, fp4 experts are computed at 110.3 and 108.4,
+    and 1 / 110.3 - 1 / 146.1 = 1 / 450 as 1 / 108.4 - 1 / 142.7 = 1 / 451. Many cores hide it, few do not.
     """
 
     def __init__(self, model: ModelSpec, hardware: Hardware) -> None:

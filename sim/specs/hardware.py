@@ -130,7 +130,9 @@ class Hardware:
     ] = None
     host_unpack_gweights_per_s: Annotated[
         float | None,
-        Rule(1e-3, 1e6, unit="G weights/s", null="hidden", about="that the host's cores unpack, where they are quantised"),
+        Rule(
+            1e-3, 1e6, unit="G weights/s", null="hidden", about="that the host's cores unpack, where they are quantised"
+        ),
     ] = None
     kernel_ns: Annotated[
         Mapping[str, KernelTable], Rule(extra="a mapping of models to tables", about="measured kernel times")
