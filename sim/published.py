@@ -29,6 +29,7 @@ from sim.job.run_cli import run_cli
 from sim.job.setup import make_workload
 from traces.flags import Parser, whole
 from traces.messages import fault
+from traces.processes.ending import begin
 from traces.yamltext import read_yaml
 
 QUANTITIES = {
@@ -353,4 +354,5 @@ def cli(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin()
     raise SystemExit(cli())

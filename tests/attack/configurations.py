@@ -322,7 +322,14 @@ def bad_pairs() -> Iterator[Bad]:
     """Keys that exclude each other, and values that only another key makes wrong."""
     yield Bad(LRU, (("residency", 0.25), ("gpu_memory_gb", 20)), ("residency=0.25", "gpu_memory_gb=20"))
     yield Bad(LRU, (("residency", 0.5), ("gpu_memory_gb", 20)), ("residency=0.5", "gpu_memory_gb=20"))
-    generated = (("num_tokens", 5), ("num_requests", 1), ("seed", 0), ("params", "p"), ("locality", "low"), ("reuse", 0.3))
+    generated = (
+        ("num_tokens", 5),
+        ("num_requests", 1),
+        ("seed", 0),
+        ("params", "p"),
+        ("locality", "low"),
+        ("reuse", 0.3),
+    )
     for name, value in generated:
         for path in ("a.safetensors", ["a.safetensors"]):
             yield Bad(LRU, (("trace.path", path), (f"trace.{name}", value)), (f"trace.{name}", "trace.path"))
