@@ -12,6 +12,7 @@ import csv
 import io
 import shlex
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -276,7 +277,8 @@ def page(cases: Sequence[tuple[Group, Sequence[Row]]], found: Sequence[Found], c
         "of the simulated figure. *Fitted*: one published figure with all experts resident says what the stack takes",
         "(`stack.resident_tpot_ms`); its own row does not count. *Blind*: nothing is fitted: shipped profiles,",
         "what the source says of its machine (the rate of a link, of a memory), and assumptions. No key was chosen by",
-        "the figure that it predicts.",
+        "the figure that it predicts. *Range*: from low to high locality, where routing is assumed and its reuse is not",
+        "known.",
         "",
         "```sh",
         command,
@@ -287,41 +289,68 @@ def page(cases: Sequence[tuple[Group, Sequence[Row]]], found: Sequence[Found], c
             for kind, (number, median) in medians(found).items()
         ),
         "",
-        "| case | row | | measured | simulated | range | error |",
-        "|---|---|---|---|---|---|---|",
-        *map(_table_line, found),
+        "| case | | errors, row by row |",
+        "|---|---|---|",
+        *(_summary(group, [line for line in found if line.group == group.name]) for group, _ in cases),
         "",
-        "*Range*: from low to high locality, where routing is assumed and its reuse is not known. All columns and the",
-        "whole commands: `table.csv`.",
+        "All columns, and the command of every row: `table.csv`.",
         "",
     ]
-    for group, rows in cases:
-        lines += _about(group, [line for line in found if line.group == group.name], rows)
+    for group, _ in cases:
+        lines += _about(group, [line for line in found if line.group == group.name])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary(group: Group, found: Sequence[Found]) -> str:
+    told = ", ".join(_told(line) for line in found)
+    return f"| {group.name} | {found[0].kind} | {told} |"
+
+
+def _about(group: Group, found: Sequence[Found]) -> list[str]:
+    """Of a group its source, table, setting, assumptions, what is behind its errors, and a command."""
+    lines = [
+        f"## {group.name}",
+        "",
+        *_wrapped(
+            "", f"Source: {group.source}. {found[0].kind.capitalize()}; in {group.quantity}, {QUANTITIES[group.quantity]}."
+        ),
+        "",
+        "| row | measured | simulated | range | error |",
+        "|---|---|---|---|---|",
+        *map(_table_line, found),
+        "",
+        *_wrapped("- ", f"Setting: {group.setting}"),
+        *_wrapped("- ", f"Assumed: {group.assumed}"),
+        *(_wrapped("- ", f"Errors: {group.why}") if group.why else []),
+        "",
+        "```sh",
+        *_broken(found[-1].command),
+        "```",
+        "",
+    ]
+    return lines
+
+
+def _wrapped(bullet: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 118, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_on_hyphens=False)
+
+
+def _broken(command: str) -> list[str]:
+    """A command in lines that a shell joins again."""
+    lines = textwrap.wrap(command, 112, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _table_line(line: Found) -> str:
     measured = f"{line.measured:g}" + (f"–{line.measured_to:g}" if line.measured_to else "")
-    span = "" if line.low is None or line.high is None else f"{_short(line.low)}–{_short(line.high)}"
-    told = "fits" if not line.counts else f"{100 * line.error:+.0f} %"
-    cells = (line.group, line.row, line.quantity, measured, _short(line.predicted), span, told)
-    return f"| {' | '.join(cells)} |"
+    open_ended = line.low is not None and line.high is not None and _short(line.low) != _short(line.high)
+    span = f"{_short(line.low)}–{_short(line.high)}" if open_ended and line.low and line.high else ""
+    unit = "" if not line.quantity.startswith("x ") else f" ({line.quantity})"
+    return f"| {' | '.join((line.row + unit, measured, _short(line.predicted), span, _told(line)))} |"
 
 
-def _about(group: Group, found: Sequence[Found], rows: Sequence[Row]) -> list[str]:
-    kind = found[0].kind
-    lines = [
-        f"## {group.name}",
-        "",
-        f"Source: {group.source}. {kind.capitalize()}, {QUANTITIES[group.quantity]}.",
-        "",
-        f"- Setting: {group.setting}",
-        f"- Assumed: {group.assumed}",
-    ]
-    if group.why:
-        lines.append(f"- Errors: {group.why}")
-    words = shlex.join([*group.words, *rows[-1].words])
-    return [*lines, "", "```sh", f"python -m sim {words} {_ALONE}", "```", ""]
+def _told(line: Found) -> str:
+    return f"{100 * line.error:+.0f} %" if line.counts else "fits"
 
 
 def _short(value: float) -> str:
