@@ -277,7 +277,7 @@ def page(cases: Sequence[tuple[Group, Sequence[Row]]], found: Sequence[Found], c
         "of the simulated figure. *Fitted*: one published figure with all experts resident says what the stack takes",
         "(`stack.resident_tpot_ms`); its own row does not count. *Blind*: nothing is fitted: shipped profiles,",
         "what the source says of its machine (the rate of a link, of a memory), and assumptions. No key was chosen by",
-        "the figure that it predicts. *Range*: from low to high locality, where routing is assumed and its reuse is not",
+        "the figure that it predicts. *Range*: from low to high locality, where routing is assumed and its reuse not",
         "known.",
         "",
         "```sh",
@@ -308,12 +308,11 @@ def _summary(group: Group, found: Sequence[Found]) -> str:
 
 def _about(group: Group, found: Sequence[Found]) -> list[str]:
     """Of a group its source, table, setting, assumptions, what is behind its errors, and a command."""
+    meaning = QUANTITIES[group.quantity]
     lines = [
         f"## {group.name}",
         "",
-        *_wrapped(
-            "", f"Source: {group.source}. {found[0].kind.capitalize()}; in {group.quantity}, {QUANTITIES[group.quantity]}."
-        ),
+        *_wrapped("", f"Source: {group.source}. {found[0].kind.capitalize()}; {group.quantity} = {meaning}."),
         "",
         "| row | measured | simulated | range | error |",
         "|---|---|---|---|---|",

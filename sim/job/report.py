@@ -105,7 +105,8 @@ def print_report(
     routing = f"; {metrics['assumed']['routing']}" if "assumed" in metrics else ""
     console.print(
         f"[bold]{escape(title)}[/bold]{_chosen(cfg, metrics)} on {hardware_title(metrics)}, {stack_title(metrics)} "
-        f"stack, {metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % of its experts\n"
+        f"stack, {metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % "
+        "of its experts\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests{routing}",
         highlight=False,
         soft_wrap=True,
