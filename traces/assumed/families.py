@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from math import exp2
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Family:
     @property
     def next_token(self) -> float:
         """Correlation of an expert's score with its own one token later, in the same request."""
-        return self.popularity + self.request + self.slow * 0.5 ** (1 / SLOW) + self.fast * 0.5 ** (1 / FAST)
+        return self.popularity + self.request + self.slow * exp2(-1 / SLOW) + self.fast * exp2(-1 / FAST)
 
 
 def family_of(locality: str, reuse: float | None, share: float) -> Family:
