@@ -149,7 +149,7 @@ def run_cases(cases: Sequence[tuple[Group, Sequence[Row]]], num_jobs: int) -> li
         if not row.fits and not any(word.startswith("stack.resident_tpot_ms=") for word in words):
             words += solved.get(group.name, [])
     outcomes = Parallel(n_jobs=num_jobs)(delayed(_attempt)(group.quantity, words) for group, _, words in tasks)
-    found = []
+    found: list[Found] = []
     for (group, row, words), outcome in zip(tasks, outcomes, strict=True):
         if isinstance(outcome, str):
             raise ValueError(f"{plain(group.name, 60)}, {plain(row.name, 60)}: {outcome}")

@@ -125,7 +125,7 @@ def sentences(verdicts: Mapping[str, Any]) -> list[str]:
     lines = [_claim_line(claim) for claim in verdicts["claims"]]
     lines += [_best_line(best) for best in verdicts["best"]]
     lines += [_pair_line(pair) for pair in verdicts["pairs"]]
-    return lines + [crossing_line(crossing) for crossing in verdicts["crossings"]]
+    return lines + [crossing_line(crossing) for crossing in verdicts.get("crossings", ())]
 
 
 def _no_value(verdict: Mapping[str, Any]) -> str:
