@@ -15,6 +15,7 @@ from traces.processes.ending import begin
 COMMANDS = {
     "sim": ("sim", "simulate one configuration, or with -m a sweep of them"),
     "study": ("sim.study", "run a study of many configurations, and write its report"),
+    "published": ("sim.published", "hold a simulation against seconds that others have published"),
     "collect": ("sim.collect", "make one table of a sweep's runs"),
     "regress": ("sim.regress", "pin the metrics of chosen runs, and say what moved"),
     "bench": ("sim.bench", "measure the simulator's speed"),

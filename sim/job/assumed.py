@@ -46,7 +46,7 @@ class AssumedTrace(GeneratedTrace):
     def __init__(self, asked: Assumed, one_of_a_range: bool) -> None:
         # Of no model that files were fitted to: what they learned of its routing is not in here.
         super().__init__([Path(f"{asked.name}.trace")], header_of(asked, "assumed"), arrays_of(asked))
-        self.locality, self.one_of_a_range = asked.locality, one_of_a_range
+        self.setting, self.one_of_a_range = asked.setting, one_of_a_range
 
 
 def assumed_trace(cfg: Mapping[str, Any], model: ModelSpec | None, batch_size: int) -> Trace | None:
@@ -54,11 +54,12 @@ def assumed_trace(cfg: Mapping[str, Any], model: ModelSpec | None, batch_size: i
 
     cfg: the keys of the trace. model: None is whatever the trace is of. ValueError for sizes that do not go together.
     """
-    locality = cfg.get("locality")
+    locality, reuse = cfg.get("locality"), cfg.get("reuse")
+    told = locality is not None or reuse is not None
     if model is None or cfg.get("path") is not None or cfg.get("params") is not None:
         return None
     topology = Topology(model.num_layers, model.num_experts, model.top_k)
-    if locality is None and topology == SHIPPED_TOPOLOGY:
+    if not told and topology == SHIPPED_TOPOLOGY:
         return None
     size = usual_size(topology, cfg.get("num_tokens"), cfg.get("num_requests"))
     check_size(size)
@@ -68,7 +69,7 @@ def assumed_trace(cfg: Mapping[str, Any], model: ModelSpec | None, batch_size: i
             f"batch_size={batch_size} is more than the {size.num_requests} requests of the assumed routing; "
             f"say trace.num_requests={batch_size}, or name a recording: trace.path=FILE"
         )
-    return AssumedTrace(Assumed(topology, locality or USUAL, size, cfg.get("seed") or 0), locality is None)
+    return AssumedTrace(Assumed(topology, locality or USUAL, size, cfg.get("seed") or 0, reuse), not told)
 
 
 def _check_memory(model: ModelSpec, topology: Topology, size: Size) -> None:
@@ -81,21 +82,21 @@ def _check_memory(model: ModelSpec, topology: Topology, size: Size) -> None:
         )
 
 
-def needs_model(locality: str) -> ValueError:
-    """The error for a locality where no model is named."""
-    return ValueError(f"trace.locality={shown(locality)} is of routing that is assumed for a model; say model=NAME")
+def needs_model(key: str, value: object) -> ValueError:
+    """The error for a locality, or a reuse, where no model is named."""
+    return ValueError(f"trace.{key}={shown(value)} is of routing that is assumed for a model; say model=NAME")
 
 
 def head(trace: Trace) -> dict[str, Any]:
     """What the metrics say of assumed routing; nothing of another trace."""
     if not isinstance(trace, AssumedTrace):
         return {}
-    return {"assumed": {"routing": title(trace.locality), "locality": trace.locality, "range": None}}
+    return {"assumed": {"routing": title(trace.setting), "locality": trace.setting, "range": None}}
 
 
-def title(locality: str) -> str:
+def title(setting: str) -> str:
     """What is assumed, in words."""
-    return f"assumed routing, {locality} locality"
+    return f"assumed routing, {setting}{' locality' if setting in SETTINGS else ''}"
 
 
 @contextmanager

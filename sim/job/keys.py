@@ -112,6 +112,15 @@ class TraceKeys:
             about="of assumed routing: a model, and no trace of its topology",
         ),
     ] = None
+    reuse: Annotated[
+        float | None,
+        Rule(
+            0,
+            1,
+            null="locality says it",
+            about="of assumed routing: share of a token's experts that the one before has chosen in that layer",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -175,10 +184,16 @@ def check_trace(trace: Mapping[str, Any]) -> None:
             f"trace.{told[0]}={shown(trace[told[0]])} is of a trace that is generated, and trace.path={shown(path)} is "
             f"read; leave one out{' (max_tokens cuts a trace)' if told[0] == 'num_tokens' else ''}"
         )
-    if "params" in told and "locality" in told:
+    for name in ("locality", "reuse"):
+        if "params" in told and name in told:
+            raise ValueError(
+                f"trace.{name}={shown(trace[name])} is of assumed routing, trace.params={shown(trace['params'])} "
+                "of routing with fitted parameters; leave one out"
+            )
+    if "locality" in told and "reuse" in told:
         raise ValueError(
-            f"trace.locality={shown(trace['locality'])} is of assumed routing, trace.params={shown(trace['params'])} "
-            "of routing with fitted parameters; leave one out"
+            f"trace.locality={shown(trace['locality'])} and trace.reuse={shown(trace['reuse'])} both say how local "
+            "the routing is; leave one out"
         )
 
 

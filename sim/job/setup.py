@@ -223,10 +223,11 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
     check_trace(cfg)
     if cfg.get("path") is not None:
         return open_trace(cfg["path"])
-    if cfg.get("locality") is not None:
-        from sim.job.assumed import needs_model
+    for key in ("locality", "reuse"):
+        if cfg.get(key) is not None:
+            from sim.job.assumed import needs_model
 
-        raise needs_model(cfg["locality"])
+            raise needs_model(key, cfg[key])
     from sim.job.default_trace import GENERATED, SHIPPED_TRACE, generated_trace
 
     told = {key: value for key, value in cfg.items() if key != "path" and value is not None}

@@ -83,6 +83,8 @@ class Hardware:
     host_memory_efficiency: the share of it that these experts reach by themselves. host_tflops: what they reach where
     their products, not their weights, take the time. host_round_trip_ns: activations to the host and results back, once
     a layer, beside their bytes. None of the four: nothing is known of the host, and no expert can be placed there.
+    host_unpack_gweights_per_s: quantised weights that its cores unpack a second, while they read nothing
+    (`sim.machine.host_compute`); None: that time is hidden, or in host_memory_efficiency.
     kernel_ns: measured kernel times by name of the model; they replace the roofline for those models alone.
     """
 
@@ -125,6 +127,12 @@ class Hardware:
     host_round_trip_ns: Annotated[
         int | None,
         Rule(0, 1_000_000_000, unit="ns", null="unknown", about="of activations to the host and results back"),
+    ] = None
+    host_unpack_gweights_per_s: Annotated[
+        float | None,
+        Rule(
+            1e-3, 1e6, unit="G weights/s", null="hidden", about="that the host's cores unpack, where they are quantised"
+        ),
     ] = None
     kernel_ns: Annotated[
         Mapping[str, KernelTable], Rule(extra="a mapping of models to tables", about="measured kernel times")
@@ -229,9 +237,12 @@ class Stack:
 
 HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))
 """The figures of a stack that `sim.machine.host_bound` charges, 0 unless measured."""
-HOST_COMPUTE = tuple(item.name for item in fields(Hardware) if item.name.startswith("host_"))
+HOST_COMPUTE = ("host_memory_gb_per_s", "host_memory_efficiency", "host_tflops", "host_round_trip_ns")
 """The figures of a machine that computing experts on its host takes."""
-_OPTIONAL = {"link", "kernel_ns", "kv_grid", "resident_tpot_ms", *HOST_COSTS, *HOST_COMPUTE}
+_OPTIONAL = {
+    *("link", "kernel_ns", "kv_grid", "resident_tpot_ms", "host_unpack_gweights_per_s"),
+    *(*HOST_COSTS, *HOST_COMPUTE),
+}
 
 
 def unsourced(spec: Hardware | Stack) -> list[str]:

@@ -69,6 +69,7 @@ _COMMON: Mapping[str, tuple[Check, str]] = {
     "value": (_is_text, "a column"),
     "column": (_is_text, "a column"),
     "axis": (_is_text, "an axis"),
+    "axis_title": (_is_text, "a text"),
     "kind": (_is_text, "a kind of picture"),
     "variant": (_is_word, "a variant"),
     "slow": (_is_word, "a value of the axis"),
@@ -91,6 +92,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
     "claims": ("name", "variants", "column"),
     "best": ("name", "variant", "of", "column"),
     "pairs": ("name", "axis", "slow", "fast", "column"),
+    "crossings": ("name", "axis", "variants", "column"),
     "pictures": ("file", "kind", "value", "variants", "title"),
 }
 """What an entry of each list cannot be without."""

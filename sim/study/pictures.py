@@ -1,4 +1,4 @@
-"""The two pictures of a study: a share by hardware, stack and policy, and a cost against the step.
+"""The pictures of a study: a share by hardware, stack and policy, a cost against the step, and curves that cross.
 
 Draws columns as they are. A panel has one value of every axis but `hardware`, which colours tell apart.
 """
@@ -6,6 +6,7 @@ Draws columns as they are. A panel has one value of every axis but `hardware`, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from sim.study.crossings import crossings, curves
 from sim.views.names import hardware_name, model_name, policy_name, stack_name
 from sim.views.plots import _foot, _line_style, save, styled
 
@@ -22,7 +24,7 @@ ACROSS, COLOURED = "stack", "hardware"
 
 def draw(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str], folder: Path) -> tuple[str, str]:
     """Draw one picture into `folder`; its title and file name."""
-    kinds: dict[str, Callable[..., Figure]] = {"shares": plot_shares, "steps": plot_steps}
+    kinds: dict[str, Callable[..., Figure]] = {"shares": plot_shares, "steps": plot_steps, "curves": plot_curves}
     if spec["kind"] not in kinds:
         raise ValueError(f"picture {spec['file']}: kind={spec['kind']!r} is unknown; choose one of: {', '.join(kinds)}")
     if spec["value"] not in table.columns:
@@ -98,6 +100,38 @@ def plot_steps(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str]
         names = ", ".join(policy_name(name) for name in marked)
         handles, labels = [*handles, star], [*labels, f"{names}, at its mean S"]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 5))
+    return figure
+
+
+@styled
+def plot_curves(table: pd.DataFrame, spec: Mapping[str, Any], axes: Sequence[str]) -> Figure:
+    """The value along an axis of numbers, a line a variant, a panel for each value of the other axes, side by side.
+
+    Where the two variants that are `marked` cross a thin line goes down to the axis, with the number there.
+    """
+    if spec.get("axis") not in axes:
+        raise ValueError(f"picture {spec['file']}: axis={spec.get('axis')!r} is no axis; there are: {', '.join(axes)}")
+    chosen = table[table["variant"].isin(spec["variants"])]
+    panels = list(_groups(chosen, [axis for axis in axes if axis != spec["axis"]]))
+    figure = Figure(figsize=(0.9 + 3.7 * len(panels), 3.9), layout="constrained")
+    if "heading" in spec:
+        figure.suptitle(spec["heading"], x=0.01, ha="left")
+    places = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, (name, rows) in zip(places, panels, strict=True):
+        found = curves(rows, spec["axis"], spec["value"], spec["variants"])
+        for index, (variant, points) in enumerate(found.items()):
+            panel.plot(*zip(*points, strict=True), label=policy_name(variant), **_line_style(index))
+        for first, second in combinations(spec.get("marked", ()), 2):
+            for at, value in crossings(found.get(first, []), found.get(second, [])):
+                panel.plot([at, at], [0, value], color="#222222", linewidth=0.9, linestyle="--")
+                panel.annotate(f"{at:.1f}", (at, 0), (3, 3), textcoords="offset points", fontsize=8)
+        panel.set_title(name)
+        panel.set_xlabel(spec.get("axis_title", spec["axis"]))
+        panel.set_ylim(bottom=0)
+        panel.tick_params(labelleft=True)
+    places[0].set_ylabel(spec["title"])
+    handles, labels = places[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 

@@ -28,7 +28,8 @@ _EXTRAS = {
     "claims": {"name", "variants", "column", "at_most", "at_least", "split"},
     "best": {"name", "variant", "of", "column"},
     "pairs": {"name", "axis", "slow", "fast", "column"},
-    "pictures": {"file", "kind", "value", "variants", "marked", "line", "title", "heading"},
+    "crossings": {"name", "axis", "variants", "column"},
+    "pictures": {"file", "kind", "value", "variants", "marked", "line", "title", "heading", "axis", "axis_title"},
 }
 """What each list that is evaluated after the runs may say."""
 
@@ -57,6 +58,7 @@ class Study:
     claims: tuple[Mapping[str, Any], ...] = ()
     best: tuple[Mapping[str, Any], ...] = ()
     pairs: tuple[Mapping[str, Any], ...] = ()
+    crossings: tuple[Mapping[str, Any], ...] = ()
     pictures: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -147,6 +149,9 @@ def _check_extras(study: Study, file: str) -> None:
             for key in ("variants", "of", "marked"):
                 named += [(part, variant) for variant in entry.get(key, ())]
             named += [(part, entry["variant"])] if "variant" in entry else []
+    for entry in study.crossings:
+        if len(entry.get("variants", ())) != 2 or entry.get("axis") not in study.axes:
+            raise ValueError(f"{file}: crossings needs two variants and an axis of: {', '.join(study.axes)}")
     for part, variant in named:
         if variant not in study.variants:
             raise ValueError(

@@ -18,6 +18,7 @@ NOTHING = "–"
 COLUMNS = {
     "variant": "what was run",
     "tpot_ms, ttft_ms": "mean time between tokens, and to the first (with the prompt recorded)",
+    "decode_tok_per_s": "tokens a second between the first and the last: 1000 / tpot_ms",
     "stall_left_on_demand, stall_left_hf_offload": "share of that baseline's stall that is left, 1 = all",
     "stall_of_time": "stall over the time of the whole run",
     "decode_…, prefill_…": "the same of forwards of one phase; ms per token in decode, per forward in prefill",
@@ -61,6 +62,7 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
         "stall_ns": result["stall_ns"],
         **derived(dict(result)),
         "stall_of_time": _ratio(result["stall_ns"], result["elapsed_ns"]),
+        "decode_tok_per_s": _ratio(1000.0, result["tpot_ms"]["mean"]),
         "tpot_p99_ms": result["tpot_ms"]["p99"],
         "ttft_ms": result["ttft_ms"]["mean"],
         "prefetch_issued": prefetch["issued"],

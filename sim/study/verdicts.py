@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from sim.study.crossings import crossing_line, judge_crossing
 from sim.study.plan import Study
 
 _UNDECODED = "the run ends before the first decoded token; give more --tokens"
@@ -20,6 +21,7 @@ def judge(study: Study, table: pd.DataFrame, axes: Sequence[str]) -> dict[str, A
         "claims": [_claim(spec, table, axes) for spec in study.claims],
         "best": [_best(spec, table, axes) for spec in study.best],
         "pairs": [_pair(spec, table, axes) for spec in study.pairs],
+        "crossings": [judge_crossing(spec, _with_values(table, spec["column"]), axes) for spec in study.crossings],
     }
 
 
@@ -122,7 +124,8 @@ def sentences(verdicts: Mapping[str, Any]) -> list[str]:
     """Each verdict as a line of the report; of what has no value why it has none."""
     lines = [_claim_line(claim) for claim in verdicts["claims"]]
     lines += [_best_line(best) for best in verdicts["best"]]
-    return lines + [_pair_line(pair) for pair in verdicts["pairs"]]
+    lines += [_pair_line(pair) for pair in verdicts["pairs"]]
+    return lines + [crossing_line(crossing) for crossing in verdicts.get("crossings", ())]
 
 
 def _no_value(verdict: Mapping[str, Any]) -> str:

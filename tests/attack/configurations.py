@@ -322,7 +322,14 @@ def bad_pairs() -> Iterator[Bad]:
     """Keys that exclude each other, and values that only another key makes wrong."""
     yield Bad(LRU, (("residency", 0.25), ("gpu_memory_gb", 20)), ("residency=0.25", "gpu_memory_gb=20"))
     yield Bad(LRU, (("residency", 0.5), ("gpu_memory_gb", 20)), ("residency=0.5", "gpu_memory_gb=20"))
-    generated = (("num_tokens", 5), ("num_requests", 1), ("seed", 0), ("params", "p"), ("locality", "low"))
+    generated = (
+        ("num_tokens", 5),
+        ("num_requests", 1),
+        ("seed", 0),
+        ("params", "p"),
+        ("locality", "low"),
+        ("reuse", 0.3),
+    )
     for name, value in generated:
         for path in ("a.safetensors", ["a.safetensors"]):
             yield Bad(LRU, (("trace.path", path), (f"trace.{name}", value)), (f"trace.{name}", "trace.path"))
@@ -355,7 +362,11 @@ def bad_pairs() -> Iterator[Bad]:
     for name in ("num_layers", "num_experts"):
         yield Bad(MODEL, ((f"model.{name}", 7), ("trace.path", str(DATA / TRACE))), (f"{name}=7", "trace"))
     for key, value in (("trace.path", "a.safetensors"), ("trace.params", "p")):
-        yield Bad(MODEL, (("trace.locality", "low"), (key, value)), ("trace.locality", key))
+        for told in (("trace.locality", "low"), ("trace.reuse", 0.3)):
+            yield Bad(MODEL, (told, (key, value)), (told[0], key))
+    yield Bad(MODEL, (("trace.locality", "low"), ("trace.reuse", 0.3)), ("trace.locality", "trace.reuse"))
+    for reuse in (0.0, 0.01, 0.99, 1.0):
+        yield Bad(MODEL, (("trace.reuse", reuse),), (f"trace.reuse={reuse:g}", "low and high"))
     yield Bad(MODEL, (("model.top_k", 33),), ("model.top_k=33", "num_experts"))
     yield Bad(MODEL, (("model.num_kv_heads", 7),), ("model.num_kv_heads=7", "num_heads"))
     yield Bad(MODEL, (("model.kv_rank", 7),), ("model.kv_rank=7", "gqa"))
@@ -440,6 +451,7 @@ WORDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("+hardware=a100", "+hardware@foo=a100", "+policy=lru"), ("foo", "no key")),
     (("+hardware=a100", "+policy=lru", "policy/eviction@policy.order=lru"), ("policy",)),
     ((*LRU, "trace.locality=low"), ("trace.locality='low'", "model=NAME")),
+    ((*LRU, "trace.reuse=0.3"), ("trace.reuse=0.3", "model=NAME")),
     ((*MODEL, "trace.locality=low", "batch_size=9"), ("batch_size=9", "trace.num_requests=9")),
     ((*MODEL, "model.num_layers=7", "trace.num_tokens=3", "trace.num_requests=4"), ("trace.num_requests=4",)),
     ((*MODEL, "model.num_layers=10000", "model.num_experts=65535"), ("10000x65535", "trace.path=FILE")),

@@ -268,6 +268,21 @@ def study() -> str:
     return yaml.safe_dump(content, sort_keys=False)
 
 
+def published() -> str:
+    """One source with a figure and a ratio."""
+    import yaml
+
+    group = {
+        "name": "engine",
+        "source": "a page",
+        "setting": "a card",
+        "assumed": "the rest",
+        "words": ["+hardware=a100", "+policy=lru"],
+        "rows": [{"name": "one", "measured": 3.5, "to": 4.0}, {"name": "two", "measured": 2.0, "over": "one"}],
+    }
+    return yaml.safe_dump({"groups": [group]}, sort_keys=False)
+
+
 def model_config() -> dict[str, Any]:
     """A config.json with latent attention, an indexer, a dense layer, shared experts and block-wise fp8."""
     return {

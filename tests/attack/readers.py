@@ -350,6 +350,12 @@ def _composed(group: str) -> Callable[[Path], Any]:
     return read
 
 
+def _read_cases(path: Path) -> Any:
+    from sim.published import read_cases
+
+    return [(group.name, [row.measured for row in rows]) for group, rows in read_cases(path)]
+
+
 def _make_gguf(model: Callable[[], Any]) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         return gguf_models.write(folder / "m.gguf", *model())
@@ -489,6 +495,7 @@ READERS: list[Reader] = [
     Reader("gguf-hybrid", _make_gguf(gguf_models.tiny_hybrid), _read_gguf),
     Reader("gguf-parts", _make_gguf_parts, _read_gguf),
     Reader("study-yaml", _text("mine.yaml", files.study), _composed("study")),
+    Reader("published-yaml", _text("cases.yaml", files.published), _read_cases),
     Reader("twin-settings", _make_twin("twin.json"), _read_twin),
     Reader("twin-state", _make_twin("checkpoint-00000002/state.json"), _read_twin),
     Reader("twin-weights", _make_twin("checkpoint-00000002/model.safetensors"), _read_twin),

@@ -8,10 +8,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from math import exp2
 from pathlib import Path
 from typing import Any
 
-from traces.messages import fault
+import numpy as np
+
+from traces.assumed.latent import correlation, overlap
+from traces.messages import fault, plain
 from traces.reading import read_table
 
 SETTINGS = ("low", "usual", "high")
@@ -38,6 +42,29 @@ class Family:
     fast: float
     fresh: float
     depth: float
+
+    @property
+    def next_token(self) -> float:
+        """Correlation of an expert's score with its own one token later, in the same request."""
+        return self.popularity + self.request + self.slow * exp2(-1 / SLOW) + self.fast * exp2(-1 / FAST)
+
+
+def family_of(locality: str, reuse: float | None, share: float) -> Family:
+    """The family of a setting, or the one between the settings whose tokens choose `reuse` of their experts again that
+    the token before has chosen. share: top_k / num_experts. ValueError where no family between the settings does."""
+    families = shipped_families()
+    if reuse is None:
+        return families[locality]
+    settings = [families[name] for name in SETTINGS]
+    known = [setting.next_token for setting in settings]
+    if not known[0] <= (found := float(correlation(reuse, share))) <= known[-1]:
+        low, high = (float(overlap(one, share)) for one in (known[0], known[-1]))
+        raise ValueError(
+            f"trace.reuse={plain(f'{reuse:g}')} is not between {low:.2f} and {high:.2f}, the settings low and high of "
+            "trace.locality for this topology; choose one of them, or name a recording: trace.path=FILE"
+        )
+    values = [[getattr(setting, item.name) for setting in settings] for item in fields(Family)]
+    return Family(*(float(np.interp(found, known, one)) for one in values))
 
 
 def load_families(path: Path = FAMILIES) -> dict[str, Family]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from traces.assumed.families import families_sha256, shipped_families
+from traces.assumed.families import families_sha256, family_of
 from traces.assumed.routing import AT_ONCE, Topology, make_routing
 from traces.kept import KeptArrays, code_hash
 from traces.shipped import cache_folder
@@ -37,12 +37,19 @@ class Assumed(NamedTuple):
     locality: str
     size: Size
     seed: int
+    reuse: float | None = None
+    """Share of a token's experts that the token before has chosen too; in place of the locality."""
+
+    @property
+    def setting(self) -> str:
+        """`usual`, or `reuse 0.45`."""
+        return self.locality if self.reuse is None else f"reuse {self.reuse:g}"
 
     @property
     def name(self) -> str:
         """`assumed:usual 94x128 top 8`, with the seed if it is another than 0."""
         seed = f" seed {self.seed}" if self.seed else ""
-        return f"assumed:{self.locality} {self.topology}{seed}"
+        return f"assumed:{self.setting} {self.topology}{seed}"
 
 
 def usual_size(topology: Topology, num_tokens: int | None = None, num_requests: int | None = None) -> Size:
@@ -100,12 +107,13 @@ def header_of(asked: Assumed, model: str) -> dict[str, str]:
 
 def _kept_experts(asked: Assumed, lengths: Sequence[int]) -> npt.NDArray[np.integer]:
     topology = asked.topology
+    family = family_of(asked.locality, asked.reuse, topology.top_k / topology.num_experts)
     shape = (asked.size.num_tokens, topology.num_layers, topology.top_k)
     kind = np.dtype(np.uint8 if topology.num_experts <= 255 else np.uint16)
     try:
         kept = KeptArrays(cache_folder() / "assumed")
     except RuntimeError:
-        return make_routing(shipped_families()[asked.locality], topology, lengths, asked.seed)
+        return make_routing(family, topology, lengths, asked.seed)
     code = code_hash("traces.assumed.routing", "traces.assumed.made", "traces.assumed.families")
     name = f"{asked} {families_sha256()} {code} {np.__version__}"
     found = kept.find(name, shape, kind)
@@ -116,6 +124,6 @@ def _kept_experts(asked: Assumed, lengths: Sequence[int]) -> npt.NDArray[np.inte
                 return experts
         except OSError:
             pass  # cut short meanwhile: it is made anew
-    made = make_routing(shipped_families()[asked.locality], topology, lengths, asked.seed)
+    made = make_routing(family, topology, lengths, asked.seed)
     kept.keep(name, shape, kind, [made])
     return made
