@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertflow.keys import declared
-from replay.keys import DEFAULT_FAULT_AT, ReplayKeys
+from replay.keys import DEFAULT_FAULT_AT, UNSTAMPED, ReplayKeys
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
@@ -49,8 +49,9 @@ class Settings:
         fault, at = cfg["fault"], cfg["fault_at"]
         if fault is None and at is not None:
             raise ValueError(f"fault_at={at} is for a fault, and none is asked for; add fault=NAME, or leave it out")
-        if fault not in (None, "lost") and not cfg["verify"]:
+        if fault not in (None, *UNSTAMPED) and not cfg["verify"]:
             raise ValueError(f"fault={fault} would pass unseen; add verify=true")
+        _check_local(cfg["hardware"])
         _check_link(cfg, machine)
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
         return cls(
@@ -66,6 +67,16 @@ class Settings:
     def device(self) -> Device:
         """The device that these settings ask for."""
         return make_device(self.machine, self.throttle_gb_per_s)
+
+
+def _check_local(hardware: Mapping[str, Any]) -> None:
+    """ValueError for figures beside `hardware=local`, which has none for them to stand beside."""
+    more = sorted(set(hardware) - {"name", "sources"})
+    if hardware.get("name") == "local" and more:
+        raise ValueError(
+            f"hardware=local is the machine that this runs on, of which no figure is known; for {more[0]} beside it "
+            "(a place on the host wants one) give a profile, as +hardware=a100 +host=server"
+        )
 
 
 def _check_link(cfg: Mapping[str, Any], machine: str) -> None:

@@ -88,12 +88,15 @@ def test_a_start_that_is_dropped_says_so(trace: Path, tmp_path: Path) -> None:
     assert "gives up" not in run_here(words, tmp_path / "b").out
 
 
-def test_a_replay_refuses_a_place_on_the_host_in_one_line(trace: Path, tmp_path: Path) -> None:
+def test_a_replay_on_hardware_without_figures_refuses_a_place_on_the_host(trace: Path, tmp_path: Path) -> None:
     words = [*TINY, "+policy=lru", "+policy/place=cheaper", f"trace.path={trace}"]
     found = replay_here(words, tmp_path / "run")
     assert found.code == 2
-    assert found.err == (
-        "error: Cheaper.on_host may place experts on the host, where this machine computes none; "
-        "leave policy.place out, or simulate it with python -m sim\n"
+    assert found.err.startswith(
+        "error: hardware=local has no figures to weigh a place on the host by; give the profile"
     )
+    assert found.err.count("\n") == 1
+    found = replay_here([*words, "+host=desktop"], tmp_path / "host")
+    assert found.code == 2
+    assert "hardware=local is the machine that this runs on, of which no figure is known" in found.err
     assert replay_here([*TINY, "+policy=lru", "+policy/place=gpu", f"trace.path={trace}"], tmp_path / "gpu").code == 0

@@ -331,7 +331,7 @@ def test_column_types(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (Copy(1, 2, 0, 0, 4, 0), "chunk 2"),
         (Copy(1, 0, 24, 0, 4, 0), "key 24"),
         (Copy(1, 0, 0, 9, 4, 0), "slot 9"),
-        (Waited(3, 1, False), "wait of kind 3"),
+        (Waited(4, 1, False), "wait of kind 4"),
         (Told(-6, (), ()), "follows one at"),
         (Told(5, ((1, 2, 0, 0),), ()), "chunk 2"),
         (Told(5, ((1, 0, 4, 3),), ()), "start of a chunk"),
