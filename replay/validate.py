@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from replay.calibrate import check_name
+from replay.calibration.words import HOST
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
 from replay.packages import asked_for_by
@@ -46,7 +47,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("name", help="what to call this machine: results/validation-NAME")
     made.add_argument("--machine", default="auto", choices=MACHINES)
     made.add_argument("--models", help="default: gpt-oss-20b, on a GPU then deepseek-v2-lite")
-    made.add_argument("--policies", default=",".join(POLICIES))
+    made.add_argument(
+        "--policies",
+        default=",".join(POLICIES),
+        help="POLICY, or POLICY+PLACE for one whose experts the host computes where that place says (default: "
+        "%(default)s)",
+    )
+    made.add_argument("--host", default=HOST, help="of policies with a place (default: %(default)s)")
     made.add_argument("--residency", default="0.25,0.5")
     made.add_argument("--batch-sizes", default="1,8")
     made.add_argument(

@@ -8,7 +8,7 @@ from typing import Protocol
 from expertflow.machine import Costs
 
 
-class Pace(Protocol):
+class HostTimes(Protocol):
     """How long a host takes, in whole ns."""
 
     def expert_ns(self, num_tokens: int) -> int:
@@ -22,7 +22,7 @@ class Figures(Protocol):
     """What experts cost on the host and on the GPU beside it."""
 
     @property
-    def times(self) -> Pace:
+    def times(self) -> HostTimes:
         """Of the host."""
 
     @property

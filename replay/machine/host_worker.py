@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from replay.machine.device import Event, Way
-from replay.machine.figures import Pace
+from replay.machine.figures import HostTimes
 from replay.machine.kernels import Kernels
 from replay.machine.pools import HostPool
 from replay.machine.products import products
@@ -115,7 +115,7 @@ class HostWorker(threading.Thread):
         way: Way,
         clock: Callable[[], int],
         news: Callable[[], None],
-        pace: Pace | None = None,
+        pace: HostTimes | None = None,
         fault: HostFault | None = None,
     ) -> None:
         super().__init__(name="host's worker", daemon=True)
