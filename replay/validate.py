@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         help="POLICY, or POLICY+PLACE for one whose experts the host computes where that place says (default: "
         "%(default)s)",
     )
-    made.add_argument("--host", default=HOST, help="of policies with a place (default: %(default)s)")
+    made.add_argument("--host", help=f"of policies with a place: a file of conf/host (default: {HOST})")
     made.add_argument("--residency", default="0.25,0.5")
     made.add_argument("--batch-sizes", default="1,8")
     made.add_argument(
@@ -117,6 +117,11 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
         raise ValueError(f"--batch-sizes={args.batch_sizes} must be at least 1")
     if args.trace is not None and not args.trace.is_file():
         raise ValueError(f"--trace={args.trace} is no file")
+    if args.host is not None and "+" not in args.policies:
+        raise ValueError(
+            f"--host={args.host} is of policies with a place, and --policies names none; give POLICY+PLACE"
+        )
+    args.host = args.host or HOST
     if not all(args.policies.split(",")):
         raise ValueError(f"--policies={args.policies!r} must be names of policies with commas between")
     return Asked(
