@@ -18,7 +18,7 @@ from replay.calibration.words import HOST
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
 from replay.packages import asked_for_by
-from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
+from replay.validation.plan import MODELS, PLACED, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from sim.job.configure import configure
 from sim.job.keys import STARTS
 from sim.job.run_cli import run_cli
@@ -49,9 +49,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", help="default: gpt-oss-20b, on a GPU then deepseek-v2-lite")
     made.add_argument(
         "--policies",
-        default=",".join(POLICIES),
         help="POLICY, or POLICY+PLACE for one whose experts the host computes where that place says (default: "
-        "%(default)s)",
+        f"{','.join(POLICIES)}, on a CPU {','.join(PLACED['cpu'])} as well)",
     )
     made.add_argument("--host", help=f"of policies with a place: a file of conf/host (default: {HOST})")
     made.add_argument("--residency", default="0.25,0.5")
@@ -117,6 +116,7 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
         raise ValueError(f"--batch-sizes={args.batch_sizes} must be at least 1")
     if args.trace is not None and not args.trace.is_file():
         raise ValueError(f"--trace={args.trace} is no file")
+    args.policies = ",".join([*POLICIES, *PLACED[world]]) if args.policies is None else args.policies
     if args.host is not None and "+" not in args.policies:
         raise ValueError(
             f"--host={args.host} is of policies with a place, and --policies names none; give POLICY+PLACE"

@@ -305,7 +305,8 @@ def _of_host(op: int, key: Callable[[], int], small: Callable[[], int], time: Ca
     count = small()
     tokens, stretch = tuple([small() for _ in range(count)]), small()
     copy_ns, link_wait_ns, round_trip_ns = time(), time(), time()
-    gpu_ns, host_ns = ([time() for _ in range(count)] for _ in range(2))
+    gpu_ns = [time() for _ in range(count)]
+    host_ns = [time() for _ in range(count)]
     return Estimated(tokens, Costs(copy_ns, link_wait_ns, gpu_ns, host_ns, round_trip_ns, stretch / STRETCH_OF_ONE))
 
 

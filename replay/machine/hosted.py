@@ -30,6 +30,8 @@ from sim.specs.hardware import Stack
 from traces.messages import cut, plain
 
 _SWITCH_S = 20e-6
+Parts = tuple[Device, Kernels, HostPool, SlotPool, Sequence[int], Stack, Stamps | None]
+"""What a `RealMachine` is made of, in the order of its arguments."""
 
 
 class HostedMachine(RealMachine):
@@ -175,24 +177,14 @@ class HostedMachine(RealMachine):
         sys.setswitchinterval(self._switch_s)
 
 
-def hosted(
-    device: Device,
-    kernels: Kernels,
-    host: HostPool,
-    slots: SlotPool,
-    chunk_bytes: Sequence[int],
-    stack: Stack,
-    stamps: Stamps | None,
-    figures: Figures,
-    max_tokens: int,
-) -> HostedMachine:
-    """A machine with a worker for forwards of at most `max_tokens` tokens. Where there is no GPU the worker keeps the
-    pace of `figures`."""
+def hosted(parts: Parts, figures: Figures, max_tokens: int) -> HostedMachine:
+    """A machine of `parts` with a worker for forwards of at most `max_tokens` tokens. Where there is no GPU the worker
+    keeps the pace of `figures`."""
+    device, kernels, host = parts[:3]
     on_gpu = device.world == "cuda"
     weights = HostWeights(kernels, host, max_tokens, on_gpu)
     results = torch.zeros_like(weights.results, device=device.torch_device)
     way = device.way((kernels.activations, weights.activations, weights.results, results))
     fault = getattr(device, "host_fault", None)
     worker = HostWorker(weights, way, device.now_ns, device.tell, None if on_gpu else figures.times, fault)
-    parts = device, kernels, host, slots, chunk_bytes, stack, stamps
     return HostedMachine(*parts, figures=figures, worker=worker, results=results)

@@ -139,7 +139,7 @@ class Rig:
         host = self.host(memory == "pinned")
         stamps = Stamps(host, self.slots, chunk_offsets(chunk_bytes)) if verify else None
         parts = device, self.kernels, host, self.slots, chunk_bytes, stack, stamps
-        return RealMachine(*parts) if figures is None else hosted(*parts, figures, self.needs.max_tokens)
+        return RealMachine(*parts) if figures is None else hosted(parts, figures, self.needs.max_tokens)
 
     def describe(self, memory: str = "pinned") -> dict[str, Any]:
         """What was measured, for a result: the device, and how the experts were held."""

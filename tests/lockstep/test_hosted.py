@@ -9,7 +9,21 @@ import pytest
 
 from expertflow.machine import HOST
 from replay.lockstep.compare import main
-from replay.lockstep.log_format import Decided, Estimated, HostEnded, LoggedForward, OnHost, Told, Waited
+from replay.lockstep.log_format import (
+    ESTIMATE,
+    HOST_ENDED,
+    ON_HOST,
+    STREAMS,
+    STRETCH_OF_ONE,
+    Decided,
+    Estimated,
+    HostEnded,
+    LoggedForward,
+    OnHost,
+    Told,
+    Waited,
+    decode,
+)
 from tests.lockstep.support import Job, read_events, rewritten
 
 BASE = ("+hardware=a100", "+host=workstation", "trace.num_tokens=12", "residency=0.25")
@@ -104,3 +118,25 @@ def test_a_log_without_a_place_is_none_of_one_with_it(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert "then a difference" in said
     assert "a place that is asked" in said
+
+
+@pytest.mark.parametrize("left_out", ["small", "key", "time"])
+@pytest.mark.parametrize(
+    ("op", "small", "key", "time"),
+    [
+        (ESTIMATE, [2, 1, 1, STRETCH_OF_ONE], [], [1, 2, 3, 4, 5, 6, 7]),
+        (ON_HOST, [1, 2, 1, 1], [4, 5], []),
+        (HOST_ENDED, [2, 1, 1], [4, 5], [1, 2, 2, 3]),
+    ],
+)
+def test_a_stream_that_ends_within_an_event_is_told(
+    op: int, small: list[int], key: list[int], time: list[int], left_out: str
+) -> None:
+    """And with all its numbers the event is whole."""
+    row: dict[str, list[int]] = {name: [] for name in STREAMS} | {"op": [op], "small": small, "key": key, "time": time}
+    _, left = decode(row)
+    assert not any(left.values())
+    if row[left_out]:
+        row[left_out] = row[left_out][:-1]
+        with pytest.raises(ValueError, match="a stream ends too soon"):
+            decode(row)

@@ -322,7 +322,10 @@ def test_calibrate_answers_mistakes_with_one_line(
         (["mine", "--batch-sizes", "1.5"], "--batch-sizes='1.5' must be whole numbers"),
         (["mine", "--policies", "lru,best"], "best"),
         (["mine", "--policies", "lru+nowhere"], "policy/place=nowhere does not exist"),
-        (["mine", "--host", "server"], "--host=server is of policies with a place, and --policies names none"),
+        (
+            ["mine", "--policies", "lru", "--host", "server"],
+            "--host=server is of policies with a place, and --policies names none",
+        ),
         (["mine", "--policies", "lru+cheaper", "--host", "abacus"], "abacus"),
         (["mine", "--models", "gpt-5"], "gpt-5"),
         (["mine", "--scale", "-1"], "argument --scale: -1 must be a whole number"),
