@@ -12,7 +12,7 @@ from replay.keys import DEFAULT_FAULT_AT, UNSTAMPED, ReplayKeys
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
-from sim.specs.hardware import hardware_from_dict
+from sim.specs.hardware import HOST_COMPUTE, hardware_from_dict
 from sim.specs.links import PROFILE
 
 CPU_SCALE = 16
@@ -70,12 +70,12 @@ class Settings:
 
 
 def _check_local(hardware: Mapping[str, Any]) -> None:
-    """ValueError for figures beside `hardware=local`, which has none for them to stand beside."""
-    more = sorted(set(hardware) - {"name", "sources"})
-    if hardware.get("name") == "local" and more:
+    """ValueError for a host beside `hardware=local`, which has no figures for its own to stand beside."""
+    more = set(hardware) - {"name", "sources"}
+    if hardware.get("name") == "local" and more and more <= set(HOST_COMPUTE):
         raise ValueError(
-            f"hardware=local is the machine that this runs on, of which no figure is known; for {more[0]} beside it "
-            "(a place on the host wants one) give a profile, as +hardware=a100 +host=server"
+            "hardware=local is the machine that this runs on, of which no figure is known, so that those of a host say "
+            "nothing beside it; give a profile, as +hardware=a100 +host=server"
         )
 
 
