@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,27 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from expertflow.hosting import check_machine
 from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
-from replay.keys import ReplayKeys
+from replay.host_figures import figures_for
+from replay.keys import HOST_FAULTS, ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import DeviceLostError, end
-from replay.machine.real import RealMachine
+from replay.machine.figures import Figures
 from replay.machine.rig import Needs, Rig
 from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
 from sim.app import relative
 from sim.execute import Recorders
-from sim.job.beside import answerable, baselines, describe, run_asked, run_baselines
+from sim.job.beside import answerable, baselines, baselines_with_place, describe, run_asked, run_baselines
 from sim.job.configure import checked
 from sim.job.decided import Decided, asked, stands
 from sim.job.limit import limited
 from sim.job.model import recorded
 from sim.job.output import IGNORED, begin_folder, of_one_job, provenance, results_of, to_json, write_text
+from sim.job.place import make_place
 from sim.job.report import print_line, print_report, remarks_of
 from sim.job.run_cli import Ended
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
@@ -129,21 +131,21 @@ class Job:
         self.full, self.work = work, scaled_workload(work, settings.scale)
         self.overrides = list(overrides)
         self.policy, self.transfer = make_policy(cfg["policy"], work, cfg["seed"])
-        check_machine(RealMachine, self.policy)
+        _check_fault(settings, self.policy)
         self.integrity: Integrity | None = None
         self.head = describe(self.work, self.policy, cfg, settings.machine)
 
     def run(self, device: Any) -> dict[str, Any]:
         """The metrics of all of it."""
         cfg, settings, work = self.cfg, self.settings, self.work
-        beside = baselines() if cfg["compare"] == "full" else {}
+        beside = self._beside() if cfg["compare"] == "full" else {}
         needs = _most(
             [needs_of(work, policy, transfer) for policy, transfer in [(self.policy, self.transfer), *beside.values()]]
         )
         rig = Rig(device, work.model, needs, settings.host_memory_gb, self.transfer.memory == "pinned")
 
         def run(policy: Policy, transfer: Transfer, observers: Sequence[Observer]) -> dict[str, Any]:
-            return replay_policy(rig, work, policy, transfer, observers)[0]
+            return replay_policy(rig, work, policy, transfer, observers, figures=self._figures(device, policy))[0]
 
         def main_run(policy: Policy, transfer: Transfer, observers: Sequence[Observer]) -> dict[str, Any]:
             return self._main_run(rig, observers)
@@ -154,12 +156,23 @@ class Job:
             )
         metrics = self.head | asked_for
         with answerable(self.policy):
-            metrics["compare"] = run_baselines(run) if beside else None
+            metrics["compare"] = run_baselines(run, beside) if beside else None
         metrics["bounds"] = None
         metrics["scale"] = settings.scale
         metrics["integrity"] = None if self.integrity is None else asdict(self.integrity)
         metrics["machine"] = rig.describe(self.transfer.memory)
         return metrics
+
+    def _beside(self) -> dict[str, tuple[Policy, Transfer]]:
+        """The runs beside this one; where it may place experts on the host, those with its place as well."""
+        if not self.policy.places:
+            return baselines()
+        place = partial(make_place, self.cfg["policy"]["place"], self.full.trace)
+        return baselines() | baselines_with_place(place, self.transfer)
+
+    def _figures(self, device: Any, policy: Policy) -> Figures | None:
+        """Of the model as it is: what is paced takes as long at any scale."""
+        return figures_for(self.full, policy, self.transfer, device, self.settings.scale)
 
     def _main_run(self, rig: Rig, observers: Sequence[Observer]) -> dict[str, Any]:
         settings, work = self.settings, self.work
@@ -170,7 +183,15 @@ class Job:
             log = LogWriter(self.folder / LOG_NAME, header)
         try:
             metrics, self.integrity = replay_policy(
-                rig, work, self.policy, self.transfer, observers, verify=settings.verify, log=log, fault=settings.fault
+                rig,
+                work,
+                self.policy,
+                self.transfer,
+                observers,
+                verify=settings.verify,
+                log=log,
+                fault=settings.fault,
+                figures=self._figures(rig.device, self.policy),
             )
         except PartialRunError:
             if log is not None:
@@ -183,6 +204,15 @@ class Job:
         if log is not None:
             log.close()
         return metrics
+
+
+def _check_fault(settings: Settings, policy: Policy) -> None:
+    """ValueError for a fault of the host's worker in a run without one."""
+    if settings.fault is not None and settings.fault[0] in HOST_FAULTS and not policy.places:
+        raise ValueError(
+            f"fault={settings.fault[0]} is of experts on the host, where this policy places none; "
+            "choose a place with +policy/place=NAME, or another fault"
+        )
 
 
 def _most(needs: Sequence[Needs]) -> Needs:

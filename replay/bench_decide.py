@@ -32,10 +32,8 @@ from replay.stopwatch import GLUE, PARTS, Stopwatch, call_ns, measure_overhead, 
 from sim.job.configure import configure
 from sim.job.run_cli import run_cli
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
-from sim.machine.host_bound import machine_for
-from sim.machine.kernels import KernelTimes
-from sim.machine.link import Link
-from sim.machine.simulated import HostCosts, simulate
+from sim.machine.run import machine_of
+from sim.machine.simulated import simulate
 from sim.paths import resolved
 
 BAR_P50_NS = 25_000
@@ -76,12 +74,10 @@ def measure_steps(work: Workload, policy: Policy, transfer: Transfer) -> Stopwat
     watch = Stopwatch(overhead=measure_overhead())
     distances = policy.horizon.distances
     watch.attach(policy)
-    chunk_bytes = load_chunks(work)
-    costs = HostCosts.of(work.hardware, work.stack)
-    kernels = KernelTimes(work.model, work.hardware, work.stack)
-    machine = machine_for(kernels, Link(work.hardware, memory=transfer.memory), costs, chunk_bytes)
+    machine = machine_of(work, policy, transfer)
     running: list[Forward] = []
-    runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, _noted(work.batches, running))
+    config = run_config(work, transfer, load_chunks(work))
+    runtime = Runtime(config, machine, policy, _noted(work.batches, running))
     view = runtime.view
     watch.event_of = lambda: view.event
     watch.in_prompt = lambda: running[-1].phase == PREFILL

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from replay.calibration.hostspeed import drift
+from replay.calibration.words import HOST, policy_words
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
 from replay.packages import asked_for_by
@@ -149,7 +150,7 @@ def _measure(args: argparse.Namespace, words: list[str], name: str, folder: Path
         from replay.machine.rig import choose_machine, make_device
     policies, models = args.policies.split(","), args.models.split(",")
     for policy in policies:
-        configure(["+hardware=a100", f"+policy={policy}"])
+        configure(["+hardware=a100", f"+host={HOST}", *policy_words(policy)])
     for model in models:
         named_model(model)
     machine = choose_machine(args.machine)

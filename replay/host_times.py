@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.drive import drive
 from replay.gc_pause import gc_paused
+from replay.host_figures import figures_for
 from replay.machine.cuda import CudaDevice
 from replay.machine.cuda_clock import CudaClock
 from replay.machine.device import Program, Words, Work, words_of
+from replay.machine.host_worker import PATIENCE_NS, Computed, HostTask, HostWorker
+from replay.machine.hosted import HostedMachine
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
 from replay.stopwatch import Stopwatch, measure_overhead
 from sim.job.configure import configure
-from sim.job.setup import load_chunks, make_policy, make_workload, run_config
+from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 
 SCALE = 64
 """What the model's widths are divided by. No byte of the model is computed or copied here."""
@@ -126,6 +130,42 @@ class EmptyDriver(CudaDevice):
             self.launched_ns.append(time.perf_counter_ns())
 
 
+class _IdleWorker:
+    """A host's worker that has computed at once what it is given: what is left is what the runtime's thread does."""
+
+    failure = None
+    patience_ns = PATIENCE_NS
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self.done: deque[Computed] = deque()
+        self.way = self
+        self.num_tasks = 0
+        self._clock = clock
+
+    def put(self, task: HostTask) -> None:
+        self.num_tasks += 1
+        now_ns, last = self._clock(), len(task.keys) - 1
+        for place, key in enumerate(task.keys):
+            self.done.append(Computed(task.number, key, now_ns, now_ns, place == last, None))
+
+    def follow(self) -> None:
+        """Nothing was sent."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def _machine_on(rig: Rig, device: EmptyDriver, full: Workload, work: Workload, made: tuple[Policy, Transfer]) -> Any:
+    """The machine of one run, and its worker if the policy has a place."""
+    figures = figures_for(full, *made, device)
+    chunk_bytes = load_chunks(work)
+    if figures is None:
+        return rig.machine(chunk_bytes, work.stack), None
+    worker, results = _IdleWorker(device.now_ns), torch.zeros_like(rig.kernels.activations)
+    parts = device, rig.kernels, rig.host(True), rig.slots, chunk_bytes, work.stack, None
+    return HostedMachine(*parts, figures=figures, worker=cast(HostWorker, worker), results=results), worker
+
+
 def _nothing(*given: Any) -> None:
     """Stand in for a call of the driver, and do nothing."""
 
@@ -134,7 +174,8 @@ class HostTimes:
     """Python time of the layer-steps of one run in ns, and how often the driver was called.
 
     launched_ns: by layer-step, from the moment at which the gate's number was seen to the first launch of experts.
-    total_ns: the whole run. policy_ns: the part of it that was spent in the policy's own code.
+    total_ns: the whole run. policy_ns: the part of it that was spent in the policy's own code. num_tasks: of the host,
+    whose worker has done at once what it is given.
     """
 
     def __init__(self, words: Sequence[str], counting: bool = False, timed_policy: bool = False) -> None:
@@ -148,7 +189,7 @@ class HostTimes:
         device = EmptyDriver(counting)
         rig = Rig(device, work.model, needs_of(work, policy, transfer))
         chunk_bytes = load_chunks(work)
-        machine = rig.machine(chunk_bytes, work.stack)
+        machine, worker = _machine_on(rig, device, full, work, (policy, transfer))
         runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, list(work.batches))
         watch.event_of = lambda: runtime.view.event
         machine.prepare(work.batches)
@@ -160,6 +201,8 @@ class HostTimes:
             started = time.perf_counter_ns()
             drive(runtime, machine)
             self.total_ns = time.perf_counter_ns() - started
+        machine.close()
+        self.num_tasks = 0 if worker is None else worker.num_tasks
         self.num_layers = work.model.num_layers * runtime.counters.num_forwards
         self.num_chunks = runtime.counters.num_misses * len(chunk_bytes)
         self.calls = device.calls

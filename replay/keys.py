@@ -24,7 +24,11 @@ from traces.flags import Parser
 
 MACHINES = ("auto", "cuda", "cpu")
 FAULTS = ("delayed", "failed", "reordered", "duplicated", "early_reuse", "lost")
-"""See `replay.machine.faults`."""
+"""Of copies: see `replay.machine.faults`."""
+HOST_FAULTS = ("host_wrong", "host_lost", "host_fails")
+"""Of experts that the host computes."""
+UNSTAMPED = ("lost", "host_lost", "host_fails")
+"""Faults that end a run, so that no stamp is needed to see them."""
 DEFAULT_FAULT_AT = 100
 
 
@@ -39,9 +43,10 @@ class ReplayKeys:
     ]
     verify: Annotated[bool, Rule(about="check every chunk's stamp around every kernel")]
     log: Annotated[bool, Rule(about="write records.parquet, for python -m replay.lockstep")]
-    fault: Annotated[str | None, Rule(choices=FAULTS, null="none", about="a fault on purpose")]
+    fault: Annotated[str | None, Rule(choices=FAULTS + HOST_FAULTS, null="none", about="a fault on purpose")]
     fault_at: Annotated[
-        int | None, Rule(1, 2**31 - 1, null=str(DEFAULT_FAULT_AT), about="at which copy; only with fault")
+        int | None,
+        Rule(1, 2**31 - 1, null=str(DEFAULT_FAULT_AT), about="at which copy, or host's expert; only with fault"),
     ]
     scale: Annotated[
         int | None, Rule(1, 1024, null="1 on a GPU, 16 on a CPU", about="the model's widths are divided by it")

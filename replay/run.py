@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 from typing import Any
@@ -13,19 +14,21 @@ from expertflow.launches import Mislaunched
 from expertflow.metrics import collect_metrics
 from expertflow.observer import Observer
 from expertflow.policy import Policy
-from expertflow.runtime import Runtime
+from expertflow.runtime import RunConfig, Runtime
 from replay.drive import drive
 from replay.gc_pause import gc_paused
-from replay.lockstep.log import LoggingMachine, LogWriter
+from replay.lockstep.host_log import logging_machine
+from replay.lockstep.log import LogWriter
 from replay.lost import DeviceLostError
 from replay.machine.cuda_errors import explaining
 from replay.machine.device import Device
 from replay.machine.faults import FaultyDevice
+from replay.machine.figures import Figures
 from replay.machine.programs import DEFAULT_KV_GRID
 from replay.machine.real import RealMachine
 from replay.machine.rig import Needs, Rig
 from replay.machine.scale import check_replayable, scaled_model
-from replay.machine.stamps import WrongStamp
+from replay.machine.stamps import Stamps, WrongStamp
 from sim.job.setup import Transfer, Workload, load_chunks, run_config
 from traces.processes.progress import shown
 
@@ -105,8 +108,11 @@ def replay_policy(
     verify: bool = False,
     log: LogWriter | None = None,
     fault: tuple[str, int] | None = None,
+    figures: Figures | None = None,
 ) -> tuple[dict[str, Any], Integrity | None]:
     """Run `policy` over `work` on `rig`: the metrics of `expertflow.metrics`, and what the stamps said if verified.
+
+    figures: of a policy that may place experts on the host (`replay.host_figures`).
 
     PartialRunError if the device is lost on the way.
     """
@@ -121,10 +127,38 @@ def replay_policy(
     # What runs before have left behind goes now, not while this one captures its programs.
     gc.collect()
     with explaining():
-        machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
-    logging = None if log is None else LoggingMachine(machine, log)
+        machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device, figures)
+    with closing(machine):
+        runtime = _run(machine, config, work, policy, observers, log)
+    integrity = _integrity(machine.stamps)
+    if integrity is None or integrity.sound:
+        runtime.check_identities()
+    if isinstance(device, FaultyDevice) and not device.struck:
+        what = "copy" if device.host_fault is None else "expert on the host"
+        raise ValueError(
+            f"fault={device.fault} found no occasion from {what} fault_at={device.at} on; lower fault_at or "
+            "residency, so that there are more"
+        )
+    if work.warmup_forwards >= runtime.counters.num_forwards:
+        raise ValueError(
+            f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
+            f"{runtime.counters.num_forwards} forwards"
+        )
+    return collect_metrics(runtime) | {"launches": _launches(machine)}, integrity
+
+
+def _run(
+    machine: RealMachine,
+    config: RunConfig,
+    work: Workload,
+    policy: Policy,
+    observers: Sequence[Observer],
+    log: LogWriter | None,
+) -> Runtime:
+    """Prepare and drive one run to its end; its runtime."""
+    device, stamps = machine.device, machine.stamps
+    logging = None if log is None else logging_machine(machine, log)
     runtime = Runtime(config, logging or machine, policy, _ahead(iter(work.batches)), observers)
-    stamps = machine.stamps
     try:
         with explaining():
             machine.prepare(work.batches)
@@ -142,23 +176,14 @@ def replay_policy(
                 stamps.collect()
     except DeviceLostError as error:
         raise PartialRunError(str(error), _so_far(runtime)) from error
-    integrity = None
-    if stamps is not None:
-        found = (stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
-        integrity = Integrity(*found, stamps.num_mislaunched, stamps.first_mislaunched)
-    if integrity is None or integrity.sound:
-        runtime.check_identities()
-    if isinstance(device, FaultyDevice) and not device.struck:
-        raise ValueError(
-            f"fault={device.fault} found no occasion from copy fault_at={device.at} on; lower fault_at or "
-            "residency, so that more is copied"
-        )
-    if work.warmup_forwards >= runtime.counters.num_forwards:
-        raise ValueError(
-            f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
-            f"{runtime.counters.num_forwards} forwards"
-        )
-    return collect_metrics(runtime) | {"launches": _launches(machine)}, integrity
+    return runtime
+
+
+def _integrity(stamps: Stamps | None) -> Integrity | None:
+    if stamps is None:
+        return None
+    found = (stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
+    return Integrity(*found, stamps.num_mislaunched, stamps.first_mislaunched)
 
 
 def _launches(machine: RealMachine) -> dict[str, int]:

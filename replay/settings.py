@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertflow.keys import declared
-from replay.keys import DEFAULT_FAULT_AT, ReplayKeys
+from replay.keys import DEFAULT_FAULT_AT, UNSTAMPED, ReplayKeys
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
-from sim.specs.hardware import hardware_from_dict
+from sim.specs.hardware import HOST_COMPUTE, hardware_from_dict
 from sim.specs.links import PROFILE
 
 CPU_SCALE = 16
@@ -49,8 +49,9 @@ class Settings:
         fault, at = cfg["fault"], cfg["fault_at"]
         if fault is None and at is not None:
             raise ValueError(f"fault_at={at} is for a fault, and none is asked for; add fault=NAME, or leave it out")
-        if fault not in (None, "lost") and not cfg["verify"]:
+        if fault not in (None, *UNSTAMPED) and not cfg["verify"]:
             raise ValueError(f"fault={fault} would pass unseen; add verify=true")
+        _check_local(cfg["hardware"])
         _check_link(cfg, machine)
         _check_stack(cfg)
         if cfg["draft_ms"]:
@@ -71,6 +72,16 @@ class Settings:
     def device(self) -> Device:
         """The device that these settings ask for."""
         return make_device(self.machine, self.throttle_gb_per_s)
+
+
+def _check_local(hardware: Mapping[str, Any]) -> None:
+    """ValueError for a host beside `hardware=local`, which has no figures for its own to stand beside."""
+    more = set(hardware) - {"name", "sources"}
+    if hardware.get("name") == "local" and more and more <= set(HOST_COMPUTE):
+        raise ValueError(
+            "hardware=local is the machine that this runs on, of which no figure is known, so that those of a host say "
+            "nothing beside it; give a profile, as +hardware=a100 +host=server"
+        )
 
 
 def _check_link(cfg: Mapping[str, Any], machine: str) -> None:

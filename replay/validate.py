@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 from replay.calibrate import check_name
+from replay.calibration.words import HOST
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
 from replay.packages import asked_for_by
-from replay.validation.plan import MODELS, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
+from replay.validation.plan import MODELS, PLACED, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from sim.job.configure import configure
 from sim.job.keys import STARTS
 from sim.job.run_cli import run_cli
@@ -46,7 +47,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("name", help="what to call this machine: results/validation-NAME")
     made.add_argument("--machine", default="auto", choices=MACHINES)
     made.add_argument("--models", help="default: gpt-oss-20b, on a GPU then deepseek-v2-lite")
-    made.add_argument("--policies", default=",".join(POLICIES))
+    made.add_argument(
+        "--policies",
+        help="POLICY, or POLICY+PLACE for one whose experts the host computes where that place says (default: "
+        f"{','.join(POLICIES)}, on a CPU {','.join(PLACED['cpu'])} as well)",
+    )
+    made.add_argument("--host", help=f"of policies with a place: a file of conf/host (default: {HOST})")
     made.add_argument("--residency", default="0.25,0.5")
     made.add_argument("--batch-sizes", default="1,8")
     made.add_argument(
@@ -110,6 +116,12 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
         raise ValueError(f"--batch-sizes={args.batch_sizes} must be at least 1")
     if args.trace is not None and not args.trace.is_file():
         raise ValueError(f"--trace={args.trace} is no file")
+    args.policies = ",".join([*POLICIES, *PLACED[world]]) if args.policies is None else args.policies
+    if args.host is not None and "+" not in args.policies:
+        raise ValueError(
+            f"--host={args.host} is of policies with a place, and --policies names none; give POLICY+PLACE"
+        )
+    args.host = args.host or HOST
     if not all(args.policies.split(",")):
         raise ValueError(f"--policies={args.policies!r} must be names of policies with commas between")
     return Asked(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from expertflow.model import ModelSpec
 from expertflow.runtime import Runtime
-from replay.calibration.probe import HostProbe, HostRun, without_own_costs
+from replay.calibration.probe import HostedProbe, HostProbe, HostRun, without_own_costs
 from replay.calibration.profile import summary
 from replay.calibration.surrogate import surrogate_trace
+from replay.calibration.words import HOST, policy_words
 from replay.drive import drive
 from replay.gc_pause import gc_paused
+from replay.host_figures import figures_for, with_host
 from replay.machine.device import Device
+from replay.machine.hosted import HostedMachine
 from replay.machine.memory import available_bytes
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
@@ -36,7 +41,8 @@ def in_place_workload(
     """A short generated trace of the model's shape. start: what the cache holds at first (None: as configured)."""
     overrides = [
         f"+hardware={hardware}",
-        f"+policy={policy}",
+        f"+host={HOST}",
+        *policy_words(policy),
         f"trace.seed={SEED}",
         f"stack={stack}",
         "compare=none",
@@ -79,14 +85,19 @@ class InPlace:
             pinned = transfer.memory == "pinned"
             self._rig = Rig(self.device, work.model, needs, _host_budget_gb(work.model), pinned)
         chunk_bytes = load_chunks(work)
-        machine = self._rig.machine(chunk_bytes, work.stack, transfer.memory)
-        probe = HostProbe(machine)
-        runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
-        machine.prepare(work.batches)
-        with gc_paused():
-            self.device.restart_clock()
-            drive(runtime, probe)
-        self.device.synchronize()
+        figures = None
+        if policy.places:
+            beside = replace(work, hardware=with_host(work.hardware, self.device, full, work))
+            figures = figures_for(beside, policy, transfer, self.device)
+        machine = self._rig.machine(chunk_bytes, work.stack, transfer.memory, figures=figures)
+        probe = HostedProbe(machine) if isinstance(machine, HostedMachine) else HostProbe(machine)
+        with closing(machine):
+            runtime = Runtime(run_config(work, transfer, chunk_bytes), probe, policy, list(work.batches))
+            machine.prepare(work.batches)
+            with gc_paused():
+                self.device.restart_clock()
+                drive(runtime, probe)
+            self.device.synchronize()
         probe.samples["rows"].append(batch_size)
         per_forward_ms = runtime.counters.elapsed_ns / runtime.counters.num_forwards / 1e6
         return per_forward_ms, summary(without_own_costs(probe.samples))

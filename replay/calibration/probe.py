@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from expertflow.forward import Forward
-from expertflow.machine import GATE, LOAD, TOKEN, Record, Wait
+from expertflow.machine import GATE, HOST, LOAD, TOKEN, Costs, HostResult, Record, Wait
+from replay.machine.hosted import HostedMachine
 from replay.machine.real import RealMachine
 
 HostRun = tuple[float, Mapping[str, Any]]
@@ -136,13 +137,49 @@ class HostProbe:
             self.samples[kind].append(end_ns - start_ns)
             if at >= 0:
                 self.samples["kernel_start"].append(start_ns - at - pad_ns)
-        known = bool(marks) and marks[-1][0] == wait[1] and wait[0] != LOAD
+        known = bool(marks) and marks[-1][0] == wait[1] and wait[0] not in (LOAD, HOST)
         if known:
             # The host learns of it through the machine's clock; when it came back is what counts.
             name = {GATE: "gate_sync", TOKEN: "token_sync"}[wait[0]]
             self.samples[name].append(known_ns - max(marks[-1][2], waiting_ns))
         self._last = (_WAKE, "gate" if known and wait[0] == GATE else "load", time.perf_counter_ns())
         return record
+
+
+class HostedProbe(HostProbe):
+    """A probe of a machine whose host computes experts. on_host: giving a task to the worker. load_sync: of the results
+    of a task that was waited for, as of a chunk. What a place is told of costs is a part of `classify`."""
+
+    def __init__(self, machine: HostedMachine) -> None:
+        super().__init__(machine)
+        self._hosted = machine
+        self._waiting = (-1, 0)
+        """The host task that was waited for last, and since when."""
+
+    def estimate(self, tokens: Sequence[int]) -> Costs:
+        """As the machine's."""
+        return self._hosted.estimate(tokens)
+
+    def on_host(self, keys: Sequence[int], tokens: Sequence[int]) -> int:
+        """As the machine's."""
+        entered = self._enter("on_host")
+        task = self._hosted.on_host(keys, tokens)
+        self._leave("on_host", entered, "on_host")
+        return task
+
+    def wait(self, wait: Wait) -> Record:
+        """As the machine's."""
+        self._waiting = (wait[1] if wait[0] == HOST else -1, self.device.now_ns())
+        return super().wait(wait)
+
+    def host_ended(self) -> Sequence[HostResult]:
+        """As the machine's."""
+        known_ns = self.device.now_ns()
+        ended = self._hosted.host_ended()
+        task, waiting_ns = self._waiting
+        if ended and ended[-1][0] == task:
+            self.samples["load_sync"].append(known_ns - max(ended[-1][3], waiting_ns))
+        return ended
 
 
 class _Clock:

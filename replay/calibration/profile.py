@@ -215,13 +215,16 @@ def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]])
         for name, row in samples.items()
         if name.startswith("run experts_shared[") and "shared" not in table and row["count"] >= 8
     ]
-    launch, more = _line(points)
+    launch, more = _line(points) if points else (0.0, 0.0)
     shares = {"expert": more / table["expert"][0][1]}
     rows = round(samples["rows"]["mean"]) if "rows" in samples else 1
     for name in ("attention", "head"):
         alone = min(table[name], key=lambda point: abs(point[0] - rows))[1]
         shares[name] = (samples[f"run {name}"]["mean"] - launch) / alone
     shares["shared"] = shares["dense"] = shares["attention"]
+    if not points:
+        # The host has computed them all: one on the GPU would be slowed as attention is.
+        shares["expert"] = shares["attention"]
     made = {
         name: [[count, max(1, round(taken * max(shares[name], 0.1)))] for count, taken in points]
         for name, points in table.items()

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from expertflow.boundary import PartError
 from expertflow.forward import Forward
 from expertflow.launches import Launches
-from expertflow.machine import Record, Wait
+from expertflow.machine import Costs, HostResult, Record, Wait
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.lockstep.log_format import (
@@ -23,11 +24,14 @@ from replay.lockstep.log_format import (
     Attention,
     Copy,
     Decided,
+    Estimated,
     Event,
     Experts,
     Head,
+    HostEnded,
     LogError,
     LoggedForward,
+    OnHost,
     Told,
     Waited,
 )
@@ -38,6 +42,7 @@ from sim.job.run_cli import run_cli
 from sim.job.setup import Workload
 from traces.processes.progress import shown
 
+HostTold = TypeVar("HostTold", Estimated, HostEnded)
 _USAGE = "usage: python -m replay.lockstep RUN_FOLDER_OR_LOG [key=value ...]"
 _HELP = f"""{_USAGE}
 
@@ -126,7 +131,8 @@ def check_log(reader: LogReader, work: Workload, policy: Policy) -> LockstepResu
 
 
 class _LoggedMachine:
-    """Implements `expertflow.machine.Machine` by comparing each call with the log; its marks and records are logged."""
+    """Implements `expertflow.machine.HostMachine` by comparing each call with the log; its marks, tasks and records,
+    and what it says of its host, are logged."""
 
     def __init__(self, forwards: Iterator[LoggedForward], num_experts: int) -> None:
         self.num_experts = num_experts
@@ -237,6 +243,32 @@ class _LoggedMachine:
 
     def decided(self, wants: Sequence[int], effort: float) -> None:
         self._compare(Decided(tuple(wants)))
+
+    def _told_of_host(self, kind: type[HostTold], now: str) -> HostTold:
+        """What the log says that the machine answered here of its host."""
+        logged = self.peek()
+        if logged is None:
+            raise _LogEndsError(f"it ends in {self.where()}")
+        if not isinstance(logged, kind):
+            raise self.differs(tell(logged, self.num_experts), now)
+        return logged
+
+    def estimate(self, tokens: Sequence[int]) -> Costs:
+        logged = self._told_of_host(Estimated, "a place that is asked")
+        self._compare(Estimated(tuple(tokens), logged.costs))
+        return logged.costs
+
+    def on_host(self, keys: Sequence[int], tokens: Sequence[int]) -> int:
+        logged = self.peek()
+        task = logged.task if isinstance(logged, OnHost) else 0
+        self._compare(OnHost(tuple(keys), tuple(tokens), task))
+        self._launches.launched(keys)
+        return task
+
+    def host_ended(self) -> Sequence[HostResult]:
+        logged = self._told_of_host(HostEnded, "a wait for the host's results")
+        self._place += 1
+        return logged.results
 
     def waited(self, wait: Wait) -> None:
         """The runtime has yielded `wait`."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from expertflow.forward import Forward
-from expertflow.machine import LOAD, Record, Wait
+from expertflow.machine import HOST, LOAD, Record, Wait
 from replay.drive import BlockingMachine
 from replay.lockstep.log_format import (
     ATTENTION,
@@ -245,8 +245,8 @@ class LoggingMachine:
     def waited(self, wait: Wait) -> None:
         """The runtime has yielded `wait`."""
         kind, ident, drain = wait
-        (self._load if kind == LOAD else self._mark)(ident)
         self._small(kind * 2 + drain)
+        (self._load if kind == LOAD else self._small if kind == HOST else self._mark)(ident)
         self._op(WAIT)
 
     def answered(self, record: Record) -> None:

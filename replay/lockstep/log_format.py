@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from expertflow.machine import GATE, LOAD, TOKEN, Chunk, Mark
+from expertflow.machine import GATE, HOST, LOAD, TOKEN, Chunk, Costs, HostResult, Mark
 from expertflow.runtime import RunConfig
 from traces.jsontext import parse_json
 
@@ -40,8 +40,11 @@ STREAMS = ("op", "layer", "key", "mark", "load", "slot", "after", "small", "size
 DIFFERENCED = ("layer", "mark", "load", "time")
 """Streams that climb; the others repeat themselves and are left to the compressor as they are."""
 
-ATTENTION, EXPERTS, HEAD, COPY, DECIDED, WAIT, RECORD = range(7)
-KINDS = (GATE, TOKEN, LOAD)
+ATTENTION, EXPERTS, HEAD, COPY, DECIDED, WAIT, RECORD, ESTIMATE, ON_HOST, HOST_ENDED = range(10)
+"""The last three are of runs whose policy may place experts on the host; a log of any other holds none."""
+KINDS = (GATE, TOKEN, LOAD, HOST)
+STRETCH_OF_ONE = 1 << 20
+"""`Costs.stretch` is logged in multiples of 1 / STRETCH_OF_ONE, as machines know it."""
 _PACKAGES = ("expertflow", "numpy", "pyarrow")
 
 TYPES: dict[str, pa.DataType] = {
@@ -117,7 +120,28 @@ class Told(NamedTuple):
     marks: tuple[Mark, ...]
 
 
-Event = Attention | Experts | Head | Copy | Decided | Waited | Told
+class Estimated(NamedTuple):
+    """`machine.estimate`: the tokens of each missing expert, and what these would cost."""
+
+    tokens: tuple[int, ...]
+    costs: Costs
+
+
+class OnHost(NamedTuple):
+    """`machine.on_host` and the task that it returned."""
+
+    keys: tuple[int, ...]
+    tokens: tuple[int, ...]
+    task: int
+
+
+class HostEnded(NamedTuple):
+    """What `machine.host_ended` told."""
+
+    results: tuple[HostResult, ...]
+
+
+Event = Attention | Experts | Head | Copy | Decided | Waited | Told | Estimated | OnHost | HostEnded
 
 
 @dataclass(frozen=True)
@@ -244,7 +268,8 @@ def decode(row: Mapping[str, Sequence[int]]) -> tuple[list[Event], dict[str, int
                 events.append(Told(time(), chunks, marks))
             elif op == WAIT:
                 kind, drain = divmod(small(), 2)
-                events.append(Waited(kind, load() if kind == LOAD else mark(), bool(drain)))
+                ident = load() if kind == LOAD else small() if kind == HOST else mark()
+                events.append(Waited(kind, ident, bool(drain)))
             elif op == COPY:
                 events.append(Copy(load(), small(), key(), slot(), size(), after()))
             elif op == DECIDED:
@@ -260,11 +285,29 @@ def decode(row: Mapping[str, Sequence[int]]) -> tuple[list[Event], dict[str, int
                 events.append(Experts(layer(), keys, counts, bool(flags & 1), mark()))
             elif op == HEAD:
                 events.append(Head(mark()))
+            elif op in (ESTIMATE, ON_HOST, HOST_ENDED):
+                events.append(_of_host(op, key, small, time))
             else:
                 raise ValueError(f"op {op} is unknown")
     except StopIteration:
         raise ValueError("a stream ends too soon") from None
     return events, {name: length_hint(stream) for name, stream in streams.items()}
+
+
+def _of_host(op: int, key: Callable[[], int], small: Callable[[], int], time: Callable[[], int]) -> Event:
+    """One event between the runtime and the host's worker. key, small, time: take the next number of the stream."""
+    if op == HOST_ENDED:
+        return HostEnded(tuple([(small(), key(), time(), time()) for _ in range(small())]))
+    if op == ON_HOST:
+        task, count = small(), small()
+        tokens = tuple([small() for _ in range(count)])
+        return OnHost(tuple([key() for _ in range(count)]), tokens, task)
+    count = small()
+    tokens, stretch = tuple([small() for _ in range(count)]), small()
+    copy_ns, link_wait_ns, round_trip_ns = time(), time(), time()
+    gpu_ns = [time() for _ in range(count)]
+    host_ns = [time() for _ in range(count)]
+    return Estimated(tokens, Costs(copy_ns, link_wait_ns, gpu_ns, host_ns, round_trip_ns, stretch / STRETCH_OF_ONE))
 
 
 def running_crc(crc: int, forward: int, parts: Sequence[Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,15 @@ from replay.lockstep.log_format import (
     Attention,
     Copy,
     Decided,
+    Estimated,
     Event,
     Experts,
     Head,
+    HostEnded,
     LogError,
     LoggedForward,
     LogHeader,
+    OnHost,
     Told,
     Waited,
     decode,
@@ -142,6 +145,8 @@ class LogReader:
             elif isinstance(event, Decided | Experts):
                 for key in event.wants if isinstance(event, Decided) else event.keys:
                     within("key", key, num_keys)
+            elif isinstance(event, OnHost | HostEnded | Estimated):
+                _check_host(event, num_keys, within)
             if isinstance(event, Attention | Experts):
                 within("layer", event.layer, run.num_layers)
             if isinstance(event, Attention | Experts | Head):
@@ -157,3 +162,21 @@ class LogReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_host(event: OnHost | HostEnded | Estimated, num_keys: int, within: Callable[..., None]) -> None:
+    """Bounds of what crossed between the runtime and the host's worker."""
+    if isinstance(event, Estimated):
+        costs = event.costs
+        for time_ns in (costs.copy_ns, costs.link_wait_ns, costs.round_trip_ns, *costs.gpu_ns, *costs.host_ns):
+            within("time of an estimate", time_ns, sys.maxsize)
+        if costs.stretch < 1:
+            raise ValueError(f"an estimate's stretch {costs.stretch} is below 1")
+        return
+    if isinstance(event, OnHost):
+        within("host task", event.task, sys.maxsize, 1)
+    for key in event.keys if isinstance(event, OnHost) else [key for _, key, _, _ in event.results]:
+        within("key", key, num_keys)
+    for task, _, start_ns, end_ns in event.results if isinstance(event, HostEnded) else ():
+        within("host task", task, sys.maxsize, 1)
+        within("start of a host's result", start_ns, end_ns + 1, -sys.maxsize)

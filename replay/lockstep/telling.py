@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expertflow.machine import GATE, LOAD
-from replay.lockstep.log_format import Attention, Copy, Decided, Event, Experts, Head, LoggedForward, Waited
+from expertflow.machine import GATE, HOST, LOAD
+from replay.lockstep.log_format import (
+    Attention,
+    Copy,
+    Decided,
+    Estimated,
+    Event,
+    Experts,
+    Head,
+    HostEnded,
+    LoggedForward,
+    OnHost,
+    Waited,
+)
 
 _SHOWN = 12
 """Keys, or token counts, that are shown of a longer list."""
@@ -31,10 +43,21 @@ def tell(event: Event | LoggedForward, num_experts: int, other: Event | None = N
     if isinstance(event, Decided):
         return f"wants {_keys(event.wants, num_experts, other.wants if isinstance(other, Decided) else ())}"
     if isinstance(event, Waited):
-        what = f"load {event.ident}" if event.kind == LOAD else f"mark {event.ident}"
-        what += "" if event.kind == LOAD else " (routing)" if event.kind == GATE else " (tokens)"
+        what = {LOAD: f"load {event.ident}", HOST: f"the host's results of task {event.ident}"}.get(event.kind)
+        what = what or f"mark {event.ident} {'(routing)' if event.kind == GATE else '(tokens)'}"
         return f"a wait for {what}{' or the next chunk' if event.drain else ''}"
+    if isinstance(event, Estimated | OnHost | HostEnded):
+        return _of_host(event, num_experts, other)
     return f"a record at {event.now_ns} ns"
+
+
+def _of_host(event: Estimated | OnHost | HostEnded, num_experts: int, other: Event | None) -> str:
+    if isinstance(event, OnHost):
+        keys = _keys(event.keys, num_experts, other.keys if isinstance(other, OnHost) else ())
+        return f"experts {keys} of {', '.join(map(str, event.tokens[:_SHOWN]))} tokens on the host"
+    if isinstance(event, Estimated):
+        return f"an estimate of {len(event.tokens)} experts of {', '.join(map(str, event.tokens[:_SHOWN]))} tokens"
+    return f"{len(event.results)} results of the host"
 
 
 def _key(key: int, num_experts: int) -> str:

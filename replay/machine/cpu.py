@@ -12,14 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
 
 from replay.lost import DeviceLostError
-from replay.machine.device import Program, Words, Work
+from replay.machine.device import Program, Way, Words, Work
+from replay.machine.ways import MemoryWay
 
 _SLACK_NS = 1000
 _LATE_NS = 2_000_000
@@ -183,6 +185,24 @@ class CpuDevice:
             if idle is not None:
                 idle()
             self.news.get()
+
+    def wait_until(self, there: Callable[[], bool], idle: Callable[[], object] | None, limit_ns: int) -> bool:
+        until_ns = time.perf_counter_ns() + limit_ns
+        while not there():
+            if idle is not None:
+                idle()
+            left_ns = until_ns - time.perf_counter_ns()
+            if left_ns <= 0:
+                return False
+            with suppress(Empty):
+                self.news.get(timeout=left_ns * 1e-9)
+        return True
+
+    def way(self, memory: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> Way:
+        return MemoryWay(*memory)
+
+    def tell(self) -> None:
+        self.news.put(None)
 
     def time_ns(self, event: _CpuEvent) -> int:
         return event.ns - self._epoch_ns

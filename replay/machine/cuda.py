@@ -8,6 +8,7 @@ H200 in `results/`). Events inside graphs need torch 2.8, the first with externa
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +21,10 @@ import torch
 from replay.lost import DeviceLostError
 from replay.machine.cuda_clock import CudaClock
 from replay.machine.cuda_errors import explained, told_if_lost
-from replay.machine.device import Program, Words, Work, words_of
-from replay.machine.raw import raw_copy
+from replay.machine.device import Program, Way, Words, Work, words_of
+from replay.machine.raw import raw_copy, raw_copy_back
 from replay.machine.slot_kernels import gate
+from replay.machine.ways import CudaWay
 
 _PATIENCE_NS = 60_000_000_000
 _POLLS = 64
@@ -271,6 +273,35 @@ class CudaDevice:
                 asked_ns = now_ns
                 self._clock.ask()
         raise DeviceLostError(f"the GPU has not answered for {_PATIENCE_NS // 10**9} s")
+
+    def wait_until(self, there: Callable[[], bool], idle: Callable[[], object] | None, limit_ns: int) -> bool:
+        try:
+            return self._wait_until(there, idle, limit_ns)
+        except RuntimeError as error:
+            self._explain(error)
+
+    def _wait_until(self, there: Callable[[], bool], idle: Callable[[], object] | None, limit_ns: int) -> bool:
+        began_ns = asked_ns = now_ns = time.perf_counter_ns()
+        while now_ns - began_ns < limit_ns:
+            if idle is not None:
+                idle()
+            for _ in range(_POLLS):
+                if there():
+                    return True
+            now_ns = time.perf_counter_ns()
+            if now_ns - asked_ns > _ASK_NS:
+                asked_ns = now_ns
+                self._clock.ask()
+        return False
+
+    def way(self, memory: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> Way:
+        copies = raw_copy_back(), self._raw_copy
+        num_threads = max((os.cpu_count() or 2) - 1, 1)
+        made: Way = self._guarded(CudaWay, self.torch_device, self._compute, self._guarded, copies, memory, num_threads)
+        return made
+
+    def tell(self) -> None:
+        """Nothing: the host polls."""
 
     def recycle(self, event: Any) -> None:
         self._pool.append(event)

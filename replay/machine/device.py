@@ -16,6 +16,9 @@ Event = Any
 Work = Callable[[], None]
 """Launches kernels: called when a program is prepared, or each time that it is launched."""
 
+RawCopy = Callable[[int, int, int, Any], None]
+"""(target address, source address, bytes, stream): enqueue a copy between host and device."""
+
 Words = tuple[torch.Tensor, torch.Tensor]
 """int64 words that a program's kernels leave on the device, and where the host reads them."""
 
@@ -44,6 +47,26 @@ class Program:
         self.run = run
         self.mark = 0
         self.row: Any = None
+
+
+class Way(Protocol):
+    """Between the device and a thread that computes on its host (`replay.machine.ways`)."""
+
+    def begin_thread(self) -> None:
+        """Called once by that thread before anything else."""
+
+    def fetch(self, num_bytes: int) -> None:
+        """Enqueue the copy of the first bytes of the activations to the host; called by the runtime's thread."""
+
+    def await_fetched(self) -> None:
+        """Block the worker's thread until they are there."""
+
+    def send(self, num_bytes: int) -> Event:
+        """Enqueue the copy of the first bytes of the results; the event at its end, None where it has ended. Called by
+        the worker's thread."""
+
+    def follow(self) -> None:
+        """Let what is launched from now on begin no earlier, on the device, than the last `send` has ended."""
 
 
 class Device(Protocol):
@@ -91,6 +114,17 @@ class Device(Protocol):
 
         number: 0 and less wait for the event alone. idle: called now and then while there is nothing to do.
         """
+
+    def wait_until(self, there: Callable[[], bool], idle: Callable[[], object] | None, limit_ns: int) -> bool:
+        """Block the host until `there()`, as `wait` does; False if that takes longer than `limit_ns`. What makes it
+        true puts something into the streams' news, or is an event."""
+
+    def way(self, memory: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> Way:
+        """Streams of their own for activations and results. memory: activations on the device and on the host, results
+        on the host and on the device, [rows, hidden] each."""
+
+    def tell(self) -> None:
+        """Called by any thread: what the host waits for may have happened."""
 
     def time_ns(self, event: Event) -> int:
         """When `event`, which has happened, did so, on the machine's clock."""

@@ -1,15 +1,41 @@
 """Faults on purpose: does the integrity check see what can go wrong with asynchronous copies?
 
-Wraps a device. Each fault strikes once, at the `at`-th copy (or the first occasion after it).
+Wraps a device. Each fault strikes once, at the `at`-th copy (or the first occasion after it), or at the `at`-th expert
+that the host computes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from replay.keys import FAULTS
+from replay.keys import FAULTS, HOST_FAULTS
 from replay.lost import DeviceLostError
 from replay.machine.device import Device, Event, Program
+
+_PATIENCE_NS = 1_000_000_000
+"""How long a result is waited for that is known not to come."""
+
+
+class FaultyHost:
+    """Implements `replay.machine.host_worker.HostFault`.
+
+    host_wrong: another expert's weights are read. host_lost: a result never comes. host_fails: the worker raises.
+    """
+
+    def __init__(self, fault: str, at: int) -> None:
+        self.fault, self.at = fault, at
+        self.struck = False
+        self.patience_ns = _PATIENCE_NS
+        self._count = 0
+
+    def strikes(self, key: int) -> int | None:
+        self._count += 1
+        if self.struck or self._count < self.at:
+            return key
+        self.struck = True
+        if self.fault == "host_fails":
+            raise FloatingPointError("fault=host_fails: the worker raised, as asked")
+        return None if self.fault == "host_lost" else key ^ 1
 
 
 class FaultyDevice:
@@ -23,12 +49,13 @@ class FaultyDevice:
     """
 
     def __init__(self, device: Device, fault: str, at: int) -> None:
-        if fault not in FAULTS:
-            raise ValueError(f"fault={fault!r} is unknown; choose one of: {', '.join(FAULTS)}")
+        if fault not in FAULTS + HOST_FAULTS:
+            raise ValueError(f"fault={fault!r} is unknown; choose one of: {', '.join(FAULTS + HOST_FAULTS)}")
         self._device = device
         self.fault = fault
         self.at = at
-        self.struck = False
+        self.host_fault = FaultyHost(fault, at) if fault in HOST_FAULTS else None
+        self._struck = False
         self._count = 0
         self._held: tuple[int, int, int] | None = None
         self._due = 0
@@ -40,6 +67,15 @@ class FaultyDevice:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
 
+    @property
+    def struck(self) -> bool:
+        """Whether the fault has been."""
+        return self._struck if self.host_fault is None else self.host_fault.struck
+
+    @struck.setter
+    def struck(self, struck: bool) -> None:
+        self._struck = struck
+
     def copy(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
         """As the device's, but for the fault."""
         self._count += 1
@@ -49,7 +85,7 @@ class FaultyDevice:
         return end
 
     def _faulty(self, target: int, source: int, num_bytes: int, after: Event | None) -> Event:
-        device, due = self._device, self._count >= self.at
+        device, due = self._device, self._count >= self.at and self.host_fault is None
         if self._held is not None:
             return self._release(target, source, num_bytes, after)
         if not due or self.struck:

@@ -357,6 +357,20 @@ class Kernels:
 
         return work
 
+    def host_block(self, max_tokens: int) -> _Block:
+        """Room in the host's memory for the products of one routed expert over at most so many tokens."""
+        return _Block(self._expert.feed, max_tokens, torch.empty(0, dtype=self._dtype))
+
+    @property
+    def activations(self) -> torch.Tensor:
+        """What every kernel reads for hidden states [rows, hidden], on the device."""
+        return self._inputs
+
+    @property
+    def routed_out(self) -> torch.Tensor:
+        """Where the products of routed experts end [rows, hidden], on the device."""
+        return self._expert.out if self._on_slots is None else self._on_slots.out
+
     @property
     def experts_out(self) -> torch.Tensor:
         """Outputs of routed experts launched by slot id [rows, hidden], each expert's from its first row."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
-Copy = Callable[[int, int, int, Any], None]
-"""(target address, source address, bytes, stream): enqueue a host-to-device copy."""
+from replay.machine.device import RawCopy
 
 
 def runtime() -> Any:
@@ -29,25 +27,42 @@ def runtime() -> Any:
         return None
 
 
-def raw_copy() -> tuple[Copy, str]:
-    """The copy to use, and by whose call it is, for provenance."""
+def raw_copy() -> tuple[RawCopy, str]:
+    """The copy to the device to use, and by whose call it is, for provenance."""
     found = runtime()
     if found is None:
         return torch_copy, "torch (no cuda-bindings for this driver: each copy takes the host four times as long)"
-    copy_async, kind = found.cudaMemcpyAsync, found.cudaMemcpyKind.cudaMemcpyHostToDevice
+    copy = _by_bindings(found, found.cudaMemcpyKind.cudaMemcpyHostToDevice)
+    return copy, f"cuda-bindings {importlib.metadata.version('cuda-bindings')}"
+
+
+def raw_copy_back() -> RawCopy:
+    """The copy from the device to the host's pinned memory."""
+    found = runtime()
+    return torch_copy_back if found is None else _by_bindings(found, found.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+
+def _by_bindings(found: Any, kind: Any) -> RawCopy:
+    copy_async = found.cudaMemcpyAsync
 
     def copy(target: int, source: int, num_bytes: int, stream: Any) -> None:
         error = copy_async(target, source, num_bytes, kind, stream.cuda_stream)[0]
         if error:
             raise RuntimeError(f"CUDA error: {found.cudaGetErrorString(error)[1].decode()}")
 
-    return copy, f"cuda-bindings {importlib.metadata.version('cuda-bindings')}"
+    return copy
 
 
 def torch_copy(target: int, source: int, num_bytes: int, stream: Any) -> None:
     """By torch: a copy between two views of memory that others own."""
     with torch.cuda.stream(stream):
         _device_view(target, num_bytes).copy_(host_view(source, num_bytes), non_blocking=True)
+
+
+def torch_copy_back(target: int, source: int, num_bytes: int, stream: Any) -> None:
+    """The same from the device to the host."""
+    with torch.cuda.stream(stream):
+        host_view(target, num_bytes).copy_(_device_view(source, num_bytes), non_blocking=True)
 
 
 class _Memory:

@@ -309,3 +309,6 @@ class RealMachine:
         if self.stamps is not None:
             self.stamps.restart()
         self._number = self.device.numbers[0]
+
+    def close(self) -> None:
+        """End what belongs to this machine alone; device and buffers are the rig's."""

@@ -16,6 +16,8 @@ from replay.machine.cpu import CpuDevice
 from replay.machine.cuda import CudaDevice
 from replay.machine.cuda_errors import explaining
 from replay.machine.device import Device
+from replay.machine.figures import Figures
+from replay.machine.hosted import hosted
 from replay.machine.kernels import Kernels, kernel_bytes
 from replay.machine.memory import HostPlan, align, check_gpu, plan_host
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
@@ -129,11 +131,15 @@ class Rig:
         memory: str = "pinned",
         verify: bool = False,
         device: Device | None = None,
+        figures: Figures | None = None,
     ) -> RealMachine:
-        """A machine for one run. device: this rig's, wrapped (to inject faults)."""
+        """A machine for one run, to be closed after it. device: this rig's, wrapped (to inject faults). figures: what
+        its host takes for experts; None: it computes none."""
+        device = device or self.device
         host = self.host(memory == "pinned")
         stamps = Stamps(host, self.slots, chunk_offsets(chunk_bytes)) if verify else None
-        return RealMachine(device or self.device, self.kernels, host, self.slots, chunk_bytes, stack, stamps)
+        parts = device, self.kernels, host, self.slots, chunk_bytes, stack, stamps
+        return RealMachine(*parts) if figures is None else hosted(parts, figures, self.needs.max_tokens)
 
     def describe(self, memory: str = "pinned") -> dict[str, Any]:
         """What was measured, for a result: the device, and how the experts were held."""

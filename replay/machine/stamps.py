@@ -4,15 +4,16 @@ The first 16 bytes of every chunk (at an 8-byte boundary) hold a tag, which name
 the number of the load that copied it. A host buffer that several experts share carries the buffer's number and
 no load. Checked on the device, within the program of each launch of experts, before and after the kernels that read
 a slot: a copy that is late, lost, misplaced, or that overwrites a slot too early, shows. The host waits for no check,
-and looks at what they found at the end. Checking takes device time: such a run is no measurement.
+and looks at what they found at the end. Checking takes device time: such a run is no measurement. An expert that the
+host computes is never copied: its worker holds the tags of the bytes that it multiplies against those of the expert.
 
 What is not launched reads nothing, and no stamp tells of it: so the launches of each layer are held against its demand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -58,6 +59,7 @@ class Stamps:
         self._wrong = torch.zeros(1, dtype=torch.int64, device=device)
         self._first_bad = torch.full((1,), 1 << 62, dtype=torch.int64, device=device)
         self._launches: list[tuple[int, int, tuple[int, ...]]] = []
+        self._wrong_on_host: list[WrongStamp] = []
         self._layers = Launches()
         self.num_mislaunched = 0
         """Experts that their layer demanded and that were not launched in it, or launched more than once or in vain."""
@@ -104,6 +106,22 @@ class Stamps:
         self.num_executions += len(slots)
         self.num_checks += len(slots) * self.words_per_expert
 
+    def on_host(self, forward: int, layer: int, keys: Sequence[int]) -> Callable[[int, torch.Tensor], None]:
+        """The host is about to compute `keys`. What its worker calls for each of them, before and after its products,
+        with the key and the bytes that it reads: no load's number stands there for certain, so the tags alone count."""
+        self._layers.launched(keys)
+        self.num_executions += len(keys)
+        self.num_checks += 2 * len(keys) * len(self._first_word)
+
+        def check(key: int, read: torch.Tensor) -> None:
+            words = read[: len(read) // 8 * 8].view(torch.int64)
+            number = self._host.buffer_number(key)
+            wrong = sum(int(words[first]) != self._tag(number, chunk) for chunk, first in enumerate(self._first_word))
+            if wrong:
+                self._wrong_on_host.append(WrongStamp(forward, layer, (key,), wrong))
+
+        return check
+
     def begin_forward(self, forward: Forward) -> None:
         """What is launched from now on is of `forward`."""
         self._layers.begin_forward(forward)
@@ -143,3 +161,8 @@ class Stamps:
         if self.num_wrong:
             forward, layer, keys = self._launches[int(self._first_bad.item())]
             self.first = WrongStamp(forward, layer, keys, self.num_wrong)
+        if self._wrong_on_host:
+            self.num_wrong += sum(one.num_wrong for one in self._wrong_on_host)
+            firsts = [self._wrong_on_host[0]] if self.first is None else [self.first, self._wrong_on_host[0]]
+            first = min(firsts, key=lambda one: (one.forward, one.layer))
+            self.first = replace(first, num_wrong=self.num_wrong)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from expertflow.forward import Forward
-from expertflow.machine import Record, Wait
+from expertflow.machine import HostResult, Record, Wait
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.calibration.hostspeed import tick_ns
@@ -14,11 +14,12 @@ from replay.calibration.in_place import InPlace, middle_samples
 from replay.calibration.probe import HostRun
 from replay.calibration.record import named_model
 from replay.machine.device import Device
+from replay.machine.figures import Figures
+from replay.machine.hosted import HostedMachine
 from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
 from replay.machine.scale import scaled_model
 from replay.run import replay_policy
-from replay.validation.lateness import Tape
 from replay.validation.plan import Case
 from sim.job.setup import Transfer, Workload
 from sim.specs.hardware import Stack
@@ -37,6 +38,10 @@ class TapedMachine:
     def __init__(self, machine: RealMachine) -> None:
         self._machine, self._block = machine, machine.wait
         self.tape: list[tuple[Wait, Record]] = []
+        self.results: list[HostResult] = []
+        """Of a machine whose host computes experts."""
+        if hasattr(machine, "on_host"):
+            self.host_ended = self._host_ended
         self.ticks_ns: list[int] = []
         self._ticks = machine.device.world != "cpu"
         self._begun = 0
@@ -46,6 +51,11 @@ class TapedMachine:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._machine, name)
+
+    def _host_ended(self) -> Sequence[HostResult]:
+        ended = cast(HostedMachine, self._machine).host_ended()
+        self.results += ended
+        return ended
 
     def begin_forward(self, forward: Forward) -> None:
         """As the machine's."""
@@ -76,12 +86,17 @@ class _TapedRig:
 
 
 def replay_on_tape(
-    rig: Rig, work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer]
-) -> tuple[dict[str, Any], Tape, list[int]]:
-    """As `replay_policy`: the metrics, all waits with their records, and the ticks of a `TapedMachine`."""
+    rig: Rig,
+    work: Workload,
+    policy: Policy,
+    transfer: Transfer,
+    observers: Sequence[Observer],
+    figures: Figures | None = None,
+) -> tuple[dict[str, Any], TapedMachine]:
+    """As `replay_policy`: the metrics, and the machine with what it has kept."""
     taped = _TapedRig(rig)
-    metrics, _ = replay_policy(cast(Rig, taped), work, policy, transfer, observers)
-    return metrics, taped.made.tape, taped.made.ticks_ns
+    metrics, _ = replay_policy(cast(Rig, taped), work, policy, transfer, observers, figures=figures)
+    return metrics, taped.made
 
 
 def stack_pads_ns(raw: Mapping[str, Any], stack: Stack) -> tuple[float, float]:

@@ -15,12 +15,15 @@ from expertflow.forward import Forward
 from expertflow.observer import Observer
 from expertflow.parts import Effort
 from replay.calibration.profile import simulated_as
+from replay.host_figures import figures_for, with_host
+from replay.machine.device import Device
 from replay.machine.rig import Rig
 from replay.validation.beside import replay_on_tape, stack_pads_ns
 from replay.validation.lateness import late_ns
 from replay.validation.plan import Case
 from sim.job.setup import Workload, make_policy
 from sim.machine.run import run_policy
+from sim.specs.hardware import Hardware, Stack
 
 STALL_COUNTS_FROM = 0.01
 """A stall below this share of the elapsed time is judged as a share of that time: relative to itself, its error would
@@ -58,21 +61,6 @@ class Ran:
 def measure(
     rig: Rig,
     raw: Mapping[str, Any],
-    cfg: Mapping[str, Any],
-    full: Workload,
-    work: Workload,
-    observers: Sequence[Observer] = (),
-) -> Ran:
-    """Replay one case on `rig` once. full: the workload before `work` was scaled. PartialRunError if the device is
-    lost."""
-    policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
-    times = ForwardTimes()
-    metrics, tape, ticks_ns = replay_on_tape(rig, work, policy, transfer, [times, *observers])
-    return Ran(metrics, times, late_ns(tape, *stack_pads_ns(raw, work.stack)), ticks_ns)
-
-
-def predict(
-    raw: Mapping[str, Any],
     name: str,
     cfg: Mapping[str, Any],
     full: Workload,
@@ -80,8 +68,41 @@ def predict(
     case: Case,
     observers: Sequence[Observer] = (),
 ) -> Ran:
-    """Simulate one case with what `raw` says of the machine called `name`."""
+    """Replay `case` on `rig` once; its place, if it has one, is told what `predict` tells it.
+
+    full: the workload before `work` was scaled. PartialRunError if the device is lost.
+    """
+    policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
+    times = ForwardTimes()
+    figures = None
+    if policy.places:
+        hardware, stack = simulated_on(raw, name, rig.device, full, work, case)
+        figures = figures_for(replace(work, hardware=hardware, stack=stack), policy, transfer, rig.device)
+    metrics, taped = replay_on_tape(rig, work, policy, transfer, [times, *observers], figures)
+    late = late_ns(taped.tape, *stack_pads_ns(raw, work.stack), taped.results)
+    return Ran(metrics, times, late, taped.ticks_ns)
+
+
+def simulated_on(
+    raw: Mapping[str, Any], name: str, device: Device, full: Workload, work: Workload, case: Case
+) -> tuple[Hardware, Stack]:
+    """What simulates `case` on `device`; the host, if any expert is computed there, as `full` describes it."""
     hardware, stack = simulated_as(raw, name, work.model.name, case.policy, work.stack)
+    return with_host(hardware, device, full, work), stack
+
+
+def predict(
+    raw: Mapping[str, Any],
+    name: str,
+    device: Device,
+    cfg: Mapping[str, Any],
+    full: Workload,
+    work: Workload,
+    case: Case,
+    observers: Sequence[Observer] = (),
+) -> Ran:
+    """Simulate one case with what `raw` says of the machine called `name`."""
+    hardware, stack = simulated_on(raw, name, device, full, work, case)
     policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
     # What this policy's decisions take was measured: hardware.decide_ns is all of it.
     policy.effort = Effort()
@@ -132,6 +153,10 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
     found["tpot_ms"] = metrics["tpot_ms"]["mean"]
     found["link_ms"] = metrics["link"]["busy_ns"] / tokens / 1e6
     found["link_gb_per_s"] = sum(metrics["bytes"].values()) / max(metrics["link"]["busy_ns"], 1)
+    if "num_host" in metrics:
+        # Only of a policy with a place.
+        found |= {"host_stall_ms": metrics["host_stall_ns"] / tokens / 1e6, "num_host": metrics["num_host"]}
+        found["host_ms"] = metrics["host"]["busy_ns"] / tokens / 1e6
     return found | {key: metrics[key] for key in _COUNTS} | {"prefetches": metrics["prefetch"]["issued"]}
 
 

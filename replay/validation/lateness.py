@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from expertflow.machine import LOAD, TOKEN, Chunk, Mark, Record, Wait
+from expertflow.machine import HOST, LOAD, TOKEN, Chunk, HostResult, Mark, Record, Wait
 
 SEEN_NS = 10_000
 """A host that polls sees a number that a kernel raises within 5 us of its end (H200); as much again is margin."""
@@ -29,22 +29,27 @@ Tape = Sequence[tuple[Wait, Record]]
 """What was waited for and what was answered, in order."""
 
 
-def late_ns(tape: Tape, layer_pad_ns: float, head_pad_ns: float) -> int:
-    """How long the compute stream waited for a late host. The pads are the stack's, as long as they really last."""
+def late_ns(tape: Tape, layer_pad_ns: float, head_pad_ns: float, results: Sequence[HostResult] = ()) -> int:
+    """How long the compute stream waited for a late host. The pads are the stack's, as long as they really last.
+    results: what the host has computed, whose finding may be late as well."""
     marks = [mark for _, record in tape for mark in record[2]]
-    return _found_late(tape, marks) + _launched_late(tape, marks, layer_pad_ns, head_pad_ns)
+    return _found_late(tape, marks, results) + _launched_late(tape, marks, layer_pad_ns, head_pad_ns)
 
 
-def _found_late(tape: Tape, marks: Sequence[Mark]) -> int:
+def _found_late(tape: Tape, marks: Sequence[Mark], results: Sequence[HostResult]) -> int:
     starts = [start for _, start, _ in marks]
     chunks = [chunk for _, record in tape for chunk in record[1]]
     landed = {load: end for load, _, _, end in chunks}
+    back = {task: end for task, _, _, end in results}
     seen = late = 0
     for (kind, ident, _), (now, ended, ended_marks) in tape:
         seen += len(ended)
         following = chunks[seen][2] if seen < len(chunks) else None
         if kind == LOAD:
             there = _idle_from(ident, now, ended, landed, following)
+        elif kind == HOST:
+            # A wake for a chunk finds them on their way still.
+            there = back[ident] if ident in back and back[ident] <= now else None
         else:
             there = next((end for mark, _, end in ended_marks if mark == ident), None)
         if there is None:
@@ -71,7 +76,7 @@ def _idle_from(
 
 
 def _launched_late(tape: Tape, marks: Sequence[Mark], layer_pad_ns: float, head_pad_ns: float) -> int:
-    kinds = {wait[1]: wait[0] for wait, _ in tape if wait[0] != LOAD}
+    kinds = {wait[1]: wait[0] for wait, _ in tape if wait[0] not in (LOAD, HOST)}
     heads = {ident for ident, kind in kinds.items() if kind == TOKEN}
     late = 0
     for (before, _, free_ns), (mark, start_ns, _) in pairwise(marks):

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby, product
 
 POLICIES = ("on_demand", "lru", "two_level", "fixed_1", "adaptive", "oracle")
+PLACED = {"cuda": (), "cpu": ("lru+balanced",)}
+"""Policies with a place, beside these. On a GPU nothing measures the host, so that its figures are asked for by name
+(--policies and --host) or not at all; on a CPU machine it keeps the pace of the figures that predict it."""
 MODELS = {"cuda": ("gpt-oss-20b", "deepseek-v2-lite"), "cpu": ("gpt-oss-20b",)}
 STACKS = {"cuda": ("graph", "found"), "cpu": ("eager", "found")}
 SAMPLED_STACKS = {"cuda": ("eager",), "cpu": ()}

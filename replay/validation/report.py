@@ -23,6 +23,7 @@ from sim.views.plots import LINES, MARKERS, save, styled
 GROUP = ["model", "stack", "residency", "batch_size"]
 PANELS = (("tpot_ms", "tpot_bar", "Time per token (TPOT)"), ("stall_ms", "stall_bar", "Stall per token"))
 _SHOWN = 40
+_WORLDS = ("measured", "predicted")
 _HEAD = (
     "policy",
     "TPOT measured",
@@ -176,6 +177,7 @@ def page(table: pd.DataFrame, summary: dict[str, Any]) -> str:
             "|---" * len(_HEAD) + "|",
             *(_row(row) for _, row in rows.iterrows()),
             "",
+            *_on_host(rows),
         ]
     return "\n".join(lines)
 
@@ -294,6 +296,22 @@ def _row(row: pd.Series[Any]) -> str:
         row["verdict"],
     ]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _on_host(rows: pd.DataFrame) -> list[str]:
+    """A table of what the host computed, of those rows whose policy has a place."""
+    if "num_host_measured" not in rows:
+        return []
+    placed = rows[rows["num_host_measured"].notna()]
+    if placed.empty:
+        return []
+    head = [f"{what} {world}" for what in ("host stall", "host busy", "on host") for world in ("measured", "predicted")]
+    lines = [f"| policy | {' | '.join(head)} |", "|---" * 7 + "|"]
+    for _, row in placed.iterrows():
+        times = [f"{row[f'{name}_{world}']:.3f}" for name in ("host_stall_ms", "host_ms") for world in _WORLDS]
+        counts = [f"{row[f'num_host_{world}']:.0f}" for world in _WORLDS]
+        lines.append(f"| {' | '.join([row['policy'], *times, *counts])} |")
+    return [*lines, ""]
 
 
 def _busiest(table: pd.DataFrame, chunk_gb_per_s: dict[str, float | None]) -> str | None:

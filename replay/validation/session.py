@@ -174,7 +174,7 @@ class Validation:
         if self._beside is not None:
             host = self._beside.measure(case, self._bench.start(case))
             loops_ns.append(python_loop_ns())
-        ran = measure(rig, self.raw, cfg, full, work)
+        ran = measure(rig, self.raw, self.args.name, cfg, full, work, case)
         loops_ns.append(python_loop_ns())
         self._found.loops_ns += loops_ns
         takes = self._found.takes.setdefault(case, [])
@@ -182,7 +182,7 @@ class Validation:
         kept = counted(takes)
         if self._beside is not None:
             self._beside.use(case, [take.host for take in kept if take.host is not None])
-        predicted = predict(self.raw, self.args.name, cfg, full, work, case)
+        predicted = predict(self.raw, self.args.name, self.device, cfg, full, work, case)
         row = self._found.rows[case] = row_of(case, [take.ran for take in kept], predicted)
         row["num_set_aside"] = len(takes) - len(kept)
         self._found.keep(case, began)
@@ -205,8 +205,8 @@ class Validation:
             Timeline(f"predicted: {case}", work.model.num_experts),
         )
         rig = self._bench.rig_for(work, *make_policy(cfg["policy"], full, cfg["seed"]))
-        measure(rig, self.raw, cfg, full, work, [pair[0]])
-        predict(self.raw, self.args.name, cfg, full, work, case, [pair[1]])
+        measure(rig, self.raw, self.args.name, cfg, full, work, case, [pair[0]])
+        predict(self.raw, self.args.name, self.device, cfg, full, work, case, [pair[1]])
         write_overlay(self.out / "timeline.json", *pair)
 
     # -- stamps and decisions ----------------------------------------------------------------------------------

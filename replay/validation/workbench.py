@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from expertflow.policy import Policy
 from replay.calibration.record import named_model
 from replay.calibration.surrogate import surrogate_trace
+from replay.calibration.words import policy_words
+from replay.host_figures import figures_for, with_host
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader
 from replay.machine.device import Device
@@ -41,7 +44,8 @@ class Workbench:
         start = [] if self.start(case) is None else [f"start={self.start(case)}"]
         return [
             f"+hardware={self.args.hardware}",
-            f"+policy={case.policy}",
+            f"+host={self.args.host}",
+            *policy_words(case.policy),
             f"stack={case.stack}",
             "compare=none",
             f"residency={case.residency}",
@@ -115,7 +119,11 @@ class Workbench:
                 config = run_config(work, transfer, load_chunks(work))
                 header = LogHeader(self.device.world, cfg, [], config, work.trace_sha256)
                 log = stack.enter_context(LogWriter(log_path, header))
-            _, integrity = replay_policy(rig, work, policy, transfer, verify=True, log=log)
+            figures = None
+            if policy.places:
+                beside = replace(work, hardware=with_host(work.hardware, self.device, full, work))
+                figures = figures_for(beside, policy, transfer, self.device)
+            _, integrity = replay_policy(rig, work, policy, transfer, verify=True, log=log, figures=figures)
         assert integrity is not None
         return integrity
 

@@ -122,10 +122,10 @@ def answerable(policy: Policy) -> Iterator[None]:
         raise policy.unsound(error) from error
 
 
-def run_baselines(run: Run) -> dict[str, dict[str, Any]]:
-    """The metrics of each of `baselines`."""
+def run_baselines(run: Run, beside: Mapping[str, tuple[Policy, Transfer]] | None = None) -> dict[str, dict[str, Any]]:
+    """The metrics of each of `beside`; None: of `baselines`."""
     found = {}
-    for name, (policy, transfer) in baselines().items():
+    for name, (policy, transfer) in (baselines() if beside is None else beside).items():
         with shown(f"running {name} beside"):
             found[name] = run(policy, transfer, ())
     return found

@@ -87,6 +87,34 @@ class CpuTimes:
         return math.ceil(both / self._capacity * ONE)
 
 
+class HostFigures:
+    """What experts cost on the host and on the GPU beside it, by the figures of a profile: a simulation and a replay
+    ask the same.
+
+    link: as the run's copies go over it. chunk_bytes: of one expert. chunk_ns: of each of these on an idle link.
+    """
+
+    def __init__(self, kernels: KernelTimes, link: Link, chunk_bytes: Sequence[int], times: HostTimes) -> None:
+        self.times = times
+        self.chunk_ns = [link.chunk_ns(size, False) for size in chunk_bytes]
+        self._expert_ns = kernels.expert_ns
+        alone = times.stretch(chunk_bytes[0], self.chunk_ns[0], times.expert_ns(1))
+        self._stretch = max(alone, ONE) / ONE
+
+    def costs(self, tokens: Sequence[int], num_tokens: int, link_wait_ns: int) -> Costs:
+        """As of `expertflow.machine.HostMachine.estimate`. num_tokens: of the whole forward."""
+        rows = min(num_tokens, sum(tokens))
+        times = self.times
+        return Costs(
+            copy_ns=sum(self.chunk_ns),
+            link_wait_ns=link_wait_ns,
+            gpu_ns=[self._expert_ns(num) for num in tokens],
+            host_ns=[times.expert_ns(num) for num in tokens],
+            round_trip_ns=2 * times.there_ns(rows) if rows else 0,
+            stretch=self._stretch,
+        )
+
+
 class _Part(NamedTuple):
     """One expert of a host task. back_ns: what its results take after its products; 0 but for the last one."""
 
@@ -109,7 +137,7 @@ class HostComputeMachine(HostBoundMachine):
     ) -> None:
         super().__init__(kernels, link, costs, chunk_bytes)
         self.host = host
-        self._sizes = tuple(chunk_bytes)
+        self._figures = HostFigures(kernels, link, chunk_bytes, host)
         self._memory = SharedMemory(host.stretch)
         self._counted: deque[tuple[Stint, int]] = deque()
         """Of the chunks under way: their stints, and since when the link counts as theirs at the earliest."""
@@ -119,17 +147,7 @@ class HostComputeMachine(HostBoundMachine):
         self._num_tasks = 0
 
     def estimate(self, tokens: Sequence[int]) -> Costs:
-        first = self._chunk_ns[self._sizes[0]]
-        stretch = self.host.stretch(self._sizes[0], first, self.host.expert_ns(1))
-        rows = min(self._num_tokens, sum(tokens))
-        return Costs(
-            copy_ns=sum(self._chunk_ns[size] for size in self._sizes),
-            link_wait_ns=max(self._link_free_ns - self.now_ns, 0),
-            gpu_ns=[self.kernels.expert_ns(num) for num in tokens],
-            host_ns=[self.host.expert_ns(num) for num in tokens],
-            round_trip_ns=2 * self.host.there_ns(rows) if rows else 0,
-            stretch=max(stretch, ONE) / ONE,
-        )
+        return self._figures.costs(tokens, self._num_tokens, max(self._link_free_ns - self.now_ns, 0))
 
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         issued = self.now_ns = self.now_ns + self._issue_ns

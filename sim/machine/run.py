@@ -28,22 +28,25 @@ from sim.machine.solved import solved_stack
 from traces.processes.progress import shown
 
 
+def machine_of(work: Workload, policy: Policy, transfer: Transfer) -> SimMachine:
+    """The machine of `work` for one run of `policy`. ValueError where the hardware lacks what its place needs."""
+    chunk_bytes = load_chunks(work)
+    link = Link(work.hardware, memory=transfer.memory)
+    stack, _ = solved_stack(work)
+    kernels = KernelTimes(work.model, work.hardware, stack)
+    costs = HostCosts.of(work.hardware, stack)
+    if policy.places:
+        return HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(work.model, work.hardware))
+    return machine_for(kernels, link, costs, chunk_bytes)
+
+
 def run_policy(
     work: Workload, policy: Policy, transfer: Transfer, observers: Sequence[Observer] = ()
 ) -> dict[str, Any]:
     """Simulate `policy` over `work`; the metrics of `expertflow.metrics`, after the identities were checked."""
-    model = work.model
-    chunk_bytes = load_chunks(work)
-    link = Link(work.hardware, memory=transfer.memory)
-    stack, told = solved_stack(work)
-    kernels = KernelTimes(model, work.hardware, stack)
-    costs = HostCosts.of(work.hardware, stack)
-    machine: SimMachine
-    if policy.places:
-        machine = HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(model, work.hardware))
-    else:
-        machine = machine_for(kernels, link, costs, chunk_bytes)
-    runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
+    machine = machine_of(work, policy, transfer)
+    config = run_config(work, transfer, load_chunks(work))
+    runtime = Runtime(config, machine, policy, forwards_for(policy, work), observers)
     journal = runtime.journal
     try:
         with shown("", lambda: journal.num_tokens, work.batches.num_tokens):
@@ -58,7 +61,7 @@ def run_policy(
             f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
             f"{runtime.counters.num_forwards} forwards"
         )
-    return collect_metrics(runtime) | told
+    return collect_metrics(runtime) | solved_stack(work)[1]
 
 
 def _too_long(work: Workload) -> ValueError:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from replay.lockstep.compare import main as lockstep
+from sim.views.timeline import load_timeline
 from tests.support.commands import TINY_MODEL_WORDS, run_here, tiny_trace
 from tests.support.replays import TINY, replay_here
 
@@ -88,12 +91,41 @@ def test_a_start_that_is_dropped_says_so(trace: Path, tmp_path: Path) -> None:
     assert "gives up" not in run_here(words, tmp_path / "b").out
 
 
-def test_a_replay_refuses_a_place_on_the_host_in_one_line(trace: Path, tmp_path: Path) -> None:
+def test_a_replay_on_hardware_without_figures_refuses_a_place_on_the_host(trace: Path, tmp_path: Path) -> None:
     words = [*TINY, "+policy=lru", "+policy/place=cheaper", f"trace.path={trace}"]
     found = replay_here(words, tmp_path / "run")
     assert found.code == 2
-    assert found.err == (
-        "error: Cheaper.on_host may place experts on the host, where this machine computes none; "
-        "leave policy.place out, or simulate it with python -m sim\n"
+    assert found.err.startswith(
+        "error: hardware=local has no figures to weigh a place on the host by; give the profile"
     )
+    assert found.err.count("\n") == 1
+    found = replay_here([*words, "+host=desktop"], tmp_path / "host")
+    assert found.code == 2
+    assert "hardware=local is the machine that this runs on, of which no figure is known" in found.err
     assert replay_here([*TINY, "+policy=lru", "+policy/place=gpu", f"trace.path={trace}"], tmp_path / "gpu").code == 0
+
+
+@pytest.mark.slow
+def test_a_replay_computes_on_its_host_and_says_so(trace: Path, tmp_path: Path) -> None:
+    """The same keys as a simulation's, the host's row of the timeline, and the runs beside it with its place."""
+    replayed = ["machine=cpu", "scale=8", "stack=found", "compare=full", "timeline=true", "events=true", "log=true"]
+    words = [*WORDS, "+policy/place=cheaper", f"trace.path={trace}", "residency=0.3", *replayed]
+    found = replay_here(words, tmp_path / "run")
+    assert found.code == 0, found.err
+    assert found.done
+    metrics = found.metrics()
+    assert list(metrics["compare"]) == ["on_demand", "lru", "on_demand_placed", "lru_placed"]
+    for name, one in (("", metrics), *metrics["compare"].items()):
+        placed = not name or name.endswith("_placed")
+        assert ("num_host" in one) == ("host" in one) == ("host_stall_ns" in one) == placed
+        on_host = one.get("num_host", 0)
+        assert (on_host > 0) == placed
+        assert one["num_accesses"] == one["num_hits"] + one["num_late"] + one["num_misses"] + on_host
+        assert one["elapsed_ns"] == one["compute_ns"] + one["stall_ns"] + one["overhead_ns"]
+    assert "the host's processor was busy for" in found.out
+    events = pd.read_parquet(found.folder / "events.parquet")
+    assert (events["class"] == "host").sum() == metrics["num_host"]
+    frames = load_timeline(found.folder / "timeline.json")
+    assert len(frames.host) == metrics["num_host"]
+    assert int((frames.host["end_ns"] - frames.host["start_ns"]).sum()) == metrics["host"]["busy_ns"]
+    assert lockstep([str(found.folder)]) == 0

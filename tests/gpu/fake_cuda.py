@@ -5,16 +5,19 @@ Time passes only by what the host calls, so every run is the same. A stream is f
 time when it is recorded, since all that precedes it in its stream is known by then. A graph holds what was captured and
 does it at every replay, for one call of the host. What a copy or a kernel does to memory is done when the simulated
 device gets there: a copy spoils its target at its start and fills it at its end, a kernel reads and writes at its end,
-so that what is not ordered on the device is not in order here either.
+so that what is not ordered on the device is not in order here either. Calls of several threads take turns: with a
+host's worker, and only then, a run depends on when the system lets each run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import heapq
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +47,17 @@ POLL_NS = 40
 """A look at a number in memory, which is no call."""
 FREE_BYTES = 8 << 30
 _SPOILT = 0x7F
+
+
+def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of a `FakeCuda`, which no other thread enters meanwhile."""
+
+    @wraps(method)
+    def alone(self: FakeCuda, *given: Any, **named: Any) -> Any:
+        with self.lock:
+            return method(self, *given, **named)
+
+    return alone
 
 
 class FakeStream:
@@ -88,6 +102,10 @@ class FakeEvent:
 
     def pass_by(self, stream: FakeStream, in_graph: bool = False) -> None:
         """As the device comes to it."""
+        with self._cuda.lock:
+            self._pass_by(stream, in_graph)
+
+    def _pass_by(self, stream: FakeStream, in_graph: bool) -> None:
         cuda = self._cuda
         cuda.num_spoiled += self.at_ns is not None and self.at_ns > cuda.true_ns
         cuda.num_unread += not self.is_read
@@ -163,6 +181,7 @@ class FakeCuda:
 
     def __init__(self, drift_ppm: int = 0) -> None:
         self.drift_ppm = drift_ppm
+        self.lock = threading.RLock()
         self.true_ns = 0
         self.calls: Counter[str] = Counter()
         self.call_ns: dict[str, int] = {}
@@ -197,6 +216,7 @@ class FakeCuda:
         """The device's clock at `true_ns`."""
         return DEVICE_EPOCH_NS + true_ns + true_ns * self.drift_ppm // 1_000_000
 
+    @in_turn
     def advance_to(self, true_ns: int) -> None:
         """Let the device do what falls due until then, in its order."""
         self.true_ns = max(self.true_ns, true_ns)
@@ -204,6 +224,7 @@ class FakeCuda:
             while self._due and self._due[0][0] <= self.true_ns:
                 heapq.heappop(self._due)[2]()
 
+    @in_turn
     def call(self, name: str) -> None:
         """One call of the host: takes time, and fails if it is to."""
         self.calls[name] += 1
@@ -223,6 +244,7 @@ class FakeCuda:
 
     # -- work ------------------------------------------------------------------------------------------------
 
+    @in_turn
     def enqueue(
         self, duration_ns: int, at_start: Callable[[], object] | None = None, at_end: Callable[[], object] | None = None
     ) -> int:
@@ -249,6 +271,7 @@ class FakeCuda:
         self._spun_ns += taken_ns
         self.enqueue(taken_ns)
 
+    @in_turn
     def kernel(self, duration_ns: int, work: Callable[[], object]) -> None:
         """A kernel on the current stream, or in the graph that is being captured."""
         if self.capturing is not None:
@@ -259,6 +282,14 @@ class FakeCuda:
 
     def memcpy(self, target: int, source: int, num_bytes: int, stream: FakeStream) -> None:
         """`cudaMemcpyAsync` to the device; from memory that is not pinned it blocks the host."""
+        self._memcpy(target, source, num_bytes, stream, source)
+
+    def memcpy_back(self, target: int, source: int, num_bytes: int, stream: FakeStream) -> None:
+        """The same from the device, into memory of the host."""
+        self._memcpy(target, source, num_bytes, stream, target)
+
+    @in_turn
+    def _memcpy(self, target: int, source: int, num_bytes: int, stream: FakeStream, on_host: int) -> None:
         assert self.capturing is None
         self.call("memcpy")
         before, self.current = self.current, stream
@@ -268,10 +299,11 @@ class FakeCuda:
             lambda: ctypes.memmove(target, source, num_bytes),
         )
         self.current = before
-        if not any(source in pinned for pinned in self.pinned):
+        if not any(on_host in pinned for pinned in self.pinned):
             self.num_pageable += 1
             self.advance_to(end_ns)
 
+    @in_turn
     def synchronize(self, device: object = None) -> None:
         """`torch.cuda.synchronize`."""
         self.call("synchronize")
@@ -313,6 +345,7 @@ class FakeCuda:
             "CUDAGraph": lambda: FakeGraph(self),
             "graph_pool_handle": lambda: (0, 0),
             "set_stream": self.set_stream,
+            "set_device": lambda device: self.call("set_device"),
             "current_stream": lambda device: self.current,
             "_sleep": self.sleep,
         }.items():
@@ -322,6 +355,7 @@ class FakeCuda:
         for module in ("cuda", "cuda_clock"):
             monkeypatch.setattr(f"replay.machine.{module}.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
         monkeypatch.setattr("replay.machine.cuda.raw_copy", lambda: (self.memcpy, "a stand-in"))
+        monkeypatch.setattr("replay.machine.cuda.raw_copy_back", lambda: self.memcpy_back)
         return self
 
     def _pinning(self, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from expertflow.policy import Policy
+from replay.host_figures import figures_for
 from replay.lockstep.compare import LockstepResult, check_log
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader
@@ -49,11 +50,14 @@ class Case:
     ) -> tuple[dict[str, Any], Integrity | None]:
         """One run of a fresh policy."""
         policy, transfer = self.policy()
+        figures = figures_for(self.full, policy, transfer, rig.device)
         if log is None:
-            return replay_policy(rig, self.work, policy, transfer, verify=verify, fault=fault)
+            return replay_policy(rig, self.work, policy, transfer, verify=verify, fault=fault, figures=figures)
         config = run_config(self.work, transfer, load_chunks(self.work))
         with LogWriter(log, LogHeader("cuda", self.cfg, self.words, config, self.work.trace_sha256)) as writer:
-            return replay_policy(rig, self.work, policy, transfer, verify=verify, log=writer, fault=fault)
+            return replay_policy(
+                rig, self.work, policy, transfer, verify=verify, log=writer, fault=fault, figures=figures
+            )
 
     def lockstep(self, log: Path) -> LockstepResult:
         """The log against a fresh policy."""

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from expertflow.forward import Forward
-from expertflow.machine import LOAD, Record, Wait
+from expertflow.machine import HOST, LOAD, Costs, HostResult, Record, Wait
 from expertflow.runtime import RunConfig, Runtime
 from replay.drive import drive
 from replay.lockstep.compare import LockstepResult, check_log
+from replay.lockstep.host_log import HostLoggingMachine, logging_machine
 from replay.lockstep.log import LoggingMachine, LogWriter
 from replay.lockstep.log_format import (
     FORMAT,
@@ -24,17 +25,21 @@ from replay.lockstep.log_format import (
     Attention,
     Copy,
     Decided,
+    Estimated,
     Event,
     Experts,
     Head,
+    HostEnded,
     LoggedForward,
     LogHeader,
+    OnHost,
     Told,
     Waited,
 )
 from replay.lockstep.log_reader import LogReader
 from sim.job.configure import configure
 from sim.job.setup import Workload, load_chunks, make_policy, make_workload, run_config
+from sim.machine.host_compute import CpuTimes, HostComputeMachine
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, SimMachine
@@ -70,6 +75,10 @@ class BlockingSim(SimMachine):
         return self.record(self.wake_ns(wait) + (self.noise.randrange(20_000) if self.noise else 0))
 
 
+class BlockingHost(BlockingSim, HostComputeMachine):
+    """The same of a machine whose host computes experts."""
+
+
 @dataclass
 class Job:
     """A configuration, what it makes, and how a fresh policy of it is made."""
@@ -93,10 +102,11 @@ class Job:
         chunks = load_chunks(work)
         link = Link(work.hardware, memory=transfer.memory)
         kernels = KernelTimes(work.model, work.hardware, work.stack)
-        machine = BlockingSim(kernels, link, HostCosts.of(work.hardware, work.stack), chunks)
+        parts = kernels, link, HostCosts.of(work.hardware, work.stack), chunks
+        machine = BlockingHost(*parts, CpuTimes(work.model, work.hardware)) if policy.places else BlockingSim(*parts)
         machine.noise = random.Random(5) if noisy else None
         machine.lost_at = lost_at
-        shown = machine if writer is None else LoggingMachine(machine, writer)
+        shown = machine if writer is None else logging_machine(machine, writer)
         return Runtime(run_config(work, transfer, chunks), shown, policy, work.batches), shown
 
     def log(
@@ -145,9 +155,21 @@ def small_header(**given: Any) -> LogHeader:
 
 
 class _Silent:
-    """Answers every launch with the mark it is told."""
+    """Answers every launch with the mark it is told, and of its host what it is told."""
 
     mark = 0
+    costs: Costs
+    task = 0
+    results: Sequence[HostResult] = ()
+
+    def estimate(self, tokens: Sequence[int]) -> Costs:
+        return self.costs
+
+    def on_host(self, keys: Sequence[int], tokens: Sequence[int]) -> int:
+        return self.task
+
+    def host_ended(self) -> Sequence[HostResult]:
+        return self.results
 
     def begin_forward(self, forward: Forward) -> None:
         pass
@@ -177,7 +199,7 @@ def write_events(
     """A log in which exactly these events crossed, by the calls that a run would make."""
     machine = _Silent()
     with LogWriter(path, header, values_per_group) as writer:
-        logging = LoggingMachine(machine, writer)
+        logging = HostLoggingMachine(machine, writer)
         for forward in forwards:
             logging.begin_forward(cast(Forward, SimpleNamespace(index=forward.index)))
             for event in forward.events:
@@ -194,6 +216,15 @@ def write_events(
                     logging.copy(*event)
                 elif isinstance(event, Decided):
                     logging.decided(event.wants, 1.0)
+                elif isinstance(event, Estimated):
+                    machine.costs = event.costs
+                    logging.estimate(event.tokens)
+                elif isinstance(event, OnHost):
+                    machine.task = event.task
+                    logging.on_host(event.keys, event.tokens)
+                elif isinstance(event, HostEnded):
+                    machine.results = event.results
+                    logging.host_ended()
                 elif isinstance(event, Waited):
                     logging.waited((event.kind, event.ident, event.drain))
                 else:
@@ -244,5 +275,15 @@ def some_forwards() -> list[LoggedForward]:
         Waited(1, 4, False),
         Told(1000, (), ((4, 900, 990),)),
     ]
-    later: list[Event] = [Attention(0, 5), Waited(0, 5, False), Told(1500, (), ((5, 1000, 1400),)), Decided(())]
+    later: list[Event] = [
+        Attention(0, 5),
+        Waited(0, 5, False),
+        Told(1500, (), ((5, 1000, 1400),)),
+        Estimated((2, 1), Costs(70, 5, [3, 2], [40, 30], 9, 1.25)),
+        OnHost((4, 6), (2, 1), 3),
+        Decided(()),
+        Waited(HOST, 3, True),
+        Told(1600, (), ()),
+        HostEnded(((3, 4, 1505, 1550), (3, 6, 1550, 1590))),
+    ]
     return [LoggedForward(0, events), LoggedForward(1, later)]

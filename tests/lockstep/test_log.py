@@ -18,18 +18,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertflow.machine import Costs
 from replay.lockstep.compare import main
 from replay.lockstep.log import LoggingMachine, LogWriter
 from replay.lockstep.log_format import (
+    STRETCH_OF_ONE,
     Attention,
     Copy,
     Decided,
+    Estimated,
     Event,
     Experts,
     Head,
+    HostEnded,
     LogError,
     LoggedForward,
     LogHeader,
+    OnHost,
     Told,
     Waited,
 )
@@ -55,13 +60,33 @@ def experts(draw: st.DrawFn) -> Experts:
     )
 
 
+@st.composite
+def on_host(draw: st.DrawFn) -> OnHost:
+    chosen = tuple(draw(st.lists(keys, unique=True, max_size=6)))
+    return OnHost(chosen, tuple(draw(st.integers(0, BIG)) for _ in chosen), draw(marks))
+
+
+@st.composite
+def estimated(draw: st.DrawFn) -> Estimated:
+    times = st.integers(0, BIG)
+    tokens = tuple(draw(st.lists(times, max_size=6)))
+    gpu_ns, host_ns = ([draw(times) for _ in tokens] for _ in range(2))
+    stretch = draw(st.integers(STRETCH_OF_ONE, 1 << 40)) / STRETCH_OF_ONE
+    return Estimated(tokens, Costs(draw(times), draw(times), gpu_ns, host_ns, draw(times), stretch))
+
+
 events = st.one_of(
+    on_host(),
+    estimated(),
+    st.builds(
+        HostEnded, st.lists(st.tuples(marks, keys, spans).map(lambda r: (r[0], r[1], *r[2])), max_size=3).map(tuple)
+    ),
     st.builds(Attention, st.integers(0, 2), marks),
     experts(),
     st.builds(Head, marks),
     st.builds(Copy, loads, st.integers(0, 1), keys, st.integers(0, 8), st.integers(0, BIG), st.integers(0, BIG)),
     st.builds(Decided, st.lists(keys, max_size=30).map(tuple)),
-    st.builds(Waited, st.integers(0, 2), loads, st.booleans()),
+    st.builds(Waited, st.integers(0, 3), loads, st.booleans()),
     st.builds(
         Told,
         st.just(0),
@@ -331,12 +356,19 @@ def test_column_types(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (Copy(1, 2, 0, 0, 4, 0), "chunk 2"),
         (Copy(1, 0, 24, 0, 4, 0), "key 24"),
         (Copy(1, 0, 0, 9, 4, 0), "slot 9"),
-        (Waited(3, 1, False), "wait of kind 3"),
+        (Waited(4, 1, False), "wait of kind 4"),
         (Told(-6, (), ()), "follows one at"),
         (Told(5, ((1, 2, 0, 0),), ()), "chunk 2"),
         (Told(5, ((1, 0, 4, 3),), ()), "start of a chunk"),
         (Told(5, (), ((0, 0, 1),)), "mark 0"),
         (Told(5, (), ((1, 2, 1),)), "start of a mark"),
+        (OnHost((24,), (1,), 1), "key 24"),
+        (OnHost((1,), (1,), 0), "host task 0"),
+        (HostEnded(((1, 24, 0, 1),)), "key 24"),
+        (HostEnded(((0, 1, 0, 1),)), "host task 0"),
+        (HostEnded(((1, 1, 2, 1),)), "start of a host's result"),
+        (Estimated((1,), Costs(1, 1, [1], [-1], 1, 1.0)), "time of an estimate -1"),
+        (Estimated((1,), Costs(1, 1, [1], [1], 1, 0.5)), "stretch 0.5 is below 1"),
     ],
 )
 def test_numbers_out_of_bounds(tmp_path: Path, event: Event, what: str, capsys: pytest.CaptureFixture[str]) -> None:

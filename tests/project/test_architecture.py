@@ -58,8 +58,9 @@ ROOMS: dict[str, list[str]] = {
 """What the rooms of a package must not know of each other."""
 
 SIMULATED = ["sim.machine"]
-MAY_SIMULATE = {"replay/bench_decide.py"}
-"""Beside the validation: it times decisions while the simulated machine drives them."""
+MAY_SIMULATE = {"replay/bench_decide.py", "replay/host_figures.py"}
+"""Beside the validation: one times decisions while the simulated machine drives them, the other works out what places
+are told of costs, which has to be the same in both worlds."""
 
 
 CHOOSES_THE_CORE = "expertflow/core.py"

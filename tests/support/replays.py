@@ -19,6 +19,7 @@ from expertflow.keys import declared
 from expertflow.observer import Observer
 from expertflow.policy import Policy
 from replay.command import cli
+from replay.host_figures import figures_for
 from replay.keys import ReplayKeys
 from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader
@@ -92,7 +93,8 @@ class Case:
     def rig(self) -> Iterator[Rig]:
         """A device with everything allocated; given back at the end."""
         policy, transfer = self.policy()
-        with on_cpu() as device:
+        pace = self.settings.throttle_gb_per_s if policy.places else None
+        with on_cpu(pace) as device:
             yield Rig(device, self.work.model, needs_of(self.work, policy, transfer), self.settings.host_memory_gb)
 
     def replay(
@@ -107,13 +109,27 @@ class Case:
         """One run of a fresh policy; with `log` the log is written there, also of a run that breaks off."""
         policy, transfer = self.policy()
         if log is None:
-            return replay_policy(rig, self.work, policy, transfer, observers, verify=verify, fault=fault)
+            return self._replay(rig, policy, transfer, observers, verify, None, fault)
         config = run_config(self.work, transfer, load_chunks(self.work))
         writer = LogWriter(log, LogHeader("cpu", self.cfg, self.words, config, self.work.trace_sha256))
         try:
-            return replay_policy(rig, self.work, policy, transfer, observers, verify=verify, log=writer, fault=fault)
+            return self._replay(rig, policy, transfer, observers, verify, writer, fault)
         finally:
             writer.close()
+
+    def _replay(
+        self,
+        rig: Rig,
+        policy: Policy,
+        transfer: Transfer,
+        observers: Sequence[Observer],
+        verify: bool,
+        log: LogWriter | None,
+        fault: tuple[str, int] | None,
+    ) -> tuple[dict[str, Any], Integrity | None]:
+        figures = figures_for(self.full, policy, transfer, rig.device, self.settings.scale)
+        more = {"verify": verify, "log": log, "fault": fault, "figures": figures}
+        return replay_policy(rig, self.work, policy, transfer, observers, **more)
 
     def stamps(self, fault: tuple[str, int] | None = None) -> Integrity:
         """What the stamps say of one run on a rig of its own."""

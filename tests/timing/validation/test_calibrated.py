@@ -28,7 +28,8 @@ def test_a_tape_holds_every_wait_with_its_record_and_changes_nothing(tmp_path: P
     with case.rig() as rig:
         plain, _ = case.replay(rig)
         policy, transfer = case.policy()
-        metrics, tape, ticks_ns = replay_on_tape(rig, case.work, policy, transfer, [])
+        metrics, taped = replay_on_tape(rig, case.work, policy, transfer, [])
+    tape, ticks_ns = taped.tape, taped.ticks_ns
     for key in ("num_tokens", "num_hits", "num_misses", "bytes"):
         assert metrics[key] == plain[key]
     marks = [mark for _, record in tape for mark in record[2]]

@@ -189,6 +189,18 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
         assert unsaid not in text
 
 
+def test_what_the_host_computed_stands_in_a_table_of_its_own() -> None:
+    """Only rows of policies with a place are in it."""
+    hosted = {"host_stall_ns": 7_000_000, "num_host": 12, "host": {"busy_ns": 30_000_000}}
+    placed = row_of(Case("gpt-oss-20b", "eager", 0.5, 1, "lru+cheaper"), [ran(**hosted)] * 2, ran(**hosted))
+    rows = [row("lru"), placed]
+    lines = page(pd.DataFrame(rows), summary(rows)).splitlines()
+    at = next(place for place, line in enumerate(lines) if line.startswith("| policy | host stall measured"))
+    assert lines[at + 2] == "| lru+cheaper | 0.700 | 0.700 | 3.000 | 3.000 | 12 | 12 |"
+    assert lines[at + 3 :] == []
+    assert "host stall" not in page(pd.DataFrame([row("lru")]), summary([row("lru")]))
+
+
 def test_the_page_owns_up_to_what_was_missed_left_out_or_not_judged() -> None:
     rows = [
         row("lru", predicted=12.0),

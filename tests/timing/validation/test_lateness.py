@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from expertflow.machine import GATE, LOAD, TOKEN, Machine, Record, Wait
+from expertflow.machine import GATE, HOST, LOAD, TOKEN, Machine, Record, Wait
 from expertflow.runtime import Runtime
 from replay.drive import BlockingMachine, drive
 from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS, late_ns
@@ -110,6 +110,20 @@ def test_a_link_that_runs_dry_for_want_of_its_host_is_late() -> None:
     assert late_ns(drying(280 + SEEN, 281 + SEEN), 0, 0) == 30_000
     # The next chunk had been issued in time: nobody waited for the host.
     assert late_ns(drying(280 + SEEN, 250), 0, 0) == 0
+
+
+def test_results_of_the_host_that_are_found_late() -> None:
+    """Task 1, whose number is that of a mark as well, is back at 150; nothing runs from 130 on."""
+    results = [(1, 8, 105_000, 140_000), (1, 9, 140_000, 150_000)]
+
+    def tape(now: int) -> list[tuple[Wait, Record]]:
+        return [answered(GATE, 1, 102, [(1, 0, 100)]), answered(HOST, 1, now, [(2, 105, 130)])]
+
+    assert late_ns(tape(150 + SEEN), 0, 0, results) == 0
+    assert late_ns(tape(157 + SEEN), 0, 0, results) == 7000
+    # A wake for a chunk, before they are back, and a task that never came back, are no one's lateness.
+    assert late_ns(tape(149), 0, 0, results) == 0
+    assert late_ns(tape(500), 0, 0) == 0
 
 
 class Blocking:

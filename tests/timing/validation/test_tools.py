@@ -119,6 +119,26 @@ def test_a_validation_finds_no_wrong_stamp_and_every_decision_again(validated: P
 
 
 @pytest.mark.slow
+def test_a_validation_with_a_place(tmp_path: Path) -> None:
+    """All that is missing is computed on the host: both worlds place and count alike, whatever the time."""
+    shape = ["--residency", "0.25", "--stacks", "found", "--tokens", "8", "--log-tokens", "4", "--batch-sizes", "1"]
+    words = [*SMALL, "--policies", "lru+cheaper,lru+host_layers", "--host", "server", "--repeat", "2", *shape]
+    assert validate.main(["mine", *words, "--throttle", "0.03", "--beside", "--out", str(tmp_path)]) in (0, 1)
+    table = pd.read_csv(tmp_path / "table.csv").set_index("policy")
+    for column in ("num_host", "num_hits", "num_misses"):
+        assert list(table[f"{column}_measured"]) == list(table[f"{column}_predicted"])
+    assert table.loc["lru+cheaper", "num_host_measured"] == 8 * 24 * 4
+    assert 0 < table.loc["lru+host_layers", "num_host_measured"] < 8 * 24 * 4
+    # Of the host's time the pace is the most.
+    ratio = table["host_ms_measured"] / table["host_ms_predicted"]
+    assert (ratio > 0.99).all()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stamps"]["wrong"] == 0
+    assert [one["difference"] for one in summary["lockstep"]] == [None, None]
+    assert "| policy | host stall measured | host stall predicted |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_two_timelines_are_of_the_same_forwards(validated: Path) -> None:
     events = json.loads((validated / "timeline.json").read_text())["traceEvents"]
     attention = {
@@ -301,6 +321,12 @@ def test_calibrate_answers_mistakes_with_one_line(
         (["mine", "--residency", "half"], "--residency='half' must be numbers"),
         (["mine", "--batch-sizes", "1.5"], "--batch-sizes='1.5' must be whole numbers"),
         (["mine", "--policies", "lru,best"], "best"),
+        (["mine", "--policies", "lru+nowhere"], "policy/place=nowhere does not exist"),
+        (
+            ["mine", "--policies", "lru", "--host", "server"],
+            "--host=server is of policies with a place, and --policies names none",
+        ),
+        (["mine", "--policies", "lru+cheaper", "--host", "abacus"], "abacus"),
         (["mine", "--models", "gpt-5"], "gpt-5"),
         (["mine", "--scale", "-1"], "argument --scale: -1 must be a whole number"),
     ],

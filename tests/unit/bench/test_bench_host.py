@@ -29,6 +29,15 @@ def test_a_chunk_is_one_copy_and_one_event() -> None:
     assert run.num_chunks <= run.calls["record"] <= run.num_chunks + run.num_layers // 24 + 8
 
 
+def test_what_the_host_computes_is_neither_copied_nor_launched() -> None:
+    """One program adds its results to the GPU's in each layer that has any."""
+    words = [*WORDS, "+policy=lru", "residency=0.5", "+host=server", "+policy/place=cheaper"]
+    run = HostTimes(words, counting=True)
+    assert run.calls["copy"] == run.num_chunks == 0
+    assert run.num_tasks == run.num_layers
+    assert run.calls["launch"] <= 3 * run.num_layers + run.num_layers // 24
+
+
 @pytest.mark.slow
 def test_the_policys_own_code_is_told_apart() -> None:
     run = HostTimes([*WORDS, "+policy=lru", "residency=1.0", "start=resident"], timed_policy=True)
@@ -51,7 +60,7 @@ def test_it_prints_each_bar_and_says_whether_it_holds(capsys: pytest.CaptureFixt
 @pytest.mark.slow
 def test_what_is_measured_is_of_the_words_given() -> None:
     found = measure(WORDS, 1)
-    assert set(found) == {*BARS_US, "calls a layer-step", "calls a chunk"}
+    assert set(found) == {*BARS_US, "a host task", "calls a layer-step", "calls a chunk"}
     assert found["calls a chunk"]["copy"] == pytest.approx(1.0)
 
 
