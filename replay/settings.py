@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expertflow.keys import declared
+from expertflow.keys import declared, shown
 from replay.keys import DEFAULT_FAULT_AT, ReplayKeys
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
+from sim.job.keys import STORAGE
 from sim.specs.hardware import hardware_from_dict
 from sim.specs.links import PROFILE
 
@@ -52,6 +53,11 @@ class Settings:
         if fault not in (None, "lost") and not cfg["verify"]:
             raise ValueError(f"fault={fault} would pass unseen; add verify=true")
         _check_link(cfg, machine)
+        if STORAGE in cfg:
+            raise ValueError(
+                f"storage={shown(cfg[STORAGE].get('name'))} is simulated, and not replayed; leave it out, or run it with "
+                "python -m sim"
+            )
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
         return cls(
             machine,

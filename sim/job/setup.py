@@ -17,13 +17,14 @@ import numpy as np
 from expertflow.boundary import CHECKING, is_own_class
 from expertflow.evictions.keep_nothing import KeepNothing
 from expertflow.future import Future
+from expertflow.host_memory import HostMemorySpec
 from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
 from expertflow.model import ModelSpec
 from expertflow.parts import Effort, Eviction
 from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
-from sim.job.keys import PINS, check_trace
+from sim.job.keys import PINS, STORAGE, check_storage_pair, check_trace
 from sim.job.measured import check_table
 from sim.job.model import chosen_model, model_file_of, told_model
 from sim.job.parts import KINDS, class_of, make_part
@@ -32,6 +33,7 @@ from sim.job.predictor import make_predictor
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.specs.model_file import ReadModel
+from sim.specs.storage import Storage, storage_from_dict
 from traces.batching import BatchConfig, Batches
 from traces.reader import Trace, open_trace
 from traces.shipped import shipped
@@ -63,6 +65,10 @@ class Workload:
     warmup_forwards: int
     model_file: ReadModel | None = None
     """Where the model's sizes are from, if a file gave them."""
+    storage: Storage | None = None
+    """What lies below host memory; None: all experts are in it."""
+    host_slots: int = 0
+    """Experts that host memory holds, where there is storage below it."""
     pins: bool = True
     """False: what `start` pins may leave after all, as for runs beside one that is given room for nothing else."""
 
@@ -145,6 +151,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         cfg["start"],
         cfg["warmup_forwards"],
         model_file,
+        *_storage(cfg, model),
     )
     _check_chunks(work)
     if work.start == "pinned_layers" and num_slots < model.num_experts:
@@ -153,6 +160,20 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
             "raise residency or gpu_memory_gb, or choose start=pinned"
         )
     return work
+
+
+def _storage(cfg: Mapping[str, Any], model: ModelSpec) -> tuple[Storage | None, int]:
+    """What lies below host memory, and how many experts that holds."""
+    if cfg.get(STORAGE) is None:
+        return None, 0
+    check_storage_pair(cfg)
+    num_slots = int(cfg["host_memory_gb"] * 1e9 // model.expert_bytes)
+    if num_slots < 2:
+        raise ValueError(
+            f"host_memory_gb={cfg['host_memory_gb']} holds {num_slots} experts of {model.expert_bytes / 1e9:.3g} GB; "
+            "give room for what the GPU holds and one more"
+        )
+    return storage_from_dict(cfg[STORAGE]), min(num_slots, model.num_layers * model.num_experts)
 
 
 def _check_chunks(work: Workload) -> None:
@@ -188,7 +209,14 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
         initial=initial,
         num_pinned=len(initial) if work.start in PINS and work.pins else 0,
         all_initial=work.start in ("resident", "pinned_layers"),
+        storage=host_memory_spec(work),
     )
+
+
+def host_memory_spec(work: Workload) -> HostMemorySpec | None:
+    """Host memory as the runtime knows it; None where nothing lies below it."""
+    storage = work.storage
+    return storage and HostMemorySpec(work.host_slots, storage.queue_depth, storage.eviction)
 
 
 def start_note(cfg: Mapping[str, Any]) -> str | None:

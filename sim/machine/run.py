@@ -23,6 +23,7 @@ from sim.machine.host_compute import CpuTimes, HostComputeMachine
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, SimMachine, simulate
+from sim.machine.storage import Disk, StorageMachine
 from traces.processes.progress import shown
 
 
@@ -38,6 +39,8 @@ def run_policy(
     machine: SimMachine
     if policy.places:
         machine = HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(model, work.hardware))
+    elif work.storage is not None:
+        machine = StorageMachine(kernels, link, costs, chunk_bytes, Disk(work.storage))
     else:
         machine = machine_for(kernels, link, costs, chunk_bytes)
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
