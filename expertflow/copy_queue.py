@@ -173,9 +173,9 @@ class CopyQueue:
                 # Only a key that was demanded meanwhile can have left ABSENT while it stood in the queue.
                 counters.dropped_became_demand += 1
                 continue
-            load = self._prefetch(key)
-            if load is not None:
-                return load
+            prefetch = self._prefetch(key)
+            if prefetch is not None:
+                return prefetch
         return None
 
     def _prefetch(self, key: int) -> Load | None:

@@ -55,7 +55,7 @@ class Settings:
         _check_link(cfg, machine)
         if STORAGE in cfg:
             raise ValueError(
-                f"storage={shown(cfg[STORAGE].get('name'))} is simulated, and not replayed; leave it out, or run it with "
+                f"storage={shown(cfg[STORAGE].get('name'))} is simulated, and not replayed; leave it out, or run "
                 "python -m sim"
             )
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
