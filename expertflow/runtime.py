@@ -13,7 +13,7 @@ from expertflow.counters import Counters
 from expertflow.filling import fill
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
-from expertflow.host_memory import HostMemory, HostMemorySpec
+from expertflow.host_memory import HostMemorySpec
 from expertflow.hosting import Aside, Hosting
 from expertflow.identities import check_identities, check_storage
 from expertflow.journal import Journal
@@ -23,7 +23,7 @@ from expertflow.parts import DEMAND
 from expertflow.policy import Policy
 from expertflow.slots import Slots
 from expertflow.stream import StreamBooks
-from expertflow.tiered_queue import TieredQueue
+from expertflow.tiered_queue import tiered
 from expertflow.view import RESIDENT, Feedback, Progress, View
 
 NOTHING: tuple[int, ...] = ()
@@ -89,8 +89,9 @@ class Runtime:
         self.answers = answers = policy.answers
         self._touched, self._strict = answers.touched, policy.order.strict
         hooks = SlotHooks(answers.victim, answers.admitted, policy.listeners("evicted"), policy.listeners("landed"))
-        self.tier: TieredQueue | None = None
-        self.queue = self._queue(hooks)
+        copying = (machine, self.slots, self.progress, self.counters, config.chunk_bytes, config.channel_depth, hooks)
+        self.tier = None if config.storage is None else tiered(config.storage, *copying)
+        self.queue = CopyQueue(*copying) if self.tier is None else self.tier
         self._layer_end_listeners = policy.listeners("layer_end")
         self._releases = policy.overrides(policy.eviction, "release")
         self._trims_at_layer_end = bool(self._releases or config.num_staging)
@@ -103,17 +104,6 @@ class Runtime:
         """What parts do not hear of; None: there is nothing of the kind."""
         if self.tier is not None:
             self.tier.fill(config.initial)
-
-    def _queue(self, hooks: SlotHooks) -> CopyQueue:
-        config = self.config
-        chunk_bytes, depth = config.chunk_bytes, config.channel_depth
-        if config.storage is None:
-            return CopyQueue(self.machine, self.slots, self.progress, self.counters, chunk_bytes, depth, hooks)
-        memory = HostMemory(config.storage, len(self.slots.state), chunk_bytes)
-        self.tier = TieredQueue(
-            self.machine, self.slots, self.progress, self.counters, chunk_bytes, depth, hooks, memory
-        )
-        return self.tier
 
     def _fill(self) -> frozenset[int]:
         """Put what is there from the start into the slots; those that never leave them."""

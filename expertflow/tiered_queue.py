@@ -14,7 +14,7 @@ from typing import cast
 
 from expertflow.copy_queue import CopyQueue, Load, SlotHooks
 from expertflow.counters import Counters
-from expertflow.host_memory import HostMemory
+from expertflow.host_memory import HostMemory, HostMemorySpec
 from expertflow.machine import Machine, Read, StorageMachine
 from expertflow.parts import DEMAND
 from expertflow.slots import Slots
@@ -233,3 +233,18 @@ class TieredQueue(CopyQueue):
             f"{super().describe()}, reads under way {list(self.reading)[:8]}, free in host memory {len(memory.free)} "
             f"of {memory.spec.num_slots}"
         )
+
+
+def tiered(
+    spec: HostMemorySpec,
+    machine: Machine,
+    slots: Slots,
+    progress: Progress,
+    counters: Counters,
+    chunk_bytes: Sequence[int],
+    depth: int,
+    hooks: SlotHooks,
+) -> TieredQueue:
+    """The queue of a run whose host memory is that of `spec`; its other arguments are a `CopyQueue`'s."""
+    memory = HostMemory(spec, len(slots.state), chunk_bytes)
+    return TieredQueue(machine, slots, progress, counters, chunk_bytes, depth, hooks, memory)

@@ -215,8 +215,9 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
 
 def host_memory_spec(work: Workload) -> HostMemorySpec | None:
     """Host memory as the runtime knows it; None where nothing lies below it."""
-    storage = work.storage
-    return storage and HostMemorySpec(work.host_slots, storage.queue_depth, storage.eviction)
+    if work.storage is None:
+        return None
+    return HostMemorySpec(work.host_slots, work.storage.queue_depth, work.storage.eviction)
 
 
 def start_note(cfg: Mapping[str, Any]) -> str | None:
