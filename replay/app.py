@@ -140,7 +140,8 @@ class Job:
         needs = _most(
             [needs_of(work, policy, transfer) for policy, transfer in [(self.policy, self.transfer), *beside.values()]]
         )
-        rig = Rig(device, work.model, needs, settings.host_memory_gb, self.transfer.memory == "pinned")
+        rooms, budget_gb = (None, settings.host_memory_gb) if work.storage is None else (work.host_slots, None)
+        rig = Rig(device, work.model, needs, budget_gb, self.transfer.memory == "pinned", rooms)
 
         def run(policy: Policy, transfer: Transfer, observers: Sequence[Observer]) -> dict[str, Any]:
             return replay_policy(rig, work, policy, transfer, observers)[0]

@@ -26,7 +26,9 @@ from replay.machine.real import RealMachine
 from replay.machine.rig import Needs, Rig
 from replay.machine.scale import check_replayable, scaled_model
 from replay.machine.stamps import WrongStamp
+from replay.machine.stored import StoredMachine
 from sim.job.setup import Transfer, Workload, load_chunks, run_config
+from sim.machine.storage import Disk
 from traces.processes.progress import shown
 
 _FORWARDS_AHEAD = 8192
@@ -71,7 +73,8 @@ def scaled_workload(work: Workload, scale: int) -> Workload:
     check_replayable(work.model)
     if scale == 1:
         return work
-    return replace(work, model=scaled_model(work.model, scale), chunk_mib=work.chunk_mib / scale**2)
+    model = scaled_model(work.model, scale)
+    return replace(work, model=model, chunk_mib=work.chunk_mib / scale**2, storage_factor=scale**2)
 
 
 def needs_of(work: Workload, policy: Policy, transfer: Transfer) -> Needs:
@@ -114,13 +117,15 @@ def replay_policy(
     # What runs before have left behind goes now, not while this one captures its programs.
     gc.collect()
     with explaining():
-        machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device)
+        machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device, pace_of(work))
     logging = None if log is None else LoggingMachine(machine, log)
     runtime = Runtime(config, logging or machine, policy, _ahead(iter(work.batches)), observers)
     stamps = machine.stamps
     try:
         with explaining():
             machine.prepare(work.batches)
+            if isinstance(machine, StoredMachine) and runtime.tier is not None:
+                machine.preload_rooms(runtime.tier.memory.room_of)
             machine.preload(runtime.slots.slot_of)
             with gc_paused():
                 device.restart_clock()
@@ -135,6 +140,9 @@ def replay_policy(
                 stamps.collect()
     except DeviceLostError as error:
         raise PartialRunError(str(error), _so_far(runtime)) from error
+    finally:
+        if isinstance(machine, StoredMachine):
+            machine.close()
     integrity = None
     if stamps is not None:
         found = (stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
@@ -151,7 +159,15 @@ def replay_policy(
             f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
             f"{runtime.counters.num_forwards} forwards"
         )
-    return collect_metrics(runtime) | {"launches": _launches(machine)}, integrity
+    metrics = collect_metrics(runtime) | {"launches": _launches(machine)}
+    if isinstance(machine, StoredMachine):
+        metrics["storage"]["direct"] = int(machine.is_direct)
+    return metrics, integrity
+
+
+def pace_of(work: Workload) -> Disk | None:
+    """How long reads last; None where nothing lies below host memory."""
+    return None if work.storage is None else Disk(work.storage, work.storage_factor)
 
 
 def _launches(machine: RealMachine) -> dict[str, int]:

@@ -12,7 +12,7 @@ from replay.keys import DEFAULT_FAULT_AT, ReplayKeys
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
-from sim.job.keys import STORAGE
+from sim.job.keys import STORAGE, check_storage_pair
 from sim.specs.hardware import hardware_from_dict
 from sim.specs.links import PROFILE
 
@@ -54,10 +54,7 @@ class Settings:
             raise ValueError(f"fault={fault} would pass unseen; add verify=true")
         _check_link(cfg, machine)
         if STORAGE in cfg:
-            raise ValueError(
-                f"storage={shown(cfg[STORAGE].get('name'))} is simulated, and not replayed; leave it out, or run "
-                "python -m sim"
-            )
+            _check_storage(cfg, machine)
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
         return cls(
             machine,
@@ -89,6 +86,16 @@ def _check_link(cfg: Mapping[str, Any], machine: str) -> None:
         raise ValueError(
             f"link={name} and throttle_gb_per_s={cfg['throttle_gb_per_s']} both say how fast copies are; leave one out"
         )
+
+
+def _check_storage(cfg: Mapping[str, Any], machine: str) -> None:
+    """ValueError where experts on storage are asked of a machine, or with a check, that does not know it."""
+    check_storage_pair(cfg)
+    name = shown(cfg[STORAGE].get("name"))
+    if machine != "cpu":
+        raise ValueError(f"storage={name} is simulated, or replayed with machine=cpu; leave it out on a GPU")
+    if cfg["verify"] or cfg["fault"] is not None:
+        raise ValueError(f"storage={name}: verify and fault know no storage; reads are checked anyway: leave them out")
 
 
 def _throttle(cfg: Mapping[str, Any], machine: str, scale: int) -> float | None:

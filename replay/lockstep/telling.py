@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from expertflow.machine import GATE, LOAD
-from replay.lockstep.log_format import Attention, Copy, Decided, Event, Experts, Head, LoggedForward, Waited
+from replay.lockstep.log_format import (
+    Attention,
+    Copy,
+    Decided,
+    Event,
+    Experts,
+    Head,
+    LoggedForward,
+    Reading,
+    ReadsTold,
+    Waited,
+)
 
 _SHOWN = 12
 """Keys, or token counts, that are shown of a longer list."""
@@ -28,6 +39,13 @@ def tell(event: Event | LoggedForward, num_experts: int, other: Event | None = N
             f"a copy of expert {_key(event.key, num_experts)}, chunk {event.chunk} of load {event.load}, "
             f"{event.num_bytes} bytes into slot {event.slot} after mark {event.after}"
         )
+    if isinstance(event, Reading):
+        return (
+            f"a read of expert {_key(event.key, num_experts)}, chunk {event.chunk}, {event.num_bytes} bytes into room "
+            f"{event.room} of host memory"
+        )
+    if isinstance(event, ReadsTold):
+        return f"the end of {len(event.reads)} reads"
     if isinstance(event, Decided):
         return f"wants {_keys(event.wants, num_experts, other.wants if isinstance(other, Decided) else ())}"
     if isinstance(event, Waited):

@@ -69,6 +69,8 @@ class Workload:
     """What lies below host memory; None: all experts are in it."""
     host_slots: int = 0
     """Experts that host memory holds, where there is storage below it."""
+    storage_factor: int = 1
+    """Each byte of the model stands for so many of storage: of one whose widths are divided."""
     pins: bool = True
     """False: what `start` pins may leave after all, as for runs beside one that is given room for nothing else."""
 

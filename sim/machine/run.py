@@ -41,7 +41,7 @@ def run_policy(
     if policy.places:
         machine = HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(model, work.hardware))
     elif work.storage is not None:
-        machine = StorageMachine(kernels, link, costs, chunk_bytes, Disk(work.storage))
+        machine = StorageMachine(kernels, link, costs, chunk_bytes, Disk(work.storage, work.storage_factor))
     else:
         machine = machine_for(kernels, link, costs, chunk_bytes)
     runtime = Runtime(run_config(work, transfer, chunk_bytes), machine, policy, forwards_for(policy, work), observers)
@@ -126,7 +126,7 @@ def _floor_of_reads(
     """`found` as far as storage allows it: host memory in the place of the slots, reads in the place of copies."""
     assert work.storage is not None
     model = work.model
-    fastest = Disk(work.storage).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
+    fastest = Disk(work.storage, work.storage_factor).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
     totals = min_loads(work.batches, work.future, work.host_slots, work.initial())
     reads = floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers)
     largest = max(found, reads, key=lambda one: one.floor_ns)
