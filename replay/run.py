@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, cast
 
 from expertflow.forward import Forward
 from expertflow.launches import Mislaunched
@@ -91,6 +91,11 @@ def needs_of(work: Workload, policy: Policy, transfer: Transfer) -> Needs:
     return Needs(work.num_slots + transfer.staging_slots * pools, max_tokens, max_context)
 
 
+def memory_of(work: Workload, host_memory_gb: float | None) -> dict[str, Any]:
+    """The host memory of a rig: a budget for all experts, or rooms above storage."""
+    return {"host_memory_gb": host_memory_gb} if work.storage is None else {"rooms": work.host_slots}
+
+
 def replay_policy(
     rig: Rig,
     work: Workload,
@@ -118,14 +123,16 @@ def replay_policy(
     gc.collect()
     with explaining():
         machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device, pace_of(work))
+    # Whatever stands around it: a tape, or a log.
+    stored = None if work.storage is None else cast(StoredMachine, machine)
     logging = None if log is None else LoggingMachine(machine, log)
     runtime = Runtime(config, logging or machine, policy, _ahead(iter(work.batches)), observers)
     stamps = machine.stamps
     try:
         with explaining():
             machine.prepare(work.batches)
-            if isinstance(machine, StoredMachine) and runtime.tier is not None:
-                machine.preload_rooms(runtime.tier.memory.room_of)
+            if stored is not None and runtime.tier is not None:
+                stored.preload_rooms(runtime.tier.memory.room_of)
             machine.preload(runtime.slots.slot_of)
             with gc_paused():
                 device.restart_clock()
@@ -141,8 +148,8 @@ def replay_policy(
     except DeviceLostError as error:
         raise PartialRunError(str(error), _so_far(runtime)) from error
     finally:
-        if isinstance(machine, StoredMachine):
-            machine.close()
+        if stored is not None:
+            stored.close()
     integrity = None
     if stamps is not None:
         found = (stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
@@ -160,8 +167,8 @@ def replay_policy(
             f"{runtime.counters.num_forwards} forwards"
         )
     metrics = collect_metrics(runtime) | {"launches": _launches(machine)}
-    if isinstance(machine, StoredMachine):
-        metrics["storage"]["direct"] = int(machine.is_direct)
+    if stored is not None:
+        metrics["storage"]["direct"] = int(stored.is_direct)
     return metrics, integrity
 
 

@@ -12,7 +12,6 @@ from sim import simulate
 from sim.views.plots import plot_timeline, plot_tpot_bars
 from sim.views.timeline import load_timeline
 from tests.support.commands import TINY_MODEL_WORDS, run_here, tiny_trace
-from tests.support.replays import TINY, replay_here
 
 WORDS = ["+hardware=rtx4090", "+policy=lru", *TINY_MODEL_WORDS]
 # Of the tiny model's experts some two thirds fit.
@@ -121,9 +120,3 @@ def test_room_that_is_told_suffices(trace: Path, tmp_path: Path) -> None:
     found = run_here([*words, "host_memory_gb=0.02"], tmp_path / "small")
     told = found.err.partition("give ")[2].partition(" or more")[0]
     assert run_here([*words, f"host_memory_gb={told}"], tmp_path / "told").code == 0
-
-
-def test_a_replay_refuses_storage_in_one_line(trace: Path, tmp_path: Path) -> None:
-    found = replay_here([*TINY, "+policy=lru", *STORED, f"trace.path={trace}"], tmp_path / "run")
-    assert found.code == 2
-    assert found.err == "error: storage='sata-ssd' is simulated, and not replayed; leave it out, or run python -m sim\n"
