@@ -73,8 +73,8 @@ These exclude each other: `residency` and `gpu_memory_gb`; `trace.path` and the 
 without `fault`; `throttle_gb_per_s` and a GPU; `count_redundant=true` and a policy without parts; `model.path` and
 `model=NAME`; `model=auto` without `model.path` and a key of `model`; `link=profile` and a key of `link`; any other
 `link` and `hardware.link_gb_per_s`, `hardware.pageable_gb_per_s`, `throttle_gb_per_s`, or a GPU; `storage` and
-`policy.place`, `verify=true`, `fault`, or a GPU; in a simulation, `host_memory_gb` without `storage`. An expert is cut into 1024 chunks at most, and a
-run lasts 2^63 ns at most.
+`policy.place`, `verify=true`, `fault`, or a GPU; in a simulation, `host_memory_gb` without `storage`. An expert is cut
+into 1024 chunks at most, and a run lasts 2^63 ns at most.
 """
 
 

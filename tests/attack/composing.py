@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sim.job.configure import checked, configure
+from sim.job.keys import STORAGE
 from sim.paths import CONF, config_files, use_own_folder
 
 _ONE_IN = 50
@@ -26,6 +27,9 @@ _SMALL = ("trace.num_tokens=4", "trace.num_requests=1")
 
 def _words(group: str, name: str) -> list[str]:
     machine = f"+hardware={name if group == 'hardware' else 'a100'}"
+    if group == STORAGE:
+        # A group that a run has only where it is added, with host memory above it.
+        return [machine, "+policy=lru", f"+{group}={name}", "host_memory_gb=8", *_SMALL]
     return [machine, "+policy=lru", *([] if group == "hardware" else [f"{group}={name}"]), *_SMALL]
 
 
