@@ -28,7 +28,7 @@ from replay.machine.scale import check_replayable, scaled_model
 from replay.machine.stamps import WrongStamp
 from replay.machine.stored import StoredMachine
 from sim.job.setup import Transfer, Workload, load_chunks, run_config
-from sim.machine.storage import Disk
+from sim.specs.disk import Disk
 from traces.processes.progress import shown
 
 _FORWARDS_AHEAD = 8192

@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from sim.machine.storage import Disk as ReadPace
+from sim.specs.disk import Disk as ReadPace
 
 _SECTOR = 4096
 """Bytes to which places, lengths and memory of a direct read are aligned."""

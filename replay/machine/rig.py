@@ -22,7 +22,7 @@ from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.real import RealMachine
 from replay.machine.stamps import Stamps
 from replay.machine.stored import StoredMachine
-from sim.machine.storage import Disk
+from sim.specs.disk import Disk
 from sim.specs.hardware import Stack
 
 _GRAPH_BYTES = 1 << 30

@@ -13,7 +13,7 @@ from replay.machine.disk import DiskEvent, DiskThread, ExpertFile
 from replay.machine.kernels import Kernels
 from replay.machine.pools import HostPool, SlotPool
 from replay.machine.real import RealMachine
-from sim.machine.storage import Disk
+from sim.specs.disk import Disk
 from sim.specs.hardware import Stack
 
 

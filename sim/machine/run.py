@@ -24,7 +24,8 @@ from sim.machine.host_compute import CpuTimes, HostComputeMachine
 from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, SimMachine, simulate
-from sim.machine.storage import Disk, StorageMachine
+from sim.machine.storage import StorageMachine
+from sim.specs.disk import Disk
 from traces.processes.progress import shown
 
 

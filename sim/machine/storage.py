@@ -1,4 +1,4 @@
-"""The simulated machine whose experts lie on a disk, and how long reads of that take.
+"""The simulated machine whose experts lie on a disk.
 
 Requests begin in order. Each waits for its first byte (`latency_ns`), which those under way do together, and then has
 the disk's bandwidth to itself. Reads are written into host memory by the disk itself, at a small share of that
@@ -7,7 +7,6 @@ memory's rate: they slow no copy and are slowed by none.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,10 +14,8 @@ from typing import Protocol
 from expertflow.machine import LOAD, Read, Record, Wait
 from sim.machine.host_bound import HostBoundMachine
 from sim.machine.kernels import KernelTimes
-from sim.machine.link import Link, bandwidth_at
+from sim.machine.link import Link
 from sim.machine.simulated import HostCosts
-from sim.specs.chunks import chunk_sizes
-from sim.specs.storage import Storage
 
 
 class ReadTimes(Protocol):
@@ -29,28 +26,6 @@ class ReadTimes(Protocol):
 
     def transfer_ns(self, num_bytes: int) -> int:
         """The bytes of one request, when the first one has come."""
-
-
-class Disk:
-    """Implements `ReadTimes`. factor: every byte stands for so many, as of a model whose widths are divided."""
-
-    def __init__(self, storage: Storage, factor: int = 1) -> None:
-        self.latency_ns = storage.latency_ns
-        self.issue_ns = storage.issue_read_ns
-        self._curve = storage.curve
-        self._factor = factor
-        self._known_ns: dict[int, int] = {}
-
-    def transfer_ns(self, num_bytes: int) -> int:
-        known = self._known_ns.get(num_bytes)
-        if known is None:
-            meant = num_bytes * self._factor
-            known = self._known_ns[num_bytes] = math.ceil(meant / bandwidth_at(self._curve, meant))
-        return known
-
-    def fastest_load_ns(self, expert_bytes: int, chunk_bytes: int) -> int:
-        """No schedule reads an expert faster: its requests back to back, their latency hidden. For bounds."""
-        return sum(self.transfer_ns(size) for size in chunk_sizes(expert_bytes, chunk_bytes))
 
 
 class StorageMachine(HostBoundMachine):

@@ -1,6 +1,6 @@
 """What experts lie on below host memory: a disk, as latency, bandwidth by request size and queue depth.
 
-Data only: `sim.machine.storage` turns it into times. Files of `conf/storage` hold one each, every figure with its
+Data only: `sim.specs.disk` turns it into times. Files of `conf/storage` hold one each, every figure with its
 origin in `sources`.
 """
 

@@ -15,7 +15,7 @@ from replay.lockstep.compare import check
 from replay.lockstep.log_format import LogHeader
 from replay.lockstep.log_reader import LogReader
 from replay.machine.disk import DiskThread, ExpertFile, mark_of
-from sim.machine.storage import Disk
+from sim.specs.disk import Disk
 from sim.specs.storage import Storage
 from tests.support.commands import tiny_trace
 from tests.support.replays import TINY, replay_here
