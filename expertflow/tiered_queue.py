@@ -42,10 +42,9 @@ class TieredQueue(CopyQueue):
         super().__init__(machine, slots, progress, counters, chunk_bytes, depth, hooks)
         num_slots, num_rooms = len(slots.reader), memory.spec.num_slots
         if num_rooms < min(num_slots + 1, len(slots.state)):
-            least = -(-(num_slots + 1) * sum(chunk_bytes) // 10**6) / 1000
             raise ValueError(
                 f"host_memory_gb: {num_rooms} experts fit, and host memory holds what the GPU's {num_slots} slots do, "
-                f"and one more; give {least:g} or more, or lower residency"
+                "and one more; give more, or lower residency or policy.transfer.staging_slots"
             )
         self.machine = cast(StorageMachine, machine)
         self.memory = memory

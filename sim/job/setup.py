@@ -153,7 +153,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         cfg["start"],
         cfg["warmup_forwards"],
         model_file,
-        *_storage(cfg, model),
+        *_storage(cfg, model, num_slots),
     )
     _check_chunks(work)
     if work.start == "pinned_layers" and num_slots < model.num_experts:
@@ -164,18 +164,20 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
     return work
 
 
-def _storage(cfg: Mapping[str, Any], model: ModelSpec) -> tuple[Storage | None, int]:
-    """What lies below host memory, and how many experts that holds."""
+def _storage(cfg: Mapping[str, Any], model: ModelSpec, num_slots: int) -> tuple[Storage | None, int]:
+    """What lies below host memory, and how many experts that holds: what `num_slots` of the GPU do, and one more."""
     if cfg.get(STORAGE) is None:
         return None, 0
     check_storage_pair(cfg)
-    num_slots = int(cfg["host_memory_gb"] * 1e9 // model.expert_bytes)
-    if num_slots < 2:
+    gigabytes, num_keys = cfg["host_memory_gb"], model.num_layers * model.num_experts
+    host_slots, least = int(gigabytes * 1e9 // model.expert_bytes), min(num_slots + 1, num_keys)
+    if host_slots < least:
+        needed = math.ceil(least * model.expert_bytes / 1e6) / 1000
         raise ValueError(
-            f"host_memory_gb={cfg['host_memory_gb']} holds {num_slots} experts of {model.expert_bytes / 1e9:.3g} GB; "
-            "give room for what the GPU holds and one more"
+            f"host_memory_gb={gigabytes}: {host_slots} experts fit, and host memory holds what the GPU's {num_slots} "
+            f"slots do, and one more; give {needed:g} or more, or lower residency"
         )
-    return storage_from_dict(cfg[STORAGE]), min(num_slots, model.num_layers * model.num_experts)
+    return storage_from_dict(cfg[STORAGE]), min(host_slots, num_keys)
 
 
 def _check_chunks(work: Workload) -> None:

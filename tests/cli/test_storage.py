@@ -101,7 +101,7 @@ def test_the_same_from_python() -> None:
         (["+storage=floppy"], "storage=floppy does not exist; choose one of: nvme-gen3, nvme-gen4"),
         (["host_memory_gb=8"], "host_memory_gb=8 is of a cache above storage, and there is none; add +storage=NAME"),
         ([*STORED, "+policy/place=cheaper", "+host=desktop"], "storage='sata-ssd' and policy.place exclude each other"),
-        (["+storage=sata-ssd", "host_memory_gb=0.001"], "host_memory_gb=0.001 holds 0 experts"),
+        (["+storage=sata-ssd", "host_memory_gb=0.001"], "host_memory_gb=0.001: 0 experts fit"),
         ([*STORED, "residency=0.95"], "experts fit, and host memory holds what the GPU's"),
         ([*STORED, "storage.eviction=fifo"], "storage.eviction='fifo' must be one of lru, page_cache"),
         ([*STORED, "storage.gb_per_s=[[5,1],[4,1]]"], "storage.gb_per_s[4 bytes] follows 5 bytes"),
