@@ -15,6 +15,10 @@ from replay.lockstep.compare import check
 from replay.lockstep.log_format import LogHeader
 from replay.lockstep.log_reader import LogReader
 from replay.machine.disk import DiskThread, ExpertFile, mark_of
+from replay.run import pace_of, scaled_workload
+from replay.validate import parser, with_defaults
+from replay.validation.workbench import Workbench
+from sim.job.setup import load_chunks
 from sim.specs.disk import Disk
 from sim.specs.storage import Storage
 from tests.support.commands import tiny_trace
@@ -161,3 +165,42 @@ def test_what_storage_excludes_is_told_in_one_line(words: list[str], message: st
     assert message in found.err
     assert found.err.count("\n") == 1
     assert len(found.err) <= 301
+
+
+@pytest.mark.parametrize(
+    ("words", "world", "message"),
+    [
+        (
+            "--storage nvme-gen4 --host-memory-gb 8",
+            "cuda",
+            "--storage=nvme-gen4 is of a CPU machine; add --machine cpu",
+        ),
+        ("--storage nvme-gen4", "cpu", "--storage=nvme-gen4 needs the host memory above it; add --host-memory-gb GB"),
+        (
+            "--storage nvme-gen4 --host-memory-gb 8 --verify-executions 5",
+            "cpu",
+            "--verify-executions=5: stamps know no storage",
+        ),
+    ],
+)
+def test_a_validation_refuses_what_storage_excludes(words: str, world: str, message: str) -> None:
+    args = parser().parse_args(["mine", *words.split()])
+    with pytest.raises(ValueError, match=message):
+        with_defaults(args, world)
+
+
+def test_a_validation_puts_storage_below_every_case() -> None:
+    args = parser().parse_args(["mine", "--storage", "nvme-gen4", "--host-memory-gb", "7", "--scale", "16"])
+    asked = with_defaults(args, "cpu")
+    bench = Workbench(args, None)  # type: ignore[arg-type]
+    case = asked.cases("gpt-oss-20b")[0]
+    assert {"+storage=nvme-gen4", "host_memory_gb=7.0"} <= set(bench.overrides(case, 8))
+    _, work = bench.workload(case, 8)
+    assert (work.storage is not None, work.host_slots) == (True, 529)
+    scaled = scaled_workload(work, 16)
+    # A chunk of the scaled model takes the disk as long as the model's own.
+    sizes = load_chunks(work)[0], load_chunks(scaled)[0]
+    pace, whole = pace_of(scaled), pace_of(work)
+    assert pace is not None
+    assert whole is not None
+    assert pace.transfer_ns(sizes[1]) == pytest.approx(whole.transfer_ns(sizes[0]), rel=1e-3)
