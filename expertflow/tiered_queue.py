@@ -59,7 +59,8 @@ class TieredQueue(CopyQueue):
 
     def fill(self, initial: Sequence[int]) -> None:
         """The slots were filled: host memory holds the same, and the best of `initial` as far as there is room."""
-        self.memory.fill([key for key, where in enumerate(self.state) if where != ABSENT], initial)
+        state = self.state
+        self.memory.fill([key for key in range(len(state)) if state[key] != ABSENT], initial)
 
     def leave_out(self, before: Counters) -> None:
         super().leave_out(before)
