@@ -13,6 +13,10 @@ loads, and so has at least as many: loads and experts on the host together are n
 each take theirs one after the other, so that a prefix takes at least the least over k of max(k loads and a kernel, the
 rest on the host); that copies and the host slow each other only adds to it. The serial time of an event is then that of
 the quickest split of its experts between the two (`HostFloor.split_ns`).
+
+With storage below host memory every demanded expert is in host memory when its kernel runs, since that holds what the
+GPU does: the same argument holds with host memory in the place of the slots and reads in the place of copies. The floor
+is the larger of the two.
 """
 
 from __future__ import annotations
@@ -28,12 +32,14 @@ from expertflow.future import Future
 @dataclass(frozen=True)
 class Floor:
     """floor_ns: lower bound of elapsed_ns. serial_ns: compute and unavoidable overhead alone. num_loads: the
-    fewest loads of any schedule. binding_event: the prefix that binds, -1 if the serial time does."""
+    fewest loads of any schedule. binding_event: the prefix that binds, -1 if the serial time does. num_reads: the
+    fewest reads from storage below host memory, 0 where nothing lies there."""
 
     floor_ns: int
     serial_ns: int
     num_loads: int
     binding_event: int
+    num_reads: int = 0
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ class CopyQueue:
         self.num_fresh = 0
         self.num_loads = 0
         self.num_launched = 0
+        self.num_reading = 0
+        """Reads from storage that are under way; 0 where nothing lies below host memory."""
         self.streamed_event = -1
         self._behind: set[int] = set()
         """Wanted prefetches that no decision replaces: of experts that the host computes this time."""
@@ -171,14 +173,21 @@ class CopyQueue:
                 # Only a key that was demanded meanwhile can have left ABSENT while it stood in the queue.
                 counters.dropped_became_demand += 1
                 continue
-            load = Load(key, PREFETCH)
-            if self._start(load):
-                counters.prefetch_issued += 1
-                self.fresh[key] = 1
-                self.num_fresh += 1
-                return load
-            counters.dropped_refused += 1
+            prefetch = self._prefetch(key)
+            if prefetch is not None:
+                return prefetch
         return None
+
+    def _prefetch(self, key: int) -> Load | None:
+        """Begin a prefetch, unless it is refused a slot."""
+        load = Load(key, PREFETCH)
+        if not self._start(load):
+            self.counters.dropped_refused += 1
+            return None
+        self.counters.prefetch_issued += 1
+        self.fresh[key] = 1
+        self.num_fresh += 1
+        return load
 
     def _start(self, load: Load) -> bool:
         """Give `load` a slot, if it gets one. Staging buffers are for demand alone."""

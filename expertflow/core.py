@@ -30,6 +30,7 @@ MODULES = (
     "expertflow.runtime",
     "expertflow.slots",
     "expertflow.stream",
+    "expertflow.tiered_queue",
     "expertflow.view",
     "sim.machine.host_bound",
     "sim.machine.simulated",

@@ -13,10 +13,12 @@ class Counters:
     late_stall_ns: int = 0
     miss_stall_ns: int = 0
     host_stall_ns: int = 0
+    storage_stall_ns: int = 0
     overhead_ns: int = 0
     elapsed_ns: int = 0
     link_busy_ns: int = 0
     host_busy_ns: int = 0
+    storage_busy_ns: int = 0
     num_forwards: int = 0
     num_accesses: int = 0
     num_hits: int = 0
@@ -37,11 +39,17 @@ class Counters:
     dropped_became_host: int = 0
     demand_bytes: int = 0
     prefetch_bytes: int = 0
+    num_reads: int = 0
+    read_bytes: int = 0
+    reads_in_vain: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
+    host_evictions: int = 0
 
     @property
     def stall_ns(self) -> int:
-        """Late, miss and host stall together."""
-        return self.late_stall_ns + self.miss_stall_ns + self.host_stall_ns
+        """Late, miss, host and storage stall together."""
+        return self.late_stall_ns + self.miss_stall_ns + self.host_stall_ns + self.storage_stall_ns
 
     def copy(self) -> Counters:
         """A snapshot."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from expertflow.copy_queue import CopyQueue
 from expertflow.counters import Counters
+from expertflow.tiered_queue import TieredQueue
+from expertflow.view import ABSENT
 
 
 def check_identities(counters: Counters, queue: CopyQueue, num_on_host: int = 0) -> None:
@@ -35,10 +39,43 @@ def check_identities(counters: Counters, queue: CopyQueue, num_on_host: int = 0)
             c.prefetch_issued + dropped + len(queue.wanted),
         ),
     }
-    for name, (left, right) in checks.items():
-        if left != right:
-            raise AssertionError(f"identity broken: {name}: {left} != {right}")
+    _hold(checks)
     if c.link_busy_ns > c.elapsed_ns:
         raise AssertionError(f"link busy {c.link_busy_ns} ns in a run of {c.elapsed_ns} ns")
     if c.host_busy_ns > c.elapsed_ns:
         raise AssertionError(f"host busy {c.host_busy_ns} ns in a run of {c.elapsed_ns} ns")
+
+
+def check_storage(counters: Counters, queue: TieredQueue) -> None:
+    """The same of what lies below host memory."""
+    c, memory = counters, queue.memory
+    asked = c.num_reads * sum(queue.chunk_bytes) - sum(
+        sum(queue.chunk_bytes[memory.asked[key] :]) for key in queue.partial
+    )
+    asked -= sum(queue.chunk_bytes[chunk] for _, chunk in queue.reading)
+    held = sum(room >= 0 for room in memory.room_of)
+    on_gpu_alone = sum(where != ABSENT and memory.room_of[key] < 0 for key, where in enumerate(queue.slots.state))
+    _hold(
+        {
+            "loads = host hits + host misses": (queue.num_loads, c.host_hits + c.host_misses),
+            "reads = host misses + read in vain + not copied at end": (
+                c.num_reads,
+                c.host_misses + c.reads_in_vain + memory.num_fresh,
+            ),
+            "there at the start + reads = evictions + there at the end": (
+                memory.num_initial + c.num_reads,
+                c.host_evictions + held,
+            ),
+            "rooms = taken + free": (memory.spec.num_slots, held + len(memory.free)),
+            "bytes read = chunks x size": (c.read_bytes, asked),
+            "experts on the GPU that host memory does not hold": (on_gpu_alone, 0),
+        }
+    )
+    if c.storage_busy_ns > c.elapsed_ns:
+        raise AssertionError(f"storage busy {c.storage_busy_ns} ns in a run of {c.elapsed_ns} ns")
+
+
+def _hold(checks: Mapping[str, tuple[int, int]]) -> None:
+    for name, (left, right) in checks.items():
+        if left != right:
+            raise AssertionError(f"identity broken: {name}: {left} != {right}")

@@ -38,6 +38,10 @@ HostResult = tuple[int, int, int, int]
 together: its last expert ends when they are in GPU memory."""
 
 
+Read = tuple[int, int, int, int]
+"""(key, chunk index, start_ns, end_ns) of one chunk read from storage into host memory."""
+
+
 class Costs(NamedTuple):
     """What experts that are missing would cost, each by itself and on resources that nobody else uses, in ns.
 
@@ -93,3 +97,17 @@ class HostMachine(Machine, Protocol):
 
     def host_ended(self) -> Sequence[HostResult]:
         """A part of the last record: the experts that the host had computed by then, in order, each reported once."""
+
+
+class StorageMachine(Machine, Protocol):
+    """A machine whose experts lie on storage: a third stream, first in, first out, which reads into host memory.
+
+    The runtime copies a chunk once it has seen the end of its read.
+    """
+
+    def read(self, key: int, chunk: int, room: int, num_bytes: int) -> None:
+        """Enqueue the read of one chunk of `key` into its place in `room` of host memory."""
+
+    def reads_ended(self) -> Sequence[Read]:
+        """A part of the last record: the reads that had ended by then, in order, each reported once. They do not
+        overlap: each starts when it was issued, or when the one before it ended."""

@@ -37,7 +37,10 @@ def collect_metrics(runtime: Runtime) -> dict[str, Any]:
     wasted = issued and never demanded by the end of the run (slots still holding it count); dropped = left the
     queue without being issued. link.utilisation = busy / elapsed. num_host, host_stall_ns, host and
     prefetch.dropped_by_reason.became_host are there only where the policy's place may answer anything but the GPU;
-    speculation only where drafted tokens were verified.
+    speculation only where drafted tokens were verified;
+    storage_stall_ns and storage only where experts lie on storage: reads begun and their bytes, copies to the GPU whose
+    expert was in host memory (host_hits) and for which it was read (host_misses), experts that left host memory, and
+    reads of which nothing was ever copied (unused).
     """
     journal, queue = runtime.journal, runtime.queue
     c = runtime.counters if journal.before is None else runtime.counters.minus(journal.before)
@@ -94,4 +97,17 @@ def collect_metrics(runtime: Runtime) -> dict[str, Any]:
         busy = c.host_busy_ns
         metrics |= {"num_host": c.num_host, "host_stall_ns": c.host_stall_ns}
         metrics["host"] = {"busy_ns": busy, "utilisation": busy / c.elapsed_ns if c.elapsed_ns else 0.0}
+    if runtime.tier is not None:
+        busy = c.storage_busy_ns
+        metrics["storage_stall_ns"] = c.storage_stall_ns
+        metrics["storage"] = {
+            "reads": c.num_reads,
+            "bytes": c.read_bytes,
+            "host_hits": c.host_hits,
+            "host_misses": c.host_misses,
+            "host_evictions": c.host_evictions,
+            "unused": c.reads_in_vain + runtime.tier.memory.num_fresh,
+            "busy_ns": busy,
+            "utilisation": busy / c.elapsed_ns if c.elapsed_ns else 0.0,
+        }
     return metrics

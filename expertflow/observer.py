@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from expertflow.copy_queue import Load
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
-from expertflow.machine import Chunk, Mark
+from expertflow.machine import Chunk, Mark, Read
 
 # What a stall waited for.
 LATE = 0  # an expert on its way when the routing became known
 MISS = 1  # one that nobody had asked for
 HOST_STALL = 2  # the host's results
+STORAGE_STALL = 3  # an expert whose last bytes had not come from storage yet
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -23,8 +24,8 @@ class Observer:
         """A group of kernels ran: `kind` is attention, experts or head."""
 
     def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
-        """The compute stream waited for `key`: for its copy (LATE, MISS), or for the host's results, of which that of
-        `key` was the last (HOST_STALL)."""
+        """The compute stream waited for `key`: for its copy (LATE, MISS), for its last bytes to come from storage
+        (STORAGE_STALL), or for the host's results, of which that of `key` was the last (HOST_STALL)."""
 
     def copied(self, key: int, chunk: int, cause: int, start_ns: int, end_ns: int) -> None:
         """One chunk was copied for `cause` (DEMAND or PREFETCH)."""
@@ -44,6 +45,9 @@ class Observer:
     def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
         """The host has computed an expert (`expertflow.machine.HostResult`)."""
 
+    def was_read(self, key: int, chunk: int, start_ns: int, end_ns: int) -> None:
+        """One chunk was read from storage into host memory."""
+
     def horizon(self, now_ns: int, distances: Sequence[int]) -> None:
         """The distances that the policy looks ahead, when they change."""
 
@@ -53,7 +57,7 @@ class Observer:
 
 def sees_events(observer: Observer) -> bool:
     """Whether `observer` looks at anything within a forward: only then must the runtime tell."""
-    hooks = ("computed", "computed_on_host", "stalled", "copied", "demanded", "horizon")
+    hooks = ("computed", "computed_on_host", "stalled", "copied", "was_read", "demanded", "horizon")
     return any(getattr(type(observer), hook) is not getattr(Observer, hook) for hook in hooks)
 
 
@@ -86,6 +90,12 @@ class Watch:
         """The host has computed `key`."""
         for observer in self.observers:
             observer.computed_on_host(key, start_ns, end_ns)
+
+    def was_read(self, reads: Iterable[Read]) -> None:
+        """Reads have ended."""
+        for key, chunk, start_ns, end_ns in reads:
+            for observer in self.observers:
+                observer.was_read(key, chunk, start_ns, end_ns)
 
     def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
         """The compute stream waited for `key`."""

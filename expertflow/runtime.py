@@ -13,8 +13,9 @@ from expertflow.counters import Counters
 from expertflow.filling import fill
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
+from expertflow.host_memory import HostMemorySpec
 from expertflow.hosting import Aside, Hosting
-from expertflow.identities import check_identities
+from expertflow.identities import check_identities, check_storage
 from expertflow.journal import Journal
 from expertflow.machine import GATE, HOST, LOAD, TOKEN, Machine, Record, Wait
 from expertflow.observer import HOST_STALL, LATE, MISS, Observer, Watch, sees_events
@@ -22,6 +23,7 @@ from expertflow.parts import DEMAND
 from expertflow.policy import Policy
 from expertflow.slots import Slots
 from expertflow.stream import StreamBooks
+from expertflow.tiered_queue import tiered
 from expertflow.view import RESIDENT, Feedback, Progress, View
 
 NOTHING: tuple[int, ...] = ()
@@ -53,6 +55,8 @@ class RunConfig:
     """How many of `initial`, from the first on, never leave, as far as they fit."""
     all_initial: bool = False
     """Whether a run must not begin without all of `initial` that does not stay on the host."""
+    storage: HostMemorySpec | None = None
+    """Host memory as a cache above storage; None = all experts lie in host memory."""
 
 
 class Runtime:
@@ -85,9 +89,9 @@ class Runtime:
         self.answers = answers = policy.answers
         self._touched, self._strict = answers.touched, policy.order.strict
         hooks = SlotHooks(answers.victim, answers.admitted, policy.listeners("evicted"), policy.listeners("landed"))
-        self.queue = CopyQueue(
-            machine, self.slots, self.progress, self.counters, config.chunk_bytes, config.channel_depth, hooks
-        )
+        copying = (machine, self.slots, self.progress, self.counters, config.chunk_bytes, config.channel_depth, hooks)
+        self.tier = None if config.storage is None else tiered(config.storage, *copying)
+        self.queue = CopyQueue(*copying) if self.tier is None else self.tier
         self._layer_end_listeners = policy.listeners("layer_end")
         self._releases = policy.overrides(policy.eviction, "release")
         self._trims_at_layer_end = bool(self._releases or config.num_staging)
@@ -98,6 +102,8 @@ class Runtime:
         fixed = self._fill()
         self._aside = Aside(fixed, self._hosting, self.progress, answers.touched) if fixed or policy.places else None
         """What parts do not hear of; None: there is nothing of the kind."""
+        if self.tier is not None:
+            self.tier.fill(config.initial)
 
     def _fill(self) -> frozenset[int]:
         """Put what is there from the start into the slots; those that never leave them."""
@@ -190,11 +196,11 @@ class Runtime:
                         watch.horizon(progress.now_ns, policy.distances)
                 # 6. Wait for the experts still missing; launch each when its last chunk has landed.
                 while waiting:
-                    if not queue.flight:
+                    if not queue.flight and not queue.num_reading:
                         waiting = self._unblock(forward, layer, waiting, missing)
                         if not waiting:
                             break
-                    self._retire((yield self._wait_for_load(waiting[0])))
+                    self._retire((yield self._wait_for_load(waiting)))
                     if queue.has_work:
                         queue.pump()
                     waiting = self._launch_landed(forward, layer, waiting, missing, self._strict)
@@ -345,7 +351,8 @@ class Runtime:
         # The last to land is what held the group up.
         landed_ns = self.queue.landed_ns
         key = landed[0] if len(landed) == 1 else max(landed, key=landed_ns.__getitem__)
-        self.books.blame(mark, landed_ns[key], key, MISS if key in missing else LATE)
+        read_ns = 0 if self.tier is None else self.tier.read_ns[key]
+        self.books.blame(mark, landed_ns[key], key, MISS if key in missing else LATE, read_ns)
         self.progress.late_ns += self.progress.now_ns - landed_ns[key]
         if self._pending_serial:
             self._load_next(mark)
@@ -361,10 +368,12 @@ class Runtime:
             self.watch.launched(mark, "experts", layer, tuple(keys))
         return mark
 
-    def _wait_for_load(self, key: int) -> Wait:
-        queue = self.queue
+    def _wait_for_load(self, waiting: Sequence[int]) -> Wait:
+        queue, tier, key = self.queue, self.tier, waiting[0]
+        if tier is not None and not self._strict:
+            key = tier.first_to_land(waiting)
         load = queue.loading.get(key)
-        if not queue.flight:
+        if not queue.flight and not queue.num_reading:
             raise StuckError(
                 f"nothing can proceed at forward {self.view.forward}, layer {self.view.layer}: waiting for "
                 f"expert key {key}; pinned {sorted(self.view.pinned)}; {queue.describe()}"
@@ -415,6 +424,12 @@ class Runtime:
         """Book what has ended. The only place where time enters."""
         now_ns, chunks, marks = record
         self.progress.now_ns = now_ns
+        if self.tier is not None:
+            reads = self.tier.machine.reads_ended()
+            if reads:
+                if self.watch is not None:
+                    self.watch.was_read(reads)
+                self.tier.retire_reads(reads)
         if chunks:
             if self.watch is not None:
                 self.watch.copied(chunks, self.queue.flight)
@@ -427,6 +442,8 @@ class Runtime:
         which may have changed what is."""
         try:
             check_identities(self.counters, self.queue, 0 if self._hosting is None else self._hosting.num_results)
+            if self.tier is not None:
+                check_storage(self.counters, self.tier)
         except AssertionError as error:
             if not self.policy.guarded:
                 raise

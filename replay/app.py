@@ -27,7 +27,7 @@ from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import DeviceLostError, end
 from replay.machine.figures import Figures
 from replay.machine.rig import Needs, Rig
-from replay.run import Integrity, PartialRunError, needs_of, replay_policy, scaled_workload
+from replay.run import Integrity, PartialRunError, memory_of, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
 from sim.app import relative
 from sim.execute import Recorders
@@ -142,7 +142,8 @@ class Job:
         needs = _most(
             [needs_of(work, policy, transfer) for policy, transfer in [(self.policy, self.transfer), *beside.values()]]
         )
-        rig = Rig(device, work.model, needs, settings.host_memory_gb, self.transfer.memory == "pinned")
+        memory = memory_of(work, settings.host_memory_gb)
+        rig = Rig(device, work.model, needs, pinned=self.transfer.memory == "pinned", **memory)
 
         def run(policy: Policy, transfer: Transfer, observers: Sequence[Observer]) -> dict[str, Any]:
             return replay_policy(rig, work, policy, transfer, observers, figures=self._figures(device, policy))[0]

@@ -26,7 +26,8 @@ def drive(runtime: Runtime, machine: BlockingMachine) -> None:
         wait = next(loop)
         while True:
             told = block(wait)
-            if told[1] or told[2]:
+            if told[1] or told[2] or runtime.queue.num_reading:
+                # Reads end in records of their own.
                 idle_wakes = 0
             else:
                 idle_wakes += 1

@@ -20,6 +20,7 @@ from sim.job.setup import Transfer
 from sim.paths import CONF
 from sim.specs.hardware import LEAST_GB_PER_S, Hardware, Stack
 from sim.specs.links import LinkPreset
+from sim.specs.storage import Storage
 from traces.flags import Parser
 
 MACHINES = ("auto", "cuda", "cpu")
@@ -37,10 +38,6 @@ class ReplayKeys:
     """A replay's own keys, as they are composed; `replay.settings.Settings` is what becomes of them."""
 
     machine: Annotated[str, Rule(choices=MACHINES, about="auto takes a GPU if there is one")]
-    host_memory_gb: Annotated[
-        float | None,
-        Rule(0, 1e6, above=True, unit="GB", null="what is prudent", about="of pinned memory for the experts"),
-    ]
     verify: Annotated[bool, Rule(about="check every chunk's stamp around every kernel")]
     log: Annotated[bool, Rule(about="write records.parquet, for python -m replay.lockstep")]
     fault: Annotated[str | None, Rule(choices=FAULTS + HOST_FAULTS, null="none", about="a fault on purpose")]
@@ -71,7 +68,7 @@ from the declarations that the keys are checked by, and a test holds it equal to
 A value of another type, or outside its range, an unknown key, a key that is missing, and two keys of which one would be
 ignored are refused in one line, with exit code 2, before anything is run. `(` and `)` leave an end of a range out. A
 whole number serves where a number is wanted; text, `true` and `false` never do. A group (`hardware`, `link`, `policy`,
-`model`, `stack`, `trace`, `policy/PART`) is given the name of one file.
+`model`, `stack`, `storage`, `trace`, `policy/PART`) is given the name of one file.
 
 The `_target_` of a policy's part must name a class that derives from that part's class in `expertflow/parts.py`. That
 is checked before the class is called; to find it, its module is imported. Arguments are plain values: of what they
@@ -82,14 +79,16 @@ without `fault`; `throttle_gb_per_s` and a GPU; `count_redundant=true` and a pol
 `model=NAME`; `model=auto` without `model.path` and a key of `model`; `link=profile` and a key of `link`; any other
 `link` and `hardware.link_gb_per_s`, `hardware.pageable_gb_per_s`, `throttle_gb_per_s`, or a GPU;
 `stack.resident_tpot_ms` and the two overheads of `stack`, or a replay; `batch_size=as_recorded` and `prefill_chunk` or
-`speculate`; `draft_ms` without `speculate`, or in a replay. An expert is cut into 1024 chunks at most, and a
-run lasts 2^63 ns at most.
+`speculate`; `draft_ms` without `speculate`, or in a replay; `storage` and `policy.place`, `verify=true`, `fault`, or a
+GPU; in a simulation, `host_memory_gb` without `storage`. An expert is cut into 1024 chunks at most, and a run lasts
+2^63 ns at most.
 """
 
 
 _NOTES = {
+    "storage": "Absent unless `+storage=NAME` chooses a file: then host memory (`host_memory_gb`) is a cache above it.",
     "model": "Any key may be given for any model, whether its file has it or not: `model.KEY=VALUE`. With `model.path` "
-    "it takes the place of what the file says."
+    "it takes the place of what the file says.",
 }
 
 
@@ -114,6 +113,7 @@ def tables() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
         ("hardware", Hardware),
         ("link", LinkPreset),
         ("stack", Stack),
+        ("storage", Storage),
         ("model", ModelSpec),
         ("policy", PolicyKeys),
         ("policy.transfer", Transfer),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
-from typing import Any
+from typing import Any, cast
 
 from expertflow.forward import PREFILL, Forward
 from expertflow.launches import Mislaunched
@@ -29,7 +29,9 @@ from replay.machine.real import RealMachine
 from replay.machine.rig import Needs, Rig
 from replay.machine.scale import check_replayable, scaled_model
 from replay.machine.stamps import Stamps, WrongStamp
+from replay.machine.stored import StoredMachine
 from sim.job.setup import Transfer, Workload, load_chunks, run_config
+from sim.specs.disk import Disk
 from traces.processes.progress import shown
 
 _FORWARDS_AHEAD = 8192
@@ -74,7 +76,8 @@ def scaled_workload(work: Workload, scale: int) -> Workload:
     check_replayable(work.model)
     if scale == 1:
         return work
-    return replace(work, model=scaled_model(work.model, scale), chunk_mib=work.chunk_mib / scale**2)
+    model = scaled_model(work.model, scale)
+    return replace(work, model=model, chunk_mib=work.chunk_mib / scale**2, storage_factor=scale**2)
 
 
 def needs_of(work: Workload, policy: Policy, transfer: Transfer) -> Needs:
@@ -96,6 +99,11 @@ def _context(forward: Forward) -> int:
     if forward.spans:
         return sum(forward.kv_lens[end - 1] for end in accumulate(span.num_rows for span in forward.spans))
     return forward.kv_lens[-1] if forward.phase == PREFILL else sum(forward.kv_lens)
+
+
+def memory_of(work: Workload, host_memory_gb: float | None) -> dict[str, Any]:
+    """The host memory of a rig: a budget for all experts, or rooms above storage."""
+    return {"host_memory_gb": host_memory_gb} if work.storage is None else {"rooms": work.host_slots}
 
 
 def replay_policy(
@@ -127,7 +135,7 @@ def replay_policy(
     # What runs before have left behind goes now, not while this one captures its programs.
     gc.collect()
     with explaining():
-        machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device, figures)
+        machine = rig.machine(chunk_bytes, work.stack, transfer.memory, verify, device, figures, pace_of(work))
     with closing(machine):
         runtime = _run(machine, config, work, policy, observers, log)
     integrity = _integrity(machine.stamps)
@@ -144,7 +152,10 @@ def replay_policy(
             f"warmup_forwards={work.warmup_forwards} leaves nothing to measure: the trace has "
             f"{runtime.counters.num_forwards} forwards"
         )
-    return collect_metrics(runtime) | {"launches": _launches(machine)}, integrity
+    metrics = collect_metrics(runtime) | {"launches": _launches(machine)}
+    if work.storage is not None:
+        metrics["storage"]["direct"] = int(cast(StoredMachine, machine).is_direct)
+    return metrics, integrity
 
 
 def _run(
@@ -157,11 +168,15 @@ def _run(
 ) -> Runtime:
     """Prepare and drive one run to its end; its runtime."""
     device, stamps = machine.device, machine.stamps
+    # Whatever stands around it: a tape, or a log.
+    stored = None if work.storage is None else cast(StoredMachine, machine)
     logging = None if log is None else logging_machine(machine, log)
     runtime = Runtime(config, logging or machine, policy, _ahead(iter(work.batches)), observers)
     try:
         with explaining():
             machine.prepare(work.batches)
+            if stored is not None and runtime.tier is not None:
+                stored.preload_rooms(runtime.tier.memory.room_of)
             machine.preload(runtime.slots.slot_of)
             with gc_paused():
                 device.restart_clock()
@@ -184,6 +199,11 @@ def _integrity(stamps: Stamps | None) -> Integrity | None:
         return None
     found = (stamps.num_executions, stamps.num_checks, stamps.num_wrong, stamps.first)
     return Integrity(*found, stamps.num_mislaunched, stamps.first_mislaunched)
+
+
+def pace_of(work: Workload) -> Disk | None:
+    """How long reads last; None where nothing lies below host memory."""
+    return None if work.storage is None else Disk(work.storage, work.storage_factor)
 
 
 def _launches(machine: RealMachine) -> dict[str, int]:

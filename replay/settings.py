@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expertflow.keys import declared
+from expertflow.keys import declared, shown
 from replay.keys import DEFAULT_FAULT_AT, UNSTAMPED, ReplayKeys
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
+from sim.job.keys import STORAGE, check_storage_pair
 from sim.specs.hardware import HOST_COMPUTE, hardware_from_dict
 from sim.specs.links import PROFILE
 
@@ -58,6 +59,8 @@ class Settings:
             raise ValueError(
                 f"draft_ms={cfg['draft_ms']} is time of a draft model, which a replay does not run; leave it out"
             )
+        if STORAGE in cfg:
+            _check_storage(cfg, machine)
         scale = cfg["scale"] or (1 if machine == "cuda" else CPU_SCALE)
         return cls(
             machine,
@@ -109,6 +112,16 @@ def _check_stack(cfg: Mapping[str, Any]) -> None:
             f"stack.resident_tpot_ms={tpot} is solved with simulated kernels; give here what `python -m sim` says that "
             "it solved: stack.layer_overhead_ns and stack.head_overhead_ns"
         )
+
+
+def _check_storage(cfg: Mapping[str, Any], machine: str) -> None:
+    """ValueError where experts on storage are asked of a machine, or with a check, that does not know it."""
+    check_storage_pair(cfg)
+    name = shown(cfg[STORAGE].get("name"))
+    if machine != "cpu":
+        raise ValueError(f"storage={name} is simulated, or replayed with machine=cpu; leave it out on a GPU")
+    if cfg["verify"] or cfg["fault"] is not None:
+        raise ValueError(f"storage={name}: verify and fault know no storage; reads are checked anyway: leave them out")
 
 
 def _throttle(cfg: Mapping[str, Any], machine: str, scale: int) -> float | None:

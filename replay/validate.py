@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--host-memory-gb", type=number(0, 1e6, above=True))
     made.add_argument(
+        "--storage", help="experts lie on this storage, below --host-memory-gb of host memory; of a CPU machine"
+    )
+    made.add_argument(
         "--verify-executions",
         type=number(0, 1e18),
         help="expert executions to check at least, in a sixth of the time at most (default: on a GPU 1e6)",
@@ -101,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
 def with_defaults(args: argparse.Namespace, world: str) -> Asked:
     """Fill in what was not given for a machine of `world` (cuda or cpu); the cases that are asked for."""
     _check_pairs(args)
+    _check_storage(args, world)
     args.hardware = args.hardware or "a100"
     args.models = list(MODELS[world]) if args.models is None else args.models.split(",")
     args.beside = world == "cuda" if args.beside is None else args.beside
@@ -139,6 +143,18 @@ def _check_pairs(args: argparse.Namespace) -> None:
         raise ValueError(f"--throttle={args.throttle} and --hardware={args.hardware} both give the pace; leave one out")
     if args.calibration is not None and args.quick:
         raise ValueError(f"--quick is of a new calibration, and --calibration={args.calibration} is one; leave one out")
+
+
+def _check_storage(args: argparse.Namespace, world: str) -> None:
+    """ValueError for storage without host memory above it, or on a machine that has none."""
+    if args.storage is None:
+        return
+    if world != "cpu":
+        raise ValueError(f"--storage={args.storage} is of a CPU machine; add --machine cpu, or leave it out")
+    if args.host_memory_gb is None:
+        raise ValueError(f"--storage={args.storage} needs the host memory above it; add --host-memory-gb GB")
+    if args.verify_executions:
+        raise ValueError(f"--verify-executions={args.verify_executions:g}: stamps know no storage; leave it out")
 
 
 def main(words: list[str] | None = None) -> int:

@@ -48,6 +48,8 @@ def derived(metrics: dict[str, Any]) -> dict[str, Any]:
     }
     if "host_stall_ns" in metrics:
         row["host_ms_per_token"] = metrics["host_stall_ns"] / tokens / 1e6
+    if "storage_stall_ns" in metrics:
+        row["storage_ms_per_token"] = metrics["storage_stall_ns"] / tokens / 1e6
     bounds = metrics.get("bounds")
     if bounds and bounds["floor_ns"] is not None:
         row["floor_ms_per_token"] = bounds["floor_ns"] / tokens / 1e6

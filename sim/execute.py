@@ -130,6 +130,8 @@ def compare_runs(
         "clairvoyant_ns": None,
         "clairvoyant": None,
     }
+    if work.storage is not None:
+        bounds["min_reads"] = floor.num_reads
     if how == "floor":
         return None, bounds
     # Nothing pinned: a run on the GPU alone may have no other room for what is not.
@@ -159,7 +161,10 @@ class Recorders:
         self.folder = folder
         num_experts = work.model.num_experts
         self.timeline = Timeline(cfg["policy"]["name"], num_experts) if cfg["timeline"] and folder else None
-        self.events = EventTable(folder / "events.parquet", num_experts) if cfg["events"] and folder else None
+        self.events: EventTable | None = None
+        if cfg["events"] and folder:
+            has_reads = work.storage is not None
+            self.events = EventTable(folder / "events.parquet", num_experts, has_reads=has_reads)
         self.observers: list[Observer] = [one for one in (self.timeline, self.events) if one is not None]
 
     def __enter__(self) -> Recorders:

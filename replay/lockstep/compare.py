@@ -16,7 +16,7 @@ from typing import TypeVar
 from expertflow.boundary import PartError
 from expertflow.forward import Forward
 from expertflow.launches import Launches
-from expertflow.machine import Costs, HostResult, Record, Wait
+from expertflow.machine import Costs, HostResult, Read, Record, Wait
 from expertflow.policy import Policy
 from expertflow.runtime import Runtime
 from replay.lockstep.log_format import (
@@ -32,6 +32,8 @@ from replay.lockstep.log_format import (
     LogError,
     LoggedForward,
     OnHost,
+    Reading,
+    ReadsTold,
     Told,
     Waited,
 )
@@ -240,6 +242,17 @@ class _LoggedMachine:
 
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         self._compare(Copy(load, chunk, key, slot, num_bytes, after))
+
+    def read(self, key: int, chunk: int, room: int, num_bytes: int) -> None:
+        self._compare(Reading(key, chunk, room, num_bytes))
+
+    def reads_ended(self) -> Sequence[Read]:
+        """Those that were logged beside the record that was just taken."""
+        logged = self.peek()
+        if not isinstance(logged, ReadsTold):
+            return ()
+        self._place += 1
+        return logged.reads
 
     def decided(self, wants: Sequence[int], effort: float) -> None:
         self._compare(Decided(tuple(wants)))

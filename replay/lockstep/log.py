@@ -7,13 +7,14 @@ from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from expertflow.forward import Forward
-from expertflow.machine import HOST, LOAD, Record, Wait
+from expertflow.machine import HOST, LOAD, Read, Record, StorageMachine, Wait
 from replay.drive import BlockingMachine
 from replay.lockstep.log_format import (
     ATTENTION,
@@ -24,6 +25,8 @@ from replay.lockstep.log_format import (
     FORMAT,
     HEAD,
     MAX_GROUP_VALUES,
+    READ,
+    READS,
     RECORD,
     STREAMS,
     TYPES,
@@ -184,6 +187,7 @@ class LoggingMachine:
         self._keys = buffer.streams["key"].extend
         # Bound once: these are called thousands of times a second.
         self._run_attention, self._run_experts, self._run_head = machine.attention, machine.experts, machine.head
+        self._storage = cast(StorageMachine, machine)
         self._run_copy, self._run_decided, self._block = machine.copy, machine.decided, machine.wait
 
     def begin_forward(self, forward: Forward) -> None:
@@ -229,6 +233,28 @@ class LoggingMachine:
         self._size(num_bytes)
         self._after(after)
         self._op(COPY)
+
+    def read(self, key: int, chunk: int, room: int, num_bytes: int) -> None:
+        """Of a machine whose experts lie on storage."""
+        self._storage.read(key, chunk, room, num_bytes)
+        self._key(key)
+        self._small(chunk)
+        self._slot(room)
+        self._size(num_bytes)
+        self._op(READ)
+
+    def reads_ended(self) -> Sequence[Read]:
+        """Of the same: none are written down where there are none."""
+        reads = self._storage.reads_ended()
+        if reads:
+            self._small(len(reads))
+            for key, chunk, start_ns, end_ns in reads:
+                self._key(key)
+                self._small(chunk)
+                self._time(start_ns)
+                self._time(end_ns)
+            self._op(READS)
+        return reads
 
     def decided(self, wants: Sequence[int], effort: float) -> None:
         self._run_decided(wants, effort)

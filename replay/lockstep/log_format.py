@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from expertflow.machine import GATE, HOST, LOAD, TOKEN, Chunk, Costs, HostResult, Mark
+from expertflow.host_memory import EVICTIONS, HostMemorySpec
+from expertflow.machine import GATE, HOST, LOAD, TOKEN, Chunk, Costs, HostResult, Mark, Read
 from expertflow.runtime import RunConfig
 from traces.jsontext import parse_json
 
@@ -45,6 +46,8 @@ ATTENTION, EXPERTS, HEAD, COPY, DECIDED, WAIT, RECORD, ESTIMATE, ON_HOST, HOST_E
 KINDS = (GATE, TOKEN, LOAD, HOST)
 STRETCH_OF_ONE = 1 << 20
 """`Costs.stretch` is logged in multiples of 1 / STRETCH_OF_ONE, as machines know it."""
+READ, READS = 16, 17
+"""Of machines whose experts lie on storage: a read that was asked for, and those that a record tells the end of."""
 _PACKAGES = ("expertflow", "numpy", "pyarrow")
 
 TYPES: dict[str, pa.DataType] = {
@@ -141,7 +144,24 @@ class HostEnded(NamedTuple):
     results: tuple[HostResult, ...]
 
 
-Event = Attention | Experts | Head | Copy | Decided | Waited | Told | Estimated | OnHost | HostEnded
+class Reading(NamedTuple):
+    """`machine.read`."""
+
+    key: int
+    chunk: int
+    room: int
+    num_bytes: int
+
+
+class ReadsTold(NamedTuple):
+    """The reads that the machine answered with, beside its last record; there is at least one."""
+
+    reads: tuple[Read, ...]
+
+
+Event = (
+    Attention | Experts | Head | Copy | Decided | Waited | Told | Estimated | OnHost | HostEnded | Reading | ReadsTold
+)
 
 
 @dataclass(frozen=True)
@@ -220,8 +240,8 @@ def _same_names(given: Mapping[str, Any], names: Sequence[str], place: str) -> N
 def _run_config(given: Any) -> RunConfig:
     if not isinstance(given, dict):
         raise ValueError("its header's run is no dict")
-    # A log of before there were pins says nothing of them.
-    given = {"num_pinned": 0, "all_initial": False} | given
+    # A log of before there were pins, or storage, says nothing of them.
+    given = {"num_pinned": 0, "all_initial": False, "storage": None} | given
     _same_names(given, [one.name for one in fields(RunConfig)], "run")
     least = {
         "num_layers": 1,
@@ -250,7 +270,23 @@ def _run_config(given: Any) -> RunConfig:
             raise ValueError(f"its run.{name} is no list of whole numbers from {low} to {high}")
     if not given["chunk_bytes"]:
         raise ValueError("its run.chunk_bytes is empty")
-    return RunConfig(**{**given, "chunk_bytes": tuple(given["chunk_bytes"]), "initial": tuple(given["initial"])})
+    lists = {"chunk_bytes": tuple(given["chunk_bytes"]), "initial": tuple(given["initial"])}
+    return RunConfig(**{**given, **lists, "storage": _host_memory(given["storage"])})
+
+
+def _host_memory(given: Any) -> HostMemorySpec | None:
+    """The host memory above storage, checked."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError("its run.storage is no dict")
+    _same_names(given, [one.name for one in fields(HostMemorySpec)], "run.storage")
+    for name in ("num_slots", "read_depth"):
+        if type(given[name]) is not int or not 1 <= given[name] <= MAX_KEYS:
+            raise ValueError(f"its run.storage.{name}={given[name]!r:.40} is no whole number from 1 to {MAX_KEYS}")
+    if given["eviction"] not in EVICTIONS:
+        raise ValueError(f"its run.storage.eviction={given['eviction']!r:.40} is none of: {', '.join(EVICTIONS)}")
+    return HostMemorySpec(**given)
 
 
 def decode(row: Mapping[str, Sequence[int]]) -> tuple[list[Event], dict[str, int]]:
@@ -272,6 +308,10 @@ def decode(row: Mapping[str, Sequence[int]]) -> tuple[list[Event], dict[str, int
                 events.append(Waited(kind, ident, bool(drain)))
             elif op == COPY:
                 events.append(Copy(load(), small(), key(), slot(), size(), after()))
+            elif op == READ:
+                events.append(Reading(key(), small(), slot(), size()))
+            elif op == READS:
+                events.append(ReadsTold(tuple([(key(), small(), time(), time()) for _ in range(small())])))
             elif op == DECIDED:
                 events.append(Decided(tuple([key() for _ in range(small())])))
             elif op == ATTENTION:

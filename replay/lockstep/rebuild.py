@@ -19,6 +19,7 @@ from replay.lockstep.log_format import LogError
 from replay.lockstep.log_reader import LogReader
 from sim.job.configure import KEYS, checked
 from sim.job.former_names import with_present_names
+from sim.job.keys import STORAGE
 from sim.job.setup import Workload, make_policy, make_workload
 from sim.specs.links import PROFILE
 
@@ -31,9 +32,16 @@ def rebuild(reader: LogReader, overrides: Sequence[str] = ()) -> tuple[Workload,
     """
     logged = with_present_names(reader.header.config)
     # Keys that came later, as they were before.
-    plain: dict[str, Any] = {"timeout_s": None, "link": {"name": PROFILE}, "speculate": None, "draft_ms": 0} | {
-        key: value for key, value in logged.items() if key in KEYS
-    }
+    plain: dict[str, Any] = {
+        "timeout_s": None,
+        "link": {"name": PROFILE},
+        "speculate": None,
+        "draft_ms": 0,
+        "host_memory_gb": None,
+    } | {key: value for key, value in logged.items() if key in (*KEYS, STORAGE)}
+    if STORAGE not in plain:
+        # Of a replay it is the budget of buffers, which decides nothing.
+        plain["host_memory_gb"] = None
     if plain.get("gpu_memory_gb") is not None:
         # Logs once held the default of the one beside the other.
         plain["residency"] = None

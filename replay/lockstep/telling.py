@@ -16,6 +16,8 @@ from replay.lockstep.log_format import (
     HostEnded,
     LoggedForward,
     OnHost,
+    Reading,
+    ReadsTold,
     Waited,
 )
 
@@ -40,6 +42,13 @@ def tell(event: Event | LoggedForward, num_experts: int, other: Event | None = N
             f"a copy of expert {_key(event.key, num_experts)}, chunk {event.chunk} of load {event.load}, "
             f"{event.num_bytes} bytes into slot {event.slot} after mark {event.after}"
         )
+    if isinstance(event, Reading):
+        return (
+            f"a read of expert {_key(event.key, num_experts)}, chunk {event.chunk}, {event.num_bytes} bytes into room "
+            f"{event.room} of host memory"
+        )
+    if isinstance(event, ReadsTold):
+        return f"the end of {len(event.reads)} reads"
     if isinstance(event, Decided):
         return f"wants {_keys(event.wants, num_experts, other.wants if isinstance(other, Decided) else ())}"
     if isinstance(event, Waited):

@@ -23,6 +23,8 @@ from replay.machine.memory import HostPlan, align, check_gpu, plan_host
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.real import RealMachine
 from replay.machine.stamps import Stamps
+from replay.machine.stored import StoredMachine
+from sim.specs.disk import Disk
 from sim.specs.hardware import Stack
 
 _GRAPH_BYTES = 1 << 30
@@ -68,16 +70,24 @@ def _nothing() -> None:
 class Rig:
     """Allocated once; `machine` makes a fresh machine on it for each run.
 
-    ValueError, before anything is allocated, if host or GPU memory does not suffice.
+    rooms: experts that host memory holds at once, above storage; None = all. ValueError, before anything is allocated,
+    if host or GPU memory does not suffice.
     """
 
     def __init__(
-        self, device: Device, model: ModelSpec, needs: Needs, host_memory_gb: float | None = None, pinned: bool = True
+        self,
+        device: Device,
+        model: ModelSpec,
+        needs: Needs,
+        host_memory_gb: float | None = None,
+        pinned: bool = True,
+        rooms: int | None = None,
     ) -> None:
         self.device = device
         self.model = model
         self.needs = needs
         self._host_memory_gb = host_memory_gb
+        self._num_buffers = rooms or model.num_layers * model.num_experts
         pinned = pinned and device.world == "cuda"
         plan = self._plan(pinned)
         free = device.free_bytes()
@@ -112,9 +122,7 @@ class Rig:
         )
 
     def _plan(self, pinned: bool) -> HostPlan:
-        model = self.model
-        num_keys = model.num_layers * model.num_experts
-        return plan_host(num_keys, model.expert_bytes, self._host_memory_gb, pinned)
+        return plan_host(self._num_buffers, self.model.expert_bytes, self._host_memory_gb, pinned)
 
     def host(self, pinned: bool) -> HostPool:
         """Host buffers of the kind asked for, made on first use."""
@@ -132,11 +140,15 @@ class Rig:
         verify: bool = False,
         device: Device | None = None,
         figures: Figures | None = None,
+        pace: Disk | None = None,
     ) -> RealMachine:
         """A machine for one run, to be closed after it. device: this rig's, wrapped (to inject faults). figures: what
-        its host takes for experts; None: it computes none."""
+        its host takes for experts; None: it computes none. pace: of reads from storage."""
         device = device or self.device
         host = self.host(memory == "pinned")
+        if pace is not None:
+            assert isinstance(self.device, CpuDevice)
+            return StoredMachine(self.device, self.kernels, host, self.slots, chunk_bytes, stack, pace)
         stamps = Stamps(host, self.slots, chunk_offsets(chunk_bytes)) if verify else None
         parts = device, self.kernels, host, self.slots, chunk_bytes, stack, stamps
         return RealMachine(*parts) if figures is None else hosted(parts, figures, self.needs.max_tokens)

@@ -18,7 +18,7 @@ from replay.lockstep.log import LogWriter
 from replay.lockstep.log_format import LogHeader
 from replay.machine.device import Device
 from replay.machine.rig import Needs, Rig
-from replay.run import Integrity, needs_of, replay_policy, scaled_workload
+from replay.run import Integrity, memory_of, needs_of, replay_policy, scaled_workload
 from replay.validation.plan import Case
 from sim.job.configure import configure
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_trace, make_workload, run_config
@@ -41,6 +41,8 @@ class Workbench:
             trace = [f"trace.num_tokens={num_tokens}", f"trace.num_requests={case.batch_size}"]
         else:
             trace = [f"trace.path={resolved(self.args.trace)}", f"max_tokens={num_tokens}"]
+        stored = self.args.storage
+        below = [] if stored is None else [f"+storage={stored}", f"host_memory_gb={self.args.host_memory_gb}"]
         start = [] if self.start(case) is None else [f"start={self.start(case)}"]
         return [
             f"+hardware={self.args.hardware}",
@@ -52,6 +54,7 @@ class Workbench:
             f"batch_size={case.batch_size}",
             *trace,
             *start,
+            *below,
         ]
 
     def start(self, case: Case) -> str | None:
@@ -104,11 +107,12 @@ class Workbench:
         if rig is not None:
             rig.release()
         self._rig = None
-        self._rig = Rig(self.device, work.model, needs, self.args.host_memory_gb)
+        self._rig = Rig(self.device, work.model, needs, **memory_of(work, self.args.host_memory_gb))
         return self._rig
 
     def stamped(self, case: Case, num_tokens: int, log_path: Path | None) -> Integrity:
-        """Replay `case` with every stamp checked, logged to `log_path`: what the stamps said."""
+        """Replay `case` with every stamp checked, logged to `log_path`: what the stamps said. Over storage there are
+        none: the machine looks at each read itself."""
         cfg, full = self.workload(case, num_tokens)
         work = scaled_workload(full, self.scale)
         policy, transfer = make_policy(cfg["policy"], full, cfg["seed"])
@@ -123,9 +127,9 @@ class Workbench:
             if policy.places:
                 beside = replace(work, hardware=with_host(work.hardware, self.device, full, work))
                 figures = figures_for(beside, policy, transfer, self.device)
-            _, integrity = replay_policy(rig, work, policy, transfer, verify=True, log=log, figures=figures)
-        assert integrity is not None
-        return integrity
+            verify = work.storage is None
+            _, integrity = replay_policy(rig, work, policy, transfer, verify=verify, log=log, figures=figures)
+        return integrity or Integrity(0, 0, 0, None)
 
 
 def _most(needs: list[Needs]) -> Needs:

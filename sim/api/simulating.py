@@ -211,7 +211,7 @@ class _Recorders:
 
     def __init__(self, cfg: Mapping[str, Any], work: Workload, events: bool, timeline: bool) -> None:
         num_experts = work.model.num_experts
-        self._events = Events(num_experts) if events else None
+        self._events = Events(num_experts, work.storage is not None) if events else None
         self._timeline = Timeline(cfg["policy"]["name"], num_experts) if timeline else None
         self.observers: list[Observer] = [one for one in (self._events, self._timeline) if one is not None]
 

@@ -1,7 +1,7 @@
 """Arguments of Python as the overrides that a command would be given, and as what no override can hold: objects.
 
-A key is what it is on the command line. A group (`hardware`, `link`, `policy`, `model`, `stack`, `trace`) takes the
-name of a file, or a mapping: its `name` is the file's, every other entry a key of it.
+A key is what it is on the command line. A group (`hardware`, `link`, `policy`, `model`, `stack`, `storage`, `trace`)
+takes the name of a file, or a mapping: its `name` is the file's, every other entry a key of it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from expertflow.keys import plain, shown
 from expertflow.parts import Part
 from sim.api.tracing import given_trace
-from sim.job.keys import GROUPS
+from sim.job.keys import CHOSEN_BY_NAME, STORAGE
 from sim.job.parts import KINDS
 from sim.paths import config_files
 from traces.trace import Trace
 
 BASE = "adaptive"
 """The policy that a mapping without a name changes."""
-_NO_DEFAULT = ("hardware", "policy")
+_NO_DEFAULT = ("hardware", "policy", STORAGE)
 _CHOICES = (*KINDS, "transfer")
 """What a policy is composed of, each a file of a group of its own."""
 _NAME = re.compile(r"[\w./+-]+")
@@ -74,7 +74,7 @@ class _Given:
             self.words.append(f"~{name}")
         elif name == "trace" and not isinstance(value, str | Mapping):
             self._trace(value)
-        elif name in GROUPS and value is not None:
+        elif name in CHOSEN_BY_NAME and value is not None:
             self._group(name, value)
         elif "/" in name:
             self._file(name, value)

@@ -54,9 +54,22 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
             "num_requests": work.batches.num_requests,
         },
         "uses_future": policy.uses_future or work.start_reads_ahead,
-        "capacity": {"num_slots": work.num_slots, "residency": work.residency},
+        **storage_preset(work),
+        "capacity": {
+            "num_slots": work.num_slots,
+            "residency": work.residency,
+            **({} if work.storage is None else {"host_slots": work.host_slots}),
+        },
         **assumed.head(work.trace),
     }
+
+
+def storage_preset(work: Workload) -> dict[str, Any]:
+    """What a result says of the storage below host memory; nothing where there is none."""
+    storage = work.storage
+    if storage is None:
+        return {}
+    return {"storage_preset": {"name": storage.name, "eviction": storage.eviction, "queue_depth": storage.queue_depth}}
 
 
 def baselines() -> dict[str, tuple[Policy, Transfer]]:

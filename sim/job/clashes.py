@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from sim.job.keys import GROUPS
+from sim.job.keys import CHOSEN_BY_NAME
 
 _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
 _PAIR = re.compile(r"speculate=([^\[\],]+,[^\[\],]+)")
@@ -26,7 +26,7 @@ def check_twice(words: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for key, value in _given(words):
         before = seen.setdefault(key, value)
-        if before != value and key not in GROUPS and "/" not in key:
+        if before != value and key not in CHOSEN_BY_NAME and "/" not in key:
             name = key[:_SHOWN]
             raise ValueError(
                 f"{name}={before[:_SHOWN]} and {name}={value[:_SHOWN]}: {name} is given twice; leave one out "

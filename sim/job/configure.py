@@ -13,7 +13,7 @@ from sim.job.batches import batch_config
 from sim.job.clashes import check_batch_words, check_model_words, check_stack_words, check_trace_words
 from sim.job.compose import compose
 from sim.job.former_names import refuse_former
-from sim.job.keys import DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
+from sim.job.keys import CHOSEN_BY_NAME, DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
 from sim.job.link import check_link_words, with_link
 from sim.paths import config_files
 
@@ -49,7 +49,7 @@ def check_words(words: Sequence[str]) -> None:
         if _ENDLESS.search(word):
             raise ValueError(f"{word[:60]}… holds a number of thousands of digits; no key takes one")
         found = _OF_A_GROUP.match(word)
-        if found is None or not ("/" in found[1] or found[1] in GROUPS) or found[1].startswith("hydra"):
+        if found is None or not ("/" in found[1] or found[1] in CHOSEN_BY_NAME) or found[1].startswith("hydra"):
             continue
         if _NO_NAME.match(found[2].strip()):
             group, value = found[1], found[2].strip()

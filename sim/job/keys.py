@@ -17,9 +17,13 @@ PINS = ("pinned", "pinned_layers")
 """Starts whose experts never leave."""
 GROUPS = ("hardware", "link", "policy", "model", "stack", "trace")
 """Keys that hold a file of conf/, or one of the user's own, changed key by key."""
+STORAGE = "storage"
+"""A group that a run may lack, and lacks unless a word adds it."""
+CHOSEN_BY_NAME = (*GROUPS, STORAGE)
 DEFAULT_RESIDENCY = 0.5
 AS_RECORDED = "as_recorded"
 """In place of a batch size."""
+_ON_GPU = "expertflow.places.gpu.Gpu"
 MOST_TOKENS = 1_000_000
 """Of a trace that is generated in memory."""
 LONGEST_RUN_S = 1e7
@@ -42,6 +46,17 @@ class RunKeys:
             unit="GB",
             null="residency says it",
             about="for all weights, KV and workspace; not more than the GPU has",
+        ),
+    ]
+    host_memory_gb: Annotated[
+        float | None,
+        Rule(
+            0,
+            1e6,
+            above=True,
+            unit="GB",
+            null="all experts fit; in a replay, what is prudent",
+            about="of host memory for the experts: a cache above storage; in a replay, pinned memory",
         ),
     ]
     batch_size: Annotated[
@@ -149,12 +164,12 @@ def check_run(plain: Mapping[str, Any], more: Mapping[str, Key]) -> None:
     own = {**declared(RunKeys), **more}
     known = [*GROUPS, *own]
     for name in plain:
-        if name not in known:
-            raise unknown_key("", name, known)
+        if name not in known and name != STORAGE:
+            raise unknown_key("", name, [*known, STORAGE])
     for name in known:
         if name not in plain:
             raise ValueError(f"{name} is missing; it cannot be taken out, only given another value")
-    for name in GROUPS:
+    for name in (*GROUPS, *(one for one in plain if one == STORAGE)):
         if not isinstance(plain[name], dict):
             told = f"{name}={shown(plain[name])}"
             raise ValueError(f"{told} must be the name of a file of the group {name}; --help lists them")
@@ -166,6 +181,12 @@ def check_run(plain: Mapping[str, Any], more: Mapping[str, Key]) -> None:
             raise ValueError(f"policy.{name} is missing; it cannot be taken out, only given another value")
         key.check(plain["policy"][name], f"policy.{name}")
     _check_pairs(plain)
+    # A replay, which has keys of its own, takes it for the budget of its buffers.
+    if not more and plain["host_memory_gb"] is not None and STORAGE not in plain:
+        raise ValueError(
+            f"host_memory_gb={shown(plain['host_memory_gb'])} is of a cache above storage, and there is none; add "
+            "+storage=NAME, or leave it out"
+        )
 
 
 def check_trace(trace: Mapping[str, Any]) -> None:
@@ -205,6 +226,7 @@ def _check_pairs(plain: Mapping[str, Any]) -> None:
             f"residency={shown(residency)} and gpu_memory_gb={shown(gigabytes)} both say how many experts have a slot; "
             "leave one out"
         )
+    check_storage_pair(plain)
     warmup, tokens = plain["warmup_forwards"], plain["max_tokens"]
     if tokens is not None and warmup >= tokens:
         raise ValueError(
@@ -214,4 +236,19 @@ def _check_pairs(plain: Mapping[str, Any]) -> None:
         raise ValueError(
             "count_redundant=true compares with the same policy without its predictor; "
             f"policy={shown(plain['policy']['name'])} has no parts: leave it false"
+        )
+
+
+def check_storage_pair(plain: Mapping[str, Any]) -> None:
+    """ValueError for a storage without the host memory above it, or with a place on the host."""
+    if STORAGE not in plain:
+        return
+    name = plain[STORAGE].get("name")
+    if plain["host_memory_gb"] is None:
+        raise ValueError(f"storage={shown(name)} needs the host memory above it; give host_memory_gb=GB")
+    place = plain["policy"].get("place")
+    if place is not None and not (isinstance(place, dict) and place.get("_target_") == _ON_GPU):
+        raise ValueError(
+            f"storage={shown(name)} and policy.place exclude each other: a place on the host computes experts that all "
+            "lie in host memory; leave one out"
         )

@@ -7,16 +7,24 @@ from collections.abc import Iterable, Sequence
 from expertflow.keys import declared, near_to
 from expertflow.model import ModelSpec
 from sim.job.former_names import present_key
-from sim.job.keys import GROUPS, ModelKeys, PolicyKeys, RunKeys, TraceKeys
+from sim.job.keys import CHOSEN_BY_NAME, STORAGE, ModelKeys, PolicyKeys, RunKeys, TraceKeys
 from sim.job.parts import KINDS
 from sim.paths import config_files
 from sim.specs.hardware import Hardware, Stack
 from sim.specs.links import LinkPreset
+from sim.specs.storage import Storage
 from traces.yamltext import read_yaml
 
 LISTED = "`expertflow keys` lists them"
 _PARTS = (*KINDS, "transfer", "effort")
-_TABLES = {"trace": TraceKeys, "hardware": Hardware, "stack": Stack, "model": ModelSpec, "link": LinkPreset}
+_TABLES = {
+    "trace": TraceKeys,
+    "hardware": Hardware,
+    "stack": Stack,
+    "model": ModelSpec,
+    "link": LinkPreset,
+    "storage": Storage,
+}
 _beside: list[str] = []
 """Keys of the command that runs, beside those of every run."""
 
@@ -29,7 +37,7 @@ def known_beside(names: Iterable[str]) -> None:
 def known_at(place: str) -> Sequence[str]:
     """The keys that may stand at `place` (`trace`, `policy.horizon`; empty: at the top); none where that is unknown."""
     if not place:
-        return [*GROUPS, *declared(RunKeys), *_beside]
+        return [*CHOSEN_BY_NAME, *declared(RunKeys), *_beside]
     if place in _TABLES:
         return [*declared(_TABLES[place]), *(declared(ModelKeys) if place == "model" else ())]
     if place == "policy":
@@ -68,6 +76,8 @@ def no_key(key: str) -> str:
         above, _, wrong = place.rpartition(".")
         hint = near_to(wrong, known_at(above), f"{above}." if above else "")
         return f"{shown} is no key: there is no {place[:60]}{hint}; {LISTED}"
+    if key == STORAGE:
+        return f"{key} is a group that a run has only where it is added; say +{key}=NAME and host_memory_gb=GB"
     prefix = f"{place}." if place else ""
     if place and name in known:
         return f"{shown} is not among the keys of the file that was chosen; add it: +{shown}=VALUE"

@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expertflow.keys import arguments_of
-from sim.job.keys import GROUPS
+from sim.job.keys import CHOSEN_BY_NAME
 from sim.job.known import is_known
 from sim.job.parts import KINDS, class_of
 
@@ -53,7 +53,12 @@ def _apply(overrides: Sequence[Override], cfg: DictConfig) -> None:
 def _as_meant(overrides: Sequence[Override], cfg: DictConfig) -> Iterator[Override]:
     for one in overrides:
         group, dot, _ = one.key_or_group.partition(".")
-        if one.type is not OverrideType.CHANGE or not dot or group not in GROUPS or not is_known(one.key_or_group):
+        if (
+            one.type is not OverrideType.CHANGE
+            or not dot
+            or group not in CHOSEN_BY_NAME
+            or not is_known(one.key_or_group)
+        ):
             yield one
         elif isinstance(OmegaConf.select(cfg, group, throw_on_missing=False), DictConfig):
             added = copy(one)

@@ -22,6 +22,8 @@ _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
 _HOST = ("host", "on host")
 """Columns that are there only where a policy places experts on the host: stall, and their share."""
+_STORAGE = ("storage", "host hits")
+"""Columns that are there only where experts lie on storage: stall, and the share of copies found in host memory."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
 
 
@@ -64,6 +66,14 @@ def _host_cells(metrics: dict[str, Any]) -> list[str]:
     return [_per_token(metrics, "host_stall_ns"), f"{100 * share:.2f} %"]
 
 
+def _storage_cells(metrics: dict[str, Any]) -> list[str]:
+    """Of the columns `_STORAGE`."""
+    storage = metrics["storage"]
+    num_copies = storage["host_hits"] + storage["host_misses"]
+    share = f"{100 * storage['host_hits'] / num_copies:.2f} %" if num_copies else "–"
+    return [_per_token(metrics, "storage_stall_ns"), share]
+
+
 def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has_share: bool) -> list[str]:
     prefetch, accesses = metrics["prefetch"], max(metrics["num_accesses"], 1)
     issued = prefetch["issued"]
@@ -90,6 +100,14 @@ def named_runs(metrics: dict[str, Any], title: str) -> list[tuple[str, dict[str,
     return [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
 
 
+def _below(metrics: dict[str, Any]) -> str:
+    """What lies below the GPU's memory, where that is not host memory alone."""
+    if "storage" not in metrics:
+        return ""
+    name = metrics["storage_preset"]["name"]
+    return f", {metrics['capacity']['host_slots']} in host memory, all on {escape(name)}"
+
+
 def print_report(
     console: Console,
     metrics: dict[str, Any],
@@ -108,17 +126,20 @@ def print_report(
     console.print(
         f"[bold]{escape(title)}[/bold]{_chosen(cfg, metrics)} on {hardware_title(metrics)}, {stack_title(metrics)} "
         f"stack, {metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % "
-        "of its experts\n"
+        f"of its experts{_below(metrics)}\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests{routing}",
         highlight=False,
         soft_wrap=True,
     )
     compare = metrics["compare"] or {}
     base = compare.get("on_demand", {}).get("stall_ns")
-    has_host = "num_host" in metrics
+    has_host, has_storage = "num_host" in metrics, "storage" in metrics
     columns = [one for one in _COLUMNS if compare or one != _SHARE] + list(_HOST if has_host else ())
+    columns += list(_STORAGE if has_storage else ())
     rows = named_runs(metrics, title)
     cells = [_row(name, one, base, bool(compare)) + (_host_cells(one) if has_host else []) for name, one in rows]
+    if has_storage:
+        cells = [row + _storage_cells(one) for row, (_, one) in zip(cells, rows, strict=True)]
     styles = ["bold", *[""] * (len(rows) - 1)]
     bounds = metrics["bounds"]
     if bounds and bounds["floor_ns"] is not None:
@@ -186,16 +207,25 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, 
     if metrics["link"]["utilisation"] > 0.95:
         notes.append("the link is busy all the time: no prefetch can hide these copies, only fewer of them")
     share = f"; {_SHARE}: the share of its stall that is left" if metrics["compare"] else ""
-    kinds = "late, miss and host" if "num_host" in metrics else "late and miss"
-    notes.append(f"stall, {kinds} are per token{share}")
+    kinds = [
+        "late",
+        "miss",
+        *(["host"] if "num_host" in metrics else []),
+        *(["storage"] if "storage" in metrics else []),
+    ]
+    notes.append(f"stall, {', '.join(kinds[:-1])} and {kinds[-1]} are per token{share}")
     if f"lru{WITH_PLACE}" in (metrics["compare"] or {}):
         notes.append(f"…{WITH_PLACE}: with this run's place; the other runs beside compute on the GPU alone")
     if "num_host" in metrics:
         notes.append(f"the host's processor was busy for {100 * metrics['host']['utilisation']:.1f} % of the time")
+    if "storage" in metrics:
+        busy, read = metrics["storage"]["utilisation"], metrics["storage"]["bytes"]
+        notes.append(f"storage was read for {100 * busy:.1f} % of the time, {read / 1e9:.2f} GB in all")
     if "clairvoyant" in (metrics["compare"] or {}):
         notes.append("clairvoyant: the best of five schedules that know the future")
     if metrics["bounds"] and metrics["bounds"]["floor_ns"] is not None:
-        notes.append("floor: no schedule with these slots is faster")
+        above = " and this host memory" if "storage" in metrics else ""
+        notes.append(f"floor: no schedule with these slots{above} is faster")
     redundant = metrics["prefetch"]["redundant"]
     if redundant is not None and metrics["prefetch"]["issued"]:
         notes.append(

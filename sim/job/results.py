@@ -30,12 +30,14 @@ _NUMBERS: Mapping[str, tuple[float, float]] = {
     "link.utilisation": (0, 1e6),
 }
 """What every run has, and its range."""
-_GROUPS = ("capacity", "prefetch", "bytes", "link", "host", "tpot_ms", "ttft_ms", "horizon")
+_GROUPS = ("capacity", "prefetch", "bytes", "link", "host", "storage", "tpot_ms", "ttft_ms", "horizon")
 """Tables that hold figures alone."""
 _PERHAPS: Mapping[str, tuple[float, float]] = {
     "tpot_ms.mean": (0, 1e15),
     "bounds.floor_ns": (0, _MOST),
     "host_stall_ns": (0, _MOST),
+    "storage_stall_ns": (0, _MOST),
+    "storage.utilisation": (0, 1e6),
     "num_host": (0, _MOST),
 }
 """The same of what may be null."""

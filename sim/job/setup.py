@@ -17,6 +17,7 @@ import numpy as np
 from expertflow.boundary import CHECKING, is_own_class
 from expertflow.evictions.keep_nothing import KeepNothing
 from expertflow.future import Future
+from expertflow.host_memory import HostMemorySpec
 from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
 from expertflow.model import ModelSpec
 from expertflow.parts import Effort, Eviction
@@ -24,7 +25,7 @@ from expertflow.places.gpu import Gpu
 from expertflow.policy import Policy
 from expertflow.runtime import RunConfig
 from sim.job.batches import batch_config, requests_kept
-from sim.job.keys import AS_RECORDED, PINS, check_trace
+from sim.job.keys import AS_RECORDED, PINS, STORAGE, check_storage_pair, check_trace
 from sim.job.measured import check_table
 from sim.job.model import chosen_model, model_file_of, told_model
 from sim.job.parts import KINDS, class_of, make_part
@@ -33,6 +34,7 @@ from sim.job.predictor import make_predictor
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.specs.model_file import ReadModel
+from sim.specs.storage import Storage, storage_from_dict
 from traces.batching import Batches
 from traces.reader import Trace, open_trace
 from traces.shipped import shipped
@@ -64,6 +66,12 @@ class Workload:
     warmup_forwards: int
     model_file: ReadModel | None = None
     """Where the model's sizes are from, if a file gave them."""
+    storage: Storage | None = None
+    """What lies below host memory; None: all experts are in it."""
+    host_slots: int = 0
+    """Experts that host memory holds, where there is storage below it."""
+    storage_factor: int = 1
+    """Each byte of the model stands for so many of storage: of one whose widths are divided."""
     pins: bool = True
     """False: what `start` pins may leave after all, as for runs beside one that is given room for nothing else."""
 
@@ -146,6 +154,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         cfg["start"],
         cfg["warmup_forwards"],
         model_file,
+        *_storage(cfg, model, num_slots),
     )
     _check_chunks(work)
     if work.start == "pinned_layers" and num_slots < model.num_experts:
@@ -154,6 +163,22 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
             "raise residency or gpu_memory_gb, or choose start=pinned"
         )
     return work
+
+
+def _storage(cfg: Mapping[str, Any], model: ModelSpec, num_slots: int) -> tuple[Storage | None, int]:
+    """What lies below host memory, and how many experts that holds: what `num_slots` of the GPU do, and one more."""
+    if cfg.get(STORAGE) is None:
+        return None, 0
+    check_storage_pair(cfg)
+    gigabytes, num_keys = cfg["host_memory_gb"], model.num_layers * model.num_experts
+    host_slots, least = int(gigabytes * 1e9 // model.expert_bytes), min(num_slots + 1, num_keys)
+    if host_slots < least:
+        needed = math.ceil(least * model.expert_bytes / 1e6) / 1000
+        raise ValueError(
+            f"host_memory_gb={gigabytes}: {host_slots} experts fit, and host memory holds what the GPU's {num_slots} "
+            f"slots do, and one more; give {needed:g} or more, or lower residency"
+        )
+    return storage_from_dict(cfg[STORAGE]), min(host_slots, num_keys)
 
 
 def _check_chunks(work: Workload) -> None:
@@ -189,7 +214,15 @@ def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...])
         initial=initial,
         num_pinned=len(initial) if work.start in PINS and work.pins else 0,
         all_initial=work.start in ("resident", "pinned_layers"),
+        storage=host_memory_spec(work),
     )
+
+
+def host_memory_spec(work: Workload) -> HostMemorySpec | None:
+    """Host memory as the runtime knows it; None where nothing lies below it."""
+    if work.storage is None:
+        return None
+    return HostMemorySpec(work.host_slots, work.storage.queue_depth, work.storage.eviction)
 
 
 def start_note(cfg: Mapping[str, Any]) -> str | None:

@@ -17,9 +17,10 @@ from expertflow.machine import HOST, Costs, HostResult, Record, Wait
 from expertflow.model import ModelSpec
 from sim.machine.host_bound import HostBoundMachine
 from sim.machine.kernels import KernelTimes
-from sim.machine.link import Link, bandwidth_at
+from sim.machine.link import Link
 from sim.machine.shared_memory import ONE, SharedMemory, Stint
 from sim.machine.simulated import HostCosts
+from sim.specs.curves import bandwidth_at
 from sim.specs.hardware import HOST_COMPUTE, Curve, Hardware
 
 UNPACKED_BITS = 16.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -25,6 +26,8 @@ from sim.machine.kernels import KernelTimes
 from sim.machine.link import Link
 from sim.machine.simulated import HostCosts, SimMachine, simulate
 from sim.machine.solved import solved_stack
+from sim.machine.storage import StorageMachine
+from sim.specs.disk import Disk
 from traces.processes.progress import shown
 
 
@@ -37,6 +40,8 @@ def machine_of(work: Workload, policy: Policy, transfer: Transfer) -> SimMachine
     costs = HostCosts.of(work.hardware, stack)
     if policy.places:
         return HostComputeMachine(kernels, link, costs, chunk_bytes, CpuTimes(work.model, work.hardware))
+    if work.storage is not None:
+        return StorageMachine(kernels, link, costs, chunk_bytes, Disk(work.storage, work.storage_factor))
     return machine_for(kernels, link, costs, chunk_bytes)
 
 
@@ -122,7 +127,21 @@ def run_floor(work: Workload, staging_slots: int = 0, with_host: bool = False) -
     fastest = Link(work.hardware).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
     with shown("working out the floor"):
         totals = min_loads(work.batches, work.future, work.num_slots + staging_slots, work.initial())
-    return floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers, host)
+        found = floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers, host)
+        return found if work.storage is None else _floor_of_reads(work, found, serial, heads, kernels)
+
+
+def _floor_of_reads(
+    work: Workload, found: Floor, serial: Sequence[int], heads: Sequence[int], kernels: KernelTimes
+) -> Floor:
+    """`found` as far as storage allows it: host memory in the place of the slots, reads in the place of copies."""
+    assert work.storage is not None
+    model = work.model
+    fastest = Disk(work.storage, work.storage_factor).fastest_load_ns(model.expert_bytes, int(work.chunk_mib * 2**20))
+    totals = min_loads(work.batches, work.future, work.host_slots, work.initial())
+    reads = floor(totals, serial, heads, fastest, kernels.shortest_expert_ns, model.num_layers)
+    largest = max(found, reads, key=lambda one: one.floor_ns)
+    return replace(largest, num_loads=found.num_loads, num_reads=reads.num_loads)
 
 
 def _host_floor(work: Workload) -> HostFloor:

@@ -41,11 +41,16 @@ SCHEMA = pa.schema(
     ]
 )
 
+READ_SCHEMA = SCHEMA.append(pa.field("read_ns", pa.int64(), nullable=True))
+"""Of a run whose experts lie on storage."""
+
 
 class _Columns:
-    """Rows not yet written, column by column."""
+    """Rows not yet written, column by column. has_reads: with the last column of `READ_SCHEMA`."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_reads: bool = False) -> None:
+        self.has_reads = has_reads
+        self.read_ns = array("q")
         self.forward = array("i")
         self.phase = array("b")
         self.layer = array("i")
@@ -69,7 +74,10 @@ class _Columns:
             pa.array(np.array(self.stall_ns, dtype=np.int64)),
             pa.array(landed, mask=landed == NOT_COPIED),
         ]
-        return pa.Table.from_arrays(columns, schema=SCHEMA)
+        if not self.has_reads:
+            return pa.Table.from_arrays(columns, schema=SCHEMA)
+        read = np.array(self.read_ns, dtype=np.int64)
+        return pa.Table.from_arrays([*columns, pa.array(read, mask=read == NOT_COPIED)], schema=READ_SCHEMA)
 
 
 def _words(indices: npt.NDArray[np.int8], words: Sequence[str]) -> pa.DictionaryArray:
@@ -77,13 +85,16 @@ def _words(indices: npt.NDArray[np.int8], words: Sequence[str]) -> pa.Dictionary
 
 
 class Events(Observer):
-    """Keeps every access in memory, 34 bytes each: the rows of `EventTable`. num_experts: of a layer."""
+    """Keeps every access in memory, 34 bytes each: the rows of `EventTable`. num_experts: of a layer. has_reads: of a
+    run whose experts lie on storage, 42 bytes each."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, has_reads: bool = False) -> None:
         if num_experts < 1:
             raise ValueError(f"{type(self).__name__} num_experts={num_experts}: must be 1 or more")
         self.num_experts = num_experts
-        self._columns = _Columns()
+        self._columns = _Columns(has_reads)
+        self._read_ns: dict[int, int] = {}
+        """End of the last read of each key since it was last demanded."""
         self._open: dict[int, int] = {}
         """Row of each key of the layer that is running: its stall and its landing are yet to come."""
 
@@ -112,6 +123,15 @@ class Events(Observer):
             columns.tokens.append(1 if counts is None else counts[key])
             columns.stall_ns.append(0)
             columns.landed_ns.append(NOT_COPIED)
+            if columns.has_reads:
+                columns.read_ns.append(self._read_ns.pop(key, NOT_COPIED))
+
+    def was_read(self, key: int, chunk: int, start_ns: int, end_ns: int) -> None:
+        row = self._open.get(key)
+        if row is None:
+            self._read_ns[key] = end_ns
+        elif self._columns.has_reads:
+            self._columns.read_ns[row] = end_ns
 
     def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
         row = self._open.get(key)
@@ -146,23 +166,27 @@ class EventTable(Events):
     forward, phase (decode, prefill), layer, expert, class (hit, late, miss, host: computed on the host); known_ns: when
     the routing became known; tokens routed to the expert; stall_ns: how long the compute stream waited for it;
     landed_ns: device end of the copy that was waited for, of an expert on the host the end of its computation, null for
-    a hit. The stall column sums to the run's stall.
+    a hit. The stall column sums to the run's stall. has_reads: a last column read_ns, end of the last read of the
+    expert from storage since it was demanded before, null where there was none.
 
     Until `close` the rows stand in a temporary file beside `path`; `abort` removes it. Memory holds
     `rows_per_group` rows, 34 bytes each, and the rows of one layer.
     """
 
-    def __init__(self, path: str | Path, num_experts: int, rows_per_group: int = 1 << 16) -> None:
+    def __init__(
+        self, path: str | Path, num_experts: int, rows_per_group: int = 1 << 16, has_reads: bool = False
+    ) -> None:
         if num_experts < 1 or rows_per_group < 1:
             raise ValueError(
                 f"EventTable num_experts={num_experts}, rows_per_group={rows_per_group}: both must be 1 or more"
             )
-        super().__init__(num_experts)
+        super().__init__(num_experts, has_reads)
         self.path = Path(path)
         self.rows_per_group = rows_per_group
         with writing(self.path):
             self._unfinished = Unfinished(self.path)
-            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._unfinished.path, SCHEMA, compression="zstd")
+            schema = READ_SCHEMA if has_reads else SCHEMA
+            self._writer: pq.ParquetWriter | None = pq.ParquetWriter(self._unfinished.path, schema, compression="zstd")
 
     def _settle(self) -> None:
         """Nothing more is to come for the rows held: write them if they fill a group."""
@@ -175,7 +199,7 @@ class EventTable(Events):
             raise AssertionError(f"{self.path} is closed")
         with writing(self.path):
             self._writer.write_table(self._columns.table())
-        self._columns = _Columns()
+        self._columns = _Columns(self._columns.has_reads)
 
     def close(self) -> None:
         """Write the rest and give the file its name."""

@@ -50,8 +50,11 @@ COMPUTE = {"attention": "#56B4E9", "experts": "#0072B2", "head": "#7f7f7f", "oth
 LINK = {"demand": "#E69F00", "prefetch": "#009E73"}
 STALLS = {"miss": "#B2182B", "late": "#F4A6A0"}
 ON_HOST = {"experts": "#8C6BB1"}
+READS = {"read": "#8C510A"}
 HOST_STALLS = {**STALLS, "host": "#8C6BB1"}
 """Where a policy places experts on the host."""
+ALL_STALLS = {**HOST_STALLS, "storage": "#8C510A"}
+"""Where experts lie on storage."""
 DARK = ("miss",)
 REST = "#c9d3dc"
 LABELS = {
@@ -121,15 +124,17 @@ def plot_tpot_bars(
 
     table: columns policy, stack, `value`, that of `across` and, with show_stall, late_ms_per_token and
     miss_ms_per_token: the bar's share that was stall, which is comparable at batch size 1; host_ms_per_token adds that
-    of policies that place experts on the host. One row a bar. Where there is a column floor_ms_per_token, a panel's
-    largest is drawn as a line. value: tpot_ms, with which stall and floor compare where no prompt was run, or
-    ms_per_token, with which they always do.
+    of policies that place experts on the host, storage_ms_per_token that of experts on storage. One row a bar. Where
+    there is a column floor_ms_per_token, a panel's largest is drawn as a line. value: tpot_ms, with which stall and
+    floor compare where no prompt was run, or ms_per_token, with which they always do.
     """
     parts = {"miss": "miss_ms_per_token", "late": "late_ms_per_token"} if show_stall else {}
     _check(table, [value, *parts.values()], [across, "stack", "policy"])
-    if show_stall and "host_ms_per_token" in table.columns:
-        parts["host"] = "host_ms_per_token"
-        table = table.fillna({"host_ms_per_token": 0.0})
+    for kind in ("host", "storage"):
+        column = f"{kind}_ms_per_token"
+        if show_stall and column in table.columns:
+            parts[kind] = column
+            table = table.fillna({column: 0.0})
     policies = list(dict.fromkeys(table["policy"]))
     figure, panels = _panels(table, title, 0.9 + 0.3 * len(policies), across)
     has_floor = False
@@ -139,7 +144,7 @@ def plot_tpot_bars(
         axes.bar_label(bars, fmt=_three_digits, padding=3)
         left = rows[value] * 0.0
         for kind, column in parts.items():
-            axes.barh(places, rows[column], left=left, color=HOST_STALLS[kind], height=0.7)
+            axes.barh(places, rows[column], left=left, color=ALL_STALLS[kind], height=0.7)
             left = left + rows[column]
         axes.set_yticks(range(len(policies)), [policy_name(name) for name in policies])
         axes.set_ylim(len(policies) - 0.4, -0.6)
@@ -151,7 +156,7 @@ def plot_tpot_bars(
             axes.axvline(max(floors), color=FLOOR, linewidth=0.9, linestyle="--")
             has_floor = True
     if parts or has_floor:
-        colours = {f"{kind} stall": HOST_STALLS[kind] for kind in parts}
+        colours = {f"{kind} stall": ALL_STALLS[kind] for kind in parts}
         colours |= {"compute, overhead": REST} if parts else {}
         _colour_legend(figure, colours, "floor: no schedule is faster" if has_floor else "")
     return figure
@@ -168,11 +173,14 @@ def plot_timeline(frames: Frames, start_ms: float, stop_ms: float, title: str = 
     lanes = [
         ("compute", frames.compute, "kind", COMPUTE),
         ("link", frames.link, "cause", LINK),
-        ("stalls", frames.stalls, "kind", HOST_STALLS),
+        ("stalls", frames.stalls, "kind", ALL_STALLS),
     ]
     has_host = len(frames.host) > 0
     if has_host:
         lanes.insert(2, ("host", frames.host, "kind", ON_HOST))
+    has_storage = len(frames.storage) > 0
+    if has_storage:
+        lanes.insert(2, ("storage", frames.storage, "kind", READS))
     has_horizon = len(frames.horizon) > 0
     figure = Figure(figsize=(10, 3.7 if has_horizon else 2.6), layout="constrained")
     ratios = [1.3, 3] if has_horizon else [3]
@@ -195,7 +203,8 @@ def plot_timeline(frames: Frames, start_ms: float, stop_ms: float, title: str = 
     grid[0].set_title(title)
     shown = {kind: colour for kind, colour in COMPUTE.items() if (frames.compute["kind"] == kind).any()}
     shown |= {f"{cause} copy": colour for cause, colour in LINK.items()}
-    stalls = HOST_STALLS if has_host else STALLS
+    left_out = {kind for kind, is_there in (("host", has_host), ("storage", has_storage)) if not is_there}
+    stalls = {kind: colour for kind, colour in ALL_STALLS.items() if kind not in left_out}
     _colour_legend(figure, shown | {f"{kind} stall": colour for kind, colour in stalls.items()})
     return figure
 

@@ -26,12 +26,14 @@ from traces.reading import read_json
 KINDS = ("attention", "experts", "head", "other")
 IN_LAYER = ("attention", "experts")
 """Those of which a slice says the layer."""
-COMPUTE_TRACK, LINK_TRACK, STALL_TRACK, HOST_TRACK = 1, 2, 3, 4
+COMPUTE_TRACK, LINK_TRACK, STALL_TRACK, HOST_TRACK, STORAGE_TRACK = 1, 2, 3, 4, 5
 TRACKS = {COMPUTE_TRACK: "compute", LINK_TRACK: "link", STALL_TRACK: "stalls", HOST_TRACK: "host"}
-STALLS = ("late", "miss", "host")
+TRACKS[STORAGE_TRACK] = "storage"
+STALLS = ("late", "miss", "host", "storage")
 """By kind, as of `Observer.stalled`."""
 COUNTER = "horizon S"
 COLOURS = {"demand": "bad", "prefetch": "good", "late": "terrible", "miss": "terrible", "host": "terrible"}
+COLOURS["storage"] = "terrible"
 """Names of Chrome's own palette, by category; Perfetto colours by slice name."""
 NUM_NAMED = 4
 """Experts that a slice names; all of them stand in its arguments."""
@@ -42,8 +44,9 @@ class Frames(NamedTuple):
 
     compute: start_ns, end_ns, kind (attention, experts, head, other), layer (-1: none), experts (a tuple).
     link: start_ns, end_ns, layer, expert, chunk, cause (demand, prefetch).
-    stalls: start_ns, end_ns, layer, expert, kind (late, miss, host).
+    stalls: start_ns, end_ns, layer, expert, kind (late, miss, host, storage).
     host: start_ns, end_ns, layer, expert, kind (experts): computed on the host, if any were.
+    storage: start_ns, end_ns, layer, expert, chunk, kind (read): read from storage, if any were.
     horizon: at_ns, reach (the farthest layer looked at, in layers ahead; holds until the next row).
     """
 
@@ -52,6 +55,7 @@ class Frames(NamedTuple):
     stalls: pd.DataFrame
     horizon: pd.DataFrame
     host: pd.DataFrame
+    storage: pd.DataFrame
 
 
 class Timeline(Observer):
@@ -70,6 +74,7 @@ class Timeline(Observer):
         self._copies = array("q")
         self._stalls = array("q")
         self._products = array("q")
+        self._reads = array("q")
         self._reaches = array("q")
 
     def computed(self, kind: str, layer: int, keys: Sequence[int], start_ns: int, end_ns: int) -> None:
@@ -84,6 +89,10 @@ class Timeline(Observer):
     def computed_on_host(self, key: int, start_ns: int, end_ns: int) -> None:
         self._count()
         self._products.extend((key, start_ns, end_ns))
+
+    def was_read(self, key: int, chunk: int, start_ns: int, end_ns: int) -> None:
+        self._count()
+        self._reads.extend((key, chunk, start_ns, end_ns))
 
     def stalled(self, start_ns: int, end_ns: int, key: int, kind: int) -> None:
         self._count()
@@ -136,9 +145,13 @@ class Timeline(Observer):
         layer, expert = np.divmod(keys, self.num_experts)
         host = {"start_ns": starts, "end_ns": ends, "layer": layer, "expert": expert}
         host["kind"] = ["experts"] * len(keys)
+        keys, chunks, starts, ends = _table(self._reads, 4).T
+        layer, expert = np.divmod(keys, self.num_experts)
+        storage = {"start_ns": starts, "end_ns": ends, "layer": layer, "expert": expert, "chunk": chunks}
+        storage["kind"] = ["read"] * len(keys)
         times, reaches = _table(self._reaches, 2).T
         horizon = {"at_ns": times, "reach": reaches}
-        return Frames(_frame(compute), _frame(link), _frame(stalls), _frame(horizon), _frame(host))
+        return Frames(*map(_frame, (compute, link, stalls, horizon, host, storage)))
 
     def _kernel_experts(self) -> list[tuple[int, ...]]:
         """Of each kernel, the experts that it computed."""
@@ -152,7 +165,7 @@ class Timeline(Observer):
         """The JSON of each event, metadata first."""
         yield _metadata("process_name", 0, "name", self.name)
         for track, name in TRACKS.items():
-            if track == HOST_TRACK and not self._products:
+            if (track == HOST_TRACK and not self._products) or (track == STORAGE_TRACK and not self._reads):
                 continue
             yield _metadata("thread_name", track, "name", name)
             yield _metadata("thread_sort_index", track, "sort_index", track)
@@ -166,6 +179,10 @@ class Timeline(Observer):
             layer, expert = divmod(key, self.num_experts)
             args = f'{{"layer":{layer},"expert":{expert}}}'
             yield _slice(HOST_TRACK, f"L{layer}/E{expert}", "experts", start, end, args)
+        for key, chunk, start, end in _rows(self._reads, 4):
+            layer, expert = divmod(key, self.num_experts)
+            args = f'{{"layer":{layer},"expert":{expert},"chunk":{chunk}}}'
+            yield _slice(STORAGE_TRACK, f"L{layer}/E{expert}", "read", start, end, args)
         for key, kind, start, end in _rows(self._stalls, 4):
             layer, expert = divmod(key, self.num_experts)
             category = STALLS[kind]
@@ -250,6 +267,7 @@ def load_timeline(path: str | Path) -> Frames:
             }
         ),
         host=_copy_frame(by_track[HOST_TRACK], ("layer", "expert"), "kind"),
+        storage=_copy_frame(by_track[STORAGE_TRACK], ("layer", "expert", "chunk"), "kind"),
     )
 
 
@@ -258,6 +276,7 @@ _NEEDS = {
     LINK_TRACK: (("demand", "prefetch"), ("layer", "expert", "chunk")),
     STALL_TRACK: (STALLS, ("layer", "expert")),
     HOST_TRACK: (("experts",), ("layer", "expert")),
+    STORAGE_TRACK: (("read",), ("layer", "expert", "chunk")),
 }
 """Of the slices of a track: their categories, and the numbers among their arguments."""
 _MOST_US = 1e15

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sim.job.configure import checked, configure
+from sim.job.keys import STORAGE
 from sim.paths import CONF, use_own_folder
 
 _ONE_IN = 50
@@ -31,6 +32,9 @@ _HOST_HEAD = b"# @package hardware\n"
 
 def _words(group: str, name: str) -> list[str]:
     machine = f"+hardware={name if group == 'hardware' else 'a100'}"
+    if group == STORAGE:
+        # A group that a run has only where it is added, with host memory above it.
+        return [machine, "+policy=lru", f"+{group}={name}", "host_memory_gb=8", *_SMALL]
     chosen = {"hardware": [], "host": [f"+host={name}"]}.get(group, [f"{group}={name}"])
     return [machine, "+policy=lru", *chosen, *_SMALL]
 

@@ -29,6 +29,7 @@ from sim.job.setup import Transfer, make_policy, make_workload
 from sim.paths import CONF, DATA
 from sim.specs.hardware import Hardware, Stack
 from sim.specs.links import LinkPreset
+from sim.specs.storage import Storage
 from traces.reader import open_trace
 from traces.shipped import shipped
 
@@ -38,6 +39,7 @@ LRU = ("+hardware=a100", "+policy=lru", "compare=none", "max_tokens=20")
 ADAPTIVE = ("+hardware=a100", "+policy=adaptive", "compare=none", "max_tokens=20")
 CLAIRVOYANT = ("+hardware=a100", "+policy=clairvoyant", "compare=none", "max_tokens=20")
 MODEL = (*LRU, "model=gpt-oss-20b")
+STORED = (*LRU, "+storage=nvme-gen4", "host_memory_gb=8")
 LINKED = (*LRU, "link=pcie4x8")
 REPLAY = ("+hardware=local", "+policy=lru", "max_tokens=20", "machine=cpu", "scale=64")
 TRACE = "gpt-oss-20b-twin-eval.safetensors"
@@ -156,6 +158,7 @@ def places() -> tuple[Place, ...]:
         (LRU, "hardware", Hardware),
         (LINKED, "link", LinkPreset),
         (LRU, "stack", Stack),
+        (STORED, "storage", Storage),
         (MODEL, "model", ModelSpec),
         (LRU, "model", ModelKeys),
         (LRU, "policy.transfer", Transfer),
@@ -338,6 +341,25 @@ def bad_pairs() -> Iterator[Bad]:
     yield Bad(LRU, (("warmup_forwards", 20),), ("warmup_forwards=20", "max_tokens=20"))
     yield Bad(LRU, (("gpu_memory_gb", 80.5),), ("gpu_memory_gb=80.5", "hardware.memory_gb"))
     yield Bad(LRU, (("gpu_memory_gb", 0.001),), ("gpu_memory_gb=0.001", "no slot"))
+    yield Bad(LRU, (("host_memory_gb", 8),), ("host_memory_gb=8", "storage"))
+    yield Bad(STORED, (("host_memory_gb", None),), ("storage", "host_memory_gb"))
+    yield Bad(STORED, (("host_memory_gb", 0.001),), ("host_memory_gb=0.001",))
+    yield Bad(STORED, (("policy.place", {"_target_": "expertflow.places.cheaper.Cheaper"}),), ("policy.place",))
+    for curve in (
+        [],
+        [[4096, 1], [4096, 2]],
+        [[0, 1]],
+        [[4096]],
+        [[4096, "x"]],
+        [[1.5, 1]],
+        [[True, 1]],
+        [[4096, 0]],
+        [5],
+    ):
+        yield Bad(STORED, (("storage.gb_per_s", curve),), ("storage.gb_per_s",))
+    yield Bad(STORED, (("storage.sources", {"nosuch": "x"}),), ("storage.sources.nosuch",))
+    for value in (None, 5, "abc", [1], True):
+        yield Bad(STORED, (("storage", value),), ("storage",))
     yield Bad(LRU, (("residency", 1e-6),), ("residency=1e-06", "no slot"))
     yield Bad(LRU, (("start", "resident"),), ("start=resident", "residency"))
     yield Bad(LRU, (("chunk_mib", 1 / 1024),), ("chunk_mib=0.000976562", "chunks"))

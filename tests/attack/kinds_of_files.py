@@ -9,7 +9,7 @@ from tests.attack import formats, gguf_oracle, import_oracles, model_oracle
 from tests.attack.kinds import FileKind
 from tests.attack.readers import READERS, Reader
 
-SLOW = ("hardware-composed", "link-composed", "host-composed", "stack-composed", "model-composed")
+SLOW = ("hardware-composed", "link-composed", "host-composed", "stack-composed", "storage-composed", "model-composed")
 """Readers that take longer for each file: a whole configuration is composed with it (`tests.attack.composing`)."""
 
 

@@ -300,12 +300,14 @@ def _spec(group: str) -> Callable[[Path], Any]:
         from sim.job.errors import one_line
         from sim.specs.hardware import hardware_from_dict, stack_from_dict
         from sim.specs.links import link_from_dict
+        from sim.specs.storage import storage_from_dict
         from traces.yamltext import read_yaml
 
         kinds: dict[str, Any] = {
             "hardware": hardware_from_dict,
             "link": link_from_dict,
             "stack": stack_from_dict,
+            "storage": storage_from_dict,
             "model": model_from_dict,
         }
         try:
@@ -483,6 +485,7 @@ READERS: list[Reader] = [
     Reader("hardware-yaml", _text("mine.yaml", _profile_yaml), _spec("hardware")),
     Reader("link-yaml", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _spec("link")),
     Reader("stack-yaml", _text("mine.yaml", _shipped_yaml("stack", "graph")), _spec("stack")),
+    Reader("storage-yaml", _text("mine.yaml", _shipped_yaml("storage", "nvme-gen4")), _spec("storage")),
     Reader("model-yaml", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _spec("model")),
     Reader("model-config", _text("config.json", lambda: json.dumps(files.model_config())), _read_model),
     Reader("model-config-hybrid", _text("config.json", lambda: json.dumps(files.hybrid_config())), _read_model),
@@ -490,6 +493,7 @@ READERS: list[Reader] = [
     Reader("link-composed", _text("mine.yaml", _shipped_yaml("link", "pcie4x8")), _composed("link")),
     Reader("host-composed", _text("mine.yaml", _shipped_yaml("host", "desktop")), _composed("host")),
     Reader("stack-composed", _text("mine.yaml", _shipped_yaml("stack", "graph")), _composed("stack")),
+    Reader("storage-composed", _text("mine.yaml", _shipped_yaml("storage", "nvme-gen4")), _composed("storage")),
     Reader("model-composed", _text("mine.yaml", _shipped_yaml("model", "gpt-oss-20b")), _composed("model")),
     Reader("gguf", _make_gguf(gguf_models.tiny), _read_gguf),
     Reader("gguf-hybrid", _make_gguf(gguf_models.tiny_hybrid), _read_gguf),

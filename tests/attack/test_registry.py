@@ -95,7 +95,7 @@ def test_every_importer_is_attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cli, "importer_of", remembered)
     for reader in readers.READERS:
         # Twins, logs and configurations import nothing, and take seconds to make.
-        if not reader.name.startswith(("twin", "lockstep", "hardware", "link", "stack", "model", "metrics")):
+        if not reader.name.startswith(("twin", "lockstep", "hardware", "link", "stack", "storage", "model", "metrics")):
             folder = tmp_path / reader.name
             folder.mkdir()
             reader.read(reader.make(folder))

@@ -18,6 +18,7 @@ from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from sim.paths import CONF
 from sim.specs.hardware import HOST_COMPUTE, hardware_from_dict, unsourced
+from sim.specs.storage import storage_from_dict
 from tests.support.commands import GPT_OSS, job, routing, small_trace
 
 
@@ -78,7 +79,7 @@ def test_a_file_says_its_own_name(group: str, name: str) -> None:
 def test_every_folder_of_conf_is_tested_here() -> None:
     folders = {str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir() and list(path.glob("*.yaml"))}
     parts = {f"policy/{part}" for part, _ in PARTS}
-    known = {"hardware", "host", "link", "model", "policy", "stack", "trace"}
+    known = {"hardware", "host", "link", "model", "policy", "stack", "storage", "trace"}
     assert folders - {"experiment", "study"} == known | parts
     assert len(NAMED) >= 40
     assert len(PARTS) >= 20
@@ -235,3 +236,17 @@ def test_the_noisy_oracle_takes_the_seed_of_the_run(trace: Path) -> None:
     told = ("policy/predictor=noisy_oracle",)
     assert predictor(trace, *told, "seed=7").seed == 7  # type: ignore[attr-defined]
     assert predictor(trace, *told, "seed=7", "policy.predictor.seed=3").seed == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", choices("storage"))
+def test_every_storage_runs_and_says_where_its_figures_are_from(name: str, trace: Path) -> None:
+    own = values("storage", name)
+    disk = storage_from_dict(own)
+    assert disk.name == name
+    assert set(disk.sources) == set(own) - {"name", "eviction", "sources"}
+    words = ("+hardware=a100", "+policy=lru", f"+storage={name}", "host_memory_gb=9", f"trace.path={trace}")
+    metrics = job(*words, "compare=none")
+    assert metrics["storage_preset"]["name"] == name
+    assert metrics["storage"]["reads"] == metrics["storage"]["host_misses"] > 0
+    slower = job(*words, "compare=none", "storage.gb_per_s=0.1")
+    assert slower["storage_stall_ns"] > metrics["storage_stall_ns"] > 0

@@ -28,6 +28,7 @@ from expertflow.view import View
 from sim.machine.host_compute import HostComputeMachine
 from sim.machine.shared_memory import ONE
 from sim.machine.simulated import HostCosts, SimMachine, simulate
+from sim.machine.storage import StorageMachine
 from tests.support.reference import Event, last_occurrences
 
 Row = Sequence[Sequence[int]]
@@ -155,6 +156,19 @@ class Host:
         return round(self.slower * ONE)
 
 
+@dataclass(frozen=True)
+class Disk:
+    """A disk whose first byte comes after `latency_ns`, and which then takes `ns_per_byte` for each."""
+
+    latency_ns: int = 5
+    ns_per_byte: int = 2
+    issue_ns: int = 0
+
+    def transfer_ns(self, num_bytes: int) -> int:
+        """Linear in the bytes."""
+        return num_bytes * self.ns_per_byte
+
+
 IDEAL_LINK = ConstantLink(ns_per_byte=0)
 
 
@@ -274,7 +288,7 @@ class Demand(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """A wait of the compute stream. kind: as of `Observer.stalled`; 0 = late, 1 = miss, 2 = host."""
+    """A wait of the compute stream. kind: as of `Observer.stalled`; 0 = late, 1 = miss, 2 = host, 3 = storage."""
 
     start_ns: int
     end_ns: int
@@ -292,7 +306,11 @@ class Timeline(Observer):
     stalls: list[Stall] = field(default_factory=list)
     products: list[tuple[int, int, int]] = field(default_factory=list)
     """(key, start_ns, end_ns) of each expert that the host computed."""
+    reads: list[Copy] = field(default_factory=list)
     ends_ns: list[int] = field(default_factory=list)
+
+    def was_read(self, key: int, chunk: int, start_ns: int, end_ns: int) -> None:
+        self.reads.append(Copy(key, chunk, start_ns, end_ns))
 
     def computed(self, kind: str, layer: int, keys: Sequence[int], start_ns: int, end_ns: int) -> None:
         self.kernels.append(Kernel(kind, layer, tuple(keys), start_ns, end_ns))
@@ -357,11 +375,12 @@ def build(
     chunk_bytes: tuple[int, ...] = (40,),
     machine_type: type[SimMachine] = SimMachine,
     host: Host | None = None,
+    disk: Disk | None = None,
     watched: bool = True,
     **config: Any,
 ) -> Job:
     """A job over `forwards`; `config` goes to RunConfig. An expert is 40 bytes in one chunk unless said. host: of a
-    machine that computes experts on it."""
+    machine that computes experts on it. disk: of one whose experts lie there."""
     kernels = kernels or Kernels()
     num_layers = len(forwards[0].demands)
     config.setdefault("top_k", len(forwards[0].demands[0]))
@@ -370,7 +389,10 @@ def build(
         num_layers=num_layers, num_experts=num_experts, num_slots=num_slots, chunk_bytes=chunk_bytes, **config
     )
     given: tuple[Any, ...] = (kernels, link or ConstantLink(), costs or HostCosts(), chunk_bytes)
-    machine = machine_type(*given) if host is None else HostComputeMachine(*given, host)
+    if disk is not None:
+        machine: SimMachine = StorageMachine(*given, disk)
+    else:
+        machine = machine_type(*given) if host is None else HostComputeMachine(*given, host)
     timeline = Timeline()
     runtime = Runtime(run_config, machine, policy or compose(), forwards, [timeline] if watched else [])
     return Job(runtime, machine, timeline)

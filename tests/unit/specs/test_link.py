@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.machine.link import Link, bandwidth_at
+from sim.machine.link import Link
 from sim.paths import CONF
 from sim.specs.chunks import chunk_sizes
+from sim.specs.curves import bandwidth_at
 from sim.specs.hardware import Hardware, hardware_from_dict
 
 FOLDER = CONF / "hardware"
