@@ -206,7 +206,7 @@ class Noted(Observer):
 
 
 RUNS = [
-    "+policy=lru +policy/place=cheaper",
+    "+policy=lru +policy/place=cheaper throttle_gb_per_s=0.2",
     "+policy=adaptive +policy/place=balanced throttle_gb_per_s=0.2",
     "+policy=lru +policy/place=capped batch_size=2 throttle_gb_per_s=0.2",
     "+policy=lru +policy/place=host_layers policy.place.layers=2 prefill_chunk=3",
