@@ -6,7 +6,7 @@ nothing. A slot whose last reader may still run hands on that reader's mark: the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from expertflow.view import ABSENT, RESIDENT
 
@@ -70,3 +70,16 @@ class Slots:
         """A copy of `state`, kept up to date from now on."""
         self.shown = bytearray(self.state)
         return self.shown
+
+    def lacks_staging(self, key: int) -> bool:
+        """Whether the pool of `key` has less room free than its staging buffers take."""
+        return len(self.free[key // self.span]) < self.num_staging
+
+    def is_blocked(self, pool: int, stays: Collection[int], fixed: Collection[int]) -> bool:
+        """Whether what never leaves (`fixed`) leaves no room for an expert that is absent and may be demanded: that
+        is not of `stays`."""
+        first = pool * self.span
+        own = range(first, min(first + self.span, len(self.state)))
+        if self.free[pool] or any(self.state[key] and key not in fixed for key in own):
+            return False
+        return any(not self.state[key] and key not in stays for key in own)

@@ -38,6 +38,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
     A start that was chosen from the whole trace uses the future.
     """
     link = chosen_link(cfg)
+    by_bytes = {} if work.room_bytes is None else {"bytes": work.room_bytes}
     return {
         "schema": SCHEMA,
         "world": world,
@@ -54,7 +55,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
             "num_requests": work.batches.num_requests,
         },
         "uses_future": policy.uses_future or work.start_reads_ahead,
-        "capacity": {"num_slots": work.num_slots, "residency": work.residency},
+        "capacity": {"num_slots": work.num_slots, "residency": work.residency, **by_bytes},
         **assumed.head(work.trace),
     }
 

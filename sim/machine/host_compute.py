@@ -56,7 +56,7 @@ class CpuTimes:
         self._bytes_per_ns = hardware.host_memory_gb_per_s * hardware.host_memory_efficiency
         self._flops_per_ns = hardware.host_tflops * 1000
         self._half_ns = -(-hardware.host_round_trip_ns // 2)
-        self._expert_bytes, self._expert_params = model.expert_bytes, model.expert_params
+        self._expert_bytes, self._expert_params = model.mean_expert_bytes, model.expert_params
         self._row_bytes = math.ceil(model.hidden_size * model.weight_bits / 8)
         link = hardware.link_gb_per_s
         self._link: Curve = link if isinstance(link, tuple) else ((1, link),)
