@@ -55,6 +55,7 @@ class ByteSlots(Slots):
         # As many numbers as there are experts: it is the bytes that run out.
         super().__init__(num_layers, num_experts, num_layers * num_experts, scope, num_staging)
         self.sizes = list(sizes)
+        self.room_bytes = room_bytes
         pools = [self.sizes[first : first + self.span] for first in range(0, len(self.sizes), self.span)]
         rooms = split_by_layer(room_bytes, self.sizes, num_layers) if self.by_layer else [room_bytes]
         for own, room in zip(pools, rooms, strict=True):
@@ -68,6 +69,10 @@ class ByteSlots(Slots):
         self.free_bytes = [room + more for room, more in zip(rooms, self.staging_bytes, strict=True)]
         self.pieces: list[list[tuple[int, int]]] = [[(free, 0)] for free in self.free_bytes]
         """(bytes, mark that must end before they may be rewritten) of each pool, the last given up last."""
+
+    @property
+    def all_room(self) -> str:
+        return f"{self.room_bytes} bytes of room"
 
     def fill(self, keys: Sequence[int]) -> list[int]:
         """Make `keys` resident, in order, each that their pool has room for beside staging; returns those placed."""

@@ -35,6 +35,6 @@ def _check_room(slots: Slots, stays: Collection[int], fixed: Collection[int]) ->
     for pool in range(len(slots.free)):
         if slots.is_blocked(pool, stays, fixed):
             raise ValueError(
-                f"start pins experts into all {sum(slots.capacities)} slots, and none is left to copy another into; "
+                f"start pins experts into {slots.all_room}, and none is left to copy another into; "
                 "give policy.transfer.staging_slots=1 or more, or a place that keeps the others on the host"
             )

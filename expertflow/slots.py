@@ -53,6 +53,11 @@ class Slots:
             self.free.append(list(range(start + size - 1, start - 1, -1)))
             start += size
 
+    @property
+    def all_room(self) -> str:
+        """What there is for experts, in words."""
+        return f"all {sum(self.capacities)} slots"
+
     def fill(self, keys: Sequence[int]) -> list[int]:
         """Make `keys` resident, in order, as long as their pool has room beside staging; returns those placed."""
         placed = []
