@@ -146,7 +146,7 @@ class ModelSpec:
             1,
             MOST_EXPERT_BYTES,
             unit="bytes",
-            null="by expert_bits",
+            null="as the trace says, else by expert_bits",
             extra=ABOUT,
             about="of a routed expert, or of each layer's, where a quantiser treats them differently",
         ),

@@ -51,8 +51,8 @@ def check_replayable(model: ModelSpec) -> None:
     """ValueError, one line that names the key, for a model whose kernels a replay does not have."""
     if model.bytes_by_key is not None:
         raise ValueError(
-            f"model.expert_bytes of {model.name}: experts of unlike sizes are only simulated, a replay has slots of one; "
-            f"give model.expert_bytes={model.mean_expert_bytes}, their mean, or run python -m sim"
+            f"model.expert_bytes of {model.name}: experts of unlike sizes are only simulated, a replay has slots of "
+            f"one size; give model.expert_bytes={model.mean_expert_bytes}, their mean, or run python -m sim"
         )
     other = sorted(set(model.attention_pattern) - {FULL, WINDOWED})
     is_first = all(layer.feed == MOE for layer in model.layers[model.num_dense_layers :])
