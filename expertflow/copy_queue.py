@@ -242,18 +242,23 @@ class CopyQueue:
 
     def _stream_victim(self, load: Load) -> int | None:
         """More demand than slots: experts of this layer whose kernel is launched may give way after all."""
-        progress = self.progress
-        launched = {key for _, keys in self._launched for key in keys}
+        launched = self._streamed()
         if not launched:
             return None
-        if self.streamed_event != progress.event:
-            self.streamed_event = progress.event
-            self.counters.num_streamed_layers += 1
+        progress = self.progress
         pinned = progress.pinned
         progress.pinned = frozenset(pinned) - launched
         victim = self._victim(load.key, load.cause)
         progress.pinned = pinned
         return victim
+
+    def _streamed(self) -> set[int]:
+        """Keys whose kernels this layer has launched; where there are any, the layer counts as streamed from now on."""
+        launched = {key for _, keys in self._launched for key in keys}
+        if launched and self.streamed_event != self.progress.event:
+            self.streamed_event = self.progress.event
+            self.counters.num_streamed_layers += 1
+        return launched
 
     def _leave(self, load: Load) -> None:
         """The last chunk of `load` is issued: it is demanded no longer."""
@@ -346,6 +351,11 @@ class CopyQueue:
         load.after = after
         self.demand.append(load)
         self.has_work = True
+
+    def loaded_bytes(self) -> int:
+        """Bytes of all loads, as far as their chunks were issued."""
+        rest = sum(sum(self.chunk_bytes[load.issued :]) for load in self.loading.values())
+        return self.num_loads * sum(self.chunk_bytes) - rest
 
     def describe(self) -> str:
         """The state of the queue, for the message of a run that cannot go on."""

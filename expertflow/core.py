@@ -20,6 +20,8 @@ from types import ModuleType
 from typing import NoReturn
 
 MODULES = (
+    "expertflow.byte_queue",
+    "expertflow.byte_slots",
     "expertflow.copy_queue",
     "expertflow.counters",
     "expertflow.forward",

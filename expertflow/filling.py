@@ -32,13 +32,9 @@ def fill(
 
 
 def _check_room(slots: Slots, stays: Collection[int], fixed: Collection[int]) -> None:
-    for pool, free in enumerate(slots.free):
-        first = pool * slots.span
-        own = range(first, min(first + slots.span, len(slots.state)))
-        if free or any(slots.state[key] and key not in fixed for key in own):
-            continue
-        if any(not slots.state[key] and key not in stays for key in own):
+    for pool in range(len(slots.free)):
+        if slots.is_blocked(pool, stays, fixed):
             raise ValueError(
-                f"start pins experts into all {sum(slots.capacities)} slots, and none is left to copy another into; "
+                f"start pins experts into {slots.all_room}, and none is left to copy another into; "
                 "give policy.transfer.staging_slots=1 or more, or a place that keeps the others on the host"
             )

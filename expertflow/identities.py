@@ -19,8 +19,6 @@ def check_identities(counters: Counters, queue: CopyQueue, num_on_host: int = 0)
     issued = c.prefetch_useful + c.prefetch_late + c.prefetch_evicted_unused + queue.num_fresh
     dropped = c.dropped_replaced + c.dropped_passed + c.dropped_refused + c.dropped_became_demand
     dropped += c.dropped_became_host
-    loaded = queue.num_loads * sum(queue.chunk_bytes)
-    loaded -= sum(sum(queue.chunk_bytes[load.issued :]) for load in queue.loading.values())
     checks = {
         "experts launched + computed on the host = experts demanded": (
             queue.num_launched + num_on_host,
@@ -33,7 +31,7 @@ def check_identities(counters: Counters, queue: CopyQueue, num_on_host: int = 0)
         "placed on the host = computed there": (c.num_host, num_on_host),
         "elapsed = compute + stall + overhead": (c.elapsed_ns, c.compute_ns + c.stall_ns + c.overhead_ns),
         "prefetches issued = used + evicted unused + unused at end": (c.prefetch_issued, issued),
-        "bytes = chunks x size": (c.demand_bytes + c.prefetch_bytes, loaded),
+        "bytes = chunks x size": (c.demand_bytes + c.prefetch_bytes, queue.loaded_bytes()),
         "requested = issued + dropped + queued at end": (
             c.prefetch_requested,
             c.prefetch_issued + dropped + len(queue.wanted),

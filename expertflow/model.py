@@ -26,6 +26,14 @@ from expertflow.attention import (
     entries_kept,
     index_keys,
 )
+from expertflow.expert_sizes import (
+    ABOUT,
+    MOST_EXPERT_BYTES,
+    ExpertBytes,
+    check_expert_bytes,
+    frozen,
+    sizes_by_key,
+)
 from expertflow.keys import Rule, check_fields, check_range, from_mapping
 from expertflow.layers import FEEDS, MOE, Layer, check_layers, layers_of, with_pattern
 
@@ -70,7 +78,8 @@ class ModelSpec:
     feed_pattern: likewise, m: routed experts, d: dense, n: no feed-forward block. null: dense layers first.
     window_…: those of layers w where they differ from the others; 0: they do not.
     weight_bits: per weight of attention, shared and dense layers. expert_bits: of routed experts, scales
-    included (mxfp4: 4 + 8/32). embedding_bits: of embeddings, head and router, which quantisers leave alone.
+    included (mxfp4: 4 + 8/32); expert_bytes goes before them. embedding_bits: of embeddings, head and router, which
+    quantisers leave alone.
     tied_embeddings: whether the head is the embedding matrix, stored once.
     """
 
@@ -131,11 +140,25 @@ class ModelSpec:
     tied_embeddings: Annotated[bool, Rule(about="the head is the embedding matrix")] = False
     weight_bits: Annotated[float, _bits("per weight of attention, shared and dense layers")] = 16.0
     expert_bits: Annotated[float, _bits("per weight of routed experts, scales included")] = 16.0
+    expert_bytes: Annotated[
+        ExpertBytes | None,
+        Rule(
+            1,
+            MOST_EXPERT_BYTES,
+            unit="bytes",
+            null="as the trace says, else by expert_bits",
+            extra=ABOUT,
+            about="of a routed expert, or of each layer's, where a quantiser treats them differently",
+        ),
+    ] = None
     embedding_bits: Annotated[float, _bits("per weight of embeddings, head and router")] = 16.0
     kv_bits: Annotated[float, _bits("per cached value")] = 16.0
 
     def __post_init__(self) -> None:
+        # A frozen dataclass takes no assignment; a list of a file becomes what can be hashed.
+        object.__setattr__(self, "expert_bytes", frozen(self.expert_bytes))
         check_fields(self, "model")
+        check_expert_bytes(self.expert_bytes, "model.expert_bytes", self.num_layers, self.num_experts)
         check_range("model.top_k", self.top_k, 1, self.num_experts, remedy="the upper end is num_experts")
         self._check_attention()
         self._check_pair("num_dense_layers", "dense_intermediate")
@@ -297,15 +320,28 @@ class ModelSpec:
 
     # -- bytes ----------------------------------------------------------------------------------------------
 
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one routed expert: what one load copies."""
-        return math.ceil(self.expert_params * self.expert_bits / 8)
+    @cached_property
+    def bytes_by_key(self) -> tuple[int, ...] | None:
+        """Bytes of each routed expert by its key [num_layers * num_experts]; None where all are alike."""
+        return sizes_by_key(self.expert_bytes, self.num_layers, self.num_experts)
+
+    @cached_property
+    def mean_expert_bytes(self) -> int:
+        """Bytes of one routed expert, what one load copies; the mean, rounded up, where they are not all alike."""
+        sizes, given = self.bytes_by_key, self.expert_bytes
+        if sizes is not None:
+            return -(-sum(sizes) // len(sizes))
+        if given is None:
+            return math.ceil(self.expert_params * self.expert_bits / 8)
+        while not isinstance(given, int):
+            given = given[0]
+        return given
 
     @property
     def total_expert_bytes(self) -> int:
         """Bytes of all routed experts: host memory that must be pinned."""
-        return self.num_layers * self.num_experts * self.expert_bytes
+        sizes = self.bytes_by_key
+        return self.num_layers * self.num_experts * self.mean_expert_bytes if sizes is None else sum(sizes)
 
     @property
     def non_expert_bytes(self) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
+from expertflow.byte_queue import ByteQueue
+from expertflow.byte_slots import ByteRoom, ByteSlots
 from expertflow.copy_queue import CopyQueue, SlotHooks
 from expertflow.counters import Counters
 from expertflow.filling import fill
@@ -69,7 +71,10 @@ class Runtime:
         policy: Policy,
         forwards: Iterable[Forward],
         observers: Sequence[Observer] = (),
+        room: ByteRoom | None = None,
     ) -> None:
+        """room: where experts have unlike sizes; `config` then says what one of mean size takes, and how many of those
+        there is room for."""
         self.config = config
         self.machine = machine
         self.policy = policy
@@ -80,7 +85,11 @@ class Runtime:
         self.books = StreamBooks(self.counters, self.watch)
         self._forward_listeners = [observer.end_forward for observer in observers]
         scope = policy.eviction.scope
-        self.slots = Slots(config.num_layers, config.num_experts, config.num_slots, scope, config.num_staging)
+        shape = (config.num_layers, config.num_experts)
+        by_bytes = None
+        if room is not None:
+            by_bytes = ByteSlots(*shape, scope, config.num_staging, room.sizes, room.room_bytes)
+        self.slots = Slots(*shape, config.num_slots, scope, config.num_staging) if by_bytes is None else by_bytes
         self.progress = Progress()
         self.view = self._view(self.slots.state)
         # A view leads to the memory it shows: parts whose answers are checked see a copy, which is kept up to date.
@@ -89,9 +98,15 @@ class Runtime:
         self.answers = answers = policy.answers
         self._touched, self._strict = answers.touched, policy.order.strict
         hooks = SlotHooks(answers.victim, answers.admitted, policy.listeners("evicted"), policy.listeners("landed"))
-        copying = (machine, self.slots, self.progress, self.counters, config.chunk_bytes, config.channel_depth, hooks)
+        books, depth = (self.progress, self.counters), config.channel_depth
+        copying = (machine, self.slots, *books, config.chunk_bytes, depth, hooks)
         self.tier = None if config.storage is None else tiered(config.storage, *copying)
-        self.queue = CopyQueue(*copying) if self.tier is None else self.tier
+        if self.tier is not None:
+            self.queue: CopyQueue = self.tier
+        elif room is None or by_bytes is None:
+            self.queue = CopyQueue(*copying)
+        else:
+            self.queue = ByteQueue(machine, by_bytes, *books, room.chunk_bytes, depth, hooks)
         self._layer_end_listeners = policy.listeners("layer_end")
         self._releases = policy.overrides(policy.eviction, "release")
         self._trims_at_layer_end = bool(self._releases or config.num_staging)
@@ -394,7 +409,7 @@ class Runtime:
                 self.queue.evict(key)
         if slots.num_staging:
             first = forward.demands[layer][0]
-            while len(slots.free[first // slots.span]) < slots.num_staging:
+            while slots.lacks_staging(first):
                 victim = answers.victim(first, DEMAND)
                 if victim is None:
                     break

@@ -6,7 +6,7 @@ nothing. A slot whose last reader may still run hands on that reader's mark: the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from expertflow.view import ABSENT, RESIDENT
 
@@ -53,6 +53,11 @@ class Slots:
             self.free.append(list(range(start + size - 1, start - 1, -1)))
             start += size
 
+    @property
+    def all_room(self) -> str:
+        """What there is for experts, in words."""
+        return f"all {sum(self.capacities)} slots"
+
     def fill(self, keys: Sequence[int]) -> list[int]:
         """Make `keys` resident, in order, as long as their pool has room beside staging; returns those placed."""
         placed = []
@@ -70,3 +75,16 @@ class Slots:
         """A copy of `state`, kept up to date from now on."""
         self.shown = bytearray(self.state)
         return self.shown
+
+    def lacks_staging(self, key: int) -> bool:
+        """Whether the pool of `key` has less room free than its staging buffers take."""
+        return len(self.free[key // self.span]) < self.num_staging
+
+    def is_blocked(self, pool: int, stays: Collection[int], fixed: Collection[int]) -> bool:
+        """Whether what never leaves (`fixed`) leaves no room for an expert that is absent and may be demanded: that
+        is not of `stays`."""
+        first = pool * self.span
+        own = range(first, min(first + self.span, len(self.state)))
+        if self.free[pool] or any(self.state[key] and key not in fixed for key in own):
+            return False
+        return any(not self.state[key] and key not in stays for key in own)

@@ -53,7 +53,7 @@ def with_host(hardware: Hardware, device: Device, full: Workload, work: Workload
     link = full.hardware.link_gb_per_s
     slower = (link if isinstance(link, int | float) else max(rate for _, rate in link)) / pace
     # A copy of one expert takes `stretched` times as long as in `full`, and so do its products on the host.
-    stretched = slower * work.model.expert_bytes / full.model.expert_bytes
+    stretched = slower * work.model.mean_expert_bytes / full.model.mean_expert_bytes
     rate = times["host_memory_gb_per_s"] * times["host_memory_efficiency"] / slower
     products = full.model.expert_params / work.model.expert_params * stretched
     return replace(

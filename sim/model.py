@@ -34,8 +34,20 @@ def as_yaml(found: ReadModel, named: str | None = None) -> str:
     for name, key in declared(ModelSpec).items():
         value = getattr(spec, name)
         if key.default is REQUIRED or value != key.default:
-            lines.append(yaml.safe_dump({name: value}, width=1000, allow_unicode=True).rstrip("\n"))
+            lines.append(f"{name}: {_sizes_text(value)}" if isinstance(value, tuple) else _line(name, value))
     return "\n".join(lines) + "\n"
+
+
+def _line(name: str, value: object) -> str:
+    return yaml.safe_dump({name: value}, width=1000, allow_unicode=True).rstrip("\n")
+
+
+def _sizes_text(value: tuple[object, ...]) -> str:
+    """A list in one line, or in a line for each that is a list itself."""
+    texts = [f"[{', '.join(map(str, one))}]" if isinstance(one, tuple) else str(one) for one in value]
+    if not any(isinstance(one, tuple) for one in value):
+        return f"[{', '.join(texts)}]"
+    return "\n" + "\n".join(f"  - {text}" for text in texts)
 
 
 def _remarks(found: ReadModel) -> Iterator[str]:
@@ -48,9 +60,17 @@ def summary(spec: ModelSpec) -> str:
     """What the model weighs, in a line."""
     return (
         f"{spec.num_layers} MoE layers of {spec.num_experts} experts, {spec.top_k} a token; an expert takes "
-        f"{spec.expert_bytes / 1e6:.2f} MB, all {spec.total_expert_bytes / 1e9:.1f} GB, the rest "
+        f"{_expert_size(spec)} MB, all {spec.total_expert_bytes / 1e9:.1f} GB, the rest "
         f"{spec.non_expert_bytes / 1e9:.2f} GB; {spec.num_params / 1e9:.2f} G weights"
     )
+
+
+def _expert_size(spec: ModelSpec) -> str:
+    """MB of an expert, least and most where they differ."""
+    sizes = spec.bytes_by_key
+    if sizes is None:
+        return f"{spec.mean_expert_bytes / 1e6:.2f}"
+    return f"{min(sizes) / 1e6:.2f} to {max(sizes) / 1e6:.2f}"
 
 
 def _parser() -> Parser:

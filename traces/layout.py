@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from traces.container import DTYPE_NAMES, Array, fault
+from traces.expert_sizes import sizes_of
 from traces.jsontext import parse_json
 from traces.messages import TraceError
 
@@ -88,6 +89,7 @@ def check_layout(path: Path, header: Mapping[str, str], arrays: Mapping[str, Arr
     _check_lookahead(path, arrays, dims)
     _check_expert_type(path, sizes, arrays["experts"])
     _check_lists(path, header, sizes)
+    sizes_of(path, header, sizes.num_layers, sizes.num_experts)
     return sizes
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from expertflow.keys import near_to
 from traces.container import TraceError, fault, map_file
+from traces.expert_sizes import merged as merged_sizes
 from traces.layout import ARRAYS, PER_TOKEN, check_layout
 from traces.shipped import RECORDINGS, offered, recording
 from traces.trace import ChainedArray, RowArray, Trace, blocks
@@ -117,6 +118,8 @@ def _check_agreement(first: Trace, other: Trace) -> None:
     for key in ("model", "num_layers", "num_experts", "top_k"):
         if (mine := getattr(other, key)) != (theirs := getattr(first, key)):
             raise fault(path, "header", f"{key} is {mine}, in {base} it is {theirs}", "chain traces of one kind")
+    if first.expert_bytes != other.expert_bytes and None not in (first.expert_bytes, other.expert_bytes):
+        raise fault(path, "header", f"expert_bytes are not those of {base}", "chain traces of one model file")
     ours, others = other.layout_arrays(), first.layout_arrays()
     for name in ARRAYS:
         if (name in ours) != (name in others):
@@ -137,6 +140,7 @@ def _merge_headers(parts: Sequence[Trace]) -> dict[str, str]:
         merged[key] = str(sum(int(h[key]) for h in headers))
     for key in ("source", "license"):
         merged[key] = "; ".join(dict.fromkeys(h[key] for h in headers))
+    merged |= merged_sizes(headers)
     merged.pop("request_labels", None)
     labels = [part.request_labels for part in parts]
     if all(item is not None for item in labels):

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.expert_sizes import ExpertBytes
 from traces.container import Array
+from traces.expert_sizes import sizes_of
 from traces.layout import ARRAYS, json_list, padding_of
 
 BLOCK_BYTES = 4 << 20
@@ -162,6 +165,11 @@ class Trace:
     def request_labels(self) -> list[str] | None:
         """One label per request, if the trace has them."""
         return json_list(self.header["request_labels"]) if "request_labels" in self.header else None
+
+    @cached_property
+    def expert_bytes(self) -> ExpertBytes | None:
+        """Bytes of the experts that were recorded: of all, or of each layer; None where the trace does not say."""
+        return sizes_of(self.paths[0], self.header, self.num_layers, self.num_experts)
 
     def layout_arrays(self) -> dict[str, Any]:
         """The arrays that are present, by name."""

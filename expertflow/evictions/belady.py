@@ -1,7 +1,8 @@
 """Belady's MIN: the expert whose next demand is farthest leaves. Needs the future: a reference, not a policy.
 
 Least loads for a cache that must admit what is demanded (forced admission). With staging buffers a demanded
-expert may pass through without displacing a better one: MIN with bypass. Fewest loads is not least stall.
+expert may pass through without displacing a better one: MIN with bypass. Fewest loads is not least stall, and where
+experts have unlike sizes it does not give the fewest loads or bytes either: a reference, and no bound.
 """
 
 from __future__ import annotations

@@ -152,10 +152,17 @@ class Outlook(Eviction):
     def victim(self, key: int, cause: int) -> int | None:
         found = int(self._least())
         worth = self.one_held[found]
+        pinned = self.view.pinned
+        if worth < TAKEN and found in pinned:
+            # Where sizes differ several may have to leave for one: those chosen before this one are pinned meanwhile.
+            held = self.held.copy()
+            held[list(pinned)] = TAKEN
+            found = int(held.argmin())
+            worth = int(held[found])
         if worth < TAKEN:
             return found if cause == DEMAND or self.one_chance[key] > worth * self.margin else None
         # More demand than slots: what this layer has launched may leave after all.
-        residency, pinned = self.view.residency, self.view.pinned
+        residency = self.view.residency
         free = [k for k in self.demanded if residency[k] == RESIDENT and k not in pinned]
         return min(free, key=self.one_worth.__getitem__, default=None)
 

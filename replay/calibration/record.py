@@ -142,12 +142,12 @@ def _measure_kernels(raw: dict[str, Any], device: Device, model: ModelSpec, quic
     tokens = TOKENS[:4] if quick else TOKENS
     num_slots = min(64, model.num_layers * model.num_experts)
     needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
-    rig = Rig(device, model, needs, 64 * (model.expert_bytes + 512) / 1e9)
-    sizes = chunk_sizes(model.expert_bytes, int(DEFAULT_CHUNK_BYTES / raw["scale"] ** 2))
+    rig = Rig(device, model, needs, 64 * (model.mean_expert_bytes + 512) / 1e9)
+    sizes = chunk_sizes(model.mean_expert_bytes, int(DEFAULT_CHUNK_BYTES / raw["scale"] ** 2))
     tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
     raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
     raw["prompt"][model.name] = prompt_launches(rig, min(tokens[-1], PROMPT_TOKENS), 5)
-    raw["chunked"][model.name] = chunked(device, model.expert_bytes)
+    raw["chunked"][model.name] = chunked(device, model.mean_expert_bytes)
     raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
     busy = KernelBench(rig, 1).experts(min(model.top_k, needs.num_slots), 1)
     raw["beside"][model.name] = copy_beside(device, busy, sizes[0])

@@ -114,10 +114,10 @@ class Kernels:
         self._generator = torch.Generator(device=self._device).manual_seed(_SEED)
         width = torch.finfo(dtype).bits // 8
         hidden, matrices = model.hidden_size, model.expert_matrices
-        expert = _Feed.of(matrices, hidden, model.expert_bytes, model.expert_params, dtype)
-        if expert.num_values * width > model.expert_bytes:
+        expert = _Feed.of(matrices, hidden, model.mean_expert_bytes, model.expert_params, dtype)
+        if expert.num_values * width > model.mean_expert_bytes:
             raise ValueError(
-                f"model {model.name}: an expert of {model.expert_bytes} bytes is too small to compute "
+                f"model {model.name}: an expert of {model.mean_expert_bytes} bytes is too small to compute "
                 f"with in {dtype}; choose a smaller scale"
             )
         self._max_tokens = max_tokens

@@ -91,7 +91,7 @@ class Rig:
         pinned = pinned and device.world == "cuda"
         plan = self._plan(pinned)
         free = device.free_bytes()
-        stride = align(model.expert_bytes)
+        stride = align(model.mean_expert_bytes)
         parts = dict(kernel_bytes(model, device.dtype, needs.max_tokens, needs.max_context))
         if device.captures:
             parts["graphs"] = _GRAPH_BYTES
@@ -107,8 +107,8 @@ class Rig:
                 "host memory beside the experts",
             )
         with explaining():
-            self._hosts = {pinned: HostPool(plan, model.expert_bytes, device.dtype, pinned)}
-            self.slots = SlotPool(needs.num_slots, model.expert_bytes, device.torch_device)
+            self._hosts = {pinned: HostPool(plan, model.mean_expert_bytes, device.dtype, pinned)}
+            self.slots = SlotPool(needs.num_slots, model.mean_expert_bytes, device.torch_device)
             self.kernels = Kernels(model, self.slots, device.dtype, needs.max_tokens, needs.max_context)
         device.synchronize()
 
@@ -122,14 +122,16 @@ class Rig:
         )
 
     def _plan(self, pinned: bool) -> HostPlan:
-        return plan_host(self._num_buffers, self.model.expert_bytes, self._host_memory_gb, pinned)
+        return plan_host(self._num_buffers, self.model.mean_expert_bytes, self._host_memory_gb, pinned)
 
     def host(self, pinned: bool) -> HostPool:
         """Host buffers of the kind asked for, made on first use."""
         pinned = pinned and self.device.world == "cuda"
         if pinned not in self._hosts:
             with explaining():
-                self._hosts[pinned] = HostPool(self._plan(pinned), self.model.expert_bytes, self.device.dtype, pinned)
+                self._hosts[pinned] = HostPool(
+                    self._plan(pinned), self.model.mean_expert_bytes, self.device.dtype, pinned
+                )
         return self._hosts[pinned]
 
     def machine(

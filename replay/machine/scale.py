@@ -49,6 +49,11 @@ _UNKNOWN = (
 
 def check_replayable(model: ModelSpec) -> None:
     """ValueError, one line that names the key, for a model whose kernels a replay does not have."""
+    if model.bytes_by_key is not None:
+        raise ValueError(
+            f"model.expert_bytes of {model.name}: experts of unlike sizes are only simulated, a replay has slots of "
+            f"one size; give model.expert_bytes={model.mean_expert_bytes}, their mean, or run python -m sim"
+        )
     other = sorted(set(model.attention_pattern) - {FULL, WINDOWED})
     is_first = all(layer.feed == MOE for layer in model.layers[model.num_dense_layers :])
     key = "attention_pattern" if other else next((key for key in _UNKNOWN if getattr(model, key)), None)
@@ -74,4 +79,6 @@ def scaled_model(model: ModelSpec, scale: int) -> ModelSpec:
     smaller: dict[str, Any] = {name: max(1, round(width / scale)) if width else 0 for name, width in widths.items()}
     products: dict[str, int] = {name: getattr(model, name) for name in _PRODUCTS}
     smaller |= {name: max(1, round(count / scale**2)) if count else 0 for name, count in products.items()}
+    if isinstance(model.expert_bytes, int):
+        smaller["expert_bytes"] = max(1, round(model.expert_bytes / scale**2))
     return replace(model, name=f"{model.name}/{scale}", **smaller)

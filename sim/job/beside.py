@@ -38,6 +38,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
     A start that was chosen from the whole trace uses the future.
     """
     link = chosen_link(cfg)
+    by_bytes = {} if work.room_bytes is None else {"bytes": work.room_bytes}
     return {
         "schema": SCHEMA,
         "world": world,
@@ -59,6 +60,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
             "num_slots": work.num_slots,
             "residency": work.residency,
             **({} if work.storage is None else {"host_slots": work.host_slots}),
+            **by_bytes,
         },
         **assumed.head(work.trace),
     }

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from expertflow.expert_sizes import least_and_most
 from expertflow.keys import declared, nearest, shown, unknown_key
 from expertflow.model import ModelSpec, model_from_dict
 from sim.job.keys import ModelKeys
@@ -100,6 +101,15 @@ def remarks(model: ModelSpec, model_file: ReadModel | None) -> Iterator[str]:
             yield f"model: {key}={shown(value)}, in place of {shown(read[key])}"
     yield from (f"model: derived: {text}" for text in model_file.derived)
     yield from (f"model: assumed: {text}" for text in model_file.assumed)
+
+
+def size_remarks(model: ModelSpec, trace: Trace) -> Iterator[str]:
+    """What a reader must know where sizes of experts are those that the trace was recorded with."""
+    sizes = trace.expert_bytes
+    if sizes is not None and model.expert_bytes == sizes:
+        least, most = least_and_most(sizes)
+        text = f"{least}" if least == most else f"{least} to {most}"
+        yield f"experts take {text} bytes, as the trace says; model.expert_bytes=N gives another size"
 
 
 def recorded(model: ModelSpec, model_file: ReadModel | None) -> dict[str, Any]:

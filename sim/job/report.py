@@ -12,7 +12,7 @@ from sim.job.assumed import first_touches, range_line
 from sim.job.batches import batch_notes
 from sim.job.beside import WITH_PLACE
 from sim.job.keys import AS_RECORDED
-from sim.job.model import remarks
+from sim.job.model import remarks, size_remarks
 from sim.job.predictor import chooses_by_trace
 from sim.job.setup import Workload, start_note
 from sim.job.title import hardware_title, stack_title
@@ -125,7 +125,7 @@ def print_report(
     routing = f"; {metrics['assumed']['routing']}" if "assumed" in metrics else ""
     console.print(
         f"[bold]{escape(title)}[/bold]{_chosen(cfg, metrics)} on {hardware_title(metrics)}, {stack_title(metrics)} "
-        f"stack, {metrics['model']} with {capacity['num_slots']} slots = {100 * capacity['residency']:.1f} % "
+        f"stack, {metrics['model']} with {_room(capacity)} = {100 * capacity['residency']:.1f} % "
         f"of its experts{_below(metrics)}\n"
         f"trace {trace['name']}: {trace['num_tokens']} tokens, {trace['num_requests']} requests{routing}",
         highlight=False,
@@ -152,10 +152,20 @@ def print_report(
     _print_notes(console, metrics, folder, [*solved(metrics), *_unfilled(cfg, metrics), *first_touches(metrics), *more])
 
 
+def _room(capacity: Mapping[str, Any]) -> str:
+    """Slots, or GB where experts have unlike sizes."""
+    return f"{capacity['bytes'] / 1e9:.3g} GB" if "bytes" in capacity else f"{capacity['num_slots']} slots"
+
+
 def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
     """What is said below a run's table of its memory and its start, and of a model that was read from a file."""
     note = start_note(cfg)
-    return [*notes_of(work), *([] if note is None else [note]), *remarks(work.model, work.model_file)]
+    return [
+        *notes_of(work),
+        *([] if note is None else [note]),
+        *remarks(work.model, work.model_file),
+        *size_remarks(work.model, work.trace),
+    ]
 
 
 def notes_of(work: Workload) -> list[str]:
@@ -166,7 +176,9 @@ def notes_of(work: Workload) -> list[str]:
 def memory_note(work: Workload) -> list[str]:
     """That the slots that were asked for are more than the card holds, beside all other weights: no error, since what
     more memory would bring is a question of its own. Empty where they fit."""
-    taken = (work.num_slots * work.model.expert_bytes + work.model.non_expert_bytes) / 1e9
+    model = work.model
+    experts = work.num_slots * model.mean_expert_bytes if work.room_bytes is None else work.room_bytes
+    taken = (experts + model.non_expert_bytes) / 1e9
     most = work.hardware.memory_gb
     if taken <= most:
         return []

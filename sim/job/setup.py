@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
 import numpy as np
 
 from expertflow.boundary import CHECKING, is_own_class
+from expertflow.byte_slots import ByteRoom
 from expertflow.evictions.keep_nothing import KeepNothing
 from expertflow.future import Future
 from expertflow.host_memory import HostMemorySpec
@@ -31,6 +32,7 @@ from sim.job.model import chosen_model, model_file_of, told_model
 from sim.job.parts import KINDS, class_of, make_part
 from sim.job.place import make_place
 from sim.job.predictor import make_predictor
+from sim.job.room import last_layers, room_for
 from sim.specs.chunks import chunk_sizes
 from sim.specs.hardware import PAGEABLE, PINNED, Hardware, Stack, hardware_from_dict, stack_from_dict
 from sim.specs.model_file import ReadModel
@@ -41,7 +43,6 @@ from traces.shipped import shipped
 
 OPTIONAL = ("name", "transfer", "effort", "place")
 """Keys that a policy of parts may leave out."""
-WORKSPACE_GB = 1.5
 CHECK_PARTS = "EXPERTFLOW_CHECK_PARTS"
 """Environment variable: `all` = what the parts of this package answer is checked as well, as others' always is."""
 OTHER_TOPOLOGY = "choose the model that was recorded (model=auto), or name no trace: routing is then assumed"
@@ -72,6 +73,8 @@ class Workload:
     """Experts that host memory holds, where there is storage below it."""
     storage_factor: int = 1
     """Each byte of the model stands for so many of storage: of one whose widths are divided."""
+    room_bytes: int | None = None
+    """For experts, where they have unlike sizes; `num_slots` is then how many of mean size that is. None: alike."""
     pins: bool = True
     """False: what `start` pins may leave after all, as for runs beside one that is given room for nothing else."""
 
@@ -87,7 +90,9 @@ class Workload:
 
     @property
     def residency(self) -> float:
-        """Share of all routed experts that have a slot."""
+        """Share of all routed experts that have a slot, by bytes where they have unlike sizes."""
+        if self.room_bytes is not None:
+            return self.room_bytes / self.model.total_expert_bytes
         return self.num_slots / (self.model.num_layers * self.model.num_experts)
 
     def initial(self) -> tuple[int, ...]:
@@ -98,7 +103,7 @@ class Workload:
         if self.start == "resident":
             return tuple(range(num_keys))
         if self.start == "pinned_layers":
-            num_layers = self.num_slots // self.model.num_experts
+            num_layers = last_layers(self)
             return tuple(range(num_keys - num_layers * self.model.num_experts, num_keys))
         counts = np.bincount(self.future.keys, minlength=num_keys)
         return tuple(int(key) for key in np.argsort(-counts, kind="stable"))
@@ -140,7 +145,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
     check_table(model, hardware)
     batch = batch_config(cfg)
     batches = Batches(trace, batch)
-    num_slots = _num_slots(cfg, model, trace, requests_kept(trace, batch), hardware.memory_gb)
+    num_slots, room_bytes = room_for(cfg, model, trace, requests_kept(trace, batch), hardware.memory_gb)
     work = Workload(
         trace,
         trace.sha256(),
@@ -155,12 +160,13 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         cfg["warmup_forwards"],
         model_file,
         *_storage(cfg, model, num_slots),
+        room_bytes=room_bytes,
     )
     _check_chunks(work)
-    if work.start == "pinned_layers" and num_slots < model.num_experts:
+    if work.start == "pinned_layers" and not last_layers(work):
         raise ValueError(
-            f"start=pinned_layers: there are {num_slots} slots, less than one layer's {model.num_experts} experts; "
-            "raise residency or gpu_memory_gb, or choose start=pinned"
+            f"start=pinned_layers: there are {num_slots} slots, too few for the last layer's {model.num_experts} "
+            "experts; raise residency or gpu_memory_gb, or choose start=pinned"
         )
     return work
 
@@ -170,10 +176,15 @@ def _storage(cfg: Mapping[str, Any], model: ModelSpec, num_slots: int) -> tuple[
     if cfg.get(STORAGE) is None:
         return None, 0
     check_storage_pair(cfg)
+    if model.bytes_by_key is not None:
+        raise ValueError(
+            f"storage={shown(cfg[STORAGE].get('name'))}: experts of unlike size are not read from storage yet; give "
+            f"one size, model.expert_bytes={model.mean_expert_bytes} is their mean, or leave storage out"
+        )
     gigabytes, num_keys = cfg["host_memory_gb"], model.num_layers * model.num_experts
-    host_slots, least = int(gigabytes * 1e9 // model.expert_bytes), min(num_slots + 1, num_keys)
+    host_slots, least = int(gigabytes * 1e9 // model.mean_expert_bytes), min(num_slots + 1, num_keys)
     if host_slots < least:
-        needed = math.ceil(least * model.expert_bytes / 1e6) / 1000
+        needed = math.ceil(least * model.mean_expert_bytes / 1e6) / 1000
         raise ValueError(
             f"host_memory_gb={gigabytes}: {host_slots} experts fit, and host memory holds what the GPU's {num_slots} "
             f"slots do, and one more; give {needed:g} or more, or lower residency"
@@ -183,18 +194,28 @@ def _storage(cfg: Mapping[str, Any], model: ModelSpec, num_slots: int) -> tuple[
 
 def _check_chunks(work: Workload) -> None:
     """ValueError where an expert falls into so many chunks that a run would not end in any reasonable time."""
-    num_chunks = len(load_chunks(work))
+    largest = max(work.model.bytes_by_key or (work.model.mean_expert_bytes,))
+    num_chunks = len(chunk_sizes(largest, int(work.chunk_mib * 2**20)))
     if num_chunks > MOST_CHUNKS:
-        least = work.model.expert_bytes / MOST_CHUNKS / 2**20
+        least = largest / MOST_CHUNKS / 2**20
         raise ValueError(
-            f"chunk_mib={work.chunk_mib:g} cuts an expert of {work.model.name} ({work.model.expert_bytes} bytes) into "
+            f"chunk_mib={work.chunk_mib:g} cuts an expert of {work.model.name} ({largest} bytes) into "
             f"{num_chunks} chunks, more than {MOST_CHUNKS}; give chunk_mib={math.ceil(least * 1e4) / 1e4:g} or more"
         )
 
 
 def load_chunks(work: Workload) -> tuple[int, ...]:
-    """Bytes of each chunk of one expert."""
-    return tuple(chunk_sizes(work.model.expert_bytes, int(work.chunk_mib * 2**20)))
+    """Bytes of each chunk of one expert, of mean size where they are unlike."""
+    return tuple(chunk_sizes(work.model.mean_expert_bytes, int(work.chunk_mib * 2**20)))
+
+
+def byte_room(work: Workload) -> ByteRoom | None:
+    """Room and chunks of experts of unlike sizes; None where they are alike."""
+    sizes = work.model.bytes_by_key
+    if sizes is None or work.room_bytes is None:
+        return None
+    chunks = {size: tuple(chunk_sizes(size, int(work.chunk_mib * 2**20))) for size in set(sizes)}
+    return ByteRoom(work.room_bytes, tuple(chunks[size] for size in sizes))
 
 
 def run_config(work: Workload, transfer: Transfer, chunk_bytes: tuple[int, ...]) -> RunConfig:
@@ -271,7 +292,10 @@ def make_trace(cfg: Mapping[str, Any]) -> Trace:
 
 
 def make_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | None = None) -> ModelSpec:
-    """The model that is asked for; its shape must be the trace's. model_file: what `model_file_of` has read."""
+    """The model that is asked for; its shape must be the trace's, whose sizes of experts it takes where it has none.
+
+    model_file: what `model_file_of` has read.
+    """
     model = chosen_model(cfg, trace, model_file)
     for key in ("num_layers", "num_experts"):
         if getattr(model, key) != getattr(trace, key):
@@ -283,34 +307,9 @@ def make_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | Non
         raise ValueError(
             f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; {OTHER_TOPOLOGY}"
         )
+    if trace.expert_bytes is not None and model.expert_bytes is None:
+        return replace(model, expert_bytes=trace.expert_bytes)
     return model
-
-
-def _num_slots(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, batch_size: int, memory_gb: float) -> int:
-    num_keys = model.num_layers * model.num_experts
-    gigabytes, residency = cfg["gpu_memory_gb"], cfg["residency"]
-    if gigabytes is None:
-        slots = int(residency * num_keys + 1e-9)
-        if slots < 1:
-            raise ValueError(
-                f"residency={residency} of {num_keys} experts leaves no slot at all; "
-                f"the least is residency={1 / num_keys:.6f}"
-            )
-        return slots
-    if gigabytes > memory_gb:
-        raise ValueError(f"gpu_memory_gb={gigabytes} is more than the GPU has (hardware.memory_gb={memory_gb})")
-    context = int(np.max(np.diff(trace.request_start)))
-    if trace.context_len is not None:
-        context = int(np.max(np.diff(trace.request_start) + np.asarray(trace.context_len)))
-    fixed = model.non_expert_bytes + model.kv_bytes(context) * batch_size + int(WORKSPACE_GB * 1e9)
-    slots = int((gigabytes * 1e9 - fixed) // model.expert_bytes)
-    if slots < 1:
-        need = (fixed + model.expert_bytes) / 1e9
-        raise ValueError(
-            f"gpu_memory_gb={gigabytes}: weights outside the experts, KV and workspace take "
-            f"{fixed / 1e9:.2f} GB and leave no slot for an expert; give at least {need:.2f}"
-        )
-    return min(slots, num_keys)
 
 
 def make_policy(cfg: Mapping[str, Any], work: Workload, seed: int) -> tuple[Policy, Transfer]:

@@ -65,7 +65,7 @@ class CpuTimes:
         self._bytes_per_ns = hardware.host_memory_gb_per_s * hardware.host_memory_efficiency
         self._flops_per_ns = hardware.host_tflops * 1000
         self._half_ns = -(-hardware.host_round_trip_ns // 2)
-        self._expert_bytes, self._expert_params = model.expert_bytes, model.expert_params
+        self._expert_bytes, self._expert_params = model.mean_expert_bytes, model.expert_params
         unpacks = hardware.host_unpack_gweights_per_s if model.expert_bits < UNPACKED_BITS else None
         self._unpack_ns = model.expert_params / unpacks if unpacks else 0.0
         self._row_bytes = math.ceil(model.hidden_size * model.weight_bits / 8)

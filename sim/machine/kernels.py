@@ -51,15 +51,21 @@ class _Matrices(dict[int, int]):
 
 
 class _Roofline:
-    """Times by the two peaks. `expert`, `shared`, `head`: ns by number of tokens or rows."""
+    """Times by the two peaks. `expert`, `shared`, `head`: ns by number of tokens or rows; an expert's is that of one of
+    mean size, `by_key` each one's own, None where all are alike."""
 
     def __init__(self, model: ModelSpec, rates: _Rates) -> None:
         self._rates = rates
-        self.expert = _Matrices(rates, model.expert_params, model.expert_bytes)
+        self.expert = _Matrices(rates, model.expert_params, model.mean_expert_bytes)
         self.shared = _Matrices(rates, model.shared_params, model.shared_params * model.weight_bits / 8)
         self.head = _Matrices(rates, model.head_params, model.head_params * model.embedding_bits / 8)
         self.groups: GroupTimes | None = None
+        self.by_key: list[_Matrices] | None = None
         self.shortest_expert_ns = self.expert[1]
+        if model.bytes_by_key is not None:
+            kinds = {size: _Matrices(rates, model.expert_params, size) for size in set(model.bytes_by_key)}
+            self.by_key = [kinds[size] for size in model.bytes_by_key]
+            self.shortest_expert_ns = kinds[min(kinds)][1]
         self.slowdowns = (1.0, 1.0, 1.0)
         self._dense = _Matrices(rates, model.dense_params, model.dense_params * model.weight_bits / 8)
         self._router = (model.router_params, model.router_params * model.embedding_bits / 8)
@@ -164,6 +170,7 @@ class _Measured:
         self.shared = _Interpolated(table.shared)
         self.head = _Interpolated(table.head)
         self.groups = GroupTimes(table.groups) if table.groups else None
+        self.by_key: list[_Matrices] | None = None
         # Between points no time is below both of them, beyond the last none is below it.
         shortest = round(min(ns for _, ns in table.expert))
         self.shortest_expert_ns = shortest if self.groups is None else self.groups.shortest_ns
@@ -215,7 +222,8 @@ class KernelTimes:
     """Durations of one model's kernels on one GPU. Lists returned are shared: do not change them.
 
     groups: times of experts launched at once, None if they take as long as one by one. slowdowns: factors on
-    attention, experts and head beside a busy link.
+    attention, experts and head beside a busy link. Experts of unlike sizes read each its own bytes; a measured table
+    knows one size, and gives all the same time.
     """
 
     def __init__(self, model: ModelSpec, hardware: Hardware, stack: Stack) -> None:
@@ -228,6 +236,7 @@ class KernelTimes:
         self._shared: dict[int, int] = times.shared
         self._head: dict[int, int] = times.head
         self.groups = times.groups
+        self._by_key = times.by_key
         self.slowdowns = times.slowdowns
         self.shortest_expert_ns = times.shortest_expert_ns
         self._kv_grid = stack.kv_grid
@@ -249,6 +258,21 @@ class KernelTimes:
             return self.groups.ns(len(tokens), sum(tokens))
         expert_ns = self._expert
         return sum([expert_ns[count] for count in tokens])
+
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether experts take unlike times over as many tokens, since their sizes differ."""
+        return self._by_key is not None
+
+    def one_ns(self, key: int, num_tokens: int) -> int:
+        """The expert `key` by itself, by its own bytes."""
+        return self._expert[num_tokens] if self._by_key is None else self._by_key[key][num_tokens]
+
+    def keys_ns(self, keys: Sequence[int], tokens: Sequence[int]) -> int:
+        """One launch of the experts `keys` over so many tokens each, by their own bytes."""
+        if self._by_key is None:
+            return self.experts_ns(tokens)
+        return sum([self._by_key[key][count] for key, count in zip(keys, tokens, strict=True)])
 
     def shared_ns(self, num_tokens: int) -> int:
         """One layer's shared experts over all tokens of the forward; 0 if the model has none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import simpy
@@ -119,7 +119,16 @@ class SimMachine:
         self._issue_ns = costs.issue_ns
         self._decide_ns = costs.decide_ns
         self._chunk_ns = {num_bytes: link.chunk_ns(num_bytes, False) for num_bytes in set(chunk_bytes)}
+        self._keys_ns: Callable[[Sequence[int], Sequence[int]], int] | None = None
         self._slows = link.slowdown > 1.0
+
+    def tell_sizes(
+        self, chunk_bytes: Iterable[int], keys_ns: Callable[[Sequence[int], Sequence[int]], int] | None
+    ) -> None:
+        """Experts have unlike sizes. chunk_bytes: every size of a chunk. keys_ns: as of `KernelTimes.keys_ns`, None
+        where all take the same time all the same."""
+        self._chunk_ns |= {num_bytes: self.link.chunk_ns(num_bytes, False) for num_bytes in set(chunk_bytes)}
+        self._keys_ns = keys_ns
 
     def begin_forward(self, forward: Forward) -> None:
         self._num_tokens = len(forward.rows)
@@ -151,7 +160,12 @@ class SimMachine:
         return self._enqueue(self._attention_ns[layer], self._layer_overhead_ns)
 
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
-        duration = self._one_each_ns[len(keys)] if counts is None else self._experts_ns([counts[key] for key in keys])
+        if self._keys_ns is not None:
+            duration = self._keys_ns(keys, [1] * len(keys) if counts is None else [counts[key] for key in keys])
+        elif counts is None:
+            duration = self._one_each_ns[len(keys)]
+        else:
+            duration = self._experts_ns([counts[key] for key in keys])
         if shared and self._has_shared:
             duration += self.kernels.shared_ns(self._num_tokens)
         return self._enqueue(duration, 0)

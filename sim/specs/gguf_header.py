@@ -208,12 +208,19 @@ def _with_bits(
     spec = replace(
         spec,
         expert_bits=_bits_of(each, spec.expert_params),
+        expert_bytes=_unlike(experts, spec.num_experts),
         weight_bits=_mean_bits(plain),
         embedding_bits=_mean_bits(wide),
         extra_attention_params=max(round(sum(beyond) / len(beyond)), 0) if beyond else 0,
     )
     # Norms, biases, convolutions, and matrices that no formula has.
     return replace(spec, extra_bytes=max(_rest(file, model) - spec.non_expert_bytes, 0))
+
+
+def _unlike(experts: Sequence[Experts], num_experts: int) -> tuple[int, ...] | None:
+    """Bytes of an expert by layer; None where they are alike, which the bits say as well."""
+    sizes = tuple(-(-own.num_bytes // num_experts) for own in experts)
+    return None if min(sizes) == max(sizes) else sizes
 
 
 def _bits_of(num_bytes: int, weights: int) -> float:
@@ -251,10 +258,10 @@ def _about_experts(experts: Sequence[Experts], spec: ModelSpec) -> str:
     """How much an expert takes."""
     sizes = [own.num_bytes / spec.num_experts for own in experts]
     kinds = ", ".join(sorted(set().union(*(own.kinds for own in experts))))
-    mean = _amount(spec.expert_bytes)
+    mean = _amount(spec.mean_expert_bytes)
     if min(sizes) == max(sizes):
         return f"an expert takes {mean} ({kinds})"
-    return f"experts take {_amount(min(sizes))} to {_amount(max(sizes))} by layer ({kinds}); their mean {mean} is used"
+    return f"experts take {_amount(min(sizes))} to {_amount(max(sizes))} by layer ({kinds}), {mean} in the mean"
 
 
 def _amount(num_bytes: float) -> str:

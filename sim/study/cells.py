@@ -153,6 +153,6 @@ def run_cell(cfg: dict[str, Any], work: Workload) -> dict[str, Any]:
     phases = PhaseRecorder(policy, work.warmup_forwards)
     found = run_asked(cfg, work, policy, transfer, partial(run_policy, work), [phases])
     metrics = describe(work, policy, cfg) | found
-    load_ns = Link(work.hardware).fastest_load_ns(work.model.expert_bytes, int(work.chunk_mib * 2**20))
-    costs = {"load_ns": load_ns, "expert_bytes": work.model.expert_bytes, "num_layers": work.model.num_layers}
+    load_ns = Link(work.hardware).fastest_load_ns(work.model.mean_expert_bytes, int(work.chunk_mib * 2**20))
+    costs = {"load_ns": load_ns, "expert_bytes": work.model.mean_expert_bytes, "num_layers": work.model.num_layers}
     return {**metrics, "phases": phases.result(), "costs": costs}

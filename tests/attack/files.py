@@ -113,10 +113,11 @@ def activations() -> str:
 
 def routes() -> str:
     """Route CSV of BigMoeOnEdge."""
-    rows = [f"# model=tiny.gguf n_layer={L} n_expert={E}", "turn,phase,step,layer,slot,expert,weight"]
+    rows = [f"# model=tiny.gguf n_layer={L} n_expert={E}", "turn,phase,step,layer,slot,expert,weight,expert_bytes"]
     for step, layers in enumerate(routing(3).tolist()):
         for layer, ids in enumerate(layers):
-            rows += [f"0,{int(step > 0)},{step},{layer},{slot},{expert},0.5" for slot, expert in enumerate(ids)]
+            place, size = f"0,{int(step > 0)},{step},{layer}", 100 * (layer + 1)
+            rows += [f"{place},{slot},{expert},0.5,{size}" for slot, expert in enumerate(ids)]
     return "\n".join(rows) + "\n"
 
 

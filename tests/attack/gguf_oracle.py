@@ -74,8 +74,8 @@ def gguf(content: bytes, found: Any) -> str:
     if not len(experts) <= spec.num_layers + spec.num_dense_layers + spec.num_bare_layers <= last:
         return f"at most {last} layers by hand"
     each = -(-sum(experts.values()) // (len(experts) * spec.num_experts))
-    if spec.expert_bytes != each:
-        return f"an expert of {spec.expert_bytes} bytes, by hand {each}"
+    if spec.mean_expert_bytes != each:
+        return f"an expert of {spec.mean_expert_bytes} bytes, by hand {each}"
     # What the formulas of a model make of its widths may be more than the tensors have, never less.
     if spec.non_expert_bytes < rest or (spec.extra_bytes and spec.non_expert_bytes != rest):
         return f"{spec.non_expert_bytes} bytes beside the experts, by hand {rest}"

@@ -166,7 +166,23 @@ def header(meta: dict[str, str]) -> dict[str, int]:
             else:
                 text = "".join(found)
                 need(all(ord(c) < 0xD800 or ord(c) > 0xDFFF for c in text), f"{key} has a broken character")
+    if "expert_bytes" in meta:
+        expert_bytes(meta["expert_bytes"], sizes)
     return sizes
+
+
+def expert_bytes(text: str, sizes: dict[str, int]) -> None:
+    """One size, one a layer, or a list of one an expert in place of a layer's."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Unsound("expert_bytes is no JSON") from None
+    if isinstance(found, list):
+        need(len(found) == sizes["L"], "expert_bytes is not of as many layers")
+        need(all(len(own) == sizes["E"] for own in found if isinstance(own, list)), "expert_bytes lacks experts")
+    layers = found if isinstance(found, list) else [found]
+    each = [size for own in layers for size in (own if isinstance(own, list) else [own])]
+    need(all(type(size) is int and 1 <= size <= 10**13 for size in each), "expert_bytes holds what is no size")
 
 
 def layout(sizes: dict[str, int], tensors: dict[str, Tensor]) -> None:

@@ -61,6 +61,7 @@ def sound(rng: Random, sizes: tuple[int, int, int, int], wide: bool = False, ext
     meta |= {"model": "made-up", "source": "tests", "license": "CC0-1.0"}
     meta["request_labels"] = json.dumps([f"r{i}" for i in range(num_requests)])
     meta["moe_layer_ids"] = json.dumps(list(range(1, num_layers + 1)))
+    meta["expert_bytes"] = json.dumps([100 * (1 + layer % 2) for layer in range(num_layers)])
     return Doc(meta, arrays)
 
 
@@ -130,7 +131,7 @@ def drop_optional(rng: Random, doc: Doc) -> None:
 
 def drop_lists(rng: Random, doc: Doc) -> None:
     """Labels or layers are not given."""
-    doc.meta.pop(rng.choice(("request_labels", "moe_layer_ids")), None)
+    doc.meta.pop(rng.choice(("request_labels", "moe_layer_ids", "expert_bytes")), None)
 
 
 def retell(rng: Random, doc: Doc) -> None:
@@ -249,6 +250,16 @@ def other_list(rng: Random, doc: Doc) -> None:
     )
 
 
+def other_sizes(rng: Random, doc: Doc) -> None:
+    """Sizes of experts: of another shape, none at all, no whole numbers, of a layer's experts one by one."""
+    one = rng.choice(("0", "-1", "1.0", "true", "null", '"9"', "10000000000000", "10000000000001", "1e3", "7"))
+    layers, experts = (int(doc.meta.get(key, "1")[:4]) for key in ("num_layers", "num_experts"))
+    every = f"[{','.join([one] * min(experts, 300))}]"
+    rows = rng.choice((one, every, f"[{one},2]", "[]"))
+    whole = f"[{','.join([rows] * min(layers, 50))}]"
+    doc.meta["expert_bytes"] = rng.choice((one, rows, whole, whole[:-1], f"[{whole}]", draw.literal(rng)))
+
+
 BENIGN: tuple[DocOp, ...] = (
     permute_row,
     pad_row,
@@ -269,6 +280,7 @@ HOSTILE: tuple[DocOp, ...] = (
     *(wrong_value,) * 2,
     wrong_count,
     other_list,
+    other_sizes,
     tensors.cast,
     tensors.reshape,
     tensors.remove,

@@ -167,7 +167,7 @@ def test_memory_for_the_whole_model_holds_every_expert(name: str, tmp_path: Path
     shape = (spec.num_layers, spec.num_experts, spec.top_k)
     path = small_trace(tmp_path / "t.safetensors", 2, 1, shape=shape, model=name)
     fixed = (spec.non_expert_bytes + spec.kv_bytes(2)) / 1e9 + 1.5
-    whole, expert = fixed + spec.total_expert_bytes / 1e9, spec.expert_bytes / 1e9
+    whole, expert = fixed + spec.total_expert_bytes / 1e9, spec.mean_expert_bytes / 1e9
     told = ["+hardware=h200", "+policy=lru", f"trace.path={path}", f"hardware.memory_gb={whole + 1}"]
     num_keys = spec.num_layers * spec.num_experts
     just = {whole + 1e-6: num_keys, whole - expert / 2: num_keys - 1, fixed + 1.5 * expert: 1}

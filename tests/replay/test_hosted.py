@@ -141,8 +141,8 @@ def test_the_tags_of_the_bytes_that_are_read_are_checked(
 ) -> None:
     """Two chunks, each of which carries a tag."""
     _, rig, weights = bench
-    half = rig.model.expert_bytes // 16 * 8
-    stamps = Stamps(rig.host(True), rig.slots, [0, half, rig.model.expert_bytes])
+    half = rig.model.mean_expert_bytes // 16 * 8
+    stamps = Stamps(rig.host(True), rig.slots, [0, half, rig.model.mean_expert_bytes])
     check_one = stamps.on_host(7, 2, [5])
     for _ in range(2):
         check_one(5, weights.bytes_of(read))
@@ -271,7 +271,7 @@ def test_a_place_is_told_what_a_simulation_tells_it(trace: Path) -> None:
     assert pace is not None
     same = told._replace(copy_ns=found.copy_ns, round_trip_ns=found.round_trip_ns, stretch=found.stretch)
     assert found == same
-    assert found.copy_ns == pytest.approx(case.work.model.expert_bytes / pace, rel=0.02)
+    assert found.copy_ns == pytest.approx(case.work.model.mean_expert_bytes / pace, rel=0.02)
     assert found.round_trip_ns == pytest.approx(told.round_trip_ns, rel=0.02)
     assert found.stretch == pytest.approx(told.stretch, rel=0.1)
 
@@ -286,12 +286,12 @@ def test_a_host_at_scale_stands_to_its_link_as_the_profiles(trace: Path) -> None
         scaled = with_host(work.hardware, device, full, work)
     for num_tokens in (1, 1000):
         expected = 3 * CpuTimes(full.model, full.hardware).expert_ns(num_tokens) * 64
-        expected *= work.model.expert_bytes / full.model.expert_bytes
+        expected *= work.model.mean_expert_bytes / full.model.mean_expert_bytes
         assert CpuTimes(work.model, scaled).expert_ns(num_tokens) == pytest.approx(expected, rel=1e-3)
     # Neither slows the other.
-    copy_ns = round(work.model.expert_bytes / (peak / 64 / 3))
+    copy_ns = round(work.model.mean_expert_bytes / (peak / 64 / 3))
     times = CpuTimes(work.model, scaled)
-    assert times.stretch(work.model.expert_bytes, copy_ns, times.expert_ns(1)) <= 1 + (1 << 20)
+    assert times.stretch(work.model.mean_expert_bytes, copy_ns, times.expert_ns(1)) <= 1 + (1 << 20)
 
 
 def test_a_machine_that_computes_none_refuses_a_place(trace: Path) -> None:

@@ -64,7 +64,7 @@ class Bench:
         # Compiled, the products would not be seen: test_compiled_products_compute_the_same holds the two together.
         monkeypatch.setattr(replay.machine.kernels, "products", lambda _: Products(feed_forward, attend, route))
         self.kernels = Kernels(
-            model, SlotPool(2, model.expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS, MAX_CONTEXT
+            model, SlotPool(2, model.mean_expert_bytes, torch.device("cpu")), dtype, MAX_TOKENS, MAX_CONTEXT
         )
         self.router_excess = model.router_params * (torch.finfo(dtype).bits - model.embedding_bits) / 8
 
@@ -203,7 +203,7 @@ def test_a_narrow_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_routing_and_tokens_are_numbers_that_a_host_can_use(name: str) -> None:
     """top_k different experts for each row; a token of the head's width for each row that emits one."""
     model = small(name)
-    kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), torch.float32, 8, 100)
+    kernels = Kernels(model, SlotPool(2, model.mean_expert_bytes, torch.device("cpu")), torch.float32, 8, 100)
     kernels.attention(1, kernels.shape(1, forward(DECODE, [5, 6, 7])))()
     chosen = kernels.routing[:3].tolist()
     assert all(len(set(row)) == model.top_k and 0 <= min(row) <= max(row) < model.num_experts for row in chosen)
@@ -214,11 +214,11 @@ def test_routing_and_tokens_are_numbers_that_a_host_can_use(name: str) -> None:
 
 def test_an_expert_reads_its_own_slot() -> None:
     model = small("gpt-oss-20b")
-    slots = SlotPool(3, model.expert_bytes, torch.device("cpu"))
+    slots = SlotPool(3, model.mean_expert_bytes, torch.device("cpu"))
     kernels = Kernels(model, slots, torch.float32, 2, 10)
     out = kernels._expert.out
     for slot in range(3):
-        slots.slot(slot).view(torch.uint8)[: model.expert_bytes // 4 * 4].view(torch.float32).fill_(0.01 * slot)
+        slots.slot(slot).view(torch.uint8)[: model.mean_expert_bytes // 4 * 4].view(torch.float32).fill_(0.01 * slot)
     # Made once; what its row says when it runs is what it reads.
     row = described(kernels, [0], [1])
     work = kernels.experts(row, 1, False)
@@ -232,14 +232,14 @@ def test_an_expert_reads_its_own_slot() -> None:
 def test_an_expert_too_small_to_compute_with_is_refused() -> None:
     model = scaled_model(model_of("gpt-oss-20b"), 1024)
     with pytest.raises(ValueError, match="choose a smaller scale"):
-        Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), torch.float32, 1, 1)
+        Kernels(model, SlotPool(2, model.mean_expert_bytes, torch.device("cpu")), torch.float32, 1, 1)
 
 
 def test_mla_prefill_is_counted_on_expanded_keys() -> None:
     """The test above would not see a mistake that both sides share: this one knows the figure."""
     model = small("deepseek-v3")
     assert model.attention == MLA
-    kernels = Kernels(model, SlotPool(2, model.expert_bytes, torch.device("cpu")), torch.float32, 8, 64)
+    kernels = Kernels(model, SlotPool(2, model.mean_expert_bytes, torch.device("cpu")), torch.float32, 8, 64)
     pair = 2 * model.num_heads * (model.nope_dim + model.rope_dim + model.v_dim)
     up = 2 * model.kv_rank * model.num_heads * (model.nope_dim + model.v_dim)
     assert kernels._context_flops(36, 0, True) == 36 * pair

@@ -210,7 +210,7 @@ def test_a_shape_is_that_of_lengths_on_the_grid(
     kv_lens: list[int], grid: int, full: list[int], windowed: list[int]
 ) -> None:
     """Of all rows together: the same work as `full` (no window) and `windowed` have without a grid."""
-    kernels = Kernels(WINDOWED, SlotPool(2, WINDOWED.expert_bytes, torch.device("cpu")), torch.float32, 4, 2048)
+    kernels = Kernels(WINDOWED, SlotPool(2, WINDOWED.mean_expert_bytes, torch.device("cpu")), torch.float32, 4, 2048)
     assert [WINDOWED.is_windowed(layer) for layer in range(2)] == [True, False]
     assert WINDOWED.window == WINDOW
     assert shape(kernels, 1, kv_lens, grid) == shape(kernels, 1, full)
@@ -219,7 +219,7 @@ def test_a_shape_is_that_of_lengths_on_the_grid(
 
 
 def test_a_prompt_has_no_grid() -> None:
-    kernels = Kernels(WINDOWED, SlotPool(2, WINDOWED.expert_bytes, torch.device("cpu")), torch.float32, 40, 2048)
+    kernels = Kernels(WINDOWED, SlotPool(2, WINDOWED.mean_expert_bytes, torch.device("cpu")), torch.float32, 40, 2048)
     prompt = prefill(10, 45, [[0], [8]], [{0: 35}, {8: 35}])
     for layer in (0, 1):
         assert kernels.shape(layer, prompt, 256) == kernels.shape(layer, prompt)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
+from expertflow.byte_slots import ByteRoom
 from expertflow.counters import Counters
 from expertflow.evictions.belady import Belady
 from expertflow.evictions.lfu import LFU
@@ -377,10 +378,11 @@ def build(
     host: Host | None = None,
     disk: Disk | None = None,
     watched: bool = True,
+    room: ByteRoom | None = None,
     **config: Any,
 ) -> Job:
     """A job over `forwards`; `config` goes to RunConfig. An expert is 40 bytes in one chunk unless said. host: of a
-    machine that computes experts on it. disk: of one whose experts lie there."""
+    machine that computes experts on it. disk: of one whose experts lie there. room: of experts of unlike sizes."""
     kernels = kernels or Kernels()
     num_layers = len(forwards[0].demands)
     config.setdefault("top_k", len(forwards[0].demands[0]))
@@ -393,8 +395,10 @@ def build(
         machine: SimMachine = StorageMachine(*given, disk)
     else:
         machine = machine_type(*given) if host is None else HostComputeMachine(*given, host)
+    if room is not None:
+        machine.tell_sizes({size for own in room.chunk_bytes for size in own}, None)
     timeline = Timeline()
-    runtime = Runtime(run_config, machine, policy or compose(), forwards, [timeline] if watched else [])
+    runtime = Runtime(run_config, machine, policy or compose(), forwards, [timeline] if watched else [], room)
     return Job(runtime, machine, timeline)
 
 

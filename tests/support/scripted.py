@@ -301,8 +301,8 @@ def prefill(first: int, end: int, demands: Sequence[Sequence[int]], counts: list
 
 def chunks_of(model: ModelSpec) -> list[int]:
     """An expert in `CHUNKS` pieces, the last one shorter."""
-    size = model.expert_bytes // CHUNKS + 1
-    return [size] * (CHUNKS - 1) + [model.expert_bytes - (CHUNKS - 1) * size]
+    size = model.mean_expert_bytes // CHUNKS + 1
+    return [size] * (CHUNKS - 1) + [model.mean_expert_bytes - (CHUNKS - 1) * size]
 
 
 def machine_on(
@@ -317,9 +317,12 @@ def machine_on(
     """A machine prepared for `forwards`, its device in the test's hands from then on."""
     num_keys = model.num_layers * model.num_experts
     host = HostPool(
-        HostPlan(num_keys, num_keys, align(model.expert_bytes), 1 << 40), model.expert_bytes, device.dtype, False
+        HostPlan(num_keys, num_keys, align(model.mean_expert_bytes), 1 << 40),
+        model.mean_expert_bytes,
+        device.dtype,
+        False,
     )
-    slots = SlotPool(num_slots, model.expert_bytes, device.torch_device)
+    slots = SlotPool(num_slots, model.mean_expert_bytes, device.torch_device)
     max_tokens = max(len(forward.rows) for forward in forwards)
     kernels = Kernels(model, slots, device.dtype, max_tokens, 1024)
     stamps = Stamps(host, slots, chunk_offsets(chunks_of(model))) if verify else None

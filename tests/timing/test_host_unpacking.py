@@ -27,7 +27,7 @@ def _times(model: ModelSpec, **host: float) -> CpuTimes:
 
 def test_unpacking_adds_to_reading_once_for_all_tokens() -> None:
     model = model_of(2, 4, 2, expert_bits=4.0)
-    read_ns = model.expert_bytes / 80  # 80 % of 100 GB/s
+    read_ns = model.mean_expert_bytes / 80  # 80 % of 100 GB/s
     unpack_ns = model.expert_params / 50
     assert _times(model).expert_ns(1) == math.ceil(read_ns)
     unpacked = _times(model, host_unpack_gweights_per_s=50.0)
@@ -48,5 +48,5 @@ def test_both_hosts_of_a_published_pair_come_out_of_one_rate(reads: float, compu
     # GitHub FreeToken#444: a STREAM read, and fp4 experts (4.25 bits with their scales) computed from it.
     model = model_of(2, 4, 2, expert_bits=4.25, expert_intermediate=4096)
     host = {"host_memory_gb_per_s": reads, "host_memory_efficiency": 1.0, "host_unpack_gweights_per_s": 847.0}
-    gb_per_s = model.expert_bytes / _times(model, **host).expert_ns(1)
+    gb_per_s = model.mean_expert_bytes / _times(model, **host).expert_ns(1)
     assert gb_per_s == pytest.approx(computes, rel=0.005)

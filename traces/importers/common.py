@@ -137,13 +137,17 @@ def tracked(items: Sequence[Item], progress: Progress | None, text: str) -> Iter
 class CsvTable:
     """Rows of a CSV file with the numbers of their last lines; comment lines (`#`) are kept apart if asked.
 
-    Iterating gives (line, values of `columns`); other columns are ignored and named in `ignored`. TraceError
-    names file and line of what is no CSV, of a missing column, of a row with too few values.
+    Iterating gives (line, values of `columns`, then of `optional`, empty where there is no such column); other columns
+    are ignored and named in `ignored`. TraceError names file and line of what is no CSV, of a missing column, of a row
+    with too few values.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], comments: bool = False) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], comments: bool = False, optional: Sequence[str] = ()
+    ) -> None:
         self.path = path
         self.columns = tuple(columns)
+        self._optional = tuple(optional)
         self.comments: list[str] = []
         self.ignored: list[str] = []
         self._has_comments = comments
@@ -183,7 +187,7 @@ class CsvTable:
             if len(row) != len(header):
                 problem = f"has {len(row)} values, the header {len(header)}"
                 raise fault(self.path, f"line {line}", problem, "correct or remove it")
-            yield line, [row[place] for place in places]
+            yield line, [row[place] if place >= 0 else "" for place in places]
         if header is None:
             raise fault(self.path, "file", "has no header line", f"the columns are {', '.join(self.columns)}")
 
@@ -193,7 +197,8 @@ class CsvTable:
                 problem = f"has {header.count(name)} columns {name!r}"
                 raise fault(self.path, f"line {line}", problem, f"the columns are {', '.join(self.columns)}")
         self.ignored = [name for name in header if name not in self.columns]
-        return [header.index(name) for name in self.columns]
+        more = [header.index(name) if header.count(name) == 1 else -1 for name in self._optional]
+        return [header.index(name) for name in self.columns] + more
 
     def whole(self, line: int, column: str, text: str) -> int:
         """`text` as a number from 0; TraceError otherwise."""

@@ -6,8 +6,10 @@ that begin with `#` are comments, and a comment `model=… n_expert=…` supplie
 - A `turn` is a request, a `step` (position in the context) is a token of it, `slot` is the rank, 0 = best.
 - `phase` is 0 or prefill, 1 or decode; prefill comes first, its tokens are `prompt_len`.
 - `context_len` of a request is the step of its first row: earlier turns and unrecorded tokens stand before it.
-- Missing slots are padding: the ranks that are there move up. `residency`, `expert_bytes` and `dropped` describe a
-  cache and are not read: the trace holds what the router chose.
+- Missing slots are padding: the ranks that are there move up. `residency` and `dropped` describe a cache and are not
+  read: the trace holds what the router chose.
+- `expert_bytes`, where there is such a column, is what that expert takes: the trace keeps it, by layer, or by expert
+  where those of a layer differ.
 - A weight `nan` is unknown; one such leaves the weights out altogether.
 - Engines that need only the last token's logits route the last layer for that token alone, so prompt tokens lack
   a layer. `incomplete=drop` (default) leaves them out and counts them into context_len; `incomplete=repeat` fills
@@ -27,6 +29,7 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from traces.container import TraceError, fault
+from traces.expert_sizes import SeenSizes
 from traces.format import About
 from traces.importers.common import (
     MAX_LAYERS,
@@ -41,6 +44,7 @@ from traces.importers.common import (
 )
 from traces.limits import check_bytes
 
+SIZES = "expert_bytes"
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight")
 _PHASES = {"0": 0, "prefill": 0, "1": 1, "decode": 1}
 _MOST_SLOTS = 256
@@ -68,10 +72,11 @@ def import_route_csv(
 ) -> ImportReport:
     """Write the CSV file, or a folder of them, as one trace. TraceError names file and line."""
     check_choice("incomplete", incomplete, ("drop", "repeat"))
-    tables = [CsvTable(path, COLUMNS, comments=True) for path in files_of(source, ".csv")]
+    tables = [CsvTable(path, COLUMNS, comments=True, optional=(SIZES,)) for path in files_of(source, ".csv")]
     turns: list[tuple[Path, int, dict[int, _Token]]] = []
+    sizes = SeenSizes()
     for table in tracked(tables, progress, "reading routes"):
-        turns.extend((table.path, turn, steps) for turn, steps in _read(table).items())
+        turns.extend((table.path, turn, steps) for turn, steps in _read(table, sizes).items())
     if not turns:
         raise fault(source, "source", "holds no rows", f"the columns are {', '.join(COLUMNS)}")
     model, num_experts, notes = _facts(source, tables, turns, model, num_experts)
@@ -88,7 +93,9 @@ def import_route_csv(
         notes.append(f"{num_changed} prompt tokens lack a layer: {_DONE[incomplete]}")
     if not all(request.weights is not None for request in requests):
         notes.append("weights left out: some are nan")
-    about = About(model=model, num_experts=num_experts, source="route trace CSV", license=license, moe_layer_ids=layers)
+    header, told = sizes.header(layers, num_experts)
+    notes.extend(told)
+    about = About(model, num_experts, "route trace CSV", license, moe_layer_ids=layers, header=header)
     return write_requests(source, output, requests, about, notes)
 
 
@@ -98,8 +105,8 @@ _DONE = {
 }
 
 
-def _read(table: CsvTable) -> dict[int, dict[int, _Token]]:
-    """Turn → step → token, turns in order of first appearance."""
+def _read(table: CsvTable, sizes: SeenSizes) -> dict[int, dict[int, _Token]]:
+    """Turn → step → token, turns in order of first appearance; what rows say of their experts goes to `sizes`."""
     turns: dict[int, dict[int, _Token]] = {}
     for line, values in table:
         turn, step, layer, slot, expert = (table.whole(line, COLUMNS[i], values[i]) for i in (0, 2, 3, 4, 5))
@@ -118,6 +125,8 @@ def _read(table: CsvTable) -> dict[int, dict[int, _Token]]:
             raise fault(table.path, f"line {line}", problem, f"a token has at most {_MOST_SLOTS}; correct the row")
         if any(expert == other for other, _ in slots.values()):
             raise fault(table.path, f"line {line}", f"expert {expert} comes twice in one layer", "correct the row")
+        if values[7]:
+            sizes.add(layer, expert, values[7], f"line {line} of {table.path.name}")
         slots[slot] = (expert, table.weight(line, COLUMNS[6], values[6]))
     return turns
 

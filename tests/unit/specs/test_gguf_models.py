@@ -70,8 +70,8 @@ def test_a_dense_block_shared_experts_and_experts_of_two_sizes(tmp_path: Path) -
     assert (spec.shared_intermediate, spec.dense_intermediate) == (512, 768)
     small = 3 * 256 * 512 * 144 // 256  # three matrices of Q4_K
     large = 2 * 256 * 512 * 144 // 256 + 512 * 256 * 210 // 256  # the last of Q6_K
-    assert spec.expert_bytes == (small + large) // 2
-    assert found.derived[0] == "experts take 221 kB to 255 kB by layer (Q4_K, Q6_K); their mean 238 kB is used"
+    assert spec.mean_expert_bytes == (small + large) // 2
+    assert found.derived[0] == "experts take 221 kB to 255 kB by layer (Q4_K, Q6_K), 238 kB in the mean"
     # Attention 8.5 bits, dense 4.5, shared 5.5: of all the mean.
     attention, plain, shared = 3 * 256 * (2 * 256 + 2 * 64), 3 * 256 * 768, 2 * 3 * 256 * 512
     mean = (8.5 * attention + 4.5 * plain + 5.5 * shared) / (attention + plain + shared)
@@ -89,7 +89,7 @@ def test_expert_bytes_are_exact_whatever_the_type(kind: str, tmp_path: Path) -> 
     bits |= {"IQ2_XXS": 2.0625, "IQ4_XS": 4.25, "TQ1_0": 1.6875}
     tensors = [*gqa(0, H, 8, 2, 32), *experts(0, H, 768, E, kind)]
     spec = read(tmp_path, "olmoe", {".block_count": 1}, tensors).spec
-    assert spec.expert_bytes == 3 * H * 768 * bits[kind] / 8
+    assert spec.mean_expert_bytes == 3 * H * 768 * bits[kind] / 8
     assert spec.expert_bits == pytest.approx(bits[kind])
 
 
@@ -98,19 +98,19 @@ def test_a_mean_that_is_no_whole_number_is_rounded_up(tmp_path: Path) -> None:
     one = [Info("blk.0.ffn_up_exps.scale", (1,), "F32")]
     tensors = [*gqa(0, H, 8, 2, 32), *experts(0, H, 512, E, "Q8_0"), *one]
     spec = read(tmp_path, "olmoe", {".block_count": 1}, tensors).spec
-    assert spec.expert_bytes == 3 * 256 * 512 * 34 // 32 + 1
+    assert spec.mean_expert_bytes == 3 * 256 * 512 * 34 // 32 + 1
 
 
 def test_biases_and_scales_belong_to_the_expert(tmp_path: Path) -> None:
     more = [Info("blk.0.ffn_down_exps.bias", (H, E), "F32"), Info("blk.0.ffn_up_exps.scale", (E,), "F32")]
     spec = read(tmp_path, "gpt-oss", {".block_count": 1}, blocks(1, *more)).spec
-    assert spec.expert_bytes == 3 * 256 * 512 * 144 // 256 + 4 * 256 + 4
+    assert spec.mean_expert_bytes == 3 * 256 * 512 * 144 // 256 + 4 * 256 + 4
 
 
 def test_gate_and_up_in_one_matrix_count_as_two(tmp_path: Path) -> None:
     spec = read_gguf(write(tmp_path / "m.gguf", *tiny_hybrid())).spec
     assert (spec.expert_matrices, spec.expert_intermediate) == (3, 256)
-    assert spec.expert_bytes == 3 * 256 * 256 * 144 // 256
+    assert spec.mean_expert_bytes == 3 * 256 * 256 * 144 // 256
     assert spec.tied_embeddings
 
 
@@ -120,7 +120,7 @@ def test_one_tensor_an_expert_as_until_spring_of_2024(tmp_path: Path) -> None:
         tensors += [Info(f"blk.0.ffn_{role}.{expert}.weight", (H, 512), "Q4_0") for role in ("gate", "up")]
         tensors += [Info(f"blk.0.ffn_down.{expert}.weight", (512, H), "Q8_0")]
     spec = read(tmp_path, "llama", {".block_count": 1}, tensors).spec
-    assert spec.expert_bytes == 2 * 256 * 512 * 18 // 32 + 512 * 256 * 34 // 32
+    assert spec.mean_expert_bytes == 2 * 256 * 512 * 18 // 32 + 512 * 256 * 34 // 32
     assert (spec.num_layers, spec.num_dense_layers, spec.expert_matrices) == (1, 0, 3)
 
 
@@ -310,7 +310,7 @@ def test_blocks_of_a_state_attention_or_experts_alone(tmp_path: Path) -> None:
         "linear_params": H * 1024 + 512 * H,
         "linear_state": 16 * 512 + 3 * (512 + 2 * 2 * 16),
     }
-    assert spec.expert_bytes == 2 * 128 * 512 * 34 // 32
+    assert spec.mean_expert_bytes == 2 * 128 * 512 * 34 // 32
     assert spec.router_params == H * E + 2 * H * 128
 
 
@@ -390,7 +390,7 @@ def test_widths_that_differ_by_block_are_their_mean_and_the_bytes_stay_exact(tmp
     ]
     found = read(tmp_path, "olmoe", {".block_count": 2}, tensors)
     assert found.spec.expert_intermediate == 384
-    assert found.spec.expert_bytes == 3 * 256 * (512 + 256) // 2 * 34 // 32
+    assert found.spec.mean_expert_bytes == 3 * 256 * (512 + 256) // 2 * 34 // 32
     assert "experts are 256 to 512 wide by layer; their mean width is used" in found.derived
 
 
@@ -424,7 +424,7 @@ def test_of_a_part_that_is_missing_the_blocks_are_taken_to_be_like_others(tmp_pa
     assert any("1 of 3 parts are not there (m-00002-of-00003.gguf first)" in text for text in found.derived)
     same = ("num_layers", "num_dense_layers", "shared_intermediate", "kv_rank", "vocab_size", "tied_embeddings")
     assert [getattr(found.spec, key) for key in same] == [getattr(whole, key) for key in same]
-    assert found.spec.expert_bytes == pytest.approx(whole.expert_bytes, rel=0.05)
+    assert found.spec.mean_expert_bytes == pytest.approx(whole.mean_expert_bytes, rel=0.05)
 
 
 def test_without_the_last_part_the_head_is_assumed(tmp_path: Path) -> None:

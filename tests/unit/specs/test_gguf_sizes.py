@@ -64,8 +64,8 @@ def test_the_experts_of_qwen3_30b_a3b_are_those_that_were_streamed(tmp_path: Pat
     # use_more_bits: blocks 0 to 5, every third from 8 to 41, 42 to 47.
     wide = [layer for layer in range(48) if layer < 6 or layer >= 42 or (layer - 6) % 3 == 2]
     assert len(wide) == 24
-    assert found.spec.expert_bytes == (2_654_208 + 3_059_712) // 2
-    assert "experts take 2.65 MB to 3.06 MB by layer (Q4_K, Q6_K); their mean 2.86 MB is used" in found.derived
+    assert found.spec.mean_expert_bytes == (2_654_208 + 3_059_712) // 2
+    assert "experts take 2.65 MB to 3.06 MB by layer (Q4_K, Q6_K), 2.86 MB in the mean" in found.derived
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_dimensions_are_those_of_the_shipped_model(model: Callable[[], Any], con
 
     shipped = model_from_dict(read_yaml(CONF / "model" / f"{conf}.yaml"))
     found = read_gguf(gguf_models.write(tmp_path / "m.gguf", *model())).spec
-    stored = {"name", "source", "weight_bits", "expert_bits", "embedding_bits", "extra_bytes"}
+    stored = {"name", "source", "weight_bits", "expert_bits", "expert_bytes", "embedding_bits", "extra_bytes"}
     for key in {field.name for field in fields(shipped)} - stored:
         assert getattr(found, key) == getattr(shipped, key), key
     assert found.num_params == shipped.num_params

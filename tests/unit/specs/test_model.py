@@ -53,9 +53,9 @@ def load(name: str) -> ModelSpec:
 
 def products(model: ModelSpec) -> tuple[float, float, float, float]:
     return (
-        model.expert_bytes / 1e6,
+        model.mean_expert_bytes / 1e6,
         model.total_expert_bytes / 1e9,
-        model.num_layers * model.top_k * model.expert_bytes / 1e9,
+        model.num_layers * model.top_k * model.mean_expert_bytes / 1e9,
         model.num_params / 1e9,
     )
 
@@ -69,10 +69,10 @@ def test_an_expert_is_three_matrices_or_two() -> None:
 
 
 def test_expert_bytes_follow_the_bits_and_round_up() -> None:
-    assert TINY.expert_bytes == 384 * 2
-    assert replace(TINY, expert_bits=4.25).expert_bytes == 204
+    assert TINY.mean_expert_bytes == 384 * 2
+    assert replace(TINY, expert_bits=4.25).mean_expert_bytes == 204
     # 384 weights of 4.26 bits are 204.48 bytes.
-    assert replace(TINY, expert_bits=4.26).expert_bytes == 205
+    assert replace(TINY, expert_bits=4.26).mean_expert_bytes == 205
     assert TINY.total_expert_bytes == 3 * 4 * 768
 
 
@@ -144,11 +144,11 @@ def test_int4_is_the_same_model_at_4_15625_bits() -> None:
     plain, int4 = load("qwen2-57b-a14b"), load("qwen2-57b-a14b-int4")
     bits = 4 + 20 / 128
     assert int4 == replace(plain, name=int4.name, source=int4.source, weight_bits=bits, expert_bits=bits)
-    assert int4.expert_bytes == 27_525_120 * bits / 8
+    assert int4.mean_expert_bytes == 27_525_120 * bits / 8
 
 
 def test_gpt_oss_experts_are_as_large_as_the_checkpoint_stores_them() -> None:
-    assert load("gpt-oss-20b").expert_bytes / 2**20 == pytest.approx(12.61, abs=0.01)
+    assert load("gpt-oss-20b").mean_expert_bytes / 2**20 == pytest.approx(12.61, abs=0.01)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
