@@ -47,9 +47,9 @@ def with_host(hardware: Hardware, device: Device, full: Workload, work: Workload
     `full`. Its link and its host do not slow each other there: its memory has room for both.
     """
     times: dict[str, Any] = {key: getattr(full.hardware, key) for key in HOST_COMPUTE}
-    pace = getattr(device, "throttle_gb_per_s", None)
+    pace, unpacks = getattr(device, "throttle_gb_per_s", None), full.hardware.host_unpack_gweights_per_s
     if device.world != "cpu" or pace is None or None in times.values():
-        return replace(hardware, **times)
+        return replace(hardware, **times, host_unpack_gweights_per_s=unpacks)
     link = full.hardware.link_gb_per_s
     slower = (link if isinstance(link, int | float) else max(rate for _, rate in link)) / pace
     # A copy of one expert takes `stretched` times as long as in `full`, and so do its products on the host.
@@ -60,6 +60,7 @@ def with_host(hardware: Hardware, device: Device, full: Workload, work: Workload
         hardware,
         host_memory_gb_per_s=rate + pace,
         host_memory_efficiency=rate / (rate + pace),
+        host_unpack_gweights_per_s=None if unpacks is None else unpacks / products,
         host_tflops=times["host_tflops"] / products,
         host_round_trip_ns=times["host_round_trip_ns"],
     )

@@ -13,7 +13,7 @@ from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.rig import choose_machine, make_device
 from sim.job.keys import STORAGE, check_storage_pair
-from sim.specs.hardware import HOST_COMPUTE, hardware_from_dict
+from sim.specs.hardware import hardware_from_dict
 from sim.specs.links import PROFILE
 
 CPU_SCALE = 16
@@ -80,7 +80,7 @@ class Settings:
 def _check_local(hardware: Mapping[str, Any]) -> None:
     """ValueError for a host beside `hardware=local`, which has no figures for its own to stand beside."""
     more = set(hardware) - {"name", "sources"}
-    if hardware.get("name") == "local" and more and more <= set(HOST_COMPUTE):
+    if hardware.get("name") == "local" and more and all(key.startswith("host_") for key in more):
         raise ValueError(
             "hardware=local is the machine that this runs on, of which no figure is known, so that those of a host say "
             "nothing beside it; give a profile, as +hardware=a100 +host=server"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from expertflow.model import ModelSpec
 from traces.reader import Trace
-
-if TYPE_CHECKING:
-    from sim.job.setup import Workload
 
 WORKSPACE_GB = 1.5
 
@@ -42,12 +39,12 @@ def room_for(
     return max(room // model.mean_expert_bytes, 1), room
 
 
-def last_layers(work: Workload) -> int:
+def last_layers(model: ModelSpec, num_slots: int, room_bytes: int | None) -> int:
     """How many of the last layers find room for all their experts."""
-    model, sizes = work.model, work.model.bytes_by_key
-    if sizes is None or work.room_bytes is None:
-        return work.num_slots // model.num_experts
-    count, room = 0, work.room_bytes
+    sizes = model.bytes_by_key
+    if sizes is None or room_bytes is None:
+        return num_slots // model.num_experts
+    count, room = 0, room_bytes
     for first in range(len(sizes) - model.num_experts, -1, -model.num_experts):
         room -= sum(sizes[first : first + model.num_experts])
         if room < 0:

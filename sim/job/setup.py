@@ -103,7 +103,7 @@ class Workload:
         if self.start == "resident":
             return tuple(range(num_keys))
         if self.start == "pinned_layers":
-            num_layers = last_layers(self)
+            num_layers = last_layers(self.model, self.num_slots, self.room_bytes)
             return tuple(range(num_keys - num_layers * self.model.num_experts, num_keys))
         counts = np.bincount(self.future.keys, minlength=num_keys)
         return tuple(int(key) for key in np.argsort(-counts, kind="stable"))
@@ -163,7 +163,7 @@ def make_workload(cfg: Mapping[str, Any], trace: Trace | None = None) -> Workloa
         room_bytes=room_bytes,
     )
     _check_chunks(work)
-    if work.start == "pinned_layers" and not last_layers(work):
+    if work.start == "pinned_layers" and not last_layers(model, num_slots, room_bytes):
         raise ValueError(
             f"start=pinned_layers: there are {num_slots} slots, too few for the last layer's {model.num_experts} "
             "experts; raise residency or gpu_memory_gb, or choose start=pinned"

@@ -538,7 +538,9 @@ def judge(case: Bad) -> str | None:
         if case.world == "replay":
             Settings.of(plain)
             return None
-        work = make_workload(plain, trace_at_hand() if plain["trace"]["path"] is None else None)
+        # Of a reuse that cannot be the trace itself says so, when it is made.
+        is_any = plain["trace"]["path"] is None and plain["trace"].get("reuse") is None
+        work = make_workload(plain, trace_at_hand() if is_any else None)
         make_policy(plain["policy"], work, plain["seed"])
     except Exception as error:
         line = one_line(error)

@@ -76,6 +76,8 @@ def gguf(content: bytes, found: Any) -> str:
     each = -(-sum(experts.values()) // (len(experts) * spec.num_experts))
     if spec.mean_expert_bytes != each:
         return f"an expert of {spec.mean_expert_bytes} bytes, by hand {each}"
+    if round(spec.expert_params * spec.expert_bits / 8) != each:
+        return f"experts of {spec.expert_bits} bits a weight, by hand {8 * each / spec.expert_params}"
     # What the formulas of a model make of its widths may be more than the tensors have, never less.
     if spec.non_expert_bytes < rest or (spec.extra_bytes and spec.non_expert_bytes != rest):
         return f"{spec.non_expert_bytes} bytes beside the experts, by hand {rest}"

@@ -29,7 +29,8 @@ def test_nothing_is_found_against_a_sound_file(model: Callable[[], Any], tmp_pat
     "wrong",
     [
         {"top_k": 3},
-        {"num_layers": 3},
+        {"num_layers": 3, "expert_bytes": None},
+        {"expert_bytes": (254976, 221185)},
         {"expert_bits": 4.9},
         {"extra_bytes": 0},
         {"extra_bytes": 10**6},

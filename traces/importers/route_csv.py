@@ -47,6 +47,7 @@ from traces.limits import check_bytes
 SIZES = "expert_bytes"
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight")
 _PHASES = {"0": 0, "prefill": 0, "1": 1, "decode": 1}
+_MOST_EXPERTS = 1 << 31
 _MOST_SLOTS = 256
 _PREAMBLE = re.compile(r"model=(?P<model>.*?)(?: arch=\S*)?(?: n_layer=\d+)? n_expert=(?P<num_experts>\d{1,6})\b")
 
@@ -110,6 +111,9 @@ def _read(table: CsvTable, sizes: SeenSizes) -> dict[int, dict[int, _Token]]:
     turns: dict[int, dict[int, _Token]] = {}
     for line, values in table:
         turn, step, layer, slot, expert = (table.whole(line, COLUMNS[i], values[i]) for i in (0, 2, 3, 4, 5))
+        if expert >= _MOST_EXPERTS:
+            remedy = "experts are numbers below 2^31; correct the row"
+            raise fault(table.path, f"line {line}", f"expert is {expert}", remedy)
         phase = _PHASES.get(values[1].strip())
         if phase is None:
             remedy = "give 0 or prefill, 1 or decode"

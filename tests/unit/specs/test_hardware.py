@@ -13,7 +13,7 @@ from sim.specs.hardware import Hardware, Stack, hardware_from_dict, stack_from_d
 
 ROOT = CONF
 HARDWARE = sorted(path.stem for path in (ROOT / "hardware").glob("*.yaml"))
-STACKS = ["eager", "found", "graph"]
+STACKS = ["eager", "found", "graph", "launched"]
 AS_PRINTED = {"a6000_as_printed": 64, "h20_as_printed": 128}
 
 

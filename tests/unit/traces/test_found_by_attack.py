@@ -12,6 +12,7 @@ from tests.attack import files
 from tests.support.traces import HEADER, save, sound_arrays
 from traces.batching import BatchConfig, Batches
 from traces.cli import main
+from traces.importers.route_csv import import_route_csv
 from traces.parameters import load_params
 from traces.reader import TraceError, open_trace
 from traces.reading import read_npy
@@ -106,3 +107,11 @@ def test_the_look_ahead_of_layers_behind_the_last_one_may_hold_anything(tmp_path
     found = forward.recorded.lookahead(forward.rows, 0)
     assert found is not None
     assert np.isfinite(found[:, 0]).all()
+
+
+def test_an_expert_beyond_any_model_is_refused_with_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    rows = "\n".join(f"0,0,0,{layer},0,{4294967296 if layer == 2 else 3},0.5" for layer in range(4))
+    path.write_text(f"turn,phase,step,layer,slot,expert,weight\n{rows}\n", encoding="utf-8")
+    with pytest.raises(TraceError, match=r"r\.csv: line 4: expert is 4294967296; experts are numbers below 2\^31"):
+        import_route_csv(path, tmp_path / "out.safetensors", model="tiny")
