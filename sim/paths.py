@@ -14,7 +14,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from traces.messages import fault
+from traces.messages import fault, plain
 from traces.reading import unreadable
 from traces.shipped import FOLDER as DATA
 from traces.yamltext import read_yaml
@@ -118,7 +118,28 @@ def _included(group: str, defaults: Any) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def _check_file(path: Path, group: str, mtime_ns: int, size: int) -> tuple[str, ...]:
     """What the file includes; once for one that stays as it is."""
-    return _included(group, read_yaml(path).get("defaults"))
+    table = read_yaml(path)
+    _check_interpolations(path, table, "")
+    return _included(group, table.get("defaults"))
+
+
+def _check_interpolations(path: Path, value: Any, key: str) -> None:
+    """ValueError for an interpolation that is not one: of these Hydra says neither file nor key."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_interpolations(path, item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            _check_interpolations(path, item, f"{key}[{place}]")
+    elif isinstance(value, str) and "${" in value:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import GrammarParseError
+
+        try:
+            OmegaConf.create([value])
+        except GrammarParseError as error:
+            problem = f"is no interpolation ({plain(str(error).splitlines()[0])[:80]})"
+            raise fault(path, plain(key)[:60] or "file", problem, "write ${KEY}, or leave the ${ out") from None
 
 
 def own_folder() -> Path | None:

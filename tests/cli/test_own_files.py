@@ -139,6 +139,18 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "nowhere" in found.err
 
 
+@pytest.mark.parametrize(
+    ("text", "place"), [("name: ${o", "name"), ("name: mine\nsources:\n  a: [x, '${']\n", r"sources\.a\[1\]")]
+)
+def test_a_broken_interpolation_is_told_with_file_and_key(text: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "stack").mkdir()
+    (tmp_path / "stack" / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"stack/mine\.yaml: {place}: is no interpolation \(.*\); write "):
+        use_own_folder(tmp_path)
+    (tmp_path / "stack" / "mine.yaml").write_text("name: ${model.name}\n", encoding="utf-8")
+    use_own_folder(tmp_path)
+
+
 def test_the_packages_own_folder_is_no_other(tmp_path: Path) -> None:
     use_own_folder(CONF)
     assert own_folder() is None
