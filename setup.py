@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import build_backend  # noqa: E402 - see the line before
 
-PACK_FROM = 200_000  # bytes
+PACK_FROM = 100_000  # bytes
 CORE = ROOT / "build" / "core"
 """Where it is compiled to for a wheel: in a checkout it would stay, and be found."""
 BUILDS = {"bdist_wheel", "build", "build_py", "install"}

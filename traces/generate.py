@@ -34,8 +34,10 @@ from traces.messages import fault
 from traces.parameters import GROUP, REMEDY, Arrays, check_params
 from traces.parameters import load_params as load_params
 from traces.processes.progress import shown
+from traces.shipped import shipped
 
 SHIPPED = Path(__file__).parent / "data" / "gpt-oss-20b.params.safetensors"
+"""Where it is in a checkout; an installed package has it packed: `shipped_params`."""
 NOISE = 1.28  # spread of a standard Gumbel: scores stay on the scale of log-odds
 WANDER_STEP = 8  # tokens for which wander stands still: its half-life is far longer
 
@@ -221,7 +223,7 @@ def generate(params: Arrays, request_lengths: Sequence[int] | Integers, seed: in
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m traces generate`."""
     parser.add_argument("output", help="the trace to write (.safetensors)")
-    parser.add_argument("--params", default=str(SHIPPED), help="parameter file (default: the shipped gpt-oss-20b)")
+    parser.add_argument("--params", help="parameter file (default: the shipped gpt-oss-20b)")
     parser.add_argument(
         "--tokens", type=whole(1, 10_000_000), required=True, help="number of tokens, all requests together"
     )
@@ -231,12 +233,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
 
 
+def shipped_params() -> Path:
+    """The parameter file that comes with the package, unpacked if it is packed."""
+    return shipped(SHIPPED.name) or SHIPPED
+
+
 def run(args: argparse.Namespace) -> int:
     """Write a generated trace. Errors are ValueErrors."""
-    params, header = load_params(args.params)
+    path = args.params or shipped_params()
+    params, header = load_params(path)
     for key in ("model", "source", "license"):
         if not header.get(key, "").strip():
-            raise fault(args.params, "header", f"{key} is missing or empty", REMEDY)
+            raise fault(path, "header", f"{key} is missing or empty", REMEDY)
     usual = max(1, round(args.tokens / float(params["topic_length"].mean())))
     requests = usual if args.requests is None else args.requests
     made = generate(params, split_tokens(args.tokens, requests), args.seed)

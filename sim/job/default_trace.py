@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from traces.generate import SHIPPED, generate, split_tokens
+from traces.generate import generate, shipped_params, split_tokens
 from traces.parameters import load_params
 from traces.reader import Trace
 
@@ -40,7 +40,7 @@ def generated_trace(num_tokens: int, num_requests: int, seed: int, params: str |
         )
     if not isinstance(params, str | None) or params == "":
         raise ValueError(f"trace.params={params!r} must be a parameter file, written by python -m traces fit")
-    path = Path(params) if params is not None else SHIPPED
+    path = Path(params) if params is not None else shipped_params()
     fitted, header = load_params(path)
     arrays = generate(fitted, split_tokens(num_tokens, num_requests), seed)
     _, num_layers, top_k = arrays["experts"].shape

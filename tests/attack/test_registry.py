@@ -40,6 +40,7 @@ OTHERWISE = {
     "sim/api/tracing.py": "a file of conf/model or of the user's own, read as model-yaml is",
     "sim/study/cells.py": "results that the study itself has written, read as metrics are",
     "traces/assumed/families.py": "a file of the package, which no user names",
+    "traces/importers/known_models.py": "files of conf/model of the package, which no user names",
     "traces/fitting/baselines.py": "frequencies of a fit, read as fitted-transition is",
 }
 """Modules that open files by these functions and have no reader of their own, and why."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -147,6 +148,7 @@ def test_mypy_is_needed_where_it_is_used(
     assert ("mypy" in of_wheel, "mypy" in of_editable) == (wheel, editable)
 
 
+FLAGS = re.MULTILINE | re.DOTALL
 TRY = "import build_backend; print(build_backend.try_compile())"
 
 
@@ -158,6 +160,11 @@ def test_what_cannot_be_compiled_stays_pure_python(
     compiler: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy_checkout(tmp_path)
+    # One module fails as all of them do, and takes a tenth of the time.
+    path = tmp_path / "expertflow" / "core.py"
+    text, number = re.subn(r"^MODULES = \(.*?^\)", 'MODULES = ("expertflow.counters",)', path.read_text(), flags=FLAGS)
+    assert number == 1
+    path.write_text(text)
     monkeypatch.setenv("CC", compiler)
     done = start(tmp_path, None, "-c", TRY)
     assert done.returncode == 0, done.stderr
