@@ -10,9 +10,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
-from expertflow.expert_sizes import MOST_EXPERT_BYTES, ExpertBytes, check_expert_bytes, frozen, shortest_form
+from expertflow.expert_sizes import MOST_EXPERT_BYTES, ExpertBytes, check_expert_bytes, shortest_form
 from traces.jsontext import parse_json
 from traces.messages import fault
 
@@ -23,7 +22,8 @@ _REMEDY = "write whole numbers of bytes, one for all or one a layer, or leave it
 
 
 def sizes_of(path: Path, header: Mapping[str, str], num_layers: int, num_experts: int) -> ExpertBytes | None:
-    """What the header says; None where it says nothing. TraceError, one line, for anything but sizes of this shape."""
+    """What the header says, in its shortest form, so that the same sizes are equal however they were written; None
+    where it says nothing. TraceError, one line, for anything but sizes of this shape."""
     if HEADER not in header:
         return None
     found = parse_json(path, f"header, {HEADER},", header[HEADER], _REMEDY)
@@ -34,7 +34,9 @@ def sizes_of(path: Path, header: Mapping[str, str], num_layers: int, num_experts
             raise fault(path, "header", str(error).split(";")[0], _REMEDY) from None
     elif type(found) is not int or not 1 <= found <= MOST_EXPERT_BYTES:
         raise fault(path, "header", f"{HEADER} is {header[HEADER][:40]!r}", _REMEDY)
-    return cast(ExpertBytes, frozen(found))
+    if isinstance(found, int):
+        return found
+    return shortest_form([own if isinstance(own, list) else (own,) for own in found])
 
 
 @dataclass

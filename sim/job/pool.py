@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from joblib import register_parallel_backend
@@ -18,7 +19,10 @@ class Workers(LokyBackend):  # type: ignore[misc]
 
     def configure(self, *args: Any, **options: Any) -> Any:
         """As of LokyBackend."""
-        number = super().configure(*args, initializer=end_with_parent, initargs=(os.getpid(),), **options)
+        # Those of an earlier use serve again only where they were told the same, and new ones begin in the folder and
+        # with the path of this process: relative paths and parts of the current folder mean the same in both.
+        told = os.getpid(), os.getcwd(), tuple(sys.path)
+        number = super().configure(*args, initializer=_begin, initargs=told, **options)
         self._started = self._workers
         return number
 
@@ -26,6 +30,11 @@ class Workers(LokyBackend):  # type: ignore[misc]
         """End the processes, which otherwise wait for more work with what they have loaded."""
         if self._started is not None:
             self._started.shutdown(wait=True, kill_workers=True)
+
+
+def _begin(parent: int, _folder: str, _path: tuple[str, ...]) -> None:
+    """A worker's first act. Folder and path are its own already; they only tell one set of workers from another."""
+    end_with_parent(parent)
 
 
 def use_workers() -> None:

@@ -133,6 +133,9 @@ class Chained:
         for key in ("model", "num_layers", "num_experts", "top_k"):
             same = meta[key] == other_meta[key] if key == "model" else int(meta[key]) == int(other_meta[key])
             trace_oracle.need(same, f"another {key}")
+        if "expert_bytes" in meta and "expert_bytes" in other_meta:
+            each = [trace_oracle.each_size(one) for one in (meta, other_meta)]
+            trace_oracle.need(each[0] == each[1], "other sizes of experts")
         trace_oracle.need(set(found) == set(other), "other arrays")
         for name, (kind, shape, _) in found.items():
             trace_oracle.need((kind, shape[1:]) == (other[name][0], other[name][1][1:]), f"another {name}")

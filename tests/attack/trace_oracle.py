@@ -185,6 +185,14 @@ def expert_bytes(text: str, sizes: dict[str, int]) -> None:
     need(all(type(size) is int and 1 <= size <= 10**13 for size in each), "expert_bytes holds what is no size")
 
 
+def each_size(meta: dict[str, str]) -> list[list[int]]:
+    """Bytes by layer and expert of a sound header that gives them."""
+    layers, experts = int(meta["num_layers"]), int(meta["num_experts"])
+    found = json.loads(meta["expert_bytes"])
+    rows = found if isinstance(found, list) else [found] * layers
+    return [own if isinstance(own, list) else [own] * experts for own in rows]
+
+
 def layout(sizes: dict[str, int], tensors: dict[str, Tensor]) -> None:
     """Names, types and shapes."""
     need({"experts", "request_start", "prompt_len"} <= set(tensors) <= set(ARRAYS), "arrays missing or unknown")

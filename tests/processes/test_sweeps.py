@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from joblib import Parallel, delayed
 
+from sim.job.pool import Workers
 from tests.attack.kills import kill_round, living
 from tests.support.commands import ROOT, command, small_trace
 from tests.support.studies import write_study
@@ -107,3 +109,15 @@ def test_commands_that_are_killed_and_let_through_leave_what_undisturbed_ones_le
     assert found["failures"] == []
     assert found["kills"] >= 4
     assert found["completed"] >= 1
+
+
+def test_workers_of_an_earlier_folder_are_not_used_in_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # joblib keeps processes for the next call; what they would find there is not what the caller's folder holds.
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        backend = Workers()
+        found += Parallel(n_jobs=2, backend=backend)(delayed(os.getcwd)() for _ in range(2))
+    backend.end()
+    assert [Path(folder).name for folder in found] == ["first", "first", "second", "second"]

@@ -47,6 +47,12 @@ def test_files_that_contradict_each_other_are_not_chained(tmp_path: Path) -> Non
     assert open_trace([none, one]).expert_bytes == (1, 2)
 
 
+def test_the_same_sizes_in_another_form_are_the_same(tmp_path: Path) -> None:
+    forms = 7, [7, 7], [[7, 7, 7], 7]
+    files = [write(tmp_path / f"{n}.safetensors", sizes) for n, sizes in enumerate(forms)]
+    assert open_trace(files).expert_bytes == 7
+
+
 def route(tmp_path: Path, *rows: str) -> Any:
     """Rows `layer,expert,expert_bytes`, each a slot of one token."""
     lines = ["turn,phase,step,layer,slot,expert,weight,expert_bytes"]
