@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from replay.machine.cuda_clock import CudaClock
 from replay.machine.device import Program, Words, Work, words_of
 from replay.machine.host_worker import PATIENCE_NS, Computed, HostTask, HostWorker
 from replay.machine.hosted import HostedMachine
+from replay.machine.launch_row import Row
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
 from replay.stopwatch import Stopwatch, measure_overhead
@@ -71,7 +73,6 @@ class EmptyDriver(CudaDevice):
         self.numbers: Sequence[int] = self._number
         self._raw_copy = _nothing
         self.seen_ns: list[int] = []
-        self.launched_ns: list[int] = []
         self.calls: Counter[str] = Counter()
         if counting:
             self._count()
@@ -99,7 +100,14 @@ class EmptyDriver(CudaDevice):
 
         return counting
 
-    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+    def program(
+        self,
+        work: Work,
+        pad_ns: int = 0,
+        words: Words | None = None,
+        captured: bool = True,
+        row: Row | None = None,
+    ) -> Program:
         start, end, number, gated = self._event(), self._event(), self._number, words is not None
         clock, calls = time.perf_counter_ns, self.calls
 
@@ -109,7 +117,7 @@ class EmptyDriver(CudaDevice):
             if gated:
                 number[0] += 1
 
-        return Program(start, end, run)
+        return Program(start, end, run) if row is None else Program(start, end, partial(_told, row, run), row, run)
 
     def restart_clock(self) -> None:
         """Nothing has run."""
@@ -123,11 +131,6 @@ class EmptyDriver(CudaDevice):
     def wait(self, number: int, event: Any = None, idle: Callable[[], object] | None = None) -> None:
         super().wait(number, event, idle)
         self.seen_ns.append(time.perf_counter_ns())
-
-    def launch(self, program: Program) -> None:
-        super().launch(program)
-        if program.row is not None:
-            self.launched_ns.append(time.perf_counter_ns())
 
 
 class _IdleWorker:
@@ -166,6 +169,11 @@ def _machine_on(rig: Rig, device: EmptyDriver, full: Workload, work: Workload, m
     return HostedMachine(*parts, figures=figures, worker=cast(HostWorker, worker), results=results), worker
 
 
+def _told(row: Row, run: Work) -> None:
+    row.tell()
+    run()
+
+
 def _nothing(*given: Any) -> None:
     """Stand in for a call of the driver, and do nothing."""
 
@@ -194,8 +202,16 @@ class HostTimes:
         watch.event_of = lambda: runtime.view.event
         machine.prepare(work.batches)
         machine.preload(runtime.slots.slot_of)
-        for list_of in (device.seen_ns, device.launched_ns):
-            list_of.clear()
+        device.seen_ns.clear()
+        launched_ns: list[int] = []
+        launch = machine.experts
+
+        def experts(layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+            mark: int = launch(layer, keys, counts, shared)
+            launched_ns.append(time.perf_counter_ns())
+            return mark
+
+        machine.experts = experts
         device.calls.clear()
         with gc_paused():
             started = time.perf_counter_ns()
@@ -207,7 +223,7 @@ class HostTimes:
         self.num_chunks = runtime.counters.num_misses * len(chunk_bytes)
         self.calls = device.calls
         self.policy_ns = sum(step.total_ns for step in watch.steps)
-        self.launched_ns = _first_after(device.seen_ns, device.launched_ns)
+        self.launched_ns = _first_after(device.seen_ns, launched_ns)
 
 
 def _first_after(seen: Sequence[int], launched: Sequence[int]) -> list[int]:

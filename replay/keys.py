@@ -48,6 +48,13 @@ class ReplayKeys:
     scale: Annotated[
         int | None, Rule(1, 1024, null="1 on a GPU, 16 on a CPU", about="the model's widths are divided by it")
     ]
+    launch_ahead: Annotated[
+        bool | None,
+        Rule(
+            null="on a GPU, unless the host computes experts",
+            about="launch the experts of a single token before it is known which",
+        ),
+    ]
     throttle_gb_per_s: Annotated[
         float | None,
         Rule(
@@ -75,13 +82,13 @@ is checked before the class is called; to find it, its module is imported. Argum
 hold nothing is called.
 
 These exclude each other: `residency` and `gpu_memory_gb`; `trace.path` and the other keys of `trace`; `fault_at`
-without `fault`; `throttle_gb_per_s` and a GPU; `count_redundant=true` and a policy without parts; `model.path` and
-`model=NAME`; `model=auto` without `model.path` and a key of `model`; `link=profile` and a key of `link`; any other
-`link` and `hardware.link_gb_per_s`, `hardware.pageable_gb_per_s`, `throttle_gb_per_s`, or a GPU;
-`stack.resident_tpot_ms` and the two overheads of `stack`, or a replay; `batch_size=as_recorded` and `prefill_chunk` or
-`speculate`; `draft_ms` without `speculate`, or in a replay; `storage` and `policy.place`, `verify=true`, `fault`, or a
-GPU; in a simulation, `host_memory_gb` without `storage`. An expert is cut into 1024 chunks at most, and a run lasts
-2^63 ns at most.
+without `fault`; `throttle_gb_per_s` and a GPU; `launch_ahead=true` and a CPU; `count_redundant=true` and a policy
+without parts; `model.path` and `model=NAME`; `model=auto` without `model.path` and a key of `model`; `link=profile` and
+a key of `link`; any other `link` and `hardware.link_gb_per_s`, `hardware.pageable_gb_per_s`, `throttle_gb_per_s`, or a
+GPU; `stack.resident_tpot_ms` and the two overheads of `stack`, or a replay; `batch_size=as_recorded` and
+`prefill_chunk` or `speculate`; `draft_ms` without `speculate`, or in a replay; `storage` and `policy.place`,
+`verify=true`, `fault`, or a GPU; in a simulation, `host_memory_gb` without `storage`. An expert is cut into 1024 chunks
+at most, and a run lasts 2^63 ns at most.
 """
 
 

@@ -186,7 +186,7 @@ def _run(
                 finally:
                     if logging is not None:
                         logging.flush()
-            device.synchronize()
+            machine.finish()
             if stamps is not None:
                 stamps.collect()
     except DeviceLostError as error:

@@ -40,6 +40,7 @@ class Settings:
     fault: tuple[str, int] | None
     scale: int
     throttle_gb_per_s: float | None
+    launch_ahead: bool = True
 
     @classmethod
     def of(cls, cfg: Mapping[str, Any]) -> Settings:
@@ -55,6 +56,10 @@ class Settings:
         _check_local(cfg["hardware"])
         _check_link(cfg, machine)
         _check_stack(cfg)
+        if cfg["launch_ahead"] and machine != "cuda":
+            raise ValueError(
+                "launch_ahead=true is for a GPU; a CPU's kernels are launched as they are known: leave it out"
+            )
         if cfg["draft_ms"]:
             raise ValueError(
                 f"draft_ms={cfg['draft_ms']} is time of a draft model, which a replay does not run; leave it out"
@@ -70,11 +75,14 @@ class Settings:
             None if fault is None else (fault, at or DEFAULT_FAULT_AT),
             scale,
             _throttle(cfg, machine, scale),
+            cfg["launch_ahead"] is not False,
         )
 
     def device(self) -> Device:
         """The device that these settings ask for."""
-        return make_device(self.machine, self.throttle_gb_per_s)
+        device = make_device(self.machine, self.throttle_gb_per_s)
+        device.launches_ahead = device.launches_ahead and self.launch_ahead
+        return device
 
 
 def _check_local(hardware: Mapping[str, Any]) -> None:

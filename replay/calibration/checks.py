@@ -14,7 +14,7 @@ _TEXTS = ("date",)
 _POSITIVE = ("memory_gb", "memory_gb_per_s", "matrix_tflops", "pad_share")
 _LINK = ("bytes", "in_a_row_ns", "pageable_ns")
 _BESIDE = ("idle_ns", "busy_ns", "bytes")
-_MAY_BE_NEGATIVE = ("kernel_start", "load_sync", "lone_copy", "gate_sync", "token_sync", "issue_gap")
+_MAY_BE_NEGATIVE = ("kernel_start", "release_start", "load_sync", "lone_copy", "gate_sync", "token_sync", "issue_gap")
 """Differences of two clocks, or of two times."""
 
 

@@ -35,14 +35,16 @@ def steady_mean(values: Sequence[float]) -> float:
 class HostProbe:
     """A machine like the one inside it. `samples`: host times in ns by what they were spent on.
 
-    attention, head, experts: one launch. issue, issue_gap: one copy, and what passes from it to the next call or wait.
-    classify: from the routing known to the next call. observe: from any other wake to the next call or wait. decide:
-    from the launch before the decision to its end. forward: from the forward's begin to its first launch. gate_sync,
-    token_sync: from the device's end of the kernel, or from when the host began to wait if that is later, to the
-    host's knowing. load_sync: the same of a chunk that was waited for. kernel_start: from the end of a launch on an
-    idle stream to the kernel's start, without the stack's pad; negative where it starts before the call returns. run
-    attention, run head, run experts[n], run experts_shared[n]: how long the kernels of such a launch ran. lone_copy:
-    from the issue of a copy on an idle link to its end.
+    attention, head, experts: one launch. ahead: one of experts that are not known yet; release: telling those to begin.
+    release_start: from the end of that to the kernels' start, on an idle stream, as kernel_start. issue, issue_gap: one
+    copy, and what passes from it to the next call or wait. classify: from the routing known to the next call. observe:
+    from any other wake to the next call or wait. decide: from the launch before the decision to its end. forward: from
+    the forward's begin to its first launch. gate_sync, token_sync: from the device's end of the kernel, or from when
+    the host began to wait if that is later, to the host's knowing. load_sync: the same of a chunk that was waited for.
+    kernel_start: from the end of a launch on an idle stream to the kernel's start, without the stack's pad; negative
+    where it starts before the call returns. run attention, run head, run experts[n], run experts_shared[n]: how long
+    the kernels of such a launch ran. lone_copy: from the issue of a copy of the largest size on an idle link to its
+    end; chunk: the time of one that follows another at once.
     """
 
     def __init__(self, machine: RealMachine) -> None:
@@ -50,11 +52,18 @@ class HostProbe:
         self.device = machine.device
         self.samples: dict[str, list[float]] = defaultdict(list)
         self._last = (_CALL, "", 0)
-        self._launched: dict[int, tuple[str, int, int]] = {}
-        """By mark: (kind, when its launch returned on the device's clock, or -1 if the stream was not known to be idle,
-        pad before its kernels), ns."""
-        self._issued_at: deque[int] = deque()
+        self._launched: dict[int, tuple[str, str, int, int]] = {}
+        """By mark: (kind, sample of its start, when its launch returned on the device's clock, or -1 if the stream was
+        not known to be idle, pad before its kernels), ns."""
+        self._issued_at: deque[tuple[int, int]] = deque()
+        """Of each copy under way: (when it was issued, bytes)."""
+        self._largest = 0
         self._link_end_ns = 0
+        self._ahead_ns = 0
+        """Of this call, spent on a launch ahead."""
+        if machine.launches_ahead:
+            self._launch_ahead = machine.launch_ahead
+            machine.launch_ahead = self._timed_ahead  # type: ignore[method-assign]
 
     def _enter(self, name: str) -> int:
         now = time.perf_counter_ns()
@@ -71,10 +80,10 @@ class HostProbe:
             self.samples[f"from {what} to {name}"].append(now - at)
         return now
 
-    def _leave(self, name: str, entered: int, sample: str | None = None) -> None:
+    def _leave(self, name: str, entered: int, sample: str | None = None, without_ns: int = 0) -> None:
         now = time.perf_counter_ns()
         if sample is not None:
-            self.samples[sample].append(now - entered)
+            self.samples[sample].append(now - entered - without_ns)
         self._last = (_CALL, name, now)
 
     def begin_forward(self, forward: Forward) -> None:
@@ -83,11 +92,23 @@ class HostProbe:
         self._machine.begin_forward(forward)
         self._leave("begin_forward", entered)
 
+    def _timed_ahead(self, shared: bool) -> None:
+        """The machine's launch ahead, which is a part of another call of it."""
+        began = time.perf_counter_ns()
+        self._launch_ahead(shared)
+        taken = time.perf_counter_ns() - began
+        self.samples["ahead"].append(taken)
+        self._ahead_ns += taken
+
     def _launch(self, name: str, kind: str, pad_ns: int, launch: Callable[[], int]) -> int:
+        told = name == "experts" and self._machine.is_waiting
         entered, idle = self._enter(name), not self._launched
         mark = launch()
-        self._leave(name, entered, name)
-        self._launched[mark] = f"run {kind}", self.device.now_ns() if idle else -1, pad_ns
+        # What is launched ahead delays what the host does next, not this launch.
+        ahead_ns, self._ahead_ns = self._ahead_ns, 0
+        self._leave(name, entered, "release" if told else name, ahead_ns)
+        at = self.device.now_ns() - ahead_ns if idle else -1
+        self._launched[mark] = f"run {kind}", "release_start" if told else "kernel_start", at, pad_ns
         return mark
 
     def attention(self, layer: int) -> int:
@@ -110,7 +131,8 @@ class HostProbe:
         self._machine.copy(load, chunk, key, slot, num_bytes, after)
         self._leave("copy", entered, "issue")
         # One that waits for a kernel says nothing of the link.
-        self._issued_at.append(1 << 62 if after else self.device.now_ns())
+        self._issued_at.append((1 << 62 if after else self.device.now_ns(), num_bytes))
+        self._largest = max(self._largest, num_bytes)
 
     def decided(self, wants: Sequence[int], effort: float) -> None:
         """As the machine's."""
@@ -125,18 +147,21 @@ class HostProbe:
         record = self._machine.wait(wait)
         known_ns = self.device.now_ns()
         marks = record[2]
-        for _, _, _, end_ns in record[1]:
-            issued = self._issued_at.popleft()
-            if issued < 1 << 62 and issued >= self._link_end_ns:
-                self.samples["lone_copy"].append(end_ns - issued)
+        for _, _, start_ns, end_ns in record[1]:
+            issued, num_bytes = self._issued_at.popleft()
+            if num_bytes == self._largest:
+                if start_ns == self._link_end_ns:
+                    self.samples["chunk"].append(end_ns - start_ns)
+                elif issued < 1 << 62 and issued >= self._link_end_ns:
+                    self.samples["lone_copy"].append(end_ns - issued)
             self._link_end_ns = end_ns
         if record[1] and not marks:
             self.samples["load_sync"].append(known_ns - max(record[1][-1][3], waiting_ns))
         for mark, start_ns, end_ns in marks:
-            kind, at, pad_ns = self._launched.pop(mark)
+            kind, start, at, pad_ns = self._launched.pop(mark)
             self.samples[kind].append(end_ns - start_ns)
             if at >= 0:
-                self.samples["kernel_start"].append(start_ns - at - pad_ns)
+                self.samples[start].append(start_ns - at - pad_ns)
         known = bool(marks) and marks[-1][0] == wait[1] and wait[0] not in (LOAD, HOST)
         if known:
             # The host learns of it through the machine's clock; when it came back is what counts.
@@ -192,6 +217,7 @@ class _NoMachine:
     """A machine that does nothing and returns at once. What a probe measures on it is the cost of the probe itself."""
 
     layer_pad_ns = head_pad_ns = 0
+    launches_ahead = is_waiting = False
     device = _Clock()
 
     def __init__(self) -> None:
@@ -244,13 +270,13 @@ def own_costs() -> dict[str, float]:
     own = {
         name: statistics.median(values)
         for name, values in probe.samples.items()
-        if name not in ("lone_copy", "kernel_start") and not name.startswith(("run ", "from "))
+        if name not in ("lone_copy", "kernel_start", "release_start") and not name.startswith(("run ", "from "))
     }
     # The call that is wrapped costs time without the probe as well.
     bare_ns = _bare_call_ns()
     own |= {name: max(own[name] - bare_ns, 0.0) for name in ("attention", "experts", "head", "issue")}
     # From the return of the launch to the look at the clock the probe notes down the launch.
-    return own | {"kernel_start": -own["forward"]}
+    return own | {"release": own["experts"], **dict.fromkeys(("kernel_start", "release_start"), -own["forward"])}
 
 
 def _bare_call_ns() -> float:
@@ -269,7 +295,7 @@ def _bare_call_ns() -> float:
 def without_own_costs(samples: Mapping[str, list[float]]) -> dict[str, list[float]]:
     """`samples` less the cost of the probe itself, measured now, while the host still has the speed of the samples."""
     own = own_costs()
-    least = {"kernel_start": -math.inf}
+    least = dict.fromkeys(("kernel_start", "release_start"), -math.inf)
     return {
         name: [max(value - own[name], least.get(name, 0.0)) for value in values] if name in own else values
         for name, values in samples.items()

@@ -16,6 +16,9 @@ DEFAULT_POLICY = "adaptive"
 _FITS = 0.03
 """Share by which the time of a size may differ from latency + bytes / rate, for the link to be described so."""
 
+_LEAST_CHUNKS = 32
+"""So many chunks must have followed one another in place to tell what one takes there."""
+
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
 _SOURCES = {
     "memory_gb": "as the device reports it",
@@ -81,8 +84,13 @@ def host_costs(samples: Mapping[str, Mapping[str, float]], lone_copy_ns: float) 
     # A launch of experts also writes down which: that much longer it takes than one of attention. A kernel that starts
     # before its launch returns leaves no latency, and less of the launch before it.
     start = mean("kernel_start")
-    launch = max(min(mean("attention"), mean("experts")) + min(start, 0.0), 0.0)
-    describe = max(mean("experts") - launch, 0.0)
+    if "release" in samples:
+        # Experts were launched ahead: to write down which is all that is left, and a part of telling them.
+        launch, describe = max(mean("attention") + min(start, 0.0), 0.0), 0.0
+    else:
+        launch = max(min(mean("attention"), mean("experts")) + min(start, 0.0), 0.0)
+        describe = max(mean("experts") - launch, 0.0)
+    told = mean("release_start")
     issues = samples.get("issue", {"count": 0})["count"]
     gaps = samples.get("issue_gap", {"count": 0})["count"]
     found = {
@@ -96,6 +104,8 @@ def host_costs(samples: Mapping[str, Mapping[str, float]], lone_copy_ns: float) 
         "observe_ns": mean("observe") + max(mean("load_sync"), 0.0) + describe,
         "forward_ns": mean("forward"),
         "group_ns": 0.0,
+        "release_ns": max(mean("release") + min(told, 0.0), 0.0),
+        "release_latency_ns": max(told, 0.0),
         "copy_start_ns": max(mean("lone_copy") - lone_copy_ns, 0.0) if "lone_copy" in samples else 0.0,
     }
     return {name: round(cost) for name, cost in found.items()}
@@ -191,12 +201,18 @@ def _stack_figures(raw: Mapping[str, Any], name: str, costs: Mapping[str, int], 
 def _costs(raw: Mapping[str, Any], model: str, stack: str, policy: str) -> tuple[dict[str, int], dict[str, Any]]:
     """(host costs in place, kernel table of the model)."""
     samples = _host(raw, model, stack, policy)
-    costs = host_costs(samples, raw["chunk_ns"][model])
+    costs = host_costs(samples, _chunk_ns(samples) or raw["chunk_ns"][model])
     table, launch = raw["kernels"][model], raw["kernel_launch_ns"][model]
     if raw["threads_share_interpreter"]:
         table, launch = slowed(table, samples)
     costs["group_ns"] = round(launch)
     return costs, table
+
+
+def _chunk_ns(samples: Mapping[str, Mapping[str, float]]) -> float:
+    """What a chunk takes in place that follows another at once; 0 where too few do."""
+    chunk = samples.get("chunk", {"count": 0, "mean": 0.0})
+    return chunk["mean"] if chunk["count"] >= _LEAST_CHUNKS else 0.0
 
 
 def slowed(table: Mapping[str, Any], samples: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, Any], float]:
@@ -263,6 +279,11 @@ def simulated_as(raw: Mapping[str, Any], name: str, model: str, policy: str, sta
         )
     costs, table = _costs(raw, model, stack.name, policy)
     hardware = replace(hardware, kernel_ns=hardware_from_dict(plain_hardware | {"kernel_ns": {model: table}}).kernel_ns)
+    if chunk_ns := _chunk_ns(_host(raw, model, stack.name, policy)):
+        # Issued while the one before it runs, from all of the experts' memory, beside kernels: it takes so long, not as
+        # long as copies that were all issued before the first of them began.
+        latency = hardware.link_latency_ns + round(chunk_ns - raw["beside"][model]["idle_ns"])
+        hardware = replace(hardware, link_latency_ns=max(latency, 0), link_slowdown=1.0)
     known = {field.name for field in fields(Hardware)}
     hardware = replace(hardware, **{key: cost for key, cost in costs.items() if key in known})  # type: ignore[arg-type]
     pads = {key: round(getattr(stack, key) * raw["pad_share"]) for key in ("layer_overhead_ns", "head_overhead_ns")}

@@ -10,12 +10,12 @@ from typing import Any
 
 from expertflow.forward import DECODE, PREFILL, Forward
 from replay.calibration.measure import beside_copies_ns
-from replay.machine.device import Program, Work
+from replay.machine.device import Program
 from replay.machine.launch_row import Row
-from replay.machine.programs import LEAST_ROWS
+from replay.machine.programs import LEAST_ROWS, capacity_for
 from replay.machine.rig import Rig
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
-from replay.machine.timing import programs_ns, works_ns
+from replay.machine.timing import alone_ns, programs_ns, works_ns
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Experts launched at once; as many as the model can choose in one layer."""
@@ -38,25 +38,24 @@ class KernelBench:
     def experts(self, num_experts: int, tokens: int, shared_tokens: int = 0) -> list[Program]:
         """Programs of routed experts in other slots each, over `tokens` each, and of shared ones over theirs."""
         most = size_class(self.kernels.rows(tokens), LEAST_ROWS)
-        self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(size_class(num_experts), most)])
+        self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(self._capacity(num_experts), most)])
         count = max(2, min(_LAYERS, self.rig.slots.num_slots // max(num_experts, 1)))
         rows = [self._row(num_experts, tokens, shared_tokens, number) for number in range(count)]
-        programs = []
-        for row in rows:
-            program = self.device.program(self.kernels.experts(row, most, shared_tokens > 0))
-            program.row = row
-            programs.append(program)
-        return programs
+        return [self.device.program(self.kernels.experts(row, most, shared_tokens > 0), row=row) for row in rows]
 
-    def experts_work(self, num_experts: int, tokens: int) -> Work:
-        """The kernels of routed experts over `tokens` each, to be launched one by one."""
+    def experts_one_by_one(self, num_experts: int, tokens: int) -> Program:
+        """A program of routed experts over `tokens` each whose kernels are launched one by one."""
         most = size_class(self.kernels.rows(tokens), LEAST_ROWS)
-        return self.kernels.experts(self._row(num_experts, tokens, 0, 0), most, shared=False)
+        row = self._row(num_experts, tokens, 0, 0)
+        return self.device.program(self.kernels.experts(row, most, shared=False), captured=False, row=row)
+
+    def _capacity(self, num_experts: int) -> int:
+        return capacity_for(num_experts, self.kernels.model.top_k)
 
     def _row(self, num_experts: int, tokens: int, shared_tokens: int, number: int) -> Row:
         """The description of a launch: group `number` of `num_experts` slots, each with the rows of `tokens` tokens."""
         num_slots, rows = self.rig.slots.num_slots, self.kernels.rows(tokens)
-        row = Row(RowLayout(size_class(num_experts)), self.device.torch_device)
+        row = Row(RowLayout(self._capacity(num_experts)), self.device.torch_device)
         row.words[NUM_EXPERTS] = num_experts
         row.words[SHARED_BLOCK] = number % self.kernels.model.num_layers if shared_tokens else -1
         row.words[SHARED_ROWS] = self.kernels.shared_rows(shared_tokens) if shared_tokens else 0
@@ -79,6 +78,10 @@ class KernelBench:
         """Median time of one of `programs`."""
         return programs_ns(self.device, programs, self.repeat)
 
+    def alone_ns(self, programs: Sequence[Program]) -> float:
+        """Median time of one of `programs` on a device that was idle before it."""
+        return alone_ns(self.device, programs, self.repeat)
+
     def beside_ns(self, programs: Sequence[Program], chunk_bytes: int) -> float:
         """Median time of one of `programs` beside a busy link."""
         return beside_copies_ns(self.device, programs, chunk_bytes, self.repeat)
@@ -91,13 +94,13 @@ def prompt_launches(rig: Rig, num_tokens: int, repeat: int) -> dict[str, dict[st
     prompt = Forward(0, PREFILL, range(num_tokens), (0,), tuple(range(1, num_tokens + 1)), [], [], None)
     at = min(1, model.num_layers - 1)
     each = max(1, num_tokens * model.top_k // model.num_experts)
-    works = {
-        "attention": bench.kernels.attention(at, bench.kernels.shape(at, prompt)),
-        "experts": bench.experts_work(min(model.num_experts, rig.slots.num_slots), each),
+    attention = bench.kernels.attention(at, bench.kernels.shape(at, prompt))
+    programs = {
+        "attention": rig.device.program(attention, captured=False),
+        "experts": bench.experts_one_by_one(min(model.num_experts, rig.slots.num_slots), each),
     }
     found = {}
-    for name, work in works.items():
-        program = rig.device.program(work, captured=False)
+    for name, program in programs.items():
         launches, spans = [], []
         for _ in range(repeat + 2):
             started = time.perf_counter_ns()
@@ -126,7 +129,7 @@ def group_table(bench: KernelBench, tokens: Sequence[int]) -> list[list[int]]:
     model, needs = bench.kernels.model, bench.rig.needs
     sizes = [count for count in GROUPS if count <= min(model.num_experts, bench.rig.slots.num_slots)]
     each = [count for count in tokens if count * sizes[-1] <= needs.max_tokens * model.top_k] or [1]
-    return [[num, count, round(bench.ns(bench.experts(num, count)))] for num in sizes for count in each]
+    return [[num, count, round(bench.alone_ns(bench.experts(num, count)))] for num in sizes for count in each]
 
 
 def kernel_tables(
@@ -181,7 +184,7 @@ def _shared(bench: KernelBench, tokens: Sequence[int], launch: float) -> list[li
     points = []
     for count in tokens:
         each = 1 if count < beside else 2
-        plain, both = bench.ns(bench.experts(beside, each)), bench.ns(bench.experts(beside, each, count))
+        plain, both = (bench.alone_ns(bench.experts(beside, each, shared)) for shared in (0, count))
         points.append([count, max(1, round(both - plain))])
     return points
 

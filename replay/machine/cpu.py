@@ -21,6 +21,7 @@ import torch
 
 from replay.lost import DeviceLostError
 from replay.machine.device import Program, Way, Words, Work
+from replay.machine.launch_row import Row
 from replay.machine.ways import MemoryWay
 
 _SLACK_NS = 1000
@@ -107,6 +108,7 @@ class CpuDevice:
     world = "cpu"
     dtype = torch.float32
     captures = False
+    launches_ahead = False
     ends_inside = True
 
     def __init__(self, throttle_gb_per_s: float | None = None, latency_ns: int = 0) -> None:
@@ -134,7 +136,14 @@ class CpuDevice:
             "dtype": "float32",
         }
 
-    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+    def program(
+        self,
+        work: Work,
+        pad_ns: int = 0,
+        words: Words | None = None,
+        captured: bool = True,
+        row: Row | None = None,
+    ) -> Program:
         then = None if words is None else self._gate(*words)
 
         def run() -> None:
@@ -142,7 +151,7 @@ class CpuDevice:
             program.start, program.end = start, end = _CpuEvent(), _CpuEvent()
             self._compute.tasks.put((0, None, pad_ns, start, work, 0, end, then))
 
-        program = Program(_CpuEvent(), _CpuEvent(), run)
+        program = Program(_CpuEvent(), _CpuEvent(), run, row)
         return program
 
     def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:

@@ -22,8 +22,9 @@ from replay.lost import DeviceLostError
 from replay.machine.cuda_clock import CudaClock
 from replay.machine.cuda_errors import explained, told_if_lost
 from replay.machine.device import Program, Way, Words, Work, words_of
+from replay.machine.launch_row import Row
 from replay.machine.raw import raw_copy, raw_copy_back
-from replay.machine.slot_kernels import gate
+from replay.machine.slot_kernels import gate, stage
 from replay.machine.ways import CudaWay
 
 _PATIENCE_NS = 60_000_000_000
@@ -43,6 +44,7 @@ class CudaDevice:
     dtype = torch.bfloat16
 
     captures = True
+    launches_ahead = True
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -153,20 +155,30 @@ class CudaDevice:
 
     # -- programs --------------------------------------------------------------------------------------------
 
-    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
-        made: Program = self._guarded(self._program, work, pad_ns, words, captured)
+    def program(
+        self,
+        work: Work,
+        pad_ns: int = 0,
+        words: Words | None = None,
+        captured: bool = True,
+        row: Row | None = None,
+    ) -> Program:
+        made: Program = self._guarded(self._program, work, pad_ns, words, captured, row)
         return made
 
-    def _program(self, work: Work, pad_ns: int, words: Words | None, captured: bool) -> Program:
+    def _program(self, work: Work, pad_ns: int, words: Words | None, captured: bool, row: Row | None = None) -> Program:
         start, end = (torch.cuda.Event(enable_timing=True, external=captured) for _ in range(2))
         cycles, stream = self._clock.cycles(pad_ns), self._compute
         gate = None if words is None else self._gate(*words)
+        staged = None if row is None else self._stage(row)
 
         inside = self.ends_inside or not captured
 
         def launch() -> None:
             if cycles > 0:
                 torch.cuda._sleep(cycles)
+            if staged is not None:
+                staged()
             start.record(stream)
             work()
             if inside:
@@ -175,14 +187,20 @@ class CudaDevice:
                 gate()
 
         if not captured:
-            return Program(start, end, launch)
+            return Program(start, end, launch if row is None else partial(_tell_and_run, row, launch), row)
         # Libraries load, and kernels are compiled, on first use, which must not fall into a capture.
+        if row is not None and staged is not None:
+            row.tell()
+            staged()
         work()
         if gate is not None:
             gate()
         torch.cuda.synchronize(self.torch_device)
         replay = self._capture(launch).replay
-        return Program(start, end, replay if inside else partial(_replay_and_record, replay, end, stream))
+        run = replay if inside else partial(_replay_and_record, replay, end, stream)
+        return (
+            Program(start, end, run) if row is None else Program(start, end, partial(_tell_and_run, row, run), row, run)
+        )
 
     def _capture(self, launch: Work) -> Any:
         """A graph of what `launch` enqueues. torch.cuda.graph would collect garbage and empty caches at every one."""
@@ -208,6 +226,10 @@ class CudaDevice:
     def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:
         """Copies the words and raises the number, in this order as the host sees it."""
         return gate(source, target, self._counter, self._flag)
+
+    def _stage(self, row: Row) -> Work:
+        """Waits for the host's word, then brings the row to the device."""
+        return stage(row)
 
     def _explain(self, error: RuntimeError) -> NoReturn:
         """Raise what `error` means. Most CUDA errors are sticky: nothing that follows on this device would work."""
@@ -345,6 +367,12 @@ def _replay_and_record(replay: Callable[[], None], end: Any, stream: Any) -> Non
     call."""
     replay()
     end.record(stream)
+
+
+def _tell_and_run(row: Row, run: Work) -> None:
+    """Launch what reads `row`, which is written."""
+    row.tell()
+    run()
 
 
 def _never() -> bool:

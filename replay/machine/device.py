@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from replay.machine.launch_row import Row
 
 Event = Any
 """A point in one of the device's streams, opaque to everyone else."""
@@ -35,18 +38,21 @@ class Program:
     In order: `pad_ns` of nothing, `start`, the kernels, `end`, and where it is gated its words are copied to the host
     and the device's number rises by one. start, end: the events of its last launch, overwritten by the next one: they
     must be read before. mark: that of its last launch while that is unread, else 0. row: what the host writes before a
-    launch and the kernels read during it (see `replay.machine.rows`), if they read anything. run: what `Device.launch`
-    calls.
+    launch and the kernels read during it (see `replay.machine.rows`), if they read anything; on a GPU it is copied to
+    the device before `start`. run: what `Device.launch` calls. ahead: the same program launched before its row is
+    written: its kernels begin once the host has told the row (`Row.tell`), and until then nothing else may be launched.
+    None where the device cannot.
     """
 
-    __slots__ = ("end", "mark", "row", "run", "start")
+    __slots__ = ("ahead", "end", "mark", "row", "run", "start")
 
-    def __init__(self, start: Event, end: Event, run: Work) -> None:
+    def __init__(self, start: Event, end: Event, run: Work, row: Row | None = None, ahead: Work | None = None) -> None:
         self.start = start
         self.end = end
         self.run = run
         self.mark = 0
-        self.row: Any = None
+        self.row: Any = row
+        self.ahead: Program | None = None if ahead is None else Program(start, end, ahead, row)
 
 
 class Way(Protocol):
@@ -79,6 +85,8 @@ class Device(Protocol):
     """What the kernels compute in."""
     captures: bool
     """Whether programs are captured: then each shape that is to be launched in a run is prepared before it."""
+    launches_ahead: bool
+    """Whether programs with a row can be launched before it is written (`Program.ahead`)."""
     ends_inside: bool
     """Whether the events of a launch under way have not happened yet: else they seem to have, at the last launch's
     times, until the streams get there."""
@@ -88,10 +96,18 @@ class Device(Protocol):
     def describe(self) -> Mapping[str, Any]:
         """Name, memory in bytes and versions of what was measured, for provenance."""
 
-    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+    def program(
+        self,
+        work: Work,
+        pad_ns: int = 0,
+        words: Words | None = None,
+        captured: bool = True,
+        row: Row | None = None,
+    ) -> Program:
         """Prepare `work`, to run after `pad_ns` of nothing. With `words` the program is gated; they may be empty.
 
-        captured: False launches the kernels one by one. Both streams must be empty; `work` may run once.
+        captured: False launches the kernels one by one. row: what `work` reads, which must be written before each
+        launch. Both streams must be empty; `work` may run once, with what the row holds.
         """
 
     def launch(self, program: Program) -> None:

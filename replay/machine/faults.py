@@ -63,6 +63,8 @@ class FaultyDevice:
         self._sources: dict[int, int] = {}
         self._overwrite: tuple[int, int, int] | None = None
         self._landed: Event = None
+        # Kernels that wait already would run before what is put in front of them.
+        self.launches_ahead = device.launches_ahead and fault != "early_reuse"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)

@@ -40,6 +40,8 @@ class HostedMachine(RealMachine):
 
     def __init__(self, *given: Any, figures: Figures, worker: HostWorker, results: torch.Tensor) -> None:
         super().__init__(*given)
+        # What the host computes is added by a launch of its own, and all experts of a layer may be its.
+        self.launches_ahead = False
         self._figures, self._worker, self._results = figures, worker, results
         self._sums = torch.zeros_like(results)
         self._adding: dict[int, Program] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from replay.machine.device import words_of
-from replay.machine.rows import RowLayout
+from replay.machine.rows import TOLD, RowLayout
 
 
 class Row:
@@ -25,3 +25,8 @@ class Row:
         self.words = words_of(self.host)
         self.plain = False
         """Whether its counts and first rows are those of one token for each expert."""
+
+    def tell(self) -> None:
+        """What is written here is complete: one launch more may read it. The last of the host's stores, which another
+        processor sees in this order on x86."""
+        self.words[TOLD] += 1

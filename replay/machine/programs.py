@@ -16,7 +16,7 @@ from expertflow.forward import Forward
 from replay.machine.device import Device, Program
 from replay.machine.kernels import Kernels, Shape
 from replay.machine.launch_row import Row
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
+from replay.machine.rows import GAVE_UP, NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
 from replay.machine.stamps import Stamps
 from replay.machine.timing import works_ns
 from sim.specs.hardware import Stack
@@ -27,6 +27,12 @@ LEAST_ROWS = 16
 """Rows that a tensor core multiplies at once: the kernels pad fewer rows to so many."""
 DEFAULT_KV_GRID = 256
 """KV tokens to which lengths are rounded where shapes are captured and the stack names no grid."""
+
+
+def capacity_for(num_experts: int, top_k: int) -> int:
+    """Routed experts that the program has room for which launches `num_experts`: what one token chooses, at least, so
+    that which program it is does not depend on what is resident; beyond that rounded up to a power of two."""
+    return size_class(max(num_experts, top_k))
 
 
 def _doublings(first: int, last: int) -> list[int]:
@@ -76,6 +82,7 @@ class Programs:
         self.kv_grid = stack.kv_grid or (DEFAULT_KV_GRID if device.captures else 0)
         self._stamps = stamps
         self._has_shared = kernels.shared_rows(1) > 0
+        self._top_k = kernels.model.top_k
         self._by_shape: dict[tuple[int, Shape], Program] = {}
         self._by_forward: dict[tuple[Shape, Shape], list[Program]] = {}
         self._heads: dict[int, Program] = {}
@@ -136,7 +143,8 @@ class Programs:
 
     def _prepare_experts(self, num_experts: int, count: int, captured: bool) -> None:
         most = size_class(self._kernels.rows(count), LEAST_ROWS)
-        buckets = list(product(_doublings(1, size_class(num_experts)), _doublings(LEAST_ROWS, most)))
+        room = [capacity_for(count, self._top_k) for count in (1, num_experts)]
+        buckets = list(product(_doublings(*room), _doublings(LEAST_ROWS, most)))
         if captured:
             self._kernels.tune(lambda work: works_ns(self._device, [work], 5), buckets)
         for (capacity, rows), shared in product(buckets, sorted({False, self._has_shared})):
@@ -150,9 +158,8 @@ class Programs:
         for _ in range(REPLICAS):
             row = Row(layout, self._device.torch_device)
             check = None if stamps is None else stamps.check(row)
-            program = self._device.program(self._kernels.experts(row, rows, shared, check), captured=captured)
-            program.row = row
-            programs.append(program)
+            work = self._kernels.experts(row, rows, shared, check)
+            programs.append(self._device.program(work, captured=captured, row=row))
         return Ring(programs)
 
     # -- in the run ------------------------------------------------------------------------------------------
@@ -187,7 +194,7 @@ class Programs:
     def experts(self, num_experts: int, count: int, shared: bool) -> Program:
         """For `num_experts` routed experts over at most `count` tokens each; its row is to be written before launch."""
         rows = size_class(self._kernels.rows(count), LEAST_ROWS)
-        return self._rings[size_class(num_experts), rows, shared and self._has_shared].take()
+        return self._rings[capacity_for(num_experts, self._top_k), rows, shared and self._has_shared].take()
 
     def head(self, num_rows: int) -> Program:
         """Head and sampling over `num_rows` rows, of which there may be none."""
@@ -199,6 +206,12 @@ class Programs:
             program = self._device.program(self._kernels.head(num_rows), self._head_pad_ns, words)
             self._heads[num_rows] = program
         return program
+
+    @property
+    def waited_in_vain(self) -> bool:
+        """Whether a launch has ever given up waiting for the host; what it was to compute is missing. The device must
+        be idle."""
+        return any(program.row.words[GAVE_UP] for ring in self._rings.values() for program in ring.programs)
 
     @property
     def num_prepared(self) -> int:

@@ -36,6 +36,10 @@ _NO_END = [0]
 class RealMachine:
     """One device, its buffers and kernels. stamps: None = do not verify. `prepare` must come before a run.
 
+    Where the device can, a forward of one token launches experts before it is known which: behind the attention of
+    their layer, and behind each launch after which experts of it are still missing. The host then only writes them down
+    and tells the GPU, which saves it the time of the launch and the GPU the wait for it.
+
     stack: the stack under test; what it would spend on the compute stream is spent doing nothing, and KV lengths are
     rounded up to a multiple of its kv_grid.
     """
@@ -55,6 +59,8 @@ class RealMachine:
         self.host = host
         self.slots = slots
         self.stamps = stamps
+        self.launches_ahead = device.launches_ahead
+        """Whether forwards of one token launch experts ahead."""
         self.layer_pad_ns, self.head_pad_ns = stack.layer_overhead_ns, stack.head_overhead_ns
         self.num_read_first = 0
         """Launches that had to wait until an earlier one of their program had ended and was read."""
@@ -91,6 +97,13 @@ class RealMachine:
         self.programs = Programs(device, kernels, self._routing, self._tokens, stack, stamps)
         self._attention: Sequence[Program] = ()
         self._head: Program | None = None
+        self._is_ahead = False
+        """Whether this forward launches experts ahead."""
+        self._waiting: Program | None = None
+        """The program that is launched and waits for its row."""
+        self._num_left = 0
+        """Experts of this layer that are not launched yet, nor told to begin."""
+        self._demands: Sequence[Sequence[int]] = ()
 
     # -- what the runtime asks for ---------------------------------------------------------------------------
 
@@ -103,18 +116,47 @@ class RealMachine:
         self._shared_rows = self.kernels.shared_rows(self._num_tokens)
         self._attention = self.programs.attention(forward)
         self._head = self.programs.head(forward.num_logits)
+        self._demands = forward.demands
+        self._is_ahead = self.launches_ahead and len(forward.rows) == 1 and not forward.has_prompt
 
     def _launch(self, program: Program) -> int:
+        self.device.launch(program)
+        return self._mark(program)
+
+    def _mark(self, program: Program) -> int:
+        """Give the launch that has just been made, or told to begin, its mark."""
         mark = self._num_marks = self._num_marks + 1
         program.mark = mark
-        self.device.launch(program)
         self._unread.append(program)
         self._open[mark] = program
         return mark
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether experts are launched that have not been told to begin."""
+        return self._waiting is not None
+
+    def launch_ahead(self, shared: bool) -> None:
+        """Launch a program for experts that are not known yet."""
+        program = self.programs.experts(1, 1, shared)
+        if program.mark:
+            self._read_first(program)
+        assert program.ahead is not None
+        self.device.launch(program.ahead)
+        self._waiting = program
+
+    def _let_pass(self) -> None:
+        """Let the program that waits pass without any experts: what follows it would wait for ever."""
+        if self._waiting is not None:
+            row, self._waiting = self._waiting.row, None
+            row.words[NUM_EXPERTS], row.words[SHARED_BLOCK] = 0, -1
+            row.tell()
+
     def _launch_gated(self, program: Program) -> int:
         if program.mark:
             self._read_first(program)
+        if self._waiting is not None:
+            self._let_pass()
         self._number += 1
         self._gate_start_ns = None
         mark = self._gate = self._launch(program)
@@ -123,7 +165,11 @@ class RealMachine:
     def attention(self, layer: int) -> int:
         if self.stamps is not None and layer:
             self.stamps.end_layer(layer - 1)
-        return self._launch_gated(self._attention[layer])
+        mark = self._launch_gated(self._attention[layer])
+        if self._is_ahead:
+            self._num_left = len(self._demands[layer])
+            self.launch_ahead(True)
+        return mark
 
     def head(self) -> int:
         assert self._head is not None
@@ -132,10 +178,12 @@ class RealMachine:
         return self._launch_gated(self._head)
 
     def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
-        count = 1 if counts is None else max([counts[key] for key in keys], default=1)
-        program = self.programs.experts(len(keys), count, shared)
-        if program.mark:
-            self._read_first(program)
+        program = self._waiting
+        if program is None:
+            count = 1 if counts is None else max([counts[key] for key in keys], default=1)
+            program = self.programs.experts(len(keys), count, shared)
+            if program.mark:
+                self._read_first(program)
         row, slot_of = program.row, self._slot_of
         words, layout = row.words, row.layout
         words[NUM_EXPERTS] = len(keys)
@@ -149,7 +197,15 @@ class RealMachine:
             self._write_counts(program, keys, counts)
         if self.stamps is not None:
             self.stamps.expect(row, self._forward, layer, keys, [slot_of[key] for key in keys])
-        return self._launch(program)
+        if self._waiting is None:
+            return self._launch(program)
+        row.tell()
+        self._waiting = None
+        mark = self._mark(program)
+        self._num_left -= len(keys)
+        if self._num_left > 0:
+            self.launch_ahead(False)
+        return mark
 
     def _write_counts(self, program: Program, keys: Sequence[int], counts: Mapping[int, int] | None) -> None:
         """How many rows each expert computes over, and where they begin. counts None: one token each, for any keys."""
@@ -310,5 +366,16 @@ class RealMachine:
             self.stamps.restart()
         self._number = self.device.numbers[0]
 
+    def finish(self) -> None:
+        """Block until all that was launched has ended. ValueError if the GPU has not waited for the host until the
+        end: what it was to compute then is missing."""
+        self.device.synchronize()
+        if self.programs.waited_in_vain:
+            raise ValueError(
+                "the host was held up for so long that kernels launched ahead gave up waiting for it: the run computed "
+                "less than it should; run it again without stopping it on the way"
+            )
+
     def close(self) -> None:
         """End what belongs to this machine alone; device and buffers are the rig's."""
+        self._let_pass()

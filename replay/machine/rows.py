@@ -15,7 +15,11 @@ SHARED_ROWS = 2
 """Word: rows that the shared experts compute over."""
 NUMBER = 3
 """Word: number of the launch, for what a check finds."""
-_HEAD = 4
+TOLD = 4
+"""Word: launches that the host has told to begin; on the device, those that have begun."""
+GAVE_UP = 5
+"""Word: the launch that has waited for the host in vain, the number of its begin; 0: none has."""
+_HEAD = 6
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from replay.machine.rows import NUM_EXPERTS, RowLayout
 _ALIGNED = 16
 """Values: `up` begins at such a place in a row of the intermediate buffer, whatever `middle` is."""
 _COPY_BLOCK = 1024
+MOST_POLLS = 20_000_000
+"""Looks of a waiting launch at the host's word: some 20 s, longer than any host is held up that goes on at all."""
 _TUNING_BYTES = 256 << 20
 """Weights that one measured body reads at least, where the pool has them: more than a GPU's cache holds."""
 
@@ -144,12 +146,15 @@ def check_work(
     return work
 
 
-def stage(row: Row) -> Work:
-    """Copy a row from pinned memory to the device."""
+def stage(row: Row, most_polls: int = MOST_POLLS) -> Work:
+    """Wait until the host has told the row (`Row.tell`) once for each launch of this, then copy it to the device.
+
+    most_polls: looks at the host's word, of about 1 us each over PCIe, before it gives up and nothing is computed.
+    """
     kernel, there, count = _programs().stage, _there(row), row.layout.num_words
 
     def work() -> None:
-        kernel[(1,)](row.host, there, count, BLOCK=_block(count), num_warps=4)
+        kernel[(1,)](row.host, there, count, most_polls, BLOCK=_block(count), num_warps=1)
 
     return work
 
@@ -225,10 +230,10 @@ class SlotKernels:
         return _tuned.get((*self._shape, capacity, rows, product), default_tile(capacity, rows))
 
     def experts(self, row: Row, max_rows: int, has_shared: bool, check: Work | None = None) -> Work:
-        """Stage the row, then compute what it describes: routed experts, each over its rows, and shared ones.
+        """Compute what the row on the device describes: routed experts, each over its rows, and shared ones.
 
-        max_rows: the most that a routed expert has, for speed only. has_shared: whether a block of shared experts may
-        stand in the row. check: runs before and after the experts, on the staged row.
+        The row must have been staged. max_rows: the most that a routed expert has, for speed only. has_shared: whether
+        a block of shared experts may stand in the row. check: runs before and after the experts, on the staged row.
         """
         if has_shared and not self._has_shared:
             raise ValueError("has_shared=true, but no shared experts were given; give them where the kernels are made")
@@ -236,7 +241,7 @@ class SlotKernels:
         steps = [self._product(name, there, capacity, max_rows, has_shared) for name in ("up", "down")]
         if check is not None:
             steps = [check, *steps, check]
-        return _all([stage(row), *steps])
+        return _all(steps)
 
     def tune(self, device_ns: Callable[[Work], float], buckets: Iterable[tuple[int, int]]) -> None:
         """Choose each bucket's tiles by measured time. Before anything is captured: bodies keep what was chosen.

@@ -16,16 +16,39 @@ NUM_EXPERTS = tl.constexpr(rows.NUM_EXPERTS)
 SHARED_BLOCK = tl.constexpr(rows.SHARED_BLOCK)
 SHARED_ROWS = tl.constexpr(rows.SHARED_ROWS)
 NUMBER = tl.constexpr(rows.NUMBER)
+TOLD = tl.constexpr(rows.TOLD)
+GAVE_UP = tl.constexpr(rows.GAVE_UP)
 SLOTS = tl.constexpr(rows.RowLayout(1).slots)
 """Where the slots of the experts begin in a row; the first rows, numbers of rows and expected words follow."""
 
 
-@triton.jit(do_not_specialize=["num_words"])
-def stage(source, target, num_words, BLOCK: tl.constexpr):
-    """Copy `num_words` 64-bit words from pinned memory to the device. One program."""
+@triton.jit(do_not_specialize=["num_words", "most_polls"])
+def stage(source, target, num_words, most_polls, BLOCK: tl.constexpr):
+    """Wait until the host has told this launch to begin, then copy its row from pinned memory to the device. One
+    program.
+
+    The n-th launch begins when the host's word TOLD is n or more; the device's own counts those that have begun. All
+    reads are volatile, and those of the row are issued after the one that found the number: no cache answers them with
+    what the host has replaced. A host that does not come for `most_polls` looks is told of it in GAVE_UP, and nothing
+    is computed: a GPU must not wait for ever.
+    """
+    launch = tl.load(target + TOLD) + 1
+    told = tl.load(source + TOLD, volatile=True)
+    polls = launch * 0
+    while (told < launch) & (polls < most_polls):
+        told = tl.load(source + TOLD, volatile=True)
+        polls += 1
+    tl.debug_barrier()
     for start in range(0, num_words, BLOCK):
         word = start + tl.arange(0, BLOCK)
-        tl.store(target + word, tl.load(source + word, mask=word < num_words, other=0), mask=word < num_words)
+        found = tl.load(source + word, mask=word < num_words, other=0, volatile=True)
+        tl.store(target + word, found, mask=word < num_words)
+    tl.debug_barrier()
+    tl.store(target + TOLD, launch)
+    if told < launch:
+        tl.store(target + NUM_EXPERTS, launch * 0)
+        tl.store(target + SHARED_BLOCK, launch * 0 - 1)
+        tl.store(source + GAVE_UP, launch)
 
 
 @triton.jit

@@ -27,6 +27,13 @@ def programs_ns(device: Device, programs: Sequence[Program], repeat: int) -> flo
     return statistics.median(times)
 
 
+def alone_ns(device: Device, programs: Sequence[Program], repeat: int) -> float:
+    """Median device time of one of `programs`, each launched when the device is idle and the one before has been seen
+    to end: as a run launches experts, which wait for the routing."""
+    times = [span_ns(device, program) for _ in range(repeat + 1) for program in programs]
+    return statistics.median(times[len(programs) :])
+
+
 def works_ns(device: Device, works: Sequence[Work], repeat: int) -> float:
     """`programs_ns` of works that are prepared here."""
     return programs_ns(device, [device.program(work) for work in works], repeat)

@@ -7,7 +7,7 @@ times.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from expertflow.forward import Forward
 from expertflow.hints import mypyc_attr
@@ -31,10 +31,36 @@ class HostBoundMachine(SlowedMachine):
         self._after_wake_ns = 0
         self._counted_from: deque[int] = deque()
         """Of the chunks under way, from when they count; an idle link begins later, and slows kernels from then."""
+        self._release_costs = costs.release_ns, costs.release_latency_ns
+        self._launch_costs = costs.launch_ns, costs.launch_latency_ns
+        self._demands: Sequence[Sequence[int]] = ()
+        """Of a forward that launches experts ahead, by layer; else empty."""
+        self._num_left = 0
+        """Experts of this layer that have not been told to begin."""
 
     def begin_forward(self, forward: Forward) -> None:
         super().begin_forward(forward)
         self.now_ns += self.costs.forward_ns
+        is_ahead = self.costs.release_ns and len(forward.rows) == 1 and not forward.has_prompt
+        self._demands = forward.demands if is_ahead else ()
+
+    def attention(self, layer: int) -> int:
+        mark = super().attention(layer)
+        if self._demands:
+            self._num_left = len(self._demands[layer])
+            self.now_ns += self.costs.launch_ns
+        return mark
+
+    def experts(self, layer: int, keys: Sequence[int], counts: Mapping[int, int] | None, shared: bool) -> int:
+        if not self._demands:
+            return super().experts(layer, keys, counts, shared)
+        self._launch_ns, self._latency_ns = self._release_costs
+        mark = super().experts(layer, keys, counts, shared)
+        self._launch_ns, self._latency_ns = self._launch_costs
+        self._num_left -= len(keys)
+        if self._num_left > 0:
+            self.now_ns += self.costs.launch_ns
+        return mark
 
     def _enqueue(self, duration_ns: int, gap_ns: int) -> int:
         return super()._enqueue(duration_ns + self.costs.group_ns, gap_ns)

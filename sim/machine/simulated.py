@@ -43,6 +43,8 @@ class HostCosts:
     forward_ns: int = 0
     group_ns: int = 0
     copy_start_ns: int = 0
+    release_ns: int = 0
+    release_latency_ns: int = 0
 
     @classmethod
     def of(cls, hardware: Hardware, stack: Stack) -> HostCosts:
@@ -74,7 +76,11 @@ class HostCosts:
         """What no schedule of a layer avoids on the compute stream beside its kernels: stack, attention's launch on
         the stream, routing read back, classified, launch."""
         serial_ns = self.layer_overhead_ns + self.gate_sync_ns + self.classify_ns + self.group_ns
-        return serial_ns + self.launch_ns + self.launch_latency_ns
+        launch_ns = self.launch_ns + self.launch_latency_ns
+        if self.release_ns:
+            # In forwards of one token; others are launched as they are known. The lesser bounds both.
+            launch_ns = min(launch_ns, self.release_ns + self.release_latency_ns)
+        return serial_ns + launch_ns
 
 
 class _OneEach(dict[int, int]):

@@ -195,6 +195,9 @@ class Stack:
     wake (a load has landed, a chunk has ended, the tokens are read back). forward_ns: once a forward, before
     anything of it is launched or copied. group_ns: on the stream, by each launch itself before its kernels run; it
     counts as their running. copy_start_ns: from issuing a copy until an idle link begins with it.
+    release_ns: in a forward of one token experts are launched before it is known which, behind the attention of their
+    layer and again while some of the layer are missing; to tell those to begin takes the host so long, and
+    release_latency_ns later their kernels start. 0: they are launched when they are known.
     """
 
     name: Annotated[str, Rule(about="of the stack")]
@@ -215,6 +218,8 @@ class Stack:
     forward_ns: Annotated[int, _ns("of the host, before each forward")] = 0
     group_ns: Annotated[int, _ns("on the stream, before the kernels of each launch")] = 0
     copy_start_ns: Annotated[int, _ns("from issuing a copy until an idle link begins with it")] = 0
+    release_ns: Annotated[int, _ns("of the host, to let experts begin that are launched ahead")] = 0
+    release_latency_ns: Annotated[int, _ns("from that to the start of their kernels")] = 0
     resident_tpot_ms: Annotated[
         float | None,
         Rule(
@@ -233,6 +238,16 @@ class Stack:
     def __post_init__(self) -> None:
         check_fields(self, "stack")
         check_sources("stack", self)
+        if self.release_latency_ns and not self.release_ns:
+            raise ValueError(
+                f"stack.release_latency_ns={self.release_latency_ns} follows a release, and release_ns is 0; give "
+                "both, or neither"
+            )
+        if self.release_ns and self.resident_tpot_ms is not None:
+            raise ValueError(
+                f"stack.resident_tpot_ms={self.resident_tpot_ms:g} is solved for a stack whose release_ns is 0; give "
+                "one of the two"
+            )
 
 
 HOST_COSTS = tuple(item.name for item in fields(Stack) if item.default == 0 and item.name.endswith("_ns"))

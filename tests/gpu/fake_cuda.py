@@ -5,8 +5,9 @@ Time passes only by what the host calls, so every run is the same. A stream is f
 time when it is recorded, since all that precedes it in its stream is known by then. A graph holds what was captured and
 does it at every replay, for one call of the host. What a copy or a kernel does to memory is done when the simulated
 device gets there: a copy spoils its target at its start and fills it at its end, a kernel reads and writes at its end,
-so that what is not ordered on the device is not in order here either. Calls of several threads take turns: with a
-host's worker, and only then, a run depends on when the system lets each run.
+so that what is not ordered on the device is not in order here either. A kernel that waits for the host holds up all
+that its stream is given, without a time, until the host has written the word. Calls of several threads take turns:
+with a host's worker, and only then, a run depends on when the system lets each run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import torch
 
 from replay.machine.cuda import CudaDevice
 from replay.machine.device import Program, Words, Work
+from replay.machine.launch_row import Row
+from replay.machine.rows import TOLD
 
 HOST_EPOCH_NS = 7_000_000_000_000
 DEVICE_EPOCH_NS = 31_000_000_000
@@ -46,7 +49,11 @@ GATE_NS = 1_300
 POLL_NS = 40
 """A look at a number in memory, which is no call."""
 FREE_BYTES = 8 << 30
+STAGE_NS = 1_900
+"""From the host's word to the kernels behind it."""
 _SPOILT = 0x7F
+_NEVER_NS = 1 << 61
+"""When that happens which still waits for the host."""
 
 
 def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,6 +78,7 @@ class FakeStream:
         """What is enqueued later starts no earlier than the event as recorded now; unrecorded: no wait at all."""
         self._cuda.call("wait_event")
         if event.at_ns is not None:
+            assert event.at_ns < _NEVER_NS, "a stream waits for kernels that wait for the host"
             self.free_ns = max(self.free_ns, event.at_ns)
 
 
@@ -107,10 +115,16 @@ class FakeEvent:
 
     def _pass_by(self, stream: FakeStream, in_graph: bool) -> None:
         cuda = self._cuda
+        if self.at_ns == _NEVER_NS:
+            self.at_ns = stream.free_ns = max(stream.free_ns, cuda.true_ns + LATENCY_NS)
+            return
         cuda.num_spoiled += self.at_ns is not None and self.at_ns > cuda.true_ns
         cuda.num_unread += not self.is_read
         self.is_read = not self._external
         self.in_graph, self.happened_ns = in_graph, self.at_ns
+        if cuda.holds(stream, lambda: self._pass_by(stream, in_graph)):
+            self.at_ns = _NEVER_NS
+            return
         self.at_ns = stream.free_ns = max(stream.free_ns, cuda.true_ns + LATENCY_NS)
 
     def query(self) -> bool:
@@ -201,6 +215,10 @@ class FakeCuda:
         self.pinned: list[range] = []
         self.num_pageable = 0
         self._spun_ns = 0
+        self.num_held = 0
+        """Launches that waited for the host."""
+        self._held: tuple[FakeStream, Row, int, list[Callable[[], object]]] | None = None
+        self._begun: Counter[int] = Counter()
         self._due: list[tuple[int, int, Callable[[], object]]] = []
         self._order = count()
         self._failure: tuple[str, int, RuntimeError, bool] | None = None
@@ -219,6 +237,9 @@ class FakeCuda:
     @in_turn
     def advance_to(self, true_ns: int) -> None:
         """Let the device do what falls due until then, in its order."""
+        if self._held is not None and self._held[1].words[TOLD] >= self._held[2]:
+            # The word was written before this moment, whatever the host does now.
+            self._let_go()
         self.true_ns = max(self.true_ns, true_ns)
         if self._due and self._due[0][0] <= self.true_ns:
             while self._due and self._due[0][0] <= self.true_ns:
@@ -250,12 +271,46 @@ class FakeCuda:
     ) -> int:
         """Put work of a known duration onto the current stream; returns when it ends."""
         stream = self.current
+        if self.holds(stream, lambda: self.enqueue(duration_ns, at_start, at_end)):
+            return _NEVER_NS
         start_ns = max(stream.free_ns, self.true_ns + LATENCY_NS)
         stream.free_ns = start_ns + duration_ns
         for at_ns, action in ((start_ns, at_start), (stream.free_ns, at_end)):
             if action is not None:
                 heapq.heappush(self._due, (at_ns, next(self._order), action))
         return stream.free_ns
+
+    def stage(self, row: Row) -> None:
+        """The kernel that waits until the host has told `row` once for each of its launches."""
+        if self.capturing is not None:
+            self.capturing.nodes.append(lambda: self._stage(row))
+            return
+        self.call("kernel")
+        self._stage(row)
+
+    @in_turn
+    def _stage(self, row: Row) -> None:
+        self._begun[id(row)] += 1
+        if row.words[TOLD] < self._begun[id(row)]:
+            assert self._held is None, "two launches wait for the host"
+            self.num_held += 1
+            self._held = self.current, row, self._begun[id(row)], []
+        self.enqueue(STAGE_NS)
+
+    def holds(self, stream: FakeStream, action: Callable[[], object]) -> bool:
+        """Whether `stream` waits for the host; then `action` is done once it has come."""
+        if self._held is None or self._held[0] is not stream:
+            return False
+        self._held[3].append(action)
+        return True
+
+    def _let_go(self) -> None:
+        assert self._held is not None
+        stream, _, _, actions = self._held
+        before, self.current, self._held = self.current, stream, None
+        for action in actions:
+            action()
+        self.current = before
 
     def sleep(self, cycles: int) -> None:
         """`torch.cuda._sleep`."""
@@ -307,6 +362,7 @@ class FakeCuda:
     def synchronize(self, device: object = None) -> None:
         """`torch.cuda.synchronize`."""
         self.call("synchronize")
+        assert self._held is None, "the host waits for kernels that wait for it"
         self.advance_to(max(stream.free_ns for stream in self.streams))
 
     def mem_get_info(self, device: object = None) -> tuple[int, int]:
@@ -383,9 +439,19 @@ class DeviceOnFake(CudaDevice):
         self.numbers = Numbers(cuda, self._flag)  # type: ignore[assignment]
         self.torch_device = torch.device("cpu")
 
-    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
+    def program(
+        self,
+        work: Work,
+        pad_ns: int = 0,
+        words: Words | None = None,
+        captured: bool = True,
+        row: Row | None = None,
+    ) -> Program:
         """As CudaDevice's; `work` is one kernel, done by the time the stream has passed it."""
-        return super().program(lambda: self.cuda.kernel(WORK_NS, work), pad_ns, words, captured)
+        return super().program(lambda: self.cuda.kernel(WORK_NS, work), pad_ns, words, captured, row)
+
+    def _stage(self, row: Row) -> Work:
+        return lambda: self.cuda.stage(row)
 
     def _gate(self, source: torch.Tensor, target: torch.Tensor) -> Work:
         def raise_number() -> None:

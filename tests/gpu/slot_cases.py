@@ -10,8 +10,8 @@ import torch
 
 from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
-from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
-from replay.machine.slot_kernels import SlotKernels
+from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout
+from replay.machine.slot_kernels import SlotKernels, stage
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Half a step of the number format: what rounding once changes at most, relatively."""
@@ -52,6 +52,7 @@ def make_row(layout: RowLayout, device: str) -> Row:
     """A row with a copy on the device, which the interpreter has on the CPU."""
     row = Row(layout, torch.device(device))
     row.device = torch.full_like(row.host, -1, device=device)
+    row.device[TOLD] = 0
     return row
 
 
@@ -65,6 +66,7 @@ def fill(
     expected: Sequence[int] = (),
 ) -> None:
     """Write a launch, rows one after the other. Slots, rows and words of experts that it does not have: far outside."""
+    # Whatever the number of its launch, it has been told.
     row.host.fill_(1 << 40)
     words, layout = row.words, row.layout
     words[NUM_EXPERTS], words[SHARED_BLOCK], words[SHARED_ROWS], words[NUMBER] = len(slots), block, shared_rows, number
@@ -110,6 +112,7 @@ class Bench:
         self.kernels.out.fill_(UNTOUCHED)
         self.kernels.shared_out.fill_(UNTOUCHED)
         fill(self.row, slots, rows, block, shared_rows)
+        stage(self.row)()
         self.work()
         if self.device == "cuda":
             torch.cuda.synchronize()

@@ -45,7 +45,15 @@ def test_is_a_device() -> None:
                 == inspect.signature(wanted).parameters.keys()
             ), name
     with on_fake() as (_, device):
-        assert set(Device.__annotations__) == {"world", "torch_device", "dtype", "captures", "numbers", "ends_inside"}
+        assert set(Device.__annotations__) == {
+            "world",
+            "torch_device",
+            "dtype",
+            "captures",
+            "launches_ahead",
+            "numbers",
+            "ends_inside",
+        }
         assert device.world == "cuda"
         assert dict(device.describe())["name"] == "Fake GPU"
         assert CudaDevice.dtype == torch.bfloat16

@@ -129,6 +129,8 @@ def test_graphs_can_be_made_when_all_before_are_gone(device: CudaDevice) -> None
 def test_copies_by_torch_do_the_same(device: CudaDevice) -> None:
     source = torch.arange(256, dtype=torch.uint8).pin_memory()
     target = torch.zeros(256, dtype=torch.uint8, device=device.torch_device)
+    # Which fills it on another stream.
+    device.synchronize()
     torch_copy(target.data_ptr() + 16, source.data_ptr(), 200, device._link)
     device.synchronize()
     assert target[16:216].tolist() == list(range(200))
@@ -252,8 +254,8 @@ def test_experts_by_slot_id_compute_what_they_should(
         row.words[row.layout.slots + place] = slot
         row.words[row.layout.first + place] = sum(rows[:place])
         row.words[row.layout.counts + place] = count
-    program = device.program(kernels.experts(row, size_class(max(rows, default=1), LEAST_ROWS), shared=False))
-    program.row = row
+    work = kernels.experts(row, size_class(max(rows, default=1), LEAST_ROWS), shared=False)
+    program = device.program(work, row=row)
     device.launch(program)
     device.synchronize()
     feed, inputs = kernels._expert.feed, kernels._inputs.double()

@@ -15,7 +15,10 @@ from expertflow.forward import Forward
 from replay.keys import FAULTS
 from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
+from replay.machine.rows import GAVE_UP
 from replay.run import PartialRunError
+from sim.job.setup import load_chunks
+from tests.gpu import fake_cuda
 from tests.gpu.fake_cuda import DeviceOnFake, FakeStream, on_fake
 from tests.gpu.support import Case
 from tests.support.commands import TINY_MODEL_WORDS, small_trace, tiny_trace
@@ -209,6 +212,63 @@ def test_a_launch_of_experts_is_one_call_and_its_reading_no_more_than_five(tmp_p
         assert calls["replay"] == 2 * layers + metrics["num_forwards"] + prepared
         # Start and end of each.
         assert calls["elapsed_time"] <= 2 * (2 * layers + metrics["num_forwards"]) + 3 * metrics["num_forwards"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_experts_launched_ahead_change_nothing_but_times(
+    tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch, machines: list[RealMachine]
+) -> None:
+    """They are the same launches, of which the GPU waits for the word of the host instead of the call."""
+    case = gpt_oss(tmp_path, policy, "residency=0.5")
+    found: dict[bool, tuple[Any, int, list[int]]] = {}
+    # As on a GPU: attention outlasts two launches.
+    monkeypatch.setattr(fake_cuda, "WORK_NS", 60_000)
+    for ahead in (True, False):
+        monkeypatch.setattr(DeviceOnFake, "launches_ahead", ahead)
+        with on_fake() as (cuda, device):
+            cuda.call_ns["replay"] = 9_000
+            metrics, integrity = case.replay(case.rig(device), verify=True)
+            assert integrity is not None
+            assert (integrity.num_wrong, integrity.num_mislaunched, cuda.num_unread) == (0, 0, 0)
+            assert machines[-1].launches_ahead == ahead
+            found[ahead] = metrics, cuda.num_held, [integrity.num_executions, integrity.num_checks]
+    (ahead_of, held, checked), (behind, never, checked_too) = found[True], found[False]
+    # At the least each layer's first launch; a host that comes before the GPU holds up nothing.
+    assert (held >= 24 * ahead_of["num_forwards"], never, checked) == (True, 0, checked_too)
+    if policy == "lru":
+        same = ("num_hits", "num_misses", "num_evictions", "num_loads")
+        assert [ahead_of.get(name) for name in same] == [behind.get(name) for name in same]
+        # 9 us and the latency of a launch less, once a layer at least, of which the word takes 1.9 us.
+        gained = behind["elapsed_ns"] - ahead_of["elapsed_ns"]
+        assert gained > 24 * ahead_of["num_forwards"] * (9_000 + 2_500 - 1_900) * 0.8
+
+
+def test_a_run_that_breaks_off_leaves_no_kernel_waiting(tmp_path: Path) -> None:
+    case = gpt_oss(tmp_path, "lru")
+    with on_fake() as (_, device):
+        rig, work = case.rig(device), case.work
+        machine = rig.machine(load_chunks(work), work.stack)
+        machine.prepare(work.batches)
+        machine.begin_forward(next(iter(work.batches)))
+        machine.attention(0)
+        assert machine.is_waiting
+        machine.close()
+        assert not machine.is_waiting
+        # Else the fake would say that the host waits for kernels that wait for it.
+        machine.finish()
+
+
+def test_a_gpu_that_gave_up_waiting_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    case = gpt_oss(tmp_path, "lru")
+    with on_fake() as (_, device):
+        rig, work = case.rig(device), case.work
+        machine = rig.machine(load_chunks(work), work.stack)
+        machine.prepare(work.batches)
+        machine.finish()
+        machine.programs.experts(1, 1, False).row.words[GAVE_UP] = 3
+        with pytest.raises(ValueError, match=r"gave up waiting for it.*run it again without stopping it"):
+            machine.finish()
 
 
 def tiny(tmp_path: Path) -> Case:

@@ -5,6 +5,8 @@ The interpreter multiplies the bit patterns of bfloat16 as if they were whole nu
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from replay.machine.rows import RowLayout
+from replay.machine.rows import GAVE_UP, NUM_EXPERTS, SHARED_BLOCK, TOLD, RowLayout
 from replay.machine.slot_kernels import SlotKernels, check_work, gate, stage
 from tests.gpu.interpreter import INSIDE, interpreted
 from tests.gpu.slot_cases import NO_BLOCK, UNTOUCHED, Bench, Case, Widths, compare, fill, make_row, weights
@@ -112,10 +114,12 @@ def test_a_slot_beyond_2_to_the_31_is_found(tmp_path: Path) -> None:
     check = check_work(row, pool.view(torch.int64).view(-1), stride // 8, torch.tensor([last]), found[:1], found[1:])
     fill(row, [2], [4], number=-1, expected=[wanted])
     work = kernels.experts(row, 4, False, check)
+    stage(row)()
     work()
     compare(kernels.out, x, made[0], widths)
     assert found.tolist() == [0, 0]
     fill(row, [2], [4], number=-1, expected=[wanted + 1])
+    stage(row)()
     work()
     assert found.tolist() == [2, -1]
 
@@ -139,13 +143,17 @@ def test_rows_end_where_inputs_and_outputs_end() -> None:
 
 
 def run_copies(device: str, count: int) -> None:
-    """Stage and gate move exactly `count` words; the gate counts its launches."""
+    """Stage and gate move exactly `count` words; both count their launches."""
     pinned = device == "cuda"
     row = make_row(RowLayout(1, count), device)
-    row.host.copy_(torch.arange(1, count + 8) * (2**40 + 1))
-    row.device = there = torch.full((count + 9,), -1, device=device)
-    stage(row)()
-    assert there.tolist() == [*row.host.tolist(), -1, -1]
+    size = row.layout.num_words
+    row.host.copy_(torch.arange(1, size + 1) * (2**40 + 1))
+    row.device = there = torch.full((size + 2,), -1, device=device)
+    for launch in (0, 1):
+        stage(row)()
+        wanted = row.host.tolist()
+        wanted[TOLD] = launch
+        assert there.tolist() == [*wanted, -1, -1]
     words = torch.full((count + 2,), -1, pin_memory=pinned)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     flag = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
@@ -157,6 +165,79 @@ def run_copies(device: str, count: int) -> None:
             torch.cuda.synchronize()
         assert (int(flag), int(counter)) == (number, number)
         assert words.tolist() == [*there[:count].tolist(), -1, -1]
+
+
+def run_waits(device: str) -> None:
+    """Each launch waits until it is told, reads what was written by then, and gives up after a number of looks."""
+    row = make_row(RowLayout(2), device)
+    row.host[TOLD], row.host[GAVE_UP] = 0, 0
+    body = stage(row, most_polls=20_000_000 if device == "cuda" else 10**9)
+
+    def write(number: int) -> None:
+        time.sleep(0.05)
+        for word in range(row.layout.num_words):
+            if word not in (TOLD, GAVE_UP):
+                row.words[word] = number * 100 + word
+        row.tell()
+
+    assert row.device is not None
+    for number in (1, 2, 3):
+        host = threading.Thread(target=write, args=(number,))
+        host.start()
+        body()
+        found = row.device.tolist()
+        host.join()
+        wanted = [number * 100 + word for word in range(row.layout.num_words)]
+        wanted[TOLD], wanted[GAVE_UP] = number, 0
+        assert found == wanted
+    # Told twice in advance: two launches pass.
+    row.tell()
+    row.tell()
+    for number in (4, 5):
+        body()
+        assert (int(row.device[TOLD]), int(row.host[GAVE_UP])) == (number, 0)
+    stage(row, most_polls=50)()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert (int(row.host[GAVE_UP]), row.device[[NUM_EXPERTS, SHARED_BLOCK, TOLD]].tolist()) == (6, [0, -1, 6])
+
+
+@interpreted
+def test_a_launch_waits_for_the_host() -> None:
+    run_waits("cpu")
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_launch_on_a_gpu_waits_for_the_host() -> None:
+    run_waits("cuda")
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_launch_that_waited_reads_what_the_host_wrote_last() -> None:
+    """2,000 launches, each told while it waits or before: no cache answers with an earlier row."""
+    row = make_row(RowLayout(64, 8), "cuda")
+    row.host.zero_()
+    assert row.device is not None
+    kept = torch.zeros((2000, row.layout.num_words), dtype=torch.int64, device="cuda")
+    body, told = stage(row), torch.cuda.Event()
+    # Libraries load on first use, which must not wait for a kernel that waits.
+    row.tell()
+    body()
+    kept[0].copy_(row.device, non_blocking=True)
+    torch.cuda.synchronize()
+    for number in range(2000):
+        body()
+        kept[number].copy_(row.device, non_blocking=True)
+        told.record()
+        if number % 3:
+            time.sleep(0.00002 * (number % 3))
+        row.host[GAVE_UP + 1 :] = number
+        row.tell()
+        told.synchronize()
+    found = kept[:, GAVE_UP + 1 :].cpu()
+    assert bool((found == torch.arange(2000)[:, None]).all())
 
 
 @interpreted
@@ -206,6 +287,7 @@ def run_checks(device: str) -> None:
         for place, change in planted.items():
             expected[place] += change
         fill(row, case.slots, case.rows, number=number, expected=expected)
+        stage(row)()
         body()
         seen.append((int(wrong), int(first_bad)))
     # Each word is compared before and after the experts.

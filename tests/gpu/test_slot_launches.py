@@ -74,18 +74,17 @@ def test_one_launch_pair_serves_all_experts_between_two_checks(launches: Launche
     body = made.experts(words_of, 20, True, check)
     assert launches.calls == []
     body()
-    assert [name for name, *_ in launches.calls] == ["stage", "check", "up", "down", "check"]
+    assert [name for name, *_ in launches.calls] == ["check", "up", "down", "check"]
     # 20 rows make one tile of 32; tiles of 32 columns: 2,816 / 32 = 88 and 2,880 / 32 = 90; one more for the shared.
-    assert [grid for _, grid, *_ in launches.calls] == [(1,), (5,), (88, 6, 1), (90, 6, 1), (5,)]
-    # All but the first read the row on the device.
-    assert [arguments[0] is words_of.device for _, _, arguments, _ in launches.calls] == [False, *[True] * 4]
+    assert [grid for _, grid, *_ in launches.calls] == [(5,), (88, 6, 1), (90, 6, 1), (5,)]
+    # All read the row on the device.
+    assert [arguments[0] is words_of.device for _, _, arguments, _ in launches.calls] == [True] * 4
 
 
-def test_without_shared_experts_and_checks_three_kernels_run(launches: Launches) -> None:
+def test_without_shared_experts_and_checks_two_kernels_run(launches: Launches) -> None:
     kernels().experts(row(4), 130, False)()
     # Tiles of 64 rows and 64 columns: 1,530 / 64 = 23.9, 2,880 / 64 = 45, 130 / 64 = 2.03.
     assert [(name, grid) for name, grid, *_ in launches.calls] == [
-        ("stage", (1,)),
         ("up", (24, 4, 3)),
         ("down", (45, 4, 3)),
     ]
@@ -105,7 +104,7 @@ def test_tuning_takes_the_fastest_tile_of_each_product(launches: Launches) -> No
         launches.calls.clear()
         body()
         name, _, _, options = launches.calls[0]
-        read.append([arguments[0][4:6].tolist() for _, _, arguments, _ in launches.calls])
+        read.append([arguments[0][6:8].tolist() for _, _, arguments, _ in launches.calls])
         return 10.0 if (options["BN"], options["BK"] * 2) == columns[name] else 20.0
 
     assert made.tile(2, 4, "up") == made.tile(2, 4, "down") == Tile(16, 512, 4, 5)
@@ -116,7 +115,7 @@ def test_tuning_takes_the_fastest_tile_of_each_product(launches: Launches) -> No
     assert made.tile(2, 40, "up") == Tile(64, 128, 4, 4)
     launches.calls.clear()
     made.experts(row(2), 4, False)()
-    assert [options.get("BN") for *_, options in launches.calls] == [None, 64, 32]
+    assert [options.get("BN") for *_, options in launches.calls] == [64, 32]
 
 
 def test_sizes_that_do_not_fit_are_one_line(launches: Launches) -> None:

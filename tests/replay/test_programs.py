@@ -13,7 +13,7 @@ import torch
 from expertflow.forward import PREFILL
 from replay.machine.kernels import Kernels
 from replay.machine.pools import SlotPool
-from replay.machine.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, size_class
+from replay.machine.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, capacity_for, size_class
 from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
 from replay.machine.scale import scaled_model
@@ -61,6 +61,33 @@ def test_sizes_are_powers_of_two(count: int, least: int, size: int) -> None:
     assert size_class(count, least) == size
 
 
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "capacity"),
+    [
+        # What one token chooses has room always: also where none of it is resident, or one.
+        (0, 1, 1),
+        (1, 1, 1),
+        (0, 4, 4),
+        (1, 4, 4),
+        (4, 4, 4),
+        (0, 6, 8),
+        (3, 6, 8),
+        (6, 6, 8),
+        # What a batch demands beyond that goes by powers of two.
+        (2, 1, 2),
+        (5, 4, 8),
+        (8, 6, 8),
+        (9, 6, 16),
+        (64, 8, 64),
+        (65, 8, 128),
+    ],
+)
+def test_there_is_room_for_what_a_token_chooses_and_beyond_it_for_a_power_of_two(
+    num_experts: int, top_k: int, capacity: int
+) -> None:
+    assert capacity_for(num_experts, top_k) == capacity
+
+
 def test_a_ring_is_taken_in_turn() -> None:
     device = ScriptedDevice()
     programs = [device.program(lambda: None) for _ in range(3)]
@@ -89,33 +116,41 @@ def test_attention_of_each_layer_and_shape_and_the_head_are_captured_with_their_
     assert sorted(found) == sorted([(3_000, True, None)] * 4 + [(5_000, True, None)])
 
 
-def test_experts_are_captured_without_pad_or_gate_for_every_size_up_to_the_most() -> None:
+def test_experts_of_one_token_are_captured_without_pad_or_gate_in_one_size() -> None:
+    """Three, two, or one of them that is resident: the program is of the same size."""
     device = ScriptedDevice()
     machine = machine_on(device, PLAIN, [decode([5], [[0, 1, 2], [8, 9]])])
-    assert rings(machine) == dict.fromkeys([(1, 16, False), (2, 16, False), (4, 16, False)], REPLICAS)
+    assert rings(machine) == {(4, 16, False): REPLICAS}
+    taken = {machine.programs.experts(num, 1, True) for num in (0, 1, 2, 3) for _ in range(REPLICAS)}
+    assert taken == set(machine.programs._rings[4, 16, False].programs)
     made = [made for made in device.made if made.program.row is not None]
     assert {(one.pad_ns, one.words, one.captured) for one in made} == {(0, None, True)}
-    assert len(made) == 3 * REPLICAS
-    assert machine.programs.num_prepared == len(device.made) == 3 * REPLICAS + 2 + 1
+    assert len(made) == REPLICAS
+    assert machine.programs.num_prepared == len(device.made) == REPLICAS + 2 + 1
 
 
-def test_a_batch_brings_sizes_of_more_rows_and_more_experts() -> None:
+@pytest.mark.parametrize(("top_k", "sizes"), [(1, (1, 2, 4, 8)), (2, (2, 4, 8)), (3, (4, 8))])
+def test_a_batch_brings_every_size_of_more_rows_and_more_experts(top_k: int, sizes: tuple[int, ...]) -> None:
+    """From what one token chooses up to the most."""
     counts = [{0: 9, 1: 1}, dict.fromkeys(range(8, 13), 2)]
-    machine = machine_on(ScriptedDevice(), PLAIN, [decode([5] * 12, [[0, 1], [*range(8, 13)]], counts)])
+    model = replace(PLAIN, top_k=top_k)
+    machine = machine_on(ScriptedDevice(), model, [decode([5] * 12, [[0, 1], [*range(8, 13)]], counts)])
     assert machine.kernels.rows(9) == 18
-    assert set(rings(machine)) == {(experts, rows, False) for experts in (1, 2, 4, 8) for rows in (16, 32)}
+    assert set(rings(machine)) == {(experts, rows, False) for experts in sizes for rows in (16, 32)}
 
 
 def test_shared_experts_double_the_sizes_and_run_alone_in_the_smallest() -> None:
-    machine = machine_on(ScriptedDevice(), SHARED, [decode([5], [[0, 1, 2], [8, 9, 10]])])
+    demands = [[0, 1, 2, 3, 4], [8, 9, 10]]
+    counts = [dict.fromkeys(keys, 1) for keys in demands]
+    machine = machine_on(ScriptedDevice(), SHARED, [decode([5, 6], demands, counts)])
     rows = size_class(machine.kernels.rows(1), LEAST_ROWS)
-    assert set(rings(machine)) == {(experts, rows, shared) for experts in (1, 2, 4) for shared in (False, True)}
+    assert set(rings(machine)) == {(experts, rows, shared) for experts in (4, 8) for shared in (False, True)}
     alone = machine.programs.experts(0, 1, True)
-    assert alone in machine.programs._rings[1, rows, True].programs
-    assert alone not in machine.programs._rings[1, rows, False].programs
+    assert alone in machine.programs._rings[4, rows, True].programs
+    assert alone not in machine.programs._rings[4, rows, False].programs
     # A model without any has one kind, whatever the runtime says of the layer.
     plain = machine_on(ScriptedDevice(), PLAIN, [decode([5])])
-    assert plain.programs.experts(1, 1, True) in plain.programs._rings[1, 16, False].programs
+    assert plain.programs.experts(1, 1, True) in plain.programs._rings[4, 16, False].programs
 
 
 @pytest.mark.parametrize("captures", [True, False])
@@ -315,6 +350,7 @@ def test_prompts_are_launched_kernel_by_kernel(tmp_path: Path, monkeypatch: pyte
         for key, ring in machine.programs._rings.items()
     }
     # Sizes that decode has are captured, those that only a prompt has are not.
-    assert by_size[1, LEAST_ROWS, False] == by_size[2, LEAST_ROWS, False] == {True}
-    assert by_size[8, LEAST_ROWS, False] == {False}
+    assert {size for size, _, _ in by_size} == {2, 4, 8}
+    assert by_size[2, LEAST_ROWS, False] == {True}
+    assert by_size[4, LEAST_ROWS, False] == by_size[8, LEAST_ROWS, False] == {False}
     assert (found.num_wrong, found.num_executions > 0) == (0, True)

@@ -11,13 +11,15 @@ import torch
 from expertflow.model import ModelSpec
 from replay.machine.programs import LEAST_ROWS, REPLICAS
 from replay.machine.real import RealMachine
-from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, RowLayout
+from replay.machine.rows import GAVE_UP, NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout
 from replay.machine.scale import scaled_model
 from tests.replay.test_scale import model_of
 from tests.support.scripted import ScriptedDevice, chunks_of, decode, machine_on
 
 COUNTED = 8
 """Experts of a layer: key 8 is the first of layer 1."""
+HEAD = [2, -1, 0, 0, 0, 0]
+"""How the row of a launch of two experts begins that nothing is checked in and that nobody is told of."""
 
 
 def model(name: str) -> ModelSpec:
@@ -68,18 +70,19 @@ def plain(slots: Sequence[int], rows: int, block: int = -1, shared_rows: int = 0
 
 
 def test_words_have_their_places() -> None:
-    assert (NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, NUMBER) == (0, 1, 2, 3)
+    assert (NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, NUMBER, TOLD, GAVE_UP) == (0, 1, 2, 3, 4, 5)
     layout = RowLayout(4, 6)
-    assert (layout.slots, layout.first, layout.counts, layout.expected, layout.num_words) == (4, 8, 12, 16, 40)
-    assert RowLayout(1).num_words == 7
-    assert RowLayout(1).expected == 7
+    assert (layout.slots, layout.first, layout.counts, layout.expected, layout.num_words) == (6, 10, 14, 18, 42)
+    assert RowLayout(1).num_words == 9
+    assert RowLayout(1).expected == 9
 
 
 # -- batch 1 -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num", "capacity"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)])
+@pytest.mark.parametrize(("num", "capacity"), [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4), (5, 8), (8, 8)])
 def test_experts_of_one_token_by_slot(num: int, capacity: int) -> None:
+    """There is room for the three that a token chooses, however few of them are launched."""
     machine, device = opened("qwen3-30b-a3b", 1)
     # In bfloat16 weights half as wide as float32: two rows a token bring the operations to the model's.
     assert machine.kernels.rows(1) == 2
@@ -95,7 +98,7 @@ def test_the_slot_is_that_of_the_last_load() -> None:
     machine, device = opened("qwen3-30b-a3b", 1)
     machine.copy(99, 0, 5, 2, chunks_of(machine.kernels.model)[0], 0)
     machine.experts(0, [5, 4], None, False)
-    assert row_of(device)[4:6] == [2, 11]
+    assert row_of(device)[6:8] == [2, 11]
 
 
 def test_a_model_without_shared_experts_has_no_block() -> None:
@@ -145,7 +148,9 @@ def test_narrow_weights_have_proportionally_more_rows() -> None:
     rows = machine.kernels.rows
     assert [rows(count) for count in (1, 2, 4)] == [round(count * rows(1000) / 1000) for count in (1, 2, 4)]
     machine.experts(0, [1, 2], {1: 1, 2: 4}, False)
-    assert row_of(device)[6:] == [0, rows(1), rows(1), rows(4)]
+    # Room for four: in the places behind the two stands what was launched before the run, of one token each.
+    first, counts = [0, rows(1), 2 * rows(1), 3 * rows(1)], [rows(1), rows(4), rows(1), rows(1)]
+    assert row_of(device)[RowLayout(4).first :] == first + counts
     assert rows(4) > 4 * 7
 
 
@@ -161,13 +166,13 @@ def launched_again(machine: RealMachine, device: ScriptedDevice, *, counts: dict
 
 
 def test_counts_of_one_token_are_written_once() -> None:
-    """They are the same for any experts: a word that somebody else has changed stays."""
+    """They are the same for any experts: a word that somebody else has changed stays. So do the slots behind."""
     machine, device = opened("qwen3-30b-a3b", 1)
     machine.experts(0, [5, 6], None, False)
     row = device.launches[0].made.program.row
     assert row.plain
     row.words[row.layout.counts] = 77
-    assert launched_again(machine, device, counts=None) == [2, -1, 0, 0, 15, 14, 0, 2, 77, 2]
+    assert launched_again(machine, device, counts=None) == [*HEAD, 15, 14, 2, 3, 0, 2, 4, 6, 77, 2, 2, 2]
 
 
 def test_counts_of_a_batch_are_written_each_time_and_those_of_one_token_after_them_again() -> None:
@@ -175,13 +180,13 @@ def test_counts_of_a_batch_are_written_each_time_and_those_of_one_token_after_th
     machine.experts(0, [5, 6], None, False)
     row = device.launches[0].made.program.row
     row.words[row.layout.counts] = 77
-    assert launched_again(machine, device, counts={0: 4, 1: 1}) == [2, -1, 0, 0, 15, 14, 0, 8, 8, 2]
+    assert launched_again(machine, device, counts={0: 4, 1: 1}) == [*HEAD, 15, 14, 2, 3, 0, 8, 4, 6, 8, 2, 2, 2]
     assert not row.plain
     row.words[row.layout.counts] = 77
     device.launches[:] = device.launches[-1:]
-    assert launched_again(machine, device, counts={0: 1, 1: 3}) == [2, -1, 0, 0, 15, 14, 0, 2, 2, 6]
+    assert launched_again(machine, device, counts={0: 1, 1: 3}) == [*HEAD, 15, 14, 2, 3, 0, 2, 4, 6, 2, 6, 2, 2]
     device.launches[:] = device.launches[-1:]
-    assert launched_again(machine, device, counts=None) == [2, -1, 0, 0, 15, 14, 0, 2, 2, 2]
+    assert launched_again(machine, device, counts=None) == [*HEAD, 15, 14, 2, 3, 0, 2, 4, 6, 2, 2, 2, 2]
     assert row.plain
 
 
@@ -213,13 +218,13 @@ def test_a_row_under_way_is_not_written() -> None:
 def test_by_rows_programs_are_told_apart() -> None:
     """Up to 16 rows is one size, the next has twice as many; the same number of experts may run in either."""
     machine, device = opened("qwen3-30b-a3b", 16)
-    rings = [ring for ring in machine.programs._rings if ring[0] == 1]
-    assert rings == [(1, LEAST_ROWS, False), (1, 2 * LEAST_ROWS, False)]
+    rings = [ring for ring in machine.programs._rings if ring[0] == 4]
+    assert rings == [(4, LEAST_ROWS, False), (4, 2 * LEAST_ROWS, False)]
     made = []
     for count in (8, 9, 16):
         machine.experts(0, [0], {0: count}, False)
         made.append(device.launches[-1].made)
-        assert row_of(device)[6] == 2 * count
+        assert row_of(device)[RowLayout(4).counts] == 2 * count
     places = [[one.program for one in made].index(one.program) for one in made]
     assert places == [0, 1, 2]
     assert made[0].program in machine.programs._rings[rings[0]].programs
@@ -237,8 +242,9 @@ def test_a_verified_launch_says_what_its_slots_must_hold() -> None:
     assert (first[NUMBER], second[NUMBER]) == (0, 1)
     # A tag for each chunk, by its host buffer (one each here), and the load that brought it.
     two, four = ([word for chunk in range(3) for word in ((key + 1) * (1 << 20) + chunk, key + 1)] for key in (2, 4))
-    assert first[RowLayout(2).expected :] == two + four
-    assert second[RowLayout(1).expected :] == four
+    # Of the four that there is room for, the others are not looked at; nothing was ever written there.
+    assert first[RowLayout(4).expected :] == two + four + [0] * 12
+    assert second[RowLayout(4).expected :] == four + [0] * 18
 
 
 def test_the_kernels_of_a_row_read_the_slots_it_names() -> None:

@@ -1,8 +1,8 @@
 """A device without time of its own: programs and copies end when a test says so, at the times that it says.
 
 Like CUDA's: a program's two events are overwritten by its next launch, and a copy waits for the launch that an event
-stood for when the copy was enqueued. What the contract forbids (a launch whose last one is unread, the time of what has
-not happened, a wait for what nobody ends) fails at once.
+stood for when the copy was enqueued. What the contract forbids (a launch whose last one is unread, one behind another
+that waits for its row, the time of what has not happened, a wait for what nobody ends) fails at once.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from expertflow.forward import DECODE, PREFILL, Forward
 from expertflow.model import ModelSpec
 from replay.machine.device import Program, Words, Work
 from replay.machine.kernels import Kernels
+from replay.machine.launch_row import Row
 from replay.machine.memory import HostPlan, align
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.real import RealMachine
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, TOLD
 from replay.machine.stamps import Stamps
 from sim.specs.hardware import Stack
 
@@ -50,12 +52,19 @@ class Made:
 
 @dataclass(eq=False)
 class Launched:
-    """One launch under way. words: its row as it was then."""
+    """One launch under way. words: its row as it was then; begins_at: what its row's TOLD must be for it to begin."""
 
     number: int
     made: Made
     words: list[int]
     issued_ns: int
+    begins_at: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it was launched ahead and has not been told to begin."""
+        row = self.made.program.row
+        return row is not None and row.words[TOLD] < self.begins_at
 
 
 @dataclass(eq=False)
@@ -71,7 +80,8 @@ class Copied:
 
 
 class ScriptedDevice:
-    """Implements `replay.machine.device.Device`. captures: as in the protocol.
+    """Implements `replay.machine.device.Device`. captures, launches_ahead: as in the protocol. Where it launches ahead,
+    each launch tells its row, as on a GPU, and captured programs with a row can be launched ahead.
 
     auto: all that is enqueued is done at once, and each look at the clock takes 1 ns; else the test calls
     `end_program` and `end_copy`, before a wait or, put into `script`, one by one during it. step: what a wait calls
@@ -82,9 +92,10 @@ class ScriptedDevice:
     dtype = torch.float32
     ends_inside = True
 
-    def __init__(self, captures: bool = True) -> None:
+    def __init__(self, captures: bool = True, launches_ahead: bool = False) -> None:
         self.torch_device = torch.device("cpu")
         self.captures = captures
+        self.launches_ahead = launches_ahead
         self.auto = True
         self.late_numbers = False
         self._numbers = [0]
@@ -92,7 +103,9 @@ class ScriptedDevice:
         self.clock_ns = 0
         self.made: list[Made] = []
         self.launches: list[Launched] = []
-        """Every one, in order."""
+        """Every one but those made ahead, in order."""
+        self.ahead: list[Launched] = []
+        """Every one made ahead, in order."""
         self.programs: deque[Launched] = deque()
         self.copies: deque[Copied] = deque()
         self.script: deque[Callable[[], object]] = deque()
@@ -104,7 +117,14 @@ class ScriptedDevice:
 
     def end_program(self, start_ns: int, end_ns: int) -> None:
         """The first program under way has ended, at these times."""
-        made = self.programs.popleft().made
+        launch = self.programs.popleft()
+        made = launch.made
+        assert not launch.waits
+        if launch.begins_at:
+            launch.words = made.program.row.host.tolist()
+            # Nobody asks when that ran which was let pass.
+            if (launch.words[NUM_EXPERTS], launch.words[SHARED_BLOCK]) == (0, -1):
+                made.program.start.was_read = made.program.end.was_read = True
         made.program.start.at_ns, made.program.end.at_ns = start_ns, end_ns
         self.clock_ns = max(self.clock_ns, end_ns)
         if made.words is not None and not self.late_numbers:
@@ -135,28 +155,47 @@ class ScriptedDevice:
     def describe(self) -> Mapping[str, Any]:
         return {"name": "scripted", "memory_bytes": None, "torch": torch.__version__}
 
-    def program(self, work: Work, pad_ns: int = 0, words: Words | None = None, captured: bool = True) -> Program:
-        program = Program(Point(), Point(), lambda: self._run(made))
+    def program(
+        self,
+        work: Work,
+        pad_ns: int = 0,
+        words: Words | None = None,
+        captured: bool = True,
+        row: Row | None = None,
+    ) -> Program:
+        can_wait = self.launches_ahead and captured and row is not None
+        program = Program(
+            Point(), Point(), lambda: self._run(made), row, (lambda: self._run_ahead(made)) if can_wait else None
+        )
         made = Made(program, work, pad_ns, words, captured)
         self.made.append(made)
         return program
 
     def _run(self, made: Made) -> None:
-        program = made.program
-        number = len(self.launches) + 1
-        assert program.start.was_read
-        assert program.end.was_read
-        for point in (program.start, program.end):
-            point.at_ns, point.launch, point.was_read = None, number, False
-        words = [] if program.row is None else program.row.host.tolist()
-        launch = Launched(number, made, words, self.clock_ns)
-        self.launches.append(launch)
-        self.programs.append(launch)
+        row = made.program.row
+        if row is not None and self.launches_ahead:
+            row.tell()
+        self.launches.append(self._enqueue(made, [] if row is None else row.host.tolist()))
         if self.auto:
             made.work()
             if made.words is not None:
                 made.words[1].copy_(made.words[0])
             self.end_program(self.clock_ns, self.clock_ns + 1)
+
+    def _run_ahead(self, made: Made) -> None:
+        assert not self.auto
+        self.ahead.append(self._enqueue(made, [], made.program.row.words[TOLD] + 1))
+
+    def _enqueue(self, made: Made, words: list[int], begins_at: int = 0) -> Launched:
+        program, number = made.program, len(self.launches) + len(self.ahead) + 1
+        assert not any(launch.waits for launch in self.programs)
+        assert program.start.was_read
+        assert program.end.was_read
+        for point in (program.start, program.end):
+            point.at_ns, point.launch, point.was_read = None, number, False
+        launch = Launched(number, made, words, self.clock_ns, begins_at)
+        self.programs.append(launch)
+        return launch
 
     def launch(self, program: Program) -> None:
         program.run()

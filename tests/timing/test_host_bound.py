@@ -30,6 +30,7 @@ from tests.support.runs import (
     Kernel,
     Scripted,
     Stall,
+    batches,
     build,
     compose,
     decode,
@@ -40,7 +41,7 @@ from tests.timing.test_properties import Case, cases
 
 NUM_EXPERTS = 10
 RESIDENT = (3, 4, 5, 13)
-COSTS = ("classify_ns", "observe_ns", "forward_ns", "group_ns", "copy_start_ns")
+COSTS = ("classify_ns", "observe_ns", "forward_ns", "group_ns", "copy_start_ns", "release_ns", "release_latency_ns")
 
 
 def go(*routings: Sequence[Sequence[int]], **given: Any) -> Job:
@@ -199,7 +200,7 @@ def with_costs(work: Workload, **costs: Any) -> Workload:
     return replace(work, stack=replace(work.stack, **costs))
 
 
-@pytest.mark.parametrize("key", COSTS)
+@pytest.mark.parametrize("key", COSTS[:-1])
 def test_one_cost_is_enough_for_the_machine_that_charges_it(key: str) -> None:
     work = drawn_workload(0)
     bare, link = Stack("bare", 1000, 1000), Link(HARDWARE)
@@ -236,10 +237,12 @@ def test_a_run_without_overlap_is_as_long_as_its_floor_to_the_nanosecond(key: st
 def test_no_policy_beats_the_floor_of_a_busy_host(seed: int) -> None:
     work = drawn_workload(seed)
     scale = (300, 20_000, 400_000)[seed % 3]
-    costs: dict[str, Any] = {key: (7919 * (seed + 1) * (place + 1)) % scale for place, key in enumerate(COSTS)}
+    costs: dict[str, Any] = {key: 1 + (7919 * (seed + 1) * (place + 1)) % scale for place, key in enumerate(COSTS)}
     busy = with_costs(work, **costs)
     limit = run_floor(busy).floor_ns
-    assert limit >= run_floor(work).floor_ns
+    # Experts that are launched ahead may begin earlier than they would be launched.
+    released = {key: costs[key] for key in COSTS if key.startswith("release")}
+    assert limit >= run_floor(with_costs(work, **released)).floor_ns
     names = [name for name in policy_names() if fits(work, name)]
     assert [name for name in names if elapsed(busy, name) < limit] == []
 
@@ -264,3 +267,60 @@ def test_the_kernel_after_the_last_load_is_as_short_as_any_of_the_table() -> Non
         return found.floor_ns
 
     assert floor_ns(6000.0) - floor_ns(3000.0) == 2000
+
+
+# -- experts launched ahead -----------------------------------------------------------------------------------
+
+AHEAD = {"launch_ns": 20, "launch_latency_ns": 3, "release_ns": 2, "release_latency_ns": 1}
+
+
+def test_experts_that_are_launched_ahead_are_only_told_to_begin() -> None:
+    """Launching them takes the host as long as attention, behind it; telling them 2, and they begin 1 later."""
+    job = go([[3], [3]], **AHEAD)
+    assert job.timeline.kernels == [
+        Kernel("attention", 0, (), 23, 123),
+        Kernel("experts", 0, (3,), 126, 136),
+        Kernel("attention", 1, (), 125 + 23, 248),
+        Kernel("experts", 1, (13,), 251, 261),
+        Kernel("head", 1, (), 250 + 23, 323),
+    ]
+
+
+def test_a_host_that_still_launches_ahead_knows_the_routing_later() -> None:
+    """Attention is launched at 70 and over at 173; what may follow it is launched by 140, then by 210."""
+    job = go([[3]], **(AHEAD | {"launch_ns": 70}))
+    assert [demand.known_ns for demand in job.timeline.demands] == [173]
+    job = go([[3]], **(AHEAD | {"launch_ns": 105}))
+    assert [demand.known_ns for demand in job.timeline.demands] == [210]
+
+
+def test_while_experts_are_missing_the_next_launch_is_made_ahead_again() -> None:
+    """It is made by 145, behind the copies; a host that finds a copy landed at 143 comes late by 2."""
+    job = go([[3, 6]], **AHEAD)
+    assert job.timeline.copies == [Copy(6, 0, 123, 163)]
+    assert job.timeline.experts() == [Kernel("experts", 0, (3,), 126, 136), Kernel("experts", 0, (6,), 166, 176)]
+    job = go([[3, 6]], **AHEAD, chunk_bytes=(20,))
+    assert job.timeline.experts()[1] == Kernel("experts", 0, (6,), 148, 158)
+
+
+def test_forwards_of_several_tokens_are_launched_as_they_are_known() -> None:
+    forwards = batches([[[[3]], [[4]]]], NUM_EXPERTS)
+    job = run(
+        forwards,
+        num_experts=NUM_EXPERTS,
+        num_slots=10,
+        initial=(3, 4),
+        machine_type=HostBoundMachine,
+        costs=HostCosts(**AHEAD),
+    )
+    assert job.timeline.demands[0].known_ns == 123
+    assert job.timeline.experts()[0].start_ns == 123 + 20 + 3
+
+
+def test_where_a_release_takes_as_long_as_a_launch_the_floor_is_none_the_lower() -> None:
+    work = alone(classify_ns=12_345)
+    launch_ns, latency_ns = HARDWARE.launch_host_ns, HARDWARE.launch_latency_ns
+    limit = run_floor(work).floor_ns
+    assert run_floor(with_costs(work, release_ns=launch_ns, release_latency_ns=latency_ns)).floor_ns == limit
+    assert run_floor(with_costs(work, release_ns=10 * launch_ns)).floor_ns == limit
+    assert run_floor(with_costs(work, release_ns=1)).floor_ns < limit

@@ -103,25 +103,62 @@ def test_two_copies_in_a_row_cover_together() -> None:
     assert job.timeline.experts()[0] == Kernel("experts", 0, (3,), 100, 240)
 
 
-@pytest.mark.parametrize("slowdowns", [ATTENTION, HEAD])
-def test_a_copy_that_is_issued_after_the_launch_slows_nothing(slowdowns: tuple[float, float, float]) -> None:
-    # The decision at layer 0 comes after the launch of layer 1's attention, that at layer 1 after the head's.
+@pytest.mark.parametrize(
+    ("slowdowns", "second_copy_ns", "attention_end_ns", "head_ns"),
+    [(ATTENTION, 240, 240, (250, 300)), (HEAD, 210, 210, (220, 300))],
+)
+def test_a_copy_that_is_issued_after_the_launch_slows_what_still_runs(
+    slowdowns: tuple[float, float, float], second_copy_ns: int, attention_end_ns: int, head_ns: tuple[int, int]
+) -> None:
+    """The decision at layer 0 comes after the launch of layer 1's attention, that at layer 1 after the head's: each
+    copy covers 30 of their ns."""
     policy = compose(predictor=Scripted({(0, 0, 1): [14], (0, 1, 1): [4]}))
     job = go([[3], [3]], [[3], [3]], slowdowns=slowdowns, policy=policy)
-    assert job.timeline.copies == [Copy(14, 0, 100, 140), Copy(4, 0, 210, 250)]
-    assert job.timeline.kernels[2] == Kernel("attention", 1, (), 110, 210)
-    assert job.timeline.kernels[4] == Kernel("head", 1, (), 220, 270)
+    assert job.timeline.copies == [Copy(14, 0, 100, 140), Copy(4, 0, second_copy_ns, second_copy_ns + 40)]
+    assert job.timeline.kernels[2] == Kernel("attention", 1, (), 110, attention_end_ns)
+    assert job.timeline.kernels[4] == Kernel("head", 1, (), *head_ns)
 
 
-def test_a_copy_that_goes_on_slows_the_attention_launched_meanwhile() -> None:
-    # 14 copies from 100 to 400. The second attention was launched before, the head and the next forward's after.
+def test_a_copy_that_goes_on_slows_all_attention_that_it_meets() -> None:
+    # 14 copies from 100 to 400: all of the second attention, of the next forward's first the 30 ns from 370 on.
     policy = compose(predictor=Scripted({(0, 0, 1): [14]}))
     job = go([[3], [3]], [[3], [3]], slowdowns=ATTENTION, policy=policy, chunk_bytes=(300,))
     attention = [kernel for kernel in job.timeline.kernels if kernel.kind == "attention"]
-    assert [(kernel.start_ns, kernel.end_ns) for kernel in attention[:3]] == [(0, 100), (110, 210), (270, 470)]
+    assert [(kernel.start_ns, kernel.end_ns) for kernel in attention[:3]] == [(0, 100), (110, 310), (370, 500)]
     job = go([[3], [3]], [[3], [3]], slowdowns=HEAD, policy=policy, chunk_bytes=(300,))
     head = [kernel for kernel in job.timeline.kernels if kernel.kind == "head"]
     assert (head[0].start_ns, head[0].end_ns) == (220, 320)
+
+
+def test_what_waits_in_the_stream_begins_later_by_what_its_forerunner_is_slowed() -> None:
+    """Attention until 100, experts behind it. A copy from 40 on covers 40 of it; the experts' launch is long there."""
+    machine = direct(SlowedMachine, ATTENTION)
+    machine.attention(0)
+    machine.experts(0, [3], None, False)
+    machine.now_ns = 40
+    machine.copy(1, 0, 5, 0, 40, 0)
+    assert [(start, end) for _, start, end in marks_of(machine)] == [(0, 140), (140, 150)]
+
+
+def test_a_launch_that_arrives_after_its_forerunner_ended_is_not_moved() -> None:
+    """Attention until 100, or 120; the head's launch arrives at 130 all the same."""
+    machine = direct(SlowedMachine, ATTENTION)
+    machine.attention(0)
+    machine.now_ns = 130
+    machine.head()
+    machine.now_ns = 80
+    machine.copy(1, 0, 5, 0, 40, 0)
+    assert [(start, end) for _, start, end in marks_of(machine)] == [(0, 120), (130, 180)]
+
+
+def test_of_two_copies_each_slows_its_own_part() -> None:
+    """From 20 to 60 and from 90 to 130: 40 and 10 ns of attention."""
+    machine = direct(SlowedMachine, ATTENTION)
+    machine.attention(0)
+    for issued_ns in (20, 90):
+        machine.now_ns = issued_ns
+        machine.copy(1, 0, 5, 0, 40, 0)
+    assert [(start, end) for _, start, end in marks_of(machine)] == [(0, 150)]
 
 
 def direct(machine_type: type[SimMachine], slowdowns: tuple[float, float, float], **costs: int) -> SimMachine:

@@ -97,6 +97,17 @@ def test_a_kernel_that_starts_before_its_launch_returns_leaves_no_latency() -> N
     assert (costs["launch_host_ns"], costs["launch_latency_ns"], costs["classify_ns"]) == (9_000, 0, 8_000 + 25_000)
 
 
+def test_experts_launched_ahead_are_only_told_to_begin() -> None:
+    ahead = {"release": sample(3_000.0), "release_start": sample(1_500.0), "ahead": sample(31_000.0)}
+    costs = host_costs({**{name: row for name, row in SAMPLES.items() if name != "experts"}, **ahead}, CHUNK_NS)
+    assert (costs["launch_host_ns"], costs["release_ns"], costs["release_latency_ns"]) == (30_000, 3_000, 1_500)
+    # Nothing is described after a wake that a release does not describe.
+    assert (costs["classify_ns"], costs["observe_ns"]) == (8_000, 5_500)
+    costs = host_costs({**SAMPLES, **ahead, "release_start": sample(-1_000.0)}, CHUNK_NS)
+    assert (costs["release_ns"], costs["release_latency_ns"]) == (2_000, 0)
+    assert host_costs(SAMPLES, CHUNK_NS)["release_ns"] == 0
+
+
 def test_a_policy_without_copies_or_decisions_costs_nothing_for_them() -> None:
     kept = {name: row for name, row in SAMPLES.items() if not name.startswith(("issue", "decide", "lone"))}
     costs = host_costs(kept, CHUNK_NS)

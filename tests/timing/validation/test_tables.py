@@ -9,7 +9,7 @@ import pytest
 from expertflow.model import ModelSpec
 from replay.calibration.tables import KernelBench, expert_ns, group_table, kernel_tables, prompt_launches
 from replay.machine.rig import Needs, Rig
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
 from replay.machine.scale import scaled_model
 from tests.replay.test_scale import model_of
 from tests.support.scripted import PacedDevice
@@ -22,8 +22,8 @@ def row_ns(words: list[int]) -> int:
     """400 for a launch, 100 for each row of a routed expert, 7 for each of a shared one; other kernels take 1000."""
     if not words:
         return 1000
-    num, capacity = words[NUM_EXPERTS], (len(words) - 4) // 3
-    routed = sum(words[4 + 2 * capacity + place] for place in range(num))
+    num, layout = words[NUM_EXPERTS], RowLayout((len(words) - RowLayout(0).num_words) // 3)
+    routed = sum(words[layout.counts + place] for place in range(num))
     return 400 + 100 * routed + (7 * words[SHARED_ROWS] if words[SHARED_BLOCK] >= 0 else 0)
 
 
@@ -40,6 +40,8 @@ def test_programs_of_a_bench_read_other_slots_each() -> None:
     programs = bench.experts(3, 5)
     slots = [[program.row.words[program.row.layout.slots + place] for place in range(3)] for program in programs]
     assert slots == [[0, 1, 2], [3, 4, 5]]
+    # As much room as a run of this model has for three.
+    assert [program.row.layout.capacity for program in programs] == [4, 4]
     for program in programs:
         layout, words = program.row.layout, program.row.words
         # Two rows a token: the rows of one expert begin behind those of the one before it.
@@ -55,9 +57,10 @@ def test_groups_are_a_grid_as_far_as_the_buffers_hold() -> None:
 
 
 def test_of_a_prompt_host_and_device_are_timed_apart() -> None:
-    """Sixteen tokens, three experts each: six a expert, launched one by one."""
+    """Sixteen tokens, three experts each: six an expert, two rows a token, all eight launched one by one."""
     found = prompt_launches(rig(PLAIN), 16, 3)
-    assert {name: times["device_ns"] for name, times in found.items()} == {"attention": 1000, "experts": 1000}
+    device_ns = {name: times["device_ns"] for name, times in found.items()}
+    assert device_ns == {"attention": 1000, "experts": 400 + 8 * 6 * 200}
     assert all(times["host_ns"] > 0 for times in found.values())
 
 

@@ -292,7 +292,7 @@ def test_a_machine_made_in_code_takes_tables_and_no_plain_mapping() -> None:
         replace(SLOW, kernel_ns={"tiny": TABLE})
 
 
-@pytest.mark.parametrize("key", ["classify_ns", "observe_ns", "forward_ns", "group_ns", "copy_start_ns"])
+@pytest.mark.parametrize("key", ["classify_ns", "observe_ns", "forward_ns", "group_ns", "copy_start_ns", "release_ns"])
 def test_host_costs_of_a_stack_are_whole_and_bounded(key: str) -> None:
     bare = {"name": "bare", "layer_overhead_ns": 0, "head_overhead_ns": 0}
     assert getattr(stack_from_dict(bare), key) == 0
@@ -300,3 +300,12 @@ def test_host_costs_of_a_stack_are_whole_and_bounded(key: str) -> None:
     for value, message in ((-1, "is outside"), (10**9 + 1, "is outside"), (1.5, "must be a whole number")):
         with pytest.raises(ValueError, match=rf"stack\.{key}={value}.*{message}"):
             stack_from_dict({**bare, key: value})
+
+
+def test_a_release_is_told_whole_and_not_beside_what_is_solved_without_it() -> None:
+    bare = {"name": "bare", "layer_overhead_ns": 0, "head_overhead_ns": 0}
+    assert stack_from_dict({**bare, "release_ns": 5, "release_latency_ns": 7}).release_latency_ns == 7
+    with pytest.raises(ValueError, match=r"stack\.release_latency_ns=7 follows a release.*give both, or neither"):
+        stack_from_dict({**bare, "release_latency_ns": 7})
+    with pytest.raises(ValueError, match=r"stack\.resident_tpot_ms=3 is solved.*release_ns is 0; give one of the two"):
+        stack_from_dict({**bare, "release_ns": 5, "resident_tpot_ms": 3.0})
