@@ -267,7 +267,8 @@ class Runtime:
             # Only now, with the next routing read, would a GPU know that a layer has stalled.
             before = (layer - 1) % self.config.num_layers
             num_host = 0 if self._hosting is None else len(self._hosting.keys)
-            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses, num_host))
+            storage_ns = 0 if self.tier is None else self.books.storage_stall_ns()
+            policy.feedback(Feedback(before, stall_ns, self._num_late, self._num_misses, num_host, storage_ns))
         if policy.follows:
             policy.routed(layer)
         aside = self._aside

@@ -23,7 +23,7 @@ class StreamBooks:
         self.cursor_ns = 0
         self.last_mark = 0
         self._known_ns = 0
-        self._layer_stall_ns = 0
+        self._layer_stall_ns = self._layer_storage_ns = 0
         self._blame: dict[int, tuple[int, int, int, int]] = {}
 
     def begin_layer(self, known_ns: int) -> int:
@@ -31,6 +31,11 @@ class StreamBooks:
         self._known_ns = known_ns
         stall_ns, self._layer_stall_ns = self._layer_stall_ns, 0
         return stall_ns
+
+    def storage_stall_ns(self) -> int:
+        """What of the stall that `begin_layer` has just returned was storage's."""
+        storage_ns, self._layer_storage_ns = self._layer_storage_ns, 0
+        return storage_ns
 
     def blame(self, mark: int, landed_ns: int, key: int, kind: int, read_ns: int = 0) -> None:
         """The launch `mark` waited for `key`, which was there at `landed_ns`; kind: as of `Observer.stalled`. read_ns:
@@ -76,6 +81,7 @@ class StreamBooks:
     def _book_storage(self, since_ns: int, read_ns: int, key: int) -> int:
         """The ns of a stall that begins at `since_ns` which are storage's: until `read_ns`."""
         self.counters.storage_stall_ns += read_ns - since_ns
+        self._layer_storage_ns += read_ns - since_ns
         if self.watch is not None:
             self.watch.stalled(since_ns, read_ns, key, STORAGE_STALL)
         return read_ns - since_ns

@@ -161,10 +161,12 @@ class View:
 
 class Feedback(NamedTuple):
     """What is known of a layer that stalled, once the next routing is read: how long, for how many experts that were in
-    flight (late) or not even that (misses), and beside how many that the host computed."""
+    flight (late) or not even that (misses), beside how many that the host computed, and how much of it was waiting for
+    storage."""
 
     layer: int
     stall_ns: int
     num_late: int
     num_misses: int
     num_host: int = 0
+    storage_ns: int = 0

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from expertflow.evictions.lru import LRU
 from expertflow.host_memory import PAGE_CACHE, HostMemorySpec
 from expertflow.observer import LATE, MISS, STORAGE_STALL
 from expertflow.orders.index import IndexOrder
+from expertflow.view import Feedback
 from sim.machine.simulated import HostCosts
 from tests.support.runs import Copy, Disk, Job, Kernel, Scripted, Stall, compose, decode, run
 
@@ -44,6 +46,21 @@ def test_a_chunk_is_copied_once_its_own_bytes_are_there_while_the_next_is_read()
     assert (counters.num_reads, counters.read_bytes, counters.storage_busy_ns) == (1, 40, 85)
     assert (counters.host_hits, counters.host_misses, counters.host_evictions) == (0, 1, 0)
     assert (counters.num_misses, counters.num_hits) == (1, 0)
+
+
+def test_a_part_hears_what_of_a_stall_was_the_disks() -> None:
+    """Read until 185, landed at 205; the second layer's expert is in host memory and lands 40 after it is known."""
+
+    class Told(LRU):
+        """Notes feedback."""
+
+        def feedback(self, feedback: Feedback) -> None:
+            told.append(feedback)
+
+    told: list[Feedback] = []
+    go([[6], [3]], [[3], [3]], eviction=Told(), initial=(5, 13), num_slots=1, rooms=4)
+    assert told[0] == Feedback(0, 105, 0, 1, 0, 85)
+    assert told[1] == Feedback(1, 40, 0, 1)
 
 
 def test_one_read_at_a_time_waits_for_each_first_byte() -> None:
