@@ -16,11 +16,11 @@ class DecisionAccount:
     nothing was decided: the first is one, and another follows every `retry_forwards`. It holds both ways in which a
     decision delays the device: the next routing is read late, and an expert that has landed is launched late.
     gain: what the prefetched experts that were demanded (`view.num_used`) and the misses would have waited for their
-    copies, less the stall there was but for storage; prefetches that held up a miss are in it, as a loss. `share` of its running mean
-    may be spent (`SHARE_OF_ONE` for a step of one: less is only nothing at all), and besides `FREE` of the whole time.
-    Two forwards in a row that spend more: the step is halved, from one to none, and a longer one is not tried again for
-    `retry_forwards`. Else it may double. Within a forward decisions end once they have cost all that this forward has
-    gained and `SLACK` of the whole time of one, so that a trial is cheap on the slowest host.
+    copies, less the stall there was but for storage; prefetches that held up a miss are in it, as a loss. `share` of
+    its running mean may be spent (`SHARE_OF_ONE` for a step of one: less is only nothing at all), and besides `FREE` of
+    the whole time. Two forwards in a row that spend more: the step is halved, from one to none, and a longer one is not
+    tried again for `retry_forwards`. Else it may double. Within a forward decisions end once they have cost all that
+    this forward has gained and `SLACK` of the whole time of one, so that a trial is cheap on the slowest host.
     """
 
     SHARE_OF_ONE: ClassVar[float] = 0.7
