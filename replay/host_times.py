@@ -17,10 +17,10 @@ from replay.gc_pause import gc_paused
 from replay.host_figures import figures_for
 from replay.machine.cuda import CudaDevice
 from replay.machine.cuda_clock import CudaClock
-from replay.machine.device import Program, Words, Work, words_of
+from replay.machine.device import Program, Words, Work
 from replay.machine.host_worker import PATIENCE_NS, Computed, HostTask, HostWorker
 from replay.machine.hosted import HostedMachine
-from replay.machine.launch_row import Row
+from replay.machine.launch_row import Row, words_of
 from replay.machine.rig import Rig
 from replay.run import needs_of, scaled_workload
 from replay.stopwatch import Stopwatch, measure_overhead

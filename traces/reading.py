@@ -178,6 +178,10 @@ def read_npy(path: Path) -> Array:
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C").view(np.ndarray)
 
 
+_ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06")
+"""How a zip archive begins: with a member, or, of none, with its end."""
+
+
 def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
     """Name and array of each member of a .npz archive, in their order; nothing is unpickled or written to disk.
 
@@ -186,10 +190,7 @@ def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
     """
     check_file(path)
     with unzipping(path):
-        with path.open("rb") as file:
-            if file.read(2) != b"PK":
-                raise zipfile.BadZipFile  # an archive may stand behind anything, but not here
-        archive = zipfile.ZipFile(path)
+        archive = open_archive(path)
     with archive:
         members = archive.infolist()
         if len(members) > MAX_MEMBERS:
@@ -207,6 +208,17 @@ def npz_arrays(path: Path) -> Iterator[tuple[str, Array]]:
                 if file.read(1):
                     raise fault(path, where, "has bytes after its last value", REWRITE)
             yield name, array
+
+
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """A zip archive that begins with its first member, or with its end; zipfile.BadZipFile where it does not.
+
+    zipfile itself also takes one that stands behind something else, which other readers take for something else.
+    """
+    with path.open("rb") as file:
+        if file.read(4) not in _ARCHIVES:
+            raise zipfile.BadZipFile
+    return zipfile.ZipFile(path)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import numpy as np
 from traces.container import Array, check_file
 from traces.limits import check_bytes
 from traces.messages import TraceError, fault
-from traces.reading import MAX_MEMBERS, unzipping
+from traces.reading import MAX_MEMBERS, open_archive, unzipping
 
 MOST_INSTRUCTIONS = 20_000_000
 """Of a pickle: about a hundred bytes of memory each at the most."""
@@ -77,10 +77,7 @@ def read_torch(path: Path, remedy: str) -> Any:
     size = check_file(path)
     check_bytes(path, "file", size)
     with unzipping(path, "file of torch.save", remedy):
-        with path.open("rb") as file:
-            if file.read(2) != b"PK":
-                raise zipfile.BadZipFile  # an archive may stand behind anything, but not here
-        archive = zipfile.ZipFile(path)
+        archive = open_archive(path)
     with archive:
         members = {member.filename: member for member in archive.infolist()}
         if len(members) > MAX_MEMBERS or len(members) != len(archive.infolist()):

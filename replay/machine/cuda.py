@@ -21,8 +21,8 @@ import torch
 from replay.lost import DeviceLostError
 from replay.machine.cuda_clock import CudaClock
 from replay.machine.cuda_errors import explained, told_if_lost
-from replay.machine.device import Program, Way, Words, Work, words_of
-from replay.machine.launch_row import Row
+from replay.machine.device import Program, Way, Words, Work
+from replay.machine.launch_row import Row, words_of
 from replay.machine.raw import raw_copy, raw_copy_back
 from replay.machine.slot_kernels import gate, stage
 from replay.machine.ways import CudaWay

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from replay.machine.launch_row import Row
+from replay.machine.launch_row import Row
 
 Event = Any
 """A point in one of the device's streams, opaque to everyone else."""
@@ -24,12 +23,6 @@ RawCopy = Callable[[int, int, int, Any], None]
 
 Words = tuple[torch.Tensor, torch.Tensor]
 """int64 words that a program's kernels leave on the device, and where the host reads them."""
-
-
-def words_of(tensor: torch.Tensor) -> memoryview[int]:
-    """The 64-bit words of `tensor` on the host: reading or writing one is cheap, and no call of torch."""
-    array: Any = tensor.view(-1).numpy()
-    return memoryview(array).cast("B").cast("q")
 
 
 class Program:

@@ -19,8 +19,9 @@ import torch
 
 from expertflow.forward import Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
-from replay.machine.device import Device, Event, Program, words_of
+from replay.machine.device import Device, Event, Program
 from replay.machine.kernels import Kernels
+from replay.machine.launch_row import words_of
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.programs import Programs
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS

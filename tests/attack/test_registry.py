@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.attack import formats, kinds_of_files, readers
+from tests.attack import composing, formats, kinds_of_files, readers
 from tests.attack.kinds import MODULES, registry
 from traces import cli
 
@@ -63,6 +63,8 @@ _OPENERS = {f"{module.replace('.', '/')}.py" for module in OPENING}
 @pytest.mark.slow
 def test_readers_reach_every_module_that_opens_files(tmp_path: Path) -> None:
     reached: set[str] = set()
+    # What an earlier test has composed is composed no more.
+    composing._rest.cache_clear()
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
         # To be imported is not to be used: neither a module nor the body of a class is a function.

@@ -193,6 +193,8 @@ def test_malformed_arrays_are_refused_and_nothing_is_unpickled(tmp_path: Path) -
     np.save(tmp_path / "cut.npy", routed(50))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-9])
     (tmp_path / "text.npz").write_text("PK, not really")
+    np.savez(tmp_path / "behind.npz", a=routed(50))
+    (tmp_path / "behind.npz").write_bytes(b"PK" + (tmp_path / "behind.npz").read_bytes())
     np.savez(tmp_path / "cut.npz", a=routed(50))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-40])
     np.savez(tmp_path / "lengths.npz", a=routed(3), prompt_len=np.array([1.5]))
@@ -204,6 +206,7 @@ def test_malformed_arrays_are_refused_and_nothing_is_unpickled(tmp_path: Path) -
         "pickle.npy": "is no plain array file",
         "cut.npy": "array: needs 1200 bytes by its shape and has 1191, truncated",
         "text.npz": "is no usable .npz archive",
+        "behind.npz": "is no usable .npz archive",
         "cut.npz": "is no usable .npz archive",
         "lengths.npz": "array 'prompt_len': is no list of one length a request",
         "flat.npy": r"is int32 of the shape \[3, 2\]",

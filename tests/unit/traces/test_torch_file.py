@@ -163,6 +163,13 @@ def test_what_is_no_archive_is_refused(content: bytes, tmp_path: Path) -> None:
         read_torch(tmp_path / "a.pt", REMEDY)
 
 
+def test_an_archive_behind_something_else_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, [1])
+    path.write_bytes(b"PK" + path.read_bytes())
+    with pytest.raises(TraceError, match=r"is no usable file of torch\.save"):
+        read_torch(path, REMEDY)
+
+
 def test_lists_that_hold_each_other_many_times_are_not_written_out(tmp_path: Path) -> None:
     """Twenty-eight lists of two that are one and the same: 268 million numbers of a file of two kilobytes."""
     ids: Any = [1]
