@@ -124,12 +124,13 @@ def _built(doc: Doc, magic: bytes = b"GGUF") -> _Places:
 def _add_value(made: _Places, kind: int, value: Any) -> None:
     if kind == _STRING:
         made.text(value)
-    elif kind == _ARRAY:
+    elif kind == _ARRAY and isinstance(value, list | tuple):
         made.mark("I", value[0])
         made.mark("Q", len(value[1]))
         for one in value[1]:
             _add_value(made, value[0], one)
     else:
+        # A list whose elements were said to be lists, and are numbers, among them.
         made.number(_CODES.get(kind, "I"), value)
 
 
