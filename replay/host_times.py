@@ -15,7 +15,7 @@ from expertflow.runtime import Runtime
 from replay.drive import drive
 from replay.gc_pause import gc_paused
 from replay.host_figures import figures_for
-from replay.machine.cuda import CudaDevice
+from replay.machine.cuda import CudaDevice, tell_and_run
 from replay.machine.cuda_clock import CudaClock
 from replay.machine.device import Program, Words, Work
 from replay.machine.host_worker import PATIENCE_NS, Computed, HostTask, HostWorker
@@ -117,7 +117,9 @@ class EmptyDriver(CudaDevice):
             if gated:
                 number[0] += 1
 
-        return Program(start, end, run) if row is None else Program(start, end, partial(_told, row, run), row, run)
+        if row is None:
+            return Program(start, end, run)
+        return Program(start, end, partial(tell_and_run, row, run), row, run)
 
     def restart_clock(self) -> None:
         """Nothing has run."""
@@ -167,11 +169,6 @@ def _machine_on(rig: Rig, device: EmptyDriver, full: Workload, work: Workload, m
     worker, results = _IdleWorker(device.now_ns), torch.zeros_like(rig.kernels.activations)
     parts = device, rig.kernels, rig.host(True), rig.slots, chunk_bytes, work.stack, None
     return HostedMachine(*parts, figures=figures, worker=cast(HostWorker, worker), results=results), worker
-
-
-def _told(row: Row, run: Work) -> None:
-    row.tell()
-    run()
 
 
 def _nothing(*given: Any) -> None:

@@ -187,7 +187,7 @@ class CudaDevice:
                 gate()
 
         if not captured:
-            return Program(start, end, launch if row is None else partial(_tell_and_run, row, launch), row)
+            return Program(start, end, launch if row is None else partial(tell_and_run, row, launch), row)
         # Libraries load, and kernels are compiled, on first use, which must not fall into a capture.
         if row is not None and staged is not None:
             row.tell()
@@ -199,7 +199,7 @@ class CudaDevice:
         replay = self._capture(launch).replay
         run = replay if inside else partial(_replay_and_record, replay, end, stream)
         return (
-            Program(start, end, run) if row is None else Program(start, end, partial(_tell_and_run, row, run), row, run)
+            Program(start, end, run) if row is None else Program(start, end, partial(tell_and_run, row, run), row, run)
         )
 
     def _capture(self, launch: Work) -> Any:
@@ -369,7 +369,7 @@ def _replay_and_record(replay: Callable[[], None], end: Any, stream: Any) -> Non
     end.record(stream)
 
 
-def _tell_and_run(row: Row, run: Work) -> None:
+def tell_and_run(row: Row, run: Work) -> None:
     """Launch what reads `row`, which is written."""
     row.tell()
     run()
