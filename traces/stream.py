@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces.container import DTYPE_NAMES, Array, fault
+from traces.container import DTYPE_NAMES, Array, TraceError, fault
 from traces.files import replace_text, unwritable, writing
 from traces.format import About, checked_trace, write_trace
 from traces.journal import JOURNAL, JOURNAL_VERSION, LABELS, TAKEN, Journal
 from traces.layout import PER_REQUEST, PER_TOKEN
 from traces.processes.whole import remove_folder
+from traces.reading import read_text
 
 try:
     import fcntl
 except ImportError:  # pragma: no cover - not on this system: two recordings of one file are then not told apart
     fcntl = None  # type: ignore[assignment]
 
-_LOCK = "lock"
+_LOCK, _CONFIG = "lock", "config.json"
 
 
 class TraceWriter:
@@ -40,6 +41,8 @@ class TraceWriter:
     moe_layer_ids and further keywords: as of `write_trace`; `header` may be changed until `close`, except that its
     keys stay strings. As a context manager it closes on success and, on an exception, leaves what was written for
     `recover`.
+
+    config: the text of the model's config.json, which is put beside the trace (`config_of`) when that is made.
 
     Arrays may come in variants, `name@variant`: of these only the ones of the attribute `variant`, as it is when the
     trace is closed, enter the trace, as `name`. TraceError where a recording of this path is unfinished or running.
@@ -54,6 +57,7 @@ class TraceWriter:
         source: str,
         license: str,
         moe_layer_ids: Sequence[int] | None = None,
+        config: str | None = None,
         **header: str,
     ) -> None:
         self.path = Path(path)
@@ -79,12 +83,12 @@ class TraceWriter:
         try:
             self._folder.mkdir()
         except FileExistsError:
-            problem = f"an unfinished recording of it lies in {self._folder}"
-            remedy = "finish it with TraceWriter.recover (python -m traces record --recover), or delete that folder"
-            raise fault(self.path, "file", problem, remedy) from None
+            raise unfinished(self.path) from None
         except OSError as error:
             raise unwritable(self.path, error) from None
         self._lock = _lock(self.path, self._folder)
+        if config is not None:
+            replace_text(self._folder / _CONFIG, config)
 
     def append(
         self,
@@ -166,6 +170,9 @@ class TraceWriter:
             arrays = journal.arrays()
             header = dict(journal.header) | ({"recovered": "true"} if recovered else {})
             about = About(**journal.facts, request_labels=journal.labels(), header=header)
+            if (folder / _CONFIG).exists():
+                # Before the trace: with the trace a recording is complete.
+                replace_text(config_of(path), read_text(folder / _CONFIG))
             write_trace(path, arrays, about)
         finally:
             lock.close()
@@ -260,6 +267,19 @@ class TraceWriter:
 def folder_of(path: Path) -> Path:
     """Where the rows of a recording of `path` are kept until it is closed."""
     return path.with_name(f".{path.name}.recording")
+
+
+def unfinished(path: Path) -> TraceError:
+    """The fault of a recording of `path` that begins where an earlier one has not ended."""
+    problem = f"an unfinished recording of it lies in {folder_of(path)}"
+    remedy = "finish it with TraceWriter.recover (python -m traces record --recover), or delete that folder"
+    return fault(path, "file", problem, remedy)
+
+
+def config_of(path: str | Path) -> Path:
+    """Where the configuration of the model stands that was recorded into `path`: a run takes the sizes of a model from
+    there of which none are known."""
+    return Path(path).with_suffix(".config.json")
 
 
 def _lock(path: Path, folder: Path) -> Any:

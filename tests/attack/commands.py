@@ -21,7 +21,7 @@ from tests.support.commands import small_trace
 from tests.support.studies import write_study
 from tests.unit.twin.tiny import write_text
 from traces.reader import open_trace
-from traces.stream import folder_of
+from traces.stream import config_of, folder_of
 
 SIM = ["+hardware=a100", "compare=none", "events=true", "timeline=true", "skip_done=true"]
 SMALL = ["--machine", "cpu", "--quick", "--policies", "lru"]
@@ -129,7 +129,12 @@ def commands(inputs: Path) -> dict[str, Command]:
             [plain],
             together=True,
         ),
-        Command("record", [*traces, *record, "max_new_tokens=3"], [plain], before=_recover),
+        Command(
+            "record",
+            [*traces, *record, "max_new_tokens=3", "overwrite=true"],
+            [plain, "out.config.json"],
+            before=_recover,
+        ),
         Command(
             "train",
             ["-m", "traces.twin", "train", "twin", "qwen1.5-moe-a2.7b", *twin.split(), f"--text={inputs / 'text'}"],
@@ -219,6 +224,7 @@ def _recover(folder: Path) -> None:
         else:
             assert 0 < recovered.num_requests <= 12
             assert recovered.header["recovered"] == "true"
+            assert json.loads(config_of(out).read_text())["num_experts"] == recovered.num_experts
             out.unlink()
 
 

@@ -16,9 +16,9 @@ from rich.progress import Progress
 from traces.container import TraceError, fault
 from traces.processes.ending import keeping
 from traces.recorder.load import load_model
-from traces.recorder.options import CONFIG_SUFFIX, RecordOptions
+from traces.recorder.options import RecordOptions
 from traces.recorder.prompts import check_tokens, read_prompts
-from traces.stream import TraceWriter, folder_of
+from traces.stream import TraceWriter, config_of, folder_of, unfinished
 
 EXAMPLES = """examples:
   python -m traces record model=models/olmoe prompts=prompts.jsonl out=olmoe.safetensors max_new_tokens=64
@@ -123,7 +123,9 @@ def _check_output(path: Path, overwrite: bool) -> None:
         raise fault(path, "file", f"the folder {path.parent} does not exist", "create it first")
     if path.is_dir():
         raise fault(path, "file", "is a folder", "name a file in it")
-    for one in (path, path.with_suffix(CONFIG_SUFFIX)):
+    if folder_of(path).is_dir():
+        raise unfinished(path)
+    for one in (path, config_of(path)):
         if one.exists() and not overwrite:
             remedy = "name another, or give overwrite=true: it is replaced when the new one is whole"
             raise fault(one, "file", "is there already", remedy)

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from traces.container import TraceError
 
-CONFIG_SUFFIX = ".config.json"
-"""In place of the trace's suffix: the file with the configuration of the model that was recorded."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions:

@@ -11,22 +11,15 @@ import torch
 from rich.progress import Progress
 
 from traces.container import TraceError
-from traces.files import replace_text
 from traces.reader import open_trace
 from traces.recorded_batches import settings_line
 from traces.recorder.generate import PROJECTION_SEED, Answer, Projection, Prompt, Sampling, record_batches
 from traces.recorder.load import first_line
 from traces.recorder.locate import Located
 from traces.recorder.lookahead import Recall
-from traces.recorder.options import CONFIG_SUFFIX, RecordOptions
+from traces.recorder.options import RecordOptions
 from traces.recorder.recording import Recording, Rows
-from traces.stream import TraceWriter
-
-
-def config_of(out: str | Path) -> Path:
-    """Where the configuration of the model stands that was recorded into `out`: a run takes the sizes of a model from
-    there of which none are known."""
-    return Path(out).with_suffix(CONFIG_SUFFIX)
+from traces.stream import TraceWriter, config_of
 
 
 class Session:
@@ -58,6 +51,7 @@ class Session:
             license=options.license,
             source=f"recorded from {name}",
             moe_layer_ids=located.moe_layer_ids,
+            config=self._network.config.to_json_string(),
             **self._header(),
         ) as writer:
             batches = record_batches(self._network, self._recording, iter(prompts), options.batch_size, self._sampling)
@@ -66,14 +60,13 @@ class Session:
                 if progress is not None and task is not None:
                     progress.advance(task)
         size = f"{writer.num_requests} requests, {writer.num_tokens} tokens × {len(located.taps)} layers"
-        config = config_of(options.out)
-        replace_text(config, self._network.config.to_json_string())
         lines = [f"wrote {options.out}: {size}"]
         if self._recall is not None:
             lines.append(_recall_table(self._recall, located.top_k))
         settings = settings_line(open_trace(options.out, validate=False), options.out)
         if settings is not None:
             lines.append(f"note: {settings}")
+        config = config_of(options.out)
         lines.append(f"note: the model's sizes are in {config}; run them by model.path={config}")
         return "\n".join(lines)
 

@@ -17,7 +17,7 @@ import pytest
 from tests.support.traces import EXPERTS, sound_arrays
 from traces.format import About, TraceError, open_trace, write_trace
 from traces.layout import PER_REQUEST
-from traces.stream import TraceWriter, folder_of
+from traces.stream import TraceWriter, config_of, folder_of
 
 FACTS: dict[str, Any] = {"model": "toy", "num_experts": EXPERTS, "source": "made for a test", "license": "Apache-2.0"}
 SPLIT = [(0, 4, 4, 0), (4, 6, 0, 7)]
@@ -65,6 +65,28 @@ def test_of_the_variants_only_the_chosen_one_is_kept(tmp_path: Path) -> None:
         trace = open_trace(writer.path)
         assert trace.lookahead is not None
         np.testing.assert_array_equal(trace.lookahead[:], ahead * np.float16(factor))
+
+
+@pytest.mark.parametrize("ended", ["closed", "recovered"])
+def test_the_configuration_is_there_before_the_trace_however_it_ends(tmp_path: Path, ended: str) -> None:
+    text, out = '{\n "num_experts": 8\n}\n', tmp_path / "a.safetensors"
+    writer = TraceWriter(out, **FACTS, config=text)
+    fill(writer, False, False)
+    assert not config_of(out).exists()
+    if ended == "closed":
+        writer.close()
+    else:
+        writer._release()
+        with pytest.raises(TraceError, match="an unfinished recording of it lies in"):
+            TraceWriter(out, **FACTS, config=text)
+        # Killed once more while it is assembled, between the two.
+        (tmp_path / ".a.safetensors.recording" / "experts.raw").rename(tmp_path / "kept")
+        with pytest.raises(TraceError):
+            TraceWriter.recover(out)
+        (tmp_path / "kept").rename(tmp_path / ".a.safetensors.recording" / "experts.raw")
+        TraceWriter.recover(out)
+    assert config_of(out).read_text() == text
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.config.json", "a.safetensors"]
 
 
 CHILD = """
