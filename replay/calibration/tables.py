@@ -12,9 +12,9 @@ from expertflow.forward import DECODE, PREFILL, Forward
 from replay.calibration.measure import beside_copies_ns
 from replay.machine.device import Program
 from replay.machine.launch_row import Row
-from replay.machine.programs import LEAST_ROWS, capacity_for
+from replay.machine.programs import capacity_for
 from replay.machine.rig import Rig
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, row_class
 from replay.machine.timing import alone_ns, programs_ns, works_ns
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -37,7 +37,7 @@ class KernelBench:
 
     def experts(self, num_experts: int, tokens: int, shared_tokens: int = 0) -> list[Program]:
         """Programs of routed experts in other slots each, over `tokens` each, and of shared ones over theirs."""
-        most = size_class(self.kernels.rows(tokens), LEAST_ROWS)
+        most = row_class(self.kernels.rows(tokens))
         self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(self._capacity(num_experts), most)])
         count = max(2, min(_LAYERS, self.rig.slots.num_slots // max(num_experts, 1)))
         rows = [self._row(num_experts, tokens, shared_tokens, number) for number in range(count)]
@@ -45,7 +45,7 @@ class KernelBench:
 
     def experts_one_by_one(self, num_experts: int, tokens: int) -> Program:
         """A program of routed experts over `tokens` each whose kernels are launched one by one."""
-        most = size_class(self.kernels.rows(tokens), LEAST_ROWS)
+        most = row_class(self.kernels.rows(tokens))
         row = self._row(num_experts, tokens, 0, 0)
         return self.device.program(self.kernels.experts(row, most, shared=False), captured=False, row=row)
 

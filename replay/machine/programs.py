@@ -16,15 +16,22 @@ from expertflow.forward import Forward
 from replay.machine.device import Device, Program
 from replay.machine.kernels import Kernels, Shape
 from replay.machine.launch_row import Row
-from replay.machine.rows import GAVE_UP, NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, size_class
+from replay.machine.rows import (
+    GAVE_UP,
+    NUM_EXPERTS,
+    SHARED_BLOCK,
+    SHARED_ROWS,
+    RowLayout,
+    row_class,
+    row_classes,
+    size_class,
+)
 from replay.machine.stamps import Stamps
 from replay.machine.timing import works_ns
 from sim.specs.hardware import Stack
 
 REPLICAS = 8
 """So many launches of one size may have unread times; one more waits until those of the first are read."""
-LEAST_ROWS = 16
-"""Rows that a tensor core multiplies at once: the kernels pad fewer rows to so many."""
 DEFAULT_KV_GRID = 256
 """KV tokens to which lengths are rounded where shapes are captured and the stack names no grid."""
 
@@ -142,9 +149,8 @@ class Programs:
         device.synchronize()
 
     def _prepare_experts(self, num_experts: int, count: int, captured: bool) -> None:
-        most = size_class(self._kernels.rows(count), LEAST_ROWS)
         room = [capacity_for(count, self._top_k) for count in (1, num_experts)]
-        buckets = list(product(_doublings(*room), _doublings(LEAST_ROWS, most)))
+        buckets = list(product(_doublings(*room), row_classes(*map(self._kernels.rows, (1, count)))))
         if captured:
             self._kernels.tune(lambda work: works_ns(self._device, [work], 5), buckets)
         for (capacity, rows), shared in product(buckets, sorted({False, self._has_shared})):
@@ -193,7 +199,7 @@ class Programs:
 
     def experts(self, num_experts: int, count: int, shared: bool) -> Program:
         """For `num_experts` routed experts over at most `count` tokens each; its row is to be written before launch."""
-        rows = size_class(self._kernels.rows(count), LEAST_ROWS)
+        rows = row_class(self._kernels.rows(count))
         return self._rings[capacity_for(num_experts, self._top_k), rows, shared and self._has_shared].take()
 
     def head(self, num_rows: int) -> Program:

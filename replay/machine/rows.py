@@ -62,3 +62,24 @@ class RowLayout:
 def size_class(count: int, least: int = 1) -> int:
     """The power of two, at least `least`, that `count` is rounded up to."""
     return max(least, 1 << (count - 1).bit_length()) if count > 0 else least
+
+
+FEW_ROWS = 4
+"""An expert over no more rows is computed on ordinary cores, see `replay.machine.few_row_programs`."""
+_TENSOR_ROWS = 16
+
+
+def row_class(rows: int) -> int:
+    """The rows of an expert for which kernels are prepared that compute over `rows`: 1, 4, then doublings of the 16
+    that a tensor core multiplies at once."""
+    if rows <= FEW_ROWS:
+        return 1 if rows <= 1 else FEW_ROWS
+    return size_class(rows, _TENSOR_ROWS)
+
+
+def row_classes(first: int, last: int) -> list[int]:
+    """The classes of all numbers of rows from `first` to `last`."""
+    found = [row_class(first)]
+    while found[-1] < last:
+        found.append(row_class(found[-1] + 1))
+    return found

@@ -8,7 +8,7 @@ launch compiles. triton is imported where the first kernel is made: other machin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +17,9 @@ import torch
 from replay.machine.device import Work
 from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
-from replay.machine.rows import NUM_EXPERTS, RowLayout
+from replay.machine.rows import FEW_ROWS, NUM_EXPERTS, RowLayout, row_class
 
+_PRODUCTS = "up", "down"
 _ALIGNED = 16
 """Values: `up` begins at such a place in a row of the intermediate buffer, whatever `middle` is."""
 _COPY_BLOCK = 1024
@@ -42,24 +43,34 @@ class Feed(Protocol):
 
 
 class Tile(NamedTuple):
-    """What one program computes at a time: `columns` wide, `depth` bytes of the summed dimension deep."""
+    """What one program computes at a time: `columns` wide, `depth` bytes of the summed dimension deep.
+
+    few_rows: by the kernels of `replay.machine.few_row_programs`; else on tensor cores, 16 rows at least.
+    """
 
     columns: int
     depth_bytes: int
     warps: int
     stages: int
+    few_rows: bool = False
 
 
+_FEW_ROWS: dict[str, tuple[Tile, ...]] = {
+    "up": tuple(Tile(*tile, True) for tile in ((4, 512, 1, 4), (4, 512, 1, 6), (4, 1024, 2, 4), (2, 512, 1, 6))),
+    "down": tuple(Tile(*tile, True) for tile in ((32, 128, 4, 5), (32, 128, 4, 8), (64, 64, 4, 8), (64, 128, 8, 5))),
+}
+"""By product. What `up` leaves of few rows only `down` of few rows can read: they are chosen in pairs."""
 _TILES: dict[int, tuple[Tile, ...]] = {
     16: (Tile(16, 512, 4, 5), Tile(32, 256, 4, 5), Tile(64, 128, 4, 5), Tile(64, 256, 4, 4)),
     32: (Tile(32, 256, 4, 4), Tile(64, 128, 4, 4), Tile(64, 256, 4, 4), Tile(32, 128, 4, 5)),
     64: (Tile(64, 128, 4, 4), Tile(32, 128, 4, 4), Tile(128, 128, 8, 3)),
 }
-"""By rows of a tile. None takes more than 96 KiB of shared memory, which every GPU with bfloat16 has."""
+"""On tensor cores, by rows of a tile. None takes more than 96 KiB of shared memory, which every GPU with bfloat16 has.
+"""
 
 
 _tuned: dict[tuple[Any, ...], Tile] = {}
-"""By (hidden, up, middle, dtype, capacity, rows of a tile, product): what was measured to be fastest."""
+"""By (hidden, up, middle, dtype, capacity, class of rows, product): what was measured to be fastest."""
 
 
 def tuned_tiles() -> dict[str, list[int]]:
@@ -67,21 +78,37 @@ def tuned_tiles() -> dict[str, list[int]]:
     return {" ".join(map(str, key)): list(tile) for key, tile in sorted(_tuned.items(), key=str)}
 
 
-def tile_rows(max_rows: int) -> int:
+def tile_rows(max_rows: int, few_rows: bool = False) -> int:
     """Rows of a tile where no expert has more than `max_rows`."""
+    if few_rows:
+        return 1 if max_rows <= 1 else FEW_ROWS
     return next((rows for rows in _TILES if max_rows <= rows), max(_TILES))
 
 
-def default_tile(capacity: int, rows: int) -> Tile:
+def _rows_key(max_rows: int) -> int:
+    """What is tuned together: the class of rows, as far as tiles grow with it."""
+    return min(row_class(max_rows), max(_TILES))
+
+
+def default_tile(capacity: int, max_rows: int, product: str) -> Tile:
     """Without a measurement: few experts need many narrow programs to keep the whole device busy."""
+    if max_rows <= FEW_ROWS:
+        return _FEW_ROWS[product][0]
+    rows = tile_rows(max_rows)
     if rows > min(_TILES):
         return _TILES[rows][0]
     return _TILES[rows][0 if capacity <= 2 else 1 if capacity <= 8 else 2]
 
 
-def _programs() -> Any:
+def kinds_of_tiles(max_rows: int) -> list[dict[str, tuple[Tile, ...]]]:
+    """What may compute experts of at most `max_rows` rows: kinds of kernels, each with its tiles by product."""
+    tensor = dict.fromkeys(_PRODUCTS, _TILES[tile_rows(max_rows)])
+    return [_FEW_ROWS, tensor] if max_rows <= FEW_ROWS else [tensor]
+
+
+def _programs(name: str = "slot_programs") -> Any:
     try:
-        return import_module("replay.machine.slot_programs")
+        return import_module(f"replay.machine.{name}")
     except ImportError as error:
         raise ValueError(
             f"device=cuda needs triton, which torch's CUDA build brings ({error}); pip install 'expertflow[kernels]'"
@@ -177,6 +204,8 @@ class _Block:
         self.pitch = self.half * (self.up // self.middle)
         # Zeros: what lies between `middle` and `half` is read, never written.
         self.values = weights.new_zeros((max_rows, self.pitch))
+        # The same of few rows, see `replay.machine.few_row_programs`.
+        self.activated = weights.new_zeros((max_rows, self.half), dtype=torch.float32)
         self.out = weights.new_zeros((max_rows, self.hidden))
 
 
@@ -198,7 +227,7 @@ class SlotKernels:
         dtype: torch.dtype,
         shared: tuple[Feed, torch.Tensor] | None = None,
     ) -> None:
-        self._programs = _programs()
+        self._programs, self._few_row_programs = _programs(), _programs("few_row_programs")
         self._inputs, self._max_rows, self._num_slots = inputs, max_rows, slots.num_slots
         self._routed = self._shared = _Block(feed, slots.bytes.view(dtype), max_rows, "routed experts")
         self._has_shared = shared is not None
@@ -226,8 +255,8 @@ class SlotKernels:
 
     def tile(self, capacity: int, max_rows: int, product: str) -> Tile:
         """What is used for `product` (up, down) in launches of at most `capacity` experts of `max_rows` rows."""
-        rows = tile_rows(max_rows)
-        return _tuned.get((*self._shape, capacity, rows, product), default_tile(capacity, rows))
+        found = _tuned.get((*self._shape, capacity, _rows_key(max_rows), product))
+        return found or default_tile(capacity, max_rows, product)
 
     def experts(self, row: Row, max_rows: int, has_shared: bool, check: Work | None = None) -> Work:
         """Compute what the row on the device describes: routed experts, each over its rows, and shared ones.
@@ -238,7 +267,7 @@ class SlotKernels:
         if has_shared and not self._has_shared:
             raise ValueError("has_shared=true, but no shared experts were given; give them where the kernels are made")
         there, capacity = _there(row), row.layout.capacity
-        steps = [self._product(name, there, capacity, max_rows, has_shared) for name in ("up", "down")]
+        steps = [self._product(name, there, capacity, max_rows, has_shared) for name in _PRODUCTS]
         if check is not None:
             steps = [check, *steps, check]
         return _all(steps)
@@ -250,20 +279,36 @@ class SlotKernels:
         chosen holds for all kernels of this shape in this process: a calibration and the runs it is for take the same.
         """
         for capacity, max_rows in buckets:
-            rows = tile_rows(max_rows)
-            if (*self._shape, capacity, rows, "down") in _tuned:
+            key = (*self._shape, capacity, _rows_key(max_rows))
+            if (*key, "down") in _tuned:
                 continue
             launches = self._tuning_rows(capacity, max_rows)
-            for name in ("up", "down"):
-                candidates = [
-                    _all([self._product(name, row, capacity, max_rows, False, tile) for row in launches])
-                    for tile in _TILES[rows]
+            pairs = []
+            for tiles in kinds_of_tiles(max_rows):
+                fastest = [
+                    self._fastest(name, tiles[name], launches, capacity, max_rows, device_ns) for name in _PRODUCTS
                 ]
-                for body in candidates:
-                    # Compiled before any of them is timed: a device that idles meanwhile slows down.
-                    body()
-                times = [device_ns(body) for body in candidates]
-                _tuned[(*self._shape, capacity, rows, name)] = _TILES[rows][times.index(min(times))]
+                pairs.append((sum(ns for ns, _ in fastest), [tile for _, tile in fastest]))
+            for name, tile in zip(_PRODUCTS, min(pairs)[1], strict=True):
+                _tuned[(*key, name)] = tile
+
+    def _fastest(
+        self,
+        name: str,
+        tiles: Sequence[Tile],
+        launches: Sequence[torch.Tensor],
+        capacity: int,
+        max_rows: int,
+        device_ns: Callable[[Work], float],
+    ) -> tuple[float, Tile]:
+        """(nanoseconds, the tile that took them) of the product's launches."""
+        candidates = [
+            _all([self._product(name, row, capacity, max_rows, False, tile) for row in launches]) for tile in tiles
+        ]
+        for body in candidates:
+            # Compiled before any of them is timed: a device that idles meanwhile slows down.
+            body()
+        return min(zip(map(device_ns, candidates), tiles, strict=True))
 
     def _tuning_rows(self, capacity: int, max_rows: int) -> list[torch.Tensor]:
         """Full launches on the device, over as many slots as keep the weights out of its cache."""
@@ -288,13 +333,16 @@ class SlotKernels:
         """The launch of `up` or `down`."""
         own, other = self._routed, self._shared
         tile = tile or self.tile(capacity, max_rows, name)
-        rows = tile_rows(max_rows)
+        rows = tile_rows(max_rows, tile.few_rows)
         tensors: tuple[torch.Tensor, ...]
+        values, shared_values = (block.activated if tile.few_rows else block.values for block in (own, other))
         if name == "up":
-            tensors = (self._inputs, own.weights, own.values, other.weights, other.values)
-            width = max(own.up, other.up if has_shared else 0)
+            tensors = (self._inputs, own.weights, values, other.weights, shared_values)
+            # Of few rows one program computes a gate and what it opens.
+            widths = [block.middle if tile.few_rows else block.up for block in (own, other)]
+            width = max(widths) if has_shared else widths[0]
         else:
-            tensors = (own.values, own.weights, own.out, other.values, other.weights, other.out)
+            tensors = (values, own.weights, own.out, shared_values, other.weights, other.out)
             width = own.hidden
         grid = (-(-width // tile.columns), capacity + has_shared, -(-max_rows // rows))
         numbers = (own.stride, other.stride, self._inputs.size(0), self._max_rows)
@@ -304,18 +352,23 @@ class SlotKernels:
             "UP": own.up,
             "MIDDLE": own.middle,
             "HALF": own.half,
-            "PITCH": own.pitch,
             "SHARED_UP": other.up,
             "SHARED_MIDDLE": other.middle,
             "SHARED_HALF": other.half,
-            "SHARED_PITCH": other.pitch,
             "BT": rows,
             "BN": tile.columns,
             "BK": tile.depth_bytes // self._inputs.element_size(),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
-        kernel = getattr(self._programs, name)
+        if not tile.few_rows:
+            sizes |= {"PITCH": own.pitch, "SHARED_PITCH": other.pitch}
+        else:
+            sizes["STAGES"] = tile.stages
+            if name == "down":
+                # Rows that the threads of a program read at once, eight values each.
+                sizes["HELD"] = min(32 * tile.warps * 8 // tile.columns, sizes["BK"])
+        kernel = getattr(self._few_row_programs if tile.few_rows else self._programs, name)
 
         def work() -> None:
             kernel[grid](row, *tensors, *numbers, **sizes)

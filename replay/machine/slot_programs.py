@@ -52,7 +52,7 @@ def stage(source, target, num_words, most_polls, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _task(row, most_inputs, most_rows, HAS_SHARED: tl.constexpr):
+def task(row, most_inputs, most_rows, HAS_SHARED: tl.constexpr):
     """What this program's expert is: (routed, slot or block, first row, number of rows), no rows for none.
 
     The second axis of the grid is the row's capacity, which is no compile-time size: one program serves them all. With
@@ -112,7 +112,7 @@ def up(
     pool, shared: weights, of which slot or block i begins at i * stride; x [most_inputs, HIDDEN]; y [most_rows, PITCH].
     Any number of rows is computed, whatever row tiles the grid has.
     """
-    routed, slot, first, count = _task(row, most_inputs, most_rows, HAS_SHARED)
+    routed, slot, first, count = task(row, most_inputs, most_rows, HAS_SHARED)
     if HAS_SHARED:
         # Chosen, not branched over: two loops would take twice the shared memory.
         weights = tl.where(routed, pool + slot * stride, shared + slot * shared_stride)
@@ -176,7 +176,7 @@ def down(
     BK: tl.constexpr,
 ):
     """out[first + t, n] = sum over k of act(y[first + t])[k] * weights[k, n]. Programs and slots as in `up`."""
-    routed, slot, first, count = _task(row, most_inputs, most_rows, HAS_SHARED)
+    routed, slot, first, count = task(row, most_inputs, most_rows, HAS_SHARED)
     if HAS_SHARED:
         weights = tl.where(
             routed, pool + slot * stride + UP * HIDDEN, shared + slot * shared_stride + SHARED_UP * HIDDEN

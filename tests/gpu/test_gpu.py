@@ -18,10 +18,9 @@ from replay.keys import FAULTS
 from replay.machine.cuda import CudaDevice
 from replay.machine.device import Program
 from replay.machine.launch_row import Row
-from replay.machine.programs import LEAST_ROWS, size_class
 from replay.machine.raw import torch_copy
 from replay.machine.rig import Rig
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, RowLayout
+from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, RowLayout, row_class, size_class
 from replay.machine.timing import nothing
 from replay.run import PartialRunError
 from sim.paths import CONF
@@ -254,7 +253,7 @@ def test_experts_by_slot_id_compute_what_they_should(
         row.words[row.layout.slots + place] = slot
         row.words[row.layout.first + place] = sum(rows[:place])
         row.words[row.layout.counts + place] = count
-    work = kernels.experts(row, size_class(max(rows, default=1), LEAST_ROWS), shared=False)
+    work = kernels.experts(row, row_class(max(rows, default=1)), shared=False)
     program = device.program(work, row=row)
     device.launch(program)
     device.synchronize()

@@ -27,6 +27,15 @@ CASES = {
     "full-with-both-ends-of-the-pool": Case(ODD, 3, [0, 5, 2], [2, 4, 3]),
     "one-expert": Case(ODD, 1, [5], [1]),
     "whole-tiles": Case(EVEN, 2, [4, 0], [16, 16]),
+    "few-rows": Case(ODD, 5, [3, 1, 5], [4, 1, 2], max_rows=4),
+    "few-rows-whole-tiles": Case(EVEN, 2, [4, 0], [4, 4], max_rows=4),
+    "one-row-each": Case(ODD, 3, [0, 5, 2], [1, 1, 1], max_rows=1),
+    "more-than-few-rows": Case(ODD, 2, [4, 1], [9, 6], max_rows=4),
+    "few-rows-ungated": Case(Widths(45, 29, 29), 3, [2, 0], [3, 4], max_rows=4),
+    "few-rows-shared-is-wider": Case(ODD, 3, [5, 0], [3, 1], WIDE, 1, 4, max_rows=4),
+    "few-rows-shared-is-narrower-and-longer": Case(WIDE, 2, [1, 4], [2, 1], ODD, 0, 9, max_rows=4),
+    "one-row-each-and-of-the-shared": Case(ODD, 3, [5, 0], [1, 1], WIDE, 2, 1, max_rows=1),
+    "few-rows-several-depths": Case(Widths(1000, 358, 179), 2, [1], [4], num_slots=2, max_rows=4),
     "20-rows": Case(ODD, 2, [1, 2], [20, 3], max_rows=32),
     "several-row-tiles": Case(ODD, 2, [4, 1], [70, 131], max_rows=131),
     "more-rows-than-row-tiles": Case(ODD, 2, [4, 1], [16, 50]),
@@ -55,7 +64,7 @@ def run_case(name: str, dtype: torch.dtype, device: str) -> None:
 @interpreted
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, dtype) for name in CASES for dtype in HERE if name != "true-size"] + [("true-size", torch.float16)],
+    [(name, dtype) for name in CASES for dtype in HERE if dtype == torch.float16 or name != "true-size"],
     ids=str,
 )
 def test_experts_are_what_float64_says(name: str, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.gpu.slot_cases import Widths, make_row
 GPT_OSS = Widths(hidden=2880, up=1530, middle=765)
 SHARED = Widths(hidden=2880, up=2816, middle=1408)
 SMALL = Widths(8, 16, 8)
-TYPES = {torch.bfloat16: "*bf16", torch.int64: "*i64"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 class Launches:
@@ -42,7 +43,7 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     made = Launches()
-    monkeypatch.setattr(slot_kernels, "_programs", lambda: made)
+    monkeypatch.setattr(slot_kernels, "_programs", lambda name="slot_programs": made)
     return made
 
 
@@ -95,6 +96,19 @@ def test_tiles_are_as_high_as_the_rows_of_an_expert(max_rows: int, rows: int) ->
     assert slot_kernels.tile_rows(max_rows) == rows
 
 
+@pytest.mark.parametrize(("max_rows", "rows"), [(1, 1), (2, 4), (4, 4)])
+def test_experts_of_few_rows_have_kernels_of_their_own(max_rows: int, rows: int, launches: Launches) -> None:
+    kernels(shared=True).experts(row(4), max_rows, True)()
+    # Four columns of the shared block's 1,408 gates, 32 of 2,880 outputs.
+    assert [(name, grid) for name, grid, *_ in launches.calls] == [("up", (352, 5, 1)), ("down", (90, 5, 1))]
+    assert [options["BT"] for *_, options in launches.calls] == [rows, rows]
+    up, down = (arguments for _, _, arguments, _ in launches.calls)
+    # What the one leaves the other reads: routed and shared.
+    assert up[3] is down[1]
+    assert up[5] is down[4]
+    assert {up[3].dtype, up[5].dtype} == {torch.float32}
+
+
 def test_tuning_takes_the_fastest_tile_of_each_product(launches: Launches) -> None:
     made = kernels(num_slots=7)
     columns = {"up": (64, 256), "down": (32, 256)}
@@ -107,15 +121,38 @@ def test_tuning_takes_the_fastest_tile_of_each_product(launches: Launches) -> No
         read.append([arguments[0][6:8].tolist() for _, _, arguments, _ in launches.calls])
         return 10.0 if (options["BN"], options["BK"] * 2) == columns[name] else 20.0
 
-    assert made.tile(2, 4, "up") == made.tile(2, 4, "down") == Tile(16, 512, 4, 5)
-    made.tune(device_ns, [(2, 4)])
+    assert made.tile(2, 8, "up") == made.tile(2, 8, "down") == Tile(16, 512, 4, 5)
+    made.tune(device_ns, [(2, 8)])
     # Two experts a launch: three launches cover slots 0 to 5 of 7, so that none is read from a cache.
     assert read == [[[0, 1], [2, 3], [4, 5]]] * 8
-    assert (made.tile(2, 4, "up"), made.tile(2, 4, "down")) == (Tile(64, 256, 4, 4), Tile(32, 256, 4, 5))
+    assert (made.tile(2, 8, "up"), made.tile(2, 8, "down")) == (Tile(64, 256, 4, 4), Tile(32, 256, 4, 5))
     assert made.tile(2, 40, "up") == Tile(64, 128, 4, 4)
+    assert made.tile(2, 4, "up").few_rows
     launches.calls.clear()
-    made.experts(row(2), 4, False)()
+    made.experts(row(2), 8, False)()
     assert [options.get("BN") for *_, options in launches.calls] == [64, 32]
+
+
+@pytest.mark.parametrize("few_rows", [True, False])
+def test_of_few_rows_the_faster_pair_of_kernels_is_taken(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch, few_rows: bool
+) -> None:
+    """A single product that is fastest of all is of no use where its partner is slow."""
+    monkeypatch.setattr(slot_kernels, "_tuned", {})
+    made = kernels(num_slots=7)
+
+    def device_ns(body: Any) -> float:
+        launches.calls.clear()
+        body()
+        name, _, _, options = launches.calls[0]
+        if ("STAGES" in options) == few_rows:
+            return 10.0 if name == "up" else 12.0
+        return 1.0 if name == "up" else 30.0
+
+    made.tune(device_ns, [(4, 3)])
+    chosen = [made.tile(4, 2, name) for name in ("up", "down")]
+    assert [tile.few_rows for tile in chosen] == [few_rows, few_rows]
+    assert made.tile(4, 1, "up").few_rows
 
 
 def test_sizes_that_do_not_fit_are_one_line(launches: Launches) -> None:
@@ -166,15 +203,15 @@ except ValueError as error:
 # -- the compiler --------------------------------------------------------------------------------------------
 
 
-def compiled(call: tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]]) -> Any:
+def compiled(
+    call: tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]], programs: str = "slot_programs"
+) -> Any:
     """What an H100 or H200 would run for this launch: the same types, constants and alignments."""
     compiler = pytest.importorskip("triton.compiler", reason="pip install 'expertflow[kernels]'")
     from triton.backends.compiler import GPUTarget
 
-    from replay.machine import slot_programs
-
     name, _, arguments, options = call
-    kernel = getattr(slot_programs, name)
+    kernel = getattr(import_module(f"replay.machine.{programs}"), name)
     chosen = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
     constants = {key: value for key, value in options.items() if key not in chosen}
     signature, aligned = {}, {}
@@ -208,6 +245,29 @@ def test_every_tile_compiles_to_tensor_cores_and_wide_reads(
             # Weights and values come in pieces of 16 bytes, ahead of their use; four words of the row do not.
             assert len(re.findall(r"cp\.async\.cg\.shared\.global .*0x10", text)) >= 12
             assert len(re.findall(r"ld\.global", text)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 4])
+def test_every_tile_of_few_rows_compiles_to_reads_ahead_and_sums_by_thread(
+    rows: int, launches: Launches, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = kernels(shared=True)
+    for name, tiles in slot_kernels._FEW_ROWS.items():
+        for tile in tiles:
+            launches.calls.clear()
+            made._product(name, words(60), 4, rows, True, tile)()
+            binary = compiled(launches.calls[0], "few_row_programs")
+            text = binary.asm["ptx"]
+            # Two programs of the largest fit into what the smallest GPUs with bfloat16 have.
+            assert binary.metadata.shared <= 48 << 10
+            # All that is read in the loop comes ahead of its use, weights 16 bytes at a time; the row's words do not.
+            assert len(re.findall(r"cp\.async\.cg\.shared\.global .*0x10", text)) >= tile.stages
+            assert len(re.findall(r"ld\.global", text)) == 4
+            # Sums cross threads once, after the loop: not for each tile.
+            last = text.rindex("cp.async.wait_group")
+            assert "shfl" not in text[:last]
 
 
 def test_the_number_is_written_after_all_words_for_the_whole_system(

@@ -13,9 +13,9 @@ from expertflow.machine import GATE, LOAD, TOKEN
 from expertflow.model import ModelSpec
 from replay.keys import FAULTS
 from replay.machine.faults import FaultyDevice
-from replay.machine.programs import LEAST_ROWS, REPLICAS
+from replay.machine.programs import REPLICAS
 from replay.machine.real import RealMachine
-from replay.machine.rows import GAVE_UP, NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout, size_class
+from replay.machine.rows import GAVE_UP, NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout, row_class
 from replay.machine.scale import scaled_model
 from tests.replay.test_scale import model_of
 from tests.support.scripted import Launched, ScriptedDevice, chunks_of, decode, machine_on, prefill
@@ -93,7 +93,7 @@ def test_behind_the_attention_of_one_token_experts_are_launched_that_are_not_kno
     assert bench.machine.attention(0) == 1
     assert bench.num_made == (1, 1)
     assert bench.machine.is_waiting
-    rows, has_shared = size_class(bench.machine.kernels.rows(1), LEAST_ROWS), model is SHARED
+    rows, has_shared = row_class(bench.machine.kernels.rows(1)), model is SHARED
     (launch,) = bench.device.ahead
     assert launch.made.program in bench.machine.programs._rings[4, rows, has_shared].programs
     assert launch.waits
@@ -176,7 +176,7 @@ def test_while_experts_of_the_layer_are_missing_the_next_are_launched_ahead(
         if not is_last:
             launched.append(bench.device.ahead[-1])
     # Only the first may have shared experts; each is another program, whose row nobody reads yet.
-    rows, has_shared = size_class(bench.machine.kernels.rows(1), LEAST_ROWS), model is SHARED
+    rows, has_shared = row_class(bench.machine.kernels.rows(1)), model is SHARED
     rings = bench.machine.programs._rings
     for place, launch in enumerate(launched):
         assert launch.made.program in rings[4, rows, has_shared and place == 0].programs

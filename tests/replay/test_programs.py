@@ -13,9 +13,10 @@ import torch
 from expertflow.forward import PREFILL
 from replay.machine.kernels import Kernels
 from replay.machine.pools import SlotPool
-from replay.machine.programs import DEFAULT_KV_GRID, LEAST_ROWS, REPLICAS, Ring, capacity_for, size_class
+from replay.machine.programs import DEFAULT_KV_GRID, REPLICAS, Ring, capacity_for
 from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
+from replay.machine.rows import row_class, row_classes, size_class
 from replay.machine.scale import scaled_model
 from replay.run import needs_of
 from tests.replay.test_scale import model_of
@@ -120,9 +121,9 @@ def test_experts_of_one_token_are_captured_without_pad_or_gate_in_one_size() -> 
     """Three, two, or one of them that is resident: the program is of the same size."""
     device = ScriptedDevice()
     machine = machine_on(device, PLAIN, [decode([5], [[0, 1, 2], [8, 9]])])
-    assert rings(machine) == {(4, 16, False): REPLICAS}
+    assert rings(machine) == {(4, 4, False): REPLICAS}
     taken = {machine.programs.experts(num, 1, True) for num in (0, 1, 2, 3) for _ in range(REPLICAS)}
-    assert taken == set(machine.programs._rings[4, 16, False].programs)
+    assert taken == set(machine.programs._rings[4, 4, False].programs)
     made = [made for made in device.made if made.program.row is not None]
     assert {(one.pad_ns, one.words, one.captured) for one in made} == {(0, None, True)}
     assert len(made) == REPLICAS
@@ -136,21 +137,30 @@ def test_a_batch_brings_every_size_of_more_rows_and_more_experts(top_k: int, siz
     model = replace(PLAIN, top_k=top_k)
     machine = machine_on(ScriptedDevice(), model, [decode([5] * 12, [[0, 1], [*range(8, 13)]], counts)])
     assert machine.kernels.rows(9) == 18
-    assert set(rings(machine)) == {(experts, rows, False) for experts in sizes for rows in (16, 32)}
+    assert set(rings(machine)) == {(experts, rows, False) for experts in sizes for rows in (4, 16, 32)}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "classes"),
+    [(1, 1, [1]), (1, 5, [1, 4, 16]), (2, 4, [4]), (4, 33, [4, 16, 32, 64]), (16, 16, [16]), (100, 100, [128])],
+)
+def test_classes_of_rows_are_few_rows_then_doublings_of_16(first: int, last: int, classes: list[int]) -> None:
+    assert row_classes(first, last) == classes
+    assert row_class(last) == classes[-1] >= last
 
 
 def test_shared_experts_double_the_sizes_and_run_alone_in_the_smallest() -> None:
     demands = [[0, 1, 2, 3, 4], [8, 9, 10]]
     counts = [dict.fromkeys(keys, 1) for keys in demands]
     machine = machine_on(ScriptedDevice(), SHARED, [decode([5, 6], demands, counts)])
-    rows = size_class(machine.kernels.rows(1), LEAST_ROWS)
+    rows = row_class(machine.kernels.rows(1))
     assert set(rings(machine)) == {(experts, rows, shared) for experts in (4, 8) for shared in (False, True)}
     alone = machine.programs.experts(0, 1, True)
     assert alone in machine.programs._rings[4, rows, True].programs
     assert alone not in machine.programs._rings[4, rows, False].programs
     # A model without any has one kind, whatever the runtime says of the layer.
     plain = machine_on(ScriptedDevice(), PLAIN, [decode([5])])
-    assert plain.programs.experts(1, 1, True) in plain.programs._rings[4, 16, False].programs
+    assert plain.programs.experts(1, 1, True) in plain.programs._rings[4, 4, False].programs
 
 
 @pytest.mark.parametrize("captures", [True, False])
@@ -351,6 +361,7 @@ def test_prompts_are_launched_kernel_by_kernel(tmp_path: Path, monkeypatch: pyte
     }
     # Sizes that decode has are captured, those that only a prompt has are not.
     assert {size for size, _, _ in by_size} == {2, 4, 8}
-    assert by_size[2, LEAST_ROWS, False] == {True}
-    assert by_size[4, LEAST_ROWS, False] == by_size[8, LEAST_ROWS, False] == {False}
+    rows = row_class(machine.kernels.rows(1))
+    assert by_size[2, rows, False] == {True}
+    assert by_size[4, rows, False] == by_size[8, rows, False] == {False}
     assert (found.num_wrong, found.num_executions > 0) == (0, True)

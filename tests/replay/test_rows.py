@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertflow.model import ModelSpec
-from replay.machine.programs import LEAST_ROWS, REPLICAS
+from replay.machine.programs import REPLICAS
 from replay.machine.real import RealMachine
 from replay.machine.rows import GAVE_UP, NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout
 from replay.machine.scale import scaled_model
@@ -180,20 +180,20 @@ def test_counts_of_a_batch_are_written_each_time_and_those_of_one_token_after_th
     machine.experts(0, [5, 6], None, False)
     row = device.launches[0].made.program.row
     row.words[row.layout.counts] = 77
-    assert launched_again(machine, device, counts={0: 4, 1: 1}) == [*HEAD, 15, 14, 2, 3, 0, 8, 4, 6, 8, 2, 2, 2]
+    assert launched_again(machine, device, counts={0: 2, 1: 1}) == [*HEAD, 15, 14, 2, 3, 0, 4, 4, 6, 4, 2, 2, 2]
     assert not row.plain
     row.words[row.layout.counts] = 77
     device.launches[:] = device.launches[-1:]
-    assert launched_again(machine, device, counts={0: 1, 1: 3}) == [*HEAD, 15, 14, 2, 3, 0, 2, 4, 6, 2, 6, 2, 2]
+    assert launched_again(machine, device, counts={0: 1, 1: 2}) == [*HEAD, 15, 14, 2, 3, 0, 2, 4, 6, 2, 4, 2, 2]
     device.launches[:] = device.launches[-1:]
     assert launched_again(machine, device, counts=None) == [*HEAD, 15, 14, 2, 3, 0, 2, 4, 6, 2, 2, 2, 2]
     assert row.plain
 
 
 def test_counts_of_one_token_are_written_for_as_many_as_fit() -> None:
-    """Behind a batch of four a launch of three leaves no count of the batch to the next one of four."""
+    """Behind a batch a launch of three leaves no count of the batch to the next one of four."""
     machine, device = opened("qwen3-30b-a3b", 4)
-    for keys, counts in (([0, 1, 2, 3], dict.fromkeys(range(4), 4)), ([0, 1, 2], None), ([0, 1, 2, 3], None)):
+    for keys, counts in (([0, 1, 2, 3], dict.fromkeys(range(4), 2)), ([0, 1, 2], None), ([0, 1, 2, 3], None)):
         for _ in range(REPLICAS):
             machine.experts(0, keys, counts, False)
             device.end_program(0, 0)
@@ -216,19 +216,20 @@ def test_a_row_under_way_is_not_written() -> None:
 
 
 def test_by_rows_programs_are_told_apart() -> None:
-    """Up to 16 rows is one size, the next has twice as many; the same number of experts may run in either."""
+    """Few rows are one size, up to 16 the next, which is doubled on; the same number of experts may run in any."""
     machine, device = opened("qwen3-30b-a3b", 16)
     rings = [ring for ring in machine.programs._rings if ring[0] == 4]
-    assert rings == [(4, LEAST_ROWS, False), (4, 2 * LEAST_ROWS, False)]
+    assert rings == [(4, rows, False) for rows in (4, 16, 32)]
     made = []
-    for count in (8, 9, 16):
+    for count in (2, 8, 9, 16):
         machine.experts(0, [0], {0: count}, False)
         made.append(device.launches[-1].made)
         assert row_of(device)[RowLayout(4).counts] == 2 * count
     places = [[one.program for one in made].index(one.program) for one in made]
-    assert places == [0, 1, 2]
+    assert places == [0, 1, 2, 3]
     assert made[0].program in machine.programs._rings[rings[0]].programs
-    assert {made[1].program, made[2].program} <= set(machine.programs._rings[rings[1]].programs)
+    assert made[1].program in machine.programs._rings[rings[1]].programs
+    assert {made[2].program, made[3].program} <= set(machine.programs._rings[rings[2]].programs)
 
 
 # -- what is checked -----------------------------------------------------------------------------------------
