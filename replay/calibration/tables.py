@@ -14,7 +14,7 @@ from replay.machine.device import Program
 from replay.machine.launch_row import Row
 from replay.machine.programs import capacity_for
 from replay.machine.rig import Rig
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout, row_class
+from replay.machine.rows import RowLayout, row_class
 from replay.machine.timing import alone_ns, programs_ns, works_ns
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -56,13 +56,12 @@ class KernelBench:
         """The description of a launch: group `number` of `num_experts` slots, each with the rows of `tokens` tokens."""
         num_slots, rows = self.rig.slots.num_slots, self.kernels.rows(tokens)
         row = Row(RowLayout(self._capacity(num_experts)), self.device.torch_device)
-        row.words[NUM_EXPERTS] = num_experts
-        row.words[SHARED_BLOCK] = number % self.kernels.model.num_layers if shared_tokens else -1
-        row.words[SHARED_ROWS] = self.kernels.shared_rows(shared_tokens) if shared_tokens else 0
-        for place in range(num_experts):
-            row.words[row.layout.slots + place] = (number * num_experts + place) % num_slots
-            row.words[row.layout.first + place] = place * rows
-            row.words[row.layout.counts + place] = rows
+        row.spread([rows] * num_experts)
+        row.describe(
+            [(number * num_experts + place) % num_slots for place in range(num_experts)],
+            number % self.kernels.model.num_layers if shared_tokens else -1,
+            self.kernels.shared_rows(shared_tokens) if shared_tokens else 0,
+        )
         return row
 
     def attention(self, num_tokens: int, kv_len: int, layers: Sequence[int]) -> list[Program]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from replay.machine.rows import TOLD, RowLayout
+from replay.machine.rows import MORE, NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, TAG_MASK, TOLD, RowLayout, tag_of
 
 
 def words_of(tensor: torch.Tensor) -> memoryview[int]:
     """The 64-bit words of `tensor` on the host: reading or writing one is cheap, and no call of torch."""
     array: Any = tensor.view(-1).numpy()
     return memoryview(array).cast("B").cast("q")
+
+
+_LOWER = (1 << 32) - 1
 
 
 class Row:
@@ -22,7 +26,7 @@ class Row:
     `host`, cheap to write one by one.
     """
 
-    __slots__ = ("device", "host", "layout", "plain", "words")
+    __slots__ = ("_described", "_more", "device", "host", "layout", "plain", "words")
 
     def __init__(self, layout: RowLayout, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -32,8 +36,49 @@ class Row:
         self.words = words_of(self.host)
         self.plain = False
         """Whether its counts and first rows are those of one token for each expert."""
+        self._more = MORE
+        self._described = False
+
+    def describe(self, slots: Sequence[int], block: int, shared_rows: int) -> None:
+        """The next launch: routed experts in `slots`, and a block of shared ones over `shared_rows`; block -1: none.
+
+        Whatever else of the row it reads has been written before.
+        """
+        words, at, tag = self.words, self.layout.slots, 0
+        if self.device is None:
+            words[NUM_EXPERTS], words[SHARED_BLOCK] = len(slots), block
+        else:
+            tag = tag_of(words[TOLD] + 1)
+            words[SHARED_BLOCK] = block & _LOWER | tag
+        words[SHARED_ROWS] = shared_rows | tag
+        for slot in slots:
+            words[at] = slot | tag
+            at += 1
+        if tag:
+            words[NUM_EXPERTS] = len(slots) | self._more | tag
+        self._described = True
+
+    def spread(self, counts: Sequence[int]) -> None:
+        """How many rows each expert computes over, one expert's behind the other's."""
+        layout, words, first = self.layout, self.words, 0
+        for place, num_rows in enumerate(counts):
+            words[layout.first + place] = first
+            words[layout.counts + place] = num_rows
+            first += num_rows
+        self.changed()
+
+    def changed(self) -> None:
+        """Other words than those of `describe` were written: the next launch reads them all."""
+        self._more = MORE
 
     def tell(self) -> None:
-        """What is written here is complete: one launch more may read it. The last of the host's stores, which another
-        processor sees in this order on x86."""
-        self.words[TOLD] += 1
+        """What is written here is complete: one launch more may read it. Not described anew, it is as the last one."""
+        words = self.words
+        told = words[TOLD] + 1
+        if not self._described and self.device is not None:
+            num = words[NUM_EXPERTS] & TAG_MASK
+            for at in (SHARED_BLOCK, SHARED_ROWS, *range(self.layout.slots, self.layout.slots + num)):
+                words[at] = words[at] & _LOWER | tag_of(told)
+            words[NUM_EXPERTS] = num | self._more | tag_of(told)
+        words[TOLD] = told
+        self._described, self._more = False, 0

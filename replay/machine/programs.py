@@ -18,9 +18,6 @@ from replay.machine.kernels import Kernels, Shape
 from replay.machine.launch_row import Row
 from replay.machine.rows import (
     GAVE_UP,
-    NUM_EXPERTS,
-    SHARED_BLOCK,
-    SHARED_ROWS,
     RowLayout,
     row_class,
     row_classes,
@@ -138,13 +135,9 @@ class Programs:
             device.launch(program)
         for (capacity, _rows, shared), ring in self._rings.items():
             for program in ring.programs if device.captures else ring.programs[:1]:
-                words, layout = program.row.words, program.row.layout
-                words[NUM_EXPERTS], words[SHARED_BLOCK] = capacity, 0 if shared else -1
-                words[SHARED_ROWS] = self._kernels.shared_rows(1)
-                for place in range(capacity):
-                    words[layout.slots + place] = place % num_slots
-                    words[layout.counts + place] = self._kernels.rows(1)
-                    words[layout.first + place] = place * self._kernels.rows(1)
+                slots = [place % num_slots for place in range(capacity)]
+                program.row.spread([self._kernels.rows(1)] * capacity)
+                program.row.describe(slots, 0 if shared else -1, self._kernels.shared_rows(1))
                 device.launch(program)
         device.synchronize()
 

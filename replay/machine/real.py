@@ -21,10 +21,9 @@ from expertflow.forward import Forward
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
 from replay.machine.device import Device, Event, Program
 from replay.machine.kernels import Kernels
-from replay.machine.launch_row import words_of
+from replay.machine.launch_row import Row, words_of
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
 from replay.machine.programs import Programs
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS
 from replay.machine.stamps import Stamps
 from sim.specs.hardware import Stack
 
@@ -150,7 +149,7 @@ class RealMachine:
         """Let the program that waits pass without any experts: what follows it would wait for ever."""
         if self._waiting is not None:
             row, self._waiting = self._waiting.row, None
-            row.words[NUM_EXPERTS], row.words[SHARED_BLOCK] = 0, -1
+            row.describe((), -1, 0)
             row.tell()
 
     def _launch_gated(self, program: Program) -> int:
@@ -186,18 +185,12 @@ class RealMachine:
             if program.mark:
                 self._read_first(program)
         row, slot_of = program.row, self._slot_of
-        words, layout = row.words, row.layout
-        words[NUM_EXPERTS] = len(keys)
-        words[SHARED_BLOCK] = layer if shared else -1
-        words[SHARED_ROWS] = self._shared_rows
-        at = layout.slots
-        for key in keys:
-            words[at] = slot_of[key]
-            at += 1
+        slots = [slot_of[key] for key in keys]
         if counts is not None or not row.plain:
-            self._write_counts(program, keys, counts)
+            self._write_counts(row, keys, counts)
         if self.stamps is not None:
-            self.stamps.expect(row, self._forward, layer, keys, [slot_of[key] for key in keys])
+            self.stamps.expect(row, self._forward, layer, keys, slots)
+        row.describe(slots, layer if shared else -1, self._shared_rows)
         if self._waiting is None:
             return self._launch(program)
         row.tell()
@@ -208,16 +201,11 @@ class RealMachine:
             self.launch_ahead(False)
         return mark
 
-    def _write_counts(self, program: Program, keys: Sequence[int], counts: Mapping[int, int] | None) -> None:
+    def _write_counts(self, row: Row, keys: Sequence[int], counts: Mapping[int, int] | None) -> None:
         """How many rows each expert computes over, and where they begin. counts None: one token each, for any keys."""
-        row, rows_of = program.row, self.kernels.rows
+        rows_of = self.kernels.rows
         row.plain = counts is None
-        rows = [rows_of(1)] * row.layout.capacity if counts is None else [rows_of(counts[key]) for key in keys]
-        first, layout = 0, row.layout
-        for place, num_rows in enumerate(rows):
-            row.words[layout.first + place] = first
-            row.words[layout.counts + place] = num_rows
-            first += num_rows
+        row.spread([rows_of(1)] * row.layout.capacity if counts is None else [rows_of(counts[key]) for key in keys])
 
     def copy(self, load: int, chunk: int, key: int, slot: int, num_bytes: int, after: int) -> None:
         if chunk == 0:

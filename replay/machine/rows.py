@@ -1,5 +1,8 @@
 """How one launch of experts is described: a row of 64-bit words that the host writes and the kernels read.
 
+Where a launch may wait for its row on a GPU, the words that change with each launch (how many experts, the shared
+block, its rows, slots) carry the launch's number in their upper half: the GPU reads them at once, over PCIe, and knows
+of each whether it is the one it waits for. On the device, and where kernels read the host's memory, words are plain.
 Knows neither torch nor Triton: kernels, host and tests share the layout.
 """
 
@@ -8,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NUM_EXPERTS = 0
-"""Word: routed experts of this launch."""
+"""Word: routed experts of this launch. With MORE, all other words have changed as well."""
 SHARED_BLOCK = 1
 """Word: which block of shared experts runs with them; -1 = none."""
 SHARED_ROWS = 2
@@ -19,7 +22,14 @@ TOLD = 4
 """Word: launches that the host has told to begin; on the device, those that have begun."""
 GAVE_UP = 5
 """Word: the launch that has waited for the host in vain, the number of its begin; 0: none has."""
+MORE = 1 << 31
+TAG_SHIFT, TAG_MASK = 32, (1 << 31) - 1
 _HEAD = 6
+
+
+def tag_of(launch: int) -> int:
+    """What the words of the `launch`-th launch carry in their upper half."""
+    return (launch & TAG_MASK) << TAG_SHIFT
 
 
 @dataclass(frozen=True)

@@ -174,14 +174,17 @@ def check_work(
 
 
 def stage(row: Row, most_polls: int = MOST_POLLS) -> Work:
-    """Wait until the host has told the row (`Row.tell`) once for each launch of this, then copy it to the device.
+    """Wait until the host has told the row (`Row.tell`) once for each launch of this, then bring it to the device.
 
     most_polls: looks at the host's word, of about 1 us each over PCIe, before it gives up and nothing is computed.
     """
-    kernel, there, count = _programs().stage, _there(row), row.layout.num_words
+    kernel, there, layout = _programs().stage, _there(row), row.layout
+    head, block = _power(layout.first), _block(layout.num_words)
 
     def work() -> None:
-        kernel[(1,)](row.host, there, count, most_polls, BLOCK=_block(count), num_warps=1)
+        kernel[(1,)](
+            row.host, there, layout.num_words, layout.capacity, most_polls, HEAD=head, BLOCK=block, num_warps=1
+        )
 
     return work
 

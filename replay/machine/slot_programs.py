@@ -18,34 +18,67 @@ SHARED_ROWS = tl.constexpr(rows.SHARED_ROWS)
 NUMBER = tl.constexpr(rows.NUMBER)
 TOLD = tl.constexpr(rows.TOLD)
 GAVE_UP = tl.constexpr(rows.GAVE_UP)
+MORE = tl.constexpr(rows.MORE)
+TAG_SHIFT, TAG_MASK = tl.constexpr(rows.TAG_SHIFT), tl.constexpr(rows.TAG_MASK)
 SLOTS = tl.constexpr(rows.RowLayout(1).slots)
 """Where the slots of the experts begin in a row; the first rows, numbers of rows and expected words follow."""
 
 
-@triton.jit(do_not_specialize=["num_words", "most_polls"])
-def stage(source, target, num_words, most_polls, BLOCK: tl.constexpr):
-    """Wait until the host has told this launch to begin, then copy its row from pinned memory to the device. One
-    program.
+@triton.jit
+def _is_head(word, end):
+    """Whether a word carries the number of its launch; slots end before `end`."""
+    return (word <= SHARED_ROWS) | ((word >= SLOTS) & (word < end))
 
-    The n-th launch begins when the host's word TOLD is n or more; the device's own counts those that have begun. All
-    reads are volatile, and those of the row are issued after the one that found the number: no cache answers them with
-    what the host has replaced. A host that does not come for `most_polls` looks is told of it in GAVE_UP, and nothing
-    is computed: a GPU must not wait for ever.
+
+@triton.jit
+def _plain(word, found):
+    """A word without the number of its launch: its lower half, which has a sign."""
+    value = (found << TAG_SHIFT) >> TAG_SHIFT
+    return tl.where(word == NUM_EXPERTS, value & TAG_MASK, value)
+
+
+@triton.jit
+def _num_missing(word, found, tag):
+    """How many words of the launch with this tag have not come yet."""
+    # Sums of 32 bits take one instruction across a warp.
+    num_experts = tl.sum(tl.where(word == NUM_EXPERTS, found & TAG_MASK, 0).to(tl.int32), axis=0)
+    return tl.sum((_is_head(word, num_experts + SLOTS) & ((found >> TAG_SHIFT) < tag)).to(tl.int32), axis=0)
+
+
+@triton.jit(do_not_specialize=["num_words", "capacity", "most_polls"])
+def stage(source, target, num_words, capacity, most_polls, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Wait until the host has written this launch into its row, then copy it from pinned memory. One program.
+
+    The n-th launch takes words that carry n or more; the device's own word TOLD counts the launches that have begun. All
+    words that change with each launch are looked at together, since a look at the host's memory takes a microsecond and
+    more. Where the host says MORE, the others are read as well, after the number was found: the host writes it last.
+    All reads are volatile: no cache answers them with what the host has replaced. A host that does not come for
+    `most_polls` looks is told of it in GAVE_UP, and nothing is computed: a GPU must not wait for ever.
     """
     launch = tl.load(target + TOLD) + 1
-    told = tl.load(source + TOLD, volatile=True)
+    tag = launch & TAG_MASK
+    word = tl.arange(0, HEAD)
+    end = capacity + SLOTS
+    head = word < end
+    found = tl.load(source + word, mask=head, other=0, volatile=True)
+    missing = _num_missing(word, found, tag)
     polls = launch * 0
-    while (told < launch) & (polls < most_polls):
-        told = tl.load(source + TOLD, volatile=True)
+    while (missing > 0) & (polls < most_polls):
+        found = tl.load(source + word, mask=head, other=0, volatile=True)
+        missing = _num_missing(word, found, tag)
         polls += 1
-    tl.debug_barrier()
-    for start in range(0, num_words, BLOCK):
-        word = start + tl.arange(0, BLOCK)
-        found = tl.load(source + word, mask=word < num_words, other=0, volatile=True)
-        tl.store(target + word, found, mask=word < num_words)
+    if tl.sum(((word == NUM_EXPERTS) & ((found & MORE) != 0)).to(tl.int32), axis=0) > 0:
+        tl.debug_barrier()
+        for start in range(0, num_words, BLOCK):
+            each = start + tl.arange(0, BLOCK)
+            value = tl.load(source + each, mask=each < num_words, other=0, volatile=True)
+            value = tl.where(_is_head(each, end), _plain(each, value), value)
+            tl.store(target + each, value, mask=each < num_words)
+    else:
+        tl.store(target + word, _plain(word, found), mask=head & _is_head(word, end))
     tl.debug_barrier()
     tl.store(target + TOLD, launch)
-    if told < launch:
+    if missing > 0:
         tl.store(target + NUM_EXPERTS, launch * 0)
         tl.store(target + SHARED_BLOCK, launch * 0 - 1)
         tl.store(source + GAVE_UP, launch)

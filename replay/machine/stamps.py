@@ -97,6 +97,7 @@ class Stamps:
         """Write into `row`, which is about to be launched, what the slots of `keys` must hold then."""
         words, at = row.words, row.layout.expected
         words[NUMBER] = len(self._launches)
+        row.changed()
         for slot in slots:
             for word in self._expected[slot]:
                 words[at] = word

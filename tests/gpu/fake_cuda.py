@@ -218,7 +218,7 @@ class FakeCuda:
         self.num_held = 0
         """Launches that waited for the host."""
         self._held: tuple[FakeStream, Row, int, list[Callable[[], object]]] | None = None
-        self._begun: Counter[int] = Counter()
+        self._begun: Counter[Row] = Counter()
         self._due: list[tuple[int, int, Callable[[], object]]] = []
         self._order = count()
         self._failure: tuple[str, int, RuntimeError, bool] | None = None
@@ -290,11 +290,11 @@ class FakeCuda:
 
     @in_turn
     def _stage(self, row: Row) -> None:
-        self._begun[id(row)] += 1
-        if row.words[TOLD] < self._begun[id(row)]:
+        self._begun[row] += 1
+        if row.words[TOLD] < self._begun[row]:
             assert self._held is None, "two launches wait for the host"
             self.num_held += 1
-            self._held = self.current, row, self._begun[id(row)], []
+            self._held = self.current, row, self._begun[row], []
         self.enqueue(STAGE_NS)
 
     def holds(self, stream: FakeStream, action: Callable[[], object]) -> bool:

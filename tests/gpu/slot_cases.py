@@ -10,7 +10,7 @@ import torch
 
 from replay.machine.launch_row import Row
 from replay.machine.pools import SlotPool
-from replay.machine.rows import NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout
+from replay.machine.rows import NUMBER, TOLD, RowLayout
 from replay.machine.slot_kernels import SlotKernels, stage
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -65,16 +65,16 @@ def fill(
     number: int = 0,
     expected: Sequence[int] = (),
 ) -> None:
-    """Write a launch, rows one after the other. Slots, rows and words of experts that it does not have: far outside."""
-    # Whatever the number of its launch, it has been told.
+    """Write and tell a launch, rows one after the other. Slots, rows and words of experts that it does not have: far
+    outside."""
+    told = row.words[TOLD]
     row.host.fill_(1 << 40)
-    words, layout = row.words, row.layout
-    words[NUM_EXPERTS], words[SHARED_BLOCK], words[SHARED_ROWS], words[NUMBER] = len(slots), block, shared_rows, number
-    for place, (slot, count) in enumerate(zip(slots, rows, strict=True)):
-        words[layout.slots + place], words[layout.counts + place] = slot, count
-        words[layout.first + place] = sum(rows[:place])
+    row.words[TOLD], row.words[NUMBER] = told, number
     for place, word in enumerate(expected):
-        words[layout.expected + place] = word
+        row.words[row.layout.expected + place] = word
+    row.spread(rows)
+    row.describe(slots, block, shared_rows)
+    row.tell()
 
 
 def weights(widths: Widths, count: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

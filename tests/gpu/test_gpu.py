@@ -20,7 +20,7 @@ from replay.machine.device import Program
 from replay.machine.launch_row import Row
 from replay.machine.raw import torch_copy
 from replay.machine.rig import Rig
-from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, RowLayout, row_class, size_class
+from replay.machine.rows import RowLayout, row_class, size_class
 from replay.machine.timing import nothing
 from replay.run import PartialRunError
 from sim.paths import CONF
@@ -248,11 +248,8 @@ def test_experts_by_slot_id_compute_what_they_should(
     rig.slots.bytes.view(-1)[:] = weights.view(torch.uint8)
     row = Row(RowLayout(size_class(len(tokens))), device.torch_device)
     rows = [kernels.rows(count) for count in tokens]
-    row.words[NUM_EXPERTS], row.words[SHARED_BLOCK] = len(tokens), -1
-    for place, (slot, count) in enumerate(zip(slots, rows, strict=True)):
-        row.words[row.layout.slots + place] = slot
-        row.words[row.layout.first + place] = sum(rows[:place])
-        row.words[row.layout.counts + place] = count
+    row.spread(rows)
+    row.describe(slots, -1, 0)
     work = kernels.experts(row, row_class(max(rows, default=1)), shared=False)
     program = device.program(work, row=row)
     device.launch(program)

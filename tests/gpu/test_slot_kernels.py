@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from replay.machine.rows import GAVE_UP, NUM_EXPERTS, SHARED_BLOCK, TOLD, RowLayout
+from replay.machine.rows import GAVE_UP, NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout
 from replay.machine.slot_kernels import SlotKernels, check_work, gate, stage
 from tests.gpu.interpreter import INSIDE, interpreted
 from tests.gpu.slot_cases import NO_BLOCK, UNTOUCHED, Bench, Case, Widths, compare, fill, make_row, weights
@@ -152,17 +152,32 @@ def test_rows_end_where_inputs_and_outputs_end() -> None:
 
 
 def run_copies(device: str, count: int) -> None:
-    """Stage and gate move exactly `count` words; both count their launches."""
+    """Stage and gate move exactly `count` words and those before them; both count their launches."""
     pinned = device == "cuda"
-    row = make_row(RowLayout(1, count), device)
-    size = row.layout.num_words
-    row.host.copy_(torch.arange(1, size + 1) * (2**40 + 1))
+    row = make_row(RowLayout(2, count), device)
+    size, rest = row.layout.num_words, row.layout.first
     row.device = there = torch.full((size + 2,), -1, device=device)
-    for launch in (0, 1):
+    there[TOLD] = 0
+    seen = []
+    for launch, (slots, block) in enumerate((([3, 2**30], -1), ([5], 7), ([], -1), ([4], 2**30)), 1):
+        row.host[NUMBER], row.host[GAVE_UP] = 70 + launch, 60 + launch
+        row.host[rest:] = torch.arange(1, size - rest + 1) * (2**40 + launch)
+        if launch in (1, 4):
+            # Else the words behind the slots are those of before, as far as the kernels know.
+            row.changed()
+            seen = [70 + launch, 60 + launch, row.host[rest:].tolist()]
+        row.describe(slots, block, 8 + launch)
+        row.tell()
         stage(row)()
-        wanted = row.host.tolist()
-        wanted[TOLD] = launch
-        assert there.tolist() == [*wanted, -1, -1]
+        found = there.tolist()
+        assert found[:NUMBER] == [len(slots), block, 8 + launch]
+        assert found[RowLayout(2).slots :][: len(slots)] == slots
+        assert [found[NUMBER], found[GAVE_UP], found[rest:size]] == seen
+        assert (found[TOLD], found[size:]) == (launch, [-1, -1])
+    # Told again without a word: as the last one.
+    row.tell()
+    stage(row)()
+    assert there[: NUMBER + 2].tolist() == [1, 2**30, 12, 74, 5]
     words = torch.full((count + 2,), -1, pin_memory=pinned)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     flag = torch.zeros(1, dtype=torch.int64, pin_memory=pinned)
@@ -179,14 +194,12 @@ def run_copies(device: str, count: int) -> None:
 def run_waits(device: str) -> None:
     """Each launch waits until it is told, reads what was written by then, and gives up after a number of looks."""
     row = make_row(RowLayout(2), device)
-    row.host[TOLD], row.host[GAVE_UP] = 0, 0
     body = stage(row, most_polls=20_000_000 if device == "cuda" else 10**9)
 
     def write(number: int) -> None:
         time.sleep(0.05)
-        for word in range(row.layout.num_words):
-            if word not in (TOLD, GAVE_UP):
-                row.words[word] = number * 100 + word
+        row.spread([number * 100 + 3, number * 100 + 4])
+        row.describe([number * 100 + 1, number * 100 + 2], number * 100, number)
         row.tell()
 
     assert row.device is not None
@@ -196,9 +209,8 @@ def run_waits(device: str) -> None:
         body()
         found = row.device.tolist()
         host.join()
-        wanted = [number * 100 + word for word in range(row.layout.num_words)]
-        wanted[TOLD], wanted[GAVE_UP] = number, 0
-        assert found == wanted
+        slots, counts = (number * 100 + 1, number * 100 + 2), (number * 100 + 3, number * 100 + 4)
+        assert found == [2, number * 100, number, 0, number, 0, *slots, 0, counts[0], *counts]
     # Told twice in advance: two launches pass.
     row.tell()
     row.tell()
@@ -227,7 +239,6 @@ def test_a_launch_on_a_gpu_waits_for_the_host() -> None:
 def test_a_launch_that_waited_reads_what_the_host_wrote_last() -> None:
     """2,000 launches, each told while it waits or before: no cache answers with an earlier row."""
     row = make_row(RowLayout(64, 8), "cuda")
-    row.host.zero_()
     assert row.device is not None
     kept = torch.zeros((2000, row.layout.num_words), dtype=torch.int64, device="cuda")
     body, told = stage(row), torch.cuda.Event()
@@ -242,11 +253,16 @@ def test_a_launch_that_waited_reads_what_the_host_wrote_last() -> None:
         told.record()
         if number % 3:
             time.sleep(0.00002 * (number % 3))
-        row.host[GAVE_UP + 1 :] = number
+        if number % 2:
+            row.spread([number] * 64)
+            row.host[row.layout.expected :] = number
+        row.describe([number] * 64, number, number)
         row.tell()
         told.synchronize()
-    found = kept[:, GAVE_UP + 1 :].cpu()
-    assert bool((found == torch.arange(2000)[:, None]).all())
+    found, wanted = kept.cpu(), torch.arange(2000)[:, None]
+    assert bool((found[:, [SHARED_BLOCK, SHARED_ROWS, *range(row.layout.slots, row.layout.first)]] == wanted).all())
+    odd = (wanted - 1) // 2 * 2 + 1
+    assert bool((found[1:, row.layout.counts :] == odd[1:]).all())
 
 
 @interpreted
