@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from replay.machine.rows import MORE, NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, TAG_MASK, TOLD, RowLayout, tag_of
+from replay.machine.rows import (
+    FIRST_SLOT,
+    MORE,
+    NUM_EXPERTS,
+    SHARED_BLOCK,
+    SHARED_ROWS,
+    TAG_MASK,
+    TOLD,
+    RowLayout,
+    tag_of,
+)
 
 
 def words_of(tensor: torch.Tensor) -> memoryview[int]:
@@ -22,40 +32,37 @@ _LOWER = (1 << 32) - 1
 class Row:
     """The words that describe one launch of experts: `host` [num_words] int64, where the device reads them.
 
-    device: where its first kernel copies them to; None where kernels read the host's memory. words: the same memory as
-    `host`, cheap to write one by one.
+    device: where its first kernel copies them to; None where kernels read the host's memory (staged=False; by default
+    they do but on a GPU). words: the same memory as `host`, cheap to write one by one.
     """
 
-    __slots__ = ("_described", "_more", "device", "host", "layout", "plain", "words")
+    __slots__ = ("_described", "_more", "_tag", "device", "host", "layout", "plain", "words")
 
-    def __init__(self, layout: RowLayout, device: torch.device) -> None:
+    def __init__(self, layout: RowLayout, device: torch.device, staged: bool | None = None) -> None:
         on_gpu = device.type == "cuda"
         self.layout = layout
         self.host = torch.zeros(layout.num_words, dtype=torch.int64, pin_memory=on_gpu)
-        self.device = torch.zeros_like(self.host, device=device) if on_gpu else None
+        self.device = torch.zeros_like(self.host, device=device) if (on_gpu if staged is None else staged) else None
         self.words = words_of(self.host)
         self.plain = False
         """Whether its counts and first rows are those of one token for each expert."""
-        self._more = MORE
+        self._tag = 0 if self.device is None else tag_of(1)
+        self._more = 0
         self._described = False
+        self.changed()
 
     def describe(self, slots: Sequence[int], block: int, shared_rows: int) -> None:
         """The next launch: routed experts in `slots`, and a block of shared ones over `shared_rows`; block -1: none.
 
         Whatever else of the row it reads has been written before.
         """
-        words, at, tag = self.words, self.layout.slots, 0
-        if self.device is None:
-            words[NUM_EXPERTS], words[SHARED_BLOCK] = len(slots), block
-        else:
-            tag = tag_of(words[TOLD] + 1)
-            words[SHARED_BLOCK] = block & _LOWER | tag
-        words[SHARED_ROWS] = shared_rows | tag
+        words, tag, at = self.words, self._tag, FIRST_SLOT
         for slot in slots:
             words[at] = slot | tag
             at += 1
-        if tag:
-            words[NUM_EXPERTS] = len(slots) | self._more | tag
+        words[SHARED_BLOCK] = block & _LOWER | tag if tag else block
+        words[SHARED_ROWS] = shared_rows | tag
+        words[NUM_EXPERTS] = len(slots) | self._more | tag
         self._described = True
 
     def spread(self, counts: Sequence[int]) -> None:
@@ -69,16 +76,19 @@ class Row:
 
     def changed(self) -> None:
         """Other words than those of `describe` were written: the next launch reads them all."""
-        self._more = MORE
+        if self._tag:
+            self._more = MORE
 
     def tell(self) -> None:
         """What is written here is complete: one launch more may read it. Not described anew, it is as the last one."""
-        words = self.words
-        told = words[TOLD] + 1
-        if not self._described and self.device is not None:
-            num = words[NUM_EXPERTS] & TAG_MASK
-            for at in (SHARED_BLOCK, SHARED_ROWS, *range(self.layout.slots, self.layout.slots + num)):
-                words[at] = words[at] & _LOWER | tag_of(told)
-            words[NUM_EXPERTS] = num | self._more | tag_of(told)
-        words[TOLD] = told
-        self._described, self._more = False, 0
+        words, tag = self.words, self._tag
+        if tag:
+            if not self._described:
+                num = words[NUM_EXPERTS] & TAG_MASK
+                for at in (SHARED_BLOCK, SHARED_ROWS, *range(FIRST_SLOT, FIRST_SLOT + num)):
+                    words[at] = words[at] & _LOWER | tag
+                words[NUM_EXPERTS] = num | self._more | tag
+            self._described = False
+            self._more = 0
+            self._tag = tag_of(words[TOLD] + 2)
+        words[TOLD] += 1

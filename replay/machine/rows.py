@@ -24,7 +24,8 @@ GAVE_UP = 5
 """Word: the launch that has waited for the host in vain, the number of its begin; 0: none has."""
 MORE = 1 << 31
 TAG_SHIFT, TAG_MASK = 32, (1 << 31) - 1
-_HEAD = 6
+FIRST_SLOT = 6
+"""Word: the first of as many slots as the row has room for."""
 
 
 def tag_of(launch: int) -> int:
@@ -46,22 +47,22 @@ class RowLayout:
     @property
     def slots(self) -> int:
         """First of `capacity` words."""
-        return _HEAD
+        return FIRST_SLOT
 
     @property
     def first(self) -> int:
         """First of `capacity` words."""
-        return _HEAD + self.capacity
+        return FIRST_SLOT + self.capacity
 
     @property
     def counts(self) -> int:
         """First of `capacity` words."""
-        return _HEAD + 2 * self.capacity
+        return FIRST_SLOT + 2 * self.capacity
 
     @property
     def expected(self) -> int:
         """First of `capacity * words_per_expert` words, expert by expert."""
-        return _HEAD + 3 * self.capacity
+        return FIRST_SLOT + 3 * self.capacity
 
     @property
     def num_words(self) -> int:

@@ -20,7 +20,7 @@ TOLD = tl.constexpr(rows.TOLD)
 GAVE_UP = tl.constexpr(rows.GAVE_UP)
 MORE = tl.constexpr(rows.MORE)
 TAG_SHIFT, TAG_MASK = tl.constexpr(rows.TAG_SHIFT), tl.constexpr(rows.TAG_MASK)
-SLOTS = tl.constexpr(rows.RowLayout(1).slots)
+SLOTS = tl.constexpr(rows.FIRST_SLOT)
 """Where the slots of the experts begin in a row; the first rows, numbers of rows and expected words follow."""
 
 
@@ -49,9 +49,9 @@ def _num_missing(word, found, tag):
 def stage(source, target, num_words, capacity, most_polls, HEAD: tl.constexpr, BLOCK: tl.constexpr):
     """Wait until the host has written this launch into its row, then copy it from pinned memory. One program.
 
-    The n-th launch takes words that carry n or more; the device's own word TOLD counts the launches that have begun. All
-    words that change with each launch are looked at together, since a look at the host's memory takes a microsecond and
-    more. Where the host says MORE, the others are read as well, after the number was found: the host writes it last.
+    The n-th launch takes words that carry n or more; the device's own word TOLD counts the launches that have begun.
+    All words that change with each launch are looked at together, since a look at the host's memory takes a microsecond
+    and more. Where the host says MORE, the others are read as well, after its number was found: that is written last.
     All reads are volatile: no cache answers them with what the host has replaced. A host that does not come for
     `most_polls` looks is told of it in GAVE_UP, and nothing is computed: a GPU must not wait for ever.
     """

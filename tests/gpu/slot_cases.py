@@ -50,10 +50,7 @@ class Case:
 
 def make_row(layout: RowLayout, device: str) -> Row:
     """A row with a copy on the device, which the interpreter has on the CPU."""
-    row = Row(layout, torch.device(device))
-    row.device = torch.full_like(row.host, -1, device=device)
-    row.device[TOLD] = 0
-    return row
+    return Row(layout, torch.device(device), staged=True)
 
 
 def fill(
