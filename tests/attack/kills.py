@@ -110,11 +110,10 @@ class Attack:
         for _ in range(TRIES):
             run = self.start(command, folder)
             code = run.process.wait(LIMIT_S)
-            if not (code == 2 and "when the machine is idle" in run.said):
+            if not _found_it_busy(code, run.said):
                 break
             self.counts["busy"] += 1
         else:
-            # What measures refuses to on a machine that does other things: no fault.
             raise Busy
         assert code in command.codes, f"it ended with {code}: {run.said[-500:]}"
         assert "Traceback" not in run.said, run.said[-500:]
@@ -186,10 +185,18 @@ class Attack:
         assert took < GRACE_S, f"{signum.name} was obeyed after {took:.1f} s"
         if code in (-signum, *command.codes):
             return
+        if _found_it_busy(code, said):
+            self.counts["busy"] += 1
+            raise Busy
         assert code == 128 + signum, f"{signum.name} ended it with {code}: {said[-500:]}"
         told = [line for line in said.splitlines() if line.startswith(f"{WORDS[signum]}; ")]
         assert len(told) == 1, f"{signum.name} is not told of in one line: {said[-500:]}"
         assert len(told[0]) <= 300, told[0]
+
+
+def _found_it_busy(code: int, said: str) -> bool:
+    """Whether a command that measures has refused to, since the machine does other things: no fault."""
+    return code == 2 and "when the machine is idle" in said
 
 
 def _heeding() -> None:
