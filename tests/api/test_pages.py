@@ -67,7 +67,9 @@ def test_readme_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "stall.png").stat().st_size > 10_000
 
 
-def test_readme_shows_it_in_five_lines() -> None:
+def test_readme_shows_it_in_five_lines_on_its_first_screen() -> None:
     ((code, told),) = shown(section("From Python"))
     assert len([line for line in code.splitlines() if line.strip()]) == 5
     assert told
+    before = (ROOT / "README.md").read_text(encoding="utf-8").split(code)[0]
+    assert len(before.splitlines()) + len(code.splitlines()) <= 40

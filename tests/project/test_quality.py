@@ -80,7 +80,7 @@ def test_pre_commit_checks_what_ci_checks() -> None:
 
 def test_the_text_below_the_commands_says_what_is_written() -> None:
     """`outputs/…/metrics.json`, `provenance.json`, and `DONE`: the names that the code writes."""
-    section = README.read_text(encoding="utf-8").split("## Two commands\n", 1)[1].split("\n## ", 1)[0]
+    section = README.read_text(encoding="utf-8").split("## What the command prints\n", 1)[1].split("\n## ", 1)[0]
     source = (ROOT / "sim" / "execute.py").read_text(encoding="utf-8")
     for name in ("metrics.json", "provenance.json", "DONE"):
         assert f"{name}`" in section
