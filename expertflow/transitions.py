@@ -102,4 +102,9 @@ class TransitionCounts:
 
     @staticmethod
     def _ratio(counts: Floats, sources: Floats, target: Floats, smoothing: float) -> Floats:
-        return np.log((counts + smoothing * target) / (sources + smoothing) / target)
+        # In place, log((counts + smoothing * target) / (sources + smoothing) / target): tables of many experts are
+        # hundreds of megabytes, and fresh memory for each step took longer than the steps.
+        made = counts + smoothing * target
+        made /= sources + smoothing
+        made /= target
+        return np.log(made, out=made)

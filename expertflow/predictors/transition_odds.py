@@ -35,10 +35,10 @@ class TransitionOdds:
 
     def update(self, reach: int) -> None:
         """By the counts as they are now, for distances 1 … reach."""
-        tables = self.counts.log_odds(self.smoothing, reach)
-        self.cross, self.persistence, self.popularity = (
-            np.rint(NAT * share * table) for share, table in zip(self.damping, tables, strict=True)
-        )
+        self.cross, self.persistence, self.popularity = tables = self.counts.log_odds(self.smoothing, reach)
+        for share, table in zip(self.damping, tables, strict=True):
+            table *= NAT * share
+            np.rint(table, out=table)
 
     def chances(self, now: Floats, before: Floats, layers: slice, distance: int, num_before: int) -> Ints:
         """Chances [l, F, E] in 2^-16, for the source layers `layers` in forwards of one token.
