@@ -54,6 +54,7 @@ _SHARED_WIDTH = (
     "moe_shared_expert_intermediate_size",
     "shared_intermediate_size",
     "share_expert_dim",
+    "share_expert_dims",
 )
 _SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")

@@ -151,6 +151,38 @@ SPARSE = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8}
         ({**MLA, **SPARSE, "indexer_types": ["full", "shared"] * 2}, "is", None, (4, 0, 0)),
         ({**MLA, **SPARSE, "index_topk_pattern": "FFSS"}, "iiss", None, (4, 0, 0)),
         ({**MLA, **SPARSE, "index_topk_freq": 2}, "iis", None, (4, 0, 0)),
+        ({**MLA, **SPARSE, "layer_types": ["deepseek_sparse_attention"] * 4}, "i", None, (4, 0, 0)),
+        (
+            {**MLA, **SPARSE, **LINEAR, "layer_types": ["linear_attention", "deepseek_sparse_attention"] * 2},
+            "li",
+            None,
+            (4, 0, 0),
+        ),
+        # What these models call full attention has an indexer all the same.
+        *(
+            ({**MLA, **SPARSE, "model_type": kind, "layer_types": ["full_attention"] * 4}, "i", None, counts)
+            for kind, counts in (
+                ("deepseek_v32", (4, 0, 0)),
+                ("glm_moe_dsa", (4, 0, 0)),
+                ("glm5_next_text", (1, 3, 0)),
+                ("hy_v4", (3, 1, 0)),
+                ("axk2", (3, 1, 0)),
+            )
+        ),
+        ({**MLA, **SPARSE, **LINEAR, "model_type": "glm5_next_text"}, "llli", None, (1, 3, 0)),
+        ({**MLA, "layer_types": ["full_attention"] * 4}, "f", None, (4, 0, 0)),
+        (
+            {"model_type": "granitemoehybrid", "layers_block_type": ["attention"] * 4},
+            "f",
+            None,
+            (4, 0, 0),
+        ),
+        (
+            {"model_type": "nemotron_h", "layer_types": ["attention", "moe", "attention", "mlp"]},
+            "f",
+            "md",
+            (1, 1, 0),
+        ),
     ],
 )
 def test_layers(
