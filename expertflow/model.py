@@ -28,6 +28,7 @@ from expertflow.attention import (
 )
 from expertflow.expert_sizes import (
     ABOUT,
+    BY_BITS,
     MOST_EXPERT_BYTES,
     ExpertBytes,
     check_expert_bytes,
@@ -147,8 +148,10 @@ class ModelSpec:
             MOST_EXPERT_BYTES,
             unit="bytes",
             null="as the trace says, else by expert_bits",
+            word=BY_BITS,
             extra=ABOUT,
-            about="of a routed expert, or of each layer's, where a quantiser treats them differently",
+            about="of a routed expert, or of each layer's, where a quantiser treats them differently; by_bits: "
+            "expert_bits and the widths say it, as where one of these is given beside a file or trace with sizes",
         ),
     ] = None
     embedding_bits: Annotated[float, _bits("per weight of embeddings, head and router")] = 16.0
@@ -165,6 +168,8 @@ class ModelSpec:
         self._check_pair("o_rank", "o_groups")
         self._check_pair("index_top_k", "index_heads")
         self._check_pair("index_top_k", "index_dim")
+        if self.shared_gate and not self.shared_intermediate:
+            raise ValueError("model.shared_gate=true is of shared experts, and model.shared_intermediate=0; give both")
         check_layers(self)
 
     def _check_attention(self) -> None:

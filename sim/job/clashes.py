@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from expertflow.expert_sizes import BY_BITS
 from sim.job.keys import CHOSEN_BY_NAME
 
 _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
@@ -98,7 +99,14 @@ def check_folders(words: Sequence[str], sweep: bool) -> None:
 
 
 def check_model_words(words: Sequence[str]) -> None:
-    """ValueError for a file where the name of a model belongs."""
+    """ValueError for a file where the name of a model belongs, and for bytes of an expert beside its bits."""
+    given = dict(_given(words))
+    bits, size = given.get("model.expert_bits"), given.get("model.expert_bytes", "null")
+    if bits is not None and size not in ("null", BY_BITS):
+        raise ValueError(
+            f"model.expert_bits={bits[:_SHOWN]} and model.expert_bytes={size[:_SHOWN]} both say how large an expert "
+            "is; leave one out"
+        )
     for key, value in _given(words):
         bare = value.strip("'\"")
         if key == "model" and bare.endswith((".gguf", ".json")):

@@ -164,7 +164,7 @@ def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
         *notes_of(work),
         *([] if note is None else [note]),
         *remarks(work.model, work.model_file),
-        *size_remarks(work.model, work.trace),
+        *size_remarks(cfg["model"], work.model, work.trace, work.model_file),
     ]
 
 
