@@ -174,8 +174,8 @@ def notes_of(work: Workload) -> list[str]:
 
 
 def memory_note(work: Workload) -> list[str]:
-    """That the slots that were asked for are more than the card holds, beside all other weights: no error, since what
-    more memory would bring is a question of its own. Empty where they fit."""
+    """That the slots that were asked for are more than an engine can count on, beside all other weights: no error,
+    since what more memory would bring is a question of its own. Empty where they fit."""
     model = work.model
     experts = work.num_slots * model.mean_expert_bytes if work.room_bytes is None else work.room_bytes
     taken = (experts + model.non_expert_bytes) / 1e9
@@ -183,7 +183,7 @@ def memory_note(work: Workload) -> list[str]:
     if taken <= most:
         return []
     return [
-        f"these slots and all other weights take {taken:.0f} GB, {work.hardware.name} has {most:g}: "
+        f"these slots and all other weights take {taken:.1f} GB, and {work.hardware.name} has {most:g} to count on: "
         f"say gpu_memory_gb={most:g} for what fits"
     ]
 
