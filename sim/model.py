@@ -58,10 +58,11 @@ def _remarks(found: ReadModel) -> Iterator[str]:
 
 def summary(spec: ModelSpec) -> str:
     """What the model weighs, in a line."""
+    heads = f", MTP heads beside {spec.mtp_bytes / 1e9:.2f} GB" if spec.mtp_bytes and not spec.mtp else ""
     return (
         f"{spec.num_layers} MoE layers of {spec.num_experts} experts, {spec.top_k} a token; an expert takes "
         f"{_expert_size(spec)} MB, all {spec.total_expert_bytes / 1e9:.1f} GB, the rest "
-        f"{spec.non_expert_bytes / 1e9:.2f} GB; {spec.num_params / 1e9:.2f} G weights"
+        f"{spec.non_expert_bytes / 1e9:.2f} GB{heads}; {spec.num_params / 1e9:.2f} G weights"
     )
 
 

@@ -99,13 +99,18 @@ def check_folders(words: Sequence[str], sweep: bool) -> None:
 
 
 def check_model_words(words: Sequence[str]) -> None:
-    """ValueError for a file where the name of a model belongs, and for bytes of an expert beside its bits."""
+    """ValueError for a file where the name of a model belongs, for bytes of an expert beside its bits, and for those of
+    heads that are not loaded."""
     given = dict(_given(words))
     bits, size = given.get("model.expert_bits"), given.get("model.expert_bytes", "null")
     if bits is not None and size not in ("null", BY_BITS):
         raise ValueError(
             f"model.expert_bits={bits[:_SHOWN]} and model.expert_bytes={size[:_SHOWN]} both say how large an expert "
             "is; leave one out"
+        )
+    if "model.mtp_bytes" in given and "model.mtp" not in given:
+        raise ValueError(
+            f"model.mtp_bytes={given['model.mtp_bytes'][:_SHOWN]} counts where heads are loaded; add model.mtp=true"
         )
     for key, value in _given(words):
         bare = value.strip("'\"")

@@ -18,7 +18,7 @@ from traces.yamltext import read_yaml
 
 AUTO = "auto"
 _PATH = "path"
-_COUNTED = ("linear_params", "linear_state", "extra_attention_params", "extra_params", "extra_bytes")
+_COUNTED = ("linear_params", "linear_state", "extra_attention_params", "extra_params", "extra_bytes", "mtp_bytes")
 """Keys that give a number of weights or bytes as such."""
 _WIDTHS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_dim", "vocab_size")
 """Keys on which the numbers of `_COUNTED` depended when they were made."""
@@ -108,6 +108,8 @@ def remarks(model: ModelSpec, model_file: ReadModel | None) -> Iterator[str]:
     kept = [key for key in _COUNTED if now[key] and key not in changed]
     if kept and set(changed) & set(_WIDTHS):
         yield f"model: {', '.join(kept)} as the file gives them: they follow no width, give them, too, if they change"
+    if model.mtp and "mtp_bytes" not in changed and set(changed) & {"expert_bits", "weight_bits"}:
+        yield f"model: mtp_bytes={model.mtp_bytes} as the file gives it: it follows no bits, give it, too"
     yield from (f"model: derived: {text}" for text in model_file.derived)
     yield from (f"model: assumed: {text}" for text in model_file.assumed)
 

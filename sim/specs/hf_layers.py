@@ -13,7 +13,7 @@ from expertflow.layers import BARE, DENSE, MOE
 from sim.specs.hf_values import MOST_LAYERS, Values
 from traces.messages import fault
 
-_TYPES: Mapping[str, str] = {
+LAYER_TYPES: Mapping[str, str] = {
     "full_attention": FULL,
     "attention": FULL,
     "hybrid": FULL,
@@ -45,7 +45,7 @@ _ALWAYS_INDEXED = (
 )
 """Models whose every attention over keys and values has an indexer, whether layer_types calls it full or sparse."""
 _BLOCKS: Mapping[str, tuple[str, str]] = {
-    **{name: (kind, "") for name, kind in _TYPES.items()},
+    **{name: (kind, "") for name, kind in LAYER_TYPES.items()},
     "moe": ("", MOE),
     "mlp": ("", DENSE),
 }
@@ -146,9 +146,9 @@ def _attention(values: Values, num_layers: int) -> str:
 
 
 def _letter(values: Values, key: str, name: str) -> str:
-    if name not in _TYPES:
+    if name not in LAYER_TYPES:
         raise values.wrong(key, f"made of known kinds ({name[:40]!r} is none)", "give attention_pattern in a YAML")
-    return _TYPES[name]
+    return LAYER_TYPES[name]
 
 
 def _attention_by_rule(values: Values, num_layers: int) -> str:

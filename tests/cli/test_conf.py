@@ -195,10 +195,11 @@ def test_memory_to_count_on_and_memory_that_there_is(word: str, refused: bool, n
             make_workload(cfg)
         return
     work = make_workload(cfg)
+    taken = 24.3 if word[0] == "g" else 25.1
     # 57.98 GB of experts, 3.07 GB beside; 1.5 GB of workspace and the KV cache are in gpu_memory_gb.
     assert memory_note(work) == (
         [
-            f"these slots and all other weights take {24.3 if word[0] == 'g' else 25.1} GB, and rtx4090 has 24 to count "
+            f"these slots and all other weights take {taken} GB, and rtx4090 has 24 to count "
             "on: say gpu_memory_gb=24 for what fits"
         ]
         if noted

@@ -182,7 +182,8 @@ def test_every_key_of_a_model_takes_effect_or_is_refused(name: str) -> None:
     table = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
     spec = model_from_dict(table)
     before = effects(spec)
-    for key in set(declared(ModelSpec)) - {"expert_bytes", "feed_pattern"}:
+    # Bytes of heads that are not loaded are refused among the words, as sizes of experts are.
+    for key in set(declared(ModelSpec)) - {"expert_bytes", "feed_pattern", "mtp_bytes"}:
         for value in others(key, getattr(spec, key)):
             try:
                 changed = replace(spec, **{key: value})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sim.specs.hf_layers import _TYPES
+from sim.specs.hf_layers import LAYER_TYPES
 from sim.specs.model_file import read_model_file
 
 torch = pytest.importorskip("torch", reason="pip install 'expertflow[record]'")
@@ -195,7 +195,7 @@ def test_every_kind_of_layer_that_transformers_translates_is_known() -> None:
     from transformers import configuration_utils
 
     legacy = configuration_utils._LEGACY_LAYER_TYPE_REMAP
-    assert {name: _TYPES.get(name) for name in legacy} == {name: _TYPES[now] for name, now in legacy.items()}
+    assert {name: LAYER_TYPES.get(name) for name in legacy} == {name: LAYER_TYPES[now] for name, now in legacy.items()}
 
 
 TRANSLATED = [
@@ -220,3 +220,20 @@ def test_both_names_of_a_key_are_read(kind: str, alias: str, name: str, tmp_path
     others = {key: value for key, value in table.items() if key not in (alias, name)}
     path.write_text(json.dumps({**others, alias: table[name]}), encoding="utf-8")
     assert replace(read_model_file(path).spec, source="-") == found
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe", "bailing_hybrid", "mellum", "sarvam_moe"])
+def test_heads_of_multi_token_prediction_are_those_that_transformers_builds(kind: str, tmp_path: Path) -> None:
+    from transformers.modeling_layers import MtpModel
+
+    layers = {"mtp_layer_types": ["full_attention"], "mtp_mlp_layer_types": ["sparse"]}
+    own = layers if kind == "bailing_hybrid" else {}
+    config = CONFIG_MAPPING[kind](**GIVEN.get(kind, {}), num_mtp_layers=1, **own)
+    config.save_pretrained(tmp_path)
+    spec = read_model_file(tmp_path).spec
+    model = model_of(kind, config)
+    with torch.device("meta"):
+        heads = MtpModel(model, 1).layers
+    assert 8 * spec.mtp_bytes / spec.weight_bits == pytest.approx(
+        sum(one.numel() for one in heads.parameters()), rel=0.01
+    )

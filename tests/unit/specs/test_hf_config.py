@@ -100,6 +100,14 @@ def test_the_shortest_pattern(pattern: str, expected: str) -> None:
 
 
 LINEAR = {"linear_num_heads": 2, "linear_head_dim": 8, "linear_conv_kernel_dim": 4}
+GATED_DELTA = {
+    "full_attention_interval": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_value_head_dim": 8,
+    "linear_key_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
 SPARSE = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 8}
 
 
@@ -250,7 +258,8 @@ def test_attention_that_is_not_converted_counts_by_its_weights(tmp_path: Path) -
         ({"num_key_value_heads": None}, "num_key_value_heads is num_attention_heads, 4"),
         ({"sliding_window": 8}, "every layer has the window"),
         ({"model_type": "laguna"}, "the first 1 of 4 layers are dense"),
-        ({"num_nextn_predict_layers": 1}, "multi-token prediction are not loaded"),
+        ({"num_mtp_modules": 3}, "num_mtp_modules=3: heads that the published files do not hold"),
+        ({"model_type": "qwen3_next", **GATED_DELTA}, "1 head of multi-token prediction, which the file does not name"),
         ({**LINEAR, "full_attention_interval": 2}, "32 bits a value"),
         ({"num_kv_shared_layers": 2}, "counted with one of their own"),
         ({"kv_source_layers": [0, 0, 2, 2]}, "counted with one of their own"),
