@@ -72,6 +72,13 @@ def test_a_head_weighs_what_its_makers_say(name: str, weights: float) -> None:
     assert sum(head_params(shipped(name), SHIPPED[name], MOE)) == pytest.approx(weights, rel=0.011)
 
 
+def test_glm_5_with_its_head_has_as_many_weights_as_its_files() -> None:
+    """Those of GLM-5.1, which has the same sizes: 753,864,139,008 (public list of its tensors), norms among them."""
+    spec = shipped("glm-5")
+    weights = spec.num_params + sum(head_params(spec, INDEXED, MOE))
+    assert weights == pytest.approx(753_864_139_008, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_head_is_a_layer_and_what_takes_two_embeddings_together(name: str) -> None:
     """By one layer more, in place of the formula for a head."""
