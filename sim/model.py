@@ -51,7 +51,8 @@ def _sizes_text(value: tuple[object, ...]) -> str:
 
 
 def _remarks(found: ReadModel) -> Iterator[str]:
-    for title, texts in (("derived", found.derived), ("assumed", found.assumed)):
+    kinds = (("incomplete", found.incomplete), ("derived", found.derived), ("assumed", found.assumed))
+    for title, texts in kinds:
         for text in texts:
             yield plain(f"{title}: {text}", _WIDTH)
 
@@ -89,6 +90,8 @@ def _parser() -> Parser:
 def run(args: Namespace) -> int:
     """Read, print or write."""
     found = read_model_file(Path(args.path))
+    for text in found.incomplete:
+        print(f"incomplete: {text}", file=sys.stderr)
     if args.out is None:
         sys.stdout.write(as_yaml(found))
         print(summary(found.spec), file=sys.stderr)

@@ -16,6 +16,8 @@ _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
 _PAIR = re.compile(r"speculate=([^\[\],]+,[^\[\],]+)")
 _SHOWN = 60
 _SWEEP = ("-m", "--multirun")
+_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c")
+"""Flags of Hydra whose value is the next word."""
 
 
 def _given(words: Iterable[str]) -> list[tuple[str, str]]:
@@ -66,10 +68,20 @@ def check_batch_words(words: Sequence[str]) -> None:
 
 
 def prepared(words: Sequence[str]) -> list[str]:
-    """The words as Hydra takes them: -m before all keys, and the home folder in place of a ~ that no shell expands
+    """The words as Hydra takes them: flags before all keys, and the home folder in place of a ~ that no shell expands
     behind a key; the pair of speculate in brackets."""
-    flags = [word for word in words if word in _SWEEP]
-    return [*flags[:1], *(_as_pair(_at_home(word)) for word in words if word not in _SWEEP)]
+    sweep, flags, keys = [], [], []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word in _SWEEP:
+            sweep.append(word)
+        elif word.startswith("-"):
+            has_value = word in _WITH_VALUE and waiting and not waiting[0].startswith("-")
+            flags += [word, waiting.pop(0)] if has_value else [word]
+        else:
+            keys.append(_as_pair(_at_home(word)))
+    return [*sweep[:1], *flags, *keys]
 
 
 def _as_pair(word: str) -> str:

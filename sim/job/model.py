@@ -95,6 +95,11 @@ def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | N
     return model_from_dict(read_yaml(files[name]))
 
 
+def incomplete(model_file: ReadModel | None) -> list[str]:
+    """What a reader of any result must know first: that a part of the model is not from its file."""
+    return [] if model_file is None else [f"model: incomplete: {text}" for text in model_file.incomplete]
+
+
 def remarks(model: ModelSpec, model_file: ReadModel | None) -> Iterator[str]:
     """What a reader of the result must know of a model that was read from a file: a sentence each."""
     if model_file is None:
@@ -150,4 +155,6 @@ def recorded(model: ModelSpec, model_file: ReadModel | None) -> dict[str, Any]:
     found: dict[str, Any] = {"model": asdict(model)}
     if model_file is not None:
         found["model_file"] = {"derived": list(model_file.derived), "assumed": list(model_file.assumed)}
+        if model_file.incomplete:
+            found["model_file"]["incomplete"] = list(model_file.incomplete)
     return found

@@ -12,7 +12,7 @@ from sim.job.assumed import first_touches, range_line
 from sim.job.batches import batch_notes
 from sim.job.beside import WITH_PLACE
 from sim.job.keys import AS_RECORDED
-from sim.job.model import remarks, size_remarks
+from sim.job.model import incomplete, remarks, size_remarks
 from sim.job.predictor import chooses_by_trace
 from sim.job.setup import Workload, start_note
 from sim.job.title import hardware_title, stack_title
@@ -170,7 +170,7 @@ def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
 
 def notes_of(work: Workload) -> list[str]:
     """Those of them that a line of a sweep has, too."""
-    return [*memory_note(work), *batch_notes(work.trace, work.batches.config)]
+    return [*incomplete(work.model_file), *memory_note(work), *batch_notes(work.trace, work.batches.config)]
 
 
 def memory_note(work: Workload) -> list[str]:

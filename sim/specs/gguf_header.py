@@ -47,7 +47,7 @@ def read_gguf(path: Path) -> ReadModel:
     except ValueError as error:
         raise fault(path, "header", f"makes no model: {error}", REWRITE) from None
     derived = [_about_experts(experts, spec), *told, *attention.told, *model.told, _about_rest(spec, file, model)]
-    return ReadModel(spec, tuple(derived), tuple(_assumed(file, model)))
+    return ReadModel(spec, tuple(derived), tuple(_assumed(file, model)), tuple(model.incomplete))
 
 
 def _check_model(keys: GgufKeys) -> None:

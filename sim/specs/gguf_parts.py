@@ -13,7 +13,7 @@ from sim.specs.gguf_format import MAX_TENSORS, REWRITE, Header, read_header
 from sim.specs.gguf_keys import GgufKeys
 from sim.specs.gguf_tensors import Block, Contents, block_number, check_whole, sort_tensors
 from traces.jsontext import shown
-from traces.messages import TraceError, fault
+from traces.messages import TraceError, cut, fault
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.ASCII | re.DOTALL)
 EMBEDDING = "token_embd.weight"
@@ -85,19 +85,20 @@ def _check_tensors_of(path: Path, parts: Collection[Header], whole: bool) -> Non
 @dataclass(frozen=True)
 class Model:
     """Every block of the model itself, in its order; the tensors outside of blocks; what was computed; bytes of the
-    blocks behind the model's, which predict further tokens (MTP)."""
+    blocks behind the model's, which predict further tokens (MTP); what is said of parts that are not there."""
 
     blocks: Sequence[Block]
     contents: Contents
     told: Sequence[str]
     mtp_bytes: int = 0
+    incomplete: Sequence[str] = ()
 
 
 def read_blocks(file: GgufFile, keys: GgufKeys) -> Model:
     """All tensors by block. TraceError where a block, or a matrix of its experts, is not there."""
     from gguf.constants import Keys
 
-    told = []
+    told, incomplete = [], []
     count = keys.whole(Keys.LLM.BLOCK_COUNT, 1, _MOST_BLOCKS)
     extra = keys.whole(Keys.LLM.NEXTN_PREDICT_LAYERS, 0, count - 1, default=0)
     num_experts = keys.whole(Keys.LLM.EXPERT_COUNT, 2, 65_535)
@@ -109,9 +110,10 @@ def read_blocks(file: GgufFile, keys: GgufKeys) -> Model:
         told.append(_about_heads(extra, count, heads, bool(file.missing)))
     if file.missing:
         blocks, num_filled = _filled(file, keys, contents, wanted)
-        told.append(
+        incomplete.append(
             f"{len(file.missing)} of {len(file.missing) + len(file.parts)} parts are not there "
-            f"({file.missing[0]} first): {num_filled} of {len(wanted)} blocks are taken to be like others"
+            f"({cut(file.missing[0], 80)} first): {num_filled} of {len(wanted)} blocks are taken to be like others; "
+            "fetch the headers of all for exact sizes"
         )
     else:
         for index in wanted:
@@ -124,7 +126,7 @@ def read_blocks(file: GgufFile, keys: GgufKeys) -> Model:
         raise file.fault("file", "has no tensors of experts (ffn_up_exps …)", "give the file with the weights")
     if not file.missing and EMBEDDING not in contents.outside:
         raise file.fault("file", f"has no tensor {EMBEDDING}")
-    return Model(blocks, contents, told, sum(heads))
+    return Model(blocks, contents, told, sum(heads), incomplete)
 
 
 def _about_heads(number: int, count: int, heads: Sequence[int], in_parts: bool) -> str:

@@ -439,7 +439,7 @@ def test_of_a_part_that_is_missing_the_blocks_are_taken_to_be_like_others(tmp_pa
     parts = in_parts(tmp_path, "m", model, 150)
     parts[1].unlink()
     found = read_gguf(parts[0])
-    assert any("1 of 3 parts are not there (m-00002-of-00003.gguf first)" in text for text in found.derived)
+    assert any("1 of 3 parts are not there (m-00002-of-00003.gguf first)" in text for text in found.incomplete)
     same = ("num_layers", "num_dense_layers", "shared_intermediate", "kv_rank", "vocab_size", "tied_embeddings")
     assert [getattr(found.spec, key) for key in same] == [getattr(whole, key) for key in same]
     assert found.spec.mean_expert_bytes == pytest.approx(whole.mean_expert_bytes, rel=0.05)
