@@ -12,6 +12,8 @@ from expertflow.keys import number_text, shown
 
 ExpertBytes = int | tuple[int | tuple[int, ...], ...]
 """One size for all; one a layer [L]; or where a layer's experts differ one each [L][E]. Both forms may be mixed."""
+BY_BITS = "by_bits"
+"""In place of sizes: by the bits of a weight, whatever a file or a trace would say."""
 MOST_EXPERT_BYTES = 10**13
 """Of one expert: more than a model has."""
 ABOUT = "a list of num_layers of them, each a number or a list of num_experts"
@@ -19,7 +21,10 @@ ABOUT = "a list of num_layers of them, each a number or a list of num_experts"
 
 
 def frozen(value: object) -> object:
-    """Lists as tuples, two deep, which neither change nor fail to be hashed; anything else as it is."""
+    """Lists as tuples, two deep, which neither change nor fail to be hashed; None for BY_BITS, which gives none;
+    anything else as it is."""
+    if value == BY_BITS:
+        return None
     if not isinstance(value, list | tuple):
         return value
     return tuple(tuple(one) if isinstance(one, list | tuple) else one for one in value)

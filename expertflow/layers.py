@@ -28,6 +28,14 @@ _USED = (
     ("linear_state", LINEAR),
 )
 """A key, and the kinds of layers that may use it."""
+_OF_KINDS = (
+    ("index_bits", 16.0, INDEXED + SPARSE),
+    ("index_block", 1, INDEXED),
+    ("state_bits", 32.0, LINEAR),
+    ("tied_kv", False, FULL + INDEXED + SHARED_INDEX + CHUNKED + SPARSE + HEAVY),
+    ("extra_attention_params", 0, FULL + INDEXED + SHARED_INDEX + WINDOWED + CHUNKED + SPARSE + HEAVY),
+)
+"""A key, its default, and the kinds of layers without which another value would change nothing."""
 
 
 class Layer(NamedTuple):
@@ -89,6 +97,17 @@ def check_layers(model: Patterns) -> None:
             raise ValueError(
                 f"model.{key}={shown(getattr(model, key))} is of layers {' or '.join(letters)}, and attention_pattern "
                 "has none; change one of them"
+            )
+    _check_of_kinds(model, there)
+
+
+def _check_of_kinds(model: Patterns, there: set[str]) -> None:
+    for key, default, letters in _OF_KINDS:
+        value = getattr(model, key)
+        if value != default and not set(letters) & there:
+            raise ValueError(
+                f"model.{key}={shown(value)} changes nothing: it is of layers {' or '.join(letters)}, and "
+                "attention_pattern has none; leave it out, or change the pattern"
             )
 
 

@@ -28,6 +28,7 @@ from expertflow.attention import (
 )
 from expertflow.expert_sizes import (
     ABOUT,
+    BY_BITS,
     MOST_EXPERT_BYTES,
     ExpertBytes,
     check_expert_bytes,
@@ -136,7 +137,13 @@ class ModelSpec:
     num_dense_layers: Annotated[int, Rule(0, 10_000, about="layers with a dense feed-forward block")] = 0
     dense_intermediate: Annotated[int, _width("inner width of a dense layer", 0)] = 0
     extra_params: Annotated[int, _weights("in GPU memory beyond the layers', at weight_bits, that no pass reads")] = 0
-    extra_bytes: Annotated[int, Rule(0, _MOST_WEIGHTS, unit="bytes", about="in GPU memory beside, such as MTP")] = 0
+    extra_bytes: Annotated[int, Rule(0, _MOST_WEIGHTS, unit="bytes", about="in GPU memory beside")] = 0
+    mtp_bytes: Annotated[
+        int, Rule(0, _MOST_WEIGHTS, unit="bytes", about="of the heads of multi-token prediction, which mtp loads")
+    ] = 0
+    mtp: Annotated[
+        bool, Rule(about="heads of multi-token prediction are in GPU memory, as for speculative decoding")
+    ] = False
     tied_embeddings: Annotated[bool, Rule(about="the head is the embedding matrix")] = False
     weight_bits: Annotated[float, _bits("per weight of attention, shared and dense layers")] = 16.0
     expert_bits: Annotated[float, _bits("per weight of routed experts, scales included")] = 16.0
@@ -147,8 +154,10 @@ class ModelSpec:
             MOST_EXPERT_BYTES,
             unit="bytes",
             null="as the trace says, else by expert_bits",
+            word=BY_BITS,
             extra=ABOUT,
-            about="of a routed expert, or of each layer's, where a quantiser treats them differently",
+            about="of a routed expert, or of each layer's, where a quantiser treats them differently; by_bits: "
+            "expert_bits and the widths say it, as where one of these is given beside a file or trace with sizes",
         ),
     ] = None
     embedding_bits: Annotated[float, _bits("per weight of embeddings, head and router")] = 16.0
@@ -165,6 +174,13 @@ class ModelSpec:
         self._check_pair("o_rank", "o_groups")
         self._check_pair("index_top_k", "index_heads")
         self._check_pair("index_top_k", "index_dim")
+        if self.shared_gate and not self.shared_intermediate:
+            raise ValueError("model.shared_gate=true is of shared experts, and model.shared_intermediate=0; give both")
+        if self.mtp and not self.mtp_bytes:
+            raise ValueError(
+                "model.mtp=true loads heads of multi-token prediction, and the model has none (model.mtp_bytes=0); "
+                "leave it out, or give their bytes"
+            )
         check_layers(self)
 
     def _check_attention(self) -> None:
@@ -302,7 +318,7 @@ class ModelSpec:
 
     @property
     def num_params(self) -> int:
-        """All weights but those of extra_bytes, a tied head counted once."""
+        """All weights but those of extra_bytes and mtp_bytes, a tied head counted once."""
         experts = self.num_layers * self.num_experts * self.expert_params
         return experts + self._plain_params + self._wide_params
 
@@ -345,9 +361,10 @@ class ModelSpec:
 
     @property
     def non_expert_bytes(self) -> int:
-        """Bytes that stay in GPU memory: embeddings, head, attention, shared and dense layers, routers, extra."""
+        """Bytes that stay in GPU memory: embeddings, head, attention, shared and dense layers, routers, extra, and
+        heads of multi-token prediction where they are loaded."""
         num_bits = self._plain_params * self.weight_bits + self._wide_params * self.embedding_bits
-        return math.ceil(num_bits / 8) + self.extra_bytes
+        return math.ceil(num_bits / 8) + self.extra_bytes + (self.mtp_bytes if self.mtp else 0)
 
     @property
     def kv_bytes_per_token_per_layer(self) -> int:

@@ -51,17 +51,19 @@ def _sizes_text(value: tuple[object, ...]) -> str:
 
 
 def _remarks(found: ReadModel) -> Iterator[str]:
-    for title, texts in (("derived", found.derived), ("assumed", found.assumed)):
+    kinds = (("incomplete", found.incomplete), ("derived", found.derived), ("assumed", found.assumed))
+    for title, texts in kinds:
         for text in texts:
             yield plain(f"{title}: {text}", _WIDTH)
 
 
 def summary(spec: ModelSpec) -> str:
     """What the model weighs, in a line."""
+    heads = f", MTP heads beside {spec.mtp_bytes / 1e9:.2f} GB" if spec.mtp_bytes and not spec.mtp else ""
     return (
         f"{spec.num_layers} MoE layers of {spec.num_experts} experts, {spec.top_k} a token; an expert takes "
         f"{_expert_size(spec)} MB, all {spec.total_expert_bytes / 1e9:.1f} GB, the rest "
-        f"{spec.non_expert_bytes / 1e9:.2f} GB; {spec.num_params / 1e9:.2f} G weights"
+        f"{spec.non_expert_bytes / 1e9:.2f} GB{heads}; {spec.num_params / 1e9:.2f} G weights"
     )
 
 
@@ -88,6 +90,8 @@ def _parser() -> Parser:
 def run(args: Namespace) -> int:
     """Read, print or write."""
     found = read_model_file(Path(args.path))
+    for text in found.incomplete:
+        print(f"incomplete: {text}", file=sys.stderr)
     if args.out is None:
         sys.stdout.write(as_yaml(found))
         print(summary(found.spec), file=sys.stderr)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from expertflow.expert_sizes import BY_BITS
 from sim.job.keys import CHOSEN_BY_NAME
 
 _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
 _PAIR = re.compile(r"speculate=([^\[\],]+,[^\[\],]+)")
 _SHOWN = 60
 _SWEEP = ("-m", "--multirun")
+_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c")
+"""Flags of Hydra whose value is the next word."""
 
 
 def _given(words: Iterable[str]) -> list[tuple[str, str]]:
@@ -65,10 +68,20 @@ def check_batch_words(words: Sequence[str]) -> None:
 
 
 def prepared(words: Sequence[str]) -> list[str]:
-    """The words as Hydra takes them: -m before all keys, and the home folder in place of a ~ that no shell expands
+    """The words as Hydra takes them: flags before all keys, and the home folder in place of a ~ that no shell expands
     behind a key; the pair of speculate in brackets."""
-    flags = [word for word in words if word in _SWEEP]
-    return [*flags[:1], *(_as_pair(_at_home(word)) for word in words if word not in _SWEEP)]
+    sweep, flags, keys = [], [], []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word in _SWEEP:
+            sweep.append(word)
+        elif word.startswith("-"):
+            has_value = word in _WITH_VALUE and waiting and not waiting[0].startswith("-")
+            flags += [word, waiting.pop(0)] if has_value else [word]
+        else:
+            keys.append(_as_pair(_at_home(word)))
+    return [*sweep[:1], *flags, *keys]
 
 
 def _as_pair(word: str) -> str:
@@ -98,7 +111,19 @@ def check_folders(words: Sequence[str], sweep: bool) -> None:
 
 
 def check_model_words(words: Sequence[str]) -> None:
-    """ValueError for a file where the name of a model belongs."""
+    """ValueError for a file where the name of a model belongs, for bytes of an expert beside its bits, and for those of
+    heads that are not loaded."""
+    given = dict(_given(words))
+    bits, size = given.get("model.expert_bits"), given.get("model.expert_bytes", "null")
+    if bits is not None and size not in ("null", BY_BITS):
+        raise ValueError(
+            f"model.expert_bits={bits[:_SHOWN]} and model.expert_bytes={size[:_SHOWN]} both say how large an expert "
+            "is; leave one out"
+        )
+    if "model.mtp_bytes" in given and "model.mtp" not in given:
+        raise ValueError(
+            f"model.mtp_bytes={given['model.mtp_bytes'][:_SHOWN]} counts where heads are loaded; add model.mtp=true"
+        )
     for key, value in _given(words):
         bare = value.strip("'\"")
         if key == "model" and bare.endswith((".gguf", ".json")):

@@ -45,7 +45,8 @@ class RunKeys:
             1e5,
             unit="GB",
             null="residency says it",
-            about="for all weights, KV and workspace; not more than the GPU has",
+            about="for all weights, KV and workspace; at most memory_gb in units of 2^30 bytes, of which an engine can "
+            "count on memory_gb",
         ),
     ]
     host_memory_gb: Annotated[

@@ -15,7 +15,7 @@ from traces.yamltext import read_yaml
 _COUNTED = {
     *("name", "source", "num_layers", "num_dense_layers", "num_bare_layers", "feed_pattern", "top_k"),
     *("window", "chunk", "index_top_k", "index_block", "sparse_ratio", "heavy_ratio"),
-    *("extra_params", "extra_bytes", "tied_embeddings"),
+    *("extra_params", "extra_bytes", "mtp_bytes", "mtp", "tied_embeddings"),
 }
 """What no kernel's time depends on but by how often it runs, or over how many tokens: a run counts these itself."""
 _OF_WINDOW = {

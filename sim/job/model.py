@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from expertflow.expert_sizes import least_and_most
+from expertflow.expert_sizes import BY_BITS, least_and_most
 from expertflow.keys import declared, nearest, shown, unknown_key
 from expertflow.model import ModelSpec, model_from_dict
 from sim.job.keys import ModelKeys
@@ -18,6 +18,10 @@ from traces.yamltext import read_yaml
 
 AUTO = "auto"
 _PATH = "path"
+_COUNTED = ("linear_params", "linear_state", "extra_attention_params", "extra_params", "extra_bytes", "mtp_bytes")
+"""Keys that give a number of weights or bytes as such."""
+_WIDTHS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_dim", "vocab_size")
+"""Keys on which the numbers of `_COUNTED` depended when they were made."""
 
 
 def model_file_of(cfg: Mapping[str, Any]) -> ReadModel | None:
@@ -91,25 +95,59 @@ def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | N
     return model_from_dict(read_yaml(files[name]))
 
 
+def incomplete(model_file: ReadModel | None) -> list[str]:
+    """What a reader of any result must know first: that a part of the model is not from its file."""
+    return [] if model_file is None else [f"model: incomplete: {text}" for text in model_file.incomplete]
+
+
 def remarks(model: ModelSpec, model_file: ReadModel | None) -> Iterator[str]:
     """What a reader of the result must know of a model that was read from a file: a sentence each."""
     if model_file is None:
         return
-    read = asdict(model_file.spec)
-    for key, value in asdict(model).items():
-        if value != read[key]:
-            yield f"model: {key}={shown(value)}, in place of {shown(read[key])}"
+    read, now = asdict(model_file.spec), asdict(model)
+    changed = [key for key in now if now[key] != read[key]]
+    for key in changed:
+        # That sizes of the file hold no longer is said by `size_remarks`.
+        if key != "expert_bytes" or now[key] is not None:
+            yield f"model: {key}={shown(now[key])}, in place of {shown(read[key])}"
+    kept = [key for key in _COUNTED if now[key] and key not in changed]
+    if kept and set(changed) & set(_WIDTHS):
+        yield f"model: {', '.join(kept)} as the file gives them: they follow no width, give them, too, if they change"
+    if model.mtp and "mtp_bytes" not in changed and set(changed) & {"expert_bits", "weight_bits"}:
+        yield f"model: mtp_bytes={model.mtp_bytes} as the file gives it: it follows no bits, give it, too"
     yield from (f"model: derived: {text}" for text in model_file.derived)
     yield from (f"model: assumed: {text}" for text in model_file.assumed)
 
 
-def size_remarks(model: ModelSpec, trace: Trace) -> Iterator[str]:
-    """What a reader must know where sizes of experts are those that the trace was recorded with."""
+def size_remarks(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, model_file: ReadModel | None) -> Iterator[str]:
+    """What a reader must know where sizes of experts are those that the trace was recorded with, or where what the
+    configuration says has taken the place of sizes that the trace or the model's file gives.
+
+    cfg: the group `model`.
+    """
     sizes = trace.expert_bytes
+    if cfg.get("expert_bytes") == BY_BITS:
+        givers = [
+            *(["the model's file"] if _file_has_sizes(cfg, model_file) else []),
+            *(["the trace"] if sizes else []),
+        ]
+        if givers:
+            yield (
+                f"model: an expert takes {model.mean_expert_bytes} bytes, {model.expert_params} weights of "
+                f"{model.expert_bits:g} bits: the sizes that {' and '.join(givers)} gives hold no longer"
+            )
     if sizes is not None and model.expert_bytes == sizes:
         least, most = least_and_most(sizes)
         text = f"{least}" if least == most else f"{least} to {most}"
         yield f"experts take {text} bytes, as the trace says; model.expert_bytes=N gives another size"
+
+
+def _file_has_sizes(cfg: Mapping[str, Any], model_file: ReadModel | None) -> bool:
+    """Whether the file that the model was read from, or the one of its name, lists sizes of experts."""
+    if model_file is not None:
+        return model_file.spec.expert_bytes is not None
+    path = config_files("model").get(str(cfg.get("name")))
+    return path is not None and read_yaml(path).get("expert_bytes") is not None
 
 
 def recorded(model: ModelSpec, model_file: ReadModel | None) -> dict[str, Any]:
@@ -117,4 +155,6 @@ def recorded(model: ModelSpec, model_file: ReadModel | None) -> dict[str, Any]:
     found: dict[str, Any] = {"model": asdict(model)}
     if model_file is not None:
         found["model_file"] = {"derived": list(model_file.derived), "assumed": list(model_file.assumed)}
+        if model_file.incomplete:
+            found["model_file"]["incomplete"] = list(model_file.incomplete)
     return found

@@ -12,7 +12,7 @@ from sim.job.assumed import first_touches, range_line
 from sim.job.batches import batch_notes
 from sim.job.beside import WITH_PLACE
 from sim.job.keys import AS_RECORDED
-from sim.job.model import remarks, size_remarks
+from sim.job.model import incomplete, remarks, size_remarks
 from sim.job.predictor import chooses_by_trace
 from sim.job.setup import Workload, start_note
 from sim.job.title import hardware_title, stack_title
@@ -164,18 +164,18 @@ def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
         *notes_of(work),
         *([] if note is None else [note]),
         *remarks(work.model, work.model_file),
-        *size_remarks(work.model, work.trace),
+        *size_remarks(cfg["model"], work.model, work.trace, work.model_file),
     ]
 
 
 def notes_of(work: Workload) -> list[str]:
     """Those of them that a line of a sweep has, too."""
-    return [*memory_note(work), *batch_notes(work.trace, work.batches.config)]
+    return [*incomplete(work.model_file), *memory_note(work), *batch_notes(work.trace, work.batches.config)]
 
 
 def memory_note(work: Workload) -> list[str]:
-    """That the slots that were asked for are more than the card holds, beside all other weights: no error, since what
-    more memory would bring is a question of its own. Empty where they fit."""
+    """That the slots that were asked for are more than an engine can count on, beside all other weights: no error,
+    since what more memory would bring is a question of its own. Empty where they fit."""
     model = work.model
     experts = work.num_slots * model.mean_expert_bytes if work.room_bytes is None else work.room_bytes
     taken = (experts + model.non_expert_bytes) / 1e9
@@ -183,7 +183,7 @@ def memory_note(work: Workload) -> list[str]:
     if taken <= most:
         return []
     return [
-        f"these slots and all other weights take {taken:.0f} GB, {work.hardware.name} has {most:g}: "
+        f"these slots and all other weights take {taken:.1f} GB, and {work.hardware.name} has {most:g} to count on: "
         f"say gpu_memory_gb={most:g} for what fits"
     ]
 

@@ -55,8 +55,13 @@ def last_layers(model: ModelSpec, num_slots: int, room_bytes: int | None) -> int
 
 def _fixed_bytes(gigabytes: float, model: ModelSpec, trace: Trace, batch_size: int, memory_gb: float) -> int:
     """Bytes of all that is no routed expert: weights, KV of the longest requests, workspace."""
-    if gigabytes > memory_gb:
-        raise ValueError(f"gpu_memory_gb={gigabytes} is more than the GPU has (hardware.memory_gb={memory_gb})")
+    # Makers' gigabytes are of 2^30 bytes; those between them and 10^9 an engine cannot count on, but may be asked of.
+    most = memory_gb * 2**30 / 1e9
+    if gigabytes > most:
+        raise ValueError(
+            f"gpu_memory_gb={gigabytes} is more than the GPU has (hardware.memory_gb={memory_gb}: {most:.4g} GB with "
+            f"what driver and context take); give {memory_gb:g} or less"
+        )
     context = int(np.max(np.diff(trace.request_start)))
     if trace.context_len is not None:
         context = int(np.max(np.diff(trace.request_start) + np.asarray(trace.context_len)))

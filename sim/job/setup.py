@@ -17,6 +17,7 @@ import numpy as np
 from expertflow.boundary import CHECKING, is_own_class
 from expertflow.byte_slots import ByteRoom
 from expertflow.evictions.keep_nothing import KeepNothing
+from expertflow.expert_sizes import BY_BITS
 from expertflow.future import Future
 from expertflow.host_memory import HostMemorySpec
 from expertflow.keys import Rule, check_fields, from_mapping, shown, unknown_key
@@ -307,7 +308,7 @@ def make_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | Non
         raise ValueError(
             f"model={model.name} has top_k={model.top_k}, the trace {trace.name} top_k={trace.top_k}; {OTHER_TOPOLOGY}"
         )
-    if trace.expert_bytes is not None and model.expert_bytes is None:
+    if trace.expert_bytes is not None and model.expert_bytes is None and cfg.get("expert_bytes") != BY_BITS:
         return replace(model, expert_bytes=trace.expert_bytes)
     return model
 

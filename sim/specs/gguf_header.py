@@ -43,10 +43,11 @@ def read_gguf(path: Path) -> ReadModel:
     fields |= attention.fields | _layers(attention.pattern, list(map(_feed, model.blocks)))
     try:
         spec = _with_bits(ModelSpec(**fields), file, model, experts, attention.pattern)
+        spec = replace(spec, mtp_bytes=model.mtp_bytes)
     except ValueError as error:
         raise fault(path, "header", f"makes no model: {error}", REWRITE) from None
     derived = [_about_experts(experts, spec), *told, *attention.told, *model.told, _about_rest(spec, file, model)]
-    return ReadModel(spec, tuple(derived), tuple(_assumed(file, model)))
+    return ReadModel(spec, tuple(derived), tuple(_assumed(file, model)), tuple(model.incomplete))
 
 
 def _check_model(keys: GgufKeys) -> None:

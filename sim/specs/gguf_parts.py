@@ -13,7 +13,7 @@ from sim.specs.gguf_format import MAX_TENSORS, REWRITE, Header, read_header
 from sim.specs.gguf_keys import GgufKeys
 from sim.specs.gguf_tensors import Block, Contents, block_number, check_whole, sort_tensors
 from traces.jsontext import shown
-from traces.messages import TraceError, fault
+from traces.messages import TraceError, cut, fault
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.ASCII | re.DOTALL)
 EMBEDDING = "token_embd.weight"
@@ -84,31 +84,36 @@ def _check_tensors_of(path: Path, parts: Collection[Header], whole: bool) -> Non
 
 @dataclass(frozen=True)
 class Model:
-    """Every block of the model itself, in its order; the tensors outside of blocks; what was computed."""
+    """Every block of the model itself, in its order; the tensors outside of blocks; what was computed; bytes of the
+    blocks behind the model's, which predict further tokens (MTP); what is said of parts that are not there."""
 
     blocks: Sequence[Block]
     contents: Contents
     told: Sequence[str]
+    mtp_bytes: int = 0
+    incomplete: Sequence[str] = ()
 
 
 def read_blocks(file: GgufFile, keys: GgufKeys) -> Model:
     """All tensors by block. TraceError where a block, or a matrix of its experts, is not there."""
     from gguf.constants import Keys
 
-    told = []
+    told, incomplete = [], []
     count = keys.whole(Keys.LLM.BLOCK_COUNT, 1, _MOST_BLOCKS)
     extra = keys.whole(Keys.LLM.NEXTN_PREDICT_LAYERS, 0, count - 1, default=0)
     num_experts = keys.whole(Keys.LLM.EXPERT_COUNT, 2, 65_535)
     tensors = [tensor for part in file.parts.values() for tensor in part.tensors]
     contents = sort_tensors(tensors, count, num_experts, file.fault)
-    if extra:
-        told.append(f"{extra} of {count} blocks, which predict further tokens (MTP), are left out")
     wanted = range(count - extra)
+    heads = [contents.blocks[index].num_bytes for index in range(count - extra, count) if index in contents.blocks]
+    if extra:
+        told.append(_about_heads(extra, count, heads, bool(file.missing)))
     if file.missing:
         blocks, num_filled = _filled(file, keys, contents, wanted)
-        told.append(
+        incomplete.append(
             f"{len(file.missing)} of {len(file.missing) + len(file.parts)} parts are not there "
-            f"({file.missing[0]} first): {num_filled} of {len(wanted)} blocks are taken to be like others"
+            f"({cut(file.missing[0], 80)} first): {num_filled} of {len(wanted)} blocks are taken to be like others; "
+            "fetch the headers of all for exact sizes"
         )
     else:
         for index in wanted:
@@ -121,7 +126,16 @@ def read_blocks(file: GgufFile, keys: GgufKeys) -> Model:
         raise file.fault("file", "has no tensors of experts (ffn_up_exps …)", "give the file with the weights")
     if not file.missing and EMBEDDING not in contents.outside:
         raise file.fault("file", f"has no tensor {EMBEDDING}")
-    return Model(blocks, contents, told)
+    return Model(blocks, contents, told, sum(heads), incomplete)
+
+
+def _about_heads(number: int, count: int, heads: Sequence[int], in_parts: bool) -> str:
+    """What is said of blocks that predict further tokens. heads: bytes of those that are there."""
+    text = f"{number} of {count} blocks, which predict further tokens (MTP), are left out"
+    if not heads:
+        return f"{text}; no part that is there holds them" if in_parts else f"{text}; the file does not hold them"
+    there = "" if len(heads) == number else f", {len(heads)} of them in the parts that are there"
+    return f"{text}: {sum(heads) / 1e9:.3g} GB{there}, loaded with model.mtp=true"
 
 
 def _filled(file: GgufFile, keys: GgufKeys, contents: Contents, wanted: range) -> tuple[list[Block], int]:

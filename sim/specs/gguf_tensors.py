@@ -92,6 +92,12 @@ class Block:
     parts: dict[str, Size] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all its tensors, experts' included."""
+        experts = 0 if self.experts is None else self.experts.num_bytes
+        return experts + sum(size.num_bytes for size in self.parts.values())
+
     def part(self, name: str) -> Size:
         """Its tensors of that part together."""
         return self.parts.get(name, Size())

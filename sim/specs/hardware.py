@@ -71,6 +71,8 @@ class Hardware:
 
     tflops: dense bf16, fp32 accumulate. memory_efficiency, compute_efficiency: the share of the two peaks
     (memory_gb_per_s, tflops) that kernels reach.
+    memory_gb: as the maker names it, whose gigabytes are of 2^30 bytes. Taken as 10^9 bytes each it is what an engine
+    can count on: the 7 % between are left to driver, context and workspace.
     link_gb_per_s: host to device, pinned, one way; an asymptotic figure or a curve by copy size, either
     *without* link_latency_ns, which every copy pays on top (`sim.machine.link`). Infinity is a copy in no time.
     link: the name of the widest link that the card takes; only a choice of another one (`sim.job.link`) reads it.
@@ -89,7 +91,16 @@ class Hardware:
     """
 
     name: Annotated[str, Rule(about="of the profile")]
-    memory_gb: Annotated[float, Rule(1e-3, 1e5, unit="GB", about="GPU memory", remedy="give GB of GPU memory")]
+    memory_gb: Annotated[
+        float,
+        Rule(
+            1e-3,
+            1e5,
+            unit="GB",
+            about="GPU memory, the maker's number: what an engine can count on, in 10^9 bytes",
+            remedy="give GB of GPU memory",
+        ),
+    ]
     memory_gb_per_s: Annotated[float, _rate("GB/s", "the peak of the GPU's own memory")]
     tflops: Annotated[float, _rate("TFLOP/s", "dense bf16, without sparsity")]
     link_gb_per_s: Annotated[float | Curve, _link("host to device, pinned, one way", _LINK_REMEDY, _CURVE)]

@@ -26,9 +26,11 @@ _OUTPUT_GATED = (
 _HEAD_GATED = ("laguna", "step3p5", "step3p7", "dots3_note_text", "bailing_hybrid")
 """Models whose attention has a gate for each head."""
 _TIED_KINDS = ("gemma4_text", "diffusion_gemma_text")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "num_attention_groups")
 _OVERRIDES = {
     "num_attention_heads": "heads",
     "num_key_value_heads": "kv_heads",
+    "num_attention_groups": "kv_heads",
     "head_dim": "head_dim",
     "kv_lora_rank": "kv_rank",
     "qk_nope_head_dim": "nope_dim",
@@ -84,8 +86,8 @@ def _sizes(values: Values, hidden: int) -> dict[str, int]:
     inner = values.inner("attn_config")
     if inner is not None and inner.has("kv_n_heads"):
         kv_heads = inner.count("kv_n_heads")
-    elif values.has("num_key_value_heads", "num_kv_heads", "multi_query_group_num"):
-        kv_heads = values.count("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+    elif values.has(*_KV_HEADS):
+        kv_heads = values.count(*_KV_HEADS)
     else:
         kv_heads = heads
         values.notes.assume(f"num_key_value_heads is num_attention_heads, {heads}: the file does not give it")

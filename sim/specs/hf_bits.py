@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from expertflow.model import ModelSpec
 from sim.specs.hf_modules import ATTENTION, EXPERTS, FEED, PARTS, SHARED, LeftOut, is_readable, named
+from sim.specs.hf_quantisers import MXFP4, NVFP4, exllama, hqq, quanto, quark, torchao
 from sim.specs.hf_values import REMEDY, Values
 from traces.messages import fault, plain
 
@@ -19,10 +20,6 @@ _DTYPES = {
     "float8_e4m3fn": 8.0,
     "float8_e5m2": 8.0,
 }
-MXFP4 = 4.25
-"""4 bits and an 8-bit scale for each 32 weights (OCP Microscaling 1.0)."""
-NVFP4 = 4.5
-"""4 bits and an 8-bit scale for each 16 weights."""
 _FP4 = ("fp4", "mxfp4", "float4_e2m1fn")
 """What `expert_dtype` calls the first of the two."""
 _SMALL = 0.01
@@ -34,6 +31,7 @@ _EXCLUDED = (
     "exclude_modules",
     "ignored_layers",
     "exclude",
+    "skip_modules",
 )
 _MOST_NAMES = 1_000_000
 _MOST_PATTERNS = 1000
@@ -195,14 +193,14 @@ def _scale(table: Values, scale_bits: float, weights: int) -> float:
 
 def _grouped(table: Values) -> Bits:
     """GPTQ and AWQ: a 16-bit scale and a zero point of as many bits as a weight for each group."""
-    bits = table.count("bits", "w_bit", "wbits", high=16)
+    bits = table.amount("bits", "w_bit", "wbits", high=16)
     size = table.count("group_size", "q_group_size", low=-1, default=128)
     if not table.has("group_size", "q_group_size"):
         table.notes.assume("quantisation is in groups of 128 weights: the file gives no group_size")
     if size == 0:
         raise table.wrong(table.name_of("group_size", "q_group_size") or "group_size", "-1 or above 0")
     if size < 0:
-        return _every(float(bits))
+        return _every(bits)
     zero = bits if table.flag("zero_point", default=True) else 0
     return _every(bits + (16 + zero) / size)
 
@@ -218,7 +216,7 @@ def _bitsandbytes(table: Values) -> Bits:
 
 def _mlx(table: Values) -> Bits:
     """MLX: a scale and a bias of 16 bits for each group, or as mxfp4 and nvfp4; embeddings, head and router alike."""
-    bits, size = table.count("bits", high=16), table.count("group_size", default=64)
+    bits, size = table.amount("bits", high=16), table.count("group_size", default=64)
     mode = table.text("mode", default="affine")
     found = bits + (32 if mode == "affine" else 8) / size
     table.notes.assume(
@@ -297,6 +295,21 @@ def _eight(table: Values) -> Bits:
     return _every(8.0)
 
 
+def _by_own_form(rule: Callable[[Values], float | None]) -> Callable[[Values], Bits | None]:
+    """The rule of a quantiser that has one bits for all, as a rule of `_METHODS`."""
+
+    def found(table: Values) -> Bits | None:
+        bits = rule(table)
+        if bits is None:
+            table.notes.assume(
+                f"{table.place.rstrip('.')} does not tell the bits of a weight in a known way: weights are taken as "
+                "not quantised; say model.expert_bits and model.weight_bits"
+            )
+        return None if bits is None else _every(bits)
+
+    return found
+
+
 _METHODS: Mapping[str, Callable[[Values], Bits | None]] = {
     "mxfp4": _mxfp4,
     "fp8": _fp8,
@@ -313,6 +326,12 @@ _METHODS: Mapping[str, Callable[[Values], Bits | None]] = {
     "modelopt-fp4": _modelopt,
     "nvfp4": lambda table: _every(NVFP4),
     "eetq": _eight,
+    "exl2": _by_own_form(exllama),
+    "exl3": _by_own_form(exllama),
+    "hqq": _by_own_form(hqq),
+    "torchao": _by_own_form(torchao),
+    "quark": _by_own_form(quark),
+    "quanto": _by_own_form(quanto),
 }
 
 
@@ -357,7 +376,7 @@ def _by_table(table: Values) -> list[str]:
     bits = table.raw("bits")
     for name, setting in (*(() if extra is None else extra.table.items()), *_of_mlx(table)):
         own = setting.get("bits") if isinstance(setting, dict) else 16 if setting is False else None
-        if type(own) is int and own >= 16:
+        if own is not None and type(own) in (int, float) and own >= 16:
             found.append(name)
         else:
             others = others or (own is not None and own != bits)

@@ -19,6 +19,7 @@ from sim.specs.hf_attention import read_attention
 from sim.specs.hf_bits import with_bits
 from sim.specs.hf_kinds import KNOWN
 from sim.specs.hf_layers import layers_of_file, patterns, read_layers
+from sim.specs.hf_mtp import with_heads
 from sim.specs.hf_values import REMEDY, Values
 from traces.jsontext import parse_json, shown
 from traces.messages import TraceError, fault
@@ -54,6 +55,7 @@ _SHARED_WIDTH = (
     "moe_shared_expert_intermediate_size",
     "shared_intermediate_size",
     "share_expert_dim",
+    "share_expert_dims",
 )
 _SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
@@ -94,7 +96,8 @@ def read_hf_config(path: Path) -> tuple[ModelSpec, tuple[str, ...], tuple[str, .
         keys = _keys(values, top)
         keys |= {"name": model_name(path), "source": f"config.json, sha256 {hashlib.sha256(text.encode()).hexdigest()}"}
         _note_doubts(values, top)
-        spec = ModelSpec(**with_bits(values, top, keys, layers_of_file(values)))
+        num_layers = layers_of_file(values)
+        spec = with_heads(values, top, ModelSpec(**with_bits(values, top, keys, num_layers)), num_layers)
     except TraceError:
         raise
     except ValueError as error:
@@ -177,9 +180,6 @@ def _keys(values: Values, top: Values) -> dict[str, Any]:
         found["dense_intermediate"] = _dense_width(values)
     if set(layers.attention) <= {LINEAR, NONE}:
         values.notes.derive("no layer has attention over keys and values")
-    mtp = values.raw("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-    if type(mtp) is int and mtp > 0:
-        values.notes.assume(f"the {mtp} layers of multi-token prediction are not loaded (extra_bytes would count them)")
     shared, sources = values.raw("num_kv_shared_layers"), values.raw("kv_source_layers")
     if (type(shared) is int and shared > 0) or (type(sources) is list and sources != list(range(len(sources)))):
         values.notes.assume("layers that read another layer's KV cache are counted with one of their own")

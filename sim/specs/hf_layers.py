@@ -13,7 +13,7 @@ from expertflow.layers import BARE, DENSE, MOE
 from sim.specs.hf_values import MOST_LAYERS, Values
 from traces.messages import fault
 
-_TYPES: Mapping[str, str] = {
+LAYER_TYPES: Mapping[str, str] = {
     "full_attention": FULL,
     "attention": FULL,
     "hybrid": FULL,
@@ -26,18 +26,31 @@ _TYPES: Mapping[str, str] = {
     "mamba2": LINEAR,
     "conv": LINEAR,
     "indexed_attention": INDEXED,
+    "deepseek_sparse_attention": INDEXED,
     "minimax_m3_sparse": INDEXED,
     "qwen_sparse_attention": INDEXED,
     "compressed_sparse_attention": SPARSE,
     "heavily_compressed_attention": HEAVY,
 }
-"""Entries of layer_types."""
+"""Entries of layer_types: those that transformers 5.24 writes, and the older ones that it translates."""
+_ALWAYS_INDEXED = (
+    "axk2",
+    "deepseek_v32",
+    "glm5_next_text",
+    "glm_moe_dsa",
+    "hy_v4",
+    "hy_v4_vl_text",
+    "mistral_large4_text",
+    "qwen4_exp_text",
+)
+"""Models whose every attention over keys and values has an indexer, whether layer_types calls it full or sparse."""
 _BLOCKS: Mapping[str, tuple[str, str]] = {
-    **{name: (kind, "") for name, kind in _TYPES.items()},
+    **{name: (kind, "") for name, kind in LAYER_TYPES.items()},
     "moe": ("", MOE),
     "mlp": ("", DENSE),
 }
 """Entries of layers_block_type: an attention block, or a feed-forward block (Nemotron-H)."""
+_FEED_BLOCKS = ("moe", "mlp")
 _BLOCK_LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 """Letters of hybrid_override_pattern."""
 _SPARSE_FEED = ("sparse", "moe", "hash_moe")
@@ -69,8 +82,8 @@ class Layers(NamedTuple):
 
 def read_layers(values: Values) -> Layers:
     """The layers of the language part; TraceError where keys contradict each other, or tell of unknown kinds."""
-    if values.has("layers_block_type", "hybrid_override_pattern") and not values.has("expert_layer_period"):
-        return _blocks(values)
+    if (blocks := _block_names(values)) is not None:
+        return _blocks(values, blocks)
     num_layers = layers_of_file(values)
     attention, feed = _attention(values, num_layers), _feed(values, num_layers)
     if values.text("model_type") == "longcat_flash" or values.has("zero_expert_num"):
@@ -81,10 +94,9 @@ def read_layers(values: Values) -> Layers:
 
 def layers_of_file(values: Values) -> int:
     """How many layers the names of the file's modules count, blocks of Nemotron-H each as one."""
-    if not values.has("expert_layer_period"):
-        blocks = values.raw("layers_block_type", "hybrid_override_pattern")
-        if isinstance(blocks, (list, str)) and blocks:
-            return len(blocks)
+    blocks = _block_names(values)
+    if blocks:
+        return len(blocks)
     return values.count("num_hidden_layers", "num_layers", "n_layers", "n_layer", high=MOST_LAYERS)
 
 
@@ -115,24 +127,28 @@ def patterns(layers: Layers) -> dict[str, int | str]:
 
 def _attention(values: Values, num_layers: int) -> str:
     """The letter of each layer's attention."""
-    if values.has("layer_types"):
-        letters = "".join(_letter(values, "layer_types", one) for one in values.items("layer_types", num_layers))
+    key = values.name_of("layer_types", "layers_block_type")  # the latter in files of Granite 4
+    if key is not None:
+        letters = "".join(_letter(values, key, one) for one in values.items(key, num_layers))
     else:
         letters = _attention_by_rule(values, num_layers)
     window = values.raw("sliding_window", "sliding_window_size")
-    longest = values.raw("max_position_embeddings", "model_max_length")
+    longest = values.raw("max_position_embeddings", "model_max_length", "max_seq_len")
     if WINDOWED in letters and type(window) is int and type(longest) is int and window >= longest > 0:
         values.notes.derive(f"the window of {window} tokens is no shorter than the longest context: attention is full")
         letters = letters.replace(WINDOWED, FULL)
-    if values.text("model_type") == "qwen4_exp_text":
-        letters = letters.replace(*((FULL, INDEXED) if values.has("indexer_budget") else (INDEXED, FULL)))
+    kind = values.text("model_type")
+    if kind == "qwen4_exp_text" and not values.has("indexer_budget"):
+        letters = letters.replace(INDEXED, FULL)
+    elif kind in _ALWAYS_INDEXED or (kind == "dots3_note_text" and values.flag("use_dsa")):
+        letters = letters.replace(FULL, INDEXED)
     return _shared_indexers(values, letters) if INDEXED in letters else letters
 
 
 def _letter(values: Values, key: str, name: str) -> str:
-    if name not in _TYPES:
+    if name not in LAYER_TYPES:
         raise values.wrong(key, f"made of known kinds ({name[:40]!r} is none)", "give attention_pattern in a YAML")
-    return _TYPES[name]
+    return LAYER_TYPES[name]
 
 
 def _attention_by_rule(values: Values, num_layers: int) -> str:
@@ -179,6 +195,9 @@ def _attention_by_period(values: Values, num_layers: int) -> str:
             return "".join(other if (at + 1) % period else FULL for at in every)
     if values.has("no_rope_layers", "attention_chunk_size"):
         return _llama4(values, num_layers)
+    if values.text("model_type") == "glm5_next_text":
+        values.notes.assume("every fourth layer has an indexer, the others linear attention, as transformers has them")
+        return "".join(INDEXED if at % 4 == 3 else LINEAR for at in every)
     if values.has("kv_lora_rank") and values.has("index_topk"):
         return INDEXED * num_layers
     return _windows(values, num_layers)
@@ -335,15 +354,24 @@ _FEEDS: tuple[tuple[str, Callable[[Values, int], list[bool]]], ...] = (
 )
 
 
-def _blocks(values: Values) -> Layers:
-    """Nemotron-H: each block is attention or feed-forward. Two that follow each other so are a layer."""
-    if values.has("layers_block_type"):
-        names = values.items("layers_block_type")
-    else:
-        letters = values.raw("hybrid_override_pattern")
-        if not isinstance(letters, str) or len(letters) > MOST_LAYERS or not set(letters) <= set(_BLOCK_LETTERS):
-            raise values.wrong("hybrid_override_pattern", f"a text of {', '.join(_BLOCK_LETTERS)}")
-        names = [_BLOCK_LETTERS[one] for one in letters]
+def _block_names(values: Values) -> list[str] | None:
+    """Nemotron-H: the kind of each block, of attention or feed-forward; None for a model whose layers are both."""
+    if values.has("expert_layer_period"):
+        return None
+    for key in ("layers_block_type", "layer_types"):
+        names = values.raw(key)
+        if isinstance(names, list) and any(one in _FEED_BLOCKS for one in names if type(one) is str):
+            return values.items(key)
+    if not values.has("hybrid_override_pattern"):
+        return None
+    letters = values.raw("hybrid_override_pattern")
+    if not isinstance(letters, str) or len(letters) > MOST_LAYERS or not set(letters) <= set(_BLOCK_LETTERS):
+        raise values.wrong("hybrid_override_pattern", f"a text of {', '.join(_BLOCK_LETTERS)}")
+    return [_BLOCK_LETTERS[one] for one in letters]
+
+
+def _blocks(values: Values, names: list[str]) -> Layers:
+    """Nemotron-H: two blocks that follow each other, of attention and of feed-forward, are a layer."""
     attention, feed, waiting = "", "", ""
     for name in names:
         if name not in _BLOCKS:

@@ -66,6 +66,16 @@ class Values:
             raise self.wrong(name, f"a whole number in [{low}, {high}]")
         return value
 
+    def amount(self, *names: str, high: float) -> float:
+        """A number above 0 and up to `high`, such as bits, of which quantisers give fractions."""
+        name = self.name_of(*names)
+        if name is None:
+            raise self.lacking(names[0])
+        value = self.table[name]
+        if type(value) not in (int, float) or not 0 < value <= high:
+            raise self.wrong(name, f"a number above 0, at most {high:g}")
+        return float(value)
+
     def flag(self, *names: str, default: bool = False) -> bool:
         """True or false."""
         name = self.name_of(*names)

@@ -23,11 +23,13 @@ _NO_MODEL = re.compile(r"^mmproj|-(?!00001)\d{5}-of-\d{5}\.gguf$")
 @dataclass(frozen=True)
 class ReadModel:
     """A model as a file tells it. derived: what was computed from several values of the file; assumed: what the file
-    does not say. Short sentences without a full stop, each for a reader to check."""
+    does not say; incomplete: what is missing of the file, so that a part of the model is made up. Short sentences
+    without a full stop, each for a reader to check."""
 
     spec: ModelSpec
     derived: tuple[str, ...]
     assumed: tuple[str, ...]
+    incomplete: tuple[str, ...] = ()
 
 
 def read_model_file(path: Path) -> ReadModel:

@@ -339,7 +339,7 @@ def bad_pairs() -> Iterator[Bad]:
     for path in ([], [1], [""], ["a", None], [["a"]]):
         yield Bad(LRU, (("trace.path", path),), ("trace.path",))
     yield Bad(LRU, (("warmup_forwards", 20),), ("warmup_forwards=20", "max_tokens=20"))
-    yield Bad(LRU, (("gpu_memory_gb", 80.5),), ("gpu_memory_gb=80.5", "hardware.memory_gb"))
+    yield Bad(LRU, (("gpu_memory_gb", 86),), ("gpu_memory_gb=86", "hardware.memory_gb"))
     yield Bad(LRU, (("gpu_memory_gb", 0.001),), ("gpu_memory_gb=0.001", "no slot"))
     yield Bad(LRU, (("host_memory_gb", 8),), ("host_memory_gb=8", "storage"))
     yield Bad(STORED, (("host_memory_gb", None),), ("storage", "host_memory_gb"))

@@ -120,7 +120,8 @@ VALUES = [
     Bad(f"{LRU} chunk_mib=1e-9", ("chunk_mib=1e-09", "[0.0009765625, 4096] MiB")),
     Bad(f"{LRU} chunk_mib=0.000976", ("chunk_mib=0.000976", "[0.0009765625, 4096] MiB")),
     Bad(f"{LRU} chunk_mib=4097", ("chunk_mib=4097", "[0.0009765625, 4096] MiB")),
-    Bad(f"{LRU} gpu_memory_gb=80.1", ("gpu_memory_gb=80.1", "more than the GPU has", "hardware.memory_gb=80.0")),
+    # 80 * 2^30 bytes are 85.899 GB.
+    Bad(f"{LRU} gpu_memory_gb=85.9", ("gpu_memory_gb=85.9", "more than the GPU has", "hardware.memory_gb=80.0")),
     Bad(f"{LRU} start=resident", ("start=resident", "residency=1.0", "start=popular")),
     Bad(f"{LRU} start=resident gpu_memory_gb=20", ("start=resident", "residency=1.0", "start=popular")),
     Bad(f"{LRU} channel_depth=0", ("channel_depth=0", "[1, 1024]")),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sim.job.clashes import prepared
+from sim.paths import CONF
 from sim.specs.model_file import read_model_file
 from tests.support.commands import run_here
 from traces.messages import TraceError
@@ -73,6 +74,30 @@ def test_the_home_folder_and_the_flag_of_a_sweep_are_meant_where_they_stand(monk
         "trace.path='/home/a b/t'",
         "~policy.place",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["x=1", "--config-dir", "mine", "y=2"], ["--config-dir", "mine", "x=1", "y=2"]),
+        (["x=1", "--config-dir=mine", "y=2"], ["--config-dir=mine", "x=1", "y=2"]),
+        (["x=1", "-cd", "mine", "-m", "y=2,3"], ["-m", "-cd", "mine", "x=1", "y=2,3"]),
+        (["x=1", "--config-dir"], ["--config-dir", "x=1"]),
+        (["--config-dir", "--run", "x=1"], ["--config-dir", "--run", "x=1"]),
+    ],
+)
+def test_flags_are_meant_where_they_stand(words: list[str], expected: list[str]) -> None:
+    assert prepared(words) == expected
+
+
+@pytest.mark.slow
+def test_the_folder_of_ones_own_may_be_named_between_the_keys(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    text = (CONF / "model" / "gpt-oss-20b.yaml").read_text(encoding="utf-8")
+    (tmp_path / "mine" / "model" / "q4.yaml").write_text(text, encoding="utf-8")
+    words = ["+hardware=a100", "--config-dir", str(tmp_path / "mine"), "model=q4", "+policy=lru", "max_tokens=4"]
+    found = run_here([*words, "compare=none"], tmp_path / "run")
+    assert (found.code, found.err) == (0, "")
 
 
 def test_of_a_folder_the_only_gguf_file_is_read(tmp_path: Path) -> None:

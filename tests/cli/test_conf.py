@@ -14,6 +14,7 @@ from expertflow.predictors.lookahead import LookaheadPredictor
 from expertflow.predictors.transition import TransitionPredictor
 from sim.job.beside import baselines
 from sim.job.configure import configure
+from sim.job.report import memory_note
 from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
 from sim.paths import CONF
@@ -173,6 +174,37 @@ def test_memory_for_the_whole_model_holds_every_expert(name: str, tmp_path: Path
     just = {whole + 1e-6: num_keys, whole - expert / 2: num_keys - 1, fixed + 1.5 * expert: 1}
     for gigabytes, num_slots in just.items():
         assert make_workload(configure([*told, f"gpu_memory_gb={gigabytes}"])).num_slots == num_slots
+
+
+@pytest.mark.parametrize(
+    ("word", "refused", "noted"),
+    [
+        ("gpu_memory_gb=24", False, False),
+        ("gpu_memory_gb=25.769", False, True),
+        ("gpu_memory_gb=25.770", True, False),
+        ("residency=0.36", False, False),
+        ("residency=0.38", False, True),
+    ],
+)
+def test_memory_to_count_on_and_memory_that_there_is(word: str, refused: bool, noted: bool, tmp_path: Path) -> None:
+    """Of a card of 24 GB: 24 * 2^30 bytes are 25.7698 GB, beyond which nothing is there. What is beyond 24 is said."""
+    path = small_trace(tmp_path / "t.safetensors", 2, 1, shape=(48, 128, 8), model="qwen3-30b-a3b")
+    cfg = configure(["+hardware=rtx4090", "+policy=lru", f"trace.path={path}", "compare=none", word])
+    if refused:
+        with pytest.raises(ValueError, match=r"more than the GPU has \(hardware.memory_gb=24.0: 25.77 GB .*; give 24"):
+            make_workload(cfg)
+        return
+    work = make_workload(cfg)
+    taken = 24.3 if word[0] == "g" else 25.1
+    # 57.98 GB of experts, 3.07 GB beside; 1.5 GB of workspace and the KV cache are in gpu_memory_gb.
+    assert memory_note(work) == (
+        [
+            f"these slots and all other weights take {taken} GB, and rtx4090 has 24 to count "
+            "on: say gpu_memory_gb=24 for what fits"
+        ]
+        if noted
+        else []
+    )
 
 
 @pytest.mark.parametrize("name", ["on_demand", "lru"])

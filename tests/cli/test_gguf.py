@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sim.job.configure import configure
+from sim.job.report import notes_of
+from sim.job.setup import make_workload
 from tests.cli.test_bad_input import assert_refused
 from tests.support import gguf_models
 from tests.support.commands import ROOT, run_here, small_trace
@@ -48,6 +51,21 @@ def test_another_model_than_the_trace_is_of_is_refused(tmp_path: Path) -> None:
     path = gguf_models.write(tmp_path / "m.gguf", *gguf_models.olmoe())
     found = run_here([*WORDS, f"model.path={path}", f"trace.path={trace}"], tmp_path / "out")
     assert_refused(found, ("num_layers=16", "num_layers=24"))
+
+
+def test_a_part_that_is_missing_is_told_before_all_else(tmp_path: Path) -> None:
+    made = gguf_models.in_parts(tmp_path, "m", gguf_models.gpt_oss_20b(), 100)
+    made[1].unlink()
+    trace = small_trace(tmp_path / "t.safetensors")
+    words = [*WORDS, f"model.path={made[0]}", f"trace.path={trace}", "max_tokens=4"]
+    found = run_here(words, tmp_path / "out")
+    said = " ".join(found.out.split())
+    assert f"model: incomplete: 1 of {len(made)} parts are not there ({made[1].name} first)" in said
+    assert said.index("incomplete") < said.index("derived")
+    origin = json.loads((found.folder / "provenance.json").read_text(encoding="utf-8"))
+    assert len(origin["model_file"]["incomplete"]) == 1
+    # A line of a sweep has it, too.
+    assert notes_of(make_workload(configure(words)))[0].startswith("model: incomplete: 1 of")
 
 
 @pytest.mark.slow

@@ -82,6 +82,18 @@ def _q4_k_m(name: str, shape: tuple[int, ...], kind: str, num_layers: int, num_e
     return chosen if shape[0] % 256 == 0 else {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}.get(chosen, chosen)
 
 
+def of_one_type(model: tuple[str, dict[str, Any], list[Info]], kind: str) -> tuple[str, dict[str, Any], list[Info]]:
+    """The same model as `llama-quantize … Q8_0` or `Q6_K` gives it: every matrix but routers in one type, rows that its
+    blocks do not divide in Q8_0."""
+    arch, keys, tensors = model
+    block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]
+    made = []
+    for name, shape, was in tensors:
+        plain = len(shape) < 2 or not name.endswith("weight") or "_norm" in name or "ffn_gate_inp." in name
+        made.append(Info(name, shape, was if plain else kind if shape[0] % block == 0 else "Q8_0"))
+    return arch, keys, made
+
+
 # -- public models -------------------------------------------------------------------------------------------
 
 

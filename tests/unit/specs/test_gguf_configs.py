@@ -372,7 +372,7 @@ def test_both_readers_tell_of_the_same_model(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(case.config), encoding="utf-8")
     by_config = read_model_file(tmp_path / "config.json").spec
     by_tensors = read_model_file(gguf_models.write(tmp_path / "m.gguf", *case.model())).spec
-    stored = {"name", "source", "weight_bits", "expert_bits", "embedding_bits", "extra_bytes"}
+    stored = {"name", "source", "weight_bits", "expert_bits", "embedding_bits", "extra_bytes", "mtp_bytes"}
     for key in {field.name for field in fields(by_config)} - stored:
         assert getattr(by_tensors, key) == getattr(by_config, key), key
     assert by_tensors.num_params == by_config.num_params

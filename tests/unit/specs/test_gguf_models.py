@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,13 +365,30 @@ def test_an_indexer_and_a_block_that_predicts_further_tokens(tmp_path: Path) -> 
         "index_heads": 4,
         "index_dim": 48,
         "index_bits": 8 + 32 / 48,
+        "mtp_bytes": sum(info.num_bytes for info in tensors if info.name.startswith("blk.2.")),
     }
     assert found.spec.num_layers == 2
-    assert "1 of 3 blocks, which predict further tokens (MTP), are left out" in found.derived
+    # The whole of the third block: attention, indexer, experts, and what takes two embeddings together.
+    heads = sum(info.num_bytes for info in tensors if info.name.startswith("blk.2."))
+    told = f"are left out: {heads / 1e9:.3g} GB, loaded with model.mtp=true"
+    assert f"1 of 3 blocks, which predict further tokens (MTP), {told}" in found.derived
+    assert (found.spec.mtp_bytes, found.spec.mtp) == (heads, False)
+    loaded = replace(found.spec, mtp=True)
+    assert loaded.non_expert_bytes == found.spec.non_expert_bytes + heads
+    assert loaded.total_expert_bytes == found.spec.total_expert_bytes
     two = sum(
         info.num_bytes for info in tensors if info.name.startswith(("blk.0", "blk.1")) and "_exps" not in info.name
     )
     assert found.spec.non_expert_bytes == two + sum(info.num_bytes for info in ends(H, 1000, "Q8_0"))
+
+
+def test_blocks_that_predict_further_tokens_may_be_gone(tmp_path: Path) -> None:
+    tensors = [info for layer in range(2) for info in (*gqa(layer, H, 8, 2, 32), *experts(layer, H, 512, E))]
+    found = read(tmp_path, "glm4moe", {".block_count": 3, ".nextn_predict_layers": 1}, tensors)
+    assert "which predict further tokens (MTP), are left out; the file does not hold them" in " ".join(found.derived)
+    assert found.spec.mtp_bytes == 0
+    with pytest.raises(ValueError, match=r"model\.mtp=true loads heads .* the model has none .*; leave it out"):
+        replace(found.spec, mtp=True)
 
 
 def test_heads_that_differ_by_block_are_those_of_most(tmp_path: Path) -> None:
@@ -421,7 +439,7 @@ def test_of_a_part_that_is_missing_the_blocks_are_taken_to_be_like_others(tmp_pa
     parts = in_parts(tmp_path, "m", model, 150)
     parts[1].unlink()
     found = read_gguf(parts[0])
-    assert any("1 of 3 parts are not there (m-00002-of-00003.gguf first)" in text for text in found.derived)
+    assert any("1 of 3 parts are not there (m-00002-of-00003.gguf first)" in text for text in found.incomplete)
     same = ("num_layers", "num_dense_layers", "shared_intermediate", "kv_rank", "vocab_size", "tied_embeddings")
     assert [getattr(found.spec, key) for key in same] == [getattr(whole, key) for key in same]
     assert found.spec.mean_expert_bytes == pytest.approx(whole.mean_expert_bytes, rel=0.05)

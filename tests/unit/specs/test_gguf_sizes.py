@@ -27,7 +27,19 @@ PUBLISHED: list[tuple[Callable[[], Any], float, str]] = [
     # llama-bench: "deepseek2 16B Q4_K - Medium, 9.65 GiB, 15.71 B".
     (gguf_models.deepseek_v2_lite, 9.65 * GIB, "deepseek-v2-lite-chat"),
     (lambda: gguf_models.deepseek_v2_lite(split_kv=True), 9.65 * GIB, "deepseek-v2-lite-chat"),
+    # llama-bench in GitHub ggml-org/llama.cpp#15616: "qwen3moe 30B.A3B Q8_0, 30.25 GiB".
+    (lambda: QWEN3["Q8_0"](), 30.25 * GIB, "qwen3-30b-a3b"),
+    # llama-bench, as several public tables have it: "qwen3moe 30B.A3B Q6_K, 23.36 GiB, 30.53 B".
+    (lambda: QWEN3["Q6_K"](), 23.36 * GIB, "qwen3-30b-a3b"),
+    # llama-bench: "deepseek2 16B Q8_0, 15.55 GiB".
+    (lambda: gguf_models.of_one_type(gguf_models.deepseek_v2_lite(), "Q8_0"), 15.55 * GIB, "deepseek-v2-lite-chat"),
 ]
+QWEN3: dict[str, Callable[[], Any]] = {
+    "Q4_K_M": gguf_models.qwen3_30b_a3b,
+    "Q6_K": lambda: gguf_models.of_one_type(gguf_models.qwen3_30b_a3b(), "Q6_K"),
+    "Q8_0": lambda: gguf_models.of_one_type(gguf_models.qwen3_30b_a3b(), "Q8_0"),
+}
+"""Qwen3-30B-A3B by quantisation."""
 
 
 @pytest.mark.parametrize(("model", "published", "name"), PUBLISHED, ids=[name for _, _, name in PUBLISHED])
@@ -66,6 +78,23 @@ def test_the_experts_of_qwen3_30b_a3b_are_those_that_were_streamed(tmp_path: Pat
     assert len(wide) == 24
     assert found.spec.mean_expert_bytes == (2_654_208 + 3_059_712) // 2
     assert "experts take 2.65 MB to 3.06 MB by layer (Q4_K, Q6_K), 2.86 MB in the mean" in found.derived
+
+
+@pytest.mark.parametrize(
+    ("kind", "each", "published"),
+    [
+        # Blocks of 256 weights in 144 and 210 bytes (Q4_K; Q6_K in half of the layers' down), 210 and, of 32, 34 bytes.
+        ("Q4_K_M", (2_654_208 + 3_059_712) // 2, 18_556_685_824),
+        ("Q6_K", 3 * 2048 * 768 * 210 // 256, 23.36 * GIB),
+        ("Q8_0", 3 * 2048 * 768 * 34 // 32, 30.25 * GIB),
+    ],
+)
+def test_an_expert_takes_what_the_published_file_leaves_for_it(
+    kind: str, each: int, published: float, tmp_path: Path
+) -> None:
+    spec = read_gguf(gguf_models.write(tmp_path / "m.gguf", *QWEN3[kind]())).spec
+    assert spec.mean_expert_bytes == each
+    assert (published - spec.non_expert_bytes) / (48 * 128) == pytest.approx(each, rel=0.01)
 
 
 @pytest.mark.parametrize(

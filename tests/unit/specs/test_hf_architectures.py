@@ -4,14 +4,17 @@ those of the model that transformers builds of it, on the device `meta`, which t
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sim.specs.hf_layers import LAYER_TYPES
 from sim.specs.model_file import read_model_file
 
 torch = pytest.importorskip("torch", reason="pip install 'expertflow[record]'")
@@ -186,3 +189,51 @@ def test_what_is_read_is_what_transformers_builds(kind: str, tmp_path: Path) -> 
     if not found.tied_embeddings and not any("lm_head" in name for name in shapes):
         total += found.head_params  # a model without its head
     assert found.num_params == pytest.approx(total, rel=0.01)
+
+
+def test_every_kind_of_layer_that_transformers_translates_is_known() -> None:
+    from transformers import configuration_utils
+
+    legacy = configuration_utils._LEGACY_LAYER_TYPE_REMAP
+    assert {name: LAYER_TYPES.get(name) for name in legacy} == {name: LAYER_TYPES[now] for name, now in legacy.items()}
+
+
+TRANSLATED = [
+    (kind, alias, name)
+    for kind in TYPES
+    if not OTHERS.search(kind) and kind not in REFUSED
+    for alias, name in CONFIG_MAPPING[kind].attribute_map.items()
+    # Of attention in latent form a file's head_dim says something else.
+    if (kind, alias) != ("glm4_moe_lite", "head_dim")
+]
+"""Names of one key of a kind of models: what a file may say, and what transformers calls it."""
+
+
+@pytest.mark.parametrize(("kind", "alias", "name"), TRANSLATED)
+def test_both_names_of_a_key_are_read(kind: str, alias: str, name: str, tmp_path: Path) -> None:
+    config_of(kind).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if table.get(name) is None:
+        return  # computed from others, and in no file
+    found = replace(read_model_file(path).spec, source="-")
+    others = {key: value for key, value in table.items() if key not in (alias, name)}
+    path.write_text(json.dumps({**others, alias: table[name]}), encoding="utf-8")
+    assert replace(read_model_file(path).spec, source="-") == found
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe", "bailing_hybrid", "mellum", "sarvam_moe"])
+def test_heads_of_multi_token_prediction_are_those_that_transformers_builds(kind: str, tmp_path: Path) -> None:
+    from transformers.modeling_layers import MtpModel
+
+    layers = {"mtp_layer_types": ["full_attention"], "mtp_mlp_layer_types": ["sparse"]}
+    own = layers if kind == "bailing_hybrid" else {}
+    config = CONFIG_MAPPING[kind](**GIVEN.get(kind, {}), num_mtp_layers=1, **own)
+    config.save_pretrained(tmp_path)
+    spec = read_model_file(tmp_path).spec
+    model = model_of(kind, config)
+    with torch.device("meta"):
+        heads = MtpModel(model, 1).layers
+    assert 8 * spec.mtp_bytes / spec.weight_bits == pytest.approx(
+        sum(one.numel() for one in heads.parameters()), rel=0.01
+    )

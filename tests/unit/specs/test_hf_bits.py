@@ -248,6 +248,70 @@ def test_what_is_not_read_is_told(quantised: dict[str, Any], said: str, tmp_path
     assert said in " ".join(read(tmp_path, QWEN3, quantization_config=quantised).assumed)
 
 
+HQQ = {"weight_quant_params": {"nbits": 4, "group_size": 64}}
+AO_INT4 = {"_type": "Int4WeightOnlyConfig", "_version": 1, "_data": {"group_size": 64}}
+QUARK_FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+
+
+@pytest.mark.parametrize(
+    ("quantised", "expected"),
+    [
+        ({"quant_method": "exl2", "bits": 4.0, "head_bits": 6}, 4),
+        ({"quant_method": "exl2", "bits": 4.65}, 4.65),
+        ({"quant_method": "exl3", "bits": 3.0, "group_size": -1}, 3),
+        ({"quant_method": "exl3", "bits": 2.25, "head_bits": 6}, 2.25),
+        ({"quant_method": "gptq", "bits": 4.0, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "hqq", "quant_config": HQQ}, 4.5),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 8, "group_size": None}}}, 8),
+        ({"quant_method": "hqq", "quant_config": {"self_attn.q_proj": HQQ, "mlp.experts": HQQ}}, 4.5),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only", "quant_type_kwargs": {"group_size": 32}}, 5),
+        ({"quant_method": "torchao", "quant_type": "int8_dynamic_activation_int4_weight"}, 4.25),
+        ({"quant_method": "torchao", "quant_type": "float8_weight_only"}, 8),
+        ({"quant_method": "torchao", "quant_type": {"default": AO_INT4}}, 4.5),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}, 8),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "NVFP4WeightOnlyConfig"}}}, 4.5),
+        ({"quant_method": "quark", "global_quant_config": {"weight": QUARK_FP4}}, 4.25),
+        (
+            {
+                "quant_method": "quark",
+                "global_quant_config": {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}},
+            },
+            8,
+        ),
+        ({"quant_method": "quark", "global_quant_config": {"weight": {**QUARK_FP4, "dtype": "uint4"}}}, 4 + 20 / 32),
+        ({"quant_method": "quanto", "weights": "int4"}, 4.25),
+        ({"quant_method": "quanto", "weights": "float8"}, 8),
+    ],
+)
+def test_quantisers_with_a_form_of_their_own(quantised: dict[str, Any], expected: float, tmp_path: Path) -> None:
+    assert bits(tmp_path, QWEN3, **quantised) == (pytest.approx(expected), pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        {"quant_method": "hqq"},
+        {"quant_method": "hqq", "quant_config": {"a": HQQ, "b": {"weight_quant_params": {"nbits": 8}}}},
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "ModuleFqnToConfig", "_data": {}}}},
+        {"quant_method": "torchao"},
+        {"quant_method": "quark"},
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "odd"}}},
+        {"quant_method": "quanto", "weights": "none"},
+    ],
+)
+def test_bits_that_are_not_told_in_a_known_way_are_asked_for(quantised: dict[str, Any], tmp_path: Path) -> None:
+    found = read(tmp_path, QWEN3, quantization_config=quantised)
+    assert (found.spec.expert_bits, found.spec.weight_bits) == (16, 16)
+    assert "taken as not quantised; say model.expert_bits and model.weight_bits" in " ".join(found.assumed)
+
+
+@pytest.mark.parametrize("bits", ["4", 0, -4.0, 17, float("nan"), True, None])
+def test_bits_that_are_no_number_of_bits_are_refused(bits: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"bits") as refused:
+        read(tmp_path, QWEN3, quantization_config={"quant_method": "exl3", "bits": bits})
+    assert len(str(refused.value)) <= 300
+
+
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
 @pytest.mark.parametrize(
     ("table", "expected"),

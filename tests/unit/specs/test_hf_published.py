@@ -187,6 +187,36 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
         },
         230e9,
     ),
+    # As GitHub stepfun-ai/Step-3.5-Flash names its keys, which transformers translates.
+    "step-3.5-flash": (
+        {
+            "model_type": "step3p5",
+            "attention_other_setting": {
+                "attention_type": "sliding_attention",
+                "head_dim": 128,
+                "num_attention_groups": 8,
+                "num_attention_heads": 96,
+            },
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "intermediate_size": 11264,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3] * 12,
+            "max_seq_len": 262144,
+            "moe_intermediate_size": 1280,
+            "moe_layers_enum": ",".join(map(str, range(3, 45))),
+            "moe_num_experts": 288,
+            "moe_top_k": 8,
+            "num_attention_groups": 8,
+            "num_attention_heads": 64,
+            "num_hidden_layers": 45,
+            "num_nextn_predict_layers": 3,
+            "share_expert_dims": 1280,
+            "sliding_window": 512,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 128896,
+        },
+        196e9,
+    ),
 }
 """Keys, and the weights that the model card names."""
 
@@ -226,3 +256,7 @@ def test_what_a_long_context_takes(tmp_path: Path) -> None:
     assert found.kv_bytes(131_072) == 12 * 131_072 * 2 * 2 * 256 * 2 + 36 * 4 * (32 * 128 * 128 + 3 * 8192)
     found = spec("llama-4-maverick", tmp_path)
     assert found.kv_bytes(131_072) == (12 * 131_072 + 36 * 8192) * 2 * 8 * 128 * 2
+    # Step's 8 groups of 64 query heads are its KV heads; three of four layers keep 512 tokens.
+    found = spec("step-3.5-flash", tmp_path)
+    assert (found.num_kv_heads, found.window_heads, found.shared_intermediate) == (8, 96, 1280)
+    assert found.kv_bytes(131_072) == (12 * 131_072 + 33 * 512) * 2 * 8 * 128 * 2
