@@ -15,9 +15,9 @@ from traces.container import DTYPES, Array, TraceError, check_file, fault
 from traces.format import RowArray
 from traces.jsontext import parse_json
 from traces.layout import ARRAYS, PER_REQUEST
-from traces.reading import read_table, text_lines
+from traces.reading import read_table, read_text, text_lines
 
-JOURNAL, LABELS = "journal.json", "labels.jsonl"
+JOURNAL, LABELS, CONFIG = "journal.json", "labels.jsonl", "config.json"
 JOURNAL_VERSION = 1
 FACTS = ("model", "num_experts", "source", "license", "moe_layer_ids")
 """Fields of `traces.format.About` that a recording knows from its start."""
@@ -91,6 +91,11 @@ class Journal:
         if len(labels) != self.num_requests or not all(isinstance(label, str) for label in labels):
             raise self._spoiled("does not fit its labels")
         return labels
+
+    def config(self) -> str | None:
+        """The text of the model's configuration, if it was given."""
+        path = self.folder / CONFIG
+        return read_text(path, remedy=_SPOILED) if path.exists() else None
 
     def _map(self, name: str) -> Array:
         plain, at, variant = name.partition("@")

@@ -21,17 +21,16 @@ import numpy.typing as npt
 from traces.container import DTYPE_NAMES, Array, TraceError, fault
 from traces.files import replace_text, unwritable, writing
 from traces.format import About, checked_trace, write_trace
-from traces.journal import JOURNAL, JOURNAL_VERSION, LABELS, TAKEN, Journal
+from traces.journal import CONFIG, JOURNAL, JOURNAL_VERSION, LABELS, TAKEN, Journal
 from traces.layout import PER_REQUEST, PER_TOKEN
 from traces.processes.whole import remove_folder
-from traces.reading import read_text
 
 try:
     import fcntl
 except ImportError:  # pragma: no cover - not on this system: two recordings of one file are then not told apart
     fcntl = None  # type: ignore[assignment]
 
-_LOCK, _CONFIG = "lock", "config.json"
+_LOCK = "lock"
 
 
 class TraceWriter:
@@ -88,7 +87,7 @@ class TraceWriter:
             raise unwritable(self.path, error) from None
         self._lock = _lock(self.path, self._folder)
         if config is not None:
-            replace_text(self._folder / _CONFIG, config)
+            replace_text(self._folder / CONFIG, config)
 
     def append(
         self,
@@ -170,9 +169,10 @@ class TraceWriter:
             arrays = journal.arrays()
             header = dict(journal.header) | ({"recovered": "true"} if recovered else {})
             about = About(**journal.facts, request_labels=journal.labels(), header=header)
-            if (folder / _CONFIG).exists():
+            config = journal.config()
+            if config is not None:
                 # Before the trace: with the trace a recording is complete.
-                replace_text(config_of(path), read_text(folder / _CONFIG))
+                replace_text(config_of(path), config)
             write_trace(path, arrays, about)
         finally:
             lock.close()

@@ -30,7 +30,7 @@ _WIDTHS = (
     "index_dim",
     "expert_hidden",
 )
-_PRODUCTS = ("extra_attention_params", "extra_params", "extra_bytes", "linear_params", "linear_state")
+_PRODUCTS = ("extra_attention_params", "extra_params", "extra_bytes", "mtp_bytes", "linear_params", "linear_state")
 """What is a product of two widths."""
 _UNKNOWN = (
     "index_top_k",

@@ -106,7 +106,7 @@ def _make_recording(folder: Path) -> Path:
     from traces.stream import TraceWriter, folder_of
 
     path = folder / "recorded.safetensors"
-    writer = TraceWriter(path, model="tiny", num_experts=files.E, source="tests", license="none")
+    writer = TraceWriter(path, model="tiny", num_experts=files.E, source="tests", license="none", config="{}")
     for request in range(2):
         writer.append(prompt_len=1, context_len=0, label=f"r{request}", experts=files.routing(3, request))
     writer._release()
@@ -119,7 +119,7 @@ def _read_recording(path: Path) -> Any:
 
     journal = Journal(path.parent)
     about = About(**journal.facts, request_labels=journal.labels(), header=dict(journal.header))
-    return checked_trace(path, journal.arrays(), about)
+    return checked_trace(path, journal.arrays(), about), journal.config()
 
 
 def _read_prompts(path: Path) -> Any:
