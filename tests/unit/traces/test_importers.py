@@ -615,9 +615,10 @@ def test_faulty_event_files_are_refused(tmp_path: Path, arrays: dict[str, Any], 
         from_events(tmp_path, arrays)
 
 
-def test_events_need_a_model_and_a_safetensors_file(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="header: names no model"):
-        from_events(tmp_path, csr(EVENTS), model="")
+def test_events_need_no_model_but_a_safetensors_file(tmp_path: Path) -> None:
+    report, trace = from_events(tmp_path, csr(EVENTS), model="")
+    assert trace.model == "unknown"
+    assert report.notes[0].startswith("model=unknown: the source names none")
     (tmp_path / "t.csv").write_text(BY_LAYER)
     with pytest.raises(TraceError, match=r"t.csv: file: is not a safetensors file \(it begins like text\)"):
         import_event_csr(tmp_path / "t.csv", tmp_path / "out.safetensors", model="m")
