@@ -1,5 +1,6 @@
 """Each importer against a small made-up source whose trace is known, against faulty ones, and recorded requests."""
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -69,6 +70,13 @@ def test_json_of_several_forms_in_a_folder(tmp_path: Path) -> None:
     trace = open_trace(report.path)
     assert trace.experts[:, 0, 0].tolist() == [2, 5, 6, 3, 4]
     assert report.notes == ("left out: 1 without router_data",)
+
+
+@pytest.mark.parametrize("name", ["in.json.gz", "in.jsonl.gz"])
+def test_packed_json_is_read_as_what_is_packed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(json.dumps(record(2)).encode()))
+    report = import_gpt_oss_json(tmp_path / name, tmp_path / "out.safetensors")
+    assert report.num_tokens == 2
 
 
 def test_json_with_fewer_experts_is_padded(tmp_path: Path) -> None:
