@@ -164,10 +164,15 @@ def describe(trace: Trace) -> str:
     arrays = ", ".join(trace.layout_arrays())
     return (
         f"{cut(plain(trace.name), 80)}: {cut(plain(trace.model), 80)}, "
-        f"{trace.num_requests} requests, {trace.num_tokens} tokens × "
-        f"{trace.num_layers} layers × top-{trace.top_k} of {trace.num_experts} experts; {arrays}; "
+        f"{trace.num_requests} requests, {shape(trace)}; {arrays}; "
         f"sha256 {trace.sha256()[:12]}"
     )
+
+
+def shape(trace: Trace) -> str:
+    """Tokens, layers, top-k and experts of a trace."""
+    topology = f"{trace.num_layers} layers × top-{trace.top_k} of {trace.num_experts} experts"
+    return f"{trace.num_tokens} tokens × {topology}"
 
 
 # -- import --------------------------------------------------------------------------------------------------
@@ -185,17 +190,18 @@ def run_import(args: argparse.Namespace) -> int:
     sources, output, words = _split_words([args.source, *args.output])
     kind = args.kind
     if kind == AUTO:
-        guess = importlib.import_module("traces.importers.auto").recognise(sources)
+        given = dict(word.split("=", 1) for word in words if "=" in word)
+        guess = importlib.import_module("traces.importers.auto").recognise(sources, given)
         kind = guess.kind
         print(f"taken for {kind}: {guess.seen}")
     importer = importer_of(kind)
-    options = parse_options(kind, importer, words)
+    options = parse_options(kind, importer, words, zero_allowed=("rank",))
     console = Console(stderr=True)
     # Without a terminal a progress bar would leave blank lines among the messages.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         report = importer(sources if len(sources) > 1 else sources[0], output, progress, **options)
-    print(f"wrote {report.path}: {report.num_requests} requests, {report.num_tokens} tokens")
     trace = open_trace(report.path, validate=False)
+    print(f"wrote {report.path}: {report.num_requests} requests, {shape(trace)}")
     more = (topology_note(trace), settings_line(trace, str(report.path)))
     for note in [*report.notes, *filter(None, more)]:
         print(f"note: {note}")

@@ -42,6 +42,10 @@ class KeptRows:
         self._file, self._begin = file, file.tell()
         self._num_rows, self._row_bytes = num_rows, row_bytes
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        self._file.close()
+
     def read(self, first: int, into: npt.NDArray[Any]) -> int:
         """As `expertflow.parts.KeptRows`; OSError where the file has become shorter than it was."""
         num = min(len(into), self._num_rows - first)

@@ -194,6 +194,7 @@ BINARY = Format(lambda content: [content], (_damage,), lambda parts: parts[0], (
 BY_SUFFIX: dict[str, Format] = {
     ".pt": TORCH,
     ".bin": BINARY,
+    ".gz": BINARY,
     ".safetensors": SAFETENSORS,
     ".json": JSON,
     ".jsonl": JSON_LINES,

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("expertflow", "replay", "sim", "traces")
 OPENING = {
     "traces.container": {"map_file"},
+    "traces.importers.packed": {"source_head", "source_json", "source_lines"},
     "traces.parquet": {"open_parquet"},
     "traces.reading": {
         "json_lines",

@@ -42,7 +42,8 @@ def test_import_says_what_it_wrote_and_left_out(tmp_path: Path, capsys: pytest.C
     code, out, err = run(capsys, "import", "gpt-oss-json", tmp_path / "in.json", output)
     assert (code, err) == (0, "")
     *said, topology = out.splitlines()
-    assert said == [f"wrote {output}: 1 requests, 2 tokens", "note: left out: 1 flagged"]
+    shown = "2 tokens × 2 layers × top-2 of 32 experts"
+    assert said == [f"wrote {output}: 1 requests, {shown}", "note: left out: 1 flagged"]
     # Its two layers are not those of the model that the importer names.
     assert topology.startswith("note: gpt-oss-20b has 24 MoE layers, the trace 2")
     assert run(capsys, "import", "gpt-oss-json", tmp_path / "in.json", output, "keep_all=true")[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,6 +168,43 @@ def table_csv_of_lists(folder: Path) -> Path:
     frame["selected_experts"] = frame["selected_experts"].map(str)
     frame.to_csv(folder / "own.csv", index=False)
     return folder / "own.csv"
+
+
+def table_packed(folder: Path) -> Path:
+    path = folder / "own.jsonl.gz"
+    path.write_bytes(gzip.compress(table_jsonl(folder).read_bytes(), mtime=0))
+    return path
+
+
+def table_objects(folder: Path) -> Path:
+    rows = [{"token": row["pos"], "layer": row["layer_id"], "expert": row["selected_experts"]} for row in table_rows()]
+    (folder / "own.json").write_text(json.dumps(rows))
+    return folder / "own.json"
+
+
+def table_melted(folder: Path) -> Path:
+    """From wide to long: all first experts, then all second ones."""
+    rows = [f"{row['pos']},{row['layer_id']},{k},{row['selected_experts'][k]}" for k in (0, 1) for row in table_rows()]
+    (folder / "melted.csv").write_text("token,layer,rank,expert\n" + "\n".join(rows) + "\n")
+    return folder / "melted.csv"
+
+
+def table_of_batches(folder: Path) -> Path:
+    """Two requests, each with the tokens of all, as the rows of a forward tell them."""
+    rows = [
+        f"{step},{layer},{request},{token[layer][0]} {token[layer][1]}"
+        for step, forward in enumerate(forwards())
+        for layer in range(NUM_LAYERS)
+        for request in "ab"
+        for token in forward
+    ]
+    (folder / "batches.csv").write_text("step,layer,request,experts\n" + "\n".join(rows) + "\n")
+    return folder / "batches.csv"
+
+
+def bare_lists(folder: Path) -> Path:
+    (folder / "bare.json").write_text(json.dumps(TOKENS))
+    return folder / "bare.json"
 
 
 def table_text(folder: Path) -> Path:

@@ -124,6 +124,8 @@ def _kept_experts(asked: Assumed, lengths: Sequence[int]) -> npt.NDArray[np.inte
                 return experts
         except OSError:
             pass  # cut short meanwhile: it is made anew
+        finally:
+            found.close()
     made = make_routing(family, topology, lengths, asked.seed)
     kept.keep(name, shape, kind, [made])
     return made

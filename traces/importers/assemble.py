@@ -32,6 +32,10 @@ from traces.limits import check_bytes
 
 INCOMPLETE = ("drop", "repeat")
 UNNAMED = "unknown"
+NO_MODEL = (
+    f"model={UNNAMED}: the source names none; to simulate it by name give model=NAME, one that `expertflow sim --help` "
+    "lists"
+)
 _MAX_ID = 1 << 31
 _MAX_TOP_K = 1024
 _DONE = {
@@ -69,6 +73,8 @@ class Choices:
     """One a request; a request's number is its place here."""
     positions: bool = False
     """Whether the number of a token is its position in the context, so that what stands before it counts."""
+    prompt_len: int = 0
+    """How many tokens of each request are its prompt; 0: not given."""
     has_weights: bool = True
     has_phase: bool = True
     has_forward: bool = True
@@ -172,13 +178,11 @@ def write_choices(choices: Choices, source: Source, output: str | Path) -> Impor
     check_choice("incomplete", source.incomplete, INCOMPLETE)
     if not len(choices):
         raise fault(source.path, "source", "holds no choice of experts", "check the file and the options")
-    experts, weights = _checked(choices, source)
-    num_experts, notes = _num_experts(choices, source, experts)
+    experts, weights, notes = _checked(choices, source)
+    num_experts, more = _num_experts(choices, source, experts)
+    notes += more
     if not source.model:
-        notes.append(
-            f"model={UNNAMED}: the source names none; to simulate it by name give model=NAME, one that "
-            "`expertflow sim --help` lists"
-        )
+        notes.append(NO_MODEL)
     requests, layers, more = assemble(choices, source, experts, weights)
     about = About(
         model=source.model or UNNAMED,
@@ -223,6 +227,8 @@ def assemble(
             raise _wrong(choices, source, int(order[mixed[0]]), "is of a token that is in both phases", "correct it")
     begins = np.flatnonzero(np.diff(request[first], prepend=-1))
     ends = np.append(begins[1:], num_tokens)
+    if choices.prompt_len:
+        of_prompt = _prompts(choices, source, first, begins, of_prompt)
     requests, num_changed, num_cut = [], 0, 0
     many = len({label for label in choices.labels if label}) > 1
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
@@ -248,13 +254,37 @@ def assemble(
     return requests, layers.tolist(), _notes(choices, source, num_changed, num_cut)
 
 
+def _prompts(choices: Choices, source: Source, first: Ints, begins: Ints, told: Flags) -> Flags:
+    """Which tokens are of their request's prompt [T], by how many of each are. TraceError where a request has fewer
+    tokens, or the source tells another number.
+
+    first: a choice of each token; begins: the first token of each request.
+    """
+    lengths = np.diff(np.append(begins, len(first)))
+    short = np.flatnonzero(lengths < choices.prompt_len)
+    if len(short):
+        problem = f"is of a request of {lengths[short[0]]} tokens, fewer than prompt_len={choices.prompt_len}"
+        raise _wrong(
+            choices, source, int(first[begins[short[0]]]), problem, "give a smaller one, or what tells prompts"
+        )
+    if choices.has_phase:
+        counts = np.add.reduceat(told.astype(np.int64), begins)
+        other = np.flatnonzero(counts != choices.prompt_len)
+        if len(other):
+            problem = f"is of a request whose prompt has {counts[other[0]]} tokens, not prompt_len={choices.prompt_len}"
+            raise _wrong(choices, source, int(first[begins[other[0]]]), problem, "leave out prompt_len=")
+        return told
+    found: Flags = np.arange(len(first)) - np.repeat(begins, lengths) < choices.prompt_len
+    return found
+
+
 def _notes(choices: Choices, source: Source, num_changed: int, num_cut: int) -> list[str]:
     notes = []
     if num_changed:
         notes.append(f"{num_changed} prompt tokens lack a layer: {_DONE[source.incomplete]}")
     if num_cut:
         notes.append(f"{num_cut} last tokens left out: the recording ends before their last layer")
-    if not choices.has_phase:
+    if not (choices.has_phase or choices.prompt_len):
         notes.append("no prompt length: all tokens count as decode")
     return notes
 
@@ -289,8 +319,11 @@ def _complete(
     raise _wrong(choices, source, at, problem, "the file is cut off or mixed up; remove this token")
 
 
-def _checked(choices: Choices, source: Source) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64] | None]:
-    """Experts [N,K] with what is none at the end, and their weights. TraceError on an expert chosen twice."""
+def _checked(
+    choices: Choices, source: Source
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64] | None, list[str]]:
+    """Experts [N,K], best first by their weights and what is none at the end, the weights, and notes. TraceError on an
+    expert chosen twice."""
     experts, weights = choices.experts(), choices.weights()
     none = experts < 0
     if none.any():
@@ -308,12 +341,25 @@ def _checked(choices: Choices, source: Source) -> tuple[npt.NDArray[np.int32], n
         raise _wrong(choices, source, at, problem, "give each token and layer distinct experts")
     if weights is not None:
         if np.isnan(weights).any():
-            return experts, None
+            return experts, None, ["weights left out: some are not known"]
         outside = np.flatnonzero(((weights < 0) | (weights > MAX_WEIGHT)).any(axis=1))
         if len(outside):
             problem = f"has the weights {weights[outside[0]].tolist()[:8]}"
             raise _wrong(choices, source, int(outside[0]), problem, f"give 0 to {MAX_WEIGHT}, or nan for unknown")
-    return experts, weights
+        return _by_weight(experts, weights)
+    return experts, weights, []
+
+
+def _by_weight(
+    experts: npt.NDArray[np.int32], weights: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64], list[str]]:
+    """Experts and weights [N,K] with the largest weight first, and a note where they were not."""
+    rising = ((weights[:, 1:] > weights[:, :-1]) & (experts[:, 1:] >= 0)).any(axis=1)
+    if not rising.any():
+        return experts, weights, []
+    order = np.argsort(np.where(experts < 0, np.inf, -weights), axis=1, kind="stable")
+    note = f"experts of {int(rising.sum())} of {len(experts)} choices put in the order of their weights, best first"
+    return np.take_along_axis(experts, order, axis=1), np.take_along_axis(weights, order, axis=1), [note]
 
 
 def _num_experts(choices: Choices, source: Source, experts: npt.NDArray[np.int32]) -> tuple[int, list[str]]:

@@ -7,15 +7,16 @@ checks the rest. `python -m traces import auto` says what it took a source for.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from traces.container import TraceError, check_file, fault
 from traces.importers import event_csr, moe_beyond_csv, route_csv
+from traces.importers.columns import USUAL, Columns, completed, named_columns
 from traces.importers.common import files_of
-from traces.importers.rows import RowFile, kind_of
-from traces.importers.table import Columns, completed
+from traces.importers.packed import source_head, suffix_of
+from traces.importers.rows import UNTOLD, RowFile, kind_of, told_kind
 from traces.jsontext import parse_json
 
 _HEAD_BYTES = 1 << 18
@@ -23,6 +24,11 @@ _SUFFIXES = (
     *(".csv", ".tsv", ".txt", ".parquet", ".jsonl", ".ndjson"),
     *(".json", ".npy", ".npz", ".pt", ".safetensors"),
 )
+_OF_TABLES = ("layer", "expert", "format", "fields")
+"""Options that no other importer has."""
+_LISTS = re.compile(r"\s*\[\s*\[")
+_ROWS = re.compile(r"\s*\[\s*\{")
+_UNTOLD_KINDS = {"csv": ".csv", "text": ".txt", "jsonl": ".jsonl", "json": ".json"}
 _KEY = re.compile(r'"([A-Za-z_]\w{0,60})"\s*:')
 
 
@@ -34,21 +40,30 @@ class Guess:
     seen: str
 
 
-def recognise(source: str | Path | Sequence[str | Path]) -> Guess:
-    """The importer for a file, a folder or several of them. TraceError where none fits."""
+def recognise(source: str | Path | Sequence[str | Path], options: Mapping[str, str] | None = None) -> Guess:
+    """The importer for a file, a folder or several of them. TraceError where none fits.
+
+    options: as the user gives them: who names columns, or a format, has a table.
+    """
     path = files_of(source, *_SUFFIXES)[0]
     check_file(path)
-    suffix = path.suffix.lower()
+    named = next((key for key in _OF_TABLES if (options or {}).get(key)), "")
+    if named:
+        return Guess("table", f"the option {named}=")
+    suffix = suffix_of(path)
+    if suffix in UNTOLD:
+        suffix = _UNTOLD_KINDS.get(told_kind(path), suffix)
     if suffix in (".npy", ".npz"):
         return Guess("engine-dumps", f"{suffix} arrays of routed experts")
     if suffix == ".pt":
         return Guess("sglang-recorder", "a .pt file")
     if suffix == ".safetensors":
         return _safetensors(path)
+    given = named_columns(options or {})
     if suffix in (".json", ".jsonl", ".ndjson"):
-        return _json(path)
+        return _json(path, suffix, given)
     if suffix in (".csv", ".tsv", ".txt", ".parquet"):
-        return _rows(path)
+        return _rows(path, suffix, given)
     raise _unknown(path, f"has the suffix {suffix or '(none)'}")
 
 
@@ -58,11 +73,7 @@ def _unknown(path: Path, problem: str) -> TraceError:
 
 
 def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_HEAD_BYTES)
-    except OSError as error:
-        raise fault(path, "file", f"cannot be read ({error.strerror})", "check the path and its rights") from None
+    return source_head(path, _HEAD_BYTES)
 
 
 def _safetensors(path: Path) -> Guess:
@@ -76,7 +87,7 @@ def _safetensors(path: Path) -> Guess:
     raise _unknown(path, f"holds the arrays {', '.join(sorted(names))[:80]}")
 
 
-def _json(path: Path) -> Guess:
+def _json(path: Path, suffix: str, given: Columns) -> Guess:
     """By the keys that stand in the beginning of the file."""
     text = _head(path).decode("utf-8-sig", "replace")
     keys = set(_KEY.findall(text))
@@ -89,37 +100,49 @@ def _json(path: Path) -> Guess:
     ):
         if needed <= keys:
             return Guess(kind, f"the keys {', '.join(sorted(needed))}")
-    if path.suffix.lower() == ".json":
+    if suffix == ".json":
+        if _is_list_of_rows(text, keys):
+            return _table(path, given)
+        if _LISTS.match(text):
+            return Guess("nested-json", "lists in a list")
         for needed in ({"prompts"}, {"prefill"}, {"decode"}, {"tokens"}, {"trace"}):
             if needed <= keys:
                 return Guess("nested-json", f"the key {next(iter(needed))}")
         raise _unknown(path, f"has the keys {', '.join(sorted(keys))[:80] or '(none)'}")
     first = text.lstrip().splitlines()[:1]
     try:
-        is_table = bool(first) and isinstance(parse_json(path, "line 1", first[0]), dict)
+        is_table = bool(first) and isinstance(parse_json(path, "line 1", first[0], infinite=True), dict)
     except TraceError:
         is_table = len(text) >= _HEAD_BYTES // 2
     if not is_table:
         raise fault(path, "line 1", "is no JSON object", "give one object a line")
-    return _table(path)
+    return _table(path, given)
 
 
-def _rows(path: Path) -> Guess:
-    if path.suffix.lower() == ".csv":
+def _is_list_of_rows(text: str, keys: set[str]) -> bool:
+    """Whether a JSON file begins as a list of objects that have the columns of a table."""
+    lower = {key.lower() for key in keys}
+    return bool(_ROWS.match(text)) and all(lower & set(USUAL[field]) for field in ("layer", "expert"))
+
+
+def _rows(path: Path, suffix: str, given: Columns) -> Guess:
+    if suffix == ".csv":
         there = set(RowFile(path, "csv").columns())
         for kind, needed in (("route-csv", route_csv.COLUMNS), ("moe-beyond-csv", moe_beyond_csv.COLUMNS)):
             if there.issuperset(needed):
                 return Guess(kind, f"the columns {', '.join(needed)}")
         if {"layer", "expert"} == there or {"phase", "token", "layer", "rank", "expert"} <= there:
             return Guess("llama-csv", f"the columns {', '.join(sorted(there))}")
-    return _table(path)
+    return _table(path, given)
 
 
-def _table(path: Path) -> Guess:
+def _table(path: Path, given: Columns) -> Guess:
     notes: list[str] = []
     file = RowFile(path, kind_of(path))
     try:
-        completed(file, Columns(), notes)
-    except TraceError:
+        completed(file, given, notes)
+    except TraceError as error:
+        if "may hold the experts" in str(error):
+            raise
         raise _unknown(path, f"has the columns {', '.join(file.columns())[:80]}") from None
     return Guess("table", notes[0] if notes else "its columns")

@@ -20,8 +20,8 @@ from rich.progress import Progress
 
 from traces.container import TraceError, check_file, fault
 from traces.format import About, checked_trace, write_checked
+from traces.importers.packed import source_lines, suffix_of
 from traces.limits import Budget, check_bytes
-from traces.reading import text_lines
 
 Item = TypeVar("Item")
 PADDING = -1
@@ -119,7 +119,7 @@ def files_of(source: str | Path | Sequence[str | Path], *suffixes: str) -> list[
     if not path.is_dir():
         check_file(path)
         return [path]
-    found = [item for item in path.rglob("*") if item.suffix in suffixes and item.is_file()]
+    found = [item for item in path.rglob("*") if suffix_of(item) in suffixes and item.is_file()]
     if not found:
         raise fault(path, "folder", f"holds no {' or '.join(suffixes)} file", "give the folder with the records")
     return sorted(found, key=lambda item: [_natural(part) for part in item.relative_to(path).parts])
@@ -143,9 +143,15 @@ class CsvTable:
     """
 
     def __init__(
-        self, path: Path, columns: Sequence[str], comments: bool = False, optional: Sequence[str] = ()
+        self,
+        path: Path,
+        columns: Sequence[str],
+        comments: bool = False,
+        optional: Sequence[str] = (),
+        delimiter: str = ",",
     ) -> None:
         self.path = path
+        self._delimiter = delimiter
         self.columns = tuple(columns)
         self._optional = tuple(optional)
         self.comments: list[str] = []
@@ -153,14 +159,14 @@ class CsvTable:
         self._has_comments = comments
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        reader = csv.reader(self._lines(), strict=True)
+        reader = csv.reader(self._lines(), strict=True, delimiter=self._delimiter)
         try:
             yield from self._rows(reader)
         except csv.Error as error:
             raise fault(self.path, f"line {reader.line_num}", f"is no CSV ({error})", "correct or remove it") from None
 
     def _lines(self) -> Iterator[str]:
-        for _, line in text_lines(self.path, "give a CSV file in UTF-8"):
+        for _, line in source_lines(self.path, "give a CSV file in UTF-8"):
             if self._has_comments and line.startswith("#"):
                 self.comments.append(line[1:_MOST_COMMENT].strip())
                 # An empty line in its place keeps the line numbers right.

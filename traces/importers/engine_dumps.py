@@ -32,8 +32,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from traces.container import Array, TraceError, fault
+from traces.container import Array, fault
 from traces.format import About
+from traces.importers.assemble import NO_MODEL, UNNAMED
 from traces.importers.common import (
     MAX_LAYERS,
     PADDING,
@@ -44,8 +45,11 @@ from traces.importers.common import (
     tracked,
     write_requests,
 )
+from traces.importers.json_text import numbered_lines
+from traces.importers.known_models import model_layers
+from traces.importers.packed import source_json, suffix_of
 from traces.limits import Budget, check_bytes
-from traces.reading import json_lines, npz_arrays, read_json, read_npy
+from traces.reading import npz_arrays, read_npy
 
 _SUFFIXES = (".npy", ".npz", ".json", ".jsonl")
 _ID_BOUND = 1 << 31
@@ -81,10 +85,6 @@ def import_engine_dumps(
 
     num_layers counts all layers, dense ones too; with top_k it is needed for base64 only, and checked wherever given.
     """
-    if not model:
-        raise TraceError(
-            "option model= is missing: dumps name no model; give model=NAME, one that `expertflow sim --help` lists"
-        )
     dumps: list[_Dump] = []
     for path in tracked(files_of(source, *_SUFFIXES), progress, "reading dumps"):
         dumps.extend(_read(path, num_layers, top_k))
@@ -92,9 +92,13 @@ def import_engine_dumps(
         raise fault(
             source, "source", "holds no routed experts", "ask the engine for them, see the importer's docstring"
         )
+    notes = _turned(dumps, num_layers or model_layers(model) or 0)
     for dump in dumps:
         _check_shape(dump, dumps[0], num_layers, top_k)
-    layers, notes = _moe_layers(source, dumps, dense_layers)
+    layers, more = _moe_layers(source, dumps, dense_layers)
+    notes += more
+    if not model:
+        notes.append(NO_MODEL)
     requests, more = _requests(dumps, layers)
     notes += more
     highest = max(int(request.experts.max()) for request in requests)
@@ -106,7 +110,7 @@ def import_engine_dumps(
         problem = f"holds expert {highest}, outside 0 … {num_experts - 1}"
         raise fault(dump.path, dump.place, problem, "correct num_experts, or remove what marks missing experts")
     about = About(
-        model=model,
+        model=model or UNNAMED,
         num_experts=num_experts,
         source="routed experts returned by a serving engine",
         license=license,
@@ -123,7 +127,7 @@ def _read(path: Path, num_layers: int, top_k: int) -> Iterator[_Dump]:
     budget = Budget(path)
     if path.suffix in (".npy", ".npz"):
         found = _numpy(path)
-    elif path.suffix in (".json", ".jsonl"):
+    elif suffix_of(path) in (".json", ".jsonl"):
         found = (dump for at, value in _json(path) for dump in _answer(path, at, value, num_layers, top_k))
     else:
         raise fault(path, "file", f"is of the type {path.suffix or '(none)'}", f"give {', '.join(_SUFFIXES)}")
@@ -148,10 +152,10 @@ def _numpy(path: Path) -> Iterator[_Dump]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, value) of each line, or of each entry."""
-    if path.suffix == ".jsonl":
-        yield from json_lines(path, "correct or remove it")
+    if suffix_of(path) == ".jsonl":
+        yield from ((f"line {number}", value) for number, value in numbered_lines(path))
         return
-    value = read_json(path, "correct or remove it")
+    value = source_json(path, "correct or remove it")
     if isinstance(value, list):
         yield from ((f"entry {index}", item) for index, item in enumerate(value))
     else:
@@ -265,6 +269,15 @@ def _ids(path: Path, place: str, array: Array) -> Ids:
 # -- rows ----------------------------------------------------------------------------------------------------
 
 
+def _turned(dumps: list[_Dump], num_layers: int) -> list[str]:
+    """Turn dumps that are [layers, tokens, top_k], which the number of layers shows; a note on it."""
+    if not num_layers or any(dump.ids.shape[1] == num_layers or dump.ids.shape[0] != num_layers for dump in dumps):
+        return []
+    for dump in dumps:
+        dump.ids = dump.ids.transpose(1, 0, 2)
+    return [f"arrays taken for [layers, tokens, top_k], since {num_layers} layers stand first"]
+
+
 def _check_shape(dump: _Dump, first: _Dump, num_layers: int, top_k: int) -> None:
     shape = list(dump.ids.shape[1:])
     if dump.ids.shape[1:] != first.ids.shape[1:]:
@@ -324,6 +337,11 @@ def _request(dump: _Dump, layers: list[int], many: bool) -> tuple[Request, int]:
     ids = np.where(ids[:stop] < 0, PADDING, ids[:stop])
     # Padding goes last; the order of what is there stays.
     ids = np.take_along_axis(ids, np.argsort(ids < 0, axis=2, kind="stable"), axis=2)
-    prompt = min(max((dump.prompt or 0) - dump.start, 0), stop)
+    prompt = max((dump.prompt or 0) - dump.start, 0)
+    if prompt > len(dump.ids):
+        problem = f"has {len(dump.ids)} rows, fewer than the {prompt} tokens of its prompt"
+        raise fault(dump.path, dump.place, problem, f"{_SHAPE}; if layers stand first, give num_layers=")
+    # A last token that never ran is left out, of a prompt, too.
+    prompt = min(prompt, stop)
     label = f"{dump.path.name}, {dump.place}" if many else dump.path.name
     return Request(ids.astype(np.int32), prompt_len=prompt, context_len=dump.start, label=label), len(dump.ids) - stop

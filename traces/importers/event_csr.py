@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from traces.container import Array, check_file, fault
 from traces.format import About
+from traces.importers.assemble import NO_MODEL, UNNAMED
 from traces.importers.common import (
     MAX_LAYERS,
     MAX_WEIGHT,
@@ -101,9 +102,7 @@ def import_event_csr(
     arrays, metadata = read_arrays(path)
     events = _load(path, arrays)
     model = model or metadata.get("model", "")
-    if not model:
-        raise fault(path, "header", "names no model", "give model=NAME, one that `expertflow sim --help` lists")
-    notes = []
+    notes = [] if model else [NO_MODEL]
     extra = sorted(set(arrays) - {*EVENT_ARRAYS, *ENTRY_ARRAYS, "offsets"})
     if extra:
         notes.append(f"arrays left out: {', '.join(extra)}")
@@ -115,7 +114,7 @@ def import_event_csr(
     requests = _requests(events, forwards, progress)
     notes += _account(forwards)
     about = About(
-        model=model,
+        model=model or UNNAMED,
         num_experts=num_experts,
         source="event CSR (arXiv 2608.07911)",
         license=license,

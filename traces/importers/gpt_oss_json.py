@@ -32,9 +32,9 @@ from traces.importers.common import (
     tracked,
     write_requests,
 )
-from traces.jsontext import shown
+from traces.importers.packed import source_json, source_lines, suffix_of
+from traces.jsontext import parse_json, shown
 from traces.limits import check_bytes
-from traces.reading import json_lines, read_json
 
 SPLITS = ("all", "train", "eval", "other")
 SOURCE = "AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting @ 72b368f6, decode tokens only, batch 1, greedy"
@@ -133,10 +133,12 @@ def _is_flagged(record: dict[str, Any]) -> bool:
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record of a file with its place."""
-    if path.suffix == ".jsonl":
-        yield from json_lines(path, _REMEDY)
+    if suffix_of(path) == ".jsonl":
+        for number, text in source_lines(path, _REMEDY):
+            if text.strip():
+                yield f"line {number}", parse_json(path, f"line {number}", text, _REMEDY)
         return
-    content = read_json(path, _REMEDY)
+    content = source_json(path, _REMEDY)
     if isinstance(content, list):
         yield from ((f"entry {index}", record) for index, record in enumerate(content))
     else:

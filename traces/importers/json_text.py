@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from traces.importers.packed import source_lines
 from traces.jsontext import parse_json
 from traces.limits import Budget
-from traces.reading import text_lines
 
 _REMEDY = "correct or remove it"
 _VALUE_BYTES = 2
@@ -20,13 +20,15 @@ _VALUE_BYTES = 2
 bytes, beside which the place and the layer are kept, too."""
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and value of each line that is not empty. TraceError names file and line of what is no JSON."""
+def numbered_lines(path: Path, infinite: bool = False) -> Iterator[tuple[int, Any]]:
+    """Line number and value of each line that is not empty. TraceError names file and line of what is no JSON.
+
+    infinite: NaN and Infinity are read, for who holds each number against its range."""
     budget = Budget(path)
-    for number, text in text_lines(path, _REMEDY):
+    for number, text in source_lines(path, _REMEDY):
         if text.strip():
             budget.take(f"line {number}", _VALUE_BYTES * len(text))
-            yield number, parse_json(path, f"line {number}", text, _REMEDY)
+            yield number, parse_json(path, f"line {number}", text, _REMEDY, infinite)
 
 
 def integer(table: Mapping[str, Any], key: str) -> int:

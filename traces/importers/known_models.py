@@ -39,6 +39,13 @@ def topology_note(trace: Trace) -> str | None:
     )
 
 
+def model_layers(name: str) -> int | None:
+    """MoE layers of the shipped model of this name; None where there is none."""
+    found = _shipped(name.removesuffix("-twin"))
+    layers = found.get("num_layers") if found else None
+    return layers if isinstance(layers, int) else None
+
+
 def _shipped(name: str) -> dict[str, Any] | None:
     for folder in _FOLDERS:
         path = folder / f"{name}.yaml"

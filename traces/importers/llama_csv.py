@@ -19,9 +19,10 @@ from rich.progress import Progress
 
 from traces.container import fault
 from traces.importers.assemble import Source, write_choices
+from traces.importers.columns import Columns
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of
 from traces.importers.rows import RowFile
-from traces.importers.table import Columns, Options, read_table
+from traces.importers.table import Options, read_table
 
 _FIELDS = ("phase", "token", "layer", "rank")
 
@@ -46,8 +47,6 @@ def import_llama_csv(
     named = {name: name for name in _FIELDS if name in there}
     weight = ("weight",) if "weight" in there else ()
     columns = Columns(**named, expert=("expert",), weight=weight)
-    if not columns.token and not columns.rank and not top_k:
-        raise fault(files[0].path, "file", "does not tell how many experts a token has", "give top_k=")
     options = Options(top_k, positions=bool(columns.token))
     choices, notes = read_table(files, columns, options, progress)
     what = Source(files[0].path, "llama.cpp MoE trace CSV", license, model, num_experts, incomplete, notes=tuple(notes))

@@ -24,7 +24,7 @@ from traces.container import fault
 from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
 from traces.importers.json_text import integer, integer_list, numbers
-from traces.reading import read_json
+from traces.importers.packed import source_json, stem_of
 
 _PARTS = (("prefill", True), ("decode", False), ("tokens", None))
 _LAYOUT = 'give {"prompts": {name: {"prefill": [tokens][layers][experts], "decode": …}}} or {"trace": [[layer, …], …]}'
@@ -36,6 +36,9 @@ class _Facts:
 
     model: str = ""
     num_experts: int = 0
+    num_layers: int = 0
+    num_turned: int = 0
+    """Requests whose layers stand before their tokens."""
 
 
 def import_nested_json(
@@ -53,18 +56,19 @@ def import_nested_json(
     paths = files_of(source, ".json")
     for path in tracked(paths, progress, "reading routes"):
         choices.reads(path)
-        value = read_json(path, "correct or remove it")
+        value = source_json(path, "correct or remove it")
+        if isinstance(value, dict):
+            _learn(facts, value)
         for name, table in _requests(path, value):
             try:
                 _learn(facts, table)
                 if isinstance(table.get("trace"), list):
                     _flat(choices, table, name, prompt_len)
                 else:
-                    _nested(choices, table, name, prompt_len)
+                    _nested(choices, _turned(table, facts), name, prompt_len)
             except ValueError as error:
                 raise fault(path, name, str(error), _LAYOUT) from None
-        if isinstance(value, dict):
-            _learn(facts, value)
+    notes = [f"{facts.num_turned} requests are [layers][tokens][experts]: turned"] if facts.num_turned else []
     what = Source(
         paths[0],
         "routing in JSON",
@@ -72,15 +76,18 @@ def import_nested_json(
         model or facts.model,
         num_experts or facts.num_experts,
         unit="token",
+        notes=tuple(notes),
     )
     return write_choices(choices, what, output)
 
 
 def _requests(path: Path, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(name, table) of each request of a file."""
-    stem = path.stem
+    stem = stem_of(path)
     items: Any = value
-    if isinstance(value, dict):
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        items = _bare(value)
+    elif isinstance(value, dict):
         prompts = value.get("prompts")
         items = prompts if isinstance(prompts, dict | list) else [value]
     if isinstance(items, dict):
@@ -95,12 +102,29 @@ def _requests(path: Path, value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]
         yield name, table
 
 
+def _bare(value: list[Any]) -> list[dict[str, Any]]:
+    """The requests of a list without any table: of records, of one request's tokens, or of several requests'."""
+    depth, inner = 0, value
+    while isinstance(inner, list) and inner and depth < 5:
+        depth, inner = depth + 1, inner[0]
+    if depth == 2:
+        return [{"trace": value}]
+    return [{"tokens": value}] if depth == 3 else [{"tokens": item} for item in value]
+
+
 def _learn(facts: _Facts, table: Mapping[str, Any]) -> None:
     found = table.get("model")
     if not facts.model and isinstance(found, str):
         facts.model = found.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1][:200]
     if not facts.num_experts and "num_experts" in table:
         facts.num_experts = integer(table, "num_experts")
+    facts.num_layers = facts.num_layers or _whole(table, "num_layers")
+
+
+def _whole(table: Mapping[str, Any], key: str) -> int:
+    """A whole number from 1; 0 where there is none."""
+    value = table.get(key)
+    return value if type(value) is int and value > 0 else 0
 
 
 def _nested(choices: Choices, table: Mapping[str, Any], name: str, prompt_len: int) -> None:
@@ -111,6 +135,11 @@ def _nested(choices: Choices, table: Mapping[str, Any], name: str, prompt_len: i
     if known_prompt is not None and isinstance(table.get("prefill"), list) and len(table["prefill"]) != known_prompt:
         raise ValueError(f"has prompt_len={known_prompt} and {len(table['prefill'])} tokens of prefill")
     layers = integer_list(table["moe_layer_ids"], "moe_layer_ids") if "moe_layer_ids" in table else None
+    _check_layers(table)
+    until = prompt_len or known_prompt
+    tokens = table.get("tokens")
+    if until and isinstance(tokens, list) and len(tokens) < until:
+        raise ValueError(f"has prompt_len={until} and {len(tokens)} tokens")
     request, token = choices.new_request(name), 0
     for part, prefill in _PARTS:
         tokens, weights = table.get(part), table.get(f"{part}_weights")
@@ -118,12 +147,42 @@ def _nested(choices: Choices, table: Mapping[str, Any], name: str, prompt_len: i
             continue
         if not isinstance(tokens, list) or (weights is not None and not _same_length(weights, tokens)):
             raise ValueError(f"has no list {part}, or weights of another length")
-        until = prompt_len or known_prompt
         for number, choice in enumerate(tokens):
             of_prompt = (None if until is None else token < until) if prefill is None else prefill
             given = None if weights is None else weights[number]
             _add_token(choices, request, token, (part, number), choice, given, layers, of_prompt)
             token += 1
+
+
+def _turned(table: Mapping[str, Any], facts: _Facts) -> Mapping[str, Any]:
+    """The table as [tokens][layers][experts] where it is [layers][tokens][experts], as its number of layers shows."""
+    num_layers = _whole(table, "num_layers") or facts.num_layers
+    parts = {part: table[part] for part, _ in _PARTS if isinstance(table.get(part), list) and table[part]}
+    if not num_layers or not parts:
+        return table
+    inner = {len(item) if isinstance(item, list) else -1 for tokens in parts.values() for item in tokens}
+    if -1 in inner or "moe_layer_ids" in table:
+        return table
+    if max(inner) <= num_layers and not (num_layers not in inner and all(len(p) == num_layers for p in parts.values())):
+        return table
+    if any(len(tokens) != num_layers or len({len(item) for item in tokens}) != 1 for tokens in parts.values()):
+        raise ValueError(f"has num_layers={num_layers} and tokens of {max(inner)} layers")
+    facts.num_turned += 1
+    names = [name for part in parts for name in (part, f"{part}_weights") if isinstance(table.get(name), list)]
+    if any(not isinstance(item, list) or len(item) != len(table[name][0]) for name in names for item in table[name]):
+        raise ValueError("has layers of different numbers of tokens")
+    return {**table, **{name: [list(token) for token in zip(*table[name], strict=True)] for name in names}}
+
+
+def _check_layers(table: Mapping[str, Any]) -> None:
+    """ValueError where the prompt's tokens have other layers than the answer's: layers stand before tokens."""
+    sizes = [
+        {len(token) for token in table[part] if isinstance(token, list)}
+        for part in ("prefill", "decode")
+        if isinstance(table.get(part), list) and table[part]
+    ]
+    if len(sizes) == 2 and all(len(size) == 1 for size in sizes) and sizes[0] != sizes[1]:
+        raise ValueError(f"has {sizes[0].pop()} layers in prefill and {sizes[1].pop()} in decode")
 
 
 def _add_token(
@@ -165,3 +224,5 @@ def _flat(choices: Choices, table: Mapping[str, Any], name: str, prompt_len: int
         before = values[0]
         prefill = token < prompt_len if prompt_len else None
         choices.add(request, token, values[0], values[1:], place=token, prefill=prefill)
+    if prompt_len > token + 1:
+        raise ValueError(f"has prompt_len={prompt_len} and {token + 1} tokens")

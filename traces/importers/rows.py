@@ -1,12 +1,13 @@
-"""Rows of named columns from a file of any common kind: CSV, whitespace text, JSON lines, Parquet, fixed-width binary.
+"""Rows of named columns from a file of any common kind: CSV, whitespace text, JSON lines or a JSON list, Parquet,
+fixed-width binary.
 
 Each kind gives (place, values of the columns asked for), the place being a line or row number. Values are text, numbers
-or lists; `cell_integer`, `cell_integers` and `cell_numbers` read them.
+or lists, which `traces.importers.cells` reads.
 """
 
 from __future__ import annotations
 
-import math
+import csv
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,24 +17,28 @@ from typing import Any
 import numpy as np
 
 from traces.container import TraceError, check_file, fault
+from traces.importers.cells import is_list
 from traces.importers.common import CsvTable, check_choice
 from traces.importers.json_text import numbered_lines
+from traces.importers.packed import source_head, source_json, source_lines, suffix_of
 from traces.limits import Budget, check_bytes
 from traces.parquet import open_parquet
-from traces.reading import text_lines
 
-FORMATS = ("csv", "text", "jsonl", "parquet", "binary")
+FORMATS = ("csv", "text", "jsonl", "json", "parquet", "binary")
 _SUFFIXES = {
     ".csv": "csv",
     ".tsv": "text",
     ".txt": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
     ".parquet": "parquet",
     ".bin": "binary",
 }
 _FIELD = re.compile(r"(?P<name>\w{1,100}):(?P<type>[<>]?[uif][1248])(\*(?P<count>[1-9][0-9]{0,3}))?", re.ASCII)
-_SPLIT = re.compile(r"[\s,;|]+")
+UNTOLD = (".log", "")
+"""Suffixes that tell no format: the first line does."""
+_HEAD_BYTES = 1 << 16
 _BLOCK_ROWS = 65_536
 _ROW_BYTES = 256
 """What a row takes while it is read and kept."""
@@ -53,25 +58,40 @@ class RowFile:
     @property
     def unit(self) -> str:
         """What a place counts."""
-        return "row" if self.kind in ("parquet", "binary") else "line"
+        return {"parquet": "row", "binary": "row", "json": "entry"}.get(self.kind, "line")
 
-    def columns(self) -> list[str]:
-        """The names of the columns there are; of JSON lines those of the first line."""
+    def columns(self, row: int = 0) -> list[str]:
+        """The names of the columns there are; of JSON those of the row with this number."""
         check_file(self.path)
         if self.kind == "binary":
             return list(_record_type(self.path, self.fields).names or ())
         if self.kind == "parquet":
             return [str(name) for name in open_parquet(self.path).file.schema_arrow.names]
-        if self.kind == "jsonl":
-            value: Any = next((value for _, value in numbered_lines(self.path)), {})
+        if self.kind in ("jsonl", "json"):
+            objects = numbered_lines(self.path, infinite=True) if self.kind == "jsonl" else _entries(self.path)
+            value: Any = next((value for number, (_, value) in enumerate(objects) if number == row), {})
             return list(value) if isinstance(value, dict) else []
         return _header(self.path, self.kind)[0]
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         """(place, values) of each row. TraceError names file and place."""
         check_file(self.path)
-        reader = {"csv": _csv, "text": _text, "jsonl": _jsonl, "parquet": _parquet_rows, "binary": self._binary}
+        reader = {
+            "csv": _csv,
+            "text": _text,
+            "jsonl": _jsonl,
+            "json": _json,
+            "parquet": _parquet_rows,
+            "binary": self._binary,
+        }
         return reader[self.kind](self.path, columns)
+
+    def has_preface(self, columns: Sequence[str]) -> bool:
+        """Whether the first JSON line has none of these columns: it tells of the recording, and is no row."""
+        if self.kind != "jsonl":
+            return False
+        value = next((value for _, value in numbered_lines(self.path, infinite=True)), None)
+        return isinstance(value, dict) and not set(columns) & set(value)
 
     def _binary(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
         record = _record_type(path, self.fields)
@@ -91,30 +111,57 @@ class RowFile:
 
 
 def kind_of(path: Path, given: str = "") -> str:
-    """The kind of a file: as given, else by its suffix."""
+    """The kind of a file: as given, else by its suffix, or where that is none or .log by its first line."""
     if given:
         check_choice("format", given, FORMATS)
         return given
-    kind = _SUFFIXES.get(path.suffix.lower())
-    if kind is None:
-        raise TraceError(
-            f"{path}: the suffix {path.suffix or '(none)'} tells no format; give format={'|'.join(FORMATS)}"
-        )
+    suffix = suffix_of(path)
+    kind = _SUFFIXES.get(suffix) or (told_kind(path) if suffix in UNTOLD else "")
+    if not kind:
+        raise TraceError(f"{path}: the suffix {suffix or '(none)'} tells no format; give format={'|'.join(FORMATS)}")
     return kind
 
 
-def _header(path: Path, kind: str) -> tuple[list[str], bool]:
-    """The column names of a text file, and whether its first line holds them; else they are 1, 2, …"""
-    for _, line in text_lines(path, _NOT_TEXT):
-        words = [] if line.startswith("#") else [word.strip() for word in _split(line, kind)]
+def told_kind(path: Path) -> str:
+    """The kind of text by its first line; empty for what is no text."""
+    head = source_head(path, _HEAD_BYTES)
+    if b"\0" in head:
+        return ""
+    lines = (line.strip() for line in head.decode("utf-8-sig", "replace").splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    if first.startswith("{"):
+        return "jsonl"
+    if first.startswith("["):
+        return "json"
+    return "csv" if any(mark in first for mark in ",;") else "text"
+
+
+def _header(path: Path, kind: str) -> tuple[list[str], bool, str]:
+    """The column names of a text file, whether its first line holds them (else they are 1, 2, …), and of CSV what
+    stands between two values."""
+    for _, line in source_lines(path, _NOT_TEXT):
+        mark = delimiter_of(line)
+        words = [] if line.startswith("#") else [word.strip() for word in _split(line, kind, mark)]
         if words and words != [""]:
-            named = not all(_is_number(word) for word in words)
-            return words if named else [str(number + 1) for number in range(len(words))], named
+            named = not all(_is_number(word) or is_list(word) for word in words)
+            return words if named else [str(number + 1) for number in range(len(words))], named, mark
     raise fault(path, "file", "holds no rows", "give a file with a row for each token and layer")
 
 
-def _split(line: str, kind: str) -> list[str]:
-    return line.strip().split(",") if kind == "csv" else line.split("\t") if "\t" in line else line.split()
+def delimiter_of(line: str) -> str:
+    """What stands between the values of a CSV file: a comma, or where its first line has none `;` or a tab."""
+    return next((mark for mark in ",;\t" if mark in line), ",")
+
+
+def _split(line: str, kind: str, mark: str) -> list[str]:
+    if kind != "csv":
+        return line.split("\t") if "\t" in line else line.split()
+    if '"' not in line:
+        return line.strip("\r\n ").split(mark)
+    try:
+        return next(csv.reader([line], delimiter=mark), [])
+    except csv.Error:
+        return line.strip("\r\n ").split(mark)
 
 
 def _is_number(word: str) -> bool:
@@ -126,8 +173,9 @@ def _is_number(word: str) -> bool:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    if _header(path, "csv")[1]:
-        for line, cells in CsvTable(path, columns, comments=True):
+    _, named, mark = _header(path, "csv")
+    if named:
+        for line, cells in CsvTable(path, columns, comments=True, delimiter=mark):
             yield line, list(cells)
     else:
         yield from _text_rows(path, columns, "csv")
@@ -138,17 +186,17 @@ def _text(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _text_rows(path: Path, columns: Sequence[str], kind: str) -> Iterator[Row]:
-    header, named = _header(path, kind)
+    header, named, mark = _header(path, kind)
     places = [_place(path, header, name) for name in columns]
     budget = Budget(path)
-    for number, line in text_lines(path, _NOT_TEXT):
+    for number, line in source_lines(path, _NOT_TEXT):
         if line.startswith("#") or not line.strip():
             continue
         if named:
             named = False
             continue
         budget.take(f"line {number}", _ROW_BYTES)
-        cells = [cell.strip() for cell in _split(line, kind)]
+        cells = [cell.strip() for cell in _split(line, kind, mark)]
         if len(cells) != len(header):
             problem = f"has {len(cells)} values, the first line {len(header)}"
             raise fault(path, f"line {number}", problem, "correct or remove it")
@@ -163,10 +211,28 @@ def _place(path: Path, header: Sequence[str], name: str) -> int:
 
 
 def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    for line, value in numbered_lines(path):
+    first = True
+    for line, value in numbered_lines(path, infinite=True):
         if not isinstance(value, dict):
             raise fault(path, f"line {line}", "is no JSON object", "give an object a line")
-        yield line, [value.get(name) for name in columns]
+        if not (first and not set(columns) & set(value)):
+            yield line, [value.get(name) for name in columns]
+        first = False
+
+
+def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    for entry, value in _entries(path):
+        if not isinstance(value, dict):
+            raise fault(path, f"entry {entry}", "is no JSON object", "give a list of objects")
+        yield entry, [value.get(name) for name in columns]
+
+
+def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number and value of each entry of a JSON list."""
+    value = source_json(path, "correct or remove it")
+    if not isinstance(value, list):
+        raise fault(path, "file", "holds no JSON list", "give a list of objects, or an object a line")
+    yield from enumerate(value)
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -198,42 +264,3 @@ def _record_type(path: Path, fields: str) -> np.dtype[Any]:
     if len({part[0] for part in parts}) < len(parts):
         raise TraceError("option fields names one field twice; give each its own name")
     return np.dtype(parts)
-
-
-# -- cells ---------------------------------------------------------------------------------------------------
-
-
-def cell_integer(value: Any, what: str) -> int:
-    """A whole number. ValueError otherwise."""
-    if type(value) is float and value.is_integer() and abs(value) < 1 << 53:
-        return int(value)
-    if type(value) is str:
-        text = value.strip()
-        if text.removeprefix("-").isdecimal() and text.isascii() and len(text) < 16:
-            return int(text)
-    if type(value) is not int:
-        raise ValueError(f"{what} is {str(value)[:40]!r}, no whole number")
-    return value
-
-
-def cell_integers(value: Any, what: str) -> list[int]:
-    """One whole number, or a list of them, as a list: `[1, 2]`, `1 2`, `1;2`. ValueError otherwise."""
-    return [cell_integer(item, what) for item in _items(value)]
-
-
-def cell_numbers(value: Any, what: str) -> list[float]:
-    """One number or a list of them, as a list; NaN where one is not known. ValueError otherwise."""
-    found = []
-    for item in _items(value):
-        try:
-            number = math.nan if item is None else float(item)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{what} is {str(item)[:40]!r}, no number") from None
-        found.append(number)
-    return found
-
-
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        return [word for word in _SPLIT.split(value.strip().strip("[](){}").strip()) if word]
-    return list(value) if isinstance(value, list | tuple) else [value]

@@ -8,6 +8,7 @@
 - A token at position 0 begins a request. A token at any other position goes on the request that stands there; where
   several do, the one that began first: requests of one length decoded together may be confused, which a note says.
   Where none does, a request begins there (its beginning was not recorded, or its prefix came from a cache).
+- A record without a token, as an idle rank writes it, is left out.
 - Tokens of an extend are the prompt's. Tokens of one forward keep its number: they ran together.
 - Ranks are read apart; `rank=` takes one. By default it is the lowest there is.
 
@@ -29,6 +30,7 @@ from traces.container import fault
 from traces.importers.assemble import Choices, Source, write_choices
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
 from traces.importers.json_text import integer, integers, numbered_lines
+from traces.importers.packed import suffix_of
 from traces.torch_file import Unread, read_torch
 
 _EXTEND, _DECODE, _MIXED = 1, 2, 3
@@ -51,11 +53,11 @@ def import_sglang_recorder(
     """Write the dump, or the dumps of a folder, as one trace. TraceError names file and record."""
     choices, notes = Choices(positions=True), list[str]()
     paths = files_of(source, ".pt", ".jsonl")
-    if len({path.suffix for path in paths}) > 1:
+    if len({suffix_of(path) == ".pt" for path in paths}) > 1:
         raise fault(
             source if isinstance(source, str | Path) else paths[0], "source", "mixes .pt and .jsonl", "give one kind"
         )
-    dumps = _Dumps(choices, rank) if paths[0].suffix == ".pt" else _Steps(choices, rank)
+    dumps = _Dumps(choices, rank) if suffix_of(paths[0]) == ".pt" else _Steps(choices, rank)
     for path in tracked(paths, progress, "reading dumps"):
         choices.reads(path)
         dumps.read(path)
@@ -119,6 +121,8 @@ class _Dumps:
             raise ValueError("is no table")
         if type(record.get("rank")) is int and record["rank"] != self._rank:
             return
+        if _is_idle(record):
+            return
         ids = _array(record.get("topk_ids_of_layer"), 3)
         if ids is None or 0 in ids.shape:
             raise ValueError("has no topk_ids_of_layer [layers, tokens, top_k]")
@@ -160,6 +164,13 @@ class _Dumps:
             self._next.pop(position, None)
         self._next.setdefault(position + 1, []).append(request)
         return request
+
+
+def _is_idle(record: Mapping[str, Any]) -> bool:
+    """Whether a rank had no token in a forward, as where others' requests were run."""
+    positions, ids = record.get("positions"), record.get("topk_ids_of_layer")
+    tokens = ids.shape[1] if isinstance(ids, np.ndarray) and ids.ndim == 3 else 0
+    return isinstance(positions, np.ndarray | list) and len(positions) == 0 and tokens == 0
 
 
 def _array(value: Any, num_axes: int) -> Ints | None:

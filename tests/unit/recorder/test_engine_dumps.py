@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.support.traces import check_error, run
+from tests.support.traces import run
 from traces.format import Trace, TraceError, open_trace
 from traces.importers.common import ImportReport
 from traces.importers.engine_dumps import import_engine_dumps
@@ -57,7 +57,7 @@ def test_an_array_is_one_request_and_a_folder_many(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compressed", [False, True])
 def test_an_archive_holds_a_request_an_array(tmp_path: Path, compressed: bool) -> None:
     save = np.savez_compressed if compressed else np.savez
-    save(tmp_path / "a.npz", first=routed(3, 1).astype(np.uint8), second=routed(2, 5), prompt_len=np.array([2, 9]))
+    save(tmp_path / "a.npz", first=routed(3, 1).astype(np.uint8), second=routed(2, 5), prompt_len=np.array([2, 2]))
     report = import_engine_dumps(tmp_path / "a.npz", tmp_path / "o.safetensors", model="m", num_experts=20)
     trace = open_trace(report.path)
     np.testing.assert_array_equal(trace.experts[:], np.concatenate([routed(3, 1), routed(2, 5)]))
@@ -122,6 +122,16 @@ def test_last_tokens_without_a_choice_and_missing_experts(tmp_path: Path) -> Non
     assert report.notes == ("1 last tokens without a choice left out: they never ran",)
 
 
+@pytest.mark.parametrize("options", [{"num_layers": 24}, {"model": "gpt-oss-20b"}])
+def test_layers_that_stand_first_are_turned(tmp_path: Path, options: dict[str, Any]) -> None:
+    """By the layers that are given, or those of the shipped model that is named."""
+    ids = np.random.default_rng(1).random((24, 7, 9)).argsort(axis=2)[:, :, :4]
+    np.save(tmp_path / "a.npy", ids)
+    report = import_engine_dumps(tmp_path / "a.npy", tmp_path / "o.safetensors", num_experts=32, **options)
+    np.testing.assert_array_equal(open_trace(report.path).experts[:], ids.transpose(1, 0, 2))
+    assert report.notes[0] == "arrays taken for [layers, tokens, top_k], since 24 layers stand first"
+
+
 def test_with_one_expert_a_token_dense_layers_must_be_named(tmp_path: Path) -> None:
     ids = np.concatenate([np.zeros((4, 1, 1)), np.arange(4)[:, None, None]], axis=1).astype(int).tolist()
     assert imported(tmp_path, {"routed_experts": ids})[1].num_layers == 2
@@ -154,7 +164,7 @@ GOOD = {"routed_experts": routed(3).tolist()}
         (GOOD, {"num_layers": 4}, "file: has num_layers 3, not 4"),
         (GOOD, {"top_k": 4}, "file: has top_k 2, not 4"),
         (GOOD, {"num_experts": 7}, r"file: holds expert 11, outside 0 … 6"),
-        (GOOD, {"model": ""}, "option model= is missing"),
+        (GOOD | {"prompt_tokens": 4}, {}, "file: has 3 rows, fewer than the 4 tokens of its prompt"),
         (GOOD, {"dense_layers": 3}, "has 3 layers, all dense; correct dense_layers"),
         (GOOD | {"prompt_tokens": -1}, {}, "has the prompt length '-1'"),
         (GOOD | {"prompt_tokens": 2.5}, {}, "has the prompt length '2.5'"),
@@ -230,5 +240,8 @@ def test_the_command_reaches_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     np.save(tmp_path / "a.npy", routed(3))
     words = ("import", "engine-dumps", tmp_path / "a.npy", tmp_path / "o.safetensors")
     code, out, _ = run(capsys, *words, "model=m", "num_experts=12")
-    assert (code, out.splitlines()[0]) == (0, f"wrote {tmp_path / 'o.safetensors'}: 1 requests, 3 tokens")
-    check_error(run(capsys, *words), "option model= is missing")
+    shown = "3 tokens × 3 layers × top-2 of 12 experts"
+    assert (code, out.splitlines()[0]) == (0, f"wrote {tmp_path / 'o.safetensors'}: 1 requests, {shown}")
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "note: model=unknown: the source names none" in out

@@ -212,6 +212,7 @@ def test_a_size_that_is_not_said_takes_as_long_whatever_the_topology() -> None:
     assert request_lengths(Size(11, 4)) == [3, 3, 3, 2]
 
 
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
 def test_what_is_kept_is_what_would_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = Assumed(Topology(3, 16, 2), "high", Size(30, 4), 1)

@@ -1,5 +1,6 @@
 """Each importer against a small made-up source whose trace is known, against faulty ones, and recorded requests."""
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -69,6 +70,13 @@ def test_json_of_several_forms_in_a_folder(tmp_path: Path) -> None:
     trace = open_trace(report.path)
     assert trace.experts[:, 0, 0].tolist() == [2, 5, 6, 3, 4]
     assert report.notes == ("left out: 1 without router_data",)
+
+
+@pytest.mark.parametrize("name", ["in.json.gz", "in.jsonl.gz"])
+def test_packed_json_is_read_as_what_is_packed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(json.dumps(record(2)).encode()))
+    report = import_gpt_oss_json(tmp_path / name, tmp_path / "out.safetensors")
+    assert report.num_tokens == 2
 
 
 def test_json_with_fewer_experts_is_padded(tmp_path: Path) -> None:
@@ -615,9 +623,10 @@ def test_faulty_event_files_are_refused(tmp_path: Path, arrays: dict[str, Any], 
         from_events(tmp_path, arrays)
 
 
-def test_events_need_a_model_and_a_safetensors_file(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="header: names no model"):
-        from_events(tmp_path, csr(EVENTS), model="")
+def test_events_need_no_model_but_a_safetensors_file(tmp_path: Path) -> None:
+    report, trace = from_events(tmp_path, csr(EVENTS), model="")
+    assert trace.model == "unknown"
+    assert report.notes[0].startswith("model=unknown: the source names none")
     (tmp_path / "t.csv").write_text(BY_LAYER)
     with pytest.raises(TraceError, match=r"t.csv: file: is not a safetensors file \(it begins like text\)"):
         import_event_csr(tmp_path / "t.csv", tmp_path / "out.safetensors", model="m")
