@@ -50,6 +50,11 @@ def offered() -> str:
     return ", ".join(name for name in RECORDINGS if name.endswith("-twin") and is_here(name))
 
 
+def twins_of(model: str) -> list[str]:
+    """The short names of the recordings to evaluate on that are of that model's twin, here or not."""
+    return [name for name in RECORDINGS if name == f"{model}-twin"]
+
+
 def shipped(name: str) -> Path | None:
     """The shipped file of that name, unpacked if it is packed; None if there is none.
 
