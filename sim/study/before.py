@@ -53,13 +53,13 @@ def check_cells(cells: Sequence[tuple[Cell, Mapping[str, Any], Trace]], kind: st
     A policy is made once for all cells that have the same one over the same trace.
     """
     failed: dict[str, list[Cell]] = {}
-    lines: dict[str, str | None] = {}
+    # An estimate needs no policy.
+    made: dict[str, str | None] = {"": None}
     for cell, cfg, trace in cells:
         if cell.variant in optional:
             continue
-        policy = to_json({"policy": cfg["policy"], "seed": cfg["seed"], "trace": trace.sha256()})
-        line = _problem(cfg, trace, kind != "estimates" and policy not in lines) or lines.get(policy)
-        lines.setdefault(policy, line)
+        told = {key: cfg[key] for key in ("policy", "model", "seed")}
+        line = _problem(cfg, trace, "" if kind == "estimates" else to_json({**told, "trace": trace.sha256()}), made)
         if line is not None:
             failed.setdefault(line, []).append(cell)
     if failed:
@@ -67,19 +67,23 @@ def check_cells(cells: Sequence[tuple[Cell, Mapping[str, Any], Trace]], kind: st
         raise ValueError(_told(found, [cell for cell, _, _ in cells], line))
 
 
-def _problem(cfg: Mapping[str, Any], trace: Trace, with_policy: bool) -> str | None:
-    """Why the cell cannot run, in a line; None if nothing is foreseen."""
+def _problem(cfg: Mapping[str, Any], trace: Trace, policy: str, made: dict[str, str | None]) -> str | None:
+    """Why the cell cannot run, in a line; None if nothing is foreseen. made: the same of the policies made so far."""
+    work = None
     try:
         with no_exit(), limited(cfg["timeout_s"]):
             work = make_workload(cfg, trace)
-            if with_policy:
+            if policy not in made:
                 make_policy(cfg["policy"], work, cfg["seed"])
+                made[policy] = None
     except Exception as error:
         line = one_line(error)
         if line is None:
             raise
+        if work is not None:
+            made[policy] = line
         return line
-    return None
+    return made[policy]
 
 
 def _told(found: Sequence[Cell], cells: Sequence[Cell], line: str) -> str:

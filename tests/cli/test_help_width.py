@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import yaml
 
 from replay.bench_decide import main as bench_decide
 from replay.bench_host import main as bench_host
 from replay.keys import main as keys
 from sim.console import usage
+from sim.paths import CONF
 from traces.cli import main as traces
 from traces.help_text import hanging, wrapped
 
@@ -52,3 +54,8 @@ def test_paragraphs_are_joined_and_indented_lines_are_not() -> None:
     told = "one two three\nfour\n\nexamples:\n  python -m \\\n      sim \\\n      --out a \\\n      b\n  short"
     assert wrapped(text, 15) == told
     assert hanging("a (python -m sim.bench) b", 12, 2) == ["a", "  (python -m sim.bench)", "  b"]
+
+
+def test_what_the_help_of_a_replay_says_itself_fits() -> None:
+    told = yaml.safe_load((CONF / "replay.yaml").read_text(encoding="utf-8"))["hydra"]["help"]["template"]
+    assert max(map(len, told.splitlines())) <= 80

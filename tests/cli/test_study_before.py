@@ -98,6 +98,13 @@ def _asks_for(name: str) -> object:
     return ask
 
 
+def test_what_ails_one_place_is_not_said_of_another_with_the_same_policy(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(folder, capsys, "eager:residency=null", "eager:gpu_memory_gb=0.5")
+    assert told.startswith("error: stack=eager (6 of 12 cells): gpu_memory_gb=0.5")
+
+
 def test_an_override_may_be_of_some_cells_alone(folder: Path) -> None:
     study = read_study(write_study(folder))
     found = cells(study, {"recording": "r.st"}, ["lru:seed=1", "eager,adaptive:seed=2", "chunk_mib=8"])
