@@ -90,12 +90,14 @@ def _told(found: Sequence[Cell], cells: Sequence[Cell], line: str) -> str:
     """The cause, before it which cells have it, and after it how to give something to them alone, if there is room."""
     common = _common(found) - _common(cells)
     shared = [(axis, value) for axis, value in _pairs(found[0]) if (axis, value) in common]
-    where = " ".join(f"{axis}={value}" for axis, value in shared) or (
-        "every cell" if len(found) == len(cells) else f"{found[0]} and others"
-    )
-    told = f"{where} ({len(found)} of {len(cells)} cells): {line}"
-    if shared and line.startswith("policy."):
-        remedy = f"; for these alone: --set {','.join(value for _, value in shared)}:KEY=VALUE"
+    variants = list(dict.fromkeys(cell.variant for cell in found))
+    names = [value for _, value in shared]
+    where = " ".join(f"{axis}={value}" for axis, value in shared)
+    if not where and len(found) < len(cells):
+        where, names = f"variant={variants[0]} and {len(variants) - 1} more", [variants[0], "…"]
+    told = f"{where or 'every cell'} ({len(found)} of {len(cells)} cells): {line}"
+    if names and line.startswith("policy."):
+        remedy = f"; for these alone: --set {','.join(names)}:KEY=VALUE"
         told += remedy if len(told + remedy) <= MOST - len(PREFIX) else ""
     return told
 

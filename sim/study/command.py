@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="a parameter of the study, or an override: of every run, or NAME:KEY=VALUE of the cells of a variant or "
-        "of a value of an axis (NAME,NAME: of both)",
+        help="a parameter of the study, or an override: of every run, or NAME,NAME:KEY=VALUE of the cells of "
+        "these variants and values of axes",
     )
     parser.add_argument(
         "--only",

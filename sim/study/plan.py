@@ -180,9 +180,11 @@ def _check_extras(study: Study, file: str) -> None:
 def cells(
     study: Study, values: Mapping[str, str], added: Sequence[str] = (), only: Mapping[str, Sequence[str]] | None = None
 ) -> list[Cell]:
-    """Every cell, variants innermost. values: of the parameters; added: overrides, stronger than the study's, of every
-    run, or as `NAME,…:KEY=VALUE` of those that these names of variants and values of axes all tell; only: axis (or
-    `variant`) -> the names that are wanted."""
+    """Every cell, variants innermost.
+
+    values: of the parameters. added: overrides, stronger than the study's: of every run, or as `NAME,…:KEY=VALUE` of
+    those of the variants and values of axes that are named. only: axis (or `variant`) -> the names that are wanted.
+    """
     only, values = dict(only or {}), {**study.defaults, **values}
     axes = {axis: _wanted(axis, list(named), only) for axis, named in study.axes.items()}
     variants = _wanted("variant", list(study.variants), only)
@@ -201,8 +203,7 @@ def cells(
         for variant in variants:
             words = [*study.base, *where, *study.variants[variant]]
             filled = [_filled(word, study, values) for word in words]
-            names = {*chosen, variant}
-            more = [inner for inner_names, inner in map(_told_cells, added) if names.issuperset(inner_names)]
+            more = [inner for names, inner in map(_told_cells, added) if _are_of(study, names, place, variant)]
             recordings = [
                 (name, values[name], study.recordings[name]) for name in _named_in(words) if name in study.recordings
             ]
@@ -215,6 +216,12 @@ def _told_cells(word: str) -> tuple[Sequence[str], str]:
     key, sign, value = word.partition("=")
     names, colon, inner = key.rpartition(":")
     return (names.split(","), f"{inner}{sign}{value}") if colon else ((), word)
+
+
+def _are_of(study: Study, names: Sequence[str], place: Sequence[tuple[str, str]], variant: str) -> bool:
+    """Whether the cell is among those that the names tell: of one axis any of them holds, of different axes all do."""
+    pairs = [(variant, study.variants), *((value, study.axes[axis]) for axis, value in place)]
+    return all(own in names for own, known in pairs if any(name in known for name in names))
 
 
 def _check_told(study: Study, names: Sequence[str], word: str) -> None:

@@ -98,6 +98,16 @@ def _asks_for(name: str) -> object:
     return ask
 
 
+def test_of_a_cause_of_several_variants_it_is_said_how_many_there_are(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(folder, capsys, "lru,fixed_1:policy.order._target_=nix.Nix")
+    assert told.startswith(
+        "error: variant=lru and 1 more (4 of 12 cells): policy.order._target_='nix.Nix': there is no"
+    )
+    assert told.rstrip().endswith("--set lru,…:KEY=VALUE")
+
+
 def test_what_ails_one_place_is_not_said_of_another_with_the_same_policy(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +121,9 @@ def test_an_override_may_be_of_some_cells_alone(folder: Path) -> None:
     assert all("chunk_mib=8" in cell.overrides for cell in found)
     assert {cell.variant for cell in found if "seed=1" in cell.overrides} == {"lru"}
     assert [str(cell) for cell in found if "seed=2" in cell.overrides] == ["model=small stack=eager variant=adaptive"]
+    either = cells(study, {"recording": "r.st"}, ["graph,lru,perfect:seed=3"])
+    assert [cell.variant for cell in either if "seed=3" in cell.overrides] == ["lru", "perfect"]
+    assert {dict(cell.place)["stack"] for cell in either if "seed=3" in cell.overrides} == {"graph"}
     with pytest.raises(ValueError, match=r"--set lruu:seed=1: lruu is no variant .*did you mean lru"):
         cells(study, {"recording": "r.st"}, ["lruu:seed=1"])
 
