@@ -4,19 +4,21 @@ that a workload and a policy can be made of each cell. What is foreseeable is no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from sim.job.configure import configure
 from sim.job.errors import one_line
 from sim.job.limit import limited
 from sim.job.model import told_model
 from sim.job.output import to_json
 from sim.job.run_cli import no_exit
 from sim.job.setup import make_policy, make_workload
-from sim.paths import config_files
+from sim.paths import config_files, own_folder
 from sim.study.plan import Cell
 from traces.messages import MOST, PREFIX
 from traces.reader import Trace
-from traces.yamltext import read_yaml
 
 _SHAPE = ("num_layers", "num_experts", "top_k")
 
@@ -28,8 +30,7 @@ class WrongRecordingError(ValueError):
 def check_recordings(cell: Cell, cfg: Mapping[str, Any], trace: Trace) -> None:
     """ValueError where the cell's trace is not of the model that its study says: a result would bear the wrong name."""
     for parameter, given, model in cell.recordings:
-        told = read_yaml(config_files("model")[model])
-        wanted = [told.get(key, getattr(trace, key)) for key in _SHAPE]
+        wanted = _shape_of(model, own_folder())
         found = [getattr(trace, key) for key in _SHAPE]
         name = trace.model.removesuffix("-twin")
         # Of the right shape and another known model: with model=auto a cell takes the sizes of that other.
@@ -39,6 +40,14 @@ def check_recordings(cell: Cell, cfg: Mapping[str, Any], trace: Trace) -> None:
             raise WrongRecordingError(
                 f"{parameter}: needs a trace of {model} ({_shown(wanted)}), {given} is of {name} ({_shown(found)})"
             )
+
+
+@lru_cache
+def _shape_of(model: str, folder: Path | None) -> list[int]:
+    """Layers, experts of a layer and top-k of a model of `conf/model`, or of the user's `folder`."""
+    told = told_model(configure(["+hardware=a100", "+policy=lru", f"model={model}"])["model"])
+    assert told is not None
+    return [getattr(told, key) for key in _SHAPE]
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -151,7 +151,7 @@ def _check_recordings(study: Study, file: str) -> None:
     for name, model in study.recordings.items():
         if name not in study.parameters:
             raise ValueError(f"{file}: recordings names {name}, which is not among its parameters")
-        if model not in models:
+        if model not in models or model == "auto":
             raise ValueError(
                 f"{file}: recordings names the model {shown(model)}, which does not exist{near_to(str(model), models)}"
             )
