@@ -147,11 +147,12 @@ def _sweep(file: str, sweeps: Mapping[str, Any], variants: Mapping[str, tuple[st
 
 
 def _check_recordings(study: Study, file: str) -> None:
-    models = config_files("model")
+    # Which model is meant by auto, the trace would say.
+    models = config_files("model").keys() - {"auto"}
     for name, model in study.recordings.items():
         if name not in study.parameters:
             raise ValueError(f"{file}: recordings names {name}, which is not among its parameters")
-        if model not in models or model == "auto":
+        if model not in models:
             raise ValueError(
                 f"{file}: recordings names the model {shown(model)}, which does not exist{near_to(str(model), models)}"
             )

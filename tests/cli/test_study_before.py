@@ -62,6 +62,7 @@ def test_one_of_the_right_shape_and_another_known_name_is_refused_too(
     [
         ({"trace": "gpt-oss-20b"}, "tiny.yaml: recordings names trace, which is not among its parameters"),
         ({"recording": "gpt-oss-20"}, "recordings names the model 'gpt-oss-20', which does not exist .did you mean"),
+        ({"recording": "auto"}, "recordings names the model 'auto', which does not exist$"),
         (["recording"], "recordings is .*; it must be parameters with the model"),
     ],
 )
