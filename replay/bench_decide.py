@@ -20,7 +20,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from expertflow.forward import PREFILL, Forward
@@ -34,7 +33,8 @@ from sim.job.run_cli import run_cli
 from sim.job.setup import Transfer, Workload, load_chunks, make_policy, make_workload, run_config
 from sim.machine.run import machine_of
 from sim.machine.simulated import simulate
-from sim.paths import resolved
+from traces.help_text import Wrapped
+from traces.shipped import path_or_name
 
 BAR_P50_NS = 25_000
 BAR_P99_NS = 100_000
@@ -222,10 +222,8 @@ def _whole(text: str) -> int:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = _Parser(
-        prog="python -m replay.bench_decide", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("trace", nargs="?", type=Path, help="a recorded trace (default: the generated one)")
+    parser = _Parser(prog="python -m replay.bench_decide", description=__doc__, formatter_class=Wrapped)
+    parser.add_argument("trace", nargs="?", help="a recorded trace, or its short name (default: the generated one)")
     parser.add_argument(
         "--policies",
         type=_policies,
@@ -236,7 +234,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=_whole, default=1, help="requests run together (default: 1)")
     parser.add_argument("--tokens", type=_whole, default=512, help="tokens of the trace to run (default: 512)")
     args = parser.parse_args(words)
-    trace = str(resolved(args.trace)) if args.trace else None
+    trace = path_or_name(args.trace) if args.trace else None
 
     def run() -> int:
         return 0 if compare_policies(trace, args.policies, args.batch_size, args.tokens) else 1

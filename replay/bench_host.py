@@ -12,16 +12,15 @@ Bars, in us of Python: 15, 25, and 8 a chunk. Exit code: 0 they hold, 1 one does
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from replay.packages import asked_for_by
 from sim.job.run_cli import run_cli
-from sim.paths import resolved
 from traces.flags import Parser, whole
+from traces.help_text import Wrapped
+from traces.shipped import path_or_name
 
 BARS_US = {"seen to launched": 15.0, "all else": 25.0, "a chunk": 8.0}
 
@@ -80,17 +79,15 @@ def _print(found: dict[str, dict[str, float]]) -> bool:
 
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = Parser(
-        prog="python -m replay.bench_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("trace", nargs="?", type=Path, help="a recorded trace (default: the generated one)")
+    parser = Parser(prog="python -m replay.bench_host", description=__doc__, formatter_class=Wrapped)
+    parser.add_argument("trace", nargs="?", help="a recorded trace, or its short name (default: the generated one)")
     parser.add_argument("--tokens", type=whole(1, 1_000_000), default=48, help="of the trace to run (default: 48)")
     parser.add_argument(
         "--repeat", type=whole(1, 10_000), default=5, help="runs of each kind; medians count (default: 5)"
     )
     args = parser.parse_args(words)
     given = (
-        [f"trace.path={resolved(args.trace)}", f"max_tokens={args.tokens}"]
+        [f"trace.path={path_or_name(args.trace)}", f"max_tokens={args.tokens}"]
         if args.trace
         else [f"trace.num_tokens={args.tokens}", "trace.num_requests=1"]
     )

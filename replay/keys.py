@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import yaml
 
 from expertflow.clairvoyant import Clairvoyant
-from expertflow.keys import OTHER, REQUIRED, Key, Rule, arguments_of, declared
+from expertflow.keys import OTHER, REQUIRED, Key, Rule, arguments_of, declared, near_to, shown
 from expertflow.model import ModelSpec
 from expertflow.parts import Effort
 from sim.job.keys import ModelKeys, PolicyKeys, RunKeys, TraceKeys
@@ -22,6 +22,7 @@ from sim.specs.hardware import LEAST_GB_PER_S, Hardware, Stack
 from sim.specs.links import LinkPreset
 from sim.specs.storage import Storage
 from traces.flags import Parser
+from traces.help_text import Wrapped, hanging, width
 
 MACHINES = ("auto", "cuda", "cpu")
 FAULTS = ("delayed", "failed", "reordered", "duplicated", "early_reuse", "lost")
@@ -153,12 +154,19 @@ def _parts() -> Iterator[tuple[str, str, Mapping[str, Key], Mapping[str, Any]]]:
 
 
 def _row(name: str, key: Key, given: Mapping[str, Any]) -> str:
+    kind, default, about = _told(name, key, given)
+    default = default if default in ("", "–") else f"`{default}`"
+    return f"| `{name}` | {kind} | {default} | {about} |"
+
+
+def _told(name: str, key: Key, given: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Type and range, default (– where it must be given), and what it is for."""
     rule = key.rule
-    kind = key.allowed.removesuffix(", or null")
+    kind = f"{key.allowed.removesuffix(', or null')}{', or null' if key.nullable else ''}"
     default = given.get(name, key.default)
-    shown = "–" if default is REQUIRED else "" if key.kind == OTHER and default != "auto" else f"`{_plain(default)}`"
+    told = "–" if default is REQUIRED else "" if key.kind == OTHER and default != "auto" else _plain(default)
     about = f"{rule.about}; null: {rule.null}" if key.nullable and rule.null else rule.about
-    return f"| `{name}` | {kind}{', or null' if key.nullable else ''} | {shown} | {about} |".replace("`` |", "|")
+    return kind, told, about
 
 
 def _plain(value: Any) -> str:
@@ -167,11 +175,36 @@ def _plain(value: Any) -> str:
     return f"{value}"
 
 
+def matching(part: str) -> list[str]:
+    """Of each key that contains `part` its name, and below it what it may hold, in lines that fit the terminal."""
+    lines: list[str] = []
+    for title, _, keys, given in tables():
+        for name, key in keys.items():
+            if part.casefold() not in name.casefold():
+                continue
+            kind, default, about = _told(name, key, given)
+            chosen = f" (with {title})" if "=" in title else ""
+            default = f"; default {default}" if default else ""
+            lines += hanging(f"{name}{chosen}", width(), 4)
+            lines += hanging(f"    {kind}{default}{f'; {about}' if about else ''}", width(), 4)
+    return lines
+
+
 def main(words: list[str] | None = None) -> int:
     """Command line."""
-    parser = Parser(prog="python -m replay.keys", description=__doc__)
-    parser.parse_args(words)
-    sys.stdout.write(page())
+    parser = Parser(prog="python -m replay.keys", description=__doc__, formatter_class=Wrapped)
+    parser.add_argument("part", nargs="?", help="only keys whose name contains this, as lines for a terminal")
+    part = parser.parse_args(words).part
+    if part is None:
+        sys.stdout.write(page())
+        return 0
+    lines = matching(part)
+    if not lines:
+        names = [name for _, _, keys, _ in tables() for name in keys]
+        # Whole, and by its last word alone: `residancy`, `policy.horizon.dept`.
+        hint = near_to(part, names) or near_to(part, [name.rpartition(".")[2] for name in names])
+        parser.error(f"no key contains {shown(part)}{hint}; without a word all are listed")
+    print("\n".join(lines))
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from traces.extras import install
+
 
 @contextmanager
 def asked_for_by(command: str) -> Iterator[None]:
@@ -15,4 +17,4 @@ def asked_for_by(command: str) -> Iterator[None]:
         name = (error.name or "").partition(".")[0]
         if name in ("", "replay", "sim", "traces", "expertflow"):
             raise
-        raise ValueError(f"{command} needs {name}; install it: pip install 'expertflow[replay]'") from None
+        raise ValueError(f"{command} needs {name}; {install(name, 'replay')}") from None

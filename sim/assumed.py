@@ -26,7 +26,7 @@ from sim.job.output import write_text
 from sim.job.pool import use_workers
 from sim.job.setup import make_policy, make_workload
 from sim.machine.run import run_policy
-from sim.paths import ROOT
+from sim.paths import DATA, INSTALLED
 from traces.assumed.families import SETTINGS, Family, shipped_families
 from traces.assumed.fit import fit_families
 from traces.assumed.measure import LAGS, beyond_chance, measure, share_of_top_tenth
@@ -49,6 +49,8 @@ QUANTITIES = {
 }
 """What is compared: of a policy, hits as a share of accesses, or its stall as a share of on-demand's; in percent."""
 TOPOLOGIES = (Topology(3, 8, 2), Topology(3, 32, 4), Topology(3, 128, 8), Topology(3, 256, 8))
+OWN = DATA
+"""Where the shipped ones lie."""
 _OF_A_SPLIT = re.compile(r"[.-](train|eval)$")
 _CARRIED_TOKENS, _CARRIED_REQUESTS = 128, 96
 
@@ -78,8 +80,16 @@ class Row:
 def recordings(folders: Sequence[Path]) -> list[Trace]:
     """The shipped recordings and those of `folders`, by name. TraceError for a folder without any."""
     paths = []
-    for folder in (ROOT / "traces" / "data", *folders):
+    for folder in (OWN, *folders):
         found = [path for path in sorted(folder.glob("*.safetensors")) if _OF_A_SPLIT.search(path.stem)]
+        if not found and folder == OWN and INSTALLED:
+            if folders:
+                # Those that were named may hold them.
+                continue
+            raise TraceError(
+                "the recordings that are compared are in the repository (traces/data), not in the installed package; "
+                "name that folder"
+            )
         if not found:
             raise TraceError(f"{folder}: no recording lies there; its files are named …train.safetensors or …eval")
         paths += found

@@ -34,12 +34,12 @@ from sim.job.forwards import KEEP_SCORES
 from sim.job.output import to_json, write_text
 from sim.job.setup import Workload, make_policy, make_workload
 from sim.machine.run import run_policy
-from sim.paths import resolved
 from traces.batching import BatchConfig, Batches
 from traces.flags import Parser, whole
 from traces.jsontext import shown
 from traces.messages import PREFIX, fault
 from traces.reading import read_table
+from traces.shipped import path_or_name
 
 ALONE = "adaptive, alone"
 BARS = {"lru": 8.0 if is_compiled() else 16.0, "adaptive": 32.0, ALONE: 32.0}
@@ -151,7 +151,7 @@ def worse_than(committed: Mapping[str, float], found: Mapping[str, float]) -> li
 def main(words: list[str] | None = None) -> int:
     """Command line."""
     parser = Parser(prog="python -m sim.bench", description=__doc__)
-    parser.add_argument("trace", nargs="?", type=Path, help="a trace of one's own, which --check knows nothing of")
+    parser.add_argument("trace", nargs="?", help="a trace, or a recording's short name, of which --check knows nothing")
     parser.add_argument("--hardware", default="a100")
     parser.add_argument(
         "--repeat", type=whole(1, 10_000), default=5, help="runs a policy; the median counts (default: 5)"
@@ -164,7 +164,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error("--foreign runs over a trace of its own and compares with nothing that is committed")
     if args.trace is not None and (args.check or args.update):
         parser.error(f"{COMMITTED.name} is of the generated trace: leave {args.trace} out")
-    trace = str(resolved(args.trace)) if args.trace else None
+    trace = path_or_name(args.trace) if args.trace else None
     before = {name: os.environ.get(name) for name in (KEEP_SCORES, "XDG_CACHE_HOME")}
     # Compiled code stays where it is; what this run keeps goes with it.
     compiled_functions()

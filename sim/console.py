@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from expertflow.core import ROOT, described
 from expertflow.keys import near_to
+from traces.flags import called_as
+from traces.help_text import hanging, width
 from traces.processes.ending import begin
 
 COMMANDS = {
@@ -53,7 +55,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if not sys.flags.safe_path:
         _import_own_parts_from_here()
     sys.argv[1:] = rest
-    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+    module = COMMANDS[name][0]
+    with called_as(f"python -m {module}", f"expertflow {name}"):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 
 
@@ -68,7 +72,8 @@ def _import_own_parts_from_here() -> None:
 
 def usage() -> str:
     """What there is to choose from."""
-    lines = [f"  {name:<13} {about} (python -m {module})" for name, (module, about) in COMMANDS.items()]
+    told = [f"  {name:<13} {about} (python -m {module})" for name, (module, about) in COMMANDS.items()]
+    lines = [line for one in told for line in hanging(one, width(), 16)]
     return "\n".join(["usage: expertflow COMMAND …", "       expertflow COMMAND --help", "", *lines])
 
 

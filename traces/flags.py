@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 from expertflow.keys import NUMBER, WHOLE, Key, Rule
@@ -11,12 +12,29 @@ from traces.messages import PREFIX, shortened
 Number = TypeVar("Number", int, float)
 
 
+_called: list[tuple[str, str]] = []
+
+
+@contextmanager
+def called_as(module: str, name: str) -> Iterator[None]:
+    """Within this block an error of the command `module` (`python -m sim.study`) names it as the user has: `name`."""
+    _called.append((module, name))
+    try:
+        yield
+    finally:
+        _called.pop()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end with exit code 2."""
-        print(f"{PREFIX}{shortened(f'{message}; see {self.prog} --help')}", file=sys.stderr)
+        prog = self.prog
+        for module, name in _called:
+            # Of a sub-command the words after it stay.
+            prog = f"{name}{prog.removeprefix(module)}" if f"{prog} ".startswith(f"{module} ") else prog
+        print(f"{PREFIX}{shortened(f'{message}; see {prog} --help')}", file=sys.stderr)
         raise SystemExit(2)
 
 

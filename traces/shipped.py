@@ -39,6 +39,14 @@ def recording(name: str) -> Path | None:
     return shipped(RECORDINGS[name]) if name in RECORDINGS else None
 
 
+def path_or_name(text: str) -> str:
+    """What a command that is given a trace hands on as `trace.path`: of a file the path from the root; what is written
+    as a short name is, and names no file, as it is."""
+    if "/" in text or os.sep in text or text.endswith(".safetensors") or Path(text).exists():
+        return os.path.realpath(text)
+    return text
+
+
 def is_here(name: str) -> bool:
     """Whether the recording of that short name came with what is installed; else it is in a checkout only."""
     file = RECORDINGS[name]
@@ -48,6 +56,11 @@ def is_here(name: str) -> bool:
 def offered() -> str:
     """The short names of the recordings to evaluate on that are here, for a message."""
     return ", ".join(name for name in RECORDINGS if name.endswith("-twin") and is_here(name))
+
+
+def twins_of(model: str) -> list[str]:
+    """The short names of the recordings to evaluate on that are of that model's twin, here or not."""
+    return [name for name in RECORDINGS if name == f"{model}-twin"]
 
 
 def shipped(name: str) -> Path | None:

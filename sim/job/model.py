@@ -88,6 +88,13 @@ def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | N
     files = config_files("model")
     del files[AUTO]
     if name not in files:
+        # As `traces record` writes it. Said and not taken: whose sizes a run has, its command tells.
+        beside = trace.paths[0].with_suffix(".config.json")
+        if beside.is_file():
+            raise ValueError(
+                f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; {beside.name} "
+                f"lies beside it: say model.path={beside}"
+            )
         raise ValueError(
             f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
             f"say model.path=FILE (a config.json), or model=NAME with one of: {nearest(name, sorted(files), 120)}"

@@ -27,6 +27,7 @@ from sim.job.setup import Workload, make_model, make_policy, make_workload, trac
 from sim.machine.link import Link
 from sim.machine.run import run_policy
 from sim.paths import own_folder, use_own_folder
+from sim.study.before import WrongRecordingError, check_recordings
 from sim.study.estimates import run_estimates
 from sim.study.phases import PhaseRecorder
 from sim.study.plan import Cell
@@ -68,9 +69,13 @@ def plan_jobs(cells: Sequence[Cell], kind: str = "runs") -> list[Job]:
     for cell in cells:
         try:
             cfg = configure([*cell.overrides, *ALONE])
-            trace = _trace_of(cfg)
+            trace = trace_of_cell(cfg)
+            check_recordings(cell, cfg, trace)
             plain = {key: value for key, value in cfg.items() if key not in IGNORED}
             mark = asked(plain, trace.sha256(), make_model(cfg["model"], trace), kind)
+        except WrongRecordingError:
+            # It names the parameter, which is wrong in many cells.
+            raise
         except Exception as error:
             raise _named(cell, error) from error
         jobs.append(Job(cell, cfg, mark, kind, own_folder()))
@@ -82,7 +87,8 @@ def _named(cell: Cell, error: Exception) -> Exception:
     return error if line is None else ValueError(f"{cell}: {line}")
 
 
-def _trace_of(cfg: dict[str, Any]) -> Trace:
+def trace_of_cell(cfg: dict[str, Any]) -> Trace:
+    """The trace of a cell's configuration; several of the last ones stay open."""
     return _open_trace(to_json({key: cfg[key] for key in ("trace", "model", "batch_size")}))
 
 
@@ -117,9 +123,8 @@ def run_jobs(
     if failures:
         cell, line = next(iter(failures.items()))
         alike = ", all for one cause" if len(failures) > 1 and len(set(failures.values())) == 1 else ""
-        raise ValueError(
-            f"{len(failures)} of {len(jobs)} cells failed{alike}, the others are kept; the first: {cell}: {line}"
-        )
+        kept = "the others are kept" if len(failures) + len(left_out) < len(jobs) else "none is kept"
+        raise ValueError(f"{len(failures)} of {len(jobs)} cells failed{alike}, {kept}; the first: {cell}: {line}")
     there = [job for job in jobs if str(job.cell) not in left_out]
     remedy = "delete the file and run the study again: that makes this cell anew"
     return {job.cell: read_table(job.path(folder), remedy) for job in there}, left_out
@@ -134,7 +139,7 @@ def _attempt(job: Job, folder: Path) -> str | None:
         try:
             use_own_folder(job.config_dir)
             with no_exit(), Decided(job.mark, __name__, job.cfg) as decided, limited(job.cfg["timeout_s"]):
-                work = make_workload(job.cfg, _trace_of(job.cfg))
+                work = make_workload(job.cfg, trace_of_cell(job.cfg))
                 result = run_estimates(work) if job.kind == "estimates" else run_cell(job.cfg, work)
         except Exception as error:
             line = one_line(error)

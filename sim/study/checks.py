@@ -51,6 +51,7 @@ def _is_file_name(value: Any) -> bool:
 
 FORM: Mapping[str, tuple[Check, str]] = {
     "parameters": (_is_texts_by_name, "names with what each is"),
+    "recordings": (_is_texts_by_name, "parameters with the model that each is a trace of"),
     "defaults": (_is_texts_by_name, "names with values"),
     "base": (_is_words, "a list of overrides"),
     "axes": (lambda v: isinstance(v, dict) and all(map(_is_lists, v.values())), "names of axes with their values"),

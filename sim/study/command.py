@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sim.job.known import LISTED, is_known, known_at
 from sim.job.output import code_sha256
 from sim.job.run_cli import run_cli
 from sim.paths import add_config_dir, use_own_folder
-from sim.study.cells import plan_jobs, run_jobs
+from sim.study.before import check_cells
+from sim.study.cells import plan_jobs, run_jobs, trace_of_cell
 from sim.study.estimates import estimates_table
 from sim.study.plan import Study, cells, load_study
 from sim.study.report import Run, write_study
@@ -42,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="a parameter of the study, or an override of every run",
+        help="a parameter of the study, or an override: of every run, or NAME,NAME:KEY=VALUE of the cells of "
+        "these variants and values of axes",
     )
     parser.add_argument(
         "--only",
@@ -68,11 +72,14 @@ def run_study(args: argparse.Namespace) -> None:
     given = [_split("--set", word) for word in args.set]
     values = {key: value for key, value in given if key in study.parameters}
     added = [f"{key}={value}" for key, value in given if key not in study.parameters]
+    for key, _ in given:
+        _check_key(key, study)
     if args.tokens is not None and any(key == "max_tokens" for key, _ in given):
         raise ValueError(f"--tokens={args.tokens} and --set max_tokens= both cut the traces; leave one out")
     added += [f"max_tokens={args.tokens}"] if args.tokens is not None else []
     only = {axis: names.split(",") for axis, names in (_split("--only", word) for word in args.only)}
     jobs = plan_jobs(cells(study, values, added, only), study.kind)
+    check_cells([(job.cell, job.cfg, trace_of_cell(job.cfg)) for job in jobs], study.kind, study.optional)
     args.out.mkdir(parents=True, exist_ok=True)
     found, left_out = run_jobs(jobs, args.out / "cells", args.jobs, study.optional)
     if not found:
@@ -98,6 +105,14 @@ def run_study(args: argparse.Namespace) -> None:
     print(f"{len(results)} cells: {args.out / 'README.md'}")
 
 
+def _check_key(key: str, study: Study) -> None:
+    """ValueError for `trace_path` where `trace.path` is meant: of keys at the top none is near to it."""
+    name = key.rpartition(":")[2].lstrip("+~")
+    dotted = name.replace("_", ".", 1)
+    if name not in (*study.parameters, *known_at("")) and "." not in name and "_" in name and is_known(dotted):
+        raise ValueError(f"--set {key}: no key is called {name[:60]} (did you mean {dotted[:60]}?); {LISTED}")
+
+
 def _split(option: str, word: str) -> tuple[str, str]:
     key, separator, value = word.partition("=")
     if not key or not separator:
@@ -110,7 +125,11 @@ def printed(args: argparse.Namespace, study: Study) -> list[str]:
 
     def shown(word: str) -> str:
         key, value = _split("--set", word)
-        return f"{key}=${key.upper().replace('.', '_')}" if "/" in value or value.endswith(".safetensors") else word
+        return (
+            f"{key}=${re.sub(r'[^A-Z0-9]', '_', key.upper())}"
+            if "/" in value or value.endswith(".safetensors")
+            else word
+        )
 
     words: list[str] = [study.name, "--out", _from_here(args.out)]
     words += ["--config-dir", "$CONFIG_DIR"] if args.config_dir is not None else []

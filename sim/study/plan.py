@@ -18,7 +18,7 @@ from expertflow.keys import near_to
 from sim.paths import config_files
 from sim.study.checks import check_form, check_needed
 from traces.jsontext import shown
-from traces.shipped import offered
+from traces.shipped import is_here, offered, twins_of
 from traces.yamltext import read_yaml
 
 KINDS = ("runs", "estimates")
@@ -41,13 +41,14 @@ class Study:
     axes: name -> value -> overrides. variants: name -> overrides, compared within a cell's place. perfect: the variant
     with perfect prediction, for the gap that is closed. optional: variants that are left out, with the reason said,
     where a trace lacks what they need. parameters: name -> what it is, asked for when it is needed and not among
-    `defaults`.
+    `defaults`. recordings: parameter -> the model of `conf/model` that it must be a trace of.
     """
 
     name: str
     about: str
     kind: str = "runs"
     parameters: Mapping[str, str] = field(default_factory=dict)
+    recordings: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
     base: tuple[str, ...] = ()
     axes: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
@@ -64,11 +65,15 @@ class Study:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: where it stands, and the overrides that make it."""
+    """One run: where it stands, and the overrides that make it.
+
+    recordings: the parameters that name its trace, each with what was given for it and the model that it must be of.
+    """
 
     place: tuple[tuple[str, str], ...]
     variant: str
     overrides: tuple[str, ...]
+    recordings: tuple[tuple[str, str, str], ...] = ()
 
     def __str__(self) -> str:
         return " ".join([*(f"{axis}={value}" for axis, value in self.place), f"variant={self.variant}"])
@@ -92,6 +97,7 @@ def read_study(path: Path) -> Study:
         "about",
         "kind",
         "parameters",
+        "recordings",
         "defaults",
         "base",
         "axes",
@@ -116,6 +122,7 @@ def read_study(path: Path) -> Study:
     given["variants"] |= _sweep(path.name, given.pop("sweeps", {}), given["variants"])
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     study = Study(**plain)
+    _check_recordings(study, path.name)
     _check_extras(study, path.name)
     check_needed(path.name, content)
     return study
@@ -137,6 +144,18 @@ def _sweep(file: str, sweeps: Mapping[str, Any], variants: Mapping[str, tuple[st
             for value in values:
                 found[f"{re.split('[./]', swept)[-1]}={value}"] = (*start, *more.split(), f"{swept}={value}")
     return found
+
+
+def _check_recordings(study: Study, file: str) -> None:
+    # Which model is meant by auto, the trace would say.
+    models = config_files("model").keys() - {"auto"}
+    for name, model in study.recordings.items():
+        if name not in study.parameters:
+            raise ValueError(f"{file}: recordings names {name}, which is not among its parameters")
+        if model not in models:
+            raise ValueError(
+                f"{file}: recordings names the model {shown(model)}, which does not exist{near_to(str(model), models)}"
+            )
 
 
 def _check_extras(study: Study, file: str) -> None:
@@ -162,8 +181,11 @@ def _check_extras(study: Study, file: str) -> None:
 def cells(
     study: Study, values: Mapping[str, str], added: Sequence[str] = (), only: Mapping[str, Sequence[str]] | None = None
 ) -> list[Cell]:
-    """Every cell, variants innermost. values: of the parameters; added: overrides of every run, stronger than the
-    study's; only: axis (or `variant`) -> the names that are wanted."""
+    """Every cell, variants innermost.
+
+    values: of the parameters. added: overrides, stronger than the study's: of every run, or as `NAME,…:KEY=VALUE` of
+    those of the variants and values of axes that are named. only: axis (or `variant`) -> the names that are wanted.
+    """
     only, values = dict(only or {}), {**study.defaults, **values}
     axes = {axis: _wanted(axis, list(named), only) for axis, named in study.axes.items()}
     variants = _wanted("variant", list(study.variants), only)
@@ -173,6 +195,8 @@ def cells(
     if num_cells > MAX_CELLS:
         raise ValueError(f"study {study.name} comes to {num_cells} cells; at most {MAX_CELLS} are run: use --only")
     _require_parameters(study, axes, variants, values)
+    for word in added:
+        _check_told(study, _told_cells(word)[0], word)
     found = []
     for chosen in product(*axes.values()):
         place = tuple(zip(axes, chosen, strict=True))
@@ -180,8 +204,39 @@ def cells(
         for variant in variants:
             words = [*study.base, *where, *study.variants[variant]]
             filled = [_filled(word, study, values) for word in words]
-            found.append(Cell(place, variant, (*filled, *added)))
+            more = [inner for names, inner in map(_told_cells, added) if _are_of(study, names, place, variant)]
+            recordings = [
+                (name, values[name], study.recordings[name]) for name in _named_in(words) if name in study.recordings
+            ]
+            found.append(Cell(place, variant, (*filled, *more), tuple(recordings)))
     return found
+
+
+def _told_cells(word: str) -> tuple[Sequence[str], str]:
+    """Names that tell of which cells an override is, none: of all; and the override."""
+    key, sign, value = word.partition("=")
+    names, colon, inner = key.rpartition(":")
+    return (names.split(","), f"{inner}{sign}{value}") if colon else ((), word)
+
+
+def _are_of(study: Study, names: Sequence[str], place: Sequence[tuple[str, str]], variant: str) -> bool:
+    """Whether the cell is among those that the names tell: of one axis any of them holds, of different axes all do."""
+    pairs = [(variant, study.variants), *((value, study.axes[axis]) for axis, value in place)]
+    return all(own in names for own, known in pairs if any(name in known for name in names))
+
+
+def _check_told(study: Study, names: Sequence[str], word: str) -> None:
+    known = [*study.variants, *(value for values in study.axes.values() for value in values)]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"--set {word}: {name} is no variant and no value of an axis of {study.name}{near_to(name, known)}"
+            )
+
+
+def _named_in(words: Sequence[str]) -> list[str]:
+    """What stands in braces in overrides, each once."""
+    return list(dict.fromkeys(name for word in words for name in re.findall(r"\{(\w+)\}", word)))
 
 
 def _require_parameters(
@@ -190,15 +245,26 @@ def _require_parameters(
     """ValueError that names every parameter that the cells need and that was not given."""
     words = [*study.base, *(word for name in variants for word in study.variants[name])]
     words += [word for axis, names in axes.items() for value in names for word in study.axes[axis][value]]
-    needed = dict.fromkeys(name for word in words for name in re.findall(r"\{(\w+)\}", word))
-    missing = [name for name in needed if name in study.parameters and name not in values]
+    missing = [name for name in _named_in(words) if name in study.parameters and name not in values]
     if not missing:
         return
     told = " ".join(f"{name}=VALUE" for name in missing)
-    about = "; ".join(study.parameters[name] for name in missing)
-    shipped = offered()
-    hint = f"; shipped are {shipped}" if "recording" in about else ""
-    raise ValueError(f"study {study.name} needs --set {told}: {about}{hint}")
+    first, *others = [study.parameters[name] for name in missing]
+    about = "; ".join([first, *(one.removeprefix("a recording ") for one in others)])
+    raise ValueError(f"study {study.name} needs --set {told}: {about}{_shipped_for(study, missing)}")
+
+
+def _shipped_for(study: Study, missing: Sequence[str]) -> str:
+    """Of what is missing the shipped recordings that fit, each where it is; all of them for one of no told model."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for name in missing:
+        for recording in twins_of(study.recordings.get(name, "")):
+            found[is_here(recording)].append(f"{name}={recording}")
+    if not any(found.values()):
+        asks = any("recording" in study.parameters[name] for name in missing)
+        return f"; shipped are {offered()}" if asks else ""
+    here = f"; shipped: {' '.join(found[True])}" if found[True] else ""
+    return here + (f"; in the repository's traces/data: {' '.join(found[False])}" if found[False] else "")
 
 
 def _wanted(axis: str, names: list[str], only: dict[str, Sequence[str]]) -> list[str]:

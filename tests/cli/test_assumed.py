@@ -164,3 +164,15 @@ def test_a_recording_is_held_against_families_of_other_models(tmp_path: Path, mo
 def test_a_folder_without_recordings_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert assumed.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no recording lies there")
+
+
+def test_an_installed_package_without_recordings_names_no_folder_that_nobody_gave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assumed, "INSTALLED", True)
+    monkeypatch.setattr(assumed, "OWN", tmp_path / "inside")
+    assert assumed.main(["--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: the recordings that are compared are in the repository (traces/data)")
+    assert assumed.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no recording lies there")

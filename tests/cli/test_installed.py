@@ -23,9 +23,12 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.numpy import save
 
 from expertflow.core import described
+from replay.keys import main as keys
 from sim import console
 from sim.console import COMMANDS, main
 from traces import installed, shipped
+from traces.cli import main as traces
+from traces.flags import called_as
 from traces.installed import shadowed, strangers, warn_if_mixed
 from traces.packing import pack, unpack
 
@@ -228,9 +231,12 @@ def test_every_data_file_is_in_the_wheel_or_said_to_be_in_the_repository_only() 
 def test_the_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
+    words = " ".join(printed.split())
     for name, (module, about) in COMMANDS.items():
         assert f"  {name} " in printed
-        assert f"{about} (python -m {module})" in printed
+        assert f"{about} (python -m {module})" in words
+        assert f"(python -m {module})" in printed  # never parted
+    assert max(map(len, printed.splitlines())) <= 80
     assert main([]) == 2
     assert capsys.readouterr().out == printed
 
@@ -238,6 +244,18 @@ def test_the_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_misspelt_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stuyd", "gap"]) == 2
     assert "did you mean study?" in capsys.readouterr().err
+
+
+def test_an_error_names_the_command_as_it_was_called(capsys: pytest.CaptureFixture[str]) -> None:
+    with called_as("python -m replay.keys", "expertflow keys"), pytest.raises(SystemExit):
+        keys(["resid", "more"])
+    assert capsys.readouterr().err == "error: unrecognized arguments: more; see expertflow keys --help\n"
+    with called_as("python -m traces", "expertflow traces"), pytest.raises(SystemExit):
+        traces(["stats"])
+    assert capsys.readouterr().err.endswith("; see expertflow traces stats --help\n")
+    with pytest.raises(SystemExit):
+        keys(["resid", "more"])
+    assert capsys.readouterr().err.endswith("; see python -m replay.keys --help\n")
 
 
 def test_a_command_is_run_as_python_m_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

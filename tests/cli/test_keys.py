@@ -22,6 +22,34 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == page() == PAGE.read_text(encoding="utf-8")
 
 
+def test_a_word_lists_the_keys_that_contain_it_in_lines_that_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["Resid"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if not line.startswith(" ")] == [
+        "residency",
+        "stack.resident_tpot_ms",
+    ]
+    assert "a number in (0, 1], or null; default null; share of all experts with a slot" in printed
+    for columns in (60, 80, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["policy."]) == 0
+        printed = capsys.readouterr().out
+        assert columns - 12 < max(map(len, printed.splitlines())) <= columns
+    assert "policy.horizon.depth (with policy/horizon=fixed_1)" in printed
+
+
+def test_a_word_in_no_key_is_one_line_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, meant in (("residancy", "residency"), ("decision_shar_", "policy.horizon.decision_share")):
+        with pytest.raises(SystemExit) as stop:
+            main([word])
+        assert stop.value.code == 2
+        told = capsys.readouterr().err
+        assert f"no key contains {word!r} (did you mean {meant}?)" in told
+        assert told.count("\n") == 1
+
+
 def test_every_key_of_the_files_is_on_the_page() -> None:
     listed = set(re.findall(r"^\| `([\w.]+)` ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert len(listed) > 120

@@ -12,12 +12,14 @@ import yaml
 
 from expertflow.model import model_from_dict
 from sim.job.configure import configure
+from sim.job.model import chosen_model
 from sim.job.setup import make_workload
 from sim.model import main
 from sim.specs.model_file import read_model_file
 from tests.cli.test_bad_input import assert_refused
 from tests.support.commands import run_here, small_trace
 from tests.unit.specs.hf_configs import PUBLISHED
+from traces.reader import open_trace
 
 WORDS = ("+hardware=a100", "+policy=lru", "compare=none")
 
@@ -141,3 +143,12 @@ def test_what_is_no_model_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureF
     assert "is of no Mixture of Experts (llama;" in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_sizes_that_lie_beside_the_trace_are_named_and_not_taken_silently(tmp_path: Path) -> None:
+    trace = open_trace(small_trace(tmp_path / "tiny.safetensors", model="tiny"))
+    with pytest.raises(ValueError, match=r"no sizes are known; say model\.path=FILE"):
+        chosen_model({"name": "auto"}, trace)
+    (tmp_path / "tiny.config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tiny\.config\.json lies beside it: say model\.path=.*tiny\.config\.json$"):
+        chosen_model({"name": "auto"}, trace)

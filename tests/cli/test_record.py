@@ -10,6 +10,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,18 @@ def test_models_that_cannot_be_read_and_missing_options(
 ) -> None:
     check_error(call(capsys, Path("./no/such"), prompts), "model=no/such", "cannot be loaded")
     check_error(run(capsys, "record", "model=./no", f"prompts={prompts}", "out=y"), "model=./no is no folder")
+    near = prompts.with_name("models") / "tiny"
+    near.mkdir(parents=True)
+    with monkeypatch.context() as inside:
+        # Nothing of these is asked of the network, nor a library loaded for it.
+        inside.setattr("traces.recorder.load.importlib", SimpleNamespace(import_module=pytest.fail))
+        for parent, word, hint in (
+            (near.parent.parent, "models/tinyy", "though models is one (did you mean models/tiny?)"),
+            (near.parent, "tinyy", "no name on the hub (ORG/NAME) (did you mean tiny?)"),
+            (near.parent, "mixtral", "model=mixtral is no folder, and no name on the hub (ORG/NAME); check"),
+        ):
+            inside.chdir(parent)
+            check_error(run(capsys, "record", f"model={word}", f"prompts={prompts}", "out=y"), hint)
     check_error(call(capsys, Path("../x y"), prompts), "model=../x y is no folder, and no name on the hub")
     check_error(call(capsys, prompts.parent, prompts), f"model={prompts.parent} on device=cpu cannot be loaded (")
     check_error(run(capsys, "record", "model=x", "out=y"), "option prompts is missing; write prompts=…")

@@ -135,9 +135,10 @@ def test_an_optional_variant_is_left_out_and_any_other_fails_the_study(
     write_study(folder, **common)
     assert command(folder, *words(folder)) == 2
     error = capsys.readouterr().err
-    assert "2 of 4 cells failed" in error
+    assert "variant=pregate (2 of 4 cells): " in error
     assert "needs a recorded pre-gate" in error
     assert len(error.splitlines()) == 1
+    assert not (folder / "out").exists()
     assert not (folder / "out" / "DONE").exists()
     write_study(folder, **common, optional=["pregate"])
     assert command(folder, *words(folder)) == 0

@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.commands import small_trace
 from tests.support.traces import HEADER, check_error, run, save, sound_arrays
 from tests.unit.traces.test_importers import BY_LAYER, GAP, record
 from traces import cli
 from traces.cli import KINDS, _options_of, importer_of
+from traces.fitting import generator
 from traces.format import open_trace
 from traces.importers.option_words import MEANINGS
 
@@ -160,3 +164,29 @@ def test_as_a_program(sound: Path) -> None:
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith(f"error: {sound.parent}: file: is a folder")
     assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_fit_counts_what_it_has_done_and_says_its_steps_apart_from_its_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[Callable[[], float], float]] = []
+
+    @contextmanager
+    def shown(what: str, done: Callable[[], float], total: float) -> Iterator[None]:
+        assert done() == 0
+        counted.append((done, total))
+        yield
+
+    monkeypatch.setattr(generator, "shown", shown)
+    trace = small_trace(tmp_path / "t.safetensors", 40, 2)
+    code, out, err = run(capsys, "fit", trace, tmp_path / "p.safetensors", "--rounds", 2)
+    assert (code, out.count("\n")) == (0, 1)
+    assert out.startswith("wrote ")
+    assert err.splitlines()[-1].startswith("calibration: round 2 of 2, ")
+    ((done, total),) = counted
+    assert done() == pytest.approx(total)
+    # Where a terminal shows how far it is, the steps do not scroll past it.
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, out, err = run(capsys, "fit", trace, tmp_path / "p.safetensors", "--rounds", 2)
+    assert (code, err) == (0, "")

@@ -16,6 +16,10 @@ HIDDEN = (
     "import runpy, sys; sys.modules['torch'] = None; module = sys.argv[1]; del sys.argv[1]; "
     "runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
+LARGE = (
+    "on Linux torch brings CUDA, several GB: without a GPU run before it pip install torch "
+    "--index-url https://download.pytorch.org/whl/cpu"
+)
 NEEDING = {
     "replay": ["+hardware=local", "+policy=lru"],
     "replay.validate": ["mine"],
@@ -35,8 +39,9 @@ def without_torch(module: str, *words: str, cwd: Path) -> subprocess.CompletedPr
 @pytest.mark.parametrize("module", sorted(NEEDING))
 def test_a_command_says_that_it_needs_torch(module: str, tmp_path: Path) -> None:
     found = without_torch(module, *NEEDING[module], cwd=tmp_path)
-    told = f"error: python -m {module} needs torch; install it: pip install 'expertflow[replay]'\n"
+    told = f"error: python -m {module} needs torch; install it: pip install 'expertflow[replay]'; {LARGE}\n"
     assert (found.returncode, found.stderr, found.stdout) == (2, told, "")
+    assert len(told) <= 301
 
 
 @pytest.mark.slow
@@ -74,7 +79,7 @@ def test_fitting_needs_torch_only_for_the_kind_that_does(tmp_path: Path) -> None
     assert (listed.returncode, listed.stderr) == (0, "")
     assert "kind=hybrid epochs=" in listed.stdout
     found = without_torch("traces", *words, "kind=hybrid", cwd=tmp_path)
-    told = "error: kind=hybrid needs torch; install it: pip install 'expertflow[fit]'\n"
+    told = f"error: kind=hybrid needs torch; install it: pip install 'expertflow[fit]'; {LARGE}\n"
     assert (found.returncode, found.stderr) == (2, told)
     found = without_torch("traces", *words, "kind=transition", cwd=tmp_path)
     assert found.returncode == 0, found.stderr

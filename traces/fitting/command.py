@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.keys import near_to
 from traces.container import TraceError, fault
 from traces.files import replace_file, safetensors_bytes
 from traces.fitting.packages import asked_for_by
+from traces.help_text import Wrapped
 from traces.processes.progress import shown
 from traces.reader import open_trace
 
@@ -38,7 +40,7 @@ _EXAMPLES = """examples:
 def options_of(kind: str) -> Callable[..., Any]:
     """The options of `kind`, without what its function needs. TraceError on an unknown one."""
     if kind not in FITS:
-        raise TraceError(f"kind={kind} is unknown; known are {', '.join(FITS)}")
+        raise TraceError(f"kind={kind} is unknown{near_to(kind, FITS)}; known are {', '.join(FITS)}")
     return _loaded(FITS[kind][1])
 
 
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     from traces.cli import listed_options
 
+    parser.formatter_class = Wrapped
     parser.add_argument("trace", help="a trace file, or a quoted glob")
     parser.add_argument("output", type=Path, help="the .safetensors file to write")
     parser.add_argument("options", nargs="*", metavar="key=value", help="kind=, and options of the kind, listed below")

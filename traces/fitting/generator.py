@@ -14,6 +14,7 @@ Shapes: T tokens, L layers, K top-k, E experts, R requests, Q factors.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ from traces.processes.progress import shown
 from traces.reader import Trace, open_trace
 from traces.stats import activation, check_routing, layer_onehot, lru_distances, next_layer_recall, reuse, row_positions
 
+_ROUND = "calibration"
+_LAYER_SHARE = 0.1
+"""Of the time of a round of calibration, what the dependence of a layer takes."""
 MAX_FIT_TOKENS = 40_000  # of a longer trace, requests evenly spread
 MIN_SIMULATED_TOKENS = 8_000  # a shorter trace is simulated several times over, against noise
 MAX_SIMULATED_LENGTH = 1_024
@@ -225,7 +229,7 @@ def _calibrate(params: Arrays, source: _Seen, lengths: Integers, rounds: int, se
         arrays = generate(scaled, lengths.tolist(), seed=seed + 1 + step)
         made = _look(arrays["experts"], arrays["request_start"], num_experts)
         worst = np.abs(np.nan_to_num(source.reuse - made.reuse).mean(axis=1)).max()
-        say(f"calibration: round {step + 1} of {rounds}, largest error of mean reuse {worst:.3f}")
+        say(f"{_ROUND}: round {step + 1} of {rounds}, largest error of mean reuse {worst:.3f}")
         _nudge(params, source, made, gain=1 / (1 + step / 12))
         if step >= rounds // 2:
             sums = {name: sums[name] + params[name] for name in moving}
@@ -299,8 +303,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit and write a parameter file. Errors are ValueErrors."""
     trace = open_trace(args.path)
-    with shown(f"fitting to {trace.name}"):
-        params = fit_trace(trace, seed=args.seed, rounds=args.rounds, say=lambda line: print(line, flush=True))
+    said: list[float] = []
+
+    def say(line: str) -> None:
+        said.append(1.0 if line.startswith(_ROUND) else _LAYER_SHARE)
+        if not sys.stderr.isatty():
+            # On a terminal the line of progress tells it.
+            print(line, file=sys.stderr, flush=True)
+
+    total = (trace.num_layers - 1) * _LAYER_SHARE + args.rounds
+    with shown(f"fitting to {trace.name}", lambda: sum(said), total):
+        params = fit_trace(trace, seed=args.seed, rounds=args.rounds, say=say)
     save_params(
         args.output,
         params,

@@ -28,10 +28,11 @@ from traces.fitting.baselines import (
     Training,
     has_pregate,
 )
-from traces.fitting.packages import asked_for_by
+from traces.fitting.packages import asked_for_by, check_packages
 from traces.fitting.pointwise import Boosting, Logistic, Perceptron, Ridge
 from traces.fitting.rows import RowBlock, num_distances, row_blocks
 from traces.flags import whole
+from traces.help_text import Wrapped
 from traces.processes.progress import shown
 from traces.reader import Trace, open_trace
 
@@ -49,6 +50,14 @@ BASELINES: dict[str, Callable[[Training], Baseline]] = {
 }
 ROUTING_ALONE = ("popularity", "transition", "hybrid")
 """Those of them that need no pre-gate."""
+PACKAGES = {
+    "forest": ("sklearn",),
+    "hybrid": ("torch", "sklearn"),
+    "logistic": ("sklearn",),
+    "boosting": ("sklearn",),
+    "perceptron": ("sklearn",),
+}
+"""What fitting one of them takes and a plain installation lacks."""
 READER_REPORTED = {
     "pregate": {"deepseek": 0.264, "qwen1.5": 0.333, "qwen2": 0.296},
     "forest": {"deepseek": 0.634, "qwen1.5": 0.653, "qwen2": 0.605},
@@ -61,10 +70,11 @@ Rows = list[dict[str, Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.formatter_class = Wrapped
     parser.add_argument("train", help="the trace to fit to: a file, or a quoted glob")
     parser.add_argument("eval", help="the trace to compare on")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write accuracy.csv and fits.csv to")
-    parser.add_argument("--only", default="", help=f"some of them, with commas: {','.join(BASELINES)}")
+    parser.add_argument("--only", default="", help=f"some of them, with commas between: {', '.join(BASELINES)}")
     parser.add_argument(
         "--distances", type=whole(1, 9_999), default=8, help="layers ahead (8, or as far as the pre-gate goes)"
     )
@@ -86,13 +96,14 @@ def run(args: argparse.Namespace) -> int:
     files = fitted_files(args.fitted)
     train, judged = open_trace(args.train), open_trace(args.eval)
     check_pair(train, judged)
-    args.out.mkdir(parents=True, exist_ok=True)
     usable = names if has_pregate(train, judged) else [name for name in names if name in ROUTING_ALONE]
     if not usable:
         raise TraceError(
             f"{judged.paths[0]}: without a pre-gate in both traces none of {', '.join(names)} can be "
             f"compared; choose {' or '.join(ROUTING_ALONE)}"
         )
+    check_needed([name for name in usable if name not in files])
+    args.out.mkdir(parents=True, exist_ok=True)
     if skipped := [name for name in names if name not in usable]:
         print(f"skipped, for want of a pre-gate in both traces: {', '.join(skipped)}\n")
 
@@ -113,6 +124,18 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(markdown(accuracy, fits, costs, judged.top_k)))
     print(f"\nwrote {args.out / 'accuracy.csv'} and {args.out / 'fits.csv'}")
     return 0
+
+
+def check_needed(names: Sequence[str]) -> None:
+    """TraceError, before anything is fitted, where what one of them needs is not installed."""
+    # The decay with distance is fitted to every one of them.
+    check_packages(["score-predictors"], {"score-predictors": ("scipy",)})
+    try:
+        check_packages(names, PACKAGES)
+    except TraceError as error:
+        others = [name for name in names if name not in PACKAGES]
+        remedy = f"; or compare the others: --only {','.join(others)}" if others else ""
+        raise TraceError(f"{error}{remedy}") from None
 
 
 def chosen_names(only: str) -> list[str]:

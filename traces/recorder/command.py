@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from traces.container import TraceError, fault
+from traces.help_text import Wrapped
 from traces.processes.ending import keeping
 from traces.recorder.load import load_model
 from traces.recorder.options import RecordOptions
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     from traces.cli import listed_options
 
+    parser.formatter_class = Wrapped
     parser.add_argument("options", nargs="*", metavar="key=value", help="model=, prompts=, out=, and more, see below")
     parser.add_argument("--recover", metavar="OUT", help="finish the recording of OUT that was killed, and do no more")
     lines = [
@@ -41,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "",
         "options (defaults shown):",
         f"  {listed_options(RecordOptions)}",
-        "  name: the model's name in the trace, as `expertflow sim --help` lists it (default: the last part of model,",
-        "  in small letters)",
-        "  sampling: greedy, or temperature=0.8 and the like; lookahead: layers ahead of the pre-gate, 0 for none",
-        "  lookahead_top: candidates listed for each (default: twice top-k), or all; chat: wrap texts as user messages",
+        "  name: the model's name in the trace, as `expertflow sim --help` lists it (default: the last part of model, "
+        "in small letters)",
+        "  sampling: greedy, or temperature=0.8 and the like",
+        "  lookahead: layers ahead of the pre-gate, 0 for none",
+        "  lookahead_top: candidates listed for each (default: twice top-k), or all",
+        "  chat: wrap texts as user messages",
         "",
         EXAMPLES,
     ]

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from expertflow.keys import near_to
 from traces.container import TraceError
+from traces.extras import install
 
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 Tokenize = Callable[[int, dict[str, Any]], list[int]]
 """(line, table of one prompt as `traces.recorder.prompts` gives it) → token ids."""
@@ -26,8 +28,8 @@ Tokenize = Callable[[int, dict[str, Any]], list[int]]
 def load_model(model: str, dtype: str, device: str, chat: bool) -> tuple[Any, Tokenize]:
     """The network in eval mode on its device, and what turns a prompt into token ids."""
     local = Path(model).is_dir()
-    if not local and not _HUB_NAME.fullmatch(model):
-        raise TraceError(f"option model={model} is no folder, and no name on the hub; check the path")
+    if not local:
+        _check_hub_name(model)
     if local:
         # Read when the hub's client is first imported: nothing may be fetched for a folder.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,7 +37,7 @@ def load_model(model: str, dtype: str, device: str, chat: bool) -> tuple[Any, To
         torch = importlib.import_module("torch")
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise TraceError(f"recording needs {error.name}; install it: pip install 'expertflow[record]'") from None
+        raise TraceError(f"recording needs {error.name}; {install(error.name or '', 'record')}") from None
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -50,6 +52,28 @@ def load_model(model: str, dtype: str, device: str, chat: bool) -> tuple[Any, To
     except Exception as error:  # whatever the library makes of a damaged config.json or of weights that are none
         raise TraceError(f"model={model} on device={place} cannot be loaded ({first_line(error)})") from None
     return network, _tokenizer_of(transformers, model, safe, chat)
+
+
+def _check_hub_name(model: str) -> None:
+    """TraceError unless `model` is ORG/NAME of a hub, and no path that is mistyped: only for that the network is
+    asked."""
+    path = Path(model)
+    hint = near_to(path.name, _folders_in(path.parent), f"{path.parent}/" if path.parent != Path() else "")
+    is_name = _HUB_NAME.fullmatch(model) is not None
+    if is_name and path.parent.is_dir():
+        remedy = f"the hub's {model} is recorded from a folder without {path.parent}/"
+        raise TraceError(
+            f"option model={model} is no folder, though {path.parent} is one{hint}; check the path, or {remedy}"
+        )
+    if not is_name:
+        raise TraceError(f"option model={model} is no folder, and no name on the hub (ORG/NAME){hint}; check the path")
+
+
+def _folders_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
 
 
 def _tokenizer_of(transformers: Any, model: str, safe: dict[str, Any], chat: bool) -> Tokenize:

@@ -219,11 +219,35 @@ def test_a_package_that_is_not_there_is_named_with_the_remedy(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        ("sklearn", "forest, hybrid, logistic, boosting, perceptron need sklearn"),
+        ("torch", "hybrid needs torch"),
+        ("scipy", "score-predictors needs scipy"),
+    ],
+)
+def test_a_package_that_is_not_there_is_missed_before_anything_is_fitted(
+    module: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, judged = written(tmp_path / "train.safetensors", 3), written(tmp_path / "eval.safetensors", 2, 1)
+    for other in ("sklearn", "torch", "scipy"):
+        monkeypatch.setitem(sys.modules, other, None if other == module else sys)
+    monkeypatch.setattr("traces.fitting.packages.find_spec", lambda name: sys.modules[name])
+    code, out, err = run(capsys, "score-predictors", train, judged, "--out", tmp_path / "out")
+    check_error((code, out, err), told, "pip install 'expertflow[fit]'")
+    assert ("--only popularity,transition,pregate,calibrated" in err) == (module != "scipy")
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_words_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, judged = written(tmp_path / "train.safetensors", 3), written(tmp_path / "eval.safetensors", 2, 1)
     other, out = written(tmp_path / "other.safetensors", 2, 1, model="small"), tmp_path / "out.safetensors"
     folder = ("--out", tmp_path / "out")
     check_error(run(capsys, "fit-predictor", train, out, "kind=tree"), "kind=tree is unknown", "forest")
+    check_error(
+        run(capsys, "fit-predictor", train, out, "kind=hybird"), "kind=hybird is unknown (did you mean hybrid?)"
+    )
     check_error(run(capsys, "fit-predictor", train, out, "kind=forest", "kind=forest"), "given twice")
     check_error(run(capsys, "fit-predictor", train, out, "leaves=3"), "'leaves' is unknown to forest", "max_mb")
     check_error(run(capsys, "fit-predictor", train, out, "depth=16"), "depth=16", "1 … 15")

@@ -12,6 +12,7 @@ import pytest
 from expertflow.core import described, is_compiled
 from sim import bench
 from sim.job.forwards import KEEP_SCORES
+from traces.reader import open_trace
 
 
 @pytest.fixture
@@ -120,3 +121,19 @@ def test_it_runs_and_leaves_the_environment_alone(
 def test_a_trace_of_ones_own_has_nothing_committed() -> None:
     with pytest.raises(SystemExit):
         bench.main(["some.safetensors", "--check"])
+
+
+def test_a_recordings_short_name_is_taken_and_a_near_miss_is_one_line(
+    ratios: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(bench, "measure", lambda trace, hardware, repeat: asked.append(trace) or dict(ratios))
+    assert bench.main(["gpt-oss-20b-twin"]) == 0
+    assert bench.composed("lru", "a100", asked[0])["trace"]["path"] == "gpt-oss-20b-twin"
+    assert bench.main(["here.safetensors"]) == 0
+    assert asked[1] == os.path.realpath("here.safetensors")
+    monkeypatch.setattr(bench, "measure", lambda trace, hardware, repeat: open_trace(trace))
+    assert bench.main(["gpt-oss-20b-twn"]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean gpt-oss-20b-twin?" in told
+    assert told.count("\n") == 1

@@ -305,6 +305,7 @@ def test_the_exit_code_is_the_budgets(monkeypatch: pytest.MonkeyPatch, bar: int,
         (["--tokens", "0"], "'0' must be a whole number of at least 1"),
         (["--batch-size", "1.5"], "'1.5' must be a whole number of at least 1"),
         (["nowhere.safetensors"], "nowhere.safetensors"),
+        (["gpt-oss-20b-twn"], "did you mean gpt-oss-20b-twin?"),
         (["--speed"], "unrecognized arguments: --speed"),
     ],
 )
@@ -318,6 +319,12 @@ def test_a_users_error_is_one_line(words: list[str], told: str, capsys: pytest.C
     assert seen.err.startswith("error: ")
     assert told in seen.err
     assert seen.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_recordings_short_name_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpt-oss-20b-twin", "--policies", "lru", "--tokens", "4"]) == 0
+    assert "gpt-oss-20b-twin-eval" in capsys.readouterr().out
 
 
 def test_torch_is_not_needed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from replay import bench_host
 from replay.bench_host import BARS_US, main, measure
 from replay.host_times import HostTimes, _first_after
 
@@ -67,3 +68,11 @@ def test_what_is_measured_is_of_the_words_given() -> None:
 def test_a_trace_that_is_not_there_is_a_users_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nowhere.safetensors"]) == 2
     assert "nowhere.safetensors" in capsys.readouterr().err
+
+
+def test_a_recordings_short_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(bench_host, "measure", lambda words, repeat: asked.append(words))
+    monkeypatch.setattr(bench_host, "_print", lambda found: True)
+    assert main(["gpt-oss-20b-twin", "--tokens", "4"]) == 0
+    assert asked == [["trace.path=gpt-oss-20b-twin", "max_tokens=4"]]

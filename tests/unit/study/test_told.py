@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sim.study import plan
 from sim.study.cells import plan_jobs, run_jobs
 from sim.study.plan import Cell, cells, load_study, read_study
 from tests.support.commands import small_trace
@@ -17,12 +18,22 @@ def test_all_parameters_that_are_missing_are_named_at_once_with_the_recordings_t
     with pytest.raises(ValueError, match=r"needs --set deepseek=VALUE qwen=VALUE gpt_oss=VALUE: a recording") as caught:
         cells(study, {})
     told = str(caught.value)
-    assert told.endswith("shipped are gpt-oss-20b-twin, deepseek-v2-lite-twin, qwen1.5-moe-a2.7b-twin")
+    fitting = "deepseek=deepseek-v2-lite-twin qwen=qwen1.5-moe-a2.7b-twin gpt_oss=gpt-oss-20b-twin"
+    assert told.endswith(f"shipped: {fitting}")
     assert len(told) <= 293
-    with pytest.raises(ValueError, match=r"needs --set qwen=VALUE: "):
+    with pytest.raises(ValueError, match=r"needs --set qwen=VALUE: .*; shipped: qwen=qwen1\.5-moe-a2\.7b-twin$"):
         cells(study, {"deepseek": "a", "gpt_oss": "b"})
     # What no chosen cell needs is not asked for.
     assert cells(study, {"gpt_oss": "b"}, only={"model": ["gpt-oss-20b_8GB"]})
+
+
+def test_recordings_that_are_in_the_repository_alone_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "is_here", lambda name: name.startswith("gpt-oss"))
+    with pytest.raises(ValueError, match="needs --set") as caught:
+        cells(load_study("paper"), {})
+    told = str(caught.value)
+    assert "; shipped: gpt_oss=gpt-oss-20b-twin; in the repository's traces/data: deepseek=" in told
+    assert len(told) <= 293
 
 
 def test_a_parameter_that_is_not_about_a_recording_is_asked_for_without_them(tmp_path: Path) -> None:
@@ -40,7 +51,7 @@ def made(trace: Path, *words: str) -> list[Cell]:
 def test_a_cause_that_cells_share_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = small_trace(tmp_path / "t.safetensors")
     jobs = plan_jobs(made(trace, "+policy=lru", "warmup_forwards=100"))
-    with pytest.raises(ValueError, match=r"^4 of 4 cells failed, all for one cause, the others are kept; the first: "):
+    with pytest.raises(ValueError, match=r"^4 of 4 cells failed, all for one cause, none is kept; the first: "):
         run_jobs(jobs, tmp_path / "cells", 1)
     said = capsys.readouterr().out
     assert said.count("leaves nothing to measure") == 1
