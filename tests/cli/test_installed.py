@@ -150,8 +150,8 @@ def test_what_is_packed_comes_back_byte_for_byte(content: bytes) -> None:
 
 
 def test_numbers_are_taken_apart_where_that_helps() -> None:
-    assert [pack(content)[0] for content in (FLOATS, WORDS)] == [2, 6]
-    assert len(pack(FLOATS)) < 0.9 * len(lzma.compress(FLOATS, preset=9))
+    for content, share in ((FLOATS, 0.9), (WORDS, 0.95)):
+        assert len(pack(content)) < share * len(lzma.compress(content, preset=9))
 
 
 def test_scores_that_fall_are_packed_smaller_than_by_xz_alone() -> None:
