@@ -20,6 +20,7 @@ from sim.api.simulating import Job, as_library, check_folder, folder_of, plan, r
 from sim.api.words import label_of
 from sim.collect import row_of
 from sim.execute import slug
+from sim.job.policy_keys import check_ahead
 from sim.job.pool import Workers
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ def _planned(asked: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], out: P
             # What is no part of a folder's name was all the difference.
             name = f"{name}-{len(planned) + 1}"
         job = plan({**asked, **{key: axes[key][index] for key, index in zip(axes, chosen, strict=True)}})
+        check_ahead(job.cfg)
         planned[name] = Place(name, shown, job, None if out is None else out / name)
     return list(planned.values())
 

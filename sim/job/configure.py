@@ -10,7 +10,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expertflow.keys import Key, declared, near_to, nearest, shown
 from sim.job.batches import batch_config
-from sim.job.clashes import check_batch_words, check_model_words, check_stack_words, check_trace_words
+from sim.job.clashes import (
+    check_absent_words,
+    check_batch_words,
+    check_model_words,
+    check_stack_words,
+    check_trace_words,
+)
 from sim.job.compose import compose
 from sim.job.former_names import refuse_former
 from sim.job.keys import CHOSEN_BY_NAME, DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
@@ -65,6 +71,7 @@ def check_words(words: Sequence[str]) -> None:
     check_model_words(words)
     check_stack_words(words)
     check_batch_words(words)
+    check_absent_words(words)
 
 
 def checked(

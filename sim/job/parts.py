@@ -14,9 +14,10 @@ from typing import Any
 
 from expertflow import parts
 from expertflow.boundary import INTERRUPTIONS, declared, words_of
-from expertflow.keys import REQUIRED, arguments_of, plain, shown, unknown_key
+from expertflow.keys import REQUIRED, arguments_of, plain, shown
 from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
 from sim.job.former_names import refuse_former
+from sim.job.part_keys import no_argument, no_class
 
 KINDS: Mapping[str, type] = {
     "predictor": Predictor,
@@ -33,8 +34,9 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 def class_of(cfg: object, key: str, kind: type) -> type:
     """The class that `cfg` names; ValueError that names `key` unless it derives from `kind`."""
     if not isinstance(cfg, Mapping) or "_target_" not in cfg:
-        told = f"{key} has no _target_" if isinstance(cfg, Mapping) else f"{key}={shown(cfg)} is no part"
-        raise ValueError(f"{told}; choose a part with {key.replace('.', '/')}=NAME")
+        if isinstance(cfg, Mapping):
+            raise no_class(key, cfg)
+        raise ValueError(f"{key}={shown(cfg)} is no part; choose a part with {key.replace('.', '/')}=NAME")
     target, name = cfg["_target_"], f"{key}._target_"
     wanted = f"must name a class that derives from {kind.__module__}.{kind.__name__}"
     if isinstance(target, Part | type):
@@ -154,7 +156,7 @@ def check_arguments(found: type, given: Mapping[str, Any], key: str, extra: tupl
     for name, value in given.items():
         _refuse_code(value, f"{key}.{name}", name)
         if name in extra or (name not in known and not open_ended):
-            raise unknown_key(key, name, [one for one in known if one not in extra])
+            raise no_argument(found, key, name, [one for one in known if one not in extra])
         if name in known:
             known[name].check(value, f"{key}.{name}")
     for name, one in known.items():
