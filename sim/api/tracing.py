@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from expertflow.keys import nearest, plain, shown
+from sim.job.compose import composed_file
 from sim.paths import config_files
 from traces.format import About, checked_trace, file_sha256
 from traces.layout import ARRAYS
 from traces.trace import Trace
-from traces.yamltext import read_yaml
 
 NAME = "given"
 _FIELDS = ("name", "model", "num_experts", "source", "license")
@@ -65,8 +65,8 @@ def _num_experts(given: Mapping[str, Any], model: str) -> int:
     """Of a layer: as given, else the model's, of which a twin has the topology."""
     told = given.get("num_experts")
     if told is None:
-        file = config_files("model").get(model.removesuffix("-twin"))
-        told = None if file is None else read_yaml(file).get("num_experts")
+        name = model.removesuffix("-twin")
+        told = composed_file("model", name).get("num_experts") if name in config_files("model") else None
     if isinstance(told, bool) or not isinstance(told, int | np.integer) or told < 1:
         raise ValueError(f"trace: num_experts={shown(told)} must be given for a model of which no sizes are known")
     return int(told)

@@ -162,6 +162,12 @@ def test_an_exception_in_a_part_names_file_and_line(parts: str, tmp_path: Path) 
         ([*ADAPTIVE, "residncy=0.5"], "residncy is no key (did you mean residency?)"),
         ([*ADAPTIVE, "hardwar.memory_gb=8"], "there is no hardwar (did you mean hardware?)"),
         ([*ADAPTIVE, "policy.horizn.depth=2"], "there is no policy.horizn (did you mean policy.horizon?)"),
+        (["+hardware=4090,a100", "+policy=lru"], "hardware=4090 must be the name of one file (did you mean rtx4090?)"),
+        (["+hardware=rtx409", "+policy=lru"], "(did you mean rtx4090?); choose one of: rtx4090, rtx5090, rtx4080"),
+        ([*ADAPTIVE, "trace=gptoss"], "trace=gptoss does not exist (did you mean gpt-oss-20b-twin?)"),
+        ([*ADAPTIVE, "model=gptoss20b"], "model=gptoss20b does not exist (did you mean gpt-oss-20b?)"),
+        ([*ADAPTIVE, "hydra/laucher=basic"], "hydra/laucher is no group (did you mean hydra/launcher?)"),
+        ([*ADAPTIVE, "hydra.run.dri=x"], "hydra.run.dri is no key of Hydra's (did you mean hydra.run.dir?)"),
         ([*ADAPTIVE, "hydra/launcher=basik"], "hydra/launcher=basik does not exist (did you mean basic?)"),
     ],
 )
