@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from sim.job.assumed import first_touches, range_line
+from sim.job.assumed import first_touches, range_line, range_words
 from sim.job.batches import batch_notes
 from sim.job.beside import WITH_PLACE
 from sim.job.keys import AS_RECORDED
@@ -20,6 +20,8 @@ from traces.tables import print_columns
 
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
+_BASELINES = ("on_demand", "lru", "clairvoyant")
+"""Names of the runs beside (compare=full)."""
 _HOST = ("host", "on host")
 """Columns that are there only where a policy places experts on the host: stall, and their share."""
 _STORAGE = ("storage", "host hits")
@@ -96,7 +98,9 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has
 def named_runs(metrics: dict[str, Any], title: str) -> list[tuple[str, dict[str, Any]]]:
     """The run and those beside it, each with the name of its row. title: as in `print_report`."""
     compare, is_named = metrics["compare"] or {}, title == metrics["policy"]
-    own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
+    # Also where none ran beside: the reader knows what a run of that name gives.
+    is_changed = not is_named and (metrics["policy"] in compare or metrics["policy"] in _BASELINES)
+    own = f"{metrics['policy']} (changed)" if is_changed else metrics["policy"]
     return [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
 
 
@@ -199,7 +203,8 @@ def print_line(
     """One line a run, for sweeps. title, cfg, more: as in `print_report`."""
     mean = metrics["tpot_ms"]["mean"]
     place = f"{hardware_title(metrics)}/{stack_title(metrics)} at {100 * metrics['capacity']['residency']:.1f} %"
-    times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
+    tpot = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms{range_words(metrics)}"
+    times = f"{tpot}, stall {_per_token(metrics, 'stall_ns')} ms/token"
     name = f"{escape(title)}{_chosen(cfg, metrics)}"
     routing = f" ({metrics['assumed']['routing']})" if "assumed" in metrics else ""
     console.print(f"{name} on {place}{routing}: {times} → {folder}", highlight=False, soft_wrap=True)
