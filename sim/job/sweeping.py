@@ -23,7 +23,7 @@ from sim.job.policy_keys import check_ahead
 from sim.job.pool import use_workers
 from sim.job.run_count import counting
 from sim.paths import use_own_folder
-from traces.messages import cut, line, plain
+from traces.messages import PREFIX, cut, line, plain, shortened
 
 _SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _LONGEST = 120
@@ -101,7 +101,7 @@ def _tell_failures(found: Sequence[JobReturn], batch: Sequence[Sequence[str]], f
         if told is None:
             raise error
         name = cut(plain(" ".join(_told_apart(words, batch)) or "the run"), _LONGEST)
-        print(cut(f"failed: {name}: {told}", 300), file=sys.stderr)
+        print(f"{PREFIX}{shortened(f'{name}: {told}')}", file=sys.stderr)
     num, most = len(failed), len(found)
     kept = f"the other {most - num} are kept in {folder}" if most > num else "none is kept"
     how = f"mend that, then the same command with hydra.sweep.dir={folder} skip_done=true goes on"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,24 @@ class Leaves(LRU):
 
     def touched(self, keys: Any) -> None:
         sys.exit(3)
+
+
+class Boom(LRU):
+    """Raises at its first victim."""
+
+    def victim(self, key: int, cause: int) -> int | None:
+        raise KeyError(key)
+
+
+def test_an_error_of_a_part_is_not_followed_by_what_this_package_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown() -> str:
+        with pytest.raises(PartError, match=r"Boom\.victim raised KeyError: \d+ at api/test_errors\.py:\d+") as found:
+            simulate(hardware="a100", policy={"name": "lru", "eviction": Boom}, max_tokens=20, compare="none")
+        return "".join(traceback.format_exception(found.value))
+
+    assert shown().count("\n") < 16
+    monkeypatch.setenv("EXPERTFLOW_TRACEBACK", "1")
+    assert "raise KeyError(key)" in shown()
 
 
 class Hangs(LRU):

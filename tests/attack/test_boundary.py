@@ -165,9 +165,21 @@ class PredictsRaises(OwnPredictor):
 
 
 MADE = [
-    ("order", "Closes", r"policy\.order: Closes raised GeneratorExit when it was made"),
-    ("order", "RaisesBare", r"policy\.order: RaisesBare raised BaseException when it was made"),
-    ("order", "RaisesUntold", r"policy\.order: RaisesUntold raised Untold when it was made"),
+    (
+        "order",
+        "Closes",
+        r"policy\.order: Closes raised GeneratorExit when it was made at attack/test_boundary\.py:\d+; mend the part",
+    ),
+    (
+        "order",
+        "RaisesBare",
+        r"policy\.order: RaisesBare raised BaseException when it was made at attack/test_boundary\.py:\d+; mend the part",
+    ),
+    (
+        "order",
+        "RaisesUntold",
+        r"policy\.order: RaisesUntold raised Untold when it was made at attack/test_boundary\.py:\d+; mend the part",
+    ),
     ("order", "MakesText", r"str is no Order; the class of an order derives from expertflow\.parts\.Order"),
     ("order", "Pretends", r"Pretender is no Order; .*"),
     ("order", "FutureRaises", r"FutureRaises\.uses_future raised ZeroDivisionError: division by zero"),

@@ -85,7 +85,7 @@ def test_runs_that_fail_are_named_and_what_is_kept_and_how_to_go_on_is_said(
     for skip in ("false", "true"):
         found = run_there([*words, f"skip_done={skip}"], tmp_path, tmp_path)
         first, last = found.err.splitlines()
-        assert first.startswith("failed: policy.eviction.boom=2: Bad.start raised KeyError: 'it is two' at ")
+        assert first.startswith("error: policy.eviction.boom=2: Bad.start raised KeyError: 'it is two' at ")
         assert last == (
             "error: 1 of 3 runs failed: the other 2 are kept in s; mend that, then the same command with "
             "hydra.sweep.dir=s skip_done=true goes on"

@@ -42,6 +42,16 @@ class Boom(LRU):
 
 def chosen(key):
     return key // 0
+
+
+class NotMade(LRU):
+    def __init__(self, scope="global"):
+        raise RuntimeError("no")
+
+
+class Misspelt(LRU):
+    def touchd(self, keys):
+        pass
 """
 
 
@@ -149,6 +159,24 @@ def test_an_exception_in_a_part_names_file_and_line(parts: str, tmp_path: Path) 
     problem = "Boom.victim raised ZeroDivisionError: integer division or modulo by zero"
     assert f"{problem} at {tmp_path.name}/{parts}.py:{line} (" in found.err
     assert "EXPERTFLOW_TRACEBACK=1" in found.err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NotMade", "NotMade raised RuntimeError when it was made at {place}: no; mend the part"),
+        # The other classes of its module run, as every test here shows.
+        ("Misspelt", "Misspelt.touchd is not in the contract of LRU (did you mean touched?); name helpers with a "),
+    ],
+)
+def test_what_keeps_a_part_from_being_made_names_class_and_place(
+    name: str, said: str, parts: str, tmp_path: Path
+) -> None:
+    words = ["+hardware=a100", "+policy=lru", f"policy.eviction._target_={parts}.{name}"]
+    found = run_here([*words, "compare=none", "max_tokens=4"], tmp_path / "run")
+    line = 1 + PARTS.splitlines().index('        raise RuntimeError("no")')
+    assert (found.code, found.err.count("\n"), found.done) == (2, 1, False)
+    assert said.format(place=f"{tmp_path.name}/{parts}.py:{line}") in found.err
 
 
 @pytest.mark.parametrize(
