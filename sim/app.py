@@ -18,13 +18,12 @@ from sim.job.configure import checked
 from sim.job.help import register
 from sim.job.output import begin_folder
 from sim.job.overrides import let_words_add
-from sim.job.report import notes_of, print_line, print_report, remarks_of
+from sim.job.report import notes_of, print_line, print_report, remarks_of, report_console
 from sim.job.run_cli import as_job, is_sweep, run_hydra
 from sim.job.run_count import clear_line
 from sim.job.setup import make_workload
 from sim.job.title import policy_title
 from sim.paths import CONF
-from traces.tables import console_for_tables
 
 OmegaConf.register_new_resolver("slug", slug, replace=True)
 let_words_add()
@@ -44,7 +43,7 @@ def run_configured(cfg: DictConfig) -> float | None:
     plain = checked(cfg)
     work = make_workload(plain)
     words = list(HydraConfig.get().overrides.task)
-    console = console_for_tables()
+    console = report_console()
     where = Kept(folder, __name__, lambda: begin_folder(folder, cfg), words, started)
     # The runs of a sweep have the cores among them.
     alone = HydraConfig.get().mode != RunMode.MULTIRUN

@@ -57,10 +57,10 @@ def simulate(
     """Run one configuration, and those beside it as `compare` says, and return its result.
 
     hardware, policy, **keys: the keys of the command line (`expertflow keys` lists them), those with a dot or a slash
-    as `**{"policy.horizon.max": 4}`. hardware, policy, model, stack and trace are the name of a file, or a mapping of
-    `name` and what differs; a part of the policy may be a class or an object. trace may be a path, a list of them, an
-    opened trace, or a mapping of arrays. out: a folder to write what the command writes; None: nothing is written.
-    config_dir: a folder of your own configuration.
+    as `**{"policy.horizon.max": 4}`. hardware, host, policy, model, stack, link, storage and trace are the name of a
+    file, or a mapping of `name` and what differs; a part of the policy may be a class or an object. trace may be a
+    path, a list of them, an opened trace, or a mapping of arrays. out: a folder to write what the command writes; None:
+    nothing is written. config_dir: a folder of your own configuration.
 
     ValueError with the command's one line for whatever is wrong, a part that breaks a rule or raises included.
     """

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed, effective_n_jobs
 
-from expertflow.keys import plain
+from expertflow.keys import plain, shown
 from sim.api.result import Recorded, Result
 from sim.api.simulating import Job, as_library, check_folder, folder_of, plan, run
-from sim.api.words import label_of
+from sim.api.words import label_of, refuse_array
 from sim.collect import frame_of, row_of
 from sim.execute import slug
 from sim.job.assumed import PAGE
@@ -175,6 +175,8 @@ def sweep(
     asked = {"hardware": hardware, "policy": policy, "compare": "none", **keys}
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0 or jobs < -1:
         raise ValueError(f"jobs={plain(repr(jobs), 60)} must be a number of processes, or -1 for one a core")
+    for key, value in asked.items():
+        refuse_array(key, value)
     axes = {key: _values(key, value) for key, value in asked.items() if _is_axis(value)}
     folder = folder_of("out", out)
     with as_library(folder_of("config_dir", config_dir)):
@@ -218,10 +220,25 @@ def _planned(asked: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], out: P
         if name in planned:
             # What is no part of a folder's name was all the difference.
             name = f"{name}-{len(planned) + 1}"
-        job = plan({**asked, **{key: axes[key][index] for key, index in zip(axes, chosen, strict=True)}})
-        check_ahead(job.cfg)
+        keys = {**asked, **{key: axes[key][index] for key, index in zip(axes, chosen, strict=True)}}
+        try:
+            job = plan(keys)
+            check_ahead(job.cfg)
+        except ValueError as error:
+            raise _with_hint(error, keys) from error
         planned[name] = Place(name, shown, job, None if out is None else out / name)
     return list(planned.values())
+
+
+def _with_hint(error: ValueError, keys: Mapping[str, Any]) -> ValueError:
+    """The error, with how to sweep over a list that stands inside a mapping, where it is of one."""
+    for group, value in keys.items():
+        for name, one in value.items() if isinstance(value, Mapping) else ():
+            key = f"{group}.{name}"
+            if _is_axis(one) and f"{key}=" in str(error):
+                remedy = f"to sweep over it: **{{{key!r}: {plain(shown(list(one)), 60)}}} beside {group}"
+                return ValueError(f"{plain(str(error), 290 - len(remedy))}; {remedy}")
+    return error
 
 
 def _distinct(labels: Sequence[Any]) -> list[Any]:

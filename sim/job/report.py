@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,15 +12,19 @@ from rich.console import Console
 from rich.markup import escape
 
 from sim.job.assumed import first_touches, range_line, range_words
-from sim.job.batches import batch_notes
+from sim.job.batches import batch_notes, decode_notes
 from sim.job.beside import WITH_PLACE
 from sim.job.keys import AS_RECORDED
 from sim.job.model import remarks, size_remarks
 from sim.job.predictor import chooses_by_trace
 from sim.job.setup import Workload, start_note
 from sim.job.title import hardware_title, stack_title
-from traces.tables import print_columns
+from traces.tables import console_for_tables, print_columns
 
+_MOST = 10_000
+"""Characters of a line that COLUMNS may ask for."""
+_LEAST = 20
+"""Characters of a line that a note is never wrapped below."""
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
 _BASELINES = ("on_demand", "lru", "clairvoyant")
@@ -27,6 +34,14 @@ _HOST = ("host", "on host")
 _STORAGE = ("storage", "host hits")
 """Columns that are there only where experts lie on storage: stall, and the share of copies found in host memory."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
+
+
+def report_console() -> Console:
+    """A console on stdout; where that is no terminal, as wide as COLUMNS says, if that is set."""
+    told = os.environ.get("COLUMNS", "")
+    if sys.stdout.isatty() or not told.isdecimal() or not 0 < int(told) <= _MOST:
+        return console_for_tables()
+    return Console(soft_wrap=False, width=int(told))
 
 
 def _chosen(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -174,7 +189,7 @@ def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
 
 def notes_of(work: Workload) -> list[str]:
     """Those of them that a line of a sweep has, too."""
-    return [*memory_note(work), *batch_notes(work.trace, work.batches.config)]
+    return [*memory_note(work), *batch_notes(work.trace, work.batches.config), *decode_notes(work.batches)]
 
 
 def memory_note(work: Workload) -> list[str]:
@@ -250,6 +265,9 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, 
             "policy without prefetch hit there too"
         )
     for note in [*notes, *more]:
-        console.print(f"  {note}", style="dim", highlight=False)
+        lines = textwrap.wrap(
+            note, max(console.width, _LEAST), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        )
+        console.print("\n".join(lines), style="dim", highlight=False, markup=False, soft_wrap=True)
     if folder is not None:
         console.print(f"written to {folder}", highlight=False, soft_wrap=True)
