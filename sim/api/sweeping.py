@@ -22,7 +22,7 @@ from sim.api.words import label_of, refuse_array
 from sim.collect import frame_of, row_of
 from sim.execute import slug
 from sim.job.assumed import PAGE
-from sim.job.markdown_table import range_of
+from sim.job.markdown_table import range_of, rows_of
 from sim.job.policy_keys import check_ahead
 from sim.job.pool import Workers
 
@@ -85,7 +85,7 @@ class Sweep(Sequence[Result]):
         if _ASSUMED not in table.columns:
             return shown
         # Of routing that nobody recorded the time is a range.
-        ranges = [range_of(row, "tpot_ms") for _, row in table.iterrows()]
+        ranges = [range_of(row, "tpot_ms") for row in rows_of(table)]
         texts = [f"{one[0]:.4g}–{one[1]:.4g}" if one else "–" for one in ranges]
         shown.insert(list(shown.columns).index("tpot_ms") + 1, "tpot_ms_range", texts)
         return shown

@@ -40,15 +40,16 @@ def markdown(table: pd.DataFrame, value: str) -> str:
     table = table.assign(**{name: table[name].map(text_of) for name in (*swept, *changes)})
     own = set(table["policy"] if BESIDE not in table.columns else table["policy"][table[BESIDE].isna()])
     table = table.assign(
-        hardware=[_place(row) for _, row in table.iterrows()],
-        policy=[_name(row, changes, own) for _, row in table.iterrows()],
+        hardware=[_place(row) for row in rows_of(table)],
+        policy=[_name(row, changes, own) for row in rows_of(table)],
     )
     keys = ["hardware", "stack", "residency", *swept]
     table = _each_once(table, keys, value)
-    table = table.assign(shown=[_cell(row, value) for _, row in table.iterrows()])
+    table = table.assign(shown=[_cell(row, value) for row in rows_of(table)])
     wide = table.pivot(index="policy", columns=keys, values="shown").reindex(table["policy"].unique())
     short = _short(swept)
-    places = sorted(wide.columns.to_list(), key=lambda place: [in_order(str(one)) for one in place])
+    columns: list[tuple[Any, ...]] = [tuple(one) for one in wide.columns]
+    places = sorted(columns, key=lambda place: [in_order(str(one)) for one in place])
     titles = []
     for place in places:
         hardware, stack, residency, *more = place
@@ -58,6 +59,11 @@ def markdown(table: pd.DataFrame, value: str) -> str:
     for policy, row in wide.iterrows():
         lines.append(f"| {policy} | " + " | ".join(_NONE if pd.isna(row[x]) else row[x] for x in places) + " |")
     return "\n".join([*lines, *_footnotes(table, changes, value)])
+
+
+def rows_of(table: pd.DataFrame) -> list[Mapping[str, Any]]:
+    """The rows, each by the names of its columns."""
+    return [{str(key): one for key, one in row.items()} for row in table.to_dict("records")]
 
 
 def _check_column(table: pd.DataFrame, value: str) -> None:
@@ -122,7 +128,7 @@ def _each_once(table: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame
         again = table.duplicated([*keys, "policy"], keep=False) & table[BESIDE].notna()
         of = [
             f"{row['policy'].removesuffix(' (beside)')} (beside {row[BESIDE]})" if one else row["policy"]
-            for one, (_, row) in zip(again, table.iterrows(), strict=True)
+            for one, row in zip(again, rows_of(table), strict=True)
         ]
         table = table.assign(policy=of)
     repeated = table[table.duplicated([*keys, "policy"])]
@@ -204,6 +210,6 @@ def _footnotes(table: pd.DataFrame, changes: Sequence[str], value: str) -> list[
 def assumed_note(table: pd.DataFrame, value: str) -> str:
     """What is said below a table in which routing is assumed."""
     kinds = ", ".join(dict.fromkeys(str(one) for one in table[_ASSUMED].dropna()))
-    ranged = any(range_of(row, value) for _, row in table.iterrows())
+    ranged = any(range_of(row, value) for row in rows_of(table))
     span = "; in brackets: by how local the routing is" if ranged else ""
     return f"{kinds}, not recorded{span}; record your own for one figure: {PAGE}"

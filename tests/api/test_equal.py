@@ -40,14 +40,14 @@ CASES: list[tuple[list[str], Mapping[str, Any]]] = [
 ]
 
 
-PLACED = ["+policy=lru", "+policy/place=host_layers", "policy.place.layers=3", "start=resident", "compare=none"]
+PLACED = ["+policy=lru", "+policy/place=host_layers", "policy.place.layers=12", "start=resident", "compare=none"]
 CASES += [
     (
         ["+host=desktop", "hardware.host_tflops=2", *PLACED],
         {
             "host": {"name": "desktop", "host_tflops": 2},
             "policy": {"name": "lru", "place": "host_layers"},
-            "policy.place.layers": 3,
+            "policy.place.layers": 12,
             "start": "resident",
             "compare": "none",
         },
