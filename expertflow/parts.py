@@ -9,12 +9,13 @@ is made, so that a misspelt hook cannot be silently ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol
 
 from expertflow.forward import Forward, KnownForward
-from expertflow.keys import Rule, check_fields, near_to
+from expertflow.keys import Rule, check_fields, near_to, nearest, plain
 from expertflow.machine import Costs
 from expertflow.view import Feedback, View
 
@@ -128,6 +129,26 @@ class Effort:
         return self.once + self.per_layer * num_predicted
 
 
+_putting_off: list[bool] = []
+"""Not empty while a module of parts is imported of which one is wanted."""
+
+
+@contextmanager
+def faults_put_off() -> Iterator[None]:
+    """Within this block a class with a misspelt hook is made all the same, and bears its fault: the other classes of
+    its module have none. Who uses it must ask (`fault_of`)."""
+    _putting_off.append(True)
+    try:
+        yield
+    finally:
+        _putting_off.pop()
+
+
+def fault_of(kind: type) -> str:
+    """What is wrong with a class that was made with a fault, or that derives from one; empty: nothing."""
+    return kind._fault if issubclass(kind, Part) else ""
+
+
 class Part:
     """Hooks every part may override, in the order in which they are heard."""
 
@@ -139,6 +160,9 @@ class Part:
     asked in the ordinary way unless it says so itself. Heeded of this package's own classes alone: the arrays are
     another part's, read and written in place, and what another class does to them cannot be checked."""
 
+    _fault: ClassVar[str] = ""
+    """What is wrong with the class, where it was not refused when it was made (see `faults_put_off`)."""
+
     def __init_subclass__(cls) -> None:
         if "at_once" not in vars(cls):
             cls.at_once = False
@@ -146,10 +170,15 @@ class Part:
         for name, value in vars(cls).items():
             if not name.startswith("_") and callable(value) and name not in known and not cls._is_contract():
                 hooks = sorted(one for one in known if not one.startswith("_"))
-                raise TypeError(
-                    f"{cls.__name__}.{name} is not in the contract of {cls.__mro__[1].__name__}{near_to(name, hooks)}; "
-                    f"name helpers with a leading underscore; known: {', '.join(hooks)}"
+                near = near_to(name, hooks)
+                listed = "" if near else f"; known: {nearest(name, hooks, 100)}"
+                cls._fault = (
+                    f"{plain(cls.__name__, 60)}.{plain(name, 60)} is not in the contract of {cls.__mro__[1].__name__}"
+                    f"{near}; name helpers with a leading underscore{listed}"
                 )
+                if not _putting_off:
+                    raise TypeError(cls._fault)
+                break
 
     @classmethod
     def _is_contract(cls) -> bool:

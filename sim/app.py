@@ -18,12 +18,12 @@ from sim.job.configure import checked
 from sim.job.help import register
 from sim.job.output import begin_folder
 from sim.job.overrides import let_words_add
-from sim.job.report import notes_of, print_line, print_report, remarks_of
+from sim.job.report import notes_of, print_line, print_report, remarks_of, report_console
 from sim.job.run_cli import as_job, is_sweep, run_hydra
+from sim.job.run_count import clear_line
 from sim.job.setup import make_workload
 from sim.job.title import policy_title
 from sim.paths import CONF
-from traces.tables import console_for_tables
 
 OmegaConf.register_new_resolver("slug", slug, replace=True)
 let_words_add()
@@ -43,19 +43,21 @@ def run_configured(cfg: DictConfig) -> float | None:
     plain = checked(cfg)
     work = make_workload(plain)
     words = list(HydraConfig.get().overrides.task)
-    console = console_for_tables()
+    console = report_console()
     where = Kept(folder, __name__, lambda: begin_folder(folder, cfg), words, started)
     # The runs of a sweep have the cores among them.
     alone = HydraConfig.get().mode != RunMode.MULTIRUN
     metrics = run_kept(where, plain, work, lambda: run_job(plain, work, folder, workers=alone))
+    if not alone:
+        clear_line()
     if metrics is None:
         console.print(f"done before: {folder}", highlight=False, soft_wrap=True)
         return None
     title = policy_title(plain["policy"])
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        print_line(console, metrics, relative(folder), title, plain, notes_of(work))
-    else:
+    if alone:
         print_report(console, metrics, relative(folder), title, plain, remarks_of(plain, work))
+    else:
+        print_line(console, metrics, relative(folder), title, plain, notes_of(work))
     mean = metrics["tpot_ms"]["mean"]
     return None if mean is None else float(mean)
 
@@ -86,10 +88,11 @@ def cli() -> int:
         print(version_line())
         return 0
     if is_sweep(words):
-        # A sweep; only now, since it loads joblib.
-        from sim.job.pool import use_workers
+        # Only now, since it loads joblib.
+        from sim.job.sweeping import sweeping
 
-        use_workers()
+        with sweeping():
+            return run_hydra(main, kept(words))
     return run_hydra(main, kept(words))
 
 

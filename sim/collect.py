@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-from pandas.api.types import is_numeric_dtype
 
-from expertflow.keys import near_to, nearest
 from sim.job.given import columns
+from sim.job.markdown_table import BESIDE, in_order, markdown
 from sim.job.output import write_text
 from sim.job.results import REMEDY, check_columns, read_metrics
 from traces.files import replace_file
 from traces.flags import Parser
 from traces.messages import PREFIX, fault, told
+from traces.reading import read_table
+
+__all__ = ["collect", "derived", "flatten", "frame_of", "markdown", "row_of", "write_table"]
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -66,20 +70,48 @@ def _beside(metrics: dict[str, Any], run: str) -> list[dict[str, Any]]:
     rows = []
     for name, other in (metrics["compare"] or {}).items():
         whole = {**metrics, **other, "policy": name, "bounds": None, "uses_future": name.startswith("clairvoyant")}
-        rows.append({"run": f"{run} ({name})", **flatten(whole), **derived(whole)})
+        rows.append({"run": f"{run} ({name})", **flatten(whole), **derived(whole), BESIDE: metrics["policy"]})
     return rows
 
 
+def frame_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a table in which whole numbers stay whole where some rows have none."""
+    table = pd.DataFrame(rows)
+    for name in table.columns:
+        if not table[name].isna().any():
+            continue
+        held = [row[name] for row in rows if row.get(name) is not None]
+        if held and all(type(one) is int for one in held):
+            table[name] = pd.array([row.get(name) for row in rows], dtype="Int64")
+    return table
+
+
+def finished_runs(folder: Path) -> tuple[list[Path], int]:
+    """The folders of finished runs below `folder` (those with `DONE`), by the numbers in their names; and how many
+    with a `DONE` are no run's, as that of a study."""
+    found = sorted((done.parent for done in folder.rglob("DONE")), key=lambda path: in_order(str(path)))
+    runs = [path for path in found if (path / "metrics.json").exists() or _is_run(path / "DONE")]
+    return runs, len(found) - len(runs)
+
+
+def _is_run(done: Path) -> bool:
+    """Whether a `DONE` is that of a run, which says what decided it."""
+    try:
+        return "asked" in read_table(done)
+    except ValueError:
+        return False
+
+
 def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
-    """One row a finished run (those with `DONE`), sorted by run folder; with `beside` also the runs beside it.
+    """One row a finished run, sorted by run folder, numbers by their value; with `beside` also the runs beside it.
     ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the folder of a sweep")
     rows: list[tuple[Path, dict[str, Any]]] = []
     runs: list[int] = []
-    for done in sorted(folder.rglob("DONE")):
-        path = done.parent / "metrics.json"
-        run = str(done.parent.relative_to(folder))
+    for place in finished_runs(folder)[0]:
+        path = place / "metrics.json"
+        run = str(place.relative_to(folder))
         metrics = read_metrics(path)
         try:
             made = [row_of(metrics, run)]
@@ -93,7 +125,7 @@ def collect(folder: Path, beside: bool = False) -> pd.DataFrame:
         raise ValueError(f"{folder}: no finished run below it (none has a DONE file); run a sweep first")
     rows = _with_given_keys(rows, runs)
     check_columns(rows)
-    return pd.DataFrame([row for _, row in rows])
+    return frame_of([row for _, row in rows])
 
 
 def _with_given_keys(rows: list[tuple[Path, dict[str, Any]]], runs: list[int]) -> list[tuple[Path, dict[str, Any]]]:
@@ -110,62 +142,20 @@ def _with_given_keys(rows: list[tuple[Path, dict[str, Any]]], runs: list[int]) -
     return found
 
 
-def markdown(table: pd.DataFrame, value: str) -> str:
-    """A Markdown table of one column: a row a policy, a column a (hardware with its link, stack, residency), the model
-    where it differs, and what else the runs were given that differs."""
-    if value not in table.columns:
-        raise ValueError(
-            f"--markdown={value} is no column{near_to(value, table.columns)}; "
-            f"there are: {nearest(value, list(table.columns))}"
-        )
-    if table[value].isna().all():
-        why = " (max_tokens ends inside the prompt?)" if value == "tpot_ms" else ""
-        raise ValueError(f"--markdown={value}: {value} is empty in every run{why}; take another column")
-    if not is_numeric_dtype(table[value]):
-        raise ValueError(f"--markdown={value} is no column of figures; take one such as tpot_ms")
-    # The model by its own name, which also a trace or a file may have given.
-    told = [*(["model"] if "model" in table.columns else []), *_given(table)]
-    swept = [name for name in dict.fromkeys(told) if name != "link" and table[name].nunique(dropna=False) > 1]
-    table = table.assign(**{name: table[name].map(lambda one: "–" if pd.isna(one) else str(one)) for name in swept})
-    table = table.assign(hardware=[_place(row) for _, row in table.iterrows()])
-    keys = ["hardware", "stack", "residency", *swept]
-    repeated = table[table.duplicated([*keys, "policy"])]
-    if len(repeated):
-        raise ValueError(f"two runs of {repeated['policy'].iloc[0]} at one place; --markdown takes one of each")
-    wide = table.pivot(index="policy", columns=keys, values=value).reindex(table["policy"].unique())
-    places = [tuple(column) for column in wide.columns.to_list()]
-    titles = [
-        " ".join([hardware, stack, f"{residency:.0%}", *map("{}={}".format, swept, more)])
-        for hardware, stack, residency, *more in places
-    ]
-    lines = ["| policy | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for policy, row in wide.iterrows():
-        lines.append(f"| {policy} | " + " | ".join("–" if pd.isna(x) else f"{x:.3f}" for x in row) + " |")
-    return "\n".join(lines)
-
-
-def _place(row: pd.Series[Any]) -> str:
-    """The hardware of a run, with the link that was chosen for it and, where that is more, the one asked for."""
-    link, asked = row.get("link_preset.name"), row.get("link_preset.asked")
-    if not isinstance(link, str):
-        return str(row["hardware"])
-    return f"{row['hardware']} {link}" + ("" if asked == link else f" of {asked}")
-
-
-def _given(table: pd.DataFrame) -> list[str]:
-    """The columns of what command lines gave: those between the name of the run and the version of its metrics."""
-    names = list(table.columns)
-    return names[names.index("run") + 1 : names.index("schema")] if "schema" in names else []
-
-
 def write_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """`name`.parquet and `name`.csv in `folder`, each whole or not at all."""
     csv, parquet = folder / f"{name}.csv", folder / f"{name}.parquet"
-    write_text(csv, table.to_csv(index=False, lineterminator="\n"))
+    switches = {name: table[name].map(_switch) for name in table.columns if table[name].dtype in (bool, object)}
+    write_text(csv, table.assign(**switches).to_csv(index=False, lineterminator="\n"))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     replace_file(parquet, buffer.getvalue(), sync=False)
     return [parquet, csv]
+
+
+def _switch(value: Any) -> Any:
+    """A truth value as the command line has it; anything else as it is."""
+    return str(value).lower() if isinstance(value, bool | np.bool_) else value
 
 
 def main(words: list[str] | None = None) -> int:
@@ -189,7 +179,9 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         print(f"{PREFIX}{told(error)}", file=sys.stderr)
         return 2
-    print(f"{len(table)} runs: {', '.join(str(path) for path in paths)}")
+    others = finished_runs(args.folder)[1]
+    left_out = f"; left out: {others} with a DONE that {'is' if others == 1 else 'are'} no run's" if others else ""
+    print(f"{len(table)} runs: {', '.join(str(path) for path in paths)}{left_out}")
     return 0
 
 

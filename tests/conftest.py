@@ -19,6 +19,9 @@ if WORKER:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
+# What a report is printed in: a library that reads lines says 80 to the processes of xdist.
+os.environ.pop("COLUMNS", None)
+
 # Read when the hub's client is first imported: no test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -123,7 +123,7 @@ class Result:
 
     @property
     def timeline(self) -> Frames:
-        """What was computed, copied and waited for, and how far the policy looked ahead: four tables.
+        """What was computed, copied and waited for, and how far the policy looked ahead: six tables.
 
         Recorded as `events` are (`timeline=True`).
         """

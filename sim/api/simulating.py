@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from sim.job.output import clear_results, write_text
 from sim.job.parts import dotted
 from sim.job.report import remarks_of
 from sim.job.results import read_metrics
-from sim.job.run_cli import no_exit
+from sim.job.run_cli import TRACEBACK, no_exit
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.job.title import titled
 from sim.machine.run import run_policy
@@ -56,10 +57,10 @@ def simulate(
     """Run one configuration, and those beside it as `compare` says, and return its result.
 
     hardware, policy, **keys: the keys of the command line (`expertflow keys` lists them), those with a dot or a slash
-    as `**{"policy.horizon.max": 4}`. hardware, policy, model, stack and trace are the name of a file, or a mapping of
-    `name` and what differs; a part of the policy may be a class or an object. trace may be a path, a list of them, an
-    opened trace, or a mapping of arrays. out: a folder to write what the command writes; None: nothing is written.
-    config_dir: a folder of your own configuration.
+    as `**{"policy.horizon.max": 4}`. hardware, host, policy, model, stack, link, storage and trace are the name of a
+    file, or a mapping of `name` and what differs; a part of the policy may be a class or an object. trace may be a
+    path, a list of them, an opened trace, or a mapping of arrays. out: a folder to write what the command writes; None:
+    nothing is written. config_dir: a folder of your own configuration.
 
     ValueError with the command's one line for whatever is wrong, a part that breaks a rule or raises included.
     """
@@ -89,9 +90,13 @@ def as_library(config_dir: Path | None) -> Iterator[None]:
                 yield
         except Exception as error:
             line = one_line(error)
-            if line is None or (isinstance(error, ValueError) and str(error) == line):
+            if line is None:
                 raise
-            raise ValueError(line) from error
+            told = copy(error) if isinstance(error, ValueError) and str(error) == line else ValueError(line)
+            if os.environ.get(TRACEBACK):
+                raise told from error
+            # The line says where; what this package did on the way there is nobody's concern.
+            raise told from None
         finally:
             use_own_folder(before)
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -14,12 +15,15 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed, effective_n_jobs
 
-from expertflow.keys import plain
+from expertflow.keys import plain, shown
 from sim.api.result import Recorded, Result
 from sim.api.simulating import Job, as_library, check_folder, folder_of, plan, run
-from sim.api.words import label_of
-from sim.collect import row_of
+from sim.api.words import label_of, refuse_array
+from sim.collect import frame_of, row_of
 from sim.execute import slug
+from sim.job.assumed import PAGE
+from sim.job.markdown_table import range_of, rows_of
+from sim.job.policy_keys import check_ahead
 from sim.job.pool import Workers
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("expertflow")
 MOST_RUNS = 100_000
+_ASSUMED = "assumed.routing"
 _SHOWN = ("tpot_ms", "stall_ms_per_token", "hit_rate", "link_utilisation")
 
 
@@ -52,7 +57,7 @@ class Sweep(Sequence[Result]):
             row = row_of(result.metrics, place.name)
             others = {key: value for key, value in row.items() if key not in place.labels}
             rows.append({"run": others.pop("run"), **place.labels, **others})
-        return pd.DataFrame(rows)
+        return frame_of(rows)
 
     def plot(self, value: str = "stall_ms_per_token") -> Figure:
         """A picture: `value` by residency, a line a policy, where residency was swept; else bars of the time per
@@ -76,17 +81,34 @@ class Sweep(Sequence[Result]):
 
     def _short(self) -> pd.DataFrame:
         table = self.table
-        return table[[name for name in dict.fromkeys((*self.swept, *_SHOWN)) if name in table.columns]]
+        shown = table[[name for name in dict.fromkeys((*self.swept, *_SHOWN)) if name in table.columns]]
+        if _ASSUMED not in table.columns:
+            return shown
+        # Of routing that nobody recorded the time is a range.
+        ranges = [range_of(row, "tpot_ms") for row in rows_of(table)]
+        texts = [f"{one[0]:.4g}–{one[1]:.4g}" if one else "–" for one in ranges]
+        shown.insert(list(shown.columns).index("tpot_ms") + 1, "tpot_ms_range", texts)
+        return shown
+
+    def _note(self) -> str:
+        """What stands below the table, if anything."""
+        table = self.table
+        if _ASSUMED not in table.columns:
+            return ""
+        kinds = ", ".join(dict.fromkeys(table[_ASSUMED].dropna()))
+        return f"tpot_ms_range: {kinds}; the range is by how local the routing is, which is not recorded: {PAGE}"
 
     def __str__(self) -> str:
         """What was swept, and the figures that are read first."""
-        return str(self._short().to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+        text = self._short().to_string(index=False, float_format=lambda value: f"{value:.4g}")
+        return "\n".join(filter(None, (text, self._note())))
 
     def __repr__(self) -> str:
         return f"<Sweep over {', '.join(self.swept) or 'nothing'}: {len(self)} runs>"
 
     def _repr_html_(self) -> str:
-        return str(self._short().to_html(index=False, float_format=lambda value: f"{value:.4g}"))
+        text = self._short().to_html(index=False, float_format=lambda value: f"{value:.4g}")
+        return f"{text}<p>{escape(note)}</p>" if (note := self._note()) else str(text)
 
 
 class SweepError(ValueError):
@@ -153,6 +175,8 @@ def sweep(
     asked = {"hardware": hardware, "policy": policy, "compare": "none", **keys}
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0 or jobs < -1:
         raise ValueError(f"jobs={plain(repr(jobs), 60)} must be a number of processes, or -1 for one a core")
+    for key, value in asked.items():
+        refuse_array(key, value)
     axes = {key: _values(key, value) for key, value in asked.items() if _is_axis(value)}
     folder = folder_of("out", out)
     with as_library(folder_of("config_dir", config_dir)):
@@ -196,9 +220,25 @@ def _planned(asked: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], out: P
         if name in planned:
             # What is no part of a folder's name was all the difference.
             name = f"{name}-{len(planned) + 1}"
-        job = plan({**asked, **{key: axes[key][index] for key, index in zip(axes, chosen, strict=True)}})
+        keys = {**asked, **{key: axes[key][index] for key, index in zip(axes, chosen, strict=True)}}
+        try:
+            job = plan(keys)
+            check_ahead(job.cfg)
+        except ValueError as error:
+            raise _with_hint(error, keys) from error
         planned[name] = Place(name, shown, job, None if out is None else out / name)
     return list(planned.values())
+
+
+def _with_hint(error: ValueError, keys: Mapping[str, Any]) -> ValueError:
+    """The error, with how to sweep over a list that stands inside a mapping, where it is of one."""
+    for group, value in keys.items():
+        for name, one in value.items() if isinstance(value, Mapping) else ():
+            key = f"{group}.{name}"
+            if _is_axis(one) and f"{key}=" in str(error):
+                remedy = f"to sweep over it: **{{{key!r}: {plain(shown(list(one)), 60)}}} beside {group}"
+                return ValueError(f"{plain(str(error), 290 - len(remedy))}; {remedy}")
+    return error
 
 
 def _distinct(labels: Sequence[Any]) -> list[Any]:

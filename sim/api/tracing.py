@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from expertflow.keys import nearest, plain, shown
+from expertflow.keys import near_to, nearest, plain, shown
+from sim.job.compose import composed_file
 from sim.paths import config_files
 from traces.format import About, checked_trace, file_sha256
 from traces.layout import ARRAYS
 from traces.trace import Trace
-from traces.yamltext import read_yaml
 
 NAME = "given"
 _FIELDS = ("name", "model", "num_experts", "source", "license")
@@ -32,13 +32,17 @@ class GivenTrace(Trace):
 def given_trace(given: Mapping[str, Any]) -> Trace:
     """The trace of these arrays, by their names in a file: experts [T,L,K] best first, and whatever else is there.
 
-    `model` names a file of conf/model and is needed; `request_start` is one request and `prompt_len` 0 where they are
-    not given; `num_experts` is the model's; `name`, `source`, `license` are texts. ValueError for what is no trace.
+    `model` names the model and is needed; where the argument `model` says it, `sim.api.words` has filled it in.
+    `request_start` is one request and `prompt_len` 0 where they are not given; `num_experts` is the model's; `name`,
+    `source`, `license` are texts. ValueError for what is no trace.
     """
     for key in given:
         if key not in ARRAYS and key not in _FIELDS:
-            known = nearest(str(key), [*ARRAYS, *_FIELDS])
-            raise ValueError(f"trace: {plain(str(key), 60)} is no array of a trace; there are: {known}")
+            names = [*ARRAYS, *_FIELDS]
+            near, known = near_to(str(key), names), nearest(str(key), names)
+            raise ValueError(f"trace: {plain(str(key), 60)} is no array of a trace{near}; there are: {known}")
+    if "experts" not in given:
+        raise ValueError("trace: experts is missing, the array of what was chosen [tokens, layers, top_k]; give it")
     model = given.get("model")
     if not isinstance(model, str):
         raise ValueError(f"trace: model={shown(model)} must be the name of the model that was recorded")
@@ -65,8 +69,8 @@ def _num_experts(given: Mapping[str, Any], model: str) -> int:
     """Of a layer: as given, else the model's, of which a twin has the topology."""
     told = given.get("num_experts")
     if told is None:
-        file = config_files("model").get(model.removesuffix("-twin"))
-        told = None if file is None else read_yaml(file).get("num_experts")
+        name = model.removesuffix("-twin")
+        told = composed_file("model", name).get("num_experts") if name in config_files("model") else None
     if isinstance(told, bool) or not isinstance(told, int | np.integer) or told < 1:
         raise ValueError(f"trace: num_experts={shown(told)} must be given for a model of which no sizes are known")
     return int(told)

@@ -1,7 +1,7 @@
 """Arguments of Python as the overrides that a command would be given, and as what no override can hold: objects.
 
-A key is what it is on the command line. A group (`hardware`, `link`, `policy`, `model`, `stack`, `storage`, `trace`)
-takes the name of a file, or a mapping: its `name` is the file's, every other entry a key of it.
+A key is what it is on the command line. A group (`hardware`, `host`, `link`, `policy`, `model`, `stack`, `storage`,
+`trace`) takes the name of a file, or a mapping: its `name` is the file's, every other entry a key of it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from expertflow.keys import plain, shown
 from expertflow.parts import Part
 from sim.api.tracing import given_trace
 from sim.job.keys import CHOSEN_BY_NAME, STORAGE
+from sim.job.model import AUTO
 from sim.job.parts import KINDS
 from sim.paths import config_files
+from sim.specs.model_file import read_model_file
 from traces.trace import Trace
 
 BASE = "adaptive"
 """The policy that a mapping without a name changes."""
-_NO_DEFAULT = ("hardware", "policy", STORAGE)
+_HOST = "host"
+_NO_DEFAULT = ("hardware", "policy", STORAGE, _HOST)
 _CHOICES = (*KINDS, "transfer")
 """What a policy is composed of, each a file of a group of its own."""
 _NAME = re.compile(r"[\w./+-]+")
@@ -48,15 +51,45 @@ class Asked:
 
 def asked(keys: Mapping[str, Any]) -> Asked:
     """What these arguments ask for. ValueError, one line, for what no key takes."""
-    given = _Given()
+    given = _Given(_ToldModel(keys))
     for key, value in keys.items():
         given.take(key, value)
     given.check()
     return Asked(tuple(given.words), given.parts, given.trace)
 
 
+def refuse_array(key: str, value: Any) -> None:
+    """ValueError for a trace that is an array: of what is not said."""
+    if key == "trace" and _is_array(value):
+        raise ValueError(
+            "trace is an array of numbers; name it: trace={'experts': ARRAY, 'model': NAME}, with [tokens, layers, "
+            "top_k], best first"
+        )
+
+
+class _ToldModel:
+    """What the arguments say of the model, for arrays that do not: its name, and its experts where only a file of its
+    own tells them."""
+
+    def __init__(self, keys: Mapping[str, Any]) -> None:
+        self._keys = keys
+
+    def fields(self) -> dict[str, Any]:
+        """`model` and `num_experts`, as of arrays; those that are known."""
+        told = self._keys.get("model")
+        table = dict(told) if isinstance(told, Mapping) else {} if told is None else {"name": told}
+        table |= {key.removeprefix("model."): one for key, one in self._keys.items() if key.startswith("model.")}
+        path = table.get("path")
+        if path is not None:
+            spec = read_model_file(Path(path)).spec
+            table = {"name": spec.name, "num_experts": spec.num_experts} | table
+        found = {"model": table.get("name"), "num_experts": table.get("num_experts")}
+        return {key: one for key, one in found.items() if one is not None and one != AUTO}
+
+
 class _Given:
-    def __init__(self) -> None:
+    def __init__(self, model: _ToldModel) -> None:
+        self._model = model
         self.words: list[str] = []
         self.parts: dict[str, Mapping[str, Any]] = {}
         self.trace: Trace | None = None
@@ -68,13 +101,14 @@ class _Given:
             remedy = "out= names the folder" if found else "give a key of `expertflow keys`"
             raise ValueError(f"{plain(key, 80)} is no key that Python takes; {remedy}")
         sign, name = found.groups()
+        refuse_array(name, value)
         if isinstance(value, range | np.ndarray):
             value = list(value)
         if sign == "~":
             self.words.append(f"~{name}")
         elif name == "trace" and not isinstance(value, str | Mapping):
             self._trace(value)
-        elif name in CHOSEN_BY_NAME and value is not None:
+        elif name in (*CHOSEN_BY_NAME, _HOST) and value is not None:
             self._group(name, value)
         elif "/" in name:
             self._file(name, value)
@@ -102,17 +136,20 @@ class _Given:
                 f"{name}={_told(value)} must be the name of a file, or a mapping with name= and keys{listed}"
             )
         entries = dict(value)
-        if name == "trace" and "experts" in entries:
-            self.trace = given_trace(entries)
+        if name == "trace" and ("experts" in entries or any(map(_is_array, entries.values()))):
+            self.trace = given_trace({**self._model.fields(), **entries})
             return
-        file = entries.pop("name", BASE if name == "policy" else None)
+        # Of a model that a file of the user's describes it is what the model is called.
+        is_file = name != "model" or entries.get("path") is None
+        file = entries.pop("name", BASE if name == "policy" else None) if is_file else None
         if file is not None:
             self._choose(name, file)
         elif name in _NO_DEFAULT:
             raise ValueError(f"{name} has no name; give {name}={{'name': NAME, …}} or {name}=NAME")
         for key, one in entries.items():
             _check_name(key, name)
-            self._entry(f"{name}.{key}", key, one, name)
+            # A file of host fills in keys of the hardware.
+            self._entry(f"{'hardware' if name == _HOST else name}.{key}", key, one, name)
 
     def _entry(self, key: str, name: str, value: Any, group: str) -> None:
         """An entry of a group's mapping."""
@@ -167,6 +204,12 @@ def _check_name(name: Any, place: str) -> None:
     """ValueError for an entry of a mapping that no override can name."""
     if not isinstance(name, str) or not _ENTRY.fullmatch(name):
         raise ValueError(f"{place}: {_told(name)} cannot be given as a key; write a file of your own (config_dir=)")
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array, numpy's or another's, of more than one dimension."""
+    ndim = getattr(value, "ndim", 0)
+    return isinstance(ndim, int) and ndim > 1
 
 
 def _is_part(value: Any) -> bool:

@@ -167,13 +167,7 @@ def at_locality(cfg: Mapping[str, Any], locality: str) -> dict[str, Any]:
 
 def range_line(metrics: Mapping[str, Any]) -> str:
     """What the assumption leaves open, in one line."""
-    assumed = metrics["assumed"]
-    runs = [metrics, *(assumed["range"] or {}).values()]
-    what = "TPOT" if all(run["tpot_ms"]["mean"] is not None for run in runs) else "a token"
-    times = [
-        run["tpot_ms"]["mean"] if what == "TPOT" else run["elapsed_ns"] / max(run["num_tokens"], 1) / 1e6
-        for run in runs
-    ]
+    assumed, (what, times) = metrics["assumed"], _times(metrics)
     if assumed["range"] is None:
         return f"{title(assumed['locality'])}: not recorded; record your own: {PAGE}"
     least, most = _figure(min(times)), _figure(max(times))
@@ -181,6 +175,24 @@ def range_line(metrics: Mapping[str, Any]) -> str:
         return f"{what} {least} ms at low, usual and high locality of the routing; it is not recorded: {PAGE}"
     span = f"{_figure(times[0])} ms, {least}–{most} by how local the routing is"
     return f"{what} {span}; record your own for one figure: {PAGE}"
+
+
+def range_words(metrics: Mapping[str, Any]) -> str:
+    """The range in brackets, for a line that has the figure itself; empty where there is none."""
+    if "assumed" not in metrics or metrics["assumed"]["range"] is None:
+        return ""
+    what, times = _times(metrics)
+    least, most = _figure(min(times)), _figure(max(times))
+    whose = "" if what == "TPOT" else f"{what} "
+    return f" ({whose}{least}–{most} ms by how local the routing is)" if least != most else ""
+
+
+def _times(metrics: Mapping[str, Any]) -> tuple[str, list[float]]:
+    """What is given a range, and its milliseconds: of the run, and of those at the ends."""
+    runs = [metrics, *(metrics["assumed"]["range"] or {}).values()]
+    if all(run["tpot_ms"]["mean"] is not None for run in runs):
+        return "TPOT", [run["tpot_ms"]["mean"] for run in runs]
+    return "a token", [run["elapsed_ns"] / max(run["num_tokens"], 1) / 1e6 for run in runs]
 
 
 def first_touches(metrics: Mapping[str, Any]) -> list[str]:

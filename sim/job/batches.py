@@ -9,7 +9,7 @@ import numpy as np
 
 from expertflow.keys import shown
 from sim.job.keys import AS_RECORDED
-from traces.batching import BatchConfig
+from traces.batching import BatchConfig, Batches
 from traces.recorded_batches import first_difference, most_side_by_side, recorded_batches
 from traces.speculation import MOST_DRAFTED, Speculation
 from traces.trace import Trace
@@ -67,6 +67,26 @@ def batch_notes(trace: Trace, config: BatchConfig) -> list[str]:
         f"batch_size={config.batch_size} prefill_chunk={config.prefill_chunk} makes other forwards than the {num} that "
         f"were recorded (from forward {at} on); batch_size={AS_RECORDED} replays these"
     ]
+
+
+def decode_notes(batches: Batches) -> list[str]:
+    """Why a run has no TPOT, where that is known from its trace: no request decodes a token after one that came out."""
+    trace, num_tokens = batches.trace, batches.num_tokens
+    starts = np.asarray(trace.request_start, np.int64)
+    kept = np.clip(num_tokens - starts[:-1], 0, np.diff(starts))
+    # The last row of a prompt makes the first token; where there is no prompt the first row does.
+    before = np.maximum(np.asarray(trace.prompt_len, np.int64), 1)
+    if np.any(kept > before):
+        return []
+    most = batches.config.max_tokens
+    if most is None or num_tokens < most:
+        return ["no request has two tokens that come out one after the other, so that there is no TPOT"]
+    if batches.num_requests == 1:
+        return [
+            f"no token was decoded: max_tokens={most} ends within the first prompt, of {before[0]} tokens; "
+            f"max_tokens={before[0] + 1} is the least that has a TPOT"
+        ]
+    return [f"no token was decoded: max_tokens={most} ends before a request has two tokens; raise it for a TPOT"]
 
 
 def _speculation_note(told: Speculation) -> str:

@@ -54,6 +54,7 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
             "num_tokens": work.batches.num_tokens,
             "num_requests": work.batches.num_requests,
         },
+        **_unfilled(work),
         "uses_future": policy.uses_future or work.start_reads_ahead,
         **storage_preset(work),
         "capacity": {
@@ -64,6 +65,12 @@ def describe(work: Workload, policy: Policy, cfg: Mapping[str, Any], world: str 
         },
         **assumed.head(work.trace),
     }
+
+
+def _unfilled(work: Workload) -> dict[str, Any]:
+    """How many requests decode together at most, where the run has fewer than batch_size."""
+    config, most = work.batches.config, work.batches.num_requests
+    return {"max_together": most} if not config.as_recorded and most < config.batch_size else {}
 
 
 def storage_preset(work: Workload) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from expertflow.expert_sizes import BY_BITS
-from sim.job.keys import CHOSEN_BY_NAME
+from sim.job.keys import CHOSEN_BY_NAME, STORAGE
 
 _WORD = re.compile(r"[+~]*([\w./-]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
 _PAIR = re.compile(r"speculate=([^\[\],]+,[^\[\],]+)")
@@ -65,6 +65,25 @@ def check_batch_words(words: Sequence[str]) -> None:
             f"prefill_chunk={given['prefill_chunk'][:_SHOWN]} means nothing with batch_size=as_recorded, whose prompts "
             "are cut as they were; leave one out"
         )
+
+
+def check_absent_words(words: Sequence[str]) -> None:
+    """ValueError for a key of a file that a run has only where it is added, and no word adds it: Hydra's composition,
+    where a sweep may choose the file later, would leave it out without a word."""
+    given = dict(_given(words))
+    for key, value in given.items():
+        group, dot, name = key.partition(".")
+        told = f"{key[:_SHOWN]}={value[:_SHOWN]}"
+        if dot and group == STORAGE and STORAGE not in given:
+            raise ValueError(
+                f"{told} is of a storage below host memory, and there is none; add +{STORAGE}=NAME and "
+                "host_memory_gb=GB, or leave it out"
+            )
+        if dot and group == "host":
+            raise ValueError(
+                f"{told}: a file of host fills in keys of the hardware, and has none of its own; say "
+                f"hardware.{name[:_SHOWN]}={value[:_SHOWN]}"
+            )
 
 
 def prepared(words: Sequence[str]) -> list[str]:

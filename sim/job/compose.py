@@ -15,7 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sim.job.overrides import words_add
-from sim.paths import CONF, own_folder
+from sim.paths import CONF, config_files, own_folder
+from traces.yamltext import read_yaml
 
 VERSION_BASE = "1.3"
 _COMPOSING = RLock()
@@ -30,6 +31,18 @@ def compose(words: Sequence[str], config_name: str = "config") -> DictConfig:
         told = [*words, *_search_path(config_name)]
         found: DictConfig = _loader().load_configuration(config_name, told, RunMode.RUN, from_shell=False)
         return found
+
+
+def composed_file(group: str, name: str) -> dict[str, Any]:
+    """The keys of a file of a group of `conf/`, or of the user's own folder, with what its `defaults` take from others.
+
+    ValueError, HydraException or OmegaConfBaseException for what cannot be read or composed.
+    """
+    table = read_yaml(config_files(group)[name])
+    if "defaults" not in table:
+        return table
+    found: dict[str, Any] = OmegaConf.to_container(compose([f"{group}={name}"])[group], resolve=True)  # type: ignore[assignment]
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from expertflow.keys import Key, declared, near_to, nearest, shown
 from sim.job.batches import batch_config
-from sim.job.clashes import check_batch_words, check_model_words, check_stack_words, check_trace_words
+from sim.job.clashes import (
+    check_absent_words,
+    check_batch_words,
+    check_model_words,
+    check_stack_words,
+    check_trace_words,
+)
 from sim.job.compose import compose
 from sim.job.former_names import refuse_former
 from sim.job.keys import CHOSEN_BY_NAME, DEFAULT_RESIDENCY, GROUPS, RunKeys, check_run
@@ -51,8 +57,9 @@ def check_words(words: Sequence[str]) -> None:
         found = _OF_A_GROUP.match(word)
         if found is None or not ("/" in found[1] or found[1] in CHOSEN_BY_NAME) or found[1].startswith("hydra"):
             continue
-        if _NO_NAME.match(found[2].strip()):
-            group, value = found[1], found[2].strip()
+        group = found[1]
+        value = next((one for one in _items(found[2].strip()) if _NO_NAME.match(one)), None)
+        if value is not None:
             names = sorted(config_files(group))
             hint = near_to(value, names)
             remedy = "" if hint else " (to sweep over several: -m and a comma list, without brackets)"
@@ -65,6 +72,12 @@ def check_words(words: Sequence[str]) -> None:
     check_model_words(words)
     check_stack_words(words)
     check_batch_words(words)
+    check_absent_words(words)
+
+
+def _items(value: str) -> list[str]:
+    """What a sweep takes one after the other: of a comma list its items, else the value alone."""
+    return [value] if value[:1] in ("[", "{", "'", '"') else [one.strip() for one in value.split(",")]
 
 
 def checked(

@@ -18,6 +18,8 @@ from sim.job.known import LISTED, no_key
 from traces.messages import line, shortened, told, why
 
 _DEEPEST_CAUSE = 1000
+_ROOM = 150
+"""Characters of a list of choices."""
 
 
 def one_line(error: BaseException, remedy: str = "") -> str | None:
@@ -146,11 +148,16 @@ def _of_a_value(error: BaseException, message: str) -> str:
     return f"{key}: {words}" if key and key not in words else message
 
 
+def _joined(name: str) -> str:
+    """A name without what stands between its words, which is easily left out."""
+    return name.casefold().replace("-", "").replace("_", "").replace(".", "")
+
+
 def _no_such_choice(group: str, name: str, text: str) -> str:
     """hardware=nosuch: what there is, the nearest first."""
     listed = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
     options: Sequence[str] = [line.strip() for line in listed[1].splitlines()] if listed else []
-    begun = [one for one in options if one.startswith(name.casefold())]
+    begun = [one for one in options if _joined(one).startswith(_joined(name))]
     if begun:
         # Of links the widest is meant: cards are made for it.
         begun = sorted(begun, key=lambda one: one != f"{name.casefold()}x16")
@@ -159,6 +166,7 @@ def _no_such_choice(group: str, name: str, text: str) -> str:
         hint = near_to(name, options)
     if (group, name) == ("hardware", "local"):
         hint = " in a simulation: local is the machine that a replay runs on (python -m replay)"
-    listed_first = ", ".join(begun) if begun else nearest(name, options)
-    told = f"{group}={name[:60]} does not exist{hint}; choose one of: {listed_first}"
+    first, others = ", ".join(begun), [one for one in options if one not in begun]
+    rest = nearest(name, others, max(_ROOM - len(first), 40)) if others else ""
+    told = f"{group}={name[:60]} does not exist{hint}; choose one of: {', '.join(filter(None, (first, rest)))}"
     return f"{told}; a file of yours: trace.path=FILE" if group == "trace" else told

@@ -69,7 +69,8 @@ def columns(folders: Sequence[Path], taken: Iterable[str]) -> list[dict[str, Any
         kinds = {float if type(row[name]) is int else type(row[name]) for row in filled if row[name] is not None}
         if len(kinds) > 1:
             for row in filled:
-                row[name] = None if row[name] is None else str(row[name])
+                one = row[name]
+                row[name] = None if one is None else str(one).lower() if isinstance(one, bool) else str(one)
     return filled
 
 

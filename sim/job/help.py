@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from traces.shipped import RECORDINGS, is_here
 
-WIDTH = 100
+WIDTH = 80
 _CHECKOUT = " (in a checkout only)"
 _NO_CHOICE = ("study",)
 """A folder of files that no run takes: `python -m sim.study NAME` does."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from expertflow.keys import declared, near_to
 from expertflow.model import ModelSpec
@@ -25,6 +28,7 @@ _TABLES = {
     "link": LinkPreset,
     "storage": Storage,
 }
+_HYDRAS_GROUPS = tuple(f"hydra/{name}" for name in ("launcher", "sweeper", "job_logging", "hydra_logging", "output"))
 _beside: list[str] = []
 """Keys of the command that runs, beside those of every run."""
 
@@ -61,14 +65,28 @@ def is_known(key: str) -> bool:
     return name in _PARTS and key != f"policy.{name}"
 
 
+def _near_hydras(key: str) -> str:
+    """The key of Hydra's that was meant, where one is near: the words down to the misspelt one are its own."""
+    from hydra.conf import HydraConf
+
+    node: Any = OmegaConf.structured(HydraConf)
+    before = "hydra"
+    for name in key.split(".")[1:]:
+        known = [str(one) for one in node] if isinstance(node, DictConfig) else []
+        if name not in known:
+            return near_to(name, known, f"{before}.")
+        node, before = (None if OmegaConf.is_missing(node, name) else node._get_node(name)), f"{before}.{name}"
+    return ""
+
+
 def no_key(key: str) -> str:
     """The message for the dotted `key`, or for the group `policy/part`."""
     shown = key if len(key) <= 60 else f"{key[:59]}…"
     if "/" in key:
-        hint = near_to(key, [f"policy/{part}" for part in _PARTS])
+        hint = near_to(key, [*(f"policy/{part}" for part in _PARTS), *_HYDRAS_GROUPS])
         return f"{shown} is no group{hint}; {LISTED}"
     if key.startswith("hydra."):
-        return f"{shown} is no key of Hydra's; `python -m sim --cfg hydra` lists them"
+        return f"{shown} is no key of Hydra's{_near_hydras(key)}; `python -m sim --cfg hydra` lists them"
     place, _, name = key.rpartition(".")
     known = known_at(place)
     if place and not known:

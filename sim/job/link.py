@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertflow.keys import nearest, shown
+from sim.job.compose import composed_file
 from sim.paths import config_files
 from sim.specs.links import PCIE, PROFILE, LinkPreset, link_from_dict
-from traces.yamltext import read_yaml
 
 _WORD = re.compile(r"[+~]*([\w./]+)(?:@[\w.:@/]*)?=(.*)", re.DOTALL)
 _SET = ("hardware.link_gb_per_s", "hardware.pageable_gb_per_s")
@@ -112,7 +112,7 @@ def _agreed(asked: LinkPreset, card: LinkPreset, hardware: Mapping[str, Any]) ->
         return card
     name = f"pcie{min(asked.generation, card.generation)}x{min(asked.lanes, card.lanes)}"
     files = config_files("link")
-    if asked.name not in files or asked != link_from_dict(read_yaml(files[asked.name])):
+    if asked.name not in files or asked != link_from_dict(composed_file("link", asked.name)):
         raise ValueError(
             f"link={asked.name} is more than hardware={shown(hardware.get('name'))} takes ({card.name}), so that its "
             f"changed figures do not count; change those of link={name}"
@@ -125,4 +125,4 @@ def _of_file(name: str, key: str) -> LinkPreset:
     files.pop(PROFILE, None)
     if name not in files:
         raise ValueError(f"{key}: {shown(name)} is no link; choose one of: {nearest(name, sorted(files))}")
-    return link_from_dict(read_yaml(files[name]))
+    return link_from_dict(composed_file("link", name))

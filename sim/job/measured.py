@@ -8,9 +8,9 @@ from typing import Any
 from expertflow.attention import GQA
 from expertflow.keys import declared, shown
 from expertflow.model import ModelSpec, model_from_dict
+from sim.job.compose import composed_file
 from sim.paths import config_files
 from sim.specs.hardware import Hardware
-from traces.yamltext import read_yaml
 
 _COUNTED = {
     *("name", "source", "num_layers", "num_dense_layers", "num_bare_layers", "feed_pattern", "top_k"),
@@ -34,10 +34,9 @@ def check_table(model: ModelSpec, hardware: Hardware) -> None:
     Tables are measured with the models of `conf/model` and of the user's own folder. Of a name that is in neither
     nothing is known but the table, which is then taken.
     """
-    path = config_files("model").get(model.name) if model.name in hardware.kernel_ns else None
-    if path is None:
+    if model.name not in hardware.kernel_ns or model.name not in config_files("model"):
         return
-    of_table, own = _sizes(model_from_dict(read_yaml(path))), _sizes(model)
+    of_table, own = _sizes(model_from_dict(composed_file("model", model.name))), _sizes(model)
     for key, value in own.items():
         if value != of_table[key]:
             raise ValueError(

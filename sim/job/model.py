@@ -10,11 +10,11 @@ from typing import Any
 from expertflow.expert_sizes import BY_BITS, least_and_most
 from expertflow.keys import declared, nearest, shown, unknown_key
 from expertflow.model import ModelSpec, model_from_dict
+from sim.job.compose import composed_file
 from sim.job.keys import ModelKeys
 from sim.paths import config_files
 from sim.specs.model_file import ReadModel, read_model_file
 from traces.reader import Trace
-from traces.yamltext import read_yaml
 
 AUTO = "auto"
 _PATH = "path"
@@ -99,7 +99,7 @@ def chosen_model(cfg: Mapping[str, Any], trace: Trace, model_file: ReadModel | N
             f"the trace {trace.name} names the model {trace.model!r}, of which no sizes are known; "
             f"say model.path=FILE (a config.json), or model=NAME with one of: {nearest(name, sorted(files), 120)}"
         )
-    return model_from_dict(read_yaml(files[name]))
+    return model_from_dict(composed_file("model", name))
 
 
 def incomplete(model_file: ReadModel | None) -> list[str]:

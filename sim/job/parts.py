@@ -13,10 +13,21 @@ from copy import deepcopy
 from typing import Any
 
 from expertflow import parts
-from expertflow.boundary import INTERRUPTIONS, declared, words_of
-from expertflow.keys import REQUIRED, arguments_of, plain, shown, unknown_key
-from expertflow.parts import Eviction, Horizon, Order, Part, Place, Predictor, Selection
+from expertflow.boundary import INTERRUPTIONS, declared, is_own_class, line_of, words_of
+from expertflow.keys import REQUIRED, arguments_of, plain, shown
+from expertflow.parts import (
+    Eviction,
+    Horizon,
+    Order,
+    Part,
+    Place,
+    Predictor,
+    Selection,
+    fault_of,
+    faults_put_off,
+)
 from sim.job.former_names import refuse_former
+from sim.job.part_keys import no_argument, no_class
 
 KINDS: Mapping[str, type] = {
     "predictor": Predictor,
@@ -33,8 +44,9 @@ _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 def class_of(cfg: object, key: str, kind: type) -> type:
     """The class that `cfg` names; ValueError that names `key` unless it derives from `kind`."""
     if not isinstance(cfg, Mapping) or "_target_" not in cfg:
-        told = f"{key} has no _target_" if isinstance(cfg, Mapping) else f"{key}={shown(cfg)} is no part"
-        raise ValueError(f"{told}; choose a part with {key.replace('.', '/')}=NAME")
+        if isinstance(cfg, Mapping):
+            raise no_class(key, cfg)
+        raise ValueError(f"{key}={shown(cfg)} is no part; choose a part with {key.replace('.', '/')}=NAME")
     target, name = cfg["_target_"], f"{key}._target_"
     wanted = f"must name a class that derives from {kind.__module__}.{kind.__name__}"
     if isinstance(target, Part | type):
@@ -47,6 +59,8 @@ def class_of(cfg: object, key: str, kind: type) -> type:
         raise ValueError(f"{name}={shown(target)} {wanted}; it is a {type(found).__name__}, and was not called")
     if not issubclass(found, kind) or found is kind or found.__module__ == parts.__name__:
         raise ValueError(f"{name}={shown(target)} {wanted}; this one does not, and was not called")
+    if fault := fault_of(found):
+        raise ValueError(f"{name}={shown(target)}: {fault}")
     return found
 
 
@@ -56,6 +70,8 @@ def _given(target: Part | type, key: str, kind: type) -> type:
     if not issubclass(found, kind) or found is kind or found.__module__ == parts.__name__:
         wanted = f"a class that derives from {kind.__module__}.{kind.__name__}"
         raise ValueError(f"{key}={plain(dotted(found), 80)} must be {wanted}, or an object of one; this one is not")
+    if fault := fault_of(found):
+        raise ValueError(f"{key}: {fault}")
     return found
 
 
@@ -71,7 +87,8 @@ def _looked_up(target: str, name: str) -> Any:
     for number in range(1, len(words)):
         path = ".".join(words[:number])
         try:
-            module = importlib.import_module(path)
+            with faults_put_off():
+                module = importlib.import_module(path)
         except INTERRUPTIONS:
             raise
         except BaseException as error:
@@ -120,12 +137,21 @@ def make_part(cfg: object, key: str, kind: type, **extra: Any) -> Any:
     except INTERRUPTIONS:
         raise
     except BaseException as error:
-        line = words_of(error) if isinstance(error, Exception) else ""
-        line = line or f"{found.__name__} raised {type(error).__name__} when it was made"
-        raise ValueError(line if line.startswith(key) else f"{key}: {line}") from error
+        raise _not_made(found, error, key) from error
     if kind in KINDS.values():
         declared(made, kind)
     return made
+
+
+def _not_made(found: type, error: BaseException, key: str) -> ValueError:
+    """The error for a part whose constructor has raised `error`: of a class of ours what it says of its arguments."""
+    line = words_of(error) if isinstance(error, Exception) else ""
+    if line and (line.startswith(key) or (isinstance(error, ValueError) and is_own_class(found))):
+        return ValueError(line if line.startswith(key) else f"{key}: {line}")
+    where = line_of(error, found)
+    head = f"{key}: {plain(found.__name__, 60)} raised {plain(type(error).__name__, 60)} when it was made"
+    at = f" at {where}" if where else ""
+    return ValueError(f"{head}{at}{f': {plain(line, 120)}' if line else ''}; mend the part")
 
 
 def _copied(part: Part, given: list[str], key: str, kind: type) -> Part:
@@ -154,7 +180,7 @@ def check_arguments(found: type, given: Mapping[str, Any], key: str, extra: tupl
     for name, value in given.items():
         _refuse_code(value, f"{key}.{name}", name)
         if name in extra or (name not in known and not open_ended):
-            raise unknown_key(key, name, [one for one in known if one not in extra])
+            raise no_argument(found, key, name, [one for one in known if one not in extra])
         if name in known:
             known[name].check(value, f"{key}.{name}")
     for name, one in known.items():

@@ -9,6 +9,7 @@ from typing import Any
 from joblib import register_parallel_backend
 from joblib._parallel_backends import LokyBackend
 
+from sim.job.run_count import ended
 from traces.processes.lifetime import end_with_parent
 
 
@@ -25,6 +26,12 @@ class Workers(LokyBackend):  # type: ignore[misc]
         number = super().configure(*args, initializer=_begin, initargs=told, **options)
         self._started = self._workers
         return number
+
+    def submit(self, func: Any, callback: Any = None) -> Any:
+        """As of LokyBackend; the calls of `func` are counted when they have ended."""
+        found = super().submit(func, callback)
+        found.add_done_callback(lambda _: ended(len(func)))
+        return found
 
     def end(self) -> None:
         """End the processes, which otherwise wait for more work with what they have loaded."""

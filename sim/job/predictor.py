@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from expertflow.boundary import is_own_class
-from expertflow.keys import literal, plain, shown, unknown_key
-from expertflow.parts import Predictor
+from expertflow.keys import arguments_of, literal, near_to, plain, shown, unknown_key
+from expertflow.parts import Part, Predictor
 from sim.job.fitted_start import fitted_arrays, transition_start
+from sim.job.part_keys import files_with, listed
 from sim.job.parts import check_arguments, class_of, make_part
 from traces.reader import Trace
 
@@ -27,6 +28,7 @@ def make_predictor(given: Any, trace: Trace, num_layers: int, seed: int) -> Any:
         name = _automatic(cfg, trace)
         cfg, key = dict(cfg[name]), f"{key}.{name}"
     found = class_of(cfg, key, Predictor)
+    _check_candidate(cfg, key)
     extra: dict[str, Any] = {}
     if "fitted_start" in cfg:
         extra["fitted_start"] = transition_start(cfg.pop("fitted_start"), trace.model, key)
@@ -68,11 +70,7 @@ def predictor_name(policy: Mapping[str, Any], trace: Trace) -> str | None:
 
 def _automatic(cfg: Mapping[str, Any], trace: Trace) -> str:
     """Which of several to take: a network fitted to what the trace holds, else a pre-gate, else the history."""
-    for name, part in cfg.items():
-        if name not in CANDIDATES:
-            raise unknown_key("policy.predictor", name, CANDIDATES)
-        # Those that are not taken, too: which one is depends on the trace.
-        _check_candidate(part, f"policy.predictor.{name}")
+    _check_candidates(cfg)
     recorded = _has_lookahead(trace)
     arrays = None
     if "hybrid" in cfg:
@@ -94,11 +92,50 @@ def _fitted_kind(found: type[Predictor]) -> str:
     return kind
 
 
+def check_predictor(given: Any) -> None:
+    """ValueError for a key of the predictor that its class does not take. What files hold is not read."""
+    if isinstance(given, Mapping) and "_target_" not in given and "transition" in given:
+        _check_candidates(given)
+    else:
+        _check_candidate(given, "policy.predictor")
+
+
+def _check_candidates(cfg: Mapping[str, Any]) -> None:
+    """Of those too that are not taken: which one is depends on the trace."""
+    for name, part in cfg.items():
+        if name not in CANDIDATES:
+            raise _no_candidate(str(name), [one for one in CANDIDATES if one in cfg])
+        _check_candidate(part, f"policy.predictor.{name}")
+
+
+def _no_candidate(name: str, held: list[str]) -> ValueError:
+    """The error for a key beside the candidates; one of theirs is told where it belongs."""
+    having = [one for one in files_with("predictor", name) if one in held]
+    if not having or near_to(name, CANDIDATES):
+        return unknown_key("policy.predictor", name, CANDIDATES)
+    return ValueError(
+        f"policy.predictor.{name[:60]} is a key of {listed('predictor', having)}, and this policy takes the predictor "
+        f"that suits the trace; say policy.predictor.{having[0]}.{name[:60]}=VALUE, or choose policy/predictor="
+        f"{having[0]}"
+    )
+
+
 def _check_candidate(cfg: object, key: str) -> None:
     found = class_of(cfg, key, Predictor)
     assert isinstance(cfg, Mapping)
-    filled = [name for name in ("fitted", "fitted_start") if name in cfg]
+    if isinstance(cfg["_target_"], Part):
+        # An object, made already.
+        return
+    try:
+        known, open_ended = arguments_of(found)
+    except (TypeError, ValueError, NameError):
+        known, open_ended = {}, True
+    # What names a file is looked at when that is read.
+    filled = [name for name in ("fitted", "fitted_start") if name in cfg and (open_ended or name in known)]
     given = {name: value for name, value in cfg.items() if name not in ("_target_", *filled)}
+    if given.get("seed", 0) is None:
+        # It stands for the run's.
+        given["seed"] = 0
     check_arguments(found, given, key, tuple(filled))
 
 

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from sim.job.assumed import first_touches, range_line
-from sim.job.batches import batch_notes
+from sim.job.assumed import first_touches, range_line, range_words
+from sim.job.batches import batch_notes, decode_notes
 from sim.job.beside import WITH_PLACE
 from sim.job.keys import AS_RECORDED
 from sim.job.model import incomplete, remarks, size_remarks
 from sim.job.predictor import chooses_by_trace
 from sim.job.setup import Workload, start_note
 from sim.job.title import hardware_title, stack_title
-from traces.tables import print_columns
+from traces.tables import console_for_tables, print_columns
 
+_MOST = 10_000
+"""Characters of a line that COLUMNS may ask for."""
+_LEAST = 20
+"""Characters of a line that a note is never wrapped below."""
 _SHARE = "of on-demand"
 """A column that is there only where on-demand ran beside."""
+_BASELINES = ("on_demand", "lru", "clairvoyant")
+"""Names of the runs beside (compare=full)."""
 _HOST = ("host", "on host")
 """Columns that are there only where a policy places experts on the host: stall, and their share."""
 _STORAGE = ("storage", "host hits")
 """Columns that are there only where experts lie on storage: stall, and the share of copies found in host memory."""
 _COLUMNS = ("TPOT ms", "ms/token", "stall ms", "late", "miss", _SHARE, "hits", "prefetch used", "link busy")
+
+
+def report_console() -> Console:
+    """A console on stdout; where that is no terminal, as wide as COLUMNS says, if that is set."""
+    told = os.environ.get("COLUMNS", "")
+    if sys.stdout.isatty() or not told.isdecimal() or not 0 < int(told) <= _MOST:
+        return console_for_tables()
+    return Console(soft_wrap=False, width=int(told))
 
 
 def _chosen(cfg: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -96,7 +113,9 @@ def _row(name: str, metrics: dict[str, Any], on_demand_stall_ns: int | None, has
 def named_runs(metrics: dict[str, Any], title: str) -> list[tuple[str, dict[str, Any]]]:
     """The run and those beside it, each with the name of its row. title: as in `print_report`."""
     compare, is_named = metrics["compare"] or {}, title == metrics["policy"]
-    own = f"{metrics['policy']} (changed)" if metrics["policy"] in compare and not is_named else metrics["policy"]
+    # Also where none ran beside: the reader knows what a run of that name gives.
+    is_changed = not is_named and (metrics["policy"] in compare or metrics["policy"] in _BASELINES)
+    own = f"{metrics['policy']} (changed)" if is_changed else metrics["policy"]
     return [(own, metrics), *((name, one) for name, one in compare.items() if not (is_named and name == own))]
 
 
@@ -170,7 +189,12 @@ def remarks_of(cfg: Mapping[str, Any], work: Workload) -> list[str]:
 
 def notes_of(work: Workload) -> list[str]:
     """Those of them that a line of a sweep has, too."""
-    return [*incomplete(work.model_file), *memory_note(work), *batch_notes(work.trace, work.batches.config)]
+    return [
+        *incomplete(work.model_file),
+        *memory_note(work),
+        *batch_notes(work.trace, work.batches.config),
+        *decode_notes(work.batches),
+    ]
 
 
 def memory_note(work: Workload) -> list[str]:
@@ -199,7 +223,8 @@ def print_line(
     """One line a run, for sweeps. title, cfg, more: as in `print_report`."""
     mean = metrics["tpot_ms"]["mean"]
     place = f"{hardware_title(metrics)}/{stack_title(metrics)} at {100 * metrics['capacity']['residency']:.1f} %"
-    times = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms, stall {_per_token(metrics, 'stall_ns')} ms/token"
+    tpot = f"TPOT {'–' if mean is None else f'{mean:.3f}'} ms{range_words(metrics)}"
+    times = f"{tpot}, stall {_per_token(metrics, 'stall_ns')} ms/token"
     name = f"{escape(title)}{_chosen(cfg, metrics)}"
     routing = f" ({metrics['assumed']['routing']})" if "assumed" in metrics else ""
     console.print(f"{name} on {place}{routing}: {times} → {folder}", highlight=False, soft_wrap=True)
@@ -245,6 +270,9 @@ def _print_notes(console: Console, metrics: dict[str, Any], folder: str | None, 
             "policy without prefetch hit there too"
         )
     for note in [*notes, *more]:
-        console.print(f"  {note}", style="dim", highlight=False)
+        lines = textwrap.wrap(
+            note, max(console.width, _LEAST), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        )
+        console.print("\n".join(lines), style="dim", highlight=False, markup=False, soft_wrap=True)
     if folder is not None:
         console.print(f"written to {folder}", highlight=False, soft_wrap=True)

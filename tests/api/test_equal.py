@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,21 @@ CASES: list[tuple[list[str], Mapping[str, Any]]] = [
         ["+policy=lru", "+policy/place=gpu", "policy.name=mine", "hardware.memory_gb=40", "gpu_memory_gb=12"],
         {"policy": "lru", "policy/place": "gpu", "policy.name": "mine", "hardware.memory_gb": 40, "gpu_memory_gb": 12},
     ),
+]
+
+
+PLACED = ["+policy=lru", "+policy/place=host_layers", "policy.place.layers=12", "start=resident", "compare=none"]
+CASES += [
+    (
+        ["+host=desktop", "hardware.host_tflops=2", *PLACED],
+        {
+            "host": {"name": "desktop", "host_tflops": 2},
+            "policy": {"name": "lru", "place": "host_layers"},
+            "policy.place.layers": 12,
+            "start": "resident",
+            "compare": "none",
+        },
+    )
 ]
 
 
@@ -152,3 +168,22 @@ def test_a_folder_of_ones_own_configuration_serves_one_call(trace: Path, tmp_pat
     assert simulate(config_dir=tmp_path / "mine", **keys).metrics["policy"] == "small"
     with pytest.raises(ValueError, match="policy=small does not exist"):
         simulate(**keys)
+
+
+def test_arrays_take_the_model_from_the_argument_that_says_it(tmp_path: Path) -> None:
+    told = {
+        **{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 1000},
+        **{"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
+        **{"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "torch_dtype": "bfloat16"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    keys: dict[str, Any] = {"hardware": "a100", "policy": "lru", "compare": "none"}
+    keys["trace"] = {"experts": routing((4, 8, 2), 6)}
+    path = str(tmp_path / "config.json")
+    named = simulate(**keys, model={"path": path, "name": "mymoe"})
+    assert named.metrics["model"] == "mymoe"
+    with_keys = simulate(**keys, **{"model.path": path, "model.name": "mymoe"})
+    assert with_keys.metrics == named.metrics
+    assert simulate(**keys, model={"path": path}).metrics["elapsed_ns"] == named.metrics["elapsed_ns"]
+    whole = {"experts": routing((24, 32, 4), 6)}
+    assert simulate(**{**keys, "trace": whole}, model="gpt-oss-20b").metrics["model"] == "gpt-oss-20b"

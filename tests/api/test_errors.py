@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from expertflow.boundary import PartError
 from expertflow.evictions.lru import LRU
 from expertflow.orders.index import IndexOrder
-from sim import simulate, sweep
+from sim import SweepError, simulate, sweep
 from sim.job.limit import RunTimeoutError
 from tests.support.commands import run_here, small_trace
 
@@ -78,6 +79,11 @@ ALONE: list[tuple[Mapping[str, Any], str]] = [
     ({"policy": "lru", "trace": {"experts": [], "model": "mine"}}, r"trace: num_experts=null must be given"),
     ({"policy": "lru", "trace": {"experts": [], "model": "gpt-oss-20b"}}, r"given.trace: experts"),
     ({"policy": "lru", "trace": {"experts": [], "modl": "mine"}}, r"trace: modl is no array of a trace"),
+    ({"policy": "lru", "trace": np.zeros((3, 2, 1), int)}, r"trace is an array of numbers; name it: trace={'experts'"),
+    ({"policy": "lru", "trace": {"expert": np.zeros((3, 2, 1), int)}}, r"expert is no array .*did you mean experts\?"),
+    ({"policy": "lru", "trace": {"weights": np.zeros((3, 2, 1))}}, r"trace: experts is missing"),
+    ({"policy": "lru", "host": "destop"}, r"host=destop does not exist \(did you mean desktop\?\)"),
+    ({"policy": "lru", "host": {"host_tflops": 1}}, r"host has no name; give host={'name': NAME"),
     ({"policy": "lru", "config_dir": "nosuch"}, r"nosuch: no such folder"),
     ({"policy": "lru", "config_dir": 3}, r"config_dir=3 must be the path of a folder, or None"),
     ({"policy": "lru", "out": ""}, r"out='' must be the path of a folder, or None"),
@@ -92,6 +98,17 @@ def test_what_only_python_can_say_is_refused_in_a_line_too(keys: Mapping[str, An
     assert len(str(found.value)) < 300
 
 
+def test_a_list_inside_a_mapping_is_refused_with_how_to_sweep_over_it_before_anything_runs() -> None:
+    told = (
+        r"link_slowdown=\[1, 2\] must .*; to sweep over it: \*\*{'hardware.link_slowdown': \[1, 2\]} beside hardware$"
+    )
+    with pytest.raises(ValueError, match=told) as found:
+        sweep(hardware={"name": "a100", "link_slowdown": [1, 2]}, policy="lru", max_tokens=4)
+    assert not isinstance(found.value, SweepError)
+    with pytest.raises(ValueError, match="trace is an array of numbers; name it"):
+        sweep(hardware="a100", policy="lru", trace=np.zeros((3, 2, 1), int))
+
+
 class Drops(IndexOrder):
     """Leaves out what came last."""
 
@@ -104,6 +121,24 @@ class Leaves(LRU):
 
     def touched(self, keys: Any) -> None:
         sys.exit(3)
+
+
+class Boom(LRU):
+    """Raises at its first victim."""
+
+    def victim(self, key: int, cause: int) -> int | None:
+        raise KeyError(key)
+
+
+def test_an_error_of_a_part_is_not_followed_by_what_this_package_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown() -> str:
+        with pytest.raises(PartError, match=r"Boom\.victim raised KeyError: \d+ at api/test_errors\.py:\d+") as found:
+            simulate(hardware="a100", policy={"name": "lru", "eviction": Boom}, max_tokens=20, compare="none")
+        return "".join(traceback.format_exception(found.value))
+
+    assert shown().count("\n") < 16
+    monkeypatch.setenv("EXPERTFLOW_TRACEBACK", "1")
+    assert "raise KeyError(key)" in shown()
 
 
 class Hangs(LRU):

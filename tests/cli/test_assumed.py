@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sim import assumed
+from sim import assumed, sweep
 from sim.assumed import Row, page, table_csv
-from sim.collect import collect
+from sim.collect import collect, markdown
 from sim.job.assumed import range_line
 from sim.job.configure import configure
 from sim.job.setup import make_workload, trace_of
@@ -128,6 +128,24 @@ def test_the_range_is_said_in_words(times: tuple[float | None, ...], line: str) 
     usual, low, high = map(run_of, times)
     told = {"locality": "usual", "range": {"low": low, "high": high}}
     assert range_line({**usual, "assumed": told}).startswith(line)
+
+
+@pytest.mark.slow
+def test_the_line_of_a_sweep_and_its_table_have_the_range_too(tmp_path: Path) -> None:
+    words = [*SMALL, "+policy=lru,lfu", "compare=none", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 's'}"]
+    found = run_here(["-m", *words], tmp_path)
+    assert found.code == 0, found.err
+    assert (
+        len(re.findall(r"\(assumed routing, usual locality\): TPOT \S+ ms \(\S+–\S+ ms by how local", found.out)) == 2
+    )
+    text = markdown(collect(tmp_path / "s"), "tpot_ms")
+    assert len(re.findall(r"\(\S+–\S+\)\\\*", text)) == 2
+    runs = sweep(hardware="rtx3090", model="mixtral-8x7b", trace={"num_tokens": 32}, policy=["lru"], jobs=1)
+    head, row, note = str(runs).splitlines()
+    assert "tpot_ms_range" in head
+    assert re.search(r" \d+\.\d–\d+\.\d ", row)
+    assert note.startswith("tpot_ms_range: assumed routing, usual locality; the range is by how local the routing is")
+    assert "not recorded" in runs._repr_html_()
 
 
 # -- held against recordings ---------------------------------------------------------------------------------

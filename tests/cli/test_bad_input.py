@@ -97,6 +97,17 @@ KEYS = [
     Bad(f"{LRU} +policy.transfer.foo=1", ("policy.transfer.foo", "staging_slots")),
     Bad(f"{LRU} trace.foo=1", ("trace.foo", "is no key")),
     Bad(f"{LRU} +trace.foo=1", ("trace.foo", "num_tokens")),
+    Bad(f"{LRU} storage.gb_per_s=0.01", ("storage.gb_per_s=0.01", "there is none; add +storage=NAME")),
+    Bad(f"{LRU} +storage.latency_ns=5", ("storage.latency_ns=5", "there is none; add +storage=NAME")),
+    Bad(f"{LRU} host.host_tflops=2", ("host.host_tflops=2", "say hardware.host_tflops=2")),
+    Bad(f"{LRU} policy.place.layers=4", ("policy.place.layers=4", "no place was chosen", "+policy/place=host_layers")),
+    Bad(
+        f"{LRU} policy.horizon.max_distance=3",
+        ("policy.horizon.max_distance is no key of FixedHorizon", "policy/horizon=adaptive, adaptive_patient"),
+    ),
+    Bad(f"{LRU} policy.predictor.fitted=x", ("policy.predictor.fitted is no key", "policy/predictor=forest, hybrid")),
+    Bad(f"{ADAPTIVE} policy.predictor.fitted=x", ("policy.predictor.fitted", "choose policy/predictor=hybrid")),
+    Bad("+hardware=a100 +policy=clairvoyant policy.eviction.scope=layer", ("policy.eviction", "a whole policy")),
     Bad(f"{LRU} ~residency", ("residency cannot be taken out", "another value")),
 ]
 VALUES = [
@@ -385,5 +396,6 @@ def test_a_failed_job_of_a_sweep_ends_it_with_one_line_and_code_2(sound: Path, t
     found = run_there([*words, f"hydra.sweep.dir={tmp_path / 'sweep'}"], tmp_path / "run", cwd=tmp_path)
     assert found.code == 2, found.err
     lines = found.err.strip().splitlines()
-    assert lines[-1] == "error: residency=2 is outside (0, 1]"
-    assert len(list((tmp_path / "sweep").rglob("DONE"))) == 1
+    assert lines == ["error: residency=2 is outside (0, 1]"]
+    # It is found before the first run.
+    assert not list((tmp_path / "sweep").rglob("metrics.json"))

@@ -51,6 +51,11 @@ def test_help_begins_with_what_the_command_does_and_fits(name: str) -> None:
     assert "study" not in text
     assert ("hardware: a10, a100, " in text, re.search(r"\blocal\b", text) is not None) == (True, name == "replay")
     assert max(map(len, text.splitlines())) <= 100
+    if name == "sim":
+        # What it says itself: the configuration below it is YAML's.
+        said = text.partition("With the\nwords given here:")[0]
+        assert len(said) < len(text)
+        assert max(map(len, said.splitlines())) <= 80
 
 
 @pytest.mark.slow

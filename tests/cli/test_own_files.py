@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ import pytest
 import yaml
 
 from expertflow.keys import declared
-from sim import collect, paths, regress
+from sim import collect, paths, regress, simulate
 from sim.job.configure import configure
 from sim.paths import CONF, config_files, folder_to_write, own_folder, use_own_folder
-from tests.support.commands import TINY_MODEL, command, run_here, run_there, tiny_trace
+from tests.support.commands import TINY_MODEL, command, routing, run_here, run_there, small_trace, tiny_trace
 
 POLICY = """defaults:
   - predictor: none
@@ -98,6 +99,25 @@ def test_the_command_runs_them_and_finds_the_model_that_the_trace_names(mine: Pa
     assert [metrics[key] for key in ("hardware", "policy", "model")] == ["box", "mine", "tiny"]
     # Another run of the same process does not find them any more.
     assert "tiny" not in config_files("model")
+
+
+def test_a_model_that_takes_what_it_leaves_out_from_another_file_is_found_by_the_trace_too(
+    mine: Path, tmp_path: Path
+) -> None:
+    (mine / "model" / "wider.yaml").write_text("defaults: [tiny, _self_]\nname: wider\nhidden_size: 1024\n")
+    trace = small_trace(tmp_path / "t.safetensors", 6, 1, shape=(4, 8, 2), model="wider")
+    words = ["--config-dir", str(mine), "+hardware=a100", "+policy=lru", f"trace.path={trace}"]
+    found = run_here([*words, "compare=none"], tmp_path / "run")
+    assert found.code == 0, found.err
+    assert found.metrics()["model"] == "wider"
+    origin = json.loads((found.folder / "provenance.json").read_text())
+    assert (origin["model"]["hidden_size"], origin["model"]["num_layers"]) == (1024, 4)
+    sweep = ["-m", *words, "compare=none", "residency=0.5,1", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}/s"]
+    assert run_here(sweep, tmp_path).code == 0
+    keys = {"hardware": "a100", "policy": "lru", "compare": "none", "config_dir": mine}
+    assert simulate(trace=str(trace), **keys).metrics["model"] == "wider"
+    given = {"experts": routing((4, 8, 2), 6), "model": "wider"}
+    assert simulate(trace=given, **keys).metrics["elapsed_ns"] == found.metrics()["elapsed_ns"]
 
 
 @pytest.mark.slow

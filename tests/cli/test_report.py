@@ -73,6 +73,52 @@ def test_a_batch_that_the_trace_cannot_fill_is_said(batch: int, said: bool, trac
     assert (line in text) is said
 
 
+def test_the_requests_that_decode_together_are_in_the_metrics_where_they_are_fewer_than_asked_for(
+    trace: Path, tmp_path: Path
+) -> None:
+    assert ran(trace, tmp_path / "run", "+policy=lru", "batch_size=64").metrics()["max_together"] == 3
+    assert "max_together" not in ran(trace, tmp_path / "run", "+policy=lru", "batch_size=3").metrics()
+
+
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [
+        (8, "no token was decoded: max_tokens=8 ends within the first prompt, of 10 tokens; max_tokens=11 is"),
+        (11, None),
+        (None, None),
+    ],
+)
+def test_a_run_without_a_decoded_token_says_why(most: int | None, said: str | None, tmp_path: Path) -> None:
+    prompted = small_trace(tmp_path / "t.safetensors", 40, 2, prompt=10)
+    words = [] if most is None else [f"max_tokens={most}"]
+    found = ran(prompted, tmp_path / "run", "+policy=lru", *words)
+    assert (found.metrics()["tpot_ms"]["mean"] is None) is (said is not None)
+    assert ("TPOT" in found.out.replace("TPOT ms", "")) is (said is not None)
+    assert said is None or said in " ".join(found.out.split())
+
+
+def test_a_trace_of_prompts_alone_has_no_tpot_and_says_so(tmp_path: Path) -> None:
+    prompted = small_trace(tmp_path / "t.safetensors", 20, 2, prompt=10)
+    for words, said in (([], "no request has two tokens"), (["max_tokens=15"], "ends before a request has two tokens")):
+        found = ran(prompted, tmp_path / "run", "+policy=lru", *words)
+        assert found.metrics()["tpot_ms"]["mean"] is None
+        assert said in " ".join(found.out.split())
+
+
+def test_columns_says_how_wide_a_report_is_and_notes_keep_their_indent(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = ran(trace, tmp_path / "run", "+policy=lru", "batch_size=64", "max_tokens=14").out.splitlines()
+    body = lines[2:-1]
+    assert max(map(len, body)) <= 60
+    first = next(place for place, line in enumerate(body) if line.startswith("  batch_size=64: the run has"))
+    assert body[first + 1].startswith("  ")
+    for word in ("none", "0", "-3", "99999999"):
+        monkeypatch.setenv("COLUMNS", word)
+        assert ran(trace, tmp_path / "run", "+policy=lru").out.count("policy  ") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "name", "shown"),

@@ -64,6 +64,11 @@ def test_the_head_names_what_was_changed_and_the_baseline_stays(
     sys.modules.pop("mru", None)
 
 
+def test_the_name_of_a_baseline_is_marked_where_it_did_not_run_beside(trace: Path, tmp_path: Path) -> None:
+    for words, own in (([], "lru"), (["policy/eviction=lfu"], "lru (changed)")):
+        assert rows_of(ran(trace, tmp_path / "run", "+policy=lru", "compare=none", *words).out) == [own]
+
+
 @pytest.mark.slow
 def test_where_nothing_ran_beside_there_is_no_share_of_on_demand(trace: Path, tmp_path: Path) -> None:
     assert "of on-demand" not in ran(trace, tmp_path / "run", "+policy=lru", "compare=none").out

@@ -42,6 +42,16 @@ class Boom(LRU):
 
 def chosen(key):
     return key // 0
+
+
+class NotMade(LRU):
+    def __init__(self, scope="global"):
+        raise RuntimeError("no")
+
+
+class Misspelt(LRU):
+    def touchd(self, keys):
+        pass
 """
 
 
@@ -152,6 +162,24 @@ def test_an_exception_in_a_part_names_file_and_line(parts: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NotMade", "NotMade raised RuntimeError when it was made at {place}: no; mend the part"),
+        # The other classes of its module run, as every test here shows.
+        ("Misspelt", "Misspelt.touchd is not in the contract of LRU (did you mean touched?); name helpers with a "),
+    ],
+)
+def test_what_keeps_a_part_from_being_made_names_class_and_place(
+    name: str, said: str, parts: str, tmp_path: Path
+) -> None:
+    words = ["+hardware=a100", "+policy=lru", f"policy.eviction._target_={parts}.{name}"]
+    found = run_here([*words, "compare=none", "max_tokens=4"], tmp_path / "run")
+    line = 1 + PARTS.splitlines().index('        raise RuntimeError("no")')
+    assert (found.code, found.err.count("\n"), found.done) == (2, 1, False)
+    assert said.format(place=f"{tmp_path.name}/{parts}.py:{line}") in found.err
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["+hardware=4090", "+policy=lru"], "hardware=4090 must be the name of one file (did you mean rtx4090?)"),
@@ -162,6 +190,12 @@ def test_an_exception_in_a_part_names_file_and_line(parts: str, tmp_path: Path) 
         ([*ADAPTIVE, "residncy=0.5"], "residncy is no key (did you mean residency?)"),
         ([*ADAPTIVE, "hardwar.memory_gb=8"], "there is no hardwar (did you mean hardware?)"),
         ([*ADAPTIVE, "policy.horizn.depth=2"], "there is no policy.horizn (did you mean policy.horizon?)"),
+        (["+hardware=4090,a100", "+policy=lru"], "hardware=4090 must be the name of one file (did you mean rtx4090?)"),
+        (["+hardware=rtx409", "+policy=lru"], "(did you mean rtx4090?); choose one of: rtx4090, rtx5090, rtx4080"),
+        ([*ADAPTIVE, "trace=gptoss"], "trace=gptoss does not exist (did you mean gpt-oss-20b-twin?)"),
+        ([*ADAPTIVE, "model=gptoss20b"], "model=gptoss20b does not exist (did you mean gpt-oss-20b?)"),
+        ([*ADAPTIVE, "hydra/laucher=basic"], "hydra/laucher is no group (did you mean hydra/launcher?)"),
+        ([*ADAPTIVE, "hydra.run.dri=x"], "hydra.run.dri is no key of Hydra's (did you mean hydra.run.dir?)"),
         ([*ADAPTIVE, "hydra/launcher=basik"], "hydra/launcher=basik does not exist (did you mean basic?)"),
     ],
 )
