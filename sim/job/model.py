@@ -153,8 +153,8 @@ def _file_has_sizes(cfg: Mapping[str, Any], model_file: ReadModel | None) -> boo
     """Whether the file that the model was read from, or the one of its name, lists sizes of experts."""
     if model_file is not None:
         return model_file.spec.expert_bytes is not None
-    path = config_files("model").get(str(cfg.get("name")))
-    return path is not None and read_yaml(path).get("expert_bytes") is not None
+    name = str(cfg.get("name"))
+    return name in config_files("model") and composed_file("model", name).get("expert_bytes") is not None
 
 
 def recorded(model: ModelSpec, model_file: ReadModel | None) -> dict[str, Any]:
