@@ -212,4 +212,4 @@ def assumed_note(table: pd.DataFrame, value: str) -> str:
     kinds = ", ".join(dict.fromkeys(str(one) for one in table[_ASSUMED].dropna()))
     ranged = any(range_of(row, value) for row in rows_of(table))
     span = "; in brackets: by how local the routing is" if ranged else ""
-    return f"{kinds}, not recorded{span}; record your own for one figure: {PAGE}"
+    return f"{kinds}, not recorded{span} ({PAGE})"
