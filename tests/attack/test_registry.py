@@ -38,11 +38,9 @@ OPENING = {
 """The functions by which files of unknown origin are opened (`traces/reading.py`)."""
 OTHERWISE = {
     "replay/calibrate.py": "the profile of an earlier calibration of the same name, read as hardware-yaml is",
-    "sim/api/tracing.py": "a file of conf/model or of the user's own, read as model-yaml is",
     "sim/job/part_keys.py": "files of policy parts, for the hint of an error: what cannot be read is passed over",
     "sim/study/cells.py": "results that the study itself has written, read as metrics are",
     "traces/assumed/families.py": "a file of the package, which no user names",
-    "traces/importers/known_models.py": "files of conf/model of the package, which no user names",
     "traces/fitting/baselines.py": "frequencies of a fit, read as fitted-transition is",
 }
 """Modules that open files by these functions and have no reader of their own, and why."""
