@@ -6,6 +6,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -19,8 +20,11 @@ if WORKER:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-# What a report is printed in: a library that reads lines says 80 to the processes of xdist.
+# What a report is printed in: the library that reads lines tells child processes 80, past os.environ, when it is loaded.
+with suppress(ImportError):
+    import readline  # noqa: F401
 os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 
 # Read when the hub's client is first imported: no test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
