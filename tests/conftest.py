@@ -20,7 +20,7 @@ if WORKER:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-# What a report is printed in: the library that reads lines, when it is loaded, tells child processes 80, past os.environ.
+# What a report is printed in: the library that reads lines, once loaded, tells child processes 80, past os.environ.
 with suppress(ImportError):
     import readline  # noqa: F401
 os.environ.pop("COLUMNS", None)

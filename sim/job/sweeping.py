@@ -103,6 +103,10 @@ def _tell_failures(found: Sequence[JobReturn], batch: Sequence[Sequence[str]], f
         name = cut(plain(" ".join(_told_apart(words, batch)) or "the run"), _LONGEST)
         print(f"{PREFIX}{shortened(f'{name}: {told}')}", file=sys.stderr)
     num, most = len(failed), len(found)
-    kept = f"the other {most - num} are kept in {folder}" if most > num else "none is kept"
+    kept = (
+        "none is kept"
+        if most == num
+        else f"the other {most - num} {'is' if most - num == 1 else 'are'} kept in {folder}"
+    )
     how = f"mend that, then the same command with hydra.sweep.dir={folder} skip_done=true goes on"
     raise SweepFailed(line(f"{num} of {most} runs failed", kept, how)) from failed[0][1]

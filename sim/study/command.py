@@ -12,7 +12,7 @@ from pathlib import Path
 from sim.job.known import LISTED, is_known, known_at
 from sim.job.output import code_sha256
 from sim.job.run_cli import run_cli
-from sim.paths import add_config_dir, use_own_folder
+from sim.paths import add_config_dir, config_files, use_own_folder
 from sim.study.before import check_cells
 from sim.study.cells import plan_jobs, run_jobs, trace_of_cell
 from sim.study.estimates import estimates_table
@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="example: python -m sim.study gap --out results/gap --set trace.path=mine.safetensors",
     )
-    parser.add_argument("study", help="a study of the list below, or a file study/NAME.yaml of --config-dir")
+    shipped = ", ".join(sorted(config_files("study")))
+    parser.add_argument("study", help=f"{shipped}, or a file study/NAME.yaml of --config-dir")
     parser.add_argument("--out", type=Path, required=True, help="output folder; finished cells in it are kept")
     parser.add_argument(
         "--set",

@@ -98,7 +98,8 @@ def _json(path: Path, suffix: str, given: Columns) -> Guess:
         ("sglang-recorder", {"tokens", "experts", "slot", "position"}),
         ("engine-dumps", {"routed_experts"}),
     ):
-        if needed <= keys:
+        # Loggers of vLLM tell no phase: rows that do are a table, in which it counts.
+        if needed <= keys and not (kind == "vllm-log" and keys & {*USUAL["phase"]}):
             return Guess(kind, f"the keys {', '.join(sorted(needed))}")
     if suffix == ".json":
         if _is_list_of_rows(text, keys):

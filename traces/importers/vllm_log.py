@@ -23,10 +23,12 @@ from rich.progress import Progress
 
 from traces.container import TraceError, fault
 from traces.importers.assemble import Choices, Source, write_choices
+from traces.importers.columns import USUAL
 from traces.importers.common import UNKNOWN_LICENSE, ImportReport, files_of, tracked
 from traces.importers.json_text import integer, integers, numbered_lines, numbers
 from traces.importers.runs import Runs, Told
 
+_PHASES = {*USUAL["phase"]}
 _ROUTE = '{"type": "route", "req_id": …, "token_idx": 0, "layer": 0, "topk_ids": […]}'
 
 
@@ -107,6 +109,8 @@ class _Reader:
             if isinstance(name, str) and not self.model:
                 self.model = name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1][:200]
             return
+        if told := value.keys() & _PHASES:
+            raise ValueError(f"tells {min(told)}, which counts in a table: python -m traces import table")
         layer, token = integer(value, "layer"), integer(value, "token_idx")
         request = str(value.get("req_id", ""))[:200]
         weights = numbers(value, "topk_weights") if value.get("topk_weights") is not None else None

@@ -639,3 +639,18 @@ def test_an_idle_forward_of_sglang_is_left_out(take: Take, tmp_path: Path) -> No
         "topk_ids_of_layer": torch.zeros(4, 0, 2, dtype=torch.int32),
     }
     take(("a.pt", sglang_dump(tmp_path, [idle]).read_bytes())).is_alone()
+
+
+def test_lines_with_the_keys_of_a_vllm_log_that_tell_phases_are_a_table(take: Take) -> None:
+    """Token by token, as no logger of vLLM writes them: its importer would take each for a request without a prompt."""
+    steps = [*ALONE, [("b", token) for token in range(3)], *([("b", token)] for token in range(3, 10))]
+    lines = [
+        json.dumps({"req_id": row["request"], "phase": row["phase"], "layer": row["layer"], "token_idx": row["token"]})[
+            :-1
+        ]
+        + f', "topk_ids": {row["list"]}}}'
+        for row in sorted(rows(steps), key=lambda row: (row["request"], row["token"], row["layer"]))
+    ]
+    log = ("log.jsonl", "\n".join(lines) + "\n")
+    take(log).is_both()
+    take(log, kind="vllm-log").refused("line 1: tells phase, which counts in a table")
