@@ -160,9 +160,22 @@ def _link_figures(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     MeasurementError where they cannot be those of a link.
     """
+    latency, curve, pageable = copy_rates(raw)
+    return {
+        "link_gb_per_s": curve,
+        "link_latency_ns": latency,
+        "pageable_gb_per_s": round(pageable, 6),
+        "link_slowdown": round(slowdown(next(iter(raw["beside"].values())), latency), 4),
+    }
+
+
+def copy_rates(raw: Mapping[str, Any]) -> tuple[int, float | list[list[float]], float]:
+    """Of copies alone: latency in ns, GB/s without it (see `link_fit`), and GB/s from pageable memory.
+
+    MeasurementError where they cannot be those of a link.
+    """
     peak = raw.get("link_peak_gb_per_s")
     latency, curve = link_fit(raw["link"], peak)
-    expert = next(iter(raw["beside"].values()))
     # One rate for every size: that of a chunk as the runs cut them by default.
     chunk = (4 << 20) / raw["scale"] ** 2
     row = min(raw["link"], key=lambda row: abs(row["bytes"] - chunk))
@@ -172,17 +185,20 @@ def _link_figures(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"pageable copies seem to run at {pageable:.4g} GB/s on a link of {peak:.4g} at most; "
             "calibrate again when the machine is idle"
         )
-    slowdown = max(1.0, (expert["busy_ns"] - latency) / max(expert["idle_ns"] - latency, 1.0))
-    if slowdown > MOST_SLOWDOWN:
+    return latency, curve, pageable
+
+
+def slowdown(beside: Mapping[str, float], latency_ns: int) -> float:
+    """How much longer a copy takes beside kernels than on an idle device, its latency apart, as a factor.
+
+    MeasurementError for a factor that no kernel causes.
+    """
+    found = max(1.0, (beside["busy_ns"] - latency_ns) / max(beside["idle_ns"] - latency_ns, 1.0))
+    if found > MOST_SLOWDOWN:
         raise MeasurementError(
-            f"link_slowdown={slowdown:.4g}: no kernel slows a copy so; calibrate again when the machine is idle"
+            f"link_slowdown={found:.4g}: no kernel slows a copy so; calibrate again when the machine is idle"
         )
-    return {
-        "link_gb_per_s": curve,
-        "link_latency_ns": latency,
-        "pageable_gb_per_s": round(pageable, 6),
-        "link_slowdown": round(slowdown, 4),
-    }
+    return found
 
 
 def _stack_figures(raw: Mapping[str, Any], name: str, costs: Mapping[str, int], how: str) -> dict[str, Any]:

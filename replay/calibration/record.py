@@ -26,9 +26,10 @@ from replay.calibration.measure import (
     matrix_tflops,
     memory_gb_per_s,
     pad_share,
+    undisturbed,
 )
 from replay.calibration.peak import link_peak_gb_per_s
-from replay.calibration.profile import link_fit, profiles, simulated_as
+from replay.calibration.profile import copy_rates, profiles, simulated_as, slowdown
 from replay.calibration.tables import KernelBench, kernel_tables, prompt_launches
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
@@ -37,6 +38,7 @@ from replay.machine.rig import Needs, Rig
 from replay.machine.scale import scaled_model
 from replay.machine.slot_kernels import tuned_tiles
 from replay.settings import CPU_SCALE
+from sim.job.compose import composed_file
 from sim.job.output import to_json, write_text
 from sim.job.setup import make_policy
 from sim.paths import config_files
@@ -45,7 +47,6 @@ from sim.specs.hardware import hardware_from_dict, stack_from_dict
 from traces.jsontext import shown
 from traces.messages import fault
 from traces.reading import read_table
-from traces.yamltext import read_yaml
 
 RECORD_VERSION = 2
 """Version of the raw record's format; records of other versions are refused."""
@@ -63,7 +64,7 @@ def named_model(name: str) -> ModelSpec:
     del known["auto"]
     if name not in known:
         raise ValueError(f"model {name!r} is unknown; choose from: {', '.join(sorted(known))}")
-    return model_from_dict(read_yaml(known[name]))
+    return model_from_dict(composed_file("model", name))
 
 
 def scale_of(given: int | None, machine: str) -> int:
@@ -94,7 +95,7 @@ def calibrate(
     raw |= {part: {} for part in ("prompt", "chunked", "chunk_ns", "beside", "kernels", "kernel_launch_ns", "host")}
     for name in models:
         step(f"{name}: kernels")
-        _measure_kernels(raw, device, scaled_model(named_model(name), scale), quick)
+        _measure_kernels(raw, device, scaled_model(named_model(name), scale), quick, step)
         raw["python_loop_ns"].append(python_loop_ns())
         step(f"{name}: the host, in place")
         _measure_host(raw, device, name, list(product(stacks, policies)), quick, step)
@@ -125,35 +126,48 @@ def _described(device: Device, scale: int) -> dict[str, Any]:
 
 def _measure_device(raw: dict[str, Any], device: Device, quick: bool, step: Callable[[str], None]) -> None:
     """What no model is needed for. MeasurementError where the copies' times cannot be those of a link."""
+
+    def copies() -> None:
+        raw["link"] = link_curves(device, raw["scale"], 10.0 if quick else 40.0)
+        # What cannot be shows before minutes are spent on the rest.
+        copy_rates(raw)
+
     step("launches and waits")
     raw["launches"] = launch_costs(device)
     raw["pad_share"] = pad_share(device)
     step("copies by size")
-    raw["link"] = link_curves(device, raw["scale"], 10.0 if quick else 40.0)
+    undisturbed(copies, step)
     step("memory and matrices")
     raw["memory_gb_per_s"] = memory_gb_per_s(device)
     raw["matrix_tflops"] = matrix_tflops(device)
-    # What cannot be shows before minutes are spent on the rest.
-    link_fit(raw["link"], raw["link_peak_gb_per_s"])
 
 
-def _measure_kernels(raw: dict[str, Any], device: Device, model: ModelSpec, quick: bool) -> None:
-    """The kernels and the copies of one model, alone and beside each other. model: at the scale of the record."""
+def _measure_kernels(
+    raw: dict[str, Any], device: Device, model: ModelSpec, quick: bool, step: Callable[[str], None]
+) -> None:
+    """The kernels and the copies of one model, alone and beside each other. model: at the scale of the record.
+
+    MeasurementError where a copy or a kernel cannot have been slowed so by the other.
+    """
     tokens = TOKENS[:4] if quick else TOKENS
     num_slots = min(64, model.num_layers * model.num_experts)
     needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
     rig = Rig(device, model, needs, 64 * (model.mean_expert_bytes + 512) / 1e9)
     sizes = chunk_sizes(model.mean_expert_bytes, int(DEFAULT_CHUNK_BYTES / raw["scale"] ** 2))
-    tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0])
+    tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0], step)
     raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
     raw["prompt"][model.name] = prompt_launches(rig, min(tokens[-1], PROMPT_TOKENS), 5)
     raw["chunked"][model.name] = chunked(device, model.mean_expert_bytes)
     raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
-    busy = KernelBench(rig, 1).experts(min(model.top_k, needs.num_slots), 1)
-    raw["beside"][model.name] = copy_beside(device, busy, sizes[0])
-    # Its kernels hold memory of the rig.
-    del busy
+    undisturbed(lambda: _measure_beside(raw, rig, sizes[0]), step)
     rig.release()
+
+
+def _measure_beside(raw: dict[str, Any], rig: Rig, chunk_bytes: int) -> None:
+    """A copy of `chunk_bytes` beside the experts of one token. What it leaves holds no memory of the rig."""
+    busy = KernelBench(rig, 1).experts(min(rig.model.top_k, rig.slots.num_slots), 1)
+    found = raw["beside"][rig.model.name] = copy_beside(rig.device, busy, chunk_bytes)
+    slowdown(found, copy_rates(raw)[0])
 
 
 def _measure_host(

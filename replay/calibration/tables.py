@@ -6,10 +6,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from expertflow.forward import DECODE, PREFILL, Forward
-from replay.calibration.measure import beside_copies_ns
+from replay.calibration.measure import beside_copies_ns, undisturbed
 from replay.machine.device import Program
 from replay.machine.launch_row import Row
 from replay.machine.programs import capacity_for
@@ -132,12 +133,18 @@ def group_table(bench: KernelBench, tokens: Sequence[int]) -> list[list[int]]:
 
 
 def kernel_tables(
-    rig: Rig, tokens: Sequence[int], kv_len: int, repeat: int, chunk_bytes: int
+    rig: Rig,
+    tokens: Sequence[int],
+    kv_len: int,
+    repeat: int,
+    chunk_bytes: int,
+    say: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], float]:
     """Kernel times of the rig's model by number of tokens, in the form of `hardware.kernel_ns`, and what a launch takes
     by itself on the stream: the tables are without it. Captured programs have no such launch: theirs is in the table.
 
-    chunk_bytes: of the copies beside which kernels are measured once more.
+    chunk_bytes: of the copies beside which kernels are measured once more. say: told what is measured again.
+    MeasurementError where no kernel ran wholly beside copies.
     """
     bench, model = KernelBench(rig, repeat), rig.model
     # An idle GPU runs at a fraction of its clock; this brings it up.
@@ -171,7 +178,7 @@ def kernel_tables(
     short, long = (bench.ns(bench.attention(1, length, full)) for length in (1, kv_len))
     found["kv"] = max(0.0, (long - short) / max(kv_len - 1, 1))
     if rig.device.captures:
-        found |= _slowdowns(bench, later, chunk_bytes)
+        found |= _slowdowns(bench, later, chunk_bytes, say)
     return found, launch
 
 
@@ -188,7 +195,9 @@ def _shared(bench: KernelBench, tokens: Sequence[int], launch: float) -> list[li
     return points
 
 
-def _slowdowns(bench: KernelBench, layers: Sequence[int], chunk_bytes: int) -> dict[str, float]:
+def _slowdowns(
+    bench: KernelBench, layers: Sequence[int], chunk_bytes: int, say: Callable[[str], None]
+) -> dict[str, float]:
     """How much longer the kernels of one token run beside a busy link, as factors."""
     kinds = {
         "attention_slowdown": bench.attention(1, 1, layers),
@@ -196,6 +205,6 @@ def _slowdowns(bench: KernelBench, layers: Sequence[int], chunk_bytes: int) -> d
         "head_slowdown": bench.head(1),
     }
     return {
-        name: round(max(1.0, bench.beside_ns(programs, chunk_bytes) / bench.ns(programs)), 4)
+        name: round(max(1.0, undisturbed(partial(bench.beside_ns, programs, chunk_bytes), say) / bench.ns(programs)), 4)
         for name, programs in kinds.items()
     }

@@ -108,22 +108,31 @@ def incomplete(model_file: ReadModel | None) -> list[str]:
 
 
 def remarks(model: ModelSpec, model_file: ReadModel | None) -> Iterator[str]:
-    """What a reader of the result must know of a model that was read from a file: a sentence each."""
-    if model_file is None:
+    """What a reader of the result must know of how far the model is that of its file, or of the named one: a sentence
+    each."""
+    original = model_file.spec if model_file is not None else _named(model.name)
+    if original is None:
         return
-    read, now = asdict(model_file.spec), asdict(model)
+    read, now = asdict(original), asdict(model)
     changed = [key for key in now if now[key] != read[key]]
-    for key in changed:
-        # That sizes of the file hold no longer is said by `size_remarks`.
-        if key != "expert_bytes" or now[key] is not None:
-            yield f"model: {key}={shown(now[key])}, in place of {shown(read[key])}"
+    if model_file is not None:
+        for key in changed:
+            # That sizes of the file hold no longer is said by `size_remarks`.
+            if key != "expert_bytes" or now[key] is not None:
+                yield f"model: {key}={shown(now[key])}, in place of {shown(read[key])}"
     kept = [key for key in _COUNTED if now[key] and key not in changed]
     if kept and set(changed) & set(_WIDTHS):
         yield f"model: {', '.join(kept)} as the file gives them: they follow no width, give them, too, if they change"
     if model.mtp and "mtp_bytes" not in changed and set(changed) & {"expert_bits", "weight_bits"}:
         yield f"model: mtp_bytes={model.mtp_bytes} as the file gives it: it follows no bits, give it, too"
-    yield from (f"model: derived: {text}" for text in model_file.derived)
-    yield from (f"model: assumed: {text}" for text in model_file.assumed)
+    if model_file is not None:
+        yield from (f"model: derived: {text}" for text in model_file.derived)
+        yield from (f"model: assumed: {text}" for text in model_file.assumed)
+
+
+def _named(name: str) -> ModelSpec | None:
+    """The model of that name as its file gives it; None where there is none."""
+    return model_from_dict(composed_file("model", name)) if name in config_files("model") and name != AUTO else None
 
 
 def size_remarks(cfg: Mapping[str, Any], model: ModelSpec, trace: Trace, model_file: ReadModel | None) -> Iterator[str]:

@@ -86,6 +86,29 @@ def test_widths_change_the_bytes_of_an_expert(key: str, value: int, mixed: Path,
     assert ("model: extra_bytes as the file gives them" in " ".join(said)) == (key == "hidden_size")
 
 
+@pytest.mark.parametrize("folder", [None, "own"])
+def test_what_follows_nothing_is_said_of_a_named_model_too(
+    folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one of ours, and of a file of the user's own."""
+    name = "glm-4.5-air"
+    keys = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    spec = model_from_dict(keys)
+    if folder is not None:
+        name = "mine"
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "mine.yaml").write_text(yaml.safe_dump(keys | {"name": name}))
+        monkeypatch.setattr("sim.paths._own", [tmp_path])
+    trace = small_trace(tmp_path / "t.safetensors", 4, shape=(spec.num_layers, spec.num_experts, spec.top_k))
+    words = [f"model={name}", f"trace.path={trace}", "residency=0.1"]
+    assert not told(*words)[1]
+    wider = told(*words, "model.hidden_size=2048")[1]
+    assert any("mtp_bytes as the file gives them: they follow no width" in line for line in wider)
+    bits = [line for line in told(*words, "model.mtp=true", "model.expert_bits=4")[1] if "mtp_bytes=" in line]
+    assert bits == [f"model: mtp_bytes={spec.mtp_bytes} as the file gives it: it follows no bits, give it, too"]
+    assert not told(*words, "model.mtp=true", "model.expert_bits=4", "model.mtp_bytes=7")[1]
+
+
 def test_the_same_of_a_yaml_that_the_command_wrote(
     own: str, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

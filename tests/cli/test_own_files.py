@@ -90,6 +90,15 @@ def test_the_replay_still_finds_its_own_hardware(mine: Path) -> None:
     assert configure(["+hardware=box", "+policy=lru"], "replay", keys)["hardware"]["name"] == "box"
 
 
+def test_a_calibration_takes_a_model_that_leaves_something_to_another_file(mine: Path) -> None:
+    from replay.calibration.record import named_model
+
+    (mine / "model" / "wider.yaml").write_text("defaults: [tiny, _self_]\nname: wider\nhidden_size: 1024\n")
+    use_own_folder(mine)
+    wider, tiny = named_model("wider"), named_model("tiny")
+    assert (wider.hidden_size, wider.num_layers) == (1024, tiny.num_layers)
+
+
 def test_the_command_runs_them_and_finds_the_model_that_the_trace_names(mine: Path, tmp_path: Path) -> None:
     trace = tiny_trace(tmp_path / "t.safetensors")
     words = ["--config-dir", str(mine), "+hardware=box", "+policy=mine", f"trace.path={trace}", "compare=none"]
