@@ -13,9 +13,9 @@ from expertflow.forward import DECODE, PREFILL, Forward
 from replay.calibration.measure import beside_copies_ns, undisturbed
 from replay.machine.device import Program
 from replay.machine.launch_row import Row
-from replay.machine.programs import capacity_for
+from replay.machine.programs import capacity_for, launch_rows
 from replay.machine.rig import Rig
-from replay.machine.rows import RowLayout, row_class
+from replay.machine.rows import RowLayout
 from replay.machine.timing import alone_ns, programs_ns, works_ns
 
 GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -38,7 +38,7 @@ class KernelBench:
 
     def experts(self, num_experts: int, tokens: int, shared_tokens: int = 0) -> list[Program]:
         """Programs of routed experts in other slots each, over `tokens` each, and of shared ones over theirs."""
-        most = row_class(self.kernels.rows(tokens))
+        most = launch_rows(self.kernels.rows(tokens), self._shared_rows(shared_tokens))
         self.kernels.tune(lambda work: works_ns(self.device, [work], 5), [(self._capacity(num_experts), most)])
         count = max(2, min(_LAYERS, self.rig.slots.num_slots // max(num_experts, 1)))
         rows = [self._row(num_experts, tokens, shared_tokens, number) for number in range(count)]
@@ -46,7 +46,7 @@ class KernelBench:
 
     def experts_one_by_one(self, num_experts: int, tokens: int) -> Program:
         """A program of routed experts over `tokens` each whose kernels are launched one by one."""
-        most = row_class(self.kernels.rows(tokens))
+        most = launch_rows(self.kernels.rows(tokens), 0)
         row = self._row(num_experts, tokens, 0, 0)
         return self.device.program(self.kernels.experts(row, most, shared=False), captured=False, row=row)
 
@@ -61,9 +61,12 @@ class KernelBench:
         row.describe(
             [(number * num_experts + place) % num_slots for place in range(num_experts)],
             number % self.kernels.model.num_layers if shared_tokens else -1,
-            self.kernels.shared_rows(shared_tokens) if shared_tokens else 0,
+            self._shared_rows(shared_tokens),
         )
         return row
+
+    def _shared_rows(self, tokens: int) -> int:
+        return self.kernels.shared_rows(tokens) if tokens else 0
 
     def attention(self, num_tokens: int, kv_len: int, layers: Sequence[int]) -> list[Program]:
         """Programs of attention and router of `layers`."""

@@ -44,7 +44,9 @@ class CudaDevice:
     dtype = torch.bfloat16
 
     captures = True
-    launches_ahead = True
+    launches_ahead = platform.machine().lower() in ("x86_64", "amd64")
+    """A row that is told while its launch waits is read word by word: only hosts that make stores visible in their
+    order may do that. Elsewhere rows are written before the launch, whose call orders them."""
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():

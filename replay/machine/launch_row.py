@@ -54,11 +54,12 @@ class Row:
     def describe(self, slots: Sequence[int], block: int, shared_rows: int) -> None:
         """The next launch: routed experts in `slots`, and a block of shared ones over `shared_rows`; block -1: none.
 
-        Whatever else of the row it reads has been written before.
+        Whatever else of the row it reads has been written before: a GPU that waits begins when the last word is there.
+        Words without the launch's number are read after that one, so its host must make stores visible in their order.
         """
         words, tag, at = self.words, self._tag, FIRST_SLOT
         for slot in slots:
-            words[at] = slot | tag
+            words[at] = slot & _LOWER | tag
             at += 1
         words[SHARED_BLOCK] = block & _LOWER | tag if tag else block
         words[SHARED_ROWS] = shared_rows | tag
@@ -80,7 +81,10 @@ class Row:
             self._more = MORE
 
     def tell(self) -> None:
-        """What is written here is complete: one launch more may read it. Not described anew, it is as the last one."""
+        """What is written here is complete: one launch more may read it. Not described anew, it is as the last one.
+
+        The launch before must have begun: of several that wait, the first would miss what `changed` told.
+        """
         words, tag = self.words, self._tag
         if tag:
             if not self._described:

@@ -39,6 +39,13 @@ def capacity_for(num_experts: int, top_k: int) -> int:
     return size_class(max(num_experts, top_k))
 
 
+def launch_rows(rows: int, shared_rows: int) -> int:
+    """The class of rows of the kernels for a launch of experts over at most `rows` each and of shared ones over
+    `shared_rows`: that of the larger number. Else a shared expert of many rows would pass its weights through the
+    kernels of few rows again and again."""
+    return row_class(max(rows, shared_rows))
+
+
 def _doublings(first: int, last: int) -> list[int]:
     """first, twice that, and so on, as far as `last`."""
     found = [first]
@@ -104,10 +111,10 @@ class Programs:
     def prepare(self, forwards: Iterable[Forward], num_slots: int) -> None:
         """Make what `forwards` will launch, and launch it once; slots up to `num_slots` are read.
 
-        Decode is captured. A prefill is launched kernel by kernel: no two have the same shape, and theirs last longer
-        than their launches.
+        Decode is captured. A prefill is launched kernel by kernel, since no two have the same shape; whether the device
+        or the host's launches bound it, a calibration measures (`replay.calibration.tables.prompt_launches`).
         """
-        most: dict[bool, tuple[int, int]] = {}
+        most: dict[bool, tuple[int, int, int]] = {}
         others: dict[tuple[bool, int], Forward] = {}
         for forward in forwards:
             # A prompt's chunk beside decoded rows makes a shape of its own as well.
@@ -118,11 +125,11 @@ class Programs:
             elif kind not in others or sum(forward.kv_lens) > sum(others[kind].kv_lens):
                 others[kind] = forward
             self.head(forward.num_logits)
-            num_experts, count = most.get(decode, (1, 1))
+            num_experts, count, tokens = most.get(decode, (1, 1, 1))
             num_experts = max(num_experts, *map(len, forward.demands))
             if forward.counts is not None:
                 count = max(count, *(max(counts.values(), default=1) for counts in forward.counts))
-            most[decode] = num_experts, count
+            most[decode] = num_experts, count, max(tokens, len(forward.rows))
         for decode in sorted(most, reverse=True):
             self._prepare_experts(*most[decode], captured=decode and self._device.captures)
         self._launch_once([program for forward in others.values() for program in self.attention(forward)], num_slots)
@@ -141,14 +148,22 @@ class Programs:
                 device.launch(program)
         device.synchronize()
 
-    def _prepare_experts(self, num_experts: int, count: int, captured: bool) -> None:
-        room = [capacity_for(count, self._top_k) for count in (1, num_experts)]
-        buckets = list(product(_doublings(*room), row_classes(*map(self._kernels.rows, (1, count)))))
+    def _prepare_experts(self, num_experts: int, count: int, num_tokens: int, captured: bool) -> None:
+        """For launches of up to `num_experts` experts over up to `count` tokens each, in forwards of up to
+        `num_tokens`."""
+        rows, shared_rows = self._kernels.rows, self._kernels.shared_rows
+        capacities = _doublings(*(capacity_for(count, self._top_k) for count in (1, num_experts)))
+        classes = {False: row_classes(rows(1), rows(count))}
+        if self._has_shared:
+            least, last = max(rows(1), shared_rows(1)), max(rows(count), shared_rows(num_tokens))
+            classes[True] = row_classes(least, last)
         if captured:
+            buckets = product(capacities, sorted({*classes[False], *classes.get(True, ())}))
             self._kernels.tune(lambda work: works_ns(self._device, [work], 5), buckets)
-        for (capacity, rows), shared in product(buckets, sorted({False, self._has_shared})):
-            if (capacity, rows, shared) not in self._rings:
-                self._rings[capacity, rows, shared] = self._make_ring(capacity, rows, shared, captured)
+        for shared, found in classes.items():
+            for capacity, most in product(capacities, found):
+                if (capacity, most, shared) not in self._rings:
+                    self._rings[capacity, most, shared] = self._make_ring(capacity, most, shared, captured)
 
     def _make_ring(self, capacity: int, rows: int, shared: bool, captured: bool) -> Ring:
         stamps = self._stamps
@@ -190,10 +205,11 @@ class Programs:
                 self._by_shape[layer, shape] = program
         return program
 
-    def experts(self, num_experts: int, count: int, shared: bool) -> Program:
-        """For `num_experts` routed experts over at most `count` tokens each; its row is to be written before launch."""
-        rows = row_class(self._kernels.rows(count))
-        return self._rings[capacity_for(num_experts, self._top_k), rows, shared and self._has_shared].take()
+    def experts(self, num_experts: int, count: int, shared_rows: int) -> Program:
+        """For `num_experts` routed experts over at most `count` tokens each, and shared ones over `shared_rows` rows, 0
+        for none; its row is to be written before launch."""
+        rows = launch_rows(self._kernels.rows(count), shared_rows)
+        return self._rings[capacity_for(num_experts, self._top_k), rows, shared_rows > 0].take()
 
     def head(self, num_rows: int) -> Program:
         """Head and sampling over `num_rows` rows, of which there may be none."""

@@ -138,7 +138,7 @@ class RealMachine:
 
     def launch_ahead(self, shared: bool) -> None:
         """Launch a program for experts that are not known yet."""
-        program = self.programs.experts(1, 1, shared)
+        program = self.programs.experts(1, 1, self._shared_rows if shared else 0)
         if program.mark:
             self._read_first(program)
         assert program.ahead is not None
@@ -181,7 +181,7 @@ class RealMachine:
         program = self._waiting
         if program is None:
             count = 1 if counts is None else max([counts[key] for key in keys], default=1)
-            program = self.programs.experts(len(keys), count, shared)
+            program = self.programs.experts(len(keys), count, self._shared_rows if shared else 0)
             if program.mark:
                 self._read_first(program)
         row, slot_of = program.row, self._slot_of

@@ -63,9 +63,9 @@ def fill(
     expected: Sequence[int] = (),
 ) -> None:
     """Write and tell a launch, rows one after the other. Slots, rows and words of experts that it does not have: far
-    outside."""
+    outside, in either half of a word."""
     told = row.words[TOLD]
-    row.host.fill_(1 << 40)
+    row.host.fill_(1 << 40 | 1 << 30)
     row.words[TOLD], row.words[NUMBER] = told, number
     for place, word in enumerate(expected):
         row.words[row.layout.expected + place] = word

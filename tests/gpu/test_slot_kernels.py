@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from replay.machine.rows import GAVE_UP, NUM_EXPERTS, NUMBER, SHARED_BLOCK, SHARED_ROWS, TOLD, RowLayout
-from replay.machine.slot_kernels import SlotKernels, check_work, gate, stage
+from replay.machine.slot_kernels import SlotKernels, check_work, gate, kinds_of_tiles, stage
 from tests.gpu.interpreter import INSIDE, interpreted
 from tests.gpu.slot_cases import NO_BLOCK, UNTOUCHED, Bench, Case, Widths, compare, fill, make_row, weights
 
@@ -77,6 +77,44 @@ def test_experts_are_what_float64_says(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_experts_on_a_gpu_are_what_float64_says(name: str, dtype: torch.dtype) -> None:
     run_case(name, dtype, "cuda")
+
+
+TILES = [
+    (max_rows, kind, place)
+    for max_rows in (1, 4, 16, 32, 64)
+    for kind, tiles in enumerate(kinds_of_tiles(max_rows))
+    for place in range(max(map(len, tiles.values())))
+]
+
+
+def run_with_tile(
+    max_rows: int, kind: int, place: int, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, device: str
+) -> None:
+    """A launch with one of the pairs of tiles that the tuner chooses from, which may take any of them."""
+    tiles = kinds_of_tiles(max_rows)[kind]
+    chosen = {product: found[place % len(found)] for product, found in tiles.items()}
+    monkeypatch.setattr(SlotKernels, "tile", lambda kernels, capacity, rows, product: chosen[product])
+    rows = [-(-max_rows // 2), max_rows]
+    case = Case(ODD, 3, [5, 0], rows, WIDE, 1, max_rows, max_rows=max_rows)
+    Bench(case, dtype, device).check(case.slots, case.rows, case.shared_block, case.shared_rows)
+
+
+@interpreted
+@pytest.mark.parametrize(("max_rows", "kind", "place"), [tile for tile in TILES if tile[0] <= 4 and tile[1] == 0])
+def test_every_tile_of_few_rows_computes_what_float64_says(
+    max_rows: int, kind: int, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with_tile(max_rows, kind, place, monkeypatch, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("max_rows", "kind", "place"), TILES)
+def test_every_tile_on_a_gpu_computes_what_float64_says(
+    max_rows: int, kind: int, place: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_with_tile(max_rows, kind, place, monkeypatch, dtype, "cuda")
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import torch
 from replay.machine import slot_kernels
 from replay.machine.launch_row import Row
 from replay.machine.rows import RowLayout
-from replay.machine.slot_kernels import SlotKernels, Tile, check_work, gate
+from replay.machine.slot_kernels import SlotKernels, Tile, check_work, gate, stage
 from tests.gpu.slot_cases import Widths, make_row
 
 GPT_OSS = Widths(hidden=2880, up=1530, middle=765)
@@ -219,7 +219,7 @@ def compiled(
         # As Triton's launcher does: the types, and which addresses and numbers are multiples of 16.
         is_tensor = isinstance(value, torch.Tensor)
         signature[key] = TYPES[value.dtype] if is_tensor else "i32"
-        if is_tensor or value % 16 == 0:
+        if key not in kernel.do_not_specialize and (is_tensor or value % 16 == 0):
             aligned[(place,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -268,6 +268,22 @@ def test_every_tile_of_few_rows_compiles_to_reads_ahead_and_sums_by_thread(
             # Sums cross threads once, after the loop: not for each tile.
             last = text.rindex("cp.async.wait_group")
             assert "shfl" not in text[:last]
+
+
+@pytest.mark.parametrize("capacity", [4, 64])
+def test_a_row_is_read_past_every_cache_word_by_word(
+    capacity: int, launches: Launches, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """In its own memory, where nobody writes but itself, the device reads one word: how many launches have begun."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    stage(row(capacity, 2))()
+    text = compiled(launches.calls[0]).asm["ptx"]
+    reads = re.findall(r"\bld\S*\.global\S*", text)
+    volatile = [read for read in reads if "volatile" in read]
+    assert set(volatile) == {"ld.volatile.global.b64"}
+    # A look before the loop, one in it, and one at all words.
+    assert len(volatile) >= 3
+    assert [read for read in reads if read not in volatile] == ["ld.global.b64"]
 
 
 def test_the_number_is_written_after_all_words_for_the_whole_system(

@@ -122,7 +122,7 @@ def test_experts_of_one_token_are_captured_without_pad_or_gate_in_one_size() -> 
     device = ScriptedDevice()
     machine = machine_on(device, PLAIN, [decode([5], [[0, 1, 2], [8, 9]])])
     assert rings(machine) == {(4, 4, False): REPLICAS}
-    taken = {machine.programs.experts(num, 1, True) for num in (0, 1, 2, 3) for _ in range(REPLICAS)}
+    taken = {machine.programs.experts(num, 1, 0) for num in (0, 1, 2, 3) for _ in range(REPLICAS)}
     assert taken == set(machine.programs._rings[4, 4, False].programs)
     made = [made for made in device.made if made.program.row is not None]
     assert {(one.pad_ns, one.words, one.captured) for one in made} == {(0, None, True)}
@@ -150,17 +150,46 @@ def test_classes_of_rows_are_few_rows_then_doublings_of_16(first: int, last: int
 
 
 def test_shared_experts_double_the_sizes_and_run_alone_in_the_smallest() -> None:
+    """Two tokens: routed experts over the rows of one, the shared ones over those of one and of both."""
     demands = [[0, 1, 2, 3, 4], [8, 9, 10]]
     counts = [dict.fromkeys(keys, 1) for keys in demands]
     machine = machine_on(ScriptedDevice(), SHARED, [decode([5, 6], demands, counts)])
-    rows = row_class(machine.kernels.rows(1))
-    assert set(rings(machine)) == {(experts, rows, shared) for experts in (4, 8) for shared in (False, True)}
-    alone = machine.programs.experts(0, 1, True)
-    assert alone in machine.programs._rings[4, rows, True].programs
-    assert alone not in machine.programs._rings[4, rows, False].programs
-    # A model without any has one kind, whatever the runtime says of the layer.
-    plain = machine_on(ScriptedDevice(), PLAIN, [decode([5])])
-    assert plain.programs.experts(1, 1, True) in plain.programs._rings[4, 4, False].programs
+    rows, shared_rows = machine.kernels.rows, machine.kernels.shared_rows
+    assert (rows(1), shared_rows(1), shared_rows(2)) == (2, 2, 4)
+    assert set(rings(machine)) == {(experts, 4, shared) for experts in (4, 8) for shared in (False, True)}
+    alone = machine.programs.experts(0, 1, shared_rows(2))
+    assert alone in machine.programs._rings[4, 4, True].programs
+    assert alone not in machine.programs._rings[4, 4, False].programs
+
+
+def test_without_shared_experts_there_is_one_kind_whatever_the_runtime_says_of_the_layer() -> None:
+    machine = machine_on(ScriptedDevice(), PLAIN, [decode([5])])
+    machine.begin_forward(decode([5]))
+    machine.experts(0, [], None, shared=True)
+    assert set(rings(machine)) == {(4, 4, False)}
+
+
+def test_shared_experts_of_many_rows_are_launched_with_kernels_of_many_rows() -> None:
+    """Twelve tokens, a few of which chose the same expert: the kernels of few rows would read the shared weights again
+    for every four rows."""
+    demands = [[0, 1, 2], [8, 9]]
+    counts = [dict.fromkeys(keys, 1) for keys in demands]
+    device = ScriptedDevice()
+    machine = machine_on(device, SHARED, [decode([5]), decode([5] * 12, demands, counts)])
+    assert machine.kernels.shared_rows(12) == 24
+    assert set(rings(machine)) == {(4, 4, False), *((4, rows, True) for rows in (4, 16, 32))}
+    found = machine.programs._rings
+    for tokens, rows in ((1, 4), (2, 4), (3, 16), (8, 16), (9, 32), (12, 32)):
+        assert machine.programs.experts(3, 1, machine.kernels.shared_rows(tokens)) in found[4, rows, True].programs
+    # What follows without them is launched as small as it is.
+    assert machine.programs.experts(3, 1, 0) in found[4, 4, False].programs
+    # And a forward launches so.
+    machine.begin_forward(decode([5] * 12, demands, counts))
+    machine.experts(0, [0], {0: 1}, shared=True)
+    machine.experts(0, [1, 2], {1: 1, 2: 1}, shared=False)
+    first, second = (launch.made.program for launch in device.launches[-2:])
+    assert first in found[4, 32, True].programs
+    assert second in found[4, 4, False].programs
 
 
 @pytest.mark.parametrize("captures", [True, False])

@@ -8,6 +8,7 @@ import pytest
 
 from expertflow.model import ModelSpec
 from replay.calibration.tables import KernelBench, expert_ns, group_table, kernel_tables, prompt_launches
+from replay.machine.programs import launch_rows
 from replay.machine.rig import Needs, Rig
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
 from replay.machine.scale import scaled_model
@@ -106,3 +107,18 @@ def test_shared_experts_are_what_they_add(captures: bool) -> None:
     found, _ = kernel_tables(made, (1, 2, 4), 32, 1, 100)
     assert found["shared"] == [[count, 7 * made.kernels.shared_rows(count)] for count in (1, 2, 4)]
     assert found["dense"] == [[1, 1], [2, 1], [4, 1]]
+
+
+def test_shared_experts_are_measured_with_the_kernels_that_a_run_launches() -> None:
+    """Eight tokens are sixteen rows of a shared expert: those of few rows would read its weights four times."""
+    made = rig(SHARED)
+    assert made.kernels.shared_rows(8) == 16
+    asked: list[int] = []
+    experts = made.kernels.experts
+    made.kernels.experts = lambda row, most, shared: asked.append(most) or experts(row, most, shared)  # type: ignore[method-assign]
+    bench = KernelBench(made, 1)
+    for tokens in (0, 1, 2, 3, 8, 9):
+        asked.clear()
+        bench.experts(2, 1, tokens)
+        assert set(asked) == {launch_rows(made.kernels.rows(1), made.kernels.shared_rows(tokens) if tokens else 0)}
+    assert set(asked) == {32}
