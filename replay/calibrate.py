@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from replay.calibration.hostspeed import drift
+from replay.calibration.compared import print_beside
 from replay.calibration.words import HOST, policy_words
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
@@ -31,69 +28,11 @@ from sim.paths import CONF, add_config_dir, folder_to_write, resolved
 from sim.specs.hardware import LEAST_GB_PER_S
 from traces.flags import Parser, number, whole
 from traces.processes.locks import locked
-from traces.tables import console_for_tables, print_columns
+from traces.tables import console_for_tables
 from traces.yamltext import read_yaml
 
 POLICIES = ("lru", "adaptive")
 MODELS = ("gpt-oss-20b",)
-_OTHER_CARD = {"ti", "super", "d", "laptop", "max", "mobile"}
-"""Words behind a card's name that make it another card."""
-
-
-def datasheet(device_name: str) -> tuple[str, dict[str, Any]] | None:
-    """The profile of conf/hardware whose name stands in the device's name, as one word or several; None if there is
-    none. A name with a number behind it, as a100_40, is of the card with so many GB."""
-    words = device_name.lower().replace("-", " ").split()
-    for path in sorted((CONF / "hardware").glob("*.yaml"), key=lambda p: -len(p.stem)):
-        card, _, memory = path.stem.partition("_")
-        if _stands_in(card, words) and (not memory or f"{memory}gb" in words):
-            return path.stem, read_yaml(path)
-    return None
-
-
-def _stands_in(card: str, words: Sequence[str]) -> bool:
-    """Whether consecutive words make up `card`, and none behind them says that another one is meant."""
-    for first in range(len(words)):
-        for end in range(first + 1, len(words) + 1):
-            if "".join(words[first:end]) == card and not _OTHER_CARD.intersection(words[end:]):
-                return True
-    return False
-
-
-def print_beside(
-    console: Console, hardware: dict[str, Any], raw: dict[str, Any], last: dict[str, Any] | None = None
-) -> None:
-    """Each measured figure beside the last calibration's, and the datasheet's or the assumption in its place."""
-    sheet = datasheet(raw["device"]["name"])
-    title = "no profile to compare with" if sheet is None else f"the shipped profile {sheet[0]}"
-    rows: list[list[str]] = []
-    for key, value in hardware.items():
-        if key in ("name", "sources", "kernel_ns", "memory_efficiency", "compute_efficiency"):
-            continue
-        said = "–" if sheet is None else sheet[1].get(key)
-        if key in ("memory_gb_per_s", "tflops") and sheet is not None:
-            share = "memory_efficiency" if key == "memory_gb_per_s" else "compute_efficiency"
-            said = f"{said} x {sheet[1][share]}"
-        before = "–" if last is None else _figure(key, last.get(key))
-        rows.append([key, _figure(key, value), before, said if isinstance(said, str) else _figure(key, said)])
-    for name, times in raw["decisions"].items():
-        measured = f"p50 {times['p50_ns'] / 1e3:.1f} us, p99 {times['p99_ns'] / 1e3:.1f} us"
-        rows.append([f"decisions of {name}, a layer", measured, "", ""])
-    for kernels, times in next(iter(raw["prompt"].values())).items():
-        measured = f"host {times['host_ns'] / 1e3:.0f} us, device {times['device_ns'] / 1e3:.0f} us"
-        rows.append([f"prompt's {kernels}, launched", measured, "", ""])
-    rows.append(["pads last", f"{100 * raw['pad_share']:.1f} %", "", ""])
-    rows.append(["the host's speed varied by", f"{100 * drift(raw['python_loop_ns'])['drift']:.0f} %", "", ""])
-    print_columns(console, ["figure", "measured", "last time", title], rows)
-
-
-def _figure(key: str, value: Any) -> str:
-    if isinstance(value, list):
-        peak = max(rate for _, rate in value)
-        return f"{value[0][1]:.3g} … {peak:.4g}"
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def check_name(name: str) -> str:
@@ -162,11 +101,12 @@ def _measure(args: argparse.Namespace, words: list[str], name: str, folder: Path
     finally:
         device.close()
     raw["provenance"] = provenance(words, "", 0.0, "replay")
-    there = folder / "hardware" / f"{name}.yaml"
-    last = read_yaml(there, "delete it, and calibrate again") if there.exists() else None
+    last: dict[str, Any] = {}
+    for there in (folder / kind / f"{name}.yaml" for kind in ("hardware", "stack")):
+        last |= read_yaml(there, "delete it, and calibrate again") if there.exists() else {}
     paths = write_profile(raw, name, folder)
-    console = console_for_tables()
-    print_beside(console, profiles(raw, name)[0], raw, last)
+    hardware, stack = profiles(raw, name)
+    print_beside(console_for_tables(), hardware, stack, raw, last)
     for path in paths:
         print(f"written {path}")
     if scale > 1:

@@ -22,7 +22,7 @@ _LEAST_CHUNKS = 32
 _HARDWARE_COSTS = ("launch_host_ns", "launch_latency_ns", "issue_copy_ns", "gate_sync_ns", "token_sync_ns", "decide_ns")
 _SOURCES = {
     "memory_gb": "as the device reports it",
-    "memory_gb_per_s": "one large copy inside the device, bytes read plus bytes written",
+    "memory_gb_per_s": "one kernel over large arrays, bytes read plus bytes written",
     "tflops": "one large matrix product",
     "memory_efficiency": "definition: the figure it belongs to is measured, not a peak",
     "compute_efficiency": "definition: the figure it belongs to is measured, not a peak",

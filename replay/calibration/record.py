@@ -15,6 +15,7 @@ import yaml
 from expertflow.model import ModelSpec, model_from_dict
 from replay.bench_decide import measure_decisions
 from replay.calibration.checks import check_record
+from replay.calibration.compared import check_rates
 from replay.calibration.hostspeed import python_loop_ns
 from replay.calibration.in_place import InPlace, in_place_workload, median_run
 from replay.calibration.measure import (
@@ -125,12 +126,16 @@ def _described(device: Device, scale: int) -> dict[str, Any]:
 
 
 def _measure_device(raw: dict[str, Any], device: Device, quick: bool, step: Callable[[str], None]) -> None:
-    """What no model is needed for. MeasurementError where the copies' times cannot be those of a link."""
+    """What no model is needed for. MeasurementError where times cannot be those of a link, or of this card."""
 
     def copies() -> None:
         raw["link"] = link_curves(device, raw["scale"], 10.0 if quick else 40.0)
         # What cannot be shows before minutes are spent on the rest.
         copy_rates(raw)
+
+    def rates() -> None:
+        raw["memory_gb_per_s"], raw["matrix_tflops"] = memory_gb_per_s(device), matrix_tflops(device)
+        check_rates(raw)
 
     step("launches and waits")
     raw["launches"] = launch_costs(device)
@@ -138,8 +143,7 @@ def _measure_device(raw: dict[str, Any], device: Device, quick: bool, step: Call
     step("copies by size")
     undisturbed(copies, step)
     step("memory and matrices")
-    raw["memory_gb_per_s"] = memory_gb_per_s(device)
-    raw["matrix_tflops"] = matrix_tflops(device)
+    undisturbed(rates, step)
 
 
 def _measure_kernels(
@@ -151,12 +155,12 @@ def _measure_kernels(
     """
     tokens = TOKENS[:4] if quick else TOKENS
     num_slots = min(64, model.num_layers * model.num_experts)
-    needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS), 4096)
+    needs = Needs(num_slots, max(tokens[-1], BATCH_TOKENS, PROMPT_TOKENS), 4096)
     rig = Rig(device, model, needs, 64 * (model.mean_expert_bytes + 512) / 1e9)
     sizes = chunk_sizes(model.mean_expert_bytes, int(DEFAULT_CHUNK_BYTES / raw["scale"] ** 2))
     tables, launch_ns = kernel_tables(rig, tokens, 2048, 5 if quick else 15, sizes[0], step)
     raw["kernels"][model.name], raw["kernel_launch_ns"][model.name] = tables, launch_ns
-    raw["prompt"][model.name] = prompt_launches(rig, min(tokens[-1], PROMPT_TOKENS), 5)
+    raw["prompt"][model.name] = prompt_launches(rig, PROMPT_TOKENS, 5)
     raw["chunked"][model.name] = chunked(device, model.mean_expert_bytes)
     raw["chunk_ns"][model.name] = Copier(device, sizes[0]).in_a_row_ns(sizes[0], 8, 5)
     undisturbed(lambda: _measure_beside(raw, rig, sizes[0]), step)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
-from replay.calibrate import check_name, datasheet
+from replay.calibrate import check_name
+from replay.calibration.compared import check_rates, datasheet, print_beside
 from replay.calibration.measure import MeasurementError
 from replay.calibration.probe import steady_mean
 from replay.calibration.profile import host_costs, profiles, simulated_as, slowed, summary
@@ -246,6 +249,57 @@ def test_a_measured_machine_is_compared_with_the_datasheet_of_its_name() -> None
 def test_a_card_is_not_taken_for_another_with_part_of_its_name(device: str, profile: str | None) -> None:
     found = datasheet(device)
     assert (None if found is None else found[0]) == profile
+
+
+@pytest.mark.parametrize(
+    ("device", "figures", "message"),
+    [
+        ("NVIDIA H200", {"memory_gb_per_s": 5_999.0, "matrix_tflops": 1_236.0}, ""),
+        ("NVIDIA H200", {"memory_gb_per_s": 6_001.0}, "memory at 6001 GB/s, of which the datasheet of h200 has 4800"),
+        ("NVIDIA H200", {"matrix_tflops": 1_237.0}, "matrices at 1237 TFLOPS, of which the datasheet of h200 has 989"),
+        # Of a card that is not known nothing is.
+        ("NVIDIA H900", {"memory_gb_per_s": 1e6, "matrix_tflops": 1e6}, ""),
+    ],
+)
+def test_rates_that_no_card_of_its_name_has_are_refused(device: str, figures: dict[str, float], message: str) -> None:
+    raw = record() | {"memory_gb_per_s": 1.0, "matrix_tflops": 1.0} | figures
+    raw["device"] = raw["device"] | {"name": device}
+    if not message:
+        check_rates(raw)
+        return
+    with pytest.raises(MeasurementError, match=message):
+        check_rates(raw)
+
+
+def test_every_figure_stands_beside_the_last_ones_and_the_datasheets() -> None:
+    raw = record() | {
+        "pad_share": 1.0,
+        "python_loop_ns": [1_000_000, 2_000_000],
+        "prompt": {"gpt-oss-20b": {"attention": {"host_ns": 2_000, "device_ns": 3_000}}},
+    }
+    raw["device"] = raw["device"] | {"name": "NVIDIA H200"}
+    hardware, stack = profiles(raw, "mine")
+    last = {**hardware, **stack, "classify_ns": 77_777, "memory_gb_per_s": 4_444.0}
+    last["kernel_ns"] = {
+        name: table | {"head": [[1, 123_000], [8, 456_000]]} for name, table in hardware["kernel_ns"].items()
+    }
+    out = StringIO()
+    print_beside(Console(file=out, width=200), hardware, stack, raw, last)
+    lines = {line.split("  ")[0].strip(): line for line in out.getvalue().splitlines()}
+    asked = {key for key in hardware | stack if key not in ("name", "sources", "kernel_ns") and "efficiency" not in key}
+    assert asked <= set(lines)
+    assert "77,777" in lines["classify_ns"]
+    assert "4,444" in lines["memory_gb_per_s"]
+    assert "4800.0 x 0.877" in lines["memory_gb_per_s"]
+    heads = [line for name, line in lines.items() if name.startswith("head, tokens 1 to")]
+    assert len(heads) == 1
+    assert "123 to 456 us" in heads[0]
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    # Without a calibration before this one, and of no card that is known.
+    raw["device"] = raw["device"] | {"name": "x86_64"}
+    out = StringIO()
+    print_beside(Console(file=out, width=200), hardware, stack, raw, {})
+    assert "shipped" not in out.getvalue()
 
 
 @pytest.mark.parametrize("name", ["local", "auto", "", "a/b", "..", "a b", "x.yaml"])
