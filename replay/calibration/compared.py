@@ -95,10 +95,15 @@ def _kernels(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if not isinstance(table, list):
             yield {"kv": "a KV token, ns"}.get(name, name), _figure(table)
             continue
-        first, final = table[0], table[-1]
-        sizes = [f"{' x '.join(map(str, point[:-1]))}" for point in (first, final)]
-        what = "experts x tokens" if name == "groups" else f"{name}, tokens"
-        yield f"{what} {sizes[0]} to {sizes[1]}", f"{first[-1] / 1e3:.4g} to {final[-1] / 1e3:.4g} us"
+        ends = table[:1] if len(table) == 1 else [table[0], table[-1]]
+        sizes, times = (
+            " to ".join(found)
+            for found in (
+                [" x ".join(map(str, point[:-1])) for point in ends],
+                [f"{point[-1] / 1e3:.4g}" for point in ends],
+            )
+        )
+        yield f"{'experts x tokens' if name == 'groups' else f'{name}, tokens'} {sizes}", f"{times} us"
 
 
 def _figure(value: Any) -> str:
