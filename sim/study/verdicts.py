@@ -130,6 +130,8 @@ def sentences(verdicts: Mapping[str, Any]) -> list[str]:
 
 def _no_value(verdict: Mapping[str, Any]) -> str:
     count = verdict["num_empty"]
+    if not count:
+        return f"no value, since {verdict['why_empty'] or 'what it is held against was not run'}"
     return f"no value in {count} cell{'' if count == 1 else 's'}: {verdict['why_empty']}"
 
 
