@@ -129,7 +129,9 @@ def _git_state() -> tuple[str | None, bool | None]:
         return None, None
     try:
         commit = _git(root, "rev-parse", "HEAD").strip()
-        return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
+        # What is written is not what ran: a result that is made again would be dirty by its own pages.
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+        return commit, bool(changed.strip())
     except (OSError, subprocess.SubprocessError):
         return None, None
 
