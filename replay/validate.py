@@ -125,7 +125,7 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
     args.host = HOST if args.host is None else args.host
     for flag, group in (("hardware", "hardware"), ("host", "host"), ("storage", "storage")):
         if getattr(args, flag) is not None:
-            check_named(f"--{flag}", getattr(args, flag), group)
+            check_named(f"--{flag}=", getattr(args, flag), group)
     return Asked(
         policies("--policies", args.policies),
         list(dict.fromkeys(residencies)),

@@ -26,7 +26,7 @@ def names(flag: str, text: str, group: str) -> list[str]:
     if not all(found):
         raise ValueError(f"{flag}={text!r} must be names with commas between them; leave none of them empty")
     for name in found:
-        check_named(flag, name, group)
+        check_named(f"{flag}=", name, group)
     return list(dict.fromkeys(found))
 
 
@@ -40,17 +40,20 @@ def policies(flag: str, text: str) -> list[str]:
                 f"{flag}={text!r} must be names of policies, POLICY or POLICY+PLACE, with commas between them; leave "
                 "none of them empty"
             )
-        check_named(flag, policy, "policy")
+        check_named(f"{flag}=", policy, "policy")
         if plus:
-            check_named(flag, place, "policy/place")
+            check_named(f"{flag}={one}: place ", place, "policy/place")
     return list(dict.fromkeys(found))
 
 
-def check_named(flag: str, name: str, group: str) -> None:
-    """ValueError if there is no file `name` in the configuration's `group`; `auto` stands for no model of its own."""
+def check_named(said: str, name: str, group: str) -> None:
+    """ValueError if there is no file `name` in the configuration's `group`; `auto` stands for no model of its own.
+
+    said: what stands before the name.
+    """
     known = sorted(set(config_files(group)) - {"auto"})
     if name not in known:
-        raise ValueError(f"{flag}={shown(name)} does not exist{near_to(name, known)}; choose from: {_few(known)}")
+        raise ValueError(f"{said}{shown(name)} does not exist{near_to(name, known)}; choose from: {_few(known)}")
 
 
 def _few(known: Sequence[str]) -> str:
