@@ -21,7 +21,6 @@ from replay.packages import asked_for_by
 from replay.validation.folder import check_own
 from replay.validation.plan import MODELS, PLACED, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
 from replay.validation.words import check_named, names, numbers, policies
-from sim.job.configure import configure
 from sim.job.keys import STARTS
 from sim.job.run_cli import run_cli
 from sim.paths import add_config_dir, use_own_folder
@@ -196,9 +195,10 @@ def _measure(args: argparse.Namespace, asked: Asked, machine: str, out: Path) ->
     from replay.calibration.record import scale_of
     from replay.machine.rig import make_device
     from replay.validation.session import Validation
+    from replay.validation.workbench import pace_gb_per_s
 
     scale = args.scale = scale_of(args.scale, machine)
-    pace = args.throttle if args.throttle is not None or machine == "cuda" else _pace(args.hardware, scale)
+    pace = args.throttle if args.throttle is not None or machine == "cuda" else pace_gb_per_s(args.hardware, scale)
     device = make_device(machine, pace)
     keep_loaded()
     try:
@@ -210,13 +210,6 @@ def _measure(args: argparse.Namespace, asked: Asked, machine: str, out: Path) ->
     for reason in summary["not_shown"]:
         print(f"not shown: {reason}")
     return 1 if summary["not_shown"] else 0
-
-
-def _pace(hardware: str, scale: int) -> float:
-    """GB/s of the profile's link at the scale of the experts."""
-    link = configure([f"+hardware={hardware}", "+policy=lru"])["hardware"]["link_gb_per_s"]
-    peak = link if isinstance(link, int | float) else max(rate for _, rate in link)
-    return float(peak) / scale**2
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from replay.calibration.hostspeed import python_loop_ns
+from replay.calibration.profile import profiles
 from replay.calibration.record import calibrate, load_record, named_model, write_profile
 from replay.lockstep.compare import check_log
 from replay.lockstep.log_reader import LogReader
@@ -22,6 +23,7 @@ from replay.validation.takes import Take, counted
 from replay.validation.workbench import Workbench
 from sim.job.configure import configure
 from sim.job.setup import make_policy
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
 from sim.views.timeline import Timeline
 
 TIMELINE_FORWARDS = 8
@@ -70,10 +72,10 @@ class Validation:
                 self.say(f"broke off before anything was measured; what {self.out} held before stays")
             raise
         self._found.begin()
-        write_profile(self.raw, args.name, self.out / "profile")
         self._beside = Beside(self.device, self.raw, self.scale) if args.beside else None
         self._found.raw, self._found.beside = self.raw, self._beside
         try:
+            write_profile(self.raw, args.name, self.out / "profile")
             self._found.unlogged = list(asked.policies)
             breadth = len(breadth_of(asked.cases(models[0])))
             self._check_decisions(models[0], breadth_by_s(float(args.minutes)), breadth)
@@ -104,6 +106,10 @@ class Validation:
                 quick=args.quick,
                 say=self.say,
             )
+        hardware, stack = profiles(self.raw, args.name)
+        # What no simulation would take shows before anything takes the place of what is there.
+        hardware_from_dict(hardware)
+        stack_from_dict(stack)
         self._make_rig(models[0], self._wants_stamps())
 
     def _calibrated_stacks(self) -> list[str]:

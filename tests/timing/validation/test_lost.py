@@ -70,6 +70,17 @@ def test_a_result_of_before_outlives_a_calibration_that_breaks_off(
 
 
 @pytest.mark.slow
+def test_a_profile_that_no_simulation_would_take_takes_the_place_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "memory_gb_per_s", lambda device: -1.0)
+    before = result(tmp_path)
+    assert validate.main([*WORDS, "--out", str(tmp_path)]) == 2
+    assert "memory_gb_per_s" in capsys.readouterr().err
+    assert files(tmp_path) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "flag"), [("calibrate", "--config-dir"), ("validate", "--out")])
 def test_an_error_of_cuda_that_torch_raises_in_a_calibration_is_a_lost_device(
     command: str, flag: str, tmp_path: Path
