@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from expertflow.policy import Policy
 from replay.calibration.hostspeed import python_loop_ns
 from replay.calibration.record import scale_of
 from replay.gc_pause import keep_loaded
@@ -34,7 +35,7 @@ from replay.validation.workbench import most_needs, pace_gb_per_s
 from sim.job.configure import configure
 from sim.job.output import provenance, to_json, write_text
 from sim.job.run_cli import run_cli
-from sim.job.setup import make_policy, make_workload
+from sim.job.setup import Transfer, make_policy, make_workload
 from sim.paths import resolved
 from traces.flags import Parser, number, whole
 from traces.processes.locks import locked_folder
@@ -108,7 +109,7 @@ class Goals:
         self.takes: dict[Goal, list[Take]] = {goal: [] for goal in GOALS}
         self._rows: list[dict[str, Any]] = []
 
-    def _policy(self, goal: Goal) -> Any:
+    def _policy(self, goal: Goal) -> tuple[Policy, Transfer]:
         return make_policy(self._cfgs[goal]["policy"], self._full[goal], self._cfgs[goal]["seed"])
 
     def run(self) -> dict[str, Any]:
@@ -135,8 +136,9 @@ class Goals:
         ]
 
     def _take(self, goal: Goal) -> None:
+        policy, transfer = self._policy(goal)
         at_s, before_ns = self._elapsed_s(), python_loop_ns()
-        metrics, taped = replay_on_tape(self._rig, self._work[goal], *self._policy(goal), [])
+        metrics, taped = replay_on_tape(self._rig, self._work[goal], policy, transfer, [])
         take = Take(Ran(metrics, ForwardTimes(), 0, taped.ticks_ns), (before_ns, python_loop_ns()))
         self.takes[goal].append(take)
         said = {"at_s": round(at_s, 3), "goal": goal.name, "repeat": len(self.takes[goal])}
