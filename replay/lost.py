@@ -104,7 +104,23 @@ def end(error: BaseException) -> int:
     return LOST
 
 
+def _meant(error: Exception) -> Exception:
+    """`error`, or the loss that it is where torch raised it outside of `explaining`, as in a calibration."""
+    if loss(error) is not None or not isinstance(error, RuntimeError) or "torch" not in sys.modules:
+        return error
+    # Here, since it needs this module, and torch.
+    from replay.machine.cuda_errors import explained
+
+    meant = explained(error)
+    if not isinstance(meant, DeviceLostError):
+        return error
+    # What it has passed is kept alive with it.
+    meant.__cause__ = error
+    return meant
+
+
 def _command_ends(error: Exception) -> int | None:
+    error = _meant(error)
     if loss(error) is None:
         return None
     print(f"error: the device was lost: {error}; what was finished by then is kept", file=sys.stderr)

@@ -18,8 +18,9 @@ from replay.calibration.words import HOST
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
 from replay.packages import asked_for_by
+from replay.validation.folder import check_own
 from replay.validation.plan import MODELS, PLACED, POLICIES, SAMPLED_STACKS, SHORT_MINUTES, STACKS, Asked, tokens_for
-from sim.job.configure import configure
+from replay.validation.words import check_named, names, numbers, policies
 from sim.job.keys import STARTS
 from sim.job.run_cli import run_cli
 from sim.paths import add_config_dir, use_own_folder
@@ -29,16 +30,6 @@ from traces.processes.locks import locked_folder
 from traces.processes.whole import clear
 
 STAMPED_EXECUTIONS = {"cuda": 1e6, "cpu": 0.0}
-
-
-def numbers(flag: str, text: str, kind: type[float] | type[int]) -> list[float]:
-    """The numbers of a comma list; ValueError naming the flag."""
-    try:
-        return [kind(one) for one in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"{flag}={text!r} must be {'whole ' if kind is int else ''}numbers, with commas between them"
-        ) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +61,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--trace", type=Path, help="a recorded trace (default: the generated one)")
     made.add_argument("--start", choices=STARTS, help="what the cache holds at first (default: as python -m sim)")
-    made.add_argument("--minutes", type=number(0, 1e6), default=8.0, help="it is done by then (default: 8)")
+    made.add_argument(
+        "--minutes",
+        type=number(0, 1e6),
+        default=8.0,
+        help="no replay begins that would end later; calibrating, a minute or more, takes what it takes (default: 8)",
+    )
     made.add_argument("--calibration", type=Path, help="a record that is there, in place of a new calibration")
     made.add_argument("--hardware", help="profile whose link a CPU machine keeps pace with (default: a100)")
     made.add_argument(
@@ -105,8 +101,8 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
     """Fill in what was not given for a machine of `world` (cuda or cpu); the cases that are asked for."""
     _check_pairs(args)
     _check_storage(args, world)
-    args.hardware = args.hardware or "a100"
-    args.models = list(MODELS[world]) if args.models is None else args.models.split(",")
+    args.hardware = "a100" if args.hardware is None else args.hardware
+    args.models = list(MODELS[world]) if args.models is None else names("--models", args.models, "model")
     args.beside = world == "cuda" if args.beside is None else args.beside
     args.tokens = tokens_for(world, args.minutes) if args.tokens is None else args.tokens
     args.quick = args.quick or args.minutes < SHORT_MINUTES
@@ -125,14 +121,15 @@ def with_defaults(args: argparse.Namespace, world: str) -> Asked:
         raise ValueError(
             f"--host={args.host} is of policies with a place, and --policies names none; give POLICY+PLACE"
         )
-    args.host = args.host or HOST
-    if not all(args.policies.split(",")):
-        raise ValueError(f"--policies={args.policies!r} must be names of policies with commas between")
+    args.host = HOST if args.host is None else args.host
+    for flag, group in (("hardware", "hardware"), ("host", "host"), ("storage", "storage")):
+        if getattr(args, flag) is not None:
+            check_named(f"--{flag}=", getattr(args, flag), group)
     return Asked(
-        list(dict.fromkeys(args.policies.split(","))),
+        policies("--policies", args.policies),
         list(dict.fromkeys(residencies)),
         list(dict.fromkeys(batch_sizes)),
-        STACKS[world] if args.stacks is None else args.stacks.split(","),
+        STACKS[world] if args.stacks is None else names("--stacks", args.stacks, "stack"),
         SAMPLED_STACKS[world] if args.stacks is None else (),
     )
 
@@ -161,14 +158,14 @@ def main(words: list[str] | None = None) -> int:
     """Command line; 1 if the simulator is not shown to be right, 2 on a user's error, 3 if the device is lost."""
     words = sys.argv[1:] if words is None else words
     args = parser().parse_args(words)
-    args.words = words
+    args.words, args.begun = words, False
     return run_cli(lambda: _validate(args), lambda: _kept(args))
 
 
 def _kept(args: argparse.Namespace) -> str:
     """What is said of a validation that is told to stop."""
     table = _folder_of(args) / "table.csv"
-    if not table.exists():
+    if not args.begun or not table.exists():
         return "nothing was measured yet; give the same command again"
     return f"finished rows are kept in {table}; the same command begins anew"
 
@@ -186,8 +183,10 @@ def _validate(args: argparse.Namespace) -> int:
     machine = choose_machine(args.machine)
     asked = with_defaults(args, machine)
     out = _folder_of(args)
+    check_own(out, args.name)
     out.mkdir(parents=True, exist_ok=True)
     with locked_folder(out):
+        check_own(out, args.name)
         clear(out)
         return _measure(args, asked, machine, out)
 
@@ -196,9 +195,10 @@ def _measure(args: argparse.Namespace, asked: Asked, machine: str, out: Path) ->
     from replay.calibration.record import scale_of
     from replay.machine.rig import make_device
     from replay.validation.session import Validation
+    from replay.validation.workbench import pace_gb_per_s
 
     scale = args.scale = scale_of(args.scale, machine)
-    pace = args.throttle if args.throttle is not None or machine == "cuda" else _pace(args.hardware, scale)
+    pace = args.throttle if args.throttle is not None or machine == "cuda" else pace_gb_per_s(args.hardware, scale)
     device = make_device(machine, pace)
     keep_loaded()
     try:
@@ -210,13 +210,6 @@ def _measure(args: argparse.Namespace, asked: Asked, machine: str, out: Path) ->
     for reason in summary["not_shown"]:
         print(f"not shown: {reason}")
     return 1 if summary["not_shown"] else 0
-
-
-def _pace(hardware: str, scale: int) -> float:
-    """GB/s of the profile's link at the scale of the experts."""
-    link = configure([f"+hardware={hardware}", "+policy=lru"])["hardware"]["link_gb_per_s"]
-    peak = link if isinstance(link, int | float) else max(rate for _, rate in link)
-    return float(peak) / scale**2
 
 
 if __name__ == "__main__":

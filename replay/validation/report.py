@@ -14,7 +14,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from replay.validation.fidelity import STALL_COUNTS_FROM
+from replay.validation.folder import PAGE, TITLE
 from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS
+from replay.validation.plan import breadth_by_s
 from replay.validation.verdict import HOST_BOUND, JUDGED, NOISE, ONCE, percent
 from sim.job.output import write_text
 from sim.views.names import policy_name
@@ -131,14 +133,14 @@ def write_report(out: Path, table: pd.DataFrame, summary: dict[str, Any]) -> Non
     if len(table):
         title = f"{summary['machine']['name']}: what the simulator predicts against what was measured"
         save(plot_fidelity(table, summary["judged"], title), out / "fidelity.png")
-    write_text(out / "README.md", page(table, summary))
+    write_text(out / PAGE, page(table, summary))
 
 
 def page(table: pd.DataFrame, summary: dict[str, Any]) -> str:
     """The page: the line to quote, what was run, how far off the simulator is, and every row."""
     shown = "NOT shown" if summary["not_shown"] else "Shown"
     lines = [
-        f"# Simulator against {summary['machine']['name']} ({summary['world']})",
+        f"{TITLE}{summary['machine']['name']} ({summary['world']})",
         "",
         f"**{shown}: {summary['quote']}.**",
         "",
@@ -191,6 +193,8 @@ def _made(summary: dict[str, Any]) -> str:
         made += "; the host's costs measured beside each"
     if summary["scale"] > 1:
         made += f"; the models' widths divided by {summary['scale']}"
+    if str(machine.get("copies_by", "")).startswith("torch"):
+        made += f"; copies by {machine['copies_by']}"
     if machine.get("throttle_gb_per_s"):
         made += f"; the link keeps pace with {machine['throttle_gb_per_s']:.4g} GB/s"
     return made
@@ -259,14 +263,14 @@ def _findings(table: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
             f"the slowest of {len(loop['times_ns'])} is {percent(loop['drift'])} above the "
             "fastest."
         )
-    busiest = _busiest(table, summary["chunk_gb_per_s"])
-    if busiest:
-        lines.append(busiest)
-    if summary["breadth_s"] is not None:
+    for link in summary["links"]:
         lines.append(
-            f"- Every policy and capacity had been measured once after {summary['breadth_s']:.0f} s of "
-            f"{60 * summary['minutes']:.0f}."
+            f"- Link: {link['gb_per_s']:.4g} GB/s while copying in the most transfer-bound row ({link['row']}), "
+            f"{100 * link['share']:.1f} % of the {link['calibrated']:.4g} at which such chunks follow one another."
         )
+    lines.append(f"- Every policy and capacity once: {_breadth(summary['breadth_s'], summary['minutes'])}.")
+    if summary["unlogged"]:
+        lines.append(f"- Lockstep left out for want of time: {', '.join(summary['unlogged'])}.")
     if summary["left_out"]:
         lines.append(f"- Left out for want of time: {len(summary['left_out'])} comparisons.")
     return lines
@@ -314,19 +318,12 @@ def _on_host(rows: pd.DataFrame) -> list[str]:
     return [*lines, ""]
 
 
-def _busiest(table: pd.DataFrame, chunk_gb_per_s: dict[str, float | None]) -> str | None:
-    """The line on the rate of the link in the row where it was busy for most of the time; None if it is unknown."""
-    if table.empty:
-        return None
-    row = table.iloc[int((table["link_ms_measured"] / table["elapsed_ms_measured"]).to_numpy().argmax())]
-    calibrated = chunk_gb_per_s.get(row["model"])
-    rate = row["link_gb_per_s_measured"]
-    if not calibrated or not rate:
-        return None
-    return (
-        f"- Link: {rate:.4g} GB/s while copying in the most transfer-bound row ({row['policy']}, {row['stack']}), "
-        f"{100 * rate / calibrated:.1f} % of the {calibrated:.4g} at which such chunks follow one another."
-    )
+def _breadth(after_s: float | None, minutes: float) -> str:
+    """When every policy and capacity had been measured once, beside the time that was given for it."""
+    if after_s is None:
+        return "not reached"
+    late = after_s > breadth_by_s(minutes)
+    return f"after {after_s:.0f} s of {60 * minutes:.0f}{', later than the half that it should take' if late else ''}"
 
 
 def _list(items: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from replay.calibration.hostspeed import python_loop_ns
+from replay.calibration.profile import profiles
 from replay.calibration.record import calibrate, load_record, named_model, write_profile
 from replay.lockstep.compare import check_log
 from replay.lockstep.log_reader import LogReader
@@ -17,11 +18,12 @@ from replay.validation.beside import Beside
 from replay.validation.fidelity import measure, predict, row_of
 from replay.validation.findings import Findings
 from replay.validation.overlay import write_overlay
-from replay.validation.plan import Asked, Case, blocks_of, share_of_time
+from replay.validation.plan import Asked, Case, blocks_of, breadth_by_s, breadth_of, share_of_time
 from replay.validation.takes import Take, counted
 from replay.validation.workbench import Workbench
 from sim.job.configure import configure
 from sim.job.setup import make_policy
+from sim.specs.hardware import hardware_from_dict, stack_from_dict
 from sim.views.timeline import Timeline
 
 TIMELINE_FORWARDS = 8
@@ -63,7 +65,34 @@ class Validation:
             configure(self._bench.overrides(case, case.batch_size))
         if args.calibration is not None:
             self.raw = load_record(args.calibration, self.scale)
-        self._found.clear()
+        try:
+            self._prepare()
+        except BaseException as error:
+            if not self._found.broke_off_before(f"before anything was measured: {_line(error)}"):
+                self.say(f"broke off before anything was measured; what {self.out} held before stays")
+            raise
+        self._found.begin()
+        self._beside = Beside(self.device, self.raw, self.scale) if args.beside else None
+        self._found.raw, self._found.beside = self.raw, self._beside
+        try:
+            write_profile(self.raw, args.name, self.out / "profile")
+            self._found.unlogged = list(asked.policies)
+            breadth = len(breadth_of(asked.cases(models[0])))
+            self._check_decisions(models[0], breadth_by_s(float(args.minutes)), breadth)
+            for number, model in enumerate(models):
+                share = share_of_time(self.seconds_left(), len(models) - number)
+                self._compare_all(asked.cases(model), self._found.elapsed_s() + share, number == 0)
+            self._check_decisions(models[0], self._found.elapsed_s() + self.seconds_left())
+        except BaseException as error:
+            self._found.broke_off = _line(error)
+            raise
+        finally:
+            summary = self._found.write_all()
+        return summary
+
+    def _prepare(self) -> None:
+        """What measuring needs: the calibration, and the first model's memory."""
+        args, models = self.args, self.args.models
         if self.raw:
             self.say(f"calibrated before: {args.calibration}")
         else:
@@ -71,27 +100,17 @@ class Validation:
             self.raw = calibrate(
                 self.device,
                 models,
-                asked.policies,
+                self.asked.policies,
                 self.scale,
                 stacks=self._calibrated_stacks(),
                 quick=args.quick,
                 say=self.say,
             )
-        write_profile(self.raw, args.name, self.out / "profile")
-        self._beside = Beside(self.device, self.raw, self.scale) if args.beside else None
-        self._found.raw, self._found.beside = self.raw, self._beside
-        try:
-            self._make_rig(models[0], self._wants_stamps())
-            self._check_decisions(models[0])
-            for number, model in enumerate(models):
-                share = share_of_time(self.seconds_left(), len(models) - number)
-                self._compare_all(asked.cases(model), self._found.elapsed_s() + share, number == 0)
-        except BaseException as error:
-            self._found.broke_off = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise
-        finally:
-            summary = self._found.write_all()
-        return summary
+        hardware, stack = profiles(self.raw, args.name)
+        # What no simulation would take shows before anything takes the place of what is there.
+        hardware_from_dict(hardware)
+        stack_from_dict(stack)
+        self._make_rig(models[0], self._wants_stamps())
 
     def _calibrated_stacks(self) -> list[str]:
         """Stacks under which the host is measured.
@@ -211,10 +230,17 @@ class Validation:
 
     # -- stamps and decisions ----------------------------------------------------------------------------------
 
-    def _check_decisions(self, model: str) -> None:
-        """Stamps around every kernel, and a log of each policy fed to a fresh one."""
-        (self.out / "logs").mkdir(exist_ok=True)
-        for name in self.asked.policies:
+    def _check_decisions(self, model: str, until_s: float, num_rows: int = 0) -> None:
+        """Stamps around every kernel, and a log of each policy fed to a fresh one, as far as the time goes: until
+        `until_s`, with `num_rows` replays still to come, each as long as a log."""
+        lasted_s = 0.0
+        for name in list(self._found.unlogged):
+            began = self._found.elapsed_s()
+            if began + (1 + num_rows) * lasted_s > until_s:
+                left = ", ".join(self._found.unlogged)
+                self.say(f"no time now for the lockstep of {left}: raise --minutes, or give a --calibration")
+                return
+            (self.out / "logs").mkdir(exist_ok=True)
             path = self.out / "logs" / f"{self.device.world}-{name}.parquet"
             case = Case(model, "found", 0.5, 1, name)
             self._stamp(case, self.args.log_tokens, path)
@@ -229,8 +255,10 @@ class Validation:
                     "difference": found.difference,
                 }
             )
+            self._found.unlogged.remove(name)
             equal = "equal" if found.difference is None else "DIFFER"
             self.say(f"{name}: lockstep {found.num_decisions} decisions {equal}")
+            lasted_s = max(lasted_s, self._found.elapsed_s() - began)
 
     def _make_rig(self, model: str, stamps_too: bool) -> None:
         """Make one rig for all runs of `model` that are to come."""
@@ -256,7 +284,15 @@ class Validation:
                 "wrong": found.num_wrong + found.num_mislaunched,
             }
         )
-        self.say(f"{case}: {found.num_wrong} wrong stamps in {found.num_executions} executions")
+        wrong = f"{found.num_wrong} wrong stamps"
+        if found.num_mislaunched:
+            wrong += f" and {found.num_mislaunched} wrong launches"
+        self.say(f"{case}: {wrong} in {found.num_executions} executions")
+
+
+def _line(error: BaseException) -> str:
+    """What is wrong, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _stamped(model: str) -> Case:

@@ -27,14 +27,16 @@ CONDITIONS = ("model", "stack", "residency", "batch_size")
 @dataclass(frozen=True)
 class Bars:
     """What an error may be. late: share of the time from which a row counts as host-bound; None where host and
-    streams share a processor, and the simulation charges what they take from each other."""
+    streams share a processor, and the simulation charges what they take from each other. link: share of the calibrated
+    rate that the link must carry while it copies; None where its copies share a processor too."""
 
     tpot: float
     stall: float
     late: float | None = None
+    link: float | None = None
 
 
-BARS = {"cuda": Bars(0.02, 0.05, 0.02), "cpu": Bars(0.10, 0.15)}
+BARS = {"cuda": Bars(0.02, 0.05, 0.02, 0.95), "cpu": Bars(0.10, 0.15)}
 
 
 def figures(row: Row, bars: Bars) -> Iterator[tuple[str, float, float, float]]:
@@ -169,6 +171,36 @@ def _why_not(judged: Mapping[str, Any]) -> list[str]:
     if ranks["agreeing"] < ranks["pairs"]:
         why.append(f"pairs of policies ranked otherwise: {ranks['pairs'] - ranks['agreeing']}")
     return why
+
+
+def link_rates(rows: Sequence[Row], chunk_gb_per_s: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """Of each model the row whose link is busy for the largest share of the time, and its rate while it copies beside
+    that at which chunks follow one another, `chunk_gb_per_s` by model; no row where either is unknown."""
+    busiest: dict[str, Row] = {}
+    for row in rows:
+        best = busiest.setdefault(row["model"], row)
+        if _link_share(row) > _link_share(best):
+            busiest[row["model"]] = row
+    found = []
+    for model, row in busiest.items():
+        rate, calibrated = row["link_gb_per_s_measured"], chunk_gb_per_s.get(model)
+        if rate and calibrated:
+            found.append({"row": label(row), "gb_per_s": rate, "calibrated": calibrated, "share": rate / calibrated})
+    return found
+
+
+def _link_share(row: Row) -> float:
+    return float(row["link_ms_measured"] / row["elapsed_ms_measured"])
+
+
+def slow_links(links: Sequence[Mapping[str, Any]], bars: Bars) -> Iterator[str]:
+    """Those of `link_rates` that carry less than the bar."""
+    for link in links:
+        if bars.link is not None and link["share"] < bars.link:
+            yield (
+                f"the link carries {percent(link['share'])} of its calibrated rate in {link['row']} (at least "
+                f"{percent(bars.link)} is asked for)"
+            )
 
 
 def quote(judged: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ class Workbench:
             cfg, full = self.workload(case, num_tokens)
             work = scaled_workload(full, self.scale)
             needs.append(needs_of(work, *make_policy(cfg["policy"], full, cfg["seed"])))
-        self._rig_of(work, _most(needs))
+        self._rig_of(work, most_needs(needs))
 
     def rig_for(self, work: Workload, policy: Policy, transfer: Transfer) -> Rig:
         """The rig that is there, if it is of the right model and large enough."""
@@ -103,7 +103,7 @@ class Workbench:
         if rig is not None and rig.model == work.model:
             if rig.suffices(needs):
                 return rig
-            needs = _most([rig.needs, needs])
+            needs = most_needs([rig.needs, needs])
         if rig is not None:
             rig.release()
         self._rig = None
@@ -132,7 +132,14 @@ class Workbench:
         return integrity or Integrity(0, 0, 0, None)
 
 
-def _most(needs: list[Needs]) -> Needs:
+def pace_gb_per_s(hardware: str, scale: int) -> float:
+    """GB/s of the profile's link at the scale of the experts: the pace of a CPU machine."""
+    link = configure([f"+hardware={hardware}", "+policy=lru"])["hardware"]["link_gb_per_s"]
+    peak = link if isinstance(link, int | float) else max(rate for _, rate in link)
+    return float(peak) / scale**2
+
+
+def most_needs(needs: Sequence[Needs]) -> Needs:
     """The largest of each size in `needs`: a rig that has these suffices for every one of them."""
     return Needs(
         max(one.num_slots for one in needs), max(one.max_tokens for one in needs), max(one.max_context for one in needs)

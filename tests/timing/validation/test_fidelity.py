@@ -18,7 +18,7 @@ from replay.validation.fidelity import ForwardTimes, Ran, row_of
 from replay.validation.overlay import write_overlay
 from replay.validation.plan import Case
 from replay.validation.report import page, plot_fidelity, write_report
-from replay.validation.verdict import BARS, Bars, judge
+from replay.validation.verdict import BARS, Bars, judge, link_rates
 from sim.job.default_trace import generated_trace
 from sim.views.timeline import Timeline
 
@@ -147,7 +147,8 @@ def summary(rows: list[dict[str, Any]], bars: Bars = BARS["cuda"], **changes: An
         "lockstep": [{"policy": "lru", "decisions": 99, "forwards": 3, "difference": None}],
         "set_aside": 0,
         "replays": 6,
-        "chunk_gb_per_s": {"gpt-oss-20b": 25.5},
+        "links": link_rates(rows, {"gpt-oss-20b": 25.5}),
+        "unlogged": [],
     }
     return {**plain, **changes}
 
@@ -169,7 +170,7 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
         "1 of 1 policies take the same decisions",
         "Over a bar: 0 of 4 errors.",
         "took 2.00 ms before, 2.50 between (median) and 2.50 after; the slowest of 3 is 50.0 % above",
-        "Every policy and capacity had been measured once after 6 s of 360.",
+        "Every policy and capacity once: after 6 s of 360.",
         "the grey band is as wide as the bar",
         "25 GB/s while copying",
         "98.0 % of the 25.5 at which such chunks",
@@ -179,6 +180,8 @@ def test_the_page_begins_with_the_line_to_quote() -> None:
         assert expected in text
     for unsaid in (
         "Left out",
+        "left out",
+        "copies by",
         "Rows that are",
         "Rows without",
         "Rows of which",
@@ -213,8 +216,16 @@ def test_the_page_owns_up_to_what_was_missed_left_out_or_not_judged() -> None:
         summary(
             rows,
             left_out=["a", "b"],
+            unlogged=["lru", "oracle"],
+            breadth_s=180.4,
             scale=16,
-            machine={"name": "x", "torch": "2", "dtype": "float32", "throttle_gb_per_s": 0.1},
+            machine={
+                "name": "x",
+                "torch": "2",
+                "dtype": "float32",
+                "throttle_gb_per_s": 0.1,
+                "copies_by": "torch (no cuda-bindings)",
+            },
         ),
     )
     for expected in (
@@ -227,7 +238,9 @@ def test_the_page_owns_up_to_what_was_missed_left_out_or_not_judged() -> None:
         "  - gpt-oss-20b eager 50 % batch 1 adaptive: 2.1 %",
         "fewer than two replays count, so not judged: 1.\n  - gpt-oss-20b eager 50 % batch 1 on_demand",
         "2 comparisons",
-        "divided by 16; the link keeps pace with 0.1 GB/s",
+        "divided by 16; copies by torch (no cuda-bindings); the link keeps pace with 0.1 GB/s",
+        "once: after 180 s of 360, later than the half that it should take.",
+        "- Lockstep left out for want of time: lru, oracle.",
         "| – | 2.000 | 2.000 | – | – |",
         "| host-bound |",
         "| noise |",
@@ -240,6 +253,8 @@ def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:
     write_report(tmp_path, pd.DataFrame(), summary([]))
     assert "**NOT shown: nothing was compared.**" in (tmp_path / "README.md").read_text()
     assert not (tmp_path / "fidelity.png").exists()
+    write_report(tmp_path, pd.DataFrame(), summary([], breadth_s=None))
+    assert "- Every policy and capacity once: not reached." in (tmp_path / "README.md").read_text()
 
 
 def test_the_plot_shows_every_policy_in_both_panels_and_explains_itself() -> None:

@@ -8,7 +8,17 @@ from collections import Counter
 import pytest
 
 from replay.validate import parser, with_defaults
-from replay.validation.plan import MODELS, POLICIES, Asked, Case, blocks_of, breadth_of, share_of_time, tokens_for
+from replay.validation.plan import (
+    MODELS,
+    POLICIES,
+    Asked,
+    Case,
+    blocks_of,
+    breadth_by_s,
+    breadth_of,
+    share_of_time,
+    tokens_for,
+)
 
 
 def asked(*words: str, world: str = "cuda") -> tuple[argparse.Namespace, Asked]:
@@ -45,7 +55,7 @@ def test_a_cpu_machine_keeps_its_stacks_and_one_model() -> None:
 def test_what_is_said_counts() -> None:
     args, plan = asked(
         "--models",
-        "a,b",
+        "gpt-oss-20b, deepseek-v2-lite,gpt-oss-20b",
         "--stacks",
         "eager",
         "--policies",
@@ -64,7 +74,12 @@ def test_what_is_said_counts() -> None:
         "--verify-executions",
         "5",
     )
-    assert (args.models, args.repeat, args.tokens, args.beside) == (["a", "b"], 2, 9, False)
+    assert (args.models, args.repeat, args.tokens, args.beside) == (
+        ["gpt-oss-20b", "deepseek-v2-lite"],
+        2,
+        9,
+        False,
+    )
     assert (args.quick, args.verify_executions) == (False, 5.0)
     # A stack that is named is measured whole.
     assert plan.cases("a") == [Case("a", "eager", 0.5, 4, "lru"), Case("a", "eager", 0.5, 4, "oracle")]
@@ -75,20 +90,59 @@ def test_of_a_sampled_stack_what_is_not_asked_for_is_not_measured() -> None:
     assert {case.stack for case in plan.cases("a")} == {"graph", "found"}
 
 
-def test_breadth_comes_first_then_block_by_block() -> None:
+def test_breadth_comes_first_and_in_every_block_stacks_take_turns() -> None:
     plan = Asked(("p", "q"), (0.25, 0.5), (1, 8), ("graph", "found"))
     cases = plan.cases("m")
-    assert [str(case) for case in breadth_of(cases)] == [
-        "m graph 25 % batch 1 p",
-        "m graph 25 % batch 1 q",
-        "m graph 50 % batch 1 p",
-        "m graph 50 % batch 1 q",
+    blocks = [list(map(str, block)) for block in blocks_of(cases)]
+    # A capacity has one stack, so that its policies have a rank; the next has the other.
+    assert blocks[0] == list(map(str, breadth_of(cases)))
+    assert blocks == [
+        [
+            "m graph 25 % batch 1 p",
+            "m graph 25 % batch 1 q",
+            "m found 50 % batch 1 p",
+            "m found 50 % batch 1 q",
+        ],
+        ["m found 25 % batch 1 p", "m found 25 % batch 1 q"],
+        ["m graph 50 % batch 1 p", "m graph 50 % batch 1 q"],
+        [
+            "m graph 25 % batch 8 p",
+            "m found 25 % batch 8 p",
+            "m graph 25 % batch 8 q",
+            "m found 25 % batch 8 q",
+        ],
+        [
+            "m graph 50 % batch 8 p",
+            "m found 50 % batch 8 p",
+            "m graph 50 % batch 8 q",
+            "m found 50 % batch 8 q",
+        ],
     ]
-    blocks = [list(block) for block in blocks_of(cases)]
-    assert blocks[0] == breadth_of(cases)
-    for block, (stack, batch) in zip(blocks[1:], [("graph", 8), ("found", 1), ("found", 8)], strict=True):
-        assert block == [case for case in cases if (case.stack, case.batch_size) == (stack, batch)]
-    assert Counter(case for block in blocks for case in block) == dict.fromkeys(cases, 1)
+    assert Counter(case for block in blocks for case in block) == dict.fromkeys(map(str, cases), 1)
+
+
+@pytest.mark.parametrize("words", [(), ("--batch-sizes", "8"), ("--stacks", "eager"), ("--residency", "0.5")])
+def test_breadth_is_one_row_of_each_policy_and_capacity_and_all_are_measured_in_the_end(words: tuple[str, ...]) -> None:
+    _, plan = asked(*words)
+    cases = plan.cases("m")
+    breadth = breadth_of(cases)
+    assert len(breadth) == len(POLICIES) * len(plan.residencies)
+    assert {(case.policy, case.residency) for case in breadth} == {(case.policy, case.residency) for case in cases}
+    # A stack of which only some policies are measured is no part of it.
+    assert {case.stack for case in breadth} == set(plan.stacks[: len(plan.residencies)])
+    assert {case.batch_size for case in breadth} == {plan.batch_sizes[0]}
+    assert Counter(case for block in blocks_of(cases) for case in block) == dict.fromkeys(cases, 1)
+
+
+def test_a_third_of_the_replays_leaves_rows_of_each_stack() -> None:
+    _, plan = asked("--minutes", "6")
+    turns = [case for block in blocks_of(plan.cases("m")) for _ in range(3) for case in block]
+    found = Counter(turns[: len(turns) // 3])
+    assert Counter(case.stack for case, count in found.items() if count == 3) == {"graph": 6, "found": 10}
+
+
+def test_half_of_the_time_is_for_breadth() -> None:
+    assert breadth_by_s(6) == 180
 
 
 @pytest.mark.parametrize(
@@ -124,3 +178,27 @@ def test_two_flags_of_which_one_would_be_ignored_are_refused() -> None:
         asked("--throttle", "2", "--hardware", "h100")
     with pytest.raises(ValueError, match="--quick is of a new calibration"):
         asked("--calibration", "there.json", "--quick")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--stacks", "found, "), "--stacks='found, ' must be names with commas between them"),
+        (("--stacks", "funnd"), "--stacks='funnd' does not exist (did you mean found?); choose from: "),
+        (("--models", ",gpt-oss-20b"), "--models=',gpt-oss-20b' must be names with commas between them"),
+        (("--models", "auto"), "--models='auto' does not exist"),
+        (("--policies", "lru,"), "--policies='lru,' must be names of policies, POLICY or POLICY+PLACE"),
+        (("--policies", "lru+"), "--policies='lru+' must be names of policies, POLICY or POLICY+PLACE"),
+        (("--policies", "lru=3"), "--policies='lru=3' does not exist"),
+        (("--hardware", "a100,h100"), "--hardware='a100,h100' does not exist"),
+        (("--hardware", ""), "--hardware='' does not exist"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said_in_words_of_its_flag(words: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        asked(*words)
+    message = str(caught.value)
+    assert message.startswith(expected)
+    assert "-m" not in message.replace("--models", "").split()
+    assert "stack=" not in message
+    assert len(message) < 300

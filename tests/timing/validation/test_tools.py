@@ -221,10 +221,17 @@ def test_time_that_is_up_leaves_rows_out_and_says_so(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["left_out"]) == 2
     assert summary["judged"]["num_rows"] == 0
-    assert summary["not_shown"] == ["nothing was compared"]
-    assert capsys.readouterr().out.splitlines()[-2:] == [
+    assert summary["not_shown"] == [
+        "nothing was compared",
+        "the 0 minutes did not reach every policy and capacity once",
+        "the time did not suffice for the lockstep of lru",
+    ]
+    assert summary["lockstep"] == []
+    told = capsys.readouterr().out.splitlines()
+    assert any("no time now for the lockstep of lru: raise --minutes" in line for line in told)
+    assert told[-4:] == [
         "NOT shown: nothing was compared",
-        "not shown: nothing was compared",
+        *(f"not shown: {reason}" for reason in summary["not_shown"]),
     ]
 
 
@@ -321,13 +328,13 @@ def test_calibrate_answers_mistakes_with_one_line(
         (["mine", "--residency", "half"], "--residency='half' must be numbers"),
         (["mine", "--batch-sizes", "1.5"], "--batch-sizes='1.5' must be whole numbers"),
         (["mine", "--policies", "lru,best"], "best"),
-        (["mine", "--policies", "lru+nowhere"], "policy/place=nowhere does not exist"),
+        (["mine", "--policies", "lru+nowhere"], "--policies=lru+nowhere: place 'nowhere' does not exist"),
         (
             ["mine", "--policies", "lru", "--host", "server"],
             "--host=server is of policies with a place, and --policies names none",
         ),
         (["mine", "--policies", "lru+cheaper", "--host", "abacus"], "abacus"),
-        (["mine", "--models", "gpt-5"], "gpt-5"),
+        (["mine", "--models", "gpt-5"], "--models='gpt-5' does not exist"),
         (["mine", "--scale", "-1"], "argument --scale: -1 must be a whole number"),
     ],
 )

@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 
-from replay.validation.verdict import BARS, HOLDS, HOST_BOUND, MISSED, NOISE, ONCE, judge, rank_agreement, verdict
+from replay.validation.verdict import (
+    BARS,
+    HOLDS,
+    HOST_BOUND,
+    MISSED,
+    NOISE,
+    ONCE,
+    judge,
+    link_rates,
+    rank_agreement,
+    slow_links,
+    verdict,
+)
 from tests.timing.validation.test_fidelity import row
 
 GPU = BARS["cuda"]
@@ -18,8 +30,8 @@ def judged(*rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_bars() -> None:
-    assert (GPU.tpot, GPU.stall, GPU.late) == (0.02, 0.05, 0.02)
-    assert (BARS["cpu"].tpot, BARS["cpu"].stall, BARS["cpu"].late) == (0.10, 0.15, None)
+    assert (GPU.tpot, GPU.stall, GPU.late, GPU.link) == (0.02, 0.05, 0.02, 0.95)
+    assert (BARS["cpu"].tpot, BARS["cpu"].stall, BARS["cpu"].late, BARS["cpu"].link) == (0.10, 0.15, None, None)
 
 
 @pytest.mark.parametrize(
@@ -129,3 +141,24 @@ def test_repeats_of_which_no_two_are_alike_are_noise_and_few_judged_rows_show_no
     assert judged(row("lru"), *once)["not_shown"] == [
         "fewer than half of the rows that no host bounds could be judged: 1 of 16"
     ]
+
+
+def test_a_link_that_is_slower_than_it_was_calibrated_is_not_shown_on_a_gpu() -> None:
+    """Of each model the row counts whose link is busy for most of the time, whatever the others carry."""
+
+    def copying(policy: str, link_ms: float, gb_per_s: float, **changes: Any) -> dict[str, Any]:
+        return row(policy, link_ms_measured=link_ms, link_gb_per_s_measured=gb_per_s, **changes)
+
+    rows = [copying("lru", 1.0, 10.0), copying("on_demand", 9.0, 48.0), copying("lru", 5.0, 47.4, model="other")]
+    found = link_rates(rows, {"gpt-oss-20b": 50.0, "other": 50.0})
+    assert [(link["row"].split()[0], link["share"]) for link in found] == [
+        ("gpt-oss-20b", pytest.approx(0.96)),
+        ("other", pytest.approx(0.948)),
+    ]
+    assert list(slow_links(found, GPU)) == [
+        "the link carries 94.8 % of its calibrated rate in other eager 50 % batch 1 lru (at least 95.0 % is asked for)"
+    ]
+    assert list(slow_links(found, BARS["cpu"])) == []
+    # Nothing copied, or nothing calibrated: nothing is said.
+    assert link_rates([copying("lru", 0.0, 0.0)], {"gpt-oss-20b": 50.0}) == []
+    assert link_rates(rows[:1], {"gpt-oss-20b": None}) == []
