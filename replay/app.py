@@ -27,6 +27,7 @@ from replay.lockstep.log_format import LOG_NAME, LogHeader
 from replay.lost import DeviceLostError, end
 from replay.machine.figures import Figures
 from replay.machine.rig import Needs, Rig
+from replay.packages import copies_note
 from replay.run import Integrity, PartialRunError, memory_of, needs_of, replay_policy, scaled_workload
 from replay.settings import Settings, as_found
 from sim.app import relative
@@ -241,6 +242,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         f"measured on {machine['name']} ({metrics['world']}), torch {machine['torch']}, computing in "
         f"{machine['dtype']}, experts in {machine['host_memory']} host memory"
     ]
+    lines += [note for note in (copies_note(machine),) if note]
     if metrics["scale"] > 1:
         lines.append(f"the model's widths are divided by {metrics['scale']}: times are this machine's, not the model's")
     launches = metrics["launches"]

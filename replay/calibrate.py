@@ -20,7 +20,7 @@ from replay.calibration.compared import print_beside
 from replay.calibration.words import HOST, policy_words
 from replay.gc_pause import keep_loaded
 from replay.keys import MACHINES
-from replay.packages import asked_for_by
+from replay.packages import asked_for_by, copies_note
 from sim.job.configure import configure
 from sim.job.output import provenance
 from sim.job.run_cli import run_cli
@@ -107,6 +107,8 @@ def _measure(args: argparse.Namespace, words: list[str], name: str, folder: Path
     paths = write_profile(raw, name, folder)
     hardware, stack = profiles(raw, name)
     print_beside(console_for_tables(), hardware, stack, raw, last)
+    if note := copies_note(raw["device"]):
+        print(note)
     for path in paths:
         print(f"written {path}")
     if scale > 1:

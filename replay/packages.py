@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from traces.extras import install
 
@@ -18,3 +19,9 @@ def asked_for_by(command: str) -> Iterator[None]:
         if name in ("", "replay", "sim", "traces", "expertflow"):
             raise
         raise ValueError(f"{command} needs {name}; {install(name, 'replay')}") from None
+
+
+def copies_note(machine: Mapping[str, Any]) -> str:
+    """What to say of a machine whose copies go by torch's call, since the package with NVIDIA's is missing; else ""."""
+    by = str(machine.get("copies_by", ""))
+    return f"copies by {by}" if by.startswith("torch") else ""

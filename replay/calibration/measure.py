@@ -111,8 +111,10 @@ class Copier:
 
 
 def sizes_of(scale: int) -> list[int]:
-    """64 KiB to 64 MiB, at the scale of the experts."""
-    return [max(256, (1 << power) // scale**2) for power in range(16, 27)]
+    """64 KiB to 64 MiB, at the scale of the experts; seven sizes of 256 bytes and more where that leaves fewer."""
+    least = max(256, (1 << 16) // scale**2)
+    last = max(least << 6, (1 << 26) // scale**2)
+    return [least << power for power in range((last // least).bit_length())]
 
 
 def link_curves(device: Device, scale: int, budget_s: float) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from replay.packages import copies_note
 from replay.validation.fidelity import STALL_COUNTS_FROM
 from replay.validation.folder import PAGE, TITLE
 from replay.validation.lateness import LAUNCH_GAP_NS, SEEN_NS
@@ -193,8 +194,8 @@ def _made(summary: dict[str, Any]) -> str:
         made += "; the host's costs measured beside each"
     if summary["scale"] > 1:
         made += f"; the models' widths divided by {summary['scale']}"
-    if str(machine.get("copies_by", "")).startswith("torch"):
-        made += f"; copies by {machine['copies_by']}"
+    if note := copies_note(machine):
+        made += f"; {note}"
     if machine.get("throttle_gb_per_s"):
         made += f"; the link keeps pace with {machine['throttle_gb_per_s']:.4g} GB/s"
     return made
