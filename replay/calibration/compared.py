@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from replay.calibration.hostspeed import drift
-from replay.calibration.measure import MeasurementError
+from replay.calibration.undisturbed import MeasurementError
 from sim.paths import CONF
 from traces.tables import print_columns
 from traces.yamltext import read_yaml

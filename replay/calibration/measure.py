@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from replay.calibration.undisturbed import MeasurementError
 from replay.machine.device import Device, Program
 from replay.machine.timing import nothing, programs_ns, works_ns
-
-Measured = TypeVar("Measured")
 
 _HOLD_NS = 20_000_000
 """How long the first of a series of copies is held back: the host enqueues the others meanwhile."""
@@ -27,27 +26,8 @@ _SOURCE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """Bytes of host memory that copies read from, by kind of device: more than the cache of a host holds."""
 _LINE = 64
 """Bytes: copies begin at such addresses."""
-_TRIES = 3
-"""How often something is measured before what cannot be ends a calibration."""
 MOST_SLOWDOWN = 10.0
 """A copy beside kernels that takes longer than this many times its own time was disturbed by something else."""
-
-
-class MeasurementError(ValueError):
-    """What was measured is impossible: something else disturbed it. Nothing is written."""
-
-
-def undisturbed(measure: Callable[[], Measured], say: Callable[[str], None]) -> Measured:
-    """What `measure` returns, asked again where a neighbour disturbed it: such loads come and go.
-
-    say: told why it is measured again. The MeasurementError of the last of three times.
-    """
-    for _ in range(_TRIES - 1):
-        try:
-            return measure()
-        except MeasurementError as error:
-            say(f"measured again: {str(error).partition(';')[0]}")
-    return measure()
 
 
 @cache

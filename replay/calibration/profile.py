@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from replay.calibration.measure import MOST_SLOWDOWN, MeasurementError
+from replay.calibration.measure import MOST_SLOWDOWN
 from replay.calibration.probe import steady_mean
+from replay.calibration.undisturbed import MeasurementError
 from sim.specs.hardware import HOST_COSTS, Hardware, Stack, hardware_from_dict, stack_from_dict
 
 DEFAULT_POLICY = "adaptive"

@@ -27,11 +27,11 @@ from replay.calibration.measure import (
     matrix_tflops,
     memory_gb_per_s,
     pad_share,
-    undisturbed,
 )
 from replay.calibration.peak import link_peak_gb_per_s
 from replay.calibration.profile import copy_rates, profiles, simulated_as, slowdown
 from replay.calibration.tables import KernelBench, kernel_tables, prompt_launches
+from replay.calibration.undisturbed import undisturbed
 from replay.machine.device import Device
 from replay.machine.memory import available_bytes
 from replay.machine.programs import DEFAULT_KV_GRID

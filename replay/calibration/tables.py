@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from expertflow.forward import DECODE, PREFILL, Forward
-from replay.calibration.measure import beside_copies_ns, undisturbed
+from replay.calibration.measure import beside_copies_ns
+from replay.calibration.undisturbed import undisturbed
 from replay.machine.device import Program
 from replay.machine.launch_row import Row
 from replay.machine.programs import capacity_for, launch_rows

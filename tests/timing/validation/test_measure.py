@@ -13,7 +13,6 @@ import pytest
 from replay.calibration.measure import (
     MOST_SLOWDOWN,
     Copier,
-    MeasurementError,
     beside_copies_ns,
     chunked,
     copy_beside,
@@ -23,10 +22,10 @@ from replay.calibration.measure import (
     memory_gb_per_s,
     pad_share,
     sizes_of,
-    undisturbed,
 )
 from replay.calibration.peak import link_peak_gb_per_s, pcie_gb_per_s
 from replay.calibration.profile import link_fit
+from replay.calibration.undisturbed import MeasurementError, undisturbed
 from replay.machine.cpu import CpuDevice
 from replay.machine.timing import nothing, programs_ns, span_ns
 from tests.support.replays import on_cpu

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from replay.calibrate import check_name
 from replay.calibration.compared import check_rates, datasheet, print_beside
-from replay.calibration.measure import MeasurementError
 from replay.calibration.probe import steady_mean
 from replay.calibration.profile import host_costs, profiles, simulated_as, slowed, summary
 from replay.calibration.record import RECORD_VERSION, named_model, write_profile
+from replay.calibration.undisturbed import MeasurementError
 from sim.job.configure import configure
 from sim.specs.hardware import Stack, hardware_from_dict, stack_from_dict, unsourced
 
