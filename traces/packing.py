@@ -1,7 +1,9 @@
 """How large shipped files are packed for the wheel, which has a bound; needs Python alone, since a build has no more.
 
 Array by array, by LZMA, whose context of a byte is a few bits of the one before it, and the byte's place among as many
-as it is told. Numbers of several bytes are taken apart into their first bytes, second bytes and so on. Of scores of
+as it is told. Numbers of several bytes are taken apart into their first bytes, second bytes and so on. Candidates for a
+layer, listed from several distances, are much the same ones: of each only its rank in the list before is kept, a
+quarter less. Of scores of
 candidates, which fall, the whole byte before says most: the second score of all rows stands in the order of their first
 scores, the third in that of their second, and so on, so that those of one context stand together. That makes them 17 %
 smaller.
@@ -21,8 +23,12 @@ _TURNED = 1 << 4
 """In the byte that begins a part, beside the place in _CONTEXTS: its last numbers of all rows come last."""
 _BY_TARGET = 1 << 5
 """In that byte: candidates for one layer stand together, whichever layer they were listed in."""
+_RANKED = 1 << 6
+"""In that byte, with _BY_TARGET: of a candidate stands its rank in the list before, made by one token for one layer."""
+_NONE = 255
+"""What a list of candidates holds that is none: a whole row of it is left as it is."""
 _WAYS = {
-    ("lookahead_ids", "U8"): 2 | _BY_TARGET,
+    ("lookahead_ids", "U8"): 2 | _BY_TARGET | _RANKED,
     ("experts", "U8"): 1,
     ("weights", "F16"): 1,
     ("loadings", "F16"): 1,
@@ -52,10 +58,10 @@ def pack(content: bytes) -> bytes:
         content = content[:start] + _grouped(content[start:end], width) + content[end:]
     made = [bytes([place is not None])]
     for part in _parts(content):
-        way = _WAYS.get((part.name, part.dtype), 0)
-        packed = lzma.compress(
-            _moved(content[part.start : part.end], part, way), lzma.FORMAT_RAW, filters=_filters(way % _TURNED)
-        )
+        array, way = content[part.start : part.end], _WAYS.get((part.name, part.dtype), 0)
+        if way & _RANKED and not _can_be_ranked(array, part.shape):
+            way &= ~_RANKED
+        packed = lzma.compress(_moved(array, part, way), lzma.FORMAT_RAW, filters=_filters(way % _TURNED))
         made += [bytes([way]), len(packed).to_bytes(4, "little"), packed]
     return b"".join(made)
 
@@ -97,7 +103,11 @@ def _moved(array: bytes, part: _Part, way: int, back: bool = False) -> bytes:
     """The first bytes of all numbers of an array, then their second ones; with _TURNED each by columns, not by rows.
     back: the other way round."""
     if way & _BY_TARGET and len(part.shape) == 4:
-        return _by_target(array, part.shape, back)
+        if not way & _RANKED:
+            return _by_target(array, part.shape, back)
+        if back:
+            return _by_target(_ranked(array, part.shape, back), part.shape, back)
+        return _ranked(_by_target(array, part.shape, back), part.shape, back)
     width = _WIDTHS.get(part.dtype, 1)
     number = len(array) // width
     columns = number // part.shape[0] if way & _TURNED and number else 1
@@ -125,6 +135,38 @@ def _by_target(array: bytes, shape: tuple[int, ...], back: bool) -> bytes:
     for row, place in zip(rows, order, strict=True):
         found[place] = row
     return b"".join(found)
+
+
+def _can_be_ranked(array: bytes, shape: tuple[int, ...]) -> bool:
+    """Whether every list of candidates holds each only once, or none at all."""
+    if len(shape) != 4:
+        return False
+    width, nothing = shape[-1], bytes([_NONE]) * shape[-1]
+    rows = (array[at : at + width] for at in range(0, len(array), width))
+    return all(row == nothing or (_NONE not in row and len(set(row)) == width) for row in rows)
+
+
+def _ranked(array: bytes, shape: tuple[int, ...], back: bool) -> bytes:
+    """Rows of candidates by the layer that they are for, each as its rank: in the row before, then in that before it,
+    and so on, as far as one token made them. back: the candidates that have these ranks."""
+    distances, width = shape[-2:]
+    nothing, found = bytes([_NONE]) * width, bytearray()
+    start = list(range(_NONE))
+    before = start
+    for number, at in enumerate(range(0, len(array), width)):
+        row = array[at : at + width]
+        if number % distances == 0:
+            before = start
+        if row == nothing:
+            found += row
+            continue
+        left, named = before[:], []
+        for value in row:
+            rank = value if back else left.index(value)
+            named.append(left.pop(rank))
+            found.append(named[-1] if back else rank)
+        before = named + left
+    return bytes(found)
 
 
 def _filters(context: int) -> list[dict[str, int]]:

@@ -165,6 +165,33 @@ def test_scores_that_fall_are_packed_smaller_than_by_xz_alone() -> None:
     assert len(grouped) < 0.9 * len(pack(len(other).to_bytes(8, "little") + other.encode() + scores))
 
 
+def lists(rows: np.ndarray) -> bytes:
+    """A file of candidates [tokens, layers, distances, K]."""
+    about = {"lookahead_ids": {"dtype": "U8", "shape": list(rows.shape), "data_offsets": [0, rows.size]}}
+    header = json.dumps(about).encode()
+    return len(header).to_bytes(8, "little") + header + rows.astype(np.uint8).tobytes()
+
+
+def test_lists_of_candidates_that_repeat_are_packed_as_ranks() -> None:
+    """Of one token for one layer, from four distances: each the one before with two that changed places."""
+    rng, layers, distances = np.random.default_rng(0), 6, 4
+    rows = np.full((50, layers, distances, 8), 255)
+    for token, target in np.ndindex(50, layers):
+        found = rng.permutation(64)[:8]
+        for distance in range(min(distances, target)):
+            place = rng.integers(7)
+            found[[place, place + 1]] = found[[place + 1, place]]
+            rows[token, target - distance - 1, distance] = found
+    content = lists(rows)
+    assert unpack(pack(content)) == content
+    # A list that holds one twice, or none among others, has no ranks: all are packed as they are.
+    for last in (rows[0, 0, 0, 0], 255):
+        other = rows.copy()
+        other[0, 0, 0, -1] = last
+        assert unpack(pack(lists(other))) == lists(other)
+        assert len(pack(content)) < 0.9 * len(pack(lists(other)))
+
+
 @pytest.fixture
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder as a wheel has it: one file packed, none of the repository's own."""
