@@ -101,7 +101,8 @@ def there(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
     places = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", places))
-    pip("--python", str(scripts / "python"), "install", "--no-index", "--no-deps", str(wheel))
+    # Compiled, whatever the environment says: none of the starts below may write into it.
+    pip("--python", str(scripts / "python"), "install", "--compile", "--no-index", "--no-deps", str(wheel))
     # Only now, and after the environment's own: what is installed here in editable form is not found by this.
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "dependencies.pth").write_text("\n".join(sorted(paths)) + "\n", encoding="utf-8")
