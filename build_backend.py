@@ -25,8 +25,12 @@ ROOT = Path(__file__).resolve().parent
 NEEDED = "mypy>=1.18"
 LEVEL = "3"
 """Of the C compiler's optimisation."""
-MYPY = ("--config-file=", "--strict", "--ignore-missing-imports", "--follow-imports=silent", "--no-warn-unused-ignores")
-"""Options of the type check before the compilation: as in pyproject.toml, without what need not be installed."""
+MYPY = (
+    *("--config-file=", "--strict", "--ignore-missing-imports", "--no-site-packages", "--follow-imports=silent"),
+    "--no-warn-unused-ignores",
+)
+"""Options of the type check before the compilation: as in pyproject.toml, without what need not be installed, and also
+where it is: to read torch and its like takes minutes, and the C code would depend on what happens to be there."""
 
 
 def _load_core():

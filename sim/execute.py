@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertflow.observer import Observer
 from expertflow.parts import Place
@@ -27,6 +27,10 @@ from sim.job.output import IGNORED, of_one_job, provenance, results_of, to_json,
 from sim.job.place import make_place
 from sim.job.setup import Transfer, Workload, make_policy, make_workload
 from sim.machine.run import best_clairvoyant, run_floor, run_policy
+
+if TYPE_CHECKING:
+    from sim.views.events import EventTable
+    from sim.views.timeline import Timeline
 
 
 def slug(overrides: str) -> str:
@@ -155,14 +159,18 @@ class Recorders:
     """Timeline and event table, if asked for; written at the end, or not at all."""
 
     def __init__(self, cfg: dict[str, Any], work: Workload, folder: Path | None) -> None:
-        from sim.views.events import EventTable
-        from sim.views.timeline import Timeline
-
+        # Imported where asked for: the tables' libraries take as long to load as a short run takes.
         self.folder = folder
         num_experts = work.model.num_experts
-        self.timeline = Timeline(cfg["policy"]["name"], num_experts) if cfg["timeline"] and folder else None
+        self.timeline: Timeline | None = None
+        if cfg["timeline"] and folder:
+            from sim.views.timeline import Timeline
+
+            self.timeline = Timeline(cfg["policy"]["name"], num_experts)
         self.events: EventTable | None = None
         if cfg["events"] and folder:
+            from sim.views.events import EventTable
+
             has_reads = work.storage is not None
             self.events = EventTable(folder / "events.parquet", num_experts, has_reads=has_reads)
         self.observers: list[Observer] = [one for one in (self.timeline, self.events) if one is not None]

@@ -261,7 +261,17 @@ for kind in (mine.SimMachine, mine.HostBoundMachine):
     print(made[-1].num_copies, watching.seen)
 """
 
+EACH = """import json, sys
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from sim.app import cli
 
+for name, words in json.loads(sys.argv[1]).items():
+    sys.argv = ["sim", *words]
+    print("ended:", name, cli())
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+"""
 COMPARE = """import sys
 from pathlib import Path
 from replay.lockstep.compare import check
@@ -318,20 +328,25 @@ def test_it_says_which_runs(both: Path) -> None:
         assert told.strip() == str(core.file_of(name, both))
 
 
+@pytest.fixture(scope="module")
+def jobs(both: Path) -> Path:
+    """The folder with what each job wrote, pure and compiled: all of them in one process each, which has to load numba
+    and its like but once."""
+    more = ["max_tokens=40", "timeline=true", "events=true"]
+    for compiled in ("0", "1"):
+        told = {name: [*words, *more, f"hydra.run.dir=out/{name}/{compiled}"] for name, words in JOBS.items()}
+        done = run(both, compiled, "-c", EACH, json.dumps(told))
+        assert [line for line in done.splitlines() if line.startswith("ended: ")] == [
+            f"ended: {name} 0" for name in JOBS
+        ]
+    return both / "out"
+
+
 @needs_a_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
-def test_every_file_of_a_job_is_the_same(name: str, both: Path) -> None:
-    words = [
-        *JOBS[name],
-        "max_tokens=40",
-        "timeline=true",
-        "events=true",
-        "hydra.run.dir=out/${oc.env:EXPERTFLOW_COMPILED}",
-    ]
-    for compiled in ("0", "1"):
-        run(both, compiled, "-m", "sim", *words)
-    pure, other = both / "out" / "0", both / "out" / "1"
+def test_every_file_of_a_job_is_the_same(name: str, jobs: Path) -> None:
+    pure, other = jobs / name / "0", jobs / name / "1"
     for file in ("metrics.json", "timeline.json", "events.parquet", "DONE"):
         assert (pure / file).read_bytes() == (other / file).read_bytes(), file
     ran = [json.loads((folder / "provenance.json").read_text())["core"] for folder in (pure, other)]

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from expertflow.network import compiled_functions
 from tests.cli.wheels import build_wheel, copy_checkout, pip
 from tests.support.commands import TINY_MODEL, tiny_trace
 
@@ -31,6 +32,8 @@ POLICY = """defaults:
   - _self_
 name: mine
 """
+COMPILED_ANEW = "deciding.settle-"
+"""The function that the installed package compiles itself, and keeps; by how numba's files begin."""
 PART = "from expertflow.evictions.lru import LRU\n\n\nclass Mine(LRU):\n    pass\n"
 
 pytestmark = [
@@ -64,6 +67,11 @@ class Installed:
         assert "warning" not in found.stderr
         return found.stdout
 
+    @property
+    def kernels(self) -> Path:
+        """The folder that an installed package keeps compiled functions in."""
+        return self.work / "cache" / "expertflow" / "numba"
+
     def files(self) -> dict[str, str]:
         """Hashes of everything in site-packages."""
         return {
@@ -93,11 +101,31 @@ def there(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
     places = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", places))
-    pip("--python", str(scripts / "python"), "install", "--no-index", "--no-deps", str(wheel))
+    # Compiled, whatever the environment says: none of the starts below may write into it.
+    pip("--python", str(scripts / "python"), "install", "--compile", "--no-index", "--no-deps", str(wheel))
     # Only now, and after the environment's own: what is installed here in editable form is not found by this.
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "dependencies.pth").write_text("\n".join(sorted(paths)) + "\n", encoding="utf-8")
-    return Installed(scripts, site, tmp_path_factory.mktemp("work"))
+    found = Installed(scripts, site, tmp_path_factory.mktemp("work"))
+    keep_kernels(found)
+    return found
+
+
+def keep_kernels(there: Installed) -> None:
+    """Put what numba has kept of the checkout's functions where the installed ones are kept: to compile them all takes
+    half a minute. Not `COMPILED_ANEW`."""
+    if importlib.util.find_spec("numba") is None:
+        return
+    from numba.core.caching import _CacheLocator
+
+    compiled_functions()  # so that all are kept
+    source = there.site / "expertflow" / "compiled" / "deciding.py"
+    place = there.kernels / _CacheLocator.get_suitable_cache_subpath(str(source))
+    place.mkdir(parents=True)
+    kept = (ROOT / "expertflow" / "compiled" / "__pycache__").glob("*.nb[ci]")
+    for path in kept:
+        if not path.name.startswith(COMPILED_ANEW):
+            shutil.copy(path, place)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +196,10 @@ def test_the_main_command_gives_what_a_checkout_gives(there: Installed) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
     assert json.loads((there.work / "here" / "metrics.json").read_text()) == found
     assert found["trace"]["name"] == "gpt-oss-20b-twin-eval"  # type: ignore[index]
+    if importlib.util.find_spec("numba") is not None:
+        # What an installed package compiles is kept in the user's cache, and nowhere else: see `unchanged`.
+        kept = [path.name for path in there.kernels.rglob("*.nb[ci]") if path.name.startswith(COMPILED_ANEW)]
+        assert sorted(name.rpartition(".")[2] for name in kept) == ["nbc", "nbi"]
 
 
 def test_ones_own_model_hardware_and_policy(there: Installed, mine: Path) -> None:

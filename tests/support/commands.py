@@ -11,8 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from sim.app import cli, run_job
+from sim.job.compose import Remembering
 from sim.job.configure import configure
 from sim.job.setup import make_workload
 from sim.paths import use_own_folder
@@ -72,12 +73,16 @@ class Outcome:
 # -- commands ------------------------------------------------------------------------------------------------
 
 
-def composed_once() -> AbstractContextManager[object]:
-    """Within it Hydra does not compose all of a configuration twice, first to see whether it sets hydra.mode.
+@contextmanager
+def composed_once() -> Iterator[None]:
+    """Within it Hydra does not compose all of a configuration twice, first to see whether it sets hydra.mode, and
+    parses no text again that it knows.
 
-    None does: without -m it is a single run.
+    None sets it: without -m it is a single run.
     """
-    return patch("hydra._internal.hydra.Hydra.get_mode", return_value=None)
+    once = patch("hydra._internal.hydra.Hydra.get_mode", return_value=None)
+    with once, patch("hydra._internal.config_loader_impl.ConfigRepository", Remembering):
+        yield
 
 
 def run_here(words: Sequence[str], folder: Path) -> Outcome:
