@@ -79,17 +79,23 @@ class TransitionCounts:
         now = np.ascontiguousarray(shares[1:].transpose(1, 0, 2))
         self.num_forwards += len(shares) - 1
         self.frequency += shares[1:].sum(axis=0)
-        self.persistence += before @ now
+        # Fresh memory for each product takes longer than the product, where experts are many.
+        added = np.empty_like(self.persistence)
+        self.persistence += np.matmul(before, now, out=added)
         for distance in range(1, (self.D if num_distances is None else num_distances) + 1):
             inside = self.L - distance
-            self.cross[distance - 1, :inside] += sources[:inside] @ now[distance:]
+            np.matmul(sources[:inside], now[distance:], out=added[:inside])
             # Past the last layer the target belongs to the next forward: pairs (i - 1, i).
-            self.cross[distance - 1, inside:] += before[inside:] @ now[:distance]
+            np.matmul(before[inside:], now[:distance], out=added[inside:])
+            self.cross[distance - 1] += added
 
-    def log_odds(self, smoothing: float, num_distances: int) -> tuple[Floats, Floats, Floats]:
+    def log_odds(
+        self, smoothing: float, num_distances: int, into: Floats | None = None
+    ) -> tuple[Floats, Floats, Floats]:
         """(cross [num_distances, L, E, E], persistence, popularity): log P(b | a) / P(b), twice, and log P(b), in nats.
 
-        P(b | a) is smoothed with `smoothing` counts of P(b), which itself starts uniform.
+        P(b | a) is smoothed with `smoothing` counts of P(b), which itself starts uniform. into: where `cross` is
+        written if it has that shape, such as an earlier answer that is no longer needed.
         """
         popularity = (self.frequency + smoothing / self.E) / (self.num_forwards + smoothing)
         sources = self.frequency[:, :, None]
@@ -97,14 +103,15 @@ class TransitionCounts:
         cross = self.cross[:num_distances]
         if num_distances:
             targets = np.stack([np.roll(popularity, -d, axis=0) for d in range(1, num_distances + 1)])
-            cross = self._ratio(cross, sources[None], targets[:, :, None, :], smoothing)
+            cross = self._ratio(cross, sources[None], targets[:, :, None, :], smoothing, into)
         return cross, persistence, np.log(popularity)
 
     @staticmethod
-    def _ratio(counts: Floats, sources: Floats, target: Floats, smoothing: float) -> Floats:
+    def _ratio(counts: Floats, sources: Floats, target: Floats, smoothing: float, into: Floats | None = None) -> Floats:
         # In place, log((counts + smoothing * target) / (sources + smoothing) / target): tables of many experts are
         # hundreds of megabytes, and fresh memory for each step took longer than the steps.
-        made = counts + smoothing * target
+        made = np.empty_like(counts) if into is None or into.shape != counts.shape else into
+        np.add(counts, smoothing * target, out=made)
         made /= sources + smoothing
         made /= target
         return np.log(made, out=made)

@@ -31,11 +31,13 @@ class TransitionOdds:
         self.smoothing = smoothing
         self.exp: Floats = np.rint(np.exp(-np.arange(14 * NAT) / NAT) * (1 << 20))
         self.exp[-1] = 0
+        self.cross: Floats = np.empty(0)
         self.update(0)
 
     def update(self, reach: int) -> None:
         """By the counts as they are now, for distances 1 … reach."""
-        self.cross, self.persistence, self.popularity = tables = self.counts.log_odds(self.smoothing, reach)
+        # The tables of before are needed no more: hundreds of megabytes, where experts are many.
+        self.cross, self.persistence, self.popularity = tables = self.counts.log_odds(self.smoothing, reach, self.cross)
         for share, table in zip(self.damping, tables, strict=True):
             table *= NAT * share
             np.rint(table, out=table)
