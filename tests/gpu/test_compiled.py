@@ -68,7 +68,7 @@ def test_a_row_is_staged_whole_whenever_its_words_arrive(
     capacity: int, words_per_expert: int, launches: Launches
 ) -> None:
     layout = RowLayout(capacity, words_per_expert)
-    assert mistakes(staging(launches, layout), layout, 80, seed=capacity) == []
+    assert mistakes(staging(launches, layout), layout, 100, seed=capacity) == []
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
@@ -123,7 +123,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_a_mistake_in_staging_shows(mistake: str, launches: Launches, tmp_path: Path) -> None:
     layout = RowLayout(4, 2)
-    assert mistakes(staging(launches, layout, mutant(tmp_path, *MUTANTS[mistake])), layout, 60, seed=1)
+    assert mistakes(staging(launches, layout, mutant(tmp_path, *MUTANTS[mistake])), layout, 200, seed=1)
 
 
 def test_a_read_that_a_cache_may_answer_shows(launches: Launches, tmp_path: Path) -> None:
