@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,28 +15,12 @@ from replay.machine import slot_kernels
 from replay.machine.launch_row import Row
 from replay.machine.rows import RowLayout
 from replay.machine.slot_kernels import SlotKernels, Tile, check_work, gate, stage
+from tests.gpu.ptx.launches import Launches, compiled
 from tests.gpu.slot_cases import Widths, make_row
 
 GPT_OSS = Widths(hidden=2880, up=1530, middle=765)
 SHARED = Widths(hidden=2880, up=2816, middle=1408)
 SMALL = Widths(8, 16, 8)
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
-
-
-class Launches:
-    """Stands for the module of kernels: keeps (kernel, grid, arguments, options) of every launch."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        calls = self.calls
-
-        class Kernel:
-            def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                return lambda *arguments, **options: calls.append((name, grid, arguments, options))
-
-        return Kernel()
 
 
 @pytest.fixture
@@ -201,29 +184,6 @@ except ValueError as error:
 
 
 # -- the compiler --------------------------------------------------------------------------------------------
-
-
-def compiled(
-    call: tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]], programs: str = "slot_programs"
-) -> Any:
-    """What an H100 or H200 would run for this launch: the same types, constants and alignments."""
-    compiler = pytest.importorskip("triton.compiler", reason="pip install 'expertflow[kernels]'")
-    from triton.backends.compiler import GPUTarget
-
-    name, _, arguments, options = call
-    kernel = getattr(import_module(f"replay.machine.{programs}"), name)
-    chosen = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
-    constants = {key: value for key, value in options.items() if key not in chosen}
-    signature, aligned = {}, {}
-    for place, (key, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-        # As Triton's launcher does: the types, and which addresses and numbers are multiples of 16.
-        is_tensor = isinstance(value, torch.Tensor)
-        signature[key] = TYPES[value.dtype] if is_tensor else "i32"
-        if key not in kernel.do_not_specialize and (is_tensor or value % 16 == 0):
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=chosen)
 
 
 @pytest.mark.slow
