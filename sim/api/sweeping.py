@@ -187,12 +187,19 @@ def sweep(
     backend = Workers()
     workers = Parallel(n_jobs=min(effective_n_jobs(jobs), len(planned)), backend=backend, return_as="generator")
     outcomes = workers(delayed(_attempt)(one.job, one.folder, True) for one in planned)
+    all_ended = False
+
+    def until_all_ended() -> Iterator[Any]:
+        nonlocal all_ended
+        yield from outcomes
+        all_ended = True
+
     try:
         with closing(outcomes):
-            return _gathered(planned, outcomes, tuple(axes))
+            return _gathered(planned, until_all_ended(), tuple(axes))
     finally:
         # The next sweep must not find modules in them that have been edited since.
-        backend.end()
+        backend.end(at_once=not all_ended)
 
 
 def _is_axis(value: Any) -> bool:

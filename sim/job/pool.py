@@ -33,10 +33,13 @@ class Workers(LokyBackend):  # type: ignore[misc]
         found.add_done_callback(lambda _: ended(len(func)))
         return found
 
-    def end(self) -> None:
-        """End the processes, which otherwise wait for more work with what they have loaded."""
+    def end(self, at_once: bool) -> None:
+        """End the processes, which otherwise wait for more work with what they have loaded. at_once: in their work.
+
+        A process that is killed may leave a lock that joblib warns of when the program ends: only at need.
+        """
         if self._started is not None:
-            self._started.shutdown(wait=True, kill_workers=True)
+            self._started.shutdown(wait=True, kill_workers=at_once)
 
 
 def _begin(parent: int, _folder: str, _path: tuple[str, ...]) -> None:

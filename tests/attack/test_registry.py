@@ -37,6 +37,8 @@ OPENING = {
 }
 """The functions by which files of unknown origin are opened (`traces/reading.py`)."""
 OTHERWISE = {
+    "replay/calibration/compared.py": "profiles of the package, which no user names",
+    "replay/validation/folder.py": "the summary of an earlier validation, to know its folder by",
     "replay/calibrate.py": "the profile of an earlier calibration of the same name, read as hardware-yaml is",
     "sim/job/part_keys.py": "files of policy parts, for the hint of an error: what cannot be read is passed over",
     "sim/study/cells.py": "results that the study itself has written, read as metrics are",
@@ -52,8 +54,10 @@ def opening_modules() -> Iterator[str]:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                opened = OPENING.get(node.module or "", set()) if isinstance(node, ast.ImportFrom) else set()
-                if name not in _OPENERS and any(item.name in opened for item in getattr(node, "names", ())):
+                if not isinstance(node, ast.ImportFrom) or name in _OPENERS:
+                    continue
+                opened = OPENING.get(node.module or "", set())
+                if any(item.name in opened for item in node.names):
                     yield name
 
 

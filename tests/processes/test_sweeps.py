@@ -119,5 +119,5 @@ def test_workers_of_an_earlier_folder_are_not_used_in_another(tmp_path: Path, mo
         monkeypatch.chdir(tmp_path / name)
         backend = Workers()
         found += Parallel(n_jobs=2, backend=backend)(delayed(os.getcwd)() for _ in range(2))
-    backend.end()
+    backend.end(at_once=True)
     assert [Path(folder).name for folder in found] == ["first", "first", "second", "second"]

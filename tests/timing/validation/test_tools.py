@@ -295,7 +295,7 @@ def test_a_calibration_writes_a_profile_that_simulates(tmp_path: Path, capsys: p
     raw = json.loads((tmp_path / "hardware" / "mine.calibration.json").read_text())
     assert all(row["bytes"] / row["in_a_row_ns"] <= 0.2001 for row in raw["link"])
     printed = capsys.readouterr().out
-    for figure in ("link_gb_per_s", "gate_sync_ns", "decisions of lru", "pads last"):
+    for figure in ("link_gb_per_s", "gate_sync_ns", "lru decides, p50", "pads last"):
         assert figure in printed
 
 
