@@ -242,7 +242,8 @@ def notes(metrics: dict[str, Any]) -> list[str]:
         f"measured on {machine['name']} ({metrics['world']}), torch {machine['torch']}, computing in "
         f"{machine['dtype']}, experts in {machine['host_memory']} host memory"
     ]
-    lines += [note for note in (copies_note(machine),) if note]
+    if note := copies_note(machine):
+        lines.append(note)
     if metrics["scale"] > 1:
         lines.append(f"the model's widths are divided by {metrics['scale']}: times are this machine's, not the model's")
     launches = metrics["launches"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -59,8 +59,8 @@ def _loader() -> Any:
 
 
 _MOST_REMEMBERED = 1000
-_remembered: dict[tuple[str, ...], bytes] = {}
-"""What was made of a file, pickled, by the name that asked for it, its place and its text."""
+_remembered: dict[tuple[str, ...], ConfigResult | None] = {}
+"""What was made of a file, by the name that asked for it, its place and its text."""
 
 
 class Remembering(ConfigRepository):
@@ -74,10 +74,9 @@ class Remembering(ConfigRepository):
         if key not in _remembered:
             if len(_remembered) >= _MOST_REMEMBERED:
                 _remembered.clear()
-            _remembered[key] = pickle.dumps(super().load_config(config_path))
-        # Anew each time: composing changes it.
-        found: ConfigResult = pickle.loads(_remembered[key])
-        return found
+            _remembered[key] = super().load_config(config_path)
+        # A copy: composing changes it.
+        return deepcopy(_remembered[key])
 
 
 def _text(source: ConfigSource, config_path: str) -> str | None:
