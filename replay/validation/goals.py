@@ -29,7 +29,7 @@ from replay.machine.rig import Rig, choose_machine, make_device
 from replay.run import memory_of, needs_of, scaled_workload
 from replay.validation.beside import replay_on_tape
 from replay.validation.fidelity import ForwardTimes, Ran
-from replay.validation.takes import Take, counted
+from replay.validation.takes import TAKES_A_REPLAY, Take, counted
 from replay.validation.verdict import percent
 from replay.validation.workbench import most_needs, pace_gb_per_s
 from sim.job.configure import configure
@@ -45,8 +45,6 @@ HARDWARE = "a100"
 TOKENS, WARMUP = 64, 8
 SPREAD = 0.01
 """What the repeats may differ by, (most - least) / median."""
-_TAKES_A_REPLAY = 3
-"""At most so many replays are made for each that is to count."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class Goals:
         return [
             goal
             for goal, takes in self.takes.items()
-            if len(takes) < wanted or (len(counted(takes)) < wanted and len(takes) < _TAKES_A_REPLAY * wanted)
+            if len(takes) < wanted or (len(counted(takes)) < wanted and len(takes) < TAKES_A_REPLAY * wanted)
         ]
 
     def _take(self, goal: Goal) -> None:

@@ -19,7 +19,7 @@ from replay.validation.fidelity import measure, predict, row_of
 from replay.validation.findings import Findings
 from replay.validation.overlay import write_overlay
 from replay.validation.plan import Asked, Case, blocks_of, breadth_by_s, breadth_of, share_of_time
-from replay.validation.takes import Take, counted
+from replay.validation.takes import TAKES_A_REPLAY, Take, counted
 from replay.validation.workbench import Workbench
 from sim.job.configure import configure
 from sim.job.setup import make_policy
@@ -29,8 +29,6 @@ from sim.views.timeline import Timeline
 TIMELINE_FORWARDS = 8
 _LAST_PAGE_S = 8.0
 """Seconds of the given minutes that are kept for drawing the tables and the picture at the end."""
-_TAKES_A_REPLAY = 3
-"""At most so many replays of a row are made for each one that is to count, where the host keeps changing its speed."""
 
 
 class Validation:
@@ -173,7 +171,7 @@ class Validation:
             short = {
                 case: len(counted(found))
                 for case, found in takes.items()
-                if len(found) < _TAKES_A_REPLAY * self.args.repeat
+                if len(found) < TAKES_A_REPLAY * self.args.repeat
             }
             case = min((case for case, count in short.items() if count < wanted), key=short.__getitem__, default=None)
             if case is None or not self._has_time_for(case, until_s):

@@ -18,6 +18,8 @@ from replay.validation.fidelity import Ran
 
 SAME_SPEED = 1.2
 """Loop times that differ by at most this factor count as one speed of the host; those of that H200 differ by 1.7."""
+TAKES_A_REPLAY = 3
+"""At most so many replays are made for each one that is to count, where the host keeps changing its speed."""
 
 
 @dataclass(frozen=True)
