@@ -258,7 +258,10 @@ def notes(metrics: dict[str, Any]) -> list[str]:
             "kernels are captured"
         )
     if launches["kv_grid"] and launches["num_unprepared"]:
-        lines.append(f"{launches['num_unprepared']} forwards, those of prompts, launched attention kernel by kernel")
+        lines.append(
+            f"{launches['num_unprepared']} forwards with a prompt launched attention kernel by kernel: prompts are "
+            "captured, the shortest first, while there is room"
+        )
     lines.extend(machine["warnings"])
     if integrity is not None:
         lines.append(

@@ -45,11 +45,11 @@ class KernelBench:
         rows = [self._row(num_experts, tokens, shared_tokens, number) for number in range(count)]
         return [self.device.program(self.kernels.experts(row, most, shared_tokens > 0), row=row) for row in rows]
 
-    def experts_one_by_one(self, num_experts: int, tokens: int) -> Program:
-        """A program of routed experts over `tokens` each whose kernels are launched one by one."""
+    def prompt_experts(self, num_experts: int, tokens: int, captured: bool) -> Program:
+        """A program of routed experts over `tokens` each as a prompt's: captured, or launched kernel by kernel."""
         most = launch_rows(self.kernels.rows(tokens), 0)
         row = self._row(num_experts, tokens, 0, 0)
-        return self.device.program(self.kernels.experts(row, most, shared=False), captured=False, row=row)
+        return self.device.program(self.kernels.experts(row, most, shared=False), captured=captured, row=row)
 
     def _capacity(self, num_experts: int) -> int:
         return capacity_for(num_experts, self.kernels.model.top_k)
@@ -92,17 +92,22 @@ class KernelBench:
 
 
 def prompt_launches(rig: Rig, num_tokens: int, repeat: int) -> dict[str, dict[str, float]]:
-    """One layer of a prompt, whose kernels are launched one by one: ns that the host takes to launch, and the device
-    to run. Where the former is shorter the device is what such a forward waits for."""
+    """One layer of a prompt: ns that the host takes to launch, and the device to run. By kind: attention and experts,
+    where programs are captured as such, and "by kernel" as they are launched kernel by kernel.
+
+    Behind the experts of a layer the attention of the next one is launched. Where both together take the host less
+    than the device, the device is what such a forward waits for.
+    """
     bench, model = KernelBench(rig, repeat), rig.model
     prompt = Forward(0, PREFILL, range(num_tokens), (0,), tuple(range(1, num_tokens + 1)), [], [], None)
     at = min(1, model.num_layers - 1)
     each = max(1, num_tokens * model.top_k // model.num_experts)
     attention = bench.kernels.attention(at, bench.kernels.shape(at, prompt))
-    programs = {
-        "attention": rig.device.program(attention, captured=False),
-        "experts": bench.experts_one_by_one(min(model.num_experts, rig.slots.num_slots), each),
-    }
+    num_experts = min(model.num_experts, rig.slots.num_slots)
+    programs = {}
+    for ending, captured in (("", True), (" by kernel", False)) if rig.device.captures else (("", False),):
+        programs[f"attention{ending}"] = rig.device.program(attention, captured=captured)
+        programs[f"experts{ending}"] = bench.prompt_experts(num_experts, each, captured)
     found = {}
     for name, program in programs.items():
         launches, spans = [], []

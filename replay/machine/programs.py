@@ -7,7 +7,7 @@ to its last launch: of those for experts there are several of each size, taken i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -29,6 +29,12 @@ from sim.specs.hardware import Stack
 
 REPLICAS = 8
 """So many launches of one size may have unread times; one more waits until those of the first are read."""
+PROMPT_REPLICAS = 2
+"""The same of sizes that only prompts have: their kernels run for longer than the host needs to read a time."""
+MOST_PROMPT_PROGRAMS = 512
+"""Programs captured for prompts, at most: each prompt has a shape of its own, and each shape a program a layer."""
+PROGRAM_BYTES = 2 << 20
+"""GPU memory that a captured program takes, as seen on an H200."""
 DEFAULT_KV_GRID = 256
 """KV tokens to which lengths are rounded where shapes are captured and the stack names no grid."""
 
@@ -111,30 +117,48 @@ class Programs:
     def prepare(self, forwards: Iterable[Forward], num_slots: int) -> None:
         """Make what `forwards` will launch, and launch it once; slots up to `num_slots` are read.
 
-        Decode is captured. A prefill is launched kernel by kernel, since no two have the same shape; whether the device
-        or the host's launches bound it, a calibration measures (`replay.calibration.tables.prompt_launches`).
+        Decode is captured. Of prompts, no two of which have the same shape, as many are captured as half of the free
+        memory holds and MOST_PROMPT_PROGRAMS allows, the shortest first: the longer a prompt, the better its kernels
+        hide that they are launched one by one. What that means for a prompt, a calibration measures
+        (`replay.calibration.tables.prompt_launches`).
         """
+        captures = self._device.captures
         most: dict[bool, tuple[int, int, int]] = {}
-        others: dict[tuple[bool, int], Forward] = {}
+        others: dict[tuple[Shape, Shape], Forward] = {}
         for forward in forwards:
             # A prompt's chunk beside decoded rows makes a shape of its own as well.
             decode = not forward.has_prompt
-            kind = decode, len(forward.rows)
-            if decode and self._device.captures:
+            if captures and decode:
                 self.attention(forward, prepare=True)
-            elif kind not in others or sum(forward.kv_lens) > sum(others[kind].kv_lens):
-                others[kind] = forward
+            else:
+                others.setdefault(self._shapes(forward), forward)
             self.head(forward.num_logits)
             num_experts, count, tokens = most.get(decode, (1, 1, 1))
             num_experts = max(num_experts, *map(len, forward.demands))
             if forward.counts is not None:
                 count = max(count, *(max(counts.values(), default=1) for counts in forward.counts))
             most[decode] = num_experts, count, max(tokens, len(forward.rows))
-        for decode in sorted(most, reverse=True):
-            self._prepare_experts(*most[decode], captured=decode and self._device.captures)
-        self._launch_once([program for forward in others.values() for program in self.attention(forward)], num_slots)
+        if True in most:
+            self._prepare_decode(*most[True])
+        if False in most:
+            self._prepare_prompts(others, *most[False])
+        self._launch_once(
+            [program for forward in self._largest(others) for program in self.attention(forward)], num_slots
+        )
         self.num_unprepared = 0
         self._is_prepared = True
+
+    def _largest(self, forwards: Mapping[tuple[Shape, Shape], Forward]) -> Iterable[Forward]:
+        """Of those of `forwards` (by shape) that are not captured, the largest of each number of rows: launched once
+        before the run, for what a first launch loads."""
+        largest: dict[tuple[bool, int], Forward] = {}
+        for shapes, forward in forwards.items():
+            kind = forward.has_prompt, len(forward.rows)
+            if shapes in self._by_forward:
+                continue
+            if kind not in largest or sum(forward.kv_lens) > sum(largest[kind].kv_lens):
+                largest[kind] = forward
+        return largest.values()
 
     def _launch_once(self, more: Sequence[Program], num_slots: int) -> None:
         device = self._device
@@ -148,28 +172,63 @@ class Programs:
                 device.launch(program)
         device.synchronize()
 
-    def _prepare_experts(self, num_experts: int, count: int, num_tokens: int, captured: bool) -> None:
-        """For launches of up to `num_experts` experts over up to `count` tokens each, in forwards of up to
-        `num_tokens`."""
+    def _prepare_decode(self, num_experts: int, count: int, num_tokens: int) -> None:
+        """Experts of decode forwards; the arguments are those of `_buckets`. Only theirs are tuned: it takes long."""
+        buckets = self._buckets(num_experts, count, num_tokens)
+        captures = self._device.captures
+        if captures:
+            # Tiles do not depend on whether shared experts are there.
+            each = sorted({(capacity, rows) for capacity, rows, _ in buckets})
+            self._kernels.tune(lambda work: works_ns(self._device, [work], 5), each)
+        for bucket in buckets:
+            if bucket not in self._rings:
+                self._rings[bucket] = self._make_ring(*bucket, REPLICAS, captures)
+
+    def _prepare_prompts(
+        self, prompts: Mapping[tuple[Shape, Shape], Forward], num_experts: int, count: int, num_tokens: int
+    ) -> None:
+        """Experts of forwards with a prompt, then their attention, as far as there is room. prompts: by shape."""
+        room = self._room()
+        for bucket in self._buckets(num_experts, count, num_tokens):
+            if bucket in self._rings:
+                continue
+            captured = room >= PROMPT_REPLICAS
+            room -= PROMPT_REPLICAS if captured else 0
+            self._rings[bucket] = self._make_ring(*bucket, PROMPT_REPLICAS if captured else REPLICAS, captured)
+        for shapes, forward in sorted(prompts.items(), key=lambda item: len(item[1].rows)):
+            if shapes not in self._by_forward and room >= len(self._is_windowed):
+                room -= len(self._is_windowed)
+                self.attention(forward, prepare=True)
+
+    def _room(self) -> int:
+        """How many programs of prompts may be captured."""
+        if not self._device.captures:
+            return 0
+        free_bytes = self._device.free_bytes()
+        return (
+            MOST_PROMPT_PROGRAMS if free_bytes is None else min(MOST_PROMPT_PROGRAMS, free_bytes // 2 // PROGRAM_BYTES)
+        )
+
+    def _buckets(self, num_experts: int, count: int, num_tokens: int) -> list[tuple[int, int, bool]]:
+        """(capacity, class of rows, whether shared experts are there) of launches of up to `num_experts` experts over
+        up to `count` tokens each, in forwards of up to `num_tokens`."""
         rows, shared_rows = self._kernels.rows, self._kernels.shared_rows
-        capacities = _doublings(*(capacity_for(count, self._top_k) for count in (1, num_experts)))
+        capacities = _doublings(*(capacity_for(number, self._top_k) for number in (1, num_experts)))
         classes = {False: row_classes(rows(1), rows(count))}
         if self._has_shared:
             least, last = max(rows(1), shared_rows(1)), max(rows(count), shared_rows(num_tokens))
             classes[True] = row_classes(least, last)
-        if captured:
-            buckets = product(capacities, sorted({*classes[False], *classes.get(True, ())}))
-            self._kernels.tune(lambda work: works_ns(self._device, [work], 5), buckets)
-        for shared, found in classes.items():
-            for capacity, most in product(capacities, found):
-                if (capacity, most, shared) not in self._rings:
-                    self._rings[capacity, most, shared] = self._make_ring(capacity, most, shared, captured)
+        return [
+            (capacity, most, shared)
+            for shared, found in classes.items()
+            for capacity, most in product(capacities, found)
+        ]
 
-    def _make_ring(self, capacity: int, rows: int, shared: bool, captured: bool) -> Ring:
+    def _make_ring(self, capacity: int, rows: int, shared: bool, num_programs: int, captured: bool) -> Ring:
         stamps = self._stamps
         layout = RowLayout(capacity, 0 if stamps is None else stamps.words_per_expert)
         programs = []
-        for _ in range(REPLICAS):
+        for _ in range(num_programs):
             row = Row(layout, self._device.torch_device)
             check = None if stamps is None else stamps.check(row)
             work = self._kernels.experts(row, rows, shared, check)
@@ -180,8 +239,7 @@ class Programs:
 
     def attention(self, forward: Forward, prepare: bool = False) -> list[Program]:
         """Attention and router of each MoE layer [L]; do not change the list."""
-        kernels, grid = self._kernels, self.kv_grid
-        full, windowed = (kernels.shape(layer, forward, grid) for layer in self._probes)
+        full, windowed = self._shapes(forward)
         made = self._by_forward.get((full, windowed))
         if made is not None:
             return made
@@ -194,6 +252,12 @@ class Programs:
         if captured:
             self._by_forward[full, windowed] = made
         return made
+
+    def _shapes(self, forward: Forward) -> tuple[Shape, Shape]:
+        """Of attention without a window, and with one; of a model that has but one kind, twice that."""
+        full, windowed = self._probes
+        shape, grid = self._kernels.shape, self.kv_grid
+        return shape(full, forward, grid), shape(windowed, forward, grid)
 
     def _attention(self, layer: int, shape: Shape, captured: bool) -> Program:
         program = self._by_shape.get((layer, shape))

@@ -21,14 +21,15 @@ from replay.machine.hosted import hosted
 from replay.machine.kernels import Kernels, kernel_bytes
 from replay.machine.memory import HostPlan, align, check_gpu, plan_host
 from replay.machine.pools import HostPool, SlotPool, chunk_offsets
+from replay.machine.programs import PROGRAM_BYTES
 from replay.machine.real import RealMachine
 from replay.machine.stamps import Stamps
 from replay.machine.stored import StoredMachine
 from sim.specs.disk import Disk
 from sim.specs.hardware import Stack
 
-_GRAPH_BYTES = 1 << 30
-"""GPU memory that the captured programs of a run take: some 2 MiB each on an H200, of which there are hundreds."""
+_GRAPH_BYTES = 512 * PROGRAM_BYTES
+"""GPU memory for the captured programs of decode, of which there are hundreds; prompts take of what is left."""
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,19 @@ def test_shared_experts_batches_and_prompts_replay(tmp_path: Path, device: CudaD
     assert integrity is not None
     assert integrity.num_wrong == 0
     assert metrics["num_tokens"] > 0
+    assert metrics["launches"]["num_unprepared"] == 0
+
+
+def test_prompts_beyond_the_room_for_graphs_replay_as_well(
+    tmp_path: Path, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("replay.machine.programs.MOST_PROMPT_PROGRAMS", 0)
+    trace = small_trace(tmp_path / "trace.safetensors", 40, prompt=12)
+    case = Case.of("+hardware=a100", "+policy=lru", "residency=0.3", f"trace.path={trace}", scale=SCALE)
+    metrics, integrity = case.replay(case.rig(device), verify=True)
+    assert integrity is not None
+    assert integrity.num_wrong == 0
+    assert metrics["launches"]["num_unprepared"] == 2
 
 
 def test_times_are_this_models(device: CudaDevice) -> None:

@@ -89,6 +89,33 @@ def test_a_replay_is_whole_and_its_decisions_repeat(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("prefill_chunk=4", "batch_size=2")])
+@pytest.mark.parametrize("room", [None, 20])
+def test_prompts_replay_from_graphs_and_kernel_by_kernel(
+    tmp_path: Path,
+    words: tuple[str, ...],
+    room: int | None,
+    machines: list[RealMachine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """room: captured programs, fewer than there are layers."""
+    if room is not None:
+        monkeypatch.setattr("replay.machine.programs.MOST_PROMPT_PROGRAMS", room)
+    trace = small_trace(tmp_path / "trace.safetensors", 16, prompt=6)
+    case = Case.of(*BASE, "+policy=adaptive", f"trace.path={trace}", *words, scale=SCALE)
+    with on_fake() as (cuda, device):
+        metrics, integrity = case.replay(case.rig(device), verify=True, log=tmp_path / "log.parquet")
+        assert integrity is not None
+        assert (integrity.num_wrong, integrity.first) == (0, None)
+        assert (integrity.num_mislaunched, integrity.num_executions) == (0, metrics["num_accesses"])
+        assert (cuda.num_spoiled, cuda.num_pageable, cuda.num_unread) == (0, 0, 0)
+        assert (machines[0].programs.num_unprepared > 0) is (room is not None)
+        device.close()
+    result = case.lockstep(tmp_path / "log.parquet")
+    assert (result.difference, result.partial) == (None, None)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_fake_repeats_itself(tmp_path: Path, policy: str) -> None:
     """Nothing here depends on the time of day."""

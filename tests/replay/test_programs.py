@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from expertflow.forward import PREFILL
+from expertflow.forward import PREFILL, Forward
 from replay.machine.kernels import Kernels
 from replay.machine.pools import SlotPool
-from replay.machine.programs import DEFAULT_KV_GRID, REPLICAS, Ring, capacity_for
+from replay.machine.programs import (
+    DEFAULT_KV_GRID,
+    PROGRAM_BYTES,
+    PROMPT_REPLICAS,
+    REPLICAS,
+    Ring,
+    capacity_for,
+)
 from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
 from replay.machine.rows import row_class, row_classes, size_class
@@ -341,17 +348,21 @@ RUNS = [
 
 
 def captured_run(
-    words: Sequence[str], device: ScriptedDevice, monkeypatch: pytest.MonkeyPatch, verify: bool = True
+    words: Sequence[str], device: ScriptedDevice, monkeypatch: pytest.MonkeyPatch, free_bytes: int | None = None
 ) -> tuple[RealMachine, list[int], Any]:
-    """(the machine, programs made when the clock starts and at the end, what the stamps said) of a whole run."""
+    """(the machine, programs made when the clock starts and at the end, what the stamps said) of a whole run.
+
+    free_bytes: memory that the device has left once buffers and weights are there; None: as much as is needed.
+    """
     case = Case.of(*words)
     rig = Rig(device, case.work.model, needs_of(case.work, *case.policy()))
+    monkeypatch.setattr(device, "free_bytes", lambda: free_bytes)
     machines: list[RealMachine] = []
     whole = rig.machine
     monkeypatch.setattr(rig, "machine", lambda *given: machines.append(whole(*given)) or machines[0])
     num_made: list[int] = []
     monkeypatch.setattr(device, "restart_clock", lambda: num_made.append(len(device.made)))
-    _, found = case.replay(rig, verify=verify)
+    _, found = case.replay(rig, verify=True)
     num_made.append(len(device.made))
     return machines[0], num_made, found
 
@@ -371,26 +382,82 @@ def test_a_run_of_decode_forwards_launches_what_was_prepared_and_nothing_else(
     assert device.num_blocked == 0
 
 
-@pytest.mark.slow
-def test_prompts_are_launched_kernel_by_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny_trace(tmp_path / "prompts.safetensors", 40, prompt=15)
-    words = [*TINY, "+policy=lru", f"trace.path={path}", "prefill_chunk=6", "residency=0.3"]
+def prompt_words(folder: Path) -> list[str]:
+    """A run of requests whose prompts of 15 tokens come in chunks of 6, 6 and 3."""
+    path = tiny_trace(folder / "prompts.safetensors", 40, prompt=15)
+    return [*TINY, "+policy=lru", f"trace.path={path}", "prefill_chunk=6", "residency=0.3"]
+
+
+def prompts_of(words: Sequence[str]) -> list[Forward]:
     forwards = list(Case.of(*words).work.batches)
-    num_prompts = sum(forward.phase == PREFILL for forward in forwards)
-    assert 0 < num_prompts < len(forwards)
+    prompts = [forward for forward in forwards if forward.phase == PREFILL]
+    assert 0 < len(prompts) < len(forwards)
+    return prompts
+
+
+def captured_by_bucket(machine: RealMachine, device: ScriptedDevice) -> dict[tuple[int, int, bool], list[bool]]:
+    made = {one.program: one.captured for one in device.made}
+    return {key: [made[program] for program in ring.programs] for key, ring in machine.programs._rings.items()}
+
+
+@pytest.mark.slow
+def test_prompts_are_captured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = prompt_words(tmp_path)
+    prompts_of(words)
     device = ScriptedDevice()
     machine, num_made, found = captured_run(words, device, monkeypatch)
-    # Four layers each, made as the forward comes; decode needs nothing new.
-    assert machine.programs.num_unprepared == num_prompts
-    assert num_made[1] - num_made[0] == 4 * num_prompts
-    assert not any(made.captured for made in device.made[num_made[0] :])
-    by_size = {
-        key: {made.captured for made in device.made if made.program in ring.programs}
-        for key, ring in machine.programs._rings.items()
-    }
-    # Sizes that decode has are captured, those that only a prompt has are not.
-    assert {size for size, _, _ in by_size} == {2, 4, 8}
+    assert machine.programs.num_unprepared == 0
+    assert num_made[0] == num_made[1] == machine.programs.num_prepared
+    assert all(made.captured for made in device.made)
+    # Of sizes that decode has there are as many as ever, of those that only a prompt has a few.
     rows = row_class(machine.kernels.rows(1))
-    assert by_size[2, rows, False] == {True}
-    assert by_size[4, rows, False] == by_size[8, rows, False] == {False}
+    by_bucket = captured_by_bucket(machine, device)
+    assert {size for size, _, _ in by_bucket} == {2, 4, 8}
+    assert {key: len(each) for key, each in by_bucket.items()} == {
+        key: REPLICAS if key == (2, rows, False) else PROMPT_REPLICAS for key in by_bucket
+    }
+    assert (found.num_wrong, found.num_executions > 0) == (0, True)
+    assert device.num_blocked == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [True, False], ids=["memory", "programs"])
+def test_the_shortest_prompts_are_captured_while_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: bool
+) -> None:
+    """Room for experts and for attention of one shape, four layers: the chunks of three tokens are what it is for."""
+    words = prompt_words(tmp_path)
+    whole, _, _ = captured_run(words, ScriptedDevice(), monkeypatch)
+    num_experts = sum(len(ring.programs) for ring in whole.programs._rings.values()) - REPLICAS
+    shapes = {whole.programs._shapes(forward): len(forward.rows) for forward in prompts_of(words)}
+    assert sorted(shapes.values()) == [3, 6, 6]
+    device = ScriptedDevice()
+    room = num_experts + 4 + 3
+    if not free:
+        monkeypatch.setattr("replay.machine.programs.MOST_PROMPT_PROGRAMS", room)
+    # Only half of what is free is taken.
+    free_bytes = room * 2 * PROGRAM_BYTES if free else None
+    machine, num_made, found = captured_run(words, device, monkeypatch, free_bytes)
+    num_long = sum(len(forward.rows) == 6 for forward in prompts_of(words))
+    assert machine.programs.num_unprepared == num_long
+    # Four layers each, made as the forward comes; decode and short prompts need nothing new.
+    assert num_made[1] - num_made[0] == 4 * num_long
+    assert not any(made.captured for made in device.made[num_made[0] :])
+    assert all(map(all, captured_by_bucket(machine, device).values()))
+    assert (found.num_wrong, found.num_executions > 0) == (0, True)
+
+
+@pytest.mark.slow
+def test_without_room_prompts_are_launched_kernel_by_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = prompt_words(tmp_path)
+    device = ScriptedDevice()
+    machine, num_made, found = captured_run(words, device, monkeypatch, free_bytes=0)
+    prompts = prompts_of(words)
+    assert machine.programs.num_unprepared == len(prompts)
+    assert num_made[1] - num_made[0] == 4 * len(prompts)
+    # Sizes that decode has are captured, those that only a prompt has are not.
+    rows = row_class(machine.kernels.rows(1))
+    assert captured_by_bucket(machine, device) == {
+        key: [key == (2, rows, False)] * REPLICAS for key in machine.programs._rings
+    }
     assert (found.num_wrong, found.num_executions > 0) == (0, True)

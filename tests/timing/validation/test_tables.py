@@ -13,7 +13,7 @@ from replay.machine.rig import Needs, Rig
 from replay.machine.rows import NUM_EXPERTS, SHARED_BLOCK, SHARED_ROWS, RowLayout
 from replay.machine.scale import scaled_model
 from tests.replay.test_scale import model_of
-from tests.support.scripted import PacedDevice
+from tests.support.scripted import PacedDevice, ScriptedDevice
 
 PLAIN = replace(scaled_model(model_of("qwen3-30b-a3b"), 16), num_layers=2, num_experts=8, top_k=3)
 SHARED = replace(scaled_model(model_of("deepseek-v2-lite"), 16), num_layers=2, num_experts=8, top_k=3)
@@ -57,12 +57,19 @@ def test_groups_are_a_grid_as_far_as_the_buffers_hold() -> None:
     assert found == [[num, each, 400 + 200 * num * each] for num in (1, 2, 3, 4, 6, 8) for each in (1, 2, 4)]
 
 
-def test_of_a_prompt_host_and_device_are_timed_apart() -> None:
-    """Sixteen tokens, three experts each: six an expert, two rows a token, all eight launched one by one."""
-    found = prompt_launches(rig(PLAIN), 16, 3)
+@pytest.mark.parametrize("captures", [True, False])
+def test_of_a_prompt_host_and_device_are_timed_apart(captures: bool) -> None:
+    """Sixteen tokens, three experts each: six an expert, two rows a token, all eight at once."""
+    bench = rig(PLAIN, captures=captures)
+    found = prompt_launches(bench, 16, 3)
     device_ns = {name: times["device_ns"] for name, times in found.items()}
-    assert device_ns == {"attention": 1000, "experts": 400 + 8 * 6 * 200}
+    expected = {"attention": 1000, "experts": 400 + 8 * 6 * 200}
+    if captures:
+        expected |= {f"{name} by kernel": taken for name, taken in expected.items()}
+    assert device_ns == expected
     assert all(times["host_ns"] > 0 for times in found.values())
+    assert isinstance(bench.device, ScriptedDevice)
+    assert [made.captured for made in bench.device.made] == ([True, True, False, False] if captures else [False] * 2)
 
 
 def test_groups_need_a_slot_for_each_expert() -> None:
