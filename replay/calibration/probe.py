@@ -62,8 +62,7 @@ class HostProbe:
         self._ahead_ns = 0
         """Of this call, spent on a launch ahead."""
         if machine.launches_ahead:
-            self._launch_ahead = machine.launch_ahead
-            machine.launch_ahead = self._timed_ahead  # type: ignore[method-assign]
+            machine.around_ahead = self._timed_ahead
 
     def _enter(self, name: str) -> int:
         now = time.perf_counter_ns()
@@ -95,7 +94,7 @@ class HostProbe:
     def _timed_ahead(self, shared: bool) -> None:
         """The machine's launch ahead, which is a part of another call of it."""
         began = time.perf_counter_ns()
-        self._launch_ahead(shared)
+        self._machine.launch_ahead(shared)
         taken = time.perf_counter_ns() - began
         self.samples["ahead"].append(taken)
         self._ahead_ns += taken

@@ -86,7 +86,7 @@ class CudaDevice:
         # Graphs share the memory of what they compute in between; a pool that no graph holds may not be used again.
         self._counter.add_(0)
         self._keeper = self._capture(lambda: _ignore(self._counter.add_(0)))
-        self._use_clock(CudaClock(self._compute, self._pool, _timing_event))
+        self._use_clock(CudaClock(self._compute, self._pool, _timing_event, time.perf_counter_ns))
         self._restart_clock()
         self.ends_inside = self._tells_ends()
 

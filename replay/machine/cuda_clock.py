@@ -8,7 +8,6 @@ the least delay ever seen between an event and the host's finding it.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,16 +31,16 @@ class CudaClock:
     """Times in ns since the last restart, and how long the GPU's spin kernel takes for a number of cycles.
 
     stream: where its own events are recorded. pool: events that nobody uses; the clock takes its own from there, and
-    gives back what it is done with. make_event: makes one where the pool is empty. What CUDA raises goes through.
-    `restart` must be called before any time is asked for.
+    gives back what it is done with. make_event: makes one where the pool is empty. host_ns: the host's clock, in ns.
+    What CUDA raises goes through. `restart` must be called before any time is asked for.
     """
 
-    def __init__(self, stream: Any, pool: list[Any], make_event: Callable[[], Any]) -> None:
-        self._stream, self._pool, self._make_event = stream, pool, make_event
+    def __init__(self, stream: Any, pool: list[Any], make_event: Callable[[], Any], host_ns: Callable[[], int]) -> None:
+        self._stream, self._pool, self._make_event, self._host_ns = stream, pool, make_event, host_ns
         self._base = self._event()
         self._base_ns = 0
         self._next_base: Any = None
-        self._based_at_ns = self._lag_at_ns = time.perf_counter_ns()
+        self._based_at_ns = self._lag_at_ns = self._host_ns()
         self._least_lag_ns = 1 << 62
         self._spin_overhead_ns = 0.0
         self._cycles_per_ns = 0.0
@@ -59,7 +58,7 @@ class CudaClock:
             self._next_base = None
         self._base_ns = 0
         self._least_lag_ns = 1 << 62
-        self._lag_at_ns = time.perf_counter_ns()
+        self._lag_at_ns = self._host_ns()
         self._base.record(self._stream)
         self._based_at_ns = self._lag_at_ns
         wait(self._base)
@@ -77,7 +76,7 @@ class CudaClock:
     def begin_forward(self) -> None:
         """Nothing runs on the stream: renew the base, and forget a little of the least delay."""
         # Forgetting is slower than time: `now_ns` never steps back, nor before an event that it was told of.
-        forgotten_ns = (time.perf_counter_ns() - self._lag_at_ns) // _FORGET_NS
+        forgotten_ns = (self._host_ns() - self._lag_at_ns) // _FORGET_NS
         self._lag_at_ns += forgotten_ns * _FORGET_NS
         self._least_lag_ns += forgotten_ns
         if self._next_base is None:
@@ -86,7 +85,7 @@ class CudaClock:
     def time_ns(self, event: Any) -> int:
         """When `event`, which has happened, did so."""
         # It has happened, so the host's present bounds it from above; asking CUDA takes microseconds.
-        found_ns = time.perf_counter_ns()
+        found_ns = self._host_ns()
         coming = self._next_base
         if coming is not None:
             if coming.query():
@@ -104,7 +103,7 @@ class CudaClock:
 
     def now_ns(self) -> int:
         """The host's present; never before an event whose time was asked for."""
-        return time.perf_counter_ns() - self._least_lag_ns
+        return self._host_ns() - self._least_lag_ns
 
     def ask(self) -> None:
         """Ask CUDA something: a device that is lost answers whatever it is asked with its error."""
@@ -116,7 +115,7 @@ class CudaClock:
     def _renew_base(self) -> None:
         self._next_base = self._event()
         self._next_base.record(self._stream)
-        self._based_at_ns = time.perf_counter_ns()
+        self._based_at_ns = self._host_ns()
 
     # -- the spin kernel -------------------------------------------------------------------------------------
 

@@ -12,12 +12,13 @@ before it is launched again, and where there is time for it: while the host wait
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 
 from expertflow.forward import Forward
+from expertflow.hints import mypyc_attr
 from expertflow.machine import GATE, LOAD, Chunk, Mark, Record, Wait
 from replay.machine.device import Device, Event, Program
 from replay.machine.kernels import Kernels
@@ -33,6 +34,7 @@ _NO_END = [0]
 """The end of the kernel that a copy waits for, where it waits for none."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class RealMachine:
     """One device, its buffers and kernels. stamps: None = do not verify. `prepare` must come before a run.
 
@@ -62,6 +64,8 @@ class RealMachine:
         self.launches_ahead = device.launches_ahead
         """Whether forwards of one token launch experts ahead."""
         self.layer_pad_ns, self.head_pad_ns = stack.layer_overhead_ns, stack.head_overhead_ns
+        self.around_ahead: Callable[[bool], None] | None = None
+        """Called in place of `launch_ahead`, which it must call: for who times it."""
         self.num_read_first = 0
         """Launches that had to wait until an earlier one of their program had ended and was read."""
         offsets = chunk_offsets(chunk_bytes)
@@ -145,6 +149,12 @@ class RealMachine:
         self.device.launch(program.ahead)
         self._waiting = program
 
+    def _begin_ahead(self, shared: bool) -> None:
+        if self.around_ahead is None:
+            self.launch_ahead(shared)
+        else:
+            self.around_ahead(shared)
+
     def _let_pass(self) -> None:
         """Let the program that waits pass without any experts: what follows it would wait for ever."""
         if self._waiting is not None:
@@ -168,7 +178,7 @@ class RealMachine:
         mark = self._launch_gated(self._attention[layer])
         if self._is_ahead:
             self._num_left = len(self._demands[layer])
-            self.launch_ahead(True)
+            self._begin_ahead(True)
         return mark
 
     def head(self) -> int:
@@ -198,7 +208,7 @@ class RealMachine:
         mark = self._mark(program)
         self._num_left -= len(keys)
         if self._num_left > 0:
-            self.launch_ahead(False)
+            self._begin_ahead(False)
         return mark
 
     def _write_counts(self, row: Row, keys: Sequence[int], counts: Mapping[int, int] | None) -> None:

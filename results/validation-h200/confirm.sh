@@ -7,6 +7,7 @@
 # MACHINE: auto (default), cuda, or cpu for a trial. PART: tests, goals, batch-1, batch-8, deepseek; default all, in this
 # order. In the environment: EVAL, the eval recording of gpt-oss-20b, for goals; MINUTES of each part (default 5.5), which
 # ends at LIMIT seconds at the latest (default 360); WORDS, further words of each validation; PYTHON (default python).
+# Where mypy and a C compiler are, the core is compiled first (docs/installation.md), which takes a minute.
 # Exit code 1 if a part was not shown, or broke off.
 set -uo pipefail
 if [ $# -lt 1 ]; then
@@ -24,6 +25,9 @@ minutes=${MINUTES:-5.5}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/../.." || exit 2
 export PYTHONUNBUFFERED=1
+# The host is what holds rows up, and compiled code takes half of its time; EXPERTFLOW_COMPILED=0 leaves Python.
+core='import sys, expertflow.core; print(expertflow.core.described()); sys.exit(not expertflow.core.is_compiled())'
+"$python" -c "$core" || [ "${EXPERTFLOW_COMPILED:-}" = 0 ] || "$python" build_backend.py
 read -ra more <<<"${WORDS:-}"
 
 validate() { # PART MODEL BATCH-SIZES [WORD ...]

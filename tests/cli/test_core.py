@@ -282,6 +282,18 @@ for path in sys.argv[1:]:
 """
 
 
+TEST = """import sys
+import expertflow.core
+import pytest
+
+code = pytest.main(sys.argv[1:])
+print(expertflow.core.described())
+print(sys.modules["replay.machine.real"].__spec__.origin)
+sys.exit(code)
+"""
+"""The tests of this checkout, of the packages beside the `expertflow` that is imported first."""
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with the compiled core of a wheel that was built of it, and parts of a user's own."""
@@ -317,7 +329,7 @@ def test_it_says_which_runs(both: Path) -> None:
     assert run(both, "1", "-m", "sim", "--version").endswith(f", {COMPILED}\n")
     assert run(both, "0", "-m", "sim", "--version").endswith(f", {PURE}\n")
     # All of it, whichever module is asked for first.
-    for name in ("expertflow.view", "expertflow.runtime", "sim.machine.host_bound"):
+    for name in ("expertflow.view", "expertflow.runtime", "sim.machine.host_bound", "replay.machine.real"):
         told = run(
             both,
             "1",
@@ -379,6 +391,18 @@ def test_observers_and_machines_of_ones_own_see_the_same(both: Path) -> None:
     pure = run(both, "0", "script.py")
     assert pure.count("\n") == 4
     assert run(both, "1", "script.py") == pure
+
+
+@needs_a_compiler
+@pytest.mark.slow
+def test_the_replay_passes_its_tests_compiled(both: Path) -> None:
+    """Records, rows, launches ahead, the clock, whole replays on a stand-in for CUDA and on the CPU."""
+    names = ["ahead", "machine", "probe", "records", "rows"]
+    files = [*(f"replay/test_{name}.py" for name in names), "gpu/test_clock.py", "gpu/test_replay.py"]
+    words = ["-q", "-p", "no:cacheprovider", "-m", "not slow", *(str(ROOT / "tests" / name) for name in files)]
+    told = run(both, "1", "-c", TEST, *words)
+    assert told.splitlines()[-2:] == [COMPILED, str(core.file_of("replay.machine.real", both))]
+    assert re.search(r"^1[0-9]{2} passed", told, re.MULTILINE)
 
 
 @needs_a_compiler

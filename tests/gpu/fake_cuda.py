@@ -408,8 +408,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, stand_in)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(torch, name, self._pinning(getattr(torch, name)))
-        for module in ("cuda", "cuda_clock"):
-            monkeypatch.setattr(f"replay.machine.{module}.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
+        monkeypatch.setattr("replay.machine.cuda.time", SimpleNamespace(perf_counter_ns=self.perf_counter_ns))
         monkeypatch.setattr("replay.machine.cuda.raw_copy", lambda: (self.memcpy, "a stand-in"))
         monkeypatch.setattr("replay.machine.cuda.raw_copy_back", lambda: self.memcpy_back)
         return self

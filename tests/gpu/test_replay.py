@@ -13,6 +13,7 @@ import torch
 
 from expertflow.forward import Forward
 from replay.keys import FAULTS
+from replay.machine.device import Program
 from replay.machine.real import RealMachine
 from replay.machine.rig import Rig
 from replay.machine.rows import GAVE_UP
@@ -180,12 +181,19 @@ def test_a_program_is_read_before_it_is_launched_again(
     assert case.lockstep(tmp_path / "log.parquet").difference is None
 
 
+class Unread(RealMachine):
+    """Launches a program again whatever of its last launch is unread."""
+
+    def _read_first(self, program: Program) -> None:
+        """Nothing."""
+
+
 def test_without_reading_first_times_would_be_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machines: list[RealMachine]
 ) -> None:
     """The check above can fail."""
     monkeypatch.setattr("replay.machine.programs.REPLICAS", 1)
-    monkeypatch.setattr(RealMachine, "_read_first", lambda self, program: None)
+    monkeypatch.setattr("replay.machine.rig.RealMachine", Unread)
     case = gpt_oss(tmp_path, "on_demand", "batch_size=2")
     with on_fake() as (cuda, device), suppress(KeyError, AssertionError):
         case.replay(case.rig(device))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from expertflow.core import SWITCH
 from replay import calibrate
 from replay.validation import goals
 from replay.validation.fidelity import ForwardTimes, Ran
@@ -70,7 +71,7 @@ def script(folder: Path, *words: str, **environment: str) -> subprocess.Complete
     return subprocess.run(
         [str(SCRIPT), *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, **environment},
+        env={**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, SWITCH: "0", **environment},
         capture_output=True,
         text=True,
         timeout=500,
@@ -84,6 +85,16 @@ def test_the_script_wants_a_folder_and_knows_its_parts(tmp_path: Path) -> None:
     done = script(tmp_path, "out", "cpu", "batch-9")
     assert done.returncode == 1
     assert "PART=batch-9 is unknown; choose from: tests, goals, batch-1, batch-8, deepseek" in done.stdout
+
+
+@pytest.mark.parametrize(("switch", "compiled"), [("", True), ("1", True), ("0", False)])
+def test_the_script_compiles_the_core_where_it_is_not(tmp_path: Path, switch: str, compiled: bool) -> None:
+    """By a Python that says so of nothing, and only notes what it is asked."""
+    asked, python = tmp_path / "asked.txt", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$1" >>{asked}\nexit 1\n')
+    python.chmod(0o755)
+    script(tmp_path, "out", "cpu", "tests", PYTHON=str(python), **{SWITCH: switch})
+    assert asked.read_text().split() == ["-c", *(["build_backend.py"] if compiled else []), "-m"]
 
 
 @pytest.mark.slow
