@@ -124,6 +124,7 @@ class ByteQueue(CopyQueue):
 
     def _land(self, key: int, end_ns: int) -> None:
         self.landed_ns[key] = end_ns
+        self.num_landed += 1
         self.state[key] = RESIDENT
         if self._shown is not None:
             self._shown[key] = RESIDENT

@@ -50,8 +50,9 @@ class CopyQueue:
 
     Its fields are its own: others read `has_work`, `wanted` (prefetches not yet issued, best last), `demand` (loads
     whose experts are waited for), `flight` (loads by chunk on the link), `loading` (loads by key), `landed_ns` [N]
-    (device time at which the last load of each key ended), `num_loads`, `num_fresh` (prefetched experts that were
-    neither demanded nor evicted yet) and `num_launched` (experts whose kernels were launched, each time).
+    (device time at which the last load of each key ended), `num_loads` and `num_landed` (loads that have begun, and
+    that have ended), `num_fresh` (prefetched experts that were neither demanded nor evicted yet) and `num_launched`
+    (experts whose kernels were launched, each time).
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class CopyQueue:
         """1 while a prefetched expert has not been demanded, by key."""
         self.num_fresh = 0
         self.num_loads = 0
+        self.num_landed = 0
         self.num_launched = 0
         self.num_reading = 0
         """Reads from storage that are under way; 0 where nothing lies below host memory."""
@@ -281,6 +283,7 @@ class CopyQueue:
             if chunk == last:
                 key = load.key
                 self.landed_ns[key] = end_ns
+                self.num_landed += 1
                 self.state[key] = RESIDENT
                 if self._shown is not None:
                     self._shown[key] = RESIDENT

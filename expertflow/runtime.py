@@ -215,10 +215,13 @@ class Runtime:
                         waiting = self._unblock(forward, layer, waiting, missing)
                         if not waiting:
                             break
+                    num_landed = queue.num_landed
                     self._retire((yield self._wait_for_load(waiting)))
                     if queue.has_work:
                         queue.pump()
-                    waiting = self._launch_landed(forward, layer, waiting, missing, self._strict)
+                    # Most chunks are not the last of their load.
+                    if queue.num_landed != num_landed:
+                        waiting = self._launch_landed(forward, layer, waiting, missing, self._strict)
                 if not launched:
                     # 7. Wait for the host's results, which the next attention adds to the GPU's.
                     while hosting is not None and not hosting.is_done():

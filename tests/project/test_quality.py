@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,19 @@ def ci_steps() -> list[str]:
     return [line for line in lines if not line.startswith("#")]
 
 
-def test_readme_gives_two_commands_and_ci_runs_the_second_with_lint_and_types_before_the_tests() -> None:
+def test_readme_gives_two_commands_and_ci_runs_the_second_with_lint_before_and_types_beside_the_tests() -> None:
     run, test = commands("Two commands")
     *prepare, tests = steps(test)
     *needed, speed = ci_steps()
     lint = [f"{PYTHON} -m ruff check .", f"{PYTHON} -m ruff format --check ."]
-    assert needed == [*prepare, *lint, f"{PYTHON} -m mypy", tests]
+    beside = [
+        f"{PYTHON} -m mypy >.venv-test/types.txt 2>&1 & types=$!",
+        f"{tests} && tests=0 || tests=$?",
+        'wait "$types" && types=0 || types=$?',
+        "cat .venv-test/types.txt",
+        '[ "$tests$types" = 00 ]',
+    ]
+    assert needed == [*prepare, *lint, *beside]
     # Told behind all that CI may fail of: a shared machine is slow when it likes.
     assert speed.startswith(f"{PYTHON} -m sim.bench --check --repeat 3 || echo ")
     assert steps(test) == [
@@ -60,6 +68,29 @@ def test_of_many_cases_a_few_evenly_spaced_stay_fast(case: int, request: pytest.
     assert (request.node.get_closest_marker("slow") is None) is (case in {0, 2})
 
 
+@pytest.mark.parametrize(("tests", "types"), [(0, 0), (1, 0), (0, 1), (5, 2)])
+def test_ci_fails_where_tests_or_types_do_and_tells_both(tests: int, types: int, tmp_path: Path) -> None:
+    """With a Python that says of each module what it is told to, in a copy of the script without its preparation."""
+    python = tmp_path / PYTHON
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "ran $2"\ncase $2 in pytest) exit {tests};; mypy) exit {types};; esac\n')
+    python.chmod(0o755)
+    lines = CI.read_text(encoding="utf-8").splitlines()
+    script = tmp_path / ".ci" / "run"
+    script.parent.mkdir()
+    script.write_text("\n".join(line for line in lines if "pip install" not in line and "-m venv" not in line))
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60)
+    passed = tests == types == 0
+    assert (done.returncode == 0) is passed
+    assert [line for line in done.stdout.splitlines() if line.startswith("ran ")] == [
+        "ran ruff",
+        "ran ruff",
+        "ran pytest",
+        "ran mypy",
+        *(["ran sim.bench"] if passed else []),
+    ]
+
+
 def test_ci_stops_at_the_first_failure_and_runs_from_the_project_folder() -> None:
     lines = CI.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
@@ -73,7 +104,7 @@ def test_pre_commit_checks_what_ci_checks() -> None:
     checks = {"ruff-check": "ruff check .", "ruff-format": "ruff format --check .", "mypy": "mypy"}
     for name, command in checks.items():
         assert "stages" not in hooks[name]
-        assert f"{PYTHON} -m {command}" in ci_steps()
+        assert any(step.startswith(f"{PYTHON} -m {command}") for step in ci_steps())
         assert hooks[name]["entry"] == f"python -m {command.removesuffix(' .')}"
     assert "check-added-large-files" in hooks
 
