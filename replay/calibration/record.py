@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from expertflow.core import described
 from expertflow.model import ModelSpec, model_from_dict
 from replay.bench_decide import measure_decisions
 from replay.calibration.checks import check_record
@@ -116,6 +117,8 @@ def _described(device: Device, scale: int) -> dict[str, Any]:
         "version": RECORD_VERSION,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": dict(device.describe()),
+        # What the host takes for a launch or a copy depends on it.
+        "core": described(),
         "scale": scale,
         "threads_share_interpreter": device.world == "cpu",
         "kv_grid": DEFAULT_KV_GRID if device.captures else 0,
@@ -230,7 +233,7 @@ def write_profile(raw: dict[str, Any], name: str, folder: Path) -> list[Path]:
 
 
 def load_record(path: Path, scale: int) -> dict[str, Any]:
-    """The raw record of a calibration; ValueError if it is something else, or of another scale."""
+    """The raw record of a calibration; ValueError if it is something else, of another scale, or of another core."""
     raw = read_table(path, _RECORD_REMEDY)
     if raw.get("format") != "expertflow-calibration":
         raise ValueError(f"{path} is no calibration record; {_RECORD_REMEDY}")
@@ -242,6 +245,11 @@ def load_record(path: Path, scale: int) -> dict[str, Any]:
     if raw.get("scale") != scale or isinstance(raw["scale"], bool):
         raise ValueError(
             f"{path} was measured at scale {shown(raw.get('scale'))}, this run has {scale}; calibrate at that scale"
+        )
+    if raw.get("core", described()) != described():
+        raise ValueError(
+            f"{path} was measured with {shown(raw['core'])}, this run has {described()}, whose host takes another "
+            "time; calibrate again, or choose by EXPERTFLOW_COMPILED=0 or 1"
         )
     try:
         check_record(raw)

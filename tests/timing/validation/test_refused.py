@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from expertflow.core import described
 from replay.bench_host import main as bench_host
 from replay.calibrate import check_free
 from replay.calibrate import main as calibrate
@@ -73,6 +74,18 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a record of version 1, this program writes 2; write one with") as caught:
         load_record(written(tmp_path, raw), 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_record_of_another_core_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host took another time. One of before, which does not say, is taken."""
+    path = written(tmp_path, whole() | {"core": described()})
+    assert load_record(path, 1)["core"] == described()
+    monkeypatch.setattr("replay.calibration.record.described", lambda: "another core")
+    with pytest.raises(ValueError, match=r"this run has another core, .* calibrate again, or choose by") as caught:
+        load_record(path, 1)
+    assert repr(described()) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "core" not in load_record(written(tmp_path, whole()), 1)
 
 
 def test_a_profile_that_no_simulation_would_take_is_not_written(tmp_path: Path) -> None:
