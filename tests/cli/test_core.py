@@ -26,7 +26,8 @@ PURE, COMPILED = "core in pure Python", "compiled core"
 def start(root: Path, compiled: str | None, *words: str) -> subprocess.CompletedProcess[str]:
     """Python in the checkout at `root`, where EXPERTFLOW_COMPILED is so."""
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    environment.pop(core.SWITCH, None)
+    for name in (core.SWITCH, "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
     if compiled is not None:
         environment[core.SWITCH] = compiled
     return subprocess.run(

@@ -71,7 +71,15 @@ def script(folder: Path, *words: str, **environment: str) -> subprocess.Complete
     return subprocess.run(
         [str(SCRIPT), *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, SWITCH: "0", **environment},
+        # Words for the tests that run here are not for those that the script runs.
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHON": sys.executable,
+            "PYTEST_ADDOPTS": "",
+            SWITCH: "0",
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=500,
