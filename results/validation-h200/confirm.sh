@@ -25,7 +25,7 @@ minutes=${MINUTES:-5.5}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/../.." || exit 2
 export PYTHONUNBUFFERED=1
-# The host is what holds rows up, and compiled code takes half of its time; EXPERTFLOW_COMPILED=0 leaves Python.
+# The host is what holds rows up, and compiled it takes little more than half; EXPERTFLOW_COMPILED=0 leaves Python.
 core='import sys, expertflow.core; print(expertflow.core.described()); sys.exit(not expertflow.core.is_compiled())'
 "$python" -c "$core" || [ "${EXPERTFLOW_COMPILED:-}" = 0 ] || "$python" build_backend.py
 read -ra more <<<"${WORDS:-}"
