@@ -95,8 +95,8 @@ def prompt_launches(rig: Rig, num_tokens: int, repeat: int) -> dict[str, dict[st
     """One layer of a prompt: ns that the host takes to launch, and the device to run. By kind: attention and experts,
     where programs are captured as such, and "by kernel" as they are launched kernel by kernel.
 
-    Behind the experts of a layer the attention of the next one is launched. Where both together take the host less
-    than the device, the device is what such a forward waits for.
+    Kernel by kernel the device's time holds its waits for the host, that of captured programs does not: what lies
+    between the two is what such launches cost a prompt.
     """
     bench, model = KernelBench(rig, repeat), rig.model
     prompt = Forward(0, PREFILL, range(num_tokens), (0,), tuple(range(1, num_tokens + 1)), [], [], None)
